@@ -1,0 +1,45 @@
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: install test quickstart mini lint readme clean
+
+install: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: install it, or run make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+test: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports
+	$(PY) -m pytest
+
+# From nothing to a grid of pictures: a demo data set, a small Stage C trained on it, samples for a prompt file.
+quickstart: install
+	$(PY) tools/make_demo_dataset.py demo/pictures
+	$(PY) tools/build_dataset.py demo/pictures demo/shards --overwrite
+	$(PY) train/train_c.py configs/training/quickstart_c.yaml
+	$(PY) inference/text_to_image.py configs/inference/quickstart.yaml
+
+# Make the weights in models/mini again: text and image tower, then encoder and previewer.
+mini: install
+	$(PY) tools/make_demo_dataset.py demo/pictures
+	$(PY) tools/build_dataset.py demo/pictures demo/shards --overwrite
+	$(PY) train/train_towers.py configs/training/mini_towers.yaml
+	$(PY) train/train_encoder.py configs/training/mini_encoder.yaml
+	$(PY) tools/ship_mini.py runs/mini_towers runs/mini_encoder
+
+lint: install
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+# The configuration tables of the README, from the config classes.
+readme: install
+	$(PY) tools/config_reference.py README.md
+
+clean:
+	rm -rf demo runs

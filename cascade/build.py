@@ -1,0 +1,115 @@
+"""Build the networks of the cascade and load their weights, strictly."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cascade.config import ModelSettings
+from modules.clip import ImageTower, TextTower, image_tower, text_tower
+from modules.effnet import EfficientNetEncoder
+from modules.previewer import Previewer
+from modules.stage_c import StageC
+from warpcore.errors import UserError
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class WeightsError(UserError):
+    """A weights file is missing, unreadable, or made for another network."""
+
+
+def stage_c(settings: ModelSettings) -> StageC:
+    """Stage C in float32; random weights where the settings name no file."""
+    return _with_weights(
+        lambda: StageC(**settings.version.stage_c), settings.generator_checkpoint_path, "generator_checkpoint_path"
+    )
+
+
+def encoder(settings: ModelSettings, from_scratch: bool = False) -> EfficientNetEncoder:
+    """The encoder that makes Stage C's latents, with its weights (or random ones)."""
+    path = settings.effnet_checkpoint_path or settings.version.folder / "effnet_encoder.safetensors"
+    path = None if from_scratch else path
+    return _with_weights(lambda: EfficientNetEncoder(**settings.version.encoder), path, "effnet_checkpoint_path")
+
+
+def previewer(settings: ModelSettings, from_scratch: bool = False) -> Previewer:
+    """The previewer that turns Stage C's latents into small pictures, with its weights (or random ones)."""
+    path = settings.previewer_checkpoint_path or settings.version.folder / "previewer.safetensors"
+    path = None if from_scratch else path
+    return _with_weights(lambda: Previewer(**settings.version.previewer), path, "previewer_checkpoint_path")
+
+
+def text(settings: ModelSettings) -> TextTower:
+    """The text tower, with its weights."""
+    return _tower(text_tower, settings.clip_text_model_name or settings.version.text_tower,
+                  settings.clip_text_checkpoint_path, "clip_text_model_name")  # fmt: skip
+
+
+def image(settings: ModelSettings) -> ImageTower:
+    """The image tower, with its weights."""
+    return _tower(image_tower, settings.clip_image_model_name or settings.version.image_tower,
+                  settings.clip_image_checkpoint_path, "clip_image_model_name")  # fmt: skip
+
+
+def _with_weights(build: Callable[[], Network], path: Path | None, key: str) -> Network:
+    """Build a network; with a file on the meta device first, so that its random weights cost no time and memory."""
+    if path is None:
+        return build()
+    state = read_weights(path, key)
+    with torch.device("meta"):
+        network = build()
+    _check_names(network.state_dict(), state, path, key)
+    network.load_state_dict({name: _float32(tensor) for name, tensor in state.items()}, assign=True)
+    return network
+
+
+def read_weights(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a PyTorch file read without running any code in it.
+
+    Raises:
+        WeightsError: the file is missing or unreadable.
+    """
+    if not path.is_file():
+        raise WeightsError(
+            f"{key}: {path} does not exist. Official weights come with `python3 models/download.py essential`; "
+            "those of the mini cascade with the repository"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(f"{key}: {path} cannot be read as weights: {error}") from error
+    return state.get("state_dict", state)
+
+
+def _check_names(here: dict[str, Tensor], file: dict[str, Tensor], path: Path, key: str) -> None:
+    wrong = [f"{name} is missing in the file" for name in here if name not in file]
+    wrong += [f"{name} is only in the file" for name in file if name not in here]
+    wrong += [
+        f"{name} is {tuple(file[name].shape)} in the file, {tuple(tensor.shape)} in the network"
+        for name, tensor in here.items()
+        if name in file and file[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{key}: {path} was made for another network: {wrong[0]} ({len(wrong)} differences). "
+            "Check model_version and the file"
+        )
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _tower(build, name: str, path: Path | None, key: str):
+    if name.endswith((".safetensors", ".pt", ".bin")):
+        name, path = None, Path(name)
+    try:
+        return build(name, path)
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{key}: {error}") from error

@@ -1,0 +1,44 @@
+"""Conditions of Stage C: what the towers make of captions and pictures."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cascade.config import CascadeConfig
+from modules.clip import ImageTower, TextTower
+from warpcore.data.reader import Batch
+from warpcore.random import SampleRandom
+
+
+def text_conditions(tower: TextTower, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """`clip_text` (B, L, D) and `clip_text_pooled` (B, 1, P) of captions."""
+    ids, mask = (tensor.to(device) for tensor in tower.tokenize(list(captions)))
+    hidden, pooled = tower.encode(ids, mask)
+    return {"clip_text": hidden, "clip_text_pooled": pooled[:, None]}
+
+
+def prompt_conditions(tower: TextTower, prompts: Sequence[str], width: int, device: torch.device) -> dict[str, Tensor]:
+    """All conditions of Stage C for prompts; the image condition, `width` wide, is absent (zeros)."""
+    conditions = text_conditions(tower, prompts, device)
+    return conditions | {"clip_img": torch.zeros(len(prompts), 1, width, device=device)}
+
+
+def training_conditions(
+    text: TextTower, image: ImageTower | None, width: int, batch: Batch, random: SampleRandom, config: CascadeConfig
+) -> dict[str, Tensor]:
+    """All conditions of Stage C for a training batch; each of a sample's conditions is dropped at random.
+
+    Args:
+        image: None where every image condition is dropped.
+        width: of the image condition.
+    """
+    kept = (random.uniform("caption dropout") >= config.caption_dropout).tolist()
+    captions = [caption if keep else "" for caption, keep in zip(batch.captions, kept, strict=True)]
+    conditions = prompt_conditions(text, captions, width, random.device)
+    shown = random.uniform("image condition dropout") >= config.clip_image_dropout
+    if image is not None and shown.any():
+        rows = shown.nonzero().flatten().to(batch.images.device)
+        pictures = batch.images[rows].float() / 255
+        conditions["clip_img"][rows, 0] = image.encode(pictures).to(conditions["clip_img"].dtype)
+    return conditions

@@ -1,0 +1,55 @@
+"""Configuration keys that the scripts of the cascade share."""
+
+from pathlib import Path
+from typing import Literal
+
+from cascade.versions import VERSIONS, Version
+from warpcore.config import Config, Settings
+
+
+class ModelSettings(Settings):
+    """Which networks, and where their weights are."""
+
+    model_version: Literal["3.6B", "1B", "mini"] = "3.6B"
+    """Size of Stage C, and with it of the networks around it; `mini` is a toy cascade for 128 px pictures."""
+    generator_checkpoint_path: Path | None = None
+    """Weights of Stage C (.safetensors); without it, it starts from random weights."""
+    effnet_checkpoint_path: Path | None = None
+    """Weights of the encoder; by default where `models/download.py` puts them."""
+    previewer_checkpoint_path: Path | None = None
+    """Weights of the previewer; by default where `models/download.py` puts them."""
+    clip_text_model_name: str | None = None
+    """Text tower: a public name (`laion/CLIP-ViT-bigG-14-laion2B-39B-b160k`), open_clip's `MODEL:TAG`, or a file."""
+    clip_text_checkpoint_path: Path | None = None
+    """Weights of the text tower as a local file, instead of a download by its name."""
+    clip_image_model_name: str | None = None
+    """Image tower, named like the text tower."""
+    clip_image_checkpoint_path: Path | None = None
+    """Weights of the image tower as a local file, instead of a download by its name."""
+
+    @property
+    def version(self) -> Version:
+        return VERSIONS[self.model_version]
+
+
+class CascadeConfig(ModelSettings, Config):
+    """What every training script of the cascade understands."""
+
+    caption_dropout: float = 0.05
+    """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
+    clip_image_dropout: float = 0.9
+    """Share of the samples without the image condition; at 1 the image tower is not even loaded."""
+    adaptive_loss_weight: bool = False
+    """Weight the loss by its own running mean per noise level, instead of P2 weights."""
+    offset_noise: float = 0.0
+    """Strength of noise that shifts whole channels; helps with very dark and very bright pictures."""
+    shift: float = 1.0
+    """Moves the noise schedule to more (> 1) or less noise; larger latents want more."""
+    sample_prompts: list[str] = []
+    """Captions to draw at every save; without them those of held-out samples are taken."""
+    sample_steps: int = 20
+    """Sampling steps of those pictures."""
+    sample_guidance: float = 5.0
+    """Classifier-free guidance of those pictures."""
+    sample_count: int = 8
+    """How many pictures are drawn at most."""

@@ -1,0 +1,61 @@
+"""The diffusion process of the cascade, and drawing from it."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.loss_weights import LossWeight, P2LossWeight
+from warpcore.diffusion.noise_conditions import CosineTNoiseCond
+from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.diffusion.scalers import VPScaler
+from warpcore.diffusion.schedules import CosineSchedule
+from warpcore.diffusion.targets import EpsilonTarget
+from warpcore.random import SampleRandom
+
+
+def make_diffusion(loss_weight: LossWeight | None = None, offset_noise: float = 0.0) -> GDF:
+    """The process that the published weights were trained with; P2 loss weights unless others are given."""
+    return GDF(
+        schedule=CosineSchedule(clamp_range=(0.0001, 0.9999)),
+        input_scaler=VPScaler(),
+        target=EpsilonTarget(),
+        noise_cond=CosineTNoiseCond(),
+        loss_weight=loss_weight or P2LossWeight(),
+        offset_noise=offset_noise,
+    )
+
+
+def stage_c_latent_size(height: int, width: int, compression: float) -> tuple[int, int]:
+    """(H, W) of Stage C's latents for a picture of `height` x `width` pixels."""
+    return math.ceil(height / compression), math.ceil(width / compression)
+
+
+def draw_latents(
+    diffusion: GDF,
+    network: nn.Module,
+    conditions: Mapping[str, Tensor],
+    unconditional: Mapping[str, Tensor] | None,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float | None,
+    sampler: str = "ddpm",
+    shift: float = 1.0,
+) -> Tensor:
+    """Draw latents (B, *shape) from the noise that `seeds` stand for: the same seed, the same noise, in any batch."""
+    device = next(network.parameters()).device
+    random = SampleRandom(seeds, device)
+    return diffusion.sample_x0(
+        network,
+        conditions,
+        random.normal("initial noise", *shape),
+        unconditional=unconditional,
+        sampler=SAMPLERS[sampler](diffusion),
+        timesteps=steps,
+        cfg=guidance,
+        shift=shift,
+        noise=lambda step: random.normal(f"noise of step {step}", *shape),
+    )

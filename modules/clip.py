@@ -1,0 +1,236 @@
+"""The CLIP towers that condition Stage C, built from open_clip's classes: text or image, never both for one.
+
+`text_tower(name)` and `image_tower(name)` give a frozen tower with published weights; `TextTower(settings)` and
+`ImageTower(settings)` give one with fresh weights, to train. A tower's `save` writes its settings into the file, so
+that `text_tower(path=...)` is enough to load it again.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torchvision.transforms.v2.functional as TF
+from open_clip.model import _build_text_tower, _build_vision_tower
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+
+from modules.clip_weights import SETTINGS_KEY, download, find_file, model_and_tag, read_settings, read_tower
+from modules.tokenizers import BytePairTokenizer, WordTokenizer, tokenize
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What a CLIP model is, apart from its weights. The first four fields are open_clip's model configuration."""
+
+    embed_dim: int
+    """Width of the projected vectors of both towers."""
+    text_cfg: dict | None = None
+    """open_clip's text tower: width, heads, layers, context_length (L), vocab_size."""
+    vision_cfg: dict | None = None
+    """open_clip's image tower: width, head_width, layers, image_size (px), patch_size (px)."""
+    quick_gelu: bool = False
+    """x * sigmoid(1.702 x) in place of GELU: OpenAI's weights."""
+    words: list[str] | None = None
+    """Vocabulary of a word tokenizer, which also sets vocab_size; None is CLIP's byte-pair tokenizer."""
+    begin_id: int | None = None
+    """Id of the first token; None is the tokenizer's."""
+    end_id: int | None = None
+    """Id of the token that ends a text, at which the pooled vector is taken; None is the tokenizer's."""
+    pad_id: int | None = None
+    """Id that fills short texts; None is end_id, as Stable Cascade was trained (open_clip's own habit is 0)."""
+    image_mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
+    """Mean of the RGB channels that the image tower expects to be taken off."""
+    image_std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    """Deviation of the RGB channels that the image tower expects to be divided by."""
+
+    @classmethod
+    def published(cls, name: str) -> "ClipSettings":
+        """Those of a public name (see `PUBLIC_NAMES`), `model` or `model:tag` of open_clip. Raises ValueError."""
+        model, tag = model_and_tag(name)
+        config, pretrained = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
+        return cls(
+            embed_dim=config["embed_dim"],
+            text_cfg=config["text_cfg"],
+            vision_cfg=config["vision_cfg"],
+            quick_gelu=config.get("quick_gelu", False) or pretrained.get("quick_gelu", False),
+            image_mean=pretrained["mean"],
+            image_std=pretrained["std"],
+        )
+
+
+class TextTower(nn.Module):
+    """A causal CLIP text transformer. `model` is open_clip's, `token_embedding` its nn.Embedding.
+
+    Attributes: `length` L, tokens per text; `width` D; `pooled_width` P; `begin_id`, `end_id`, `pad_id`.
+    """
+
+    kind = "text"
+
+    def __init__(self, settings: ClipSettings):
+        super().__init__()
+        self.settings = settings
+        self.tokenizer = BytePairTokenizer() if settings.words is None else WordTokenizer(settings.words)
+        config = dict(settings.text_cfg or {})
+        if "hf_model_name" in config or config.get("embed_cls") or config.get("no_causal_mask"):
+            raise ValueError("only CLIP's own causal text transformer can be a text tower; choose another CLIP model")
+        config.setdefault("vocab_size", self.tokenizer.vocab_size)
+        self.model = _build_text_tower(settings.embed_dim, config, settings.quick_gelu)
+        self.model.attn_mask = None  # `encode` makes its own
+        self.length, self.width, self.pooled_width = self.model.context_length, self.model.width, settings.embed_dim
+        self.begin_id, self.end_id = (
+            own if given is None else given
+            for given, own in (
+                (settings.begin_id, self.tokenizer.begin_id),
+                (settings.end_id, self.tokenizer.end_id),
+            )
+        )
+        self.pad_id = self.end_id if settings.pad_id is None else settings.pad_id
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """One row per token id. It may be replaced by one with further rows."""
+        return self.model.token_embedding
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) int64 and mask (B, L) bool, True from the begin to the end token, both on the CPU."""
+        return tokenize(self.tokenizer, texts, self.length, self.pad_id)
+
+    def encode(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The two text conditions of token ids (B, L).
+
+        mask (B, L) hides padded positions from the others; None hides nothing.
+        Returns hidden (B, L, D), the last hidden states before the final norm, padded positions included, and pooled
+        (B, P), the projection of the normed state at the first end token, not of unit length.
+        """
+        ids = ids.to(self.model.positional_embedding.device)
+        x = self.token_embedding(ids) + self.model.positional_embedding[: ids.shape[1]]
+        hidden = self.model.transformer(x, attn_mask=self._attention_mask(ids, mask, x.dtype))
+        ends = (ids == self.end_id).int().argmax(dim=1)
+        at_end = hidden[torch.arange(len(ids), device=ids.device), ends]
+        return hidden, self.model.ln_final(at_end) @ self.model.text_projection
+
+    forward = encode
+
+    def _attention_mask(self, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Added to the attention logits: 0 for keys that a query may see, -inf for later and padded ones."""
+        length = ids.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        if mask is not None:
+            seen = seen & mask.to(ids.device, torch.bool)[:, None, :]
+        added = torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(~seen, float("-inf"))
+        # nn.MultiheadAttention wants (L, L) or one per text and head.
+        return added if mask is None else added.repeat_interleave(self.model.heads, dim=0)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights (open_clip's names) and settings to a safetensors file."""
+        _save(self, path, prefix="")
+
+
+class ImageTower(nn.Module):
+    """A CLIP vision transformer. `model` is open_clip's; `pooled_width` is P, `image_size` is its side in px."""
+
+    kind = "image"
+
+    def __init__(self, settings: ClipSettings):
+        super().__init__()
+        self.settings = settings
+        config = dict(settings.vision_cfg or {})
+        if "timm_model_name" in config or isinstance(config.get("layers"), list):
+            raise ValueError("only CLIP's own vision transformer can be an image tower; choose another CLIP model")
+        self.model = _build_vision_tower(settings.embed_dim, config, settings.quick_gelu)
+        self.pooled_width, self.image_size = settings.embed_dim, self.model.image_size[0]
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] -> their centre squares at the tower's size, normalised, in float32."""
+        images = TF.resize(images.float(), [self.image_size], InterpolationMode.BICUBIC, antialias=True)
+        images = TF.center_crop(images, [self.image_size])
+        return TF.normalize(images, list(self.settings.image_mean), list(self.settings.image_std))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The image condition (B, P) of pictures (B, 3, H, W) in [0, 1]: projected, not of unit length."""
+        weight = self.model.conv1.weight
+        return self.model(self.preprocess(images.to(weight.device)).to(weight.dtype))
+
+    forward = encode
+
+    def save(self, path: str | Path) -> None:
+        """Write weights (open_clip's names) and settings to a safetensors file."""
+        _save(self, path, prefix="visual.")
+
+
+def text_tower(
+    name: str | None = None,
+    path: str | Path | None = None,
+    *,
+    settings: ClipSettings | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TextTower:
+    """A frozen text tower in eval mode.
+
+    Args:
+        name: of a public model: the training configs' Hugging Face name, or open_clip's `model` or `model:tag`.
+        path: its weights; a file of open_clip or Hugging Face (a whole CLIP or this tower), a folder with one, or a
+            file that `save` wrote, which needs no name. Without a path, open_clip downloads the name's weights.
+        settings: in place of a name, for a file of another size.
+        device, dtype: where and as what the weights are kept; None keeps the file's dtype.
+
+    Raises FileNotFoundError for a missing file, ValueError for an unknown name or a file of something else.
+    """
+    return _load(TextTower, name, path, settings, device, dtype)
+
+
+def image_tower(
+    name: str | None = None,
+    path: str | Path | None = None,
+    *,
+    settings: ClipSettings | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> ImageTower:
+    """A frozen image tower in eval mode: arguments and errors as in `text_tower`."""
+    return _load(ImageTower, name, path, settings, device, dtype)
+
+
+def _load(tower_class, name, path, settings, device, dtype):
+    if name is None and path is None:
+        raise ValueError("a CLIP tower needs the name of a public model or the path of a weight file")
+    if path is None:
+        settings = settings or ClipSettings.published(name)
+        file = download(name)
+    else:
+        file = find_file(path)
+        saved = read_settings(file)
+        if settings is None and saved is not None:
+            settings = ClipSettings(**saved)
+        elif settings is None and name is not None:
+            settings = ClipSettings.published(name)
+        elif settings is None:
+            raise ValueError(f"{file} does not say which CLIP model it holds: give its name too")
+    with torch.device("meta"):  # no time and memory for weights that are replaced at once
+        tower = tower_class(settings)
+    weights = read_tower(file, tower.kind)
+    _check(tower, weights, file, name)
+    weights = {key: tensor.to(device, dtype) for key, tensor in weights.items()}
+    tower.model.load_state_dict(weights, strict=True, assign=True)
+    return tower.requires_grad_(False).eval()
+
+
+def _check(tower: TextTower | ImageTower, weights: dict[str, Tensor], file: Path, name: str | None) -> None:
+    expected = tower.model.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    reshaped = [k for k in sorted(expected.keys() & weights.keys()) if expected[k].shape != weights[k].shape]
+    named = {"missing": missing, "unknown": unknown}
+    problems = [f"{len(keys)} {what}, such as {keys[0]}" for what, keys in named.items() if keys]
+    problems += [f"{k} is {tuple(weights[k].shape)} and not {tuple(expected[k].shape)}" for k in reshaped[:1]]
+    if problems:
+        model = f"of {name}" if name else "of these settings"
+        raise ValueError(f"{file} does not hold the {tower.kind} tower {model}: tensors {'; '.join(problems)}")
+
+
+def _save(tower: TextTower | ImageTower, path: str | Path, prefix: str) -> None:
+    weights = {prefix + key: tensor.contiguous() for key, tensor in tower.model.state_dict().items()}
+    save_file(weights, path, metadata={SETTINGS_KEY: json.dumps(asdict(tower.settings))})

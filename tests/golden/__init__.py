@@ -1,0 +1,77 @@
+"""Golden cases: inputs, weights and expected outputs computed by the Stable Cascade reference implementation.
+
+`NAME.json` describes a case and `NAME.safetensors`, where there is one, holds its tensors.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+FOLDER = Path(__file__).parent
+
+
+def load_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The description of a case and its tensors by name."""
+    spec = json.loads((FOLDER / f"{name}.json").read_text())
+    tensors_file = FOLDER / f"{name}.safetensors"
+    return spec, load_file(tensors_file) if tensors_file.exists() else {}
+
+
+def load_manifest(name: str) -> dict:
+    """Names, shapes and dtypes of a published full-size checkpoint."""
+    return json.loads((FOLDER / "manifests" / f"{name}.json").read_text())
+
+
+def resolve(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Replace `{"tensor": key}` by that tensor, also inside lists and mappings of arguments."""
+    if isinstance(value, dict):
+        if "tensor" in value:
+            tensor = tensors[value["tensor"]]
+            return tensor / 255 if value.get("transform") == "uint8_to_unit_float" else tensor
+        return {key: resolve(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolve(item, tensors) for item in value]
+    return value
+
+
+def weights_of(spec: dict, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of a case, stored or made by its seeded recipe (checked against the case's sum)."""
+    weights = spec["weights"]
+    if weights["kind"] == "stored":
+        prefix = weights["prefix"]
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    made = _by_recipe(weights)
+    total = sum(tensor.abs().double().sum().item() for tensor in made.values() if tensor.is_floating_point())
+    expected = weights["check"]["sum_of_abs_over_all_float_tensors"]
+    assert abs(total - expected) <= 1e-6 * expected, "the recipe was not followed"
+    return made
+
+
+def _by_recipe(weights: dict) -> dict[str, torch.Tensor]:
+    generator = torch.Generator("cpu").manual_seed(weights["seed"])
+    made = {}
+    for name in sorted(weights["tensors"]):
+        shape = weights["tensors"][name]
+        last = name.split(".")[-1]
+        if last == "num_batches_tracked":
+            made[name] = torch.zeros((), dtype=torch.int64)
+        elif last == "running_var":
+            made[name] = 0.5 + torch.rand(shape, generator=generator)
+        else:
+            draw = torch.randn(shape, generator=generator)
+            if last == "running_mean":
+                made[name] = 0.1 * draw
+            elif last == "gammas":
+                made[name] = 0.4 + 0.15 * draw
+            elif last in ("gamma", "beta"):
+                made[name] = 0.3 * draw
+            elif draw.dim() >= 2:
+                made[name] = draw * (weights["gain"] / (draw.numel() / draw.shape[0]) ** 0.5)
+            elif last == "weight":
+                made[name] = 1 + 0.1 * draw
+            else:
+                made[name] = 0.1 * draw
+    return made

@@ -1,0 +1,233 @@
+"""models/download.py, as people run it, against a small local server that speaks the hub's part of HTTP."""
+
+import errno
+import hashlib
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "models" / "download.py"
+NAMES = ["effnet_encoder.safetensors", "previewer.safetensors", "stage_a.safetensors"]
+
+
+class Hub:
+    """Serves `files` (path after the host -> content) as the hub does: a redirect to another host with the bytes."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.hashes: dict[str, str] = {}  # announced instead of the true ones
+        self.requests: list[tuple[str, int]] = []  # file and first byte of every GET
+        self.tokens: dict[str, set[str | None]] = {"HEAD": set(), "GET": set()}
+        self.break_at: int | None = None  # once: close the connection after so many bytes
+        self.stall_at: int | None = None  # once: send so many bytes, then nothing
+        handler = type("BoundHandler", (Handler,), {"hub": self})
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
+        self.endpoint, self.bytes_host = [f"http://127.0.0.1:{server.server_port}" for server in self.servers]
+        for server in self.servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def put(self, repository: str, path: str, content: bytes):
+        self.files[f"/{repository}/resolve/main/{path}"] = content
+
+    def close(self):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status: int, headers: dict[str, object]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def do_HEAD(self):
+        self.hub.tokens["HEAD"].add(self.headers.get("Authorization"))
+        content = self.hub.files.get(self.path)
+        if content is None:
+            self.answer(404, {"X-Error-Code": "EntryNotFound", "Content-Length": 0})
+            return
+        etag = self.hub.hashes.get(self.path, hashlib.sha256(content).hexdigest())
+        headers = {"X-Repo-Commit": "0" * 40, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(content)}
+        self.answer(302, {**headers, "Location": f"{self.hub.bytes_host}{self.path}", "Content-Length": 0})
+
+    def do_GET(self):
+        content = self.hub.files.get(self.path)
+        if content is None:
+            self.answer(404, {"Content-Length": 0})
+            return
+        self.hub.tokens["GET"].add(self.headers.get("Authorization"))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first = int(asked[1]) if asked else 0
+        self.hub.requests.append((Path(self.path).name, first))
+        place = {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if asked else {}
+        self.answer(206 if asked else 200, {"Content-Length": len(content) - first, **place})
+        break_at, self.hub.break_at = self.hub.break_at, None
+        stall_at, self.hub.stall_at = self.hub.stall_at, None
+        self.wfile.write(content[first : break_at or stall_at])
+        self.wfile.flush()
+        if break_at:
+            self.close_connection = True
+        if stall_at:
+            time.sleep(30)
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.close()
+
+
+def content(seed: int, size: int = 3000) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+def start(hub: Hub | str, folder: Path, *words: str) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": getattr(hub, "endpoint", hub),
+        "HF_HOME": str(folder / "hf_home"),
+        "HF_TOKEN": "hf_secret",
+    }
+    command = [sys.executable, str(SCRIPT), *words, "--folder", str(folder / "models")]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(hub: Hub | str, folder: Path, *words: str) -> tuple[int, str, str]:
+    process = start(hub, folder, *words)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def downloaded(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "models").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "repository", "paths"),
+    [
+        (["essential"], "stabilityai/stable-cascade", NAMES),
+        (
+            ["big-small", "bfloat16"],
+            "stabilityai/stable-cascade",
+            ["stage_b_bf16.safetensors", "stage_c_lite_bf16.safetensors"],
+        ),
+        (["small-big", "fp32"], "stabilityai/stable-cascade", ["stage_b_lite.safetensors", "stage_c.safetensors"]),
+        (["example-dataset"], "dome272/stable-cascade", ["fernando.tar"]),
+        (
+            ["controlnet"],
+            "stabilityai/stable-cascade",
+            [f"controlnet/{name}.safetensors" for name in ("canny", "inpainting", "super_resolution")],
+        ),
+    ],
+)
+def test_a_set_lands_in_the_folder(hub, tmp_path, words, repository, paths):
+    for seed, path in enumerate(paths):
+        hub.put(repository, path, content(seed))
+    assert run(hub, tmp_path, *words, "--dry-run")[0] == 0
+    assert not hub.requests
+    code, output, errors = run(hub, tmp_path, *words)
+    assert code == 0, errors
+    assert hub.tokens == {"HEAD": {"Bearer hf_secret"}, "GET": {None}}  # the token is for the hub alone
+    assert downloaded(tmp_path) == {Path(path).name: content(seed) for seed, path in enumerate(paths)}
+    assert output.count("size and hash are right") == len(paths)
+
+
+def test_what_is_already_there_is_checked_and_not_fetched_again(hub, tmp_path):
+    for seed, name in enumerate(NAMES):
+        hub.put("stabilityai/stable-cascade", name, content(seed))
+    assert run(hub, tmp_path, "essential")[0] == 0
+    hub.requests.clear()
+    assert run(hub, tmp_path, "essential")[0] == 0
+    assert hub.requests == []
+    path = tmp_path / "models" / NAMES[1]
+    path.write_bytes(content(9))
+    code, _, errors = run(hub, tmp_path, "essential")
+    assert code == 1
+    assert re.search(r"previewer\.safetensors is not the hub's \(SHA-256 .*move or delete it", errors)
+    assert path.read_bytes() == content(9)
+
+
+def test_a_killed_download_goes_on_where_it_stopped(hub, tmp_path):
+    big = content(0, 25_000_000)
+    hub.put("dome272/stable-cascade", "fernando.tar", big)
+    hub.stall_at = 22_000_000
+    process = start(hub, tmp_path, "example-dataset")
+    deadline = time.monotonic() + 30
+    while not any(path.stat().st_size >= 20_000_000 for path in tmp_path.glob("models/.fernando.tar.*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, _, errors = run(hub, tmp_path, "example-dataset")
+    assert code == 0, errors
+    assert downloaded(tmp_path) == {"fernando.tar": big}
+    assert [first >= 20_000_000 for _, first in hub.requests] == [False, True]
+
+
+def test_a_broken_connection_is_taken_up_again(hub, tmp_path):
+    big = content(0, 25_000_000)
+    hub.put("dome272/stable-cascade", "fernando.tar", big)
+    hub.break_at = 22_000_000
+    code, _, errors = run(hub, tmp_path, "example-dataset")
+    assert code == 0, errors
+    assert downloaded(tmp_path) == {"fernando.tar": big}
+    assert [name for name, _ in hub.requests] == ["fernando.tar"] * 2
+
+
+def test_damaged_bytes_never_get_the_name_of_the_file(hub, tmp_path):
+    hub.put("dome272/stable-cascade", "fernando.tar", content(0))
+    hub.hashes["/dome272/stable-cascade/resolve/main/fernando.tar"] = hashlib.sha256(content(1)).hexdigest()
+    code, _, errors = run(hub, tmp_path, "example-dataset")
+    assert code == 1
+    assert "fernando.tar arrived damaged (SHA-256" in errors
+    assert downloaded(tmp_path) == {}
+
+
+def test_mistakes_and_missing_networks_are_named(hub, tmp_path):
+    cases = [
+        (hub, ["huge-big"], r"'huge-big' is unknown; write any of essential, big-big, .*bfloat16"),
+        (hub, ["float32"], r"nothing to download is named; write any of essential"),
+        (hub, ["big-big", "bf16", "fp32"], r"write one of them"),
+        (hub, ["essential"], r"has no effnet_encoder\.safetensors in stabilityai/stable-cascade"),
+        ("http://127.0.0.1:9", ["essential"], r"can't reach 127\.0\.0\.1:9 .*set HF_ENDPOINT to a mirror"),
+    ]
+    for endpoint, words, message in cases:
+        code, _, errors = run(endpoint, tmp_path, *words)
+        assert code == 1
+        assert re.search(message, errors.replace("\n", " ")), errors
+        assert "Traceback" not in errors
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    script = runpy.run_path(str(SCRIPT))
+    file = script["RemoteFile"]("a/b", "fernando.tar", "http://nowhere", 10**18, "0" * 64)
+    with pytest.raises(script["DownloadError"], match=r"1000000000\.0 GB are to be downloaded, but .* GB free"):
+        script["_check_space"]([file], tmp_path / "models")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(script["DownloadError"], match=r"the disk of .* is full; free some space"):
+        script["fetch"](file, tmp_path)

@@ -1,0 +1,67 @@
+"""The scorer of benchmarks/learning.py reads pictures as people do."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+
+from benchmarks.learning import find, score
+from tools.demo_scenes import COLOURS, POSITIONS, SHAPES, UNSEEN_PAIRS, Scene, captioned_scene, describe, render
+
+ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+
+
+def shrunk(picture: np.ndarray) -> np.ndarray:
+    """As small and soft as a preview: half the size, then blurred."""
+    return cv2.GaussianBlur(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), (0, 0), 1.6)
+
+
+@pytest.mark.parametrize(
+    ("view", "least"), [(lambda picture: picture, 0.995), (shrunk, 0.98)], ids=["sharp", "preview"]
+)
+def test_the_scorer_recognises_true_pictures(view, least):
+    rng = np.random.default_rng(11)
+    results = []
+    for _ in range(200):
+        scene, text = captioned_scene(rng, ALL_PAIRS)
+        results.append(score(view(render(scene)), describe(text)))
+    for attribute in ("colour", "position", "shape", "count"):
+        assert np.mean([result[attribute] for result in results]) >= least, attribute
+
+
+def test_the_scorer_sees_what_is_wrong():
+    rng = np.random.default_rng(12)
+    for _ in range(60):
+        scene, text = captioned_scene(rng)
+        wanted = describe(text)
+        other = {
+            "colour": next(colour for colour in COLOURS if colour != scene.colour),
+            "position": next(position for position in POSITIONS if position != scene.position),
+            "shape": next(shape for shape in SHAPES if shape != scene.shape),
+        }
+        for attribute, value in other.items():
+            result = score(render(replace(scene, count=1, **{attribute: value})), wanted | {"count": 1})
+            assert not result.pop(attribute)
+            assert all(result.values())
+
+
+def test_one_colour_shape_pair_is_not_another():
+    for colour, shape in sorted(UNSEEN_PAIRS):
+        found = find(render(Scene(shape, colour, "centre", background="checker")))
+        assert (found.colour, found.shape, found.position, found.count) == (colour, shape, "centre", 1)
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_an_empty_picture_shows_nothing(value):
+    result = score(
+        np.full((64, 64, 3), value, np.uint8), {"colour": "red", "shape": "star", "position": "left", "count": 1}
+    )
+    assert result == dict.fromkeys(("colour", "shape", "position", "count"), False)
+
+
+def test_noise_shows_no_shape_that_was_asked_for():
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(20)]
+    both = [score(picture, {"shape": "star", "colour": "red", "position": "left"}) for picture in pictures]
+    assert np.mean([all(result.values()) for result in both]) < 0.1

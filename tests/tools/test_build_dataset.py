@@ -1,0 +1,188 @@
+import csv
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from tests.warpcore.data.tars import picture
+from tools.build_dataset import build_dataset, main, parse_bytes
+from warpcore.data.catalog import MANIFEST_NAME, open_catalog
+from warpcore.data.index import INDEX_SUFFIX, read_rows
+from warpcore.data.shards import resolve_sources
+from warpcore.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    files = {
+        "a.jpg": picture(),
+        "a.txt": b"a bear",
+        "a.json": b'{"score": 5}',
+        "nested/B.JPEG": picture(20, 10),
+        "nested/B.TXT": b"a cat\n",
+        "nested/c.v1.png": picture(8, 8, "PNG"),
+        "nested/c_v1.webp": picture(30, 30, "WEBP"),
+        "same.png": picture(kind="PNG"),
+        "same.jpg": picture(),
+        "cut.jpg": picture(200, 200)[:-2000],
+        "empty.png": b"",
+        "fake.jpg": b"text",
+        "latin.jpg": picture(),
+        "latin.txt": b"\xfcber",
+        "broken.jpg": picture(),
+        "broken.json": b"{",
+        "notes.md": b"",
+        ".hidden/x.jpg": picture(),
+        "._a.jpg": b"",
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def samples_of(out: Path) -> dict[str, dict]:
+    """What webdataset reads."""
+    urls = sorted(str(path) for path in out.glob("*.tar"))
+    return {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+
+
+def test_pictures_become_samples_with_what_belongs_to_them(folder, tmp_path):
+    report = build_dataset(folder, tmp_path / "out")
+    samples = samples_of(tmp_path / "out")
+    assert set(samples) == {"a", "nested/B", "nested/c_v1", "nested/c_v1_2", "same"}
+    assert samples["a"]["jpg"] == (folder / "a.jpg").read_bytes()
+    assert (samples["a"]["txt"], samples["a"]["json"]) == (b"a bear", b'{"score": 5}')
+    assert samples["nested/B"]["jpeg"] == picture(20, 10)
+    assert samples["nested/B"]["txt"] == b"a cat\n"
+    assert "jpg" in samples["same"]
+    assert sorted(report.sizes) == [(8, 8), (16, 12), (16, 12), (20, 10), (30, 30)]
+
+
+def test_what_is_skipped_is_told_with_the_reason(folder, tmp_path, capsys):
+    main([str(folder), str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    for line in (
+        "kept 5 pictures in 1 tars",
+        "3 have no .txt",
+        "skipped 6",
+        "1 of the same name as another picture (same): same.png",
+        "1 empty file: empty.png",
+        "1 unreadable (cannot identify image file): fake.jpg",
+        "1 caption is not UTF-8: latin.jpg",
+        "1 .json is not JSON: broken.jpg",
+        "megapixels: smallest 0.00",
+    ):
+        assert line in told
+    assert ": cut.jpg" in told
+    histogram = {line.split()[0]: int(line.split()[1]) for line in told.splitlines() if line.endswith("#")}
+    assert histogram == {"1:1": 2, "4:3": 2, "16:9": 1}
+
+
+def test_the_tars_come_with_an_index_and_a_manifest(folder, tmp_path):
+    out = tmp_path / "out"
+    build_dataset(folder, out, samples_per_shard=2)
+    assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
+    assert len(list(out.glob(f"*{INDEX_SUFFIX}"))) == 3
+    assert (out / MANIFEST_NAME).exists()
+    catalog = open_catalog(resolve_sources(str(out)))
+    rows = [row for number in range(3) for row in read_rows(catalog.shard(number)).to_pylist()]
+    assert {row["key"]: (row["width"], row["height"]) for row in rows}["nested/B"] == (20, 10)
+    assert catalog.rows.tolist() == [2, 2, 1]
+
+
+def test_the_same_folder_gives_the_same_bytes(folder, tmp_path):
+    digests = []
+    for name in ("one", "two"):
+        build_dataset(folder, tmp_path / name, samples_per_shard=2)
+        digests.append(
+            [hashlib.sha256(path.read_bytes()).digest() for path in sorted((tmp_path / name).glob("*.tar"))]
+        )
+        (folder / "a.jpg").touch()
+    assert digests[0] == digests[1]
+
+
+def test_shards_can_be_bounded_by_size(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.jpg").write_bytes(picture(64, 64))
+    build_dataset(folder, tmp_path / "out", shard_size_bytes=20_000)
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert len(sizes) > 3
+    assert all(20_000 <= size < 40_000 for size in sizes[:-1])
+
+
+def test_captions_come_from_metadata_where_there_is_no_txt(folder, tmp_path):
+    lines = [
+        {"file_name": "a.jpg", "text": "not taken", "extra": 1, "score": 7},
+        {"file_name": "nested/c.v1.png", "text": "a square", "score": 3},
+        {"file_name": "gone.png", "text": "x"},
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with (folder / "nested/metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "caption", "score", "note"], ["c_v1.webp", "a disc", "2.5", ""]])
+    report = build_dataset(folder, tmp_path / "out")
+    samples = samples_of(tmp_path / "out")
+    assert samples["a"]["txt"] == b"a bear"
+    assert json.loads(samples["a"]["json"]) == {"extra": 1, "score": 5}
+    assert samples["nested/c_v1"]["txt"] == b"a square"
+    assert samples["nested/c_v1_2"]["txt"] == b"a disc"
+    assert json.loads(samples["nested/c_v1_2"]["json"]) == {"score": 2.5}
+    assert [Path(name).name for name in report.skipped["in the metadata but not in the folder"]] == ["gone.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metadata.jsonl", '{"text": "x"}', "line 1: no file_name; it has: text"),
+        ("metadata.jsonl", '\n{"file_name"', "line 2 is not JSON"),
+        ("metadata.csv", "url,text\nx,y\n", "line 2: no file_name; it has: url, text"),
+    ],
+)
+def test_a_metadata_file_of_another_form_is_explained(folder, tmp_path, name, text, message):
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        build_dataset(folder, tmp_path / "out")
+
+
+def test_a_folder_that_holds_something_is_not_overwritten_unasked(folder, tmp_path):
+    out = tmp_path / "out"
+    build_dataset(folder, out, samples_per_shard=1)
+    (out / "keep.txt").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        build_dataset(folder, out)
+    build_dataset(folder, out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "00000.tar",
+        f"00000.tar{INDEX_SUFFIX}",
+        MANIFEST_NAME,
+        "keep.txt",
+    ]
+
+
+def test_a_folder_without_usable_pictures_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no usable picture"):
+        build_dataset(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(UserError, match="not a folder"):
+        build_dataset(tmp_path / "nowhere", tmp_path / "out2")
+
+
+def test_sizes_are_written_as_people_write_them():
+    assert [parse_bytes(text) for text in ("500MB", "2 GB", "1.5k", "7")] == [500_000_000, 2_000_000_000, 1500, 7]
+
+
+def test_a_killed_build_leaves_no_tar_under_its_final_name(folder, tmp_path, monkeypatch):
+    def fail(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tarfile.TarFile, "close", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(folder, tmp_path / "out")
+    assert list((tmp_path / "out").glob("*.tar")) == []

@@ -1,0 +1,59 @@
+"""The tower trainer: it learns, and leaves files that load by themselves."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from modules.clip import image_tower, text_tower
+from tests.warpcore.runs import train_here
+from train.train_towers import TowersConfig, TrainTowers
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return {
+        "experiment_id": "towers", "checkpoint_path": str(tmp_path),
+        "webdataset_path": str(colours(tmp_path / "a.tar")),
+        "updates": 60, "save_every": 60, "batch_size": 4, "image_size": 16, "num_workers": 0, "device": "cpu",
+        "lr": 0.005, "words": ["a", "picture", *COLOURS], "tower_width": 16, "tower_heads": 2, "text_length": 6,
+        "text_layers": 1, "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
+    }  # fmt: skip
+
+
+def colours(path: Path) -> Path:
+    """A tar of four pictures, each of one colour, with its caption."""
+    with tarfile.open(path, "w") as tar:
+        for name, colour in COLOURS.items():
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
+            for extension, data in {"png": buffer.getvalue(), "txt": f"a {name} picture".encode()}.items():
+                info = tarfile.TarInfo(f"{name}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_pictures_find_their_captions_with_the_towers_that_a_run_leaves(settings):
+    status, lines = train_here(settings, TrainTowers, TowersConfig)
+    assert status == 0
+    assert lines[-1]["loss"] < 0.3 < lines[0]["loss"]
+    folder = Path(settings["checkpoint_path"]) / "towers"
+    assert (folder / "text_tower.safetensors").stat().st_size < 200_000
+    text = text_tower(path=folder / "text_tower.safetensors", dtype=torch.float32)
+    image = image_tower(path=folder / "image_tower.safetensors", dtype=torch.float32)
+    captions = text.encode(*text.tokenize([f"a {name} picture" for name in COLOURS]))[1]
+    pictures = torch.tensor(list(COLOURS.values()))[:, :, None, None].expand(-1, -1, 16, 16) / 255
+    similarities = torch.cosine_similarity(image.encode(pictures)[:, None], captions[None], dim=-1)
+    assert similarities.argmax(dim=1).tolist() == [0, 1, 2, 3]
+
+
+def test_unknown_words_are_one_word(settings):
+    tower = TrainTowers(TowersConfig(**settings)).build()["text"]
+    ids, _ = tower.tokenize(["a red elephant", "a red giraffe"])
+    assert torch.equal(*ids)

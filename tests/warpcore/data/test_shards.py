@@ -1,0 +1,138 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.warpcore.data.tars import write_shard
+from warpcore.data import storage
+from warpcore.data.shards import expand_braces, resolve_sources
+from warpcore.data.storage import ChangedShardError, read_ranges
+from warpcore.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    for name in ("00000", "00001", "00002", "more/00003"):
+        path = tmp_path / f"data/{name}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_shard(path, 1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(webdataset_path: object, folder: Path) -> list[tuple[float, list[str]]]:
+    sources = resolve_sources(webdataset_path)
+    base = str(folder / "data") + "/"
+    return [(source.weight, [shard.url.removeprefix(base) for shard in source.shards]) for source in sources]
+
+
+ALL = ["00000.tar", "00001.tar", "00002.tar", "more/00003.tar"]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("data/00001.tar", ["00001.tar"]),
+        ("file:{folder}/data/00001.tar", ["00001.tar"]),
+        ("file://{folder}/data/00001.tar", ["00001.tar"]),
+        ("data", ALL),
+        ("data/", ALL),
+        ("data/*.tar", ALL[:3]),
+        ("data/**/*.tar", ALL),
+        ("data/0000[12].tar", ALL[1:3]),
+        ("data/{{00000..00002}}.tar", ALL[:3]),
+        ("data/{{00000,more/00003}}.tar", [ALL[0], ALL[3]]),
+        ("data/{{more,.}}/*.tar", ALL),
+    ],
+)
+def test_every_way_of_naming_tars_finds_them_in_order(folder, path, expected):
+    assert names(path.format(folder=folder), folder) == [(1.0, expected)]
+
+
+def test_lists_and_weights_make_sources(folder):
+    path = ["data/00000.tar", {"path": ["data/00001.tar", "data/more"], "weight": 0.5}]
+    expected = [(1.0, ["00000.tar"]), (0.5, ["00001.tar"]), (0.5, ["more/00003.tar"])]
+    assert names(path, folder) == expected
+
+
+def test_a_yml_holds_the_list_and_its_paths_start_at_its_folder(folder, monkeypatch):
+    (folder / "data/sets.yml").write_text("- 00000.tar\n- {path: more, weight: 2}\n")
+    monkeypatch.chdir("/")
+    assert names(str(folder / "data/sets.yml"), folder) == [(1.0, ["00000.tar"]), (2.0, ["more/00003.tar"])]
+
+
+def test_size_and_time_identify_a_shard(folder):
+    (shard,) = resolve_sources("data/00000.tar")[0].shards
+    status = os.stat("data/00000.tar")
+    assert (shard.size_bytes, shard.etag) == (status.st_size, f"mtime-{status.st_mtime_ns}")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("data/0000.tar", "no such tar.*data/0000.tar.*Near it: .*data/00000.tar"),
+        ("dta/00000.tar", "Near it: .*data"),
+        ("data/*9.tar", "matches nothing"),
+        ("data/{00000..00009}.tar", "data/00003.tar.* and 4 more of 10"),
+        ("sets.yml", "there is no .*sets.yml"),
+        (["data/00000.tar", "data/*.tar"], r"00000.tar twice \(entries 1 and 2\).*weight: 2"),
+        ({"path": "data", "weight": 0}, "a number above 0, found 0"),
+        ({"path": "data", "wieght": 2}, "expected {path"),
+        (5, "found 5"),
+        ([], "names no tar"),
+        ("pipe:cat data/00000.tar", "commands are never run"),
+        ("s3://bucket/00000.tar", "s3: URLs.*copy the tars"),
+        ("https://host/00000.tar", "https: URLs"),
+        ("data/{0..99999999}.tar", "stands for 100000000 paths"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_explained(folder, path, message):
+    with pytest.raises(UserError, match=message):
+        resolve_sources(path)
+
+
+def test_a_folder_without_tars_and_a_compressed_tar_are_explained(folder):
+    (folder / "empty").mkdir()
+    (folder / "data.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds no \.tar"):
+        resolve_sources("empty")
+    with pytest.raises(UserError, match="compressed"):
+        resolve_sources("data.tar.gz")
+
+
+def test_a_missing_tar_is_a_file_not_found_error_too(folder):
+    with pytest.raises(FileNotFoundError):
+        resolve_sources("nowhere.tar")
+
+
+def test_brace_ranges_keep_leading_zeros_only():
+    assert list(expand_braces("a{08..11}b{x,y}{z}"))[:3] == ["a08bx{z}", "a08by{z}", "a09bx{z}"]
+    assert list(expand_braces("{8..11}")) == ["8", "9", "10", "11"]
+
+
+def test_ranges_are_read_exactly(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(bytes(range(100)))
+    assert read_ranges(str(path), [(90, 10), (0, 2), (5, 0)]) == [bytes(range(90, 100)), b"\0\1", b""]
+    with pytest.raises(ChangedShardError, match="ends before byte 101"):
+        read_ranges(str(path), [(95, 6)])
+
+
+def test_a_passing_io_fault_is_tried_again_and_a_lasting_one_raised(tmp_path, monkeypatch):
+    calls = []
+
+    class Flaky(storage.LocalStorage):
+        def read_ranges(self, url, ranges):
+            calls.append(url)
+            if len(calls) < 3 or "dead" in url:
+                raise OSError("fault")
+            return super().read_ranges(url, ranges)
+
+    monkeypatch.setitem(storage._STORAGES, "file", Flaky)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"abc")
+    assert read_ranges(str(path), [(0, 3)]) == [b"abc"]
+    with pytest.raises(OSError, match="fault"):
+        read_ranges(str(tmp_path / "dead.tar"), [(0, 1)])
+    assert len(calls) == 6

@@ -1,0 +1,130 @@
+"""Configuration: understood where it can be, refused with the fix named where it cannot."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cascade.config import CascadeConfig
+from warpcore.config import Config, ConfigError, describe, dump_config, load_config, make_config
+from warpcore.feed import split_batch
+
+GIVEN = {
+    "experiment_id": "test", "checkpoint_path": "runs", "updates": 10, "batch_size": 8, "webdataset_path": "a.tar",
+}  # fmt: skip
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "training").glob("*.yaml"))
+
+
+def refusal(**changes) -> str:
+    with pytest.raises(ConfigError) as error:
+        make_config(Config, GIVEN | changes)
+    return str(error.value)
+
+
+def test_the_file_is_read_and_the_command_line_overrides_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(GIVEN) + "lr: 1e-4\nmulti_aspect_ratio: [1/1, 9/16, 16:9]\ncaptions_getter: [txt, identity]\n"
+    )
+    config = load_config(Config, [str(path), "lr=3e-5", "grad_norm_groups.qk=in_proj_weight\\.(q|k)"])
+    assert config.lr == 3e-5
+    assert config.multi_aspect_ratio == [1.0, 9 / 16, 16 / 9]
+    assert config.captions_getter == ("txt", "identity")
+    assert config.grad_norm_groups == {"qk": "in_proj_weight\\.(q|k)"}
+
+
+def test_yaml_text_that_looks_like_a_number_is_one():
+    assert make_config(Config, GIVEN | {"lr": "1e-4"}).lr == 1e-4
+
+
+def test_the_resolved_config_reads_back_equal():
+    config = make_config(CascadeConfig, GIVEN | {"dataset_filters": [[["width", "height"], "lambda w, h: w > h"]]})
+    assert make_config(CascadeConfig, yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_sise": 4}, ["batch_sise", "batch_size?"]),
+        ({"updates": "ten"}, ["updates", "'ten'", "integer"]),
+        ({"batch_size": True}, ["batch_size", "number"]),
+        ({"lr": -1}, ["lr", "-1", "larger than 0"]),
+        ({"optimizer": "sgd"}, ["optimizer", "'sgd'", "adamw"]),
+        (
+            {"validation_path": "b.tar", "validation_samples": 3},
+            ["validation_path", "validation_samples", "remove one"],
+        ),
+        ({"multi_aspect_ratio": ["1/0"]}, ["multi_aspect_ratio", "1/0"]),
+        ({"updates": 0}, ["updates", "at least 1"]),
+    ],
+)
+def test_a_mistake_names_the_key_what_was_found_and_what_to_write(changes, words):
+    message = refusal(**changes)
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_file_and_a_missing_key_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        load_config(Config, [str(tmp_path / "nowhere.yaml")])
+    with pytest.raises(ConfigError, match="experiment_id: this key is required"):
+        load_config(Config, ["updates=3"])
+
+
+def test_help_prints_every_key_with_its_sentence(capsys):
+    with pytest.raises(SystemExit):
+        load_config(CascadeConfig, ["--help"])
+    printed = capsys.readouterr().out
+    for name, _, _, sentence in describe(CascadeConfig):
+        assert sentence.endswith("."), f"{name} has no sentence"
+        assert f"{name} (" in printed
+        assert sentence in printed
+
+
+def test_the_keys_of_the_public_training_configs_load():
+    public = GIVEN | {
+        "output_path": "out", "model_version": "3.6B", "wandb_project": "p", "wandb_entity": "e", "lr": 1e-4,
+        "image_size": 768, "multi_aspect_ratio": ["1/1", "1/2", "2/3", "9/16"], "grad_accum_steps": 1,
+        "backup_every": 20000, "save_every": 2000, "warmup_updates": 1, "use_fsdp": True, "ema_start_iters": 5000,
+        "ema_iters": 100, "ema_beta": 0.9, "adaptive_loss_weight": True, "bucketeer_random_ratio": 0.05,
+        "webdataset_path": ["s3://bucket/first/{00000..00041}.tar", "file:/data/b.tar"],
+        "effnet_checkpoint_path": "models/effnet_encoder.safetensors",
+        "previewer_checkpoint_path": "models/previewer.safetensors",
+        "generator_checkpoint_path": "models/stage_c_bf16.safetensors",
+        "dataset_filters": [["aesthetic_score", "lambda s: s > 4.5"]], "captions_getter": ["json", "lambda j: j['a']"],
+        "clip_image_model_name": "openai/clip-vit-large-patch14", "dtype": "bfloat16", "allow_tf32": True,
+        "clip_text_model_name": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    }  # fmt: skip
+    assert make_config(CascadeConfig, public).multi_aspect_ratio[1] == 0.5
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p.stem.startswith(("finetune_c", "quickstart_c"))], ids=lambda p: p.stem
+)
+def test_every_shipped_config_of_stage_c_loads(path):
+    load_config(CascadeConfig, [str(path)])
+
+
+def split(num_processes=1, saved=None, **keys):
+    return split_batch(make_config(Config, GIVEN | keys), num_processes, saved)
+
+
+def test_accumulation_follows_from_the_batch_sizes():
+    assert split() == (8, 1)
+    assert split(grad_accum_steps=4) == (2, 4)
+    assert split(micro_batch_size=2) == (2, 4)
+    assert split(num_processes=2, micro_batch_size=2) == (2, 2)
+    assert split(num_processes=2, saved={"micro_batch_size": 1}) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "keys", "words"),
+    [
+        (3, {}, ["batch_size 8", "3 processes", "6 or 9"]),
+        (1, {"micro_batch_size": 3}, ["micro_batch_size 3", "1 or 2 or 4 or 8"]),
+        (2, {"micro_batch_size": 2, "grad_accum_steps": 4}, ["grad_accum_steps 4", "= 2", "remove"]),
+    ],
+)
+def test_a_batch_that_does_not_divide_says_what_would(num_processes, keys, words):
+    with pytest.raises(ValueError, match="batch_size") as error:
+        split(num_processes, **keys)
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,211 @@
+"""The engine, through a tiny use case: exact repetition, exact resuming, and what happens when things go wrong."""
+
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.warpcore.runs import (
+    finish,
+    load_weights,
+    numbers,
+    read_metrics,
+    signal_at,
+    start,
+    tiny_settings,
+    torchrun,
+    train_here,
+    write_shard,
+)
+from warpcore.core import STOPPED_EARLY
+from warpcore.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> Path:
+    return write_shard(tmp_path_factory.mktemp("data") / "a.tar", 10)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shard, tmp_path_factory) -> list[tuple]:
+    """Metrics of a run that nothing disturbs, in a process of its own (one thread, as the disturbed ones)."""
+    settings = tiny_settings(tmp_path_factory.mktemp("whole"), shard, validation_samples=3)
+    status, output = finish(start(settings))
+    assert status == 0, output
+    return numbers(read_metrics(settings))
+
+
+def test_runs_with_the_same_seed_are_identical_and_others_are_not(shard, tmp_path):
+    first, second, other = (
+        numbers(train_here(tiny_settings(tmp_path / name, shard, seed=seed))[1])
+        for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert first == second
+    assert first != other
+    assert len(first) == 12
+
+
+@pytest.mark.parametrize("killed_at", [1, 5, 9])
+def test_a_run_killed_at_any_update_goes_on_bit_for_bit(shard, uninterrupted, tmp_path, killed_at):
+    settings = tiny_settings(tmp_path, shard, validation_samples=3)
+    process = start(settings)
+    signal_at(process, settings, killed_at, signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    status, output = finish(start(settings))
+    assert status == 0, output
+    assert numbers(read_metrics(settings)) == uninterrupted
+
+
+def test_sigterm_finishes_the_update_saves_and_asks_to_be_started_again(shard, uninterrupted, tmp_path):
+    settings = tiny_settings(tmp_path, shard, validation_samples=3, save_every=100)
+    process = start(settings)
+    signal_at(process, settings, 3, signal.SIGTERM)
+    status, output = finish(process)
+    assert status == STOPPED_EARLY, output
+    assert 3 <= len(read_metrics(settings)) < 12
+    assert finish(start(settings))[0] == 0
+    losses = [dict(line)["loss"] for line in numbers(read_metrics(settings))]
+    assert losses == [dict(line)["loss"] for line in uninterrupted]
+
+
+@pytest.mark.parametrize("optimizer", ["schedulefree", "muon", "adafactor"])
+def test_every_optimizer_resumes_exactly(shard, tmp_path, optimizer):
+    whole = tiny_settings(tmp_path / "whole", shard, optimizer=optimizer, validation_samples=2)
+    parts = tiny_settings(tmp_path / "parts", shard, optimizer=optimizer, validation_samples=2)
+    train_here(whole)
+    train_here(parts | {"updates": 8})
+    train_here(parts)
+    assert numbers(read_metrics(parts)) == numbers(read_metrics(whole))
+
+
+def test_accumulation_does_not_change_the_updates(shard, tmp_path):
+    losses = {}
+    for micro in (1, 2, 8):
+        settings = tiny_settings(tmp_path / str(micro), shard, batch_size=8, micro_batch_size=micro, dropout=0.0)
+        lines = train_here(settings)[1]
+        losses[micro] = torch.tensor([line["raw_loss"] for line in lines])
+        hashes = [line["samples_hash"] for line in lines]
+        assert len(set(hashes)) == len(hashes)
+        losses.setdefault("hashes", hashes)
+        assert hashes == losses["hashes"]
+    torch.testing.assert_close(losses[1], losses[8], rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses[2], losses[8], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_fsdp", [False, True])
+def test_two_processes_make_the_updates_of_one(shard, tmp_path, use_fsdp):
+    """With resuming in between, from two processes to one."""
+    one = tiny_settings(tmp_path / "one", shard, micro_batch_size=2, dropout=0.0, validation_samples=3)
+    two = tiny_settings(
+        tmp_path / "two", shard, micro_batch_size=2, dropout=0.0, validation_samples=3, use_fsdp=use_fsdp
+    )
+    train_here(one)
+    status, output = finish(start(two | {"updates": 8}, launcher=torchrun(2)))
+    assert status == 0, output
+    train_here(two)
+    for ours, theirs in zip(read_metrics(two), read_metrics(one), strict=True):
+        assert ours["samples_hash"] == theirs["samples_hash"]
+        for name in ("loss", "raw_loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
+    assert read_metrics(two)[3]["validation_loss_ema"] == pytest.approx(
+        read_metrics(one)[3]["validation_loss_ema"], abs=1e-5
+    )
+
+
+def test_a_run_leaves_weights_samples_and_records(shard, tmp_path):
+    settings = tiny_settings(tmp_path, shard, validation_samples=3, backup_every=4, tensorboard=True)
+    train_here(settings)
+    folder = tmp_path / "tiny"
+    assert sorted(p.name for p in (folder / "state").iterdir()) == ["00000008", "00000012"]
+    assert sorted(p.name for p in (folder / "backups").iterdir()) == ["00000004", "00000008", "00000012"]
+    assert (folder / "samples" / "00000012.png").stat().st_size > 0
+    assert load_weights(settings).keys() == load_weights(settings, "generator_ema").keys()
+    assert not torch.equal(load_weights(settings)["0.weight"], load_weights(settings, "generator_ema")["0.weight"])
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_many_in_a_row_stop_the_run(shard, tmp_path):
+    settings = tiny_settings(tmp_path, shard, break_update=6, max_nonfinite_updates=3, save_every=6, ema_iters=1)
+    with pytest.raises(UserError, match="max_nonfinite_updates"):
+        train_here(settings)
+    lines = read_metrics(settings)
+    assert [line["loss"] is None for line in lines] == [False] * 6 + [True] * 3
+    repaired = tiny_settings(tmp_path, shard, save_every=6, ema_iters=1)
+    assert train_here(repaired)[0] == 0
+    whole = tiny_settings(tmp_path / "whole", shard, save_every=6, ema_iters=1)
+    assert numbers(train_here(whole)[1]) == numbers(read_metrics(repaired))
+
+
+def test_a_skipped_update_leaves_weights_and_average_alone(shard, tmp_path):
+    settings = tiny_settings(tmp_path, shard, updates=6, save_every=6)
+    train_here(settings)
+    before = [load_weights(settings), load_weights(settings, "generator_ema")]
+    train_here(settings | {"updates": 8, "break_update": 6})
+    after = [load_weights(settings), load_weights(settings, "generator_ema")]
+    for old, new in zip(before, after, strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(shard, tmp_path):
+    settings = tiny_settings(tmp_path, shard, updates=8, width=64)
+    train_here(settings)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not save update 12 .*(?s:.*)update 8 is whole"):
+            train_here(settings | {"updates": 12})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(p.name for p in (tmp_path / "tiny" / "state").iterdir()) == ["00000004", "00000008"]
+    assert train_here(settings | {"updates": 12})[0] == 0
+
+
+def test_a_checkpoint_of_another_model_is_refused(shard, tmp_path):
+    settings = tiny_settings(tmp_path, shard, updates=4)
+    train_here(settings)
+    with pytest.raises(UserError, match=r"of another model: network/generator/0.* is \(8, .* in the checkpoint"):
+        train_here(settings | {"updates": 8, "width": 9})
+
+
+def test_edited_data_and_filters_are_refused_on_resume_or_start_a_new_epoch(tmp_path):
+    data = tmp_path / "data"
+    write_shard(data / "a.tar", 6)
+    settings = tiny_settings(tmp_path, data, updates=4)
+    train_here(settings)
+    settings["updates"] = 8
+    with pytest.raises(UserError, match=r"dataset_filters"):
+        train_here(settings | {"dataset_filters": [["score", "lambda s: s < 5"]]})
+    write_shard(data / "b.tar", 2, first=50)
+    with pytest.raises(UserError, match=r"b\.tar"):
+        train_here(settings)
+    assert train_here(settings | {"on_data_change": "new_epoch"})[0] == 0
+    assert [line["update"] for line in read_metrics(settings)] == list(range(1, 9))
+
+
+def test_two_runs_cannot_write_one_experiment(shard, tmp_path):
+    settings = tiny_settings(tmp_path, shard, updates=100000)
+    process = start(settings)
+    try:
+        signal_at(process, settings, 1, signal.SIGCONT)
+        with pytest.raises(UserError, match=rf"another run \(process {process.pid} "):
+            train_here(settings)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_checkpoint_that_asks_for_code_is_refused(shard, tmp_path):
+    import pickle
+
+    class Attack:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    settings = tiny_settings(tmp_path, shard, updates=4)
+    train_here(settings)
+    (tmp_path / "tiny" / "state" / "00000004" / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(UserError, match=r"asks for (posix|os)\.system"):
+        train_here(settings | {"updates": 8})

@@ -1,0 +1,347 @@
+"""Optimizers: resuming, skipping, learning rates and gradient norms."""
+
+import importlib.util
+import json
+import math
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from warpcore import optim
+
+SHARDED = [name for name in optim.OPTIMIZERS if optim.supports_dtensor(name)]
+PLAIN = ["adamw", "adafactor", "schedulefree", "muon"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        # No bias: softmax doesn't see that of the keys, so its gradient is rounding noise, which AdamW blows up.
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 601)  # large enough for 8 bits; no two processes hold equal shares
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        tokens = self.norm(tokens + self.attention(tokens, tokens, tokens)[0])
+        return self.head(tokens)
+
+
+def make(name, **settings):
+    torch.manual_seed(0)
+    net = Net()
+    return net, build(name, net, **settings)
+
+
+def build(name, net, **settings):
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    groups = [{"params": list(parameters), "param_names": list(names)}]
+    optimizers = optim.build_optimizers(name, groups, lr=1e-2, **{"weight_decay": 0.1, **settings})
+    optim.train_mode(optimizers)
+    return optimizers
+
+
+def train(net, optimizers, updates, found_inf=0.0):
+    for update in updates:
+        x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(update))
+        for parameter in net.parameters():
+            parameter.grad = None
+        net(x).square().mean().backward()
+        optim.set_lr(optimizers, 1e-2 / update)
+        optim.step(optimizers, torch.tensor(found_inf))
+
+
+def weights(net):
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+def assert_identical(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+with_8_bits = pytest.param(
+    "adamw8bit", marks=pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
+)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, with_8_bits])
+def test_a_resumed_optimizer_trains_on_bit_for_bit(name, tmp_path):
+    net, optimizers = make(name)
+    train(net, optimizers, range(1, 4))
+    tensors, rest = optim.optimizer_state(optimizers)
+    torch.save((tensors, weights(net)), tmp_path / "state.pt")
+    rest = json.loads(json.dumps(rest))
+    train(net, optimizers, range(4, 7))
+
+    tensors, saved_weights = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed, again = make(name)
+    resumed.load_state_dict(saved_weights)
+    own = optim.allocate_optimizer_state(again, {key: (t.shape, t.dtype) for key, t in tensors.items()})
+    assert_identical(weights(resumed), saved_weights)  # allocating must not move the weights
+    assert own.keys() == tensors.keys()
+    assert not any("unused" in key for key in own)
+    optim.load_optimizer_state(again, tensors, rest)
+    assert_identical(optim.optimizer_state(again)[0], tensors)
+    train(resumed, again, range(4, 7))
+    assert_identical(weights(resumed), weights(net))
+    assert_identical(optim.optimizer_state(again)[0], optim.optimizer_state(optimizers)[0])
+    optim.eval_mode(optimizers)
+    optim.eval_mode(again)
+    assert_identical(weights(resumed), weights(net))
+
+
+def test_looking_at_the_weights_for_use_does_not_change_training():
+    net, optimizers = make("schedulefree")
+    train(net, optimizers, [1, 2, 3])
+    before = weights(net)
+    for _ in range(2):
+        optim.eval_mode(optimizers)
+        optim.eval_mode(optimizers)
+        assert not torch.equal(net.head.weight, before["head.weight"])
+        optim.train_mode(optimizers)
+        assert_identical(weights(net), before)
+
+
+def test_a_resumed_run_follows_its_config_not_the_checkpoint():
+    net, optimizers = make("adamw", weight_decay=0.1)
+    train(net, optimizers, [1])
+    state = optim.optimizer_state(optimizers)
+    _, again = make("adamw", weight_decay=0.5)
+    optim.load_optimizer_state(again, *state)
+    assert {group["weight_decay"] for group in again[0].param_groups} == {0.5, 0.0}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_step_on_non_finite_gradients_changes_nothing(name):
+    net, optimizers = make(name)
+    train(net, optimizers, [1, 2])
+    before, state = weights(net), {k: t.clone() for k, t in optim.optimizer_state(optimizers)[0].items()}
+    for parameter in net.parameters():
+        parameter.grad = None if parameter.grad is None else torch.full_like(parameter, math.nan)
+    optim.step(optimizers, torch.tensor(3.0))
+    assert_identical(weights(net), before)
+    assert_identical(optim.optimizer_state(optimizers)[0], state)
+    train(net, optimizers, [3])
+    assert not torch.equal(net.head.weight, before["head.weight"])
+
+
+def test_adamw_never_reads_the_flag_on_the_host(monkeypatch):
+    net, optimizers = make("adamw")
+
+    def read(_):
+        raise AssertionError("host read")
+
+    monkeypatch.setattr(torch.Tensor, "item", read)
+    train(net, optimizers, [1])
+
+
+def test_adamw_equals_a_step_written_by_hand():
+    net, optimizers = make("adamw", betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
+    before = weights(net)
+    train(net, optimizers, [1])
+    for name, parameter in net.named_parameters():
+        if parameter.grad is None:
+            assert torch.equal(parameter, before[name])
+            continue
+        decay = 0.1 if parameter.ndim >= 2 else 0.0
+        expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * parameter.grad / (parameter.grad.abs() + 1e-6)
+        torch.testing.assert_close(parameter.detach(), expected, atol=2e-6, rtol=0)
+
+
+def test_muon_gets_hidden_matrices_and_adamw_everything_else():
+    _, (muon, adamw) = make("muon")
+    taken = {name for group in muon.param_groups for name in group["param_names"]}
+    assert taken == {"attention.in_proj_weight", "attention.out_proj.weight", "head.weight", "unused.weight"}
+    assert "conv.weight" in {name for group in adamw.param_groups for name in group["param_names"]}
+
+
+def test_groups_keep_their_rate_relative_to_the_run():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2))
+    optimizers = optim.build_optimizers(
+        "adamw",
+        [{"params": [a], "param_names": ["a"]}, {"params": [b], "param_names": ["b"], "lr_scale": 0.5}],
+        lr=1.0,
+    )
+    optim.set_lr(optimizers, 0.2)
+    rates = {group["param_names"][0]: group["lr"] for group in optimizers[0].param_groups}
+    assert rates == {"a": 0.2, "b": 0.1}
+
+
+def test_a_missing_package_and_an_unknown_name_say_what_to_do(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        make("adamw8bit")
+    with pytest.raises(ValueError, match="write one of adamw, adamw8bit, adafactor"):
+        make("adam")
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("adamw", "adafactor"), ("muon", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(saved, resumed):
+    net, optimizers = make(saved)
+    train(net, optimizers, [1])
+    with pytest.raises(ValueError, match="resume with the optimizer and network that were saved"):
+        optim.load_optimizer_state(make(resumed)[1], *optim.optimizer_state(optimizers))
+
+
+def test_the_state_of_another_network_is_refused():
+    net, optimizers = make("adamw")
+    train(net, optimizers, [1])
+    tensors, rest = optim.optimizer_state(optimizers)
+    tensors["head.weight.exp_avg"] = torch.zeros(601, 9)
+    with pytest.raises(ValueError, match=r"head\.weight\.exp_avg.*\(601, 9\).*\(601, 8\)"):
+        optim.load_optimizer_state(make("adamw")[1], tensors, rest)
+    tensors["elsewhere.weight.exp_avg"] = tensors.pop("head.weight.exp_avg")
+    with pytest.raises(ValueError, match="elsewhere"):
+        optim.load_optimizer_state(make("adamw")[1], tensors, rest)
+
+
+def test_learning_rates():
+    def rates(schedule, warmup, ratio=0.1):
+        settings = {"lr": 2.0, "warmup_updates": warmup, "updates": 12, "min_lr_ratio": ratio}
+        return [optim.lr_at(update, schedule=schedule, **settings) for update in range(1, 15)]
+
+    assert rates("constant", 4) == [0.5, 1.0, 1.5] + [2.0] * 11
+    assert rates("constant", 1) == rates("constant", 0) == [2.0] * 14
+    linear = rates("linear", 2, 0.0)
+    assert linear[:2] == [1.0, 2.0]
+    assert linear[6] == pytest.approx(1.0)
+    assert linear[11:] == [0.0] * 3
+    cosine = rates("cosine", 2)
+    assert cosine[1] == 2.0
+    assert cosine[6] == pytest.approx(1.1)
+    assert cosine[4] == pytest.approx(2 * (0.1 + 0.9 * (1 + math.cos(0.3 * math.pi)) / 2))
+    assert cosine[11:] == pytest.approx([0.2] * 3)
+    assert rates("cosine", 0)[0] == 2.0
+    with pytest.raises(ValueError, match="constant, cosine, linear"):
+        rates("step", 1)
+
+
+GROUPS = {
+    "all": ".",
+    "queries and keys": r"in_proj_weight\.(q|k)$",
+    "values": r"in_proj_weight\.v",
+    "attention": "attention",
+    "unused": "unused",
+}
+
+
+def test_gradient_norms_by_group():
+    net, optimizers = make("adamw")
+    train(net, optimizers, [1])
+    norms = optim.gradient_norms(optim.gradient_groups(net.named_parameters(), GROUPS))
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    expected = {
+        "all": list(gradients.values()),
+        "queries and keys": [gradients["attention.in_proj_weight"][:16]],
+        "values": [gradients["attention.in_proj_weight"][16:]],
+        "attention": [g for name, g in gradients.items() if "attention" in name],
+        "unused": [torch.zeros(1)],
+    }
+    for group, tensors in expected.items():
+        total = torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        torch.testing.assert_close(norms[group], total)
+
+
+def test_a_group_that_finds_nothing_names_near_parameters():
+    with pytest.raises(ValueError, match=r"'qk'.*in_proj_wieght.*near names:.*attention\.in_proj_weight"):
+        optim.gradient_groups(Net().named_parameters(), {"qk": r"attention\.in_proj_wieght"})
+    with pytest.raises(ValueError, match=r"'qk'.*no regular expression"):
+        optim.gradient_groups(Net().named_parameters(), {"qk": "("})
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _sharded_run(rank: int, port: int, expected: dict) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for shape in ((1, 2), (2, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+        for name in SHARDED:
+            _check_resuming(name, mesh)
+        for name in ("adamw", "schedulefree"):
+            _check_training(name, mesh, *expected[name])
+        _check_muon(mesh)
+    with pytest.raises(ValueError, match=r"adafactor can't.*write one of adamw, schedulefree"):
+        _sharded("adafactor", mesh)
+    torch.distributed.destroy_process_group()
+
+
+def _sharded(name, mesh):
+    torch.manual_seed(0)
+    net = Net()
+    fully_shard(net, mesh=mesh)
+    return net, build(name, net)
+
+
+def _whole(net):
+    return {name: tensor.full_tensor() for name, tensor in weights(net).items()}
+
+
+def _check_resuming(name, mesh):
+    net, optimizers = _sharded(name, mesh)
+    train(net, optimizers, [1])
+    tensors, rest = optim.optimizer_state(optimizers)
+    again, resumed = _sharded(name, mesh)
+    again.load_state_dict(weights(net))
+    own = optim.allocate_optimizer_state(resumed, {key: (t.shape, t.dtype) for key, t in tensors.items()})
+    for key, tensor in tensors.items():
+        assert isinstance(own[key], DTensor) == isinstance(tensor, DTensor), key
+        if isinstance(tensor, DTensor):
+            assert own[key].placements == tensor.placements, key
+    optim.load_optimizer_state(resumed, tensors, rest)
+    train(net, optimizers, [2])
+    train(again, resumed, [2])
+    assert_identical(_whole(net), _whole(again))
+    train(net, optimizers, [3], found_inf=1.0)
+    assert_identical(_whole(net), _whole(again))
+
+
+def _check_training(name, mesh, end, norms):
+    net, optimizers = _sharded(name, mesh)
+    begin = _whole(net)
+    train(net, optimizers, [1, 2])
+    for key, tensor in _whole(net).items():
+        assert (tensor - end[key]).norm() <= 1e-3 * (end[key] - begin[key]).norm(), (name, key)
+    for group, norm in optim.gradient_norms(optim.gradient_groups(net.named_parameters(), GROUPS)).items():
+        torch.testing.assert_close(norm, norms[group], atol=1e-5, rtol=1e-4)
+
+
+def _check_muon(mesh):
+    """Against the same Newton-Schulz iteration in float64; torch's runs in bfloat16, which is worth 1 to 3%."""
+    for shape in ((24, 8), (601, 8), (64, 64)):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        start = [distribute_tensor(tensor, mesh, [Replicate(), Shard(0)]) for tensor in (torch.zeros(shape), gradient)]
+        parameter = nn.Parameter(start[0])
+        parameter.grad = start[1]
+        group = {"params": [parameter], "param_names": ["weight"]}
+        optim.step(optim.build_optimizers("muon", [group], lr=1.0), torch.tensor(0.0))
+        x = gradient.double() / gradient.double().norm()
+        for _ in range(5):
+            square = x.T @ x
+            x = 3.4445 * x + x @ (-4.7750 * square + 2.0315 * square @ square)
+        expected = -0.2 * max(shape) ** 0.5 * x
+        assert (parameter.full_tensor() - expected).norm() <= 0.05 * expected.norm(), shape
+
+
+def test_two_processes_with_sharded_weights_step_like_one():
+    expected = {}
+    for name in ("adamw", "schedulefree"):
+        net, optimizers = make(name)
+        train(net, optimizers, [1, 2])
+        norms = optim.gradient_norms(optim.gradient_groups(net.named_parameters(), GROUPS))
+        expected[name] = (weights(net), norms)
+    mp.spawn(_sharded_run, args=(free_port(), expected), nprocs=2)

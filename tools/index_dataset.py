@@ -1,0 +1,109 @@
+"""Indexes a data set, so that training on it starts at once.
+
+    python3 tools/index_dataset.py data/shards --workers 8
+
+Writes NAME.tar.index.parquet beside every tar that has none of its present content, and dataset.manifest.parquet in
+every folder of tars. Training indexes local tars by itself where that was not done, but with one process.
+"""
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+from tqdm import tqdm
+
+from warpcore.data.catalog import write_manifests
+from warpcore.data.index import Summary, index_shard, read_summary
+from warpcore.data.samples import PICTURE_EXTENSIONS
+from warpcore.data.shards import Shard, resolve_sources
+from warpcore.data.storage import storage_for
+from warpcore.data.tars import BLOCK_BYTES, BadShardError, read_samples
+from warpcore.errors import UserError, run_script
+
+PICTURE_HEADER_BYTES = 8192
+"""What is read of a picture to learn its size, mostly."""
+
+
+def index_dataset(paths: Sequence[str], num_workers: int) -> None:
+    """Index every tar that the paths name (as in `webdataset_path`) and write the manifests.
+
+    Raises:
+        UserError: some tars can't be used; all others are indexed nevertheless.
+    """
+    shards = [shard for source in resolve_sources(list(paths)) for shard in source.shards]
+    known = {
+        shard: read_summary(shard) for shard in tqdm(shards, desc="looking", unit="tar", disable=len(shards) < 1000)
+    }
+    missing = [shard for shard, summary in known.items() if summary is None]
+    print(f"{len(shards)} tars, {_bytes(sum(shard.size_bytes for shard in shards))}; {len(missing)} to index")
+    failures: list[str] = []
+    if missing:
+        print(f"about {_bytes(_estimate(missing))} will be read: the headers of tars and pictures, and .json members")
+        found, failures = _index(missing, num_workers)
+        known |= found
+    whole = {shard: summary for shard, summary in known.items() if summary is not None}
+    locations = write_manifests(list(whole), {shard.url: summary for shard, summary in whole.items()})
+    rows, problems = (sum(getattr(summary, name) for summary in whole.values()) for name in ("rows", "problems"))
+    print(f"{rows} samples, {problems} of them without a usable picture; wrote {', '.join(locations)}")
+    if failures:
+        raise UserError(f"{len(failures)} tars can't be used:\n" + "\n".join(failures))
+
+
+def _estimate(shards: Sequence[Shard]) -> int:
+    """Bytes to read, extrapolated from the smallest tar that is whole."""
+    for shard in sorted(shards, key=lambda shard: shard.size_bytes):
+        try:
+            with storage_for(shard.url).open(shard.url) as file:
+                samples = read_samples(file, shard.url, shard.size_bytes)
+        except BadShardError:
+            continue
+        members = [(name, size) for sample in samples for name, (_, size) in sample.members.items()]
+        pictures = [size for name, size in members if name in PICTURE_EXTENSIONS]
+        read = BLOCK_BYTES * len(members) + sum(size for name, size in members if name == "json")
+        read += sum(min(size, PICTURE_HEADER_BYTES) for size in pictures)
+        share = min(1.0, read / shard.size_bytes)
+        return int(share * sum(shard.size_bytes for shard in shards))
+    return 0
+
+
+def _index(shards: Sequence[Shard], num_workers: int) -> tuple[dict[Shard, Summary], list[str]]:
+    found: dict[Shard, Summary] = {}
+    failures: list[str] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(num_workers, len(shards)), mp_context=context) as pool:
+        tasks = {pool.submit(index_shard, shard): shard for shard in shards}
+        with tqdm(total=sum(shard.size_bytes for shard in shards), unit="B", unit_scale=True) as progress:
+            for task in as_completed(tasks):
+                shard = tasks[task]
+                try:
+                    found[shard] = task.result()
+                except BadShardError as error:
+                    failures.append(str(error))
+                progress.update(shard.size_bytes)
+    return found, sorted(failures)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, globs or brace ranges")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per CPU core"
+    )
+    given = parser.parse_args(arguments)
+    if given.workers < 1:
+        raise UserError(f"--workers is at least 1, found {given.workers}")
+    index_dataset(given.paths, given.workers)
+
+
+if __name__ == "__main__":
+    run_script(main)

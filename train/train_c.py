@@ -1,0 +1,92 @@
+"""Train or finetune Stage C: from text to the small latents of a picture.
+
+python3 train/train_c.py configs/training/quickstart_c.yaml
+torchrun --nproc-per-node 8 train/train_c.py configs/training/finetune_c_3b.yaml
+"""
+
+from torch import Tensor, nn
+
+from cascade import build
+from cascade.conditions import prompt_conditions, training_conditions
+from cascade.config import CascadeConfig
+from cascade.diffusion import draw_latents, make_diffusion, stage_c_latent_size
+from cascade.pictures import to_pictures, to_uint8
+from modules.effnet import normalise_images
+from warpcore.core import Losses, Sampled, WarpCore
+from warpcore.data.reader import Batch
+from warpcore.diffusion.loss_weights import AdaptiveLossWeight
+from warpcore.random import SampleRandom, stable_hash
+
+
+class TrainStageC(WarpCore):
+    Config = CascadeConfig
+
+    @property
+    def bucket_factor(self) -> int:
+        return self.config.version.bucket_factor
+
+    def build(self) -> dict[str, nn.Module]:
+        config = self.config
+        self.diffusion = make_diffusion(
+            AdaptiveLossWeight() if config.adaptive_loss_weight else None, config.offset_noise
+        )
+        self.bookkeeping["diffusion"] = self.diffusion
+        networks = {
+            "generator": build.stage_c(config),
+            "encoder": build.encoder(config),
+            "previewer": build.previewer(config),
+            "text": build.text(config),
+        }
+        if config.clip_image_dropout < 1:
+            networks["image"] = build.image(config)
+        self.image_width = networks["generator"].clip_img_mapper.in_features
+        return networks
+
+    def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        networks = self.networks
+        latents = networks["encoder"](normalise_images(batch.images.to(self.dtype) / 255))
+        conditions = training_conditions(
+            networks["text"], networks.get("image"), self.image_width, batch, random, self.config
+        )
+        return latents.float(), conditions
+
+    def loss(self, inputs: tuple[Tensor, dict[str, Tensor]], random: SampleRandom) -> Losses:
+        latents, conditions = inputs
+        offset = random.normal("offset noise", latents.shape[1], 1, 1) if self.config.offset_noise else None
+        diffused = self.diffusion.diffuse(
+            latents, random.normal("noise", *latents.shape[1:]), random.uniform("timestep"),
+            offset=offset, shift=self.config.shift,
+        )  # fmt: skip
+        predicted = self.networks["generator"](diffused.noised, diffused.noise_cond, **conditions)
+        raw = (predicted.float() - diffused.target).square().mean(dim=(1, 2, 3))
+        return Losses(raw * diffused.loss_weight, raw, {"logsnr": diffused.logsnr, "raw": raw})
+
+    def update_state(self, statistics: dict[str, Tensor]) -> None:
+        self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])
+
+    def sample(self, held_out: Batch | None) -> list[Sampled]:
+        config, networks = self.config, self.networks
+        prompts = config.sample_prompts or (held_out.captions if held_out else [])
+        prompts = prompts[: config.sample_count]
+        if not prompts:
+            return []
+        height, width = (config.image_size,) * 2 if config.sample_prompts else held_out.size
+        compression = networks["encoder"].compression
+        latents = draw_latents(
+            self.diffusion,
+            networks["generator"],
+            prompt_conditions(networks["text"], prompts, self.image_width, self.device),
+            prompt_conditions(networks["text"], [""] * len(prompts), self.image_width, self.device),
+            (16, *stage_c_latent_size(height, width, compression)),
+            [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
+            steps=config.sample_steps,
+            guidance=config.sample_guidance,
+        )
+        columns = {"sample": to_pictures(networks["previewer"](latents.to(self.dtype)), (height, width))}
+        if not config.sample_prompts:
+            columns = {"picture": to_uint8(held_out.images[: len(prompts)])} | columns
+        return [Sampled(p, {name: pictures[i] for name, pictures in columns.items()}) for i, p in enumerate(prompts)]
+
+
+if __name__ == "__main__":
+    TrainStageC.main()

@@ -1,0 +1,89 @@
+"""Train an encoder for Stage C's latents together with the previewer that makes small pictures of them.
+
+    python3 train/train_encoder.py configs/training/mini_encoder.yaml
+
+The encoder squeezes a picture into 16 numbers per patch; what the previewer cannot rebuild from them, no Stage C can
+draw. A little noise on the latents keeps neighbouring ones meaningful, as Stage C will not hit them exactly.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade import build
+from cascade.config import ModelSettings
+from cascade.pictures import to_pictures, to_uint8
+from modules.effnet import normalise_images
+from warpcore.config import Config
+from warpcore.core import Losses, Sampled, WarpCore
+from warpcore.data.reader import Batch
+from warpcore.random import SampleRandom
+
+
+class EncoderConfig(ModelSettings, Config):
+    latent_noise: float = 0.1
+    """Deviation of the noise added to the latents, whose own deviation is about 1."""
+    squared_weight: float = 10.0
+    """Weight of the squared error, beside the absolute error."""
+    coarse_weight: float = 20.0
+    """Weight of the squared errors of the picture at 1/2, 1/4 and 1/8 of its size: learns what is where, fast."""
+    edge_weight: float = 1.0
+    """Weight of the error of differences between neighbouring pixels: keeps outlines sharp."""
+    sample_count: int = 16
+    """How many held-out pictures are drawn at most, beside their reconstructions."""
+
+
+class TrainEncoder(WarpCore):
+    Config = EncoderConfig
+    trainable = {"encoder": {}, "previewer": {}}
+
+    @property
+    def bucket_factor(self) -> int:
+        return self.config.version.bucket_factor
+
+    def build(self) -> dict[str, nn.Module]:
+        config = self.config
+        return {
+            "encoder": build.encoder(config, from_scratch=config.effnet_checkpoint_path is None),
+            "previewer": build.previewer(config, from_scratch=config.previewer_checkpoint_path is None),
+        }
+
+    def encode(self, batch: Batch, random: SampleRandom) -> Tensor:
+        return batch.images.float() / 255
+
+    def loss(self, pictures: Tensor, random: SampleRandom) -> Losses:
+        latents = self.networks["encoder"](normalise_images(pictures))
+        noise = random.normal("latent noise", *latents.shape[1:]) * self.config.latent_noise
+        rebuilt = self.networks["previewer"](latents + noise).float()
+        wanted = F.interpolate(pictures, rebuilt.shape[2:], mode="area")
+        error, config = rebuilt - wanted, self.config
+        squared = _mean(error.square())
+        coarse = sum(_mean(F.avg_pool2d(error, n).square()) for n in (2, 4, 8))
+        edges = _mean(error.diff(dim=2).abs()) + _mean(error.diff(dim=3).abs())
+        loss = _mean(error.abs()) + config.squared_weight * squared
+        return Losses(loss + config.coarse_weight * coarse + config.edge_weight * edges, squared)
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "effnet_encoder": self.networks["encoder"].state_dict(),
+            "previewer": self.networks["previewer"].state_dict(),
+        }
+
+    def sample(self, held_out: Batch | None) -> list[Sampled]:
+        if held_out is None:
+            return []
+        images = held_out.images[: self.config.sample_count].to(self.device)
+        rebuilt = self.networks["previewer"](self.networks["encoder"](normalise_images(images.float() / 255)))
+        columns = {"picture": to_uint8(images), "rebuilt": to_pictures(rebuilt, held_out.size)}
+        return [
+            Sampled(caption, {name: pictures[i] for name, pictures in columns.items()})
+            for i, caption in enumerate(held_out.captions[: len(images)])
+        ]
+
+
+def _mean(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,)."""
+    return values.flatten(1).mean(dim=1)
+
+
+if __name__ == "__main__":
+    TrainEncoder.main()

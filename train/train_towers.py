@@ -1,0 +1,98 @@
+"""Train a small text tower and a small image tower together: CLIP (arXiv:2103.00020) on captioned pictures.
+
+    python3 train/train_towers.py configs/training/mini_towers.yaml
+
+The text tower of a cascade must tell apart what its pictures differ in. A caption and its picture are pulled together,
+the other captions of the micro-batch pushed away. The run ends with `text_tower.safetensors` and
+`image_tower.safetensors` in its folder, in float16, with their settings inside.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.clip import ClipSettings, ImageTower, TextTower
+from warpcore.config import Config
+from warpcore.core import Losses, WarpCore
+from warpcore.data.reader import Batch
+from warpcore.random import SampleRandom
+
+
+class TowersConfig(Config):
+    words: list[str]
+    """Every word and punctuation mark that captions use; all others count as one unknown word."""
+    tower_width: int = 64
+    """Channels of both towers, and width of the vectors they give."""
+    tower_heads: int = 4
+    """Attention heads of both towers."""
+    text_length: int = 24
+    """Tokens of a caption, its begin and end included; longer captions are cut."""
+    text_layers: int = 3
+    """Blocks of the text tower."""
+    image_layers: int = 3
+    """Blocks of the image tower."""
+    image_tower_size: int = 48
+    """Side in pixels at which the image tower sees the middle square of a picture."""
+    image_tower_patch: int = 8
+    """Side in pixels of one position of the image tower."""
+
+    @property
+    def clip(self) -> ClipSettings:
+        width = self.tower_width
+        text = {"width": width, "heads": self.tower_heads, "layers": self.text_layers}
+        image = {"width": width, "head_width": width // self.tower_heads, "layers": self.image_layers}
+        return ClipSettings(
+            embed_dim=width,
+            text_cfg=text | {"context_length": self.text_length},
+            vision_cfg=image | {"image_size": self.image_tower_size, "patch_size": self.image_tower_patch},
+            words=self.words,
+        )
+
+
+class Temperature(nn.Module):
+    """Multiplies similarities by a learnt factor that starts at 1/0.07 and stays below 100, as in the paper."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, similarities: Tensor) -> Tensor:
+        return similarities * self.log_scale.exp().clamp(max=100)
+
+
+class TrainTowers(WarpCore):
+    Config = TowersConfig
+    trainable = {"text": {}, "image": {}, "temperature": {}}
+
+    def build(self) -> dict[str, nn.Module]:
+        settings = self.config.clip
+        return {"text": TextTower(settings), "image": ImageTower(settings), "temperature": Temperature()}
+
+    def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, Tensor, Tensor]:
+        ids, mask = self.networks["text"].tokenize(batch.captions)
+        return batch.images.float() / 255, ids.to(self.device), mask.to(self.device)
+
+    def loss(self, inputs: tuple[Tensor, Tensor, Tensor], random: SampleRandom) -> Losses:
+        pictures, ids, mask = inputs
+        image = F.normalize(self.networks["image"](pictures).float(), dim=1)
+        text = F.normalize(self.networks["text"](ids, mask)[1].float(), dim=1)
+        logits = self.networks["temperature"](image @ text.T)
+        own = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, own, reduction="none")) / 2
+        found = (logits.argmax(dim=1) == own).float().mean()
+        return Losses(loss, loss, metrics={"own_caption_found": found})
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        return {}  # written by `train`, with the settings that loading needs
+
+    def train(self) -> None:
+        super().train()
+        if self.processes.is_main and self.processes.count == 1:
+            for name in ("text", "image"):
+                self.networks[name].half().save(self.config.run_folder / f"{name}_tower.safetensors")
+
+
+if __name__ == "__main__":
+    TrainTowers.main()

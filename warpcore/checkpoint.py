@@ -1,0 +1,255 @@
+"""Checkpoints of a run's folder: everything needed to go on, and the weights that people use.
+
+    state/<update>/            tensors (distributed checkpoint) and state.json; resuming reads nothing else
+    NAME.safetensors           full weights with official names, the update in their metadata
+    backups/<update>/          copies of those weights that are never deleted
+
+A checkpoint is written aside by a background thread and renamed when it is whole, so a process that dies at any moment
+leaves the last good one untouched. Loading runs no code: tensors only, and their table of contents is read by an
+unpickler that knows nothing but DCP's own descriptions of tensors.
+"""
+
+import fcntl
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from warpcore.errors import UserError
+from warpcore.processes import Processes
+
+# One process without a process group is a way to run, not an oversight.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_UPDATE_NAME = re.compile(r"\d{8}")
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written or read: the message says which, why and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Only one process group may write to a run's folder at a time (an flock).
+
+    Raises:
+        CheckpointError: another process writes this experiment.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, keep_last: int = 2):
+        self.folder = folder
+        self.processes = processes
+        self.keep_last = keep_last
+        # Collectives of the writing thread must not mix with those of training.
+        self._group = dist.new_group(backend="gloo") if processes.count > 1 else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._lock = None
+        if processes.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder)
+            for leftover in folder.glob("state/*.partial"):
+                shutil.rmtree(leftover)
+
+    def newest(self) -> int | None:
+        """Update of the newest whole checkpoint; the main process decides."""
+        return self.processes.decide(max(self._updates(), default=None))
+
+    def save(
+        self,
+        update: int,
+        tensors: Mapping[str, Tensor],
+        values: Mapping,
+        weights: Mapping[str, Mapping[str, Tensor]],
+        backup: bool = False,
+    ) -> None:
+        """Begin to save; training may go on as soon as this returns.
+
+        Args:
+            update: the number of the last finished update.
+            tensors: everything needed to go on, by name; may be sharded.
+            values: the rest of it, as JSON.
+            weights: files for people, by name: full state dicts.
+            backup: also keep a copy of `weights` for good.
+        """
+        self.wait()
+        partial = self._state(update).with_suffix(".partial")
+        if self.processes.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        full = {name: _full_on_cpu(state) for name, state in weights.items()}
+        writer = FileSystemWriter(partial)
+        written = dcp.async_save(
+            dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None
+        )
+        self._pending = self._thread.submit(self._publish, written, partial, update, dict(values), full, backup)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, without waiting."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the pending save is whole.
+
+        Raises:
+            CheckpointError: it could not be written; the one before it is untouched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+        if self._lock is not None:
+            self._lock.close()
+
+    def values(self, update: int) -> dict:
+        return json.loads((self._state(update) / "state.json").read_text())
+
+    def stored(self, update: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every tensor of a checkpoint, by name."""
+        entries = _Reader(self._state(update)).read_metadata().state_dict_metadata
+        return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
+
+    def load(self, update: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fill `tensors` in place, resharding where the number of processes changed."""
+        reader = _Reader(self._state(update))
+        dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+
+    def _publish(
+        self, written: Future, partial: Path, update: int, values: dict, weights: dict[str, dict], backup: bool
+    ) -> None:
+        final = self._state(update)
+        try:
+            written.result()
+            if not self.processes.is_main:
+                return
+            _write_whole(partial / "state.json", json.dumps(values))
+            metadata = {"update": str(update), "format": "pt"}
+            for name, state in weights.items():
+                file = self.folder / f"{name}.safetensors"
+                save_file(state, file.with_suffix(".partial"), metadata=metadata)
+                os.replace(file.with_suffix(".partial"), file)
+                if backup:
+                    copy = self.folder / "backups" / f"{update:08d}" / file.name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(file, copy)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
+            for old in sorted(self._updates())[: -self.keep_last]:
+                shutil.rmtree(self._state(old))
+        except (Exception, CheckpointException) as error:  # DCP's own exception is no Exception
+            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in self.folder.glob("*.partial"):
+                leftover.unlink()
+            free_gib = shutil.disk_usage(self.folder).free / 2**30
+            newest = max(self._updates(), default=None)
+            raise CheckpointError(
+                f"could not save update {update} in {self.folder} ({free_gib:.2f} GiB free there): {_reason(error)}\n"
+                + (f"The checkpoint of update {newest} is whole: " if newest else "No checkpoint is there yet: ")
+                + "make room and start again with the same command."
+            ) from error
+
+    def _state(self, update: int) -> Path:
+        return self.folder / "state" / f"{update:08d}"
+
+    def _updates(self) -> list[int]:
+        found = (self.folder / "state").glob("*/state.json")
+        return [int(path.parent.name) for path in found if _UPDATE_NAME.fullmatch(path.parent.name)]
+
+
+def _full_on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of a state dict that later updates do not change; gathers sharded tensors (collective)."""
+    gathered = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in gathered.items()}
+
+
+def _reason(error: BaseException) -> str:
+    """DCP wraps what each rank raised: the first of those, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is on the disk, whole, before anything that depends on it."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _lock(folder: Path):
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise CheckpointError(
+            f"{folder} is being written by another run ({file.read().strip()}): stop it, "
+            "or choose another experiment_id"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+class _TableUnpickler(pickle.Unpickler):
+    """Builds descriptions of stored tensors and nothing else, whatever the file asks for."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+            "StorageMeta", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size"} | {str(kind).removeprefix("torch.") for kind in vars(torch).values()
+                             if isinstance(kind, torch.dtype)},
+        "pathlib": {"PosixPath", "Path"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str):
+        if name not in self.ALLOWED.get(module, ()):
+            raise CheckpointError(
+                f"this checkpoint's table of contents asks for {module}.{name}: it is not one of ours"
+            )
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """DCP's reader, with the table of contents read safely."""
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _TableUnpickler(file).load()
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointError(f"{path}: {name} is not a tensor, so it is not loaded")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata

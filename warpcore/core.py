@@ -1,0 +1,401 @@
+"""The life of a run: configuration, processes, data, networks, the loop, checkpoints, samples.
+
+A use case subclasses `WarpCore` and overrides a handful of hooks; everything else is here and in the modules beside.
+"""
+
+import json
+import signal
+import time
+import uuid
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from warpcore import evaluation, optim
+from warpcore.checkpoint import Checkpoints
+from warpcore.config import Config, dump_config, load_config
+from warpcore.data.reader import Batch
+from warpcore.ema import EMA
+from warpcore.errors import UserError, run_script
+from warpcore.feed import Feed
+from warpcore.metrics import Metrics
+from warpcore.processes import start_processes, stop_processes
+from warpcore.progress import Progress
+from warpcore.random import SampleRandom, stable_hash
+from warpcore.state import RunState
+from warpcore.statistics import BatchNormStatistics, in_global_order
+from warpcore.tracking import make_tracker
+
+STOPPED_EARLY = 85  # exit status after SIGTERM or SIGUSR1: the run is saved and wants to be started again
+
+
+@dataclass
+class Losses:
+    """What a use case's `loss` returns.
+
+    loss: (B,) per sample, minimised. raw: (B,) before weighting. statistics: per-sample tensors (B, ...) that
+    `update_state` gets. metrics: further scalars to report.
+    """
+
+    loss: Tensor
+    raw: Tensor
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Sampled:
+    """One row of the sample grid: a caption and pictures (uint8 H W 3) by column."""
+
+    caption: str
+    pictures: dict[str, np.ndarray]
+
+
+class WarpCore:
+    """Trains what a subclass describes. `MyUseCase.main()` in a script is all that is needed to run it.
+
+    Hooks to override: `build`, `encode`, `loss`, and where wanted `sample`, `update_state`, `weights`, `extra_fields`.
+    """
+
+    Config: ClassVar[type[Config]] = Config
+    trainable: ClassVar[dict[str, dict]] = {"generator": {}}
+    """Names of the networks to train, each with settings of its optimizer group (`lr_scale`)."""
+    needs_images: ClassVar[bool] = True
+    """Whether the loader reads pictures."""
+    bucket_factor: int = 1
+    """Sides of training pictures are multiples of this many pixels; `build` may set it."""
+
+    # ------------------------------------------------------------------ hooks
+
+    def build(self) -> dict[str, nn.Module]:
+        """All networks by name, with their weights loaded. Those in `trainable` are trained, the others frozen."""
+        raise NotImplementedError
+
+    def encode(self, batch: Batch, random: SampleRandom) -> Any:
+        """Turn a batch into what `loss` needs, without gradients."""
+        return batch
+
+    def loss(self, inputs: Any, random: SampleRandom) -> Losses:
+        """The loss of each sample of a micro-batch."""
+        raise NotImplementedError
+
+    def sample(self, held_out: Batch | None) -> list[Sampled]:
+        """Pictures to look at, the same ones each time. `held_out` are validation samples, when there are any."""
+        return []
+
+    def update_state(self, statistics: dict[str, Tensor]) -> None:
+        """Change state that is not a gradient, given the statistics of all samples of an update in global order."""
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts to write as files for people, by file name."""
+        return {name: self.networks[name].state_dict() for name in self.trainable}
+
+    def extra_fields(self) -> dict:
+        """Further members of each sample to read: name -> `warpcore.data.reader` field."""
+        return {}
+
+    # ------------------------------------------------------------------ the run
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.processes = start_processes(config.device, config.use_fsdp)
+        self.device = self.processes.device
+        self.dtype = _dtype(config, self.device)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.bookkeeping: dict[str, nn.Module] = {}
+        self._stop_signal: int | None = None
+
+    @classmethod
+    def main(cls) -> None:
+        """Run from the command line: `SCRIPT config.yaml [key=value ...]`."""
+        run_script(lambda: cls(load_config(cls.Config)).run())
+
+    def run(self) -> int:
+        """Train until the last update or a signal; returns the exit status."""
+        with _signals(self._request_stop):
+            try:
+                self.setup()
+                self.train()
+                return STOPPED_EARLY if self.update < self.config.updates else 0
+            finally:
+                self.close()
+
+    def setup(self) -> None:
+        """Everything before the first update: networks, optimizers, data, and the state of an earlier start."""
+        config = self.config
+        self.update = 0
+        self.checkpoints = Checkpoints(config.run_folder, self.processes, config.keep_last)
+        resumed = self.checkpoints.newest()
+        saved = self.checkpoints.values(resumed) if resumed is not None else {}
+
+        torch.manual_seed(config.seed)
+        self.networks = self.build()
+        self.batch_norms = {name: BatchNormStatistics(self.networks[name]) for name in self.trainable}
+        for name, network in self.networks.items():
+            self._place(name, network)
+        parameters = {f"{name}.{p}": t for name in self.trainable for p, t in self.networks[name].named_parameters()}
+        self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+        self.gradient_groups = optim.gradient_groups(self.parameters.items(), config.grad_norm_groups)
+        self.optimizers = optim.build_optimizers(
+            config.optimizer, self._parameter_groups(),
+            lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
+        )  # fmt: skip
+        optim.train_mode(self.optimizers)
+        self.averages = self._averages()
+        self.state = RunState(self)
+        self.feed = Feed(
+            config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.extra_fields()
+        )
+        if resumed is not None:
+            self.state.load(resumed, saved)
+            self.update = resumed
+        self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes)
+        self.metrics.resume(self.update)
+        self.nonfinite_updates = torch.tensor(saved.get("nonfinite_updates", 0), device=self.device)
+        self.run_id = saved.get("run_id") or uuid.uuid4().hex[:12]
+        tracked = self.processes.is_main
+        self.tracker = make_tracker(
+            wandb_project=config.wandb_project if tracked else None,
+            wandb_entity=config.wandb_entity,
+            tensorboard=config.tensorboard and tracked,
+            folder=config.run_folder,
+            run_id=self.run_id,
+            config=config.model_dump(mode="json"),
+            resume_update=resumed,
+        )
+        if self.processes.is_main:
+            (config.run_folder / "config.yaml").write_text(dump_config(config))
+        self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
+
+    def train(self) -> None:
+        """The loop."""
+        config = self.config
+        batches = self.feed.batches()
+        while self.update < config.updates and not self._stopping():
+            started = time.monotonic()
+            lr = self._learning_rate(self.update + 1)
+            self._make_update(batches, lr)
+            self.update += 1
+            self.metrics.add(
+                self.update, 0, lr=lr, samples_per_second=config.batch_size / (time.monotonic() - started),
+                data_wait=self.feed.take_data_wait(),
+            )  # fmt: skip
+            last = self.update == config.updates
+            save = last or self.update % config.save_every == 0
+            if save:
+                evaluation.validate(self)
+            if save or self.update % config.log_every == 0:
+                self._report()
+            if save:
+                self._save()
+                evaluation.draw(self)
+            self.checkpoints.check()
+        if self.update < config.updates:
+            self._report()
+            self._save()
+        self.checkpoints.wait()
+
+    def _make_update(self, batches, lr: float) -> None:
+        """One optimizer step over `accumulation` micro-batches."""
+        config, accumulation = self.config, self.feed.accumulation
+        losses, statistics, batch_norms, samples_hash = [], [], {name: [] for name in self.batch_norms}, 0
+        for network in self.trainable:
+            self.networks[network].train()
+        for step in range(accumulation):
+            batch = next(batches)
+            samples_hash += sum(stable_hash(key, seed) for key, seed in zip(batch.keys, batch.seeds, strict=True))
+            # A network's own randomness (dropout) belongs to the micro-batch, not to the process or the moment.
+            torch.manual_seed(stable_hash(config.seed, "network", batch.number))
+            self._synchronise_gradients(step == accumulation - 1)
+            result = self.forward(batch)
+            (result.loss.mean() * (batch.weight / accumulation)).backward()
+            losses.append(_means(result, batch.weight))
+            statistics.append({name: value.detach() for name, value in result.statistics.items()})
+            for name, norms in self.batch_norms.items():
+                batch_norms[name].append(norms.take())
+
+        norm = self._clip_gradients()
+        group_norms = optim.gradient_norms(self.gradient_groups)
+        finite = torch.isfinite(norm)
+        optim.set_lr(self.optimizers, lr)
+        optim.step(self.optimizers, ~finite)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.nonfinite_updates = torch.where(finite, 0, self.nonfinite_updates + 1)
+        self._update_states(statistics, batch_norms)
+        for average in self.averages.values():
+            average.step(self.update + 1, finite)
+        mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        group_norms = {f"grad_norm/{name}": value for name, value in group_norms.items()}
+        self.metrics.add(self.update + 1, samples_hash, **mean, grad_norm=norm, **group_norms)
+
+    def close(self) -> None:
+        """Let go of everything; safe at any moment."""
+        for part in ("feed", "checkpoints", "tracker", "progress"):
+            if hasattr(self, part):
+                getattr(self, part).close()
+        self.networks = self.optimizers = self.averages = self.parameters = self.state = None
+        stop_processes()
+
+    # ------------------------------------------------------------------ pieces of an update
+
+    def autocast(self) -> AbstractContextManager:
+        """Computes in the configured dtype."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def forward(self, batch: Batch) -> Losses:
+        random = SampleRandom(batch.seeds, self.device)
+        with self.autocast():
+            with torch.no_grad():
+                inputs = self.encode(batch, random)
+            return self.loss(inputs, random)
+
+    def _clip_gradients(self) -> Tensor:
+        """The global gradient norm, before clipping to the configured one."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_grad_norm, norm)
+        return norm
+
+    def _update_states(self, statistics: list[dict[str, Tensor]], batch_norms: dict[str, list]) -> None:
+        for name, norms in self.batch_norms.items():
+            norms.apply(in_global_order(self.processes, batch_norms[name]))
+        statistics = in_global_order(self.processes, statistics)
+        if statistics[0]:
+            self.update_state({name: torch.cat([s[name] for s in statistics]) for name in statistics[0]})
+
+    def _learning_rate(self, update: int) -> float:
+        config = self.config
+        return optim.lr_at(
+            update, schedule=config.lr_schedule, lr=config.lr, warmup_updates=config.warmup_updates,
+            updates=config.updates, min_lr_ratio=config.min_lr_ratio,
+        )  # fmt: skip
+
+    def _synchronise_gradients(self, now: bool) -> None:
+        if self.processes.count > 1:
+            for name in self.trainable:
+                self.networks[name].set_requires_gradient_sync(now)
+
+    # ------------------------------------------------------------------ pieces of the set-up
+
+    def _place(self, name: str, network: nn.Module) -> None:
+        """Move a network to its device; freeze it, or prepare it for training."""
+        if name not in self.trainable:
+            network.eval().requires_grad_(False).to(self.device, self.dtype)
+            return
+        network.to(self.device)
+        if self.config.activation_checkpointing:
+            if not hasattr(network, "set_activation_checkpointing"):
+                raise UserError(f"activation_checkpointing: {name} does not offer it; remove the key")
+            network.set_activation_checkpointing(self.config.activation_checkpointing)
+        if self.processes.count > 1:
+            # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
+            policy = MixedPrecisionPolicy(
+                param_dtype=None if self.dtype == torch.float32 else self.dtype, cast_forward_inputs=False
+            )
+            for block in getattr(network, "blocks", ()):
+                fully_shard(block, mesh=self.processes.mesh, mp_policy=policy)
+            fully_shard(network, mesh=self.processes.mesh, mp_policy=policy)
+
+    def _parameter_groups(self) -> list[dict]:
+        groups = []
+        for network, settings in self.trainable.items():
+            named = {name: p for name, p in self.parameters.items() if name.startswith(f"{network}.")}
+            groups.append({"params": list(named.values()), "param_names": list(named), **settings})
+        return groups
+
+    def _averages(self) -> dict[str, EMA]:
+        config = self.config
+        if config.ema_start_iters is None:
+            return {}
+        device = "cpu" if config.ema_device == "cpu" else None
+        return {
+            name: EMA(self.networks[name], start=config.ema_start_iters, every=config.ema_iters, beta=config.ema_beta,
+                      device=device)
+            for name in self.trainable
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------ saving, reporting, looking
+
+    def _save(self) -> None:
+        config = self.config
+        weights = evaluation.weights_to_publish(self)
+        tensors, values = self.state.save()
+        values |= {
+            "feed": self.feed.state(),
+            "nonfinite_updates": int(self.nonfinite_updates),
+            "run_id": self.run_id,
+        }
+        backup = config.backup_every is not None and self.update % config.backup_every == 0
+        self.checkpoints.save(self.update, tensors, values, weights, backup)
+        if self.processes.is_main:
+            info = {"update": self.update, "updates": config.updates, "run_id": self.run_id,
+                    "bad_samples": self.feed.bad_samples}  # fmt: skip
+            (config.run_folder / "info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    def _report(self) -> None:
+        """Write the metrics; the only place where training waits for numbers from the device."""
+        for line in self.metrics.flush():
+            self.progress.show(line)
+            self.tracker.log(line["update"], {k: v for k, v in line.items() if isinstance(v, int | float)})
+        for note in self.feed.take_notes():
+            self.progress.say(note)
+        row = int(self.nonfinite_updates)
+        if row:
+            self.tracker.alert("not finite", f"{row} updates in a row up to {self.update} had no finite gradient")
+            self.progress.say(f"update {self.update}: {row} in a row without a finite gradient: skipped")
+        if row >= self.config.max_nonfinite_updates:
+            raise UserError(
+                f"update {self.update}: {row} updates in a row had a loss or gradient that is not finite "
+                "(max_nonfinite_updates). Lower lr, set clip_grad_norm, or use dtype: float32"
+            )
+
+    # ------------------------------------------------------------------ stopping
+
+    def _request_stop(self, number: int) -> None:
+        self._stop_signal = number
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop; all of them agree."""
+        asked = torch.tensor(float(self._stop_signal is not None))
+        stopping = bool(self.processes.sum(asked)) if self.processes.count > 1 else bool(asked)
+        if stopping:
+            self.progress.say(f"asked to stop: saving update {self.update}")
+        return stopping
+
+
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    name = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return getattr(torch, name)
+
+
+def _means(result: Losses, weight: float) -> dict[str, Tensor]:
+    values = {"loss": result.loss.mean(), "raw_loss": result.raw.mean(), **result.metrics}
+    return {name: value.detach().float() * weight for name, value in values.items()}
+
+
+@contextmanager
+def _signals(handle):
+    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop after the current update."""
+
+    def received(number, frame):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+        handle(number)
+
+    before = {number: signal.signal(number, received) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,140 @@
+"""Buckets: the few picture sizes of equal area that a run trains at, and which one a picture belongs to."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Self
+
+import numpy as np
+
+from warpcore.errors import UserError
+
+# Multipliers that give each purpose its own stream of `_mix`.
+_WHETHER, _WHICH = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+
+
+class Buckets:
+    """The bucket of every ratio and of its inverse, and the choice among them.
+
+    density: area of a bucket in px². factor: both sides of a bucket are multiples of it, rounded down.
+    ratios: width / height, each as `parse_ratio` takes it; none, or 1 alone, gives one square bucket.
+    random_ratio: the probability, decided by the sample's seed, of a bucket drawn uniformly among the ratios.
+    """
+
+    def __init__(self, density: int, factor: int, ratios: Iterable[str | int | float] = (), random_ratio: float = 0.0):
+        if not 0 <= random_ratio <= 1:
+            raise UserError(f"random_ratio (bucketeer_random_ratio) is a probability in 0 .. 1, not {random_ratio}")
+        self.random_ratio = float(random_ratio)
+        self.ratios: list[float] = [parse_ratio(ratio) for ratio in ratios] or [1.0]
+        for ratio in tuple(self.ratios):
+            if 1 / ratio not in self.ratios:
+                self.ratios.append(1 / ratio)
+        self.sizes: list[tuple[int, int]] = [_bucket_size(density, factor, ratio) for ratio in self.ratios]
+        """Bucket (H, W) in px of every ratio; two ratios may share one."""
+        # Ratios that share a bucket share its first index, so that equal indices and equal sizes mean the same.
+        self._index = np.array([self.sizes.index(size) for size in self.sizes])
+
+    @classmethod
+    def for_image_size(
+        cls,
+        image_size: int,
+        ratios: Iterable[str | int | float] | None = None,
+        factor: int = 32,
+        random_ratio: float = 0.0,
+    ) -> Self:
+        """Buckets of the area of a square picture of `image_size` px, as the configs give it."""
+        return cls(image_size**2, factor, ratios or (), random_ratio)
+
+    @property
+    def distinct_sizes(self) -> list[tuple[int, int]]:
+        """Every bucket (H, W) once, in order."""
+        return list(dict.fromkeys(self.sizes))
+
+    def choose(self, width: int, height: int, seed: int) -> tuple[int, int]:
+        """The bucket (H, W) of one picture of `width` x `height` px."""
+        return self.sizes[int(self.choose_many([width], [height], [seed])[0])]
+
+    def choose_many(
+        self,
+        widths: Sequence[int] | np.ndarray,
+        heights: Sequence[int] | np.ndarray,
+        seeds: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """(N,) int64: for each picture the index in `sizes` of its bucket; equal buckets have equal indices.
+
+        The bucket is the first of those whose ratio differs least from the picture's (plain difference).
+        """
+        picture_ratios = np.asarray(widths, np.float64) / np.asarray(heights, np.float64)
+        nearest = np.zeros(len(picture_ratios), np.int64)
+        least = np.full(len(picture_ratios), np.inf)
+        for index, ratio in enumerate(self.ratios):  # one ratio at a time keeps memory flat over millions of rows
+            difference = np.abs(picture_ratios - ratio)
+            nearest = np.where(difference < least, index, nearest)
+            least = np.minimum(difference, least)
+        if self.random_ratio > 0:
+            seeds = np.asarray(seeds, np.uint64)
+            drawn = (_uniform(seeds, _WHICH) * len(self.ratios)).astype(np.int64)
+            nearest = np.where(_uniform(seeds, _WHETHER) < self.random_ratio, drawn, nearest)
+        return self._index[nearest]
+
+
+def parse_ratio(value: str | int | float) -> float:
+    """Width / height from "16/9", "16:9", 1.78 or 969; raises UserError for anything else.
+
+    YAML 1.1 reads a bare `16:9` as a number in base 60: 16 * 60 + 9 = 969. No ratio is 60 or more, so that is undone.
+    """
+    ratio = _ratio(value)
+    if ratio is None or not math.isfinite(ratio) or not 0 < ratio < 60:
+        raise UserError(
+            f"multi_aspect_ratio has {value!r}, which is no ratio of width to height; write '16/9', '16:9' or 1.78"
+        )
+    return ratio
+
+
+def resized_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) in px of the smallest picture of the given shape that covers the bucket `size`, before it is cropped.
+
+    The shorter side is rounded up and the longer one down, as the reference implementation does. In exact integers.
+    """
+    short, long = min(height, width), max(height, width)
+    side = max(-(-size[0] * short // height), -(-size[1] * short // width))
+    other = side * long // short
+    return (other, side) if height > width else (side, other)
+
+
+def _ratio(value: str | int | float) -> float | None:
+    """The quotient that `value` spells, None where it spells none."""
+    if isinstance(value, str):
+        try:
+            parts = [float(part) for part in value.replace(":", "/").split("/")]
+        except ValueError:
+            return None
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        parts = list(divmod(value, 60)) if math.isfinite(value) and value >= 60 else [value]
+    else:
+        return None
+    if len(parts) == 1:
+        return float(parts[0])
+    return parts[0] / parts[1] if len(parts) == 2 and parts[1] else None
+
+
+def _bucket_size(density: int, factor: int, ratio: float) -> tuple[int, int]:
+    height, width = (int((area**0.5 // factor) * factor) for area in (density / ratio, density * ratio))
+    if not height or not width:
+        raise UserError(
+            f"image_size {math.isqrt(density)} is too small for ratio {ratio:.4g}: the bucket's shorter side is under "
+            f"{factor} px; use a larger image_size or leave that ratio out of multi_aspect_ratio"
+        )
+    return height, width
+
+
+def _uniform(seeds: np.ndarray, purpose: int) -> np.ndarray:
+    """(N,) float64 in [0, 1): splitmix64's output function (Steele et al. 2014) over whole columns of seeds.
+
+    A hash per row in Python would take seconds per million rows.
+    """
+    with np.errstate(over="ignore"):
+        z = seeds + np.uint64(purpose)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)) * 2.0**-53

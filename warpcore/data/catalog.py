@@ -1,0 +1,232 @@
+"""The catalog: every shard of a data set in columns, small enough to hand to all processes.
+
+Start-up reads one manifest per folder (`dataset.manifest.parquet`) instead of opening every index. Rank 0 opens the
+catalog and broadcasts it; it pickles compactly.
+"""
+
+import io
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from warpcore.data.index import Summary, cache_location, index_shard, read_summary, write_beside
+from warpcore.data.shards import Shard, Source
+from warpcore.data.storage import storage_for
+
+MANIFEST_NAME = "dataset.manifest.parquet"
+MANIFEST_VERSION = 1
+MANIFEST_WORTHWHILE_SHARDS = 8
+"""Opening more indexes than this at start-up leaves a manifest behind for the next start."""
+_METADATA_KEY = b"warpcore.manifest"
+_SCHEMA = pa.schema(
+    [
+        ("url", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("rows", pa.int64()),
+        ("problems", pa.int64()),
+        ("names", pa.dictionary(pa.int32(), pa.string())),  # JSON of the summary's names: nearly always the same
+    ]
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Catalog:
+    """The shards of a data set, sorted by URL, with what their indexes say in short."""
+
+    def __init__(self, table: pa.Table, weights: np.ndarray):
+        self._table = table.combine_chunks()
+        self.weights = weights
+        """(shards,) float64: how often each row of the shard occurs per epoch."""
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @property
+    def urls(self) -> list[str]:
+        return self._table["url"].to_pylist()
+
+    def shard(self, number: int) -> Shard:
+        row = self._table.slice(number, 1)
+        return Shard(row["url"][0].as_py(), row["size_bytes"][0].as_py(), row["etag"][0].as_py())
+
+    def name(self, number: int) -> str:
+        """The shard's URL from the data set's common folder on: moving a data set changes no name, and so no seed."""
+        return self._table["url"][number].as_py()[self._common :]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(shards,) int64."""
+        return self._table["rows"].to_numpy()
+
+    @cached_property
+    def num_rows(self) -> int:
+        return int(self.rows.sum())
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """Scalar .json fields that some sample has."""
+        return self._names("fields")
+
+    @cached_property
+    def nested(self) -> frozenset[str]:
+        """.json keys that hold lists or mappings in some sample."""
+        return self._names("nested")
+
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """Extensions that some sample has."""
+        return self._names("members")
+
+    def identities(self) -> dict[str, str]:
+        """Name -> size, etag and weight of every shard: what must not change on resume."""
+        columns = (self._table[name].to_pylist() for name in ("url", "size_bytes", "etag"))
+        return {
+            url[self._common :]: f"{size} bytes, {etag}" + (f", weight {weight:g}" if weight != 1 else "")
+            for url, size, etag, weight in zip(*columns, self.weights.tolist(), strict=True)
+        }
+
+    @cached_property
+    def _common(self) -> int:
+        first, last = self._table["url"][0].as_py(), self._table["url"][-1].as_py()
+        same = next(
+            (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
+        )
+        return first.rfind("/", 0, same) + 1
+
+    def _names(self, kind: str) -> frozenset[str]:
+        texts = self._table["names"].combine_chunks().unique().to_pylist()
+        return frozenset(name for text in texts for name in json.loads(text)[kind])
+
+
+def open_catalog(sources: Sequence[Source]) -> Catalog:
+    """The catalog of resolved sources. A shard that has no index of its present content is indexed first.
+
+    Raises:
+        BadShardError: a tar is not whole, or holds no picture.
+    """
+    weight_of = {shard.url: source.weight for source in sources for shard in source.shards}
+    shards = sorted((shard for source in sources for shard in source.shards), key=lambda shard: shard.url)
+    summaries, opened = _known_summaries(shards)
+    unknown = [shard for shard in shards if shard.url not in summaries]
+    if unknown:
+        summaries |= dict(index_shards(unknown))
+    if opened + len(unknown) > MANIFEST_WORTHWHILE_SHARDS:
+        write_manifests(shards, summaries)
+    weights = np.array([weight_of[shard.url] for shard in shards], np.float64)
+    return Catalog(_as_table(shards, summaries), weights)
+
+
+def missing_indexes(shards: Iterable[Shard]) -> list[Shard]:
+    """The shards that have no index of their present content."""
+    return [shard for shard in shards if read_summary(shard) is None]
+
+
+def index_shards(shards: Sequence[Shard]) -> Iterator[tuple[str, Summary]]:
+    """Index shards one after the other; says so, because it may take a while."""
+    gigabytes = sum(shard.size_bytes for shard in shards) / 1e9
+    logger.info("indexing %d tars (%.2f GB; only headers are read)", len(shards), gigabytes)
+    told = time.monotonic()
+    for number, shard in enumerate(shards):
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            logger.info(
+                "indexed %d of %d tars; tools/index_dataset.py does it with several processes", number, len(shards)
+            )
+        yield shard.url, index_shard(shard)
+
+
+def write_manifests(shards: Sequence[Shard], summaries: dict[str, Summary]) -> list[str]:
+    """Write one manifest per folder for shards whose summaries are known; returns where they lie."""
+    locations = []
+    for folder, members in _by_folder(shards).items():
+        table = _as_table(members, summaries)
+        names = [shard.url.rpartition("/")[2] for shard in members]  # the folder may move with its manifest
+        table = table.set_column(0, "url", pa.array(names, pa.string()))
+        metadata = {"version": MANIFEST_VERSION, "shards": len(table), "rows": int(table["rows"].to_numpy().sum())}
+        content = io.BytesIO()
+        table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
+        pq.write_table(table, content, compression="zstd")
+        locations.append(write_beside(folder + "/", MANIFEST_NAME, content.getvalue()))
+    return locations
+
+
+def _known_summaries(shards: Sequence[Shard]) -> tuple[dict[str, Summary], int]:
+    """Summaries by URL from manifests and, where those don't know a shard, from its index; how many were opened."""
+    summaries: dict[str, Summary] = {}
+    opened = 0
+    for folder, members in _by_folder(shards).items():
+        known = _read_manifest(folder, len(members))
+        for shard in members:
+            summary = known(shard)
+            if summary is None:
+                summary = read_summary(shard)
+                opened += summary is not None
+            if summary is not None:
+                summaries[shard.url] = summary
+    return summaries, opened
+
+
+def _by_folder(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
+    folders: dict[str, list[Shard]] = defaultdict(list)
+    for shard in shards:
+        folders[shard.url.rpartition("/")[0]].append(shard)
+    return folders
+
+
+def _read_manifest(folder: str, num_shards: int) -> Callable[[Shard], Summary | None]:
+    """A lookup of shards in the folder's manifest."""
+    for url in (f"{folder}/{MANIFEST_NAME}", cache_location(folder + "/", MANIFEST_NAME)):
+        try:
+            with storage_for(url).open(url) as file:
+                table = pq.read_table(file, use_threads=False)
+            if json.loads(table.schema.metadata[_METADATA_KEY])["version"] != MANIFEST_VERSION:
+                continue
+            return _lookup(table)
+        except FileNotFoundError:
+            continue
+        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s can't be read (%s); reading the indexes of %d tars instead", url, error, num_shards)
+    return lambda shard: None
+
+
+def _lookup(table: pa.Table) -> Callable[[Shard], Summary | None]:
+    urls = table["url"].to_pylist()
+    states = zip(table["size_bytes"].to_pylist(), table["etag"].to_pylist(), strict=True)
+    counts = zip(table["rows"].to_pylist(), table["problems"].to_pylist(), strict=True)
+    texts = table["names"].combine_chunks()
+    names = [{kind: tuple(found) for kind, found in json.loads(text).items()} for text in texts.dictionary.to_pylist()]
+    entries = dict(zip(urls, zip(states, counts, texts.indices.to_pylist(), strict=True), strict=True))
+
+    def find(shard: Shard) -> Summary | None:
+        state, (rows, problems), place = entries.get(shard.url.rpartition("/")[2], (None, (0, 0), 0))
+        return Summary(rows, problems, **names[place]) if state == (shard.size_bytes, shard.etag) else None
+
+    return find
+
+
+def _as_table(shards: Sequence[Shard], summaries: dict[str, Summary]) -> pa.Table:
+    known = [summaries[shard.url] for shard in shards]
+    texts: dict[tuple, str] = {}
+    for summary in known:
+        key = (summary.fields, summary.nested, summary.members)
+        if key not in texts:
+            texts[key] = json.dumps(dict(zip(("fields", "nested", "members"), key, strict=True)))
+    columns = {
+        "url": [shard.url for shard in shards],
+        "size_bytes": [shard.size_bytes for shard in shards],
+        "etag": [shard.etag for shard in shards],
+        "rows": [summary.rows for summary in known],
+        "problems": [summary.problems for summary in known],
+    }
+    names = pa.array([texts[summary.fields, summary.nested, summary.members] for summary in known], pa.string())
+    arrays = [pa.array(values, _SCHEMA.field(name).type) for name, values in columns.items()]
+    return pa.Table.from_arrays([*arrays, names.dictionary_encode()], schema=_SCHEMA)

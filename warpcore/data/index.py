@@ -1,0 +1,310 @@
+"""The index of a shard: one row per sample, so that planning costs no picture byte.
+
+`NAME.tar.index.parquet` lies beside the tar, or in the cache folder where the tar's place can't be written. Columns:
+key, width and height (px, EXIF rotation applied), problem (why the row can't be drawn, or null), the members with
+offsets and sizes in bytes, and `json.FIELD` for every scalar field of the samples' .json.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import ExifTags, Image
+
+from warpcore.data.filters import FIELD_PREFIX
+from warpcore.data.samples import picture_member
+from warpcore.data.shards import Shard
+from warpcore.data.storage import storage_for
+from warpcore.data.tars import BadShardError, TarSample, read_samples
+
+INDEX_SUFFIX = ".index.parquet"
+INDEX_VERSION = 1
+ROW_GROUP_ROWS = 16_384
+MAX_FIELDS = 256
+"""A .json with more different keys than this over a shard is taken to hold data under them, not fields."""
+MEMBER_COLUMNS = ["member_names", "member_offsets", "member_sizes"]
+_METADATA_KEY = b"warpcore.index"
+_ROTATED_ORIENTATIONS = (5, 6, 7, 8)
+_INT64 = range(-(2**63), 2**63)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What planning has to know of a shard before it reads its rows."""
+
+    rows: int
+    problems: int
+    """How many of the rows can't be drawn."""
+    fields: tuple[str, ...]
+    """Scalar .json fields with at least one value."""
+    nested: tuple[str, ...]
+    """.json keys that hold lists or mappings."""
+    members: tuple[str, ...]
+
+
+def index_shard(shard: Shard) -> Summary:
+    """Read the headers of a tar, of its pictures and its .json members, and write its index.
+
+    Raises:
+        BadShardError: the tar is not whole, or holds no picture.
+        OSError: it can't be read, or the index can't be written for another reason than a read-only place.
+    """
+    with storage_for(shard.url).open(shard.url) as file:
+        samples = read_samples(file, shard.url, shard.size_bytes)
+        _check_pictures(samples, shard.url)
+        rows, nested = _make_table(samples, file)
+    fields = [name for name in rows.column_names if name.startswith(FIELD_PREFIX)]
+    summary = Summary(
+        rows=len(rows),
+        problems=len(rows) - rows["problem"].null_count,
+        fields=tuple(name.removeprefix(FIELD_PREFIX) for name in fields),
+        nested=tuple(nested),
+        members=tuple(sorted({name for sample in samples for name in sample.members})),
+    )
+    _write(shard, rows, summary)
+    return summary
+
+
+def read_summary(shard: Shard) -> Summary | None:
+    """The summary in a shard's index, None where there is no index of this very tar."""
+    for url in index_locations(shard.url):
+        try:
+            with storage_for(url).open(url) as file:
+                return _summary_of(pq.read_schema(file), shard, url)
+        except FileNotFoundError:
+            continue
+        except _StaleIndexError as reason:
+            logger.warning("%s; the tar will be indexed again", reason)
+        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
+    return None
+
+
+def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
+    """Rows [start, stop) of a shard's index; columns that it lacks are left out. Indexes the tar if need be."""
+    for _ in range(2):
+        for url in index_locations(shard.url):
+            try:
+                with storage_for(url).open(url) as file:
+                    return _read_slice(file, shard, url, columns, start, stop)
+            except (FileNotFoundError, _StaleIndexError, pa.ArrowInvalid):
+                continue
+        found = storage_for(shard.url).stat(shard.url)
+        if found != (shard.size_bytes, shard.etag):
+            raise BadShardError(f"{shard.url} changed while it was in use; start again to plan with its new content")
+        index_shard(shard)
+    raise BadShardError(f"{shard.url}: its index can't be kept at {' or '.join(index_locations(shard.url))}")
+
+
+def index_locations(url: str) -> list[str]:
+    """Where a shard's index may lie, best first."""
+    return [url + INDEX_SUFFIX, cache_location(url, INDEX_SUFFIX)]
+
+
+def cache_location(url: str, suffix: str) -> str:
+    """The path in the cache folder ($XDG_CACHE_HOME/warpcore) for something that can't lie beside `url`."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "warpcore" / "index"
+    name = hashlib.blake2b(url.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    return str(root / f"{name}-{url.rsplit('/', 1)[-1][-100:]}{suffix}")
+
+
+def write_beside(url: str, suffix: str, content: bytes) -> str:
+    """Write `url + suffix`, or its place in the cache folder where that is read-only. Returns where it lies."""
+    try:
+        storage_for(url).write(url + suffix, content)
+        return url + suffix
+    except PermissionError:
+        location = cache_location(url, suffix)
+        Path(location).parent.mkdir(parents=True, exist_ok=True)
+        storage_for(location).write(location, content)
+        return location
+
+
+class _StaleIndexError(Exception):
+    """The index belongs to another state of the tar, or to another version of Warpcore."""
+
+
+def _summary_of(schema: pa.Schema, shard: Shard, url: str) -> Summary:
+    saved = json.loads((schema.metadata or {})[_METADATA_KEY])
+    if saved["version"] != INDEX_VERSION:
+        raise _StaleIndexError(f"{url} has version {saved['version']} instead of {INDEX_VERSION}")
+    if (saved["size_bytes"], saved["etag"]) != (shard.size_bytes, shard.etag):
+        changed = f"{saved['size_bytes']} bytes, {saved['etag']} -> {shard.size_bytes} bytes, {shard.etag}"
+        raise _StaleIndexError(f"{shard.url} changed since it was indexed ({changed})")
+    summary = saved["summary"]
+    names = {name: tuple(summary[name]) for name in ("fields", "nested", "members")}
+    return Summary(rows=summary["rows"], problems=summary["problems"], **names)
+
+
+def _read_slice(
+    file: BinaryIO, shard: Shard, url: str, columns: list[str] | None, start: int, stop: int | None
+) -> pa.Table:
+    parquet = pq.ParquetFile(file)
+    summary = _summary_of(parquet.schema_arrow, shard, url)
+    stop = summary.rows if stop is None else stop
+    names = parquet.schema_arrow.names
+    columns = names if columns is None else [name for name in columns if name in names]
+    first, last = start // ROW_GROUP_ROWS, -(-stop // ROW_GROUP_ROWS)
+    rows = parquet.read_row_groups(list(range(first, last)), columns=columns, use_threads=False)
+    return rows.slice(start - first * ROW_GROUP_ROWS, stop - start).replace_schema_metadata(None)
+
+
+def _write(shard: Shard, rows: pa.Table, summary: Summary) -> None:
+    saved = {"version": INDEX_VERSION, "size_bytes": shard.size_bytes, "etag": shard.etag, "summary": asdict(summary)}
+    content = io.BytesIO()
+    rows = rows.replace_schema_metadata({_METADATA_KEY: json.dumps(saved).encode()})
+    pq.write_table(rows, content, row_group_size=ROW_GROUP_ROWS, compression="zstd", store_schema=True)
+    write_beside(shard.url, INDEX_SUFFIX, content.getvalue())
+
+
+def _check_pictures(samples: list[TarSample], url: str) -> None:
+    if not samples:
+        raise BadShardError(f"{url} is an empty tar: it holds no sample")
+    if not any(picture_member(sample.members) for sample in samples):
+        counts = Counter(name for sample in samples for name in sample.members)
+        held = ", ".join(f"{number} x .{name}" for name, number in counts.most_common(8))
+        raise BadShardError(f"{url} holds no picture; its {len(samples)} samples hold {held}")
+
+
+def _make_table(samples: list[TarSample], file: BinaryIO) -> tuple[pa.Table, list[str]]:
+    """The rows of the index, and the .json keys that hold lists or mappings."""
+    measured = [_measure(sample, file) for sample in samples]
+    names = pa.array([list(sample.members) for sample in samples], pa.list_(pa.string()))
+    columns = {
+        "key": pa.array([_clean(sample.key) for sample in samples], pa.string()),
+        "width": pa.array([width for width, _, _ in measured], pa.int32()),
+        "height": pa.array([height for _, height, _ in measured], pa.int32()),
+        "problem": pa.array([problem for _, _, problem in measured], pa.string()),
+        "member_names": names,
+    }
+    for place, name in enumerate(MEMBER_COLUMNS[1:]):
+        values = [[member[place] for member in sample.members.values()] for sample in samples]
+        columns[name] = pa.array(values, pa.list_(pa.int64()))
+    fields, nested = _read_fields(samples, file)
+    columns |= {FIELD_PREFIX + name: _typed_column(values) for name, values in fields.items()}
+    return pa.table(columns), nested
+
+
+def _measure(sample: TarSample, file: BinaryIO) -> tuple[int, int, str | None]:
+    """(width, height, None) of the sample's picture, or (0, 0, why it can't be used)."""
+    extension = picture_member(sample.members)
+    if extension is None:
+        return 0, 0, "no picture"
+    window = io.BufferedReader(_Window(file, *sample.members[extension]))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return *picture_size(window), None
+    except Exception as error:  # whatever a decoder makes of hostile bytes says only that the picture is unusable
+        return 0, 0, f"undecodable .{extension}: {str(error).split('<')[0].strip() or type(error).__name__}"
+
+
+def picture_size(file: BinaryIO | str | Path) -> tuple[int, int]:
+    """(width, height) in px from the header of a picture, its EXIF rotation applied.
+
+    Raises whatever Pillow raises for content that is no picture, or one too large to be decoded safely.
+    """
+    with Image.open(file) as image:
+        # The method of PNG files decodes the whole picture in search of the tag.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        width, height = image.size
+    return (height, width) if orientation in _ROTATED_ORIENTATIONS else (width, height)
+
+
+class _Window(io.RawIOBase):
+    """A member's bytes as a file of their own."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self._file, self._offset, self._size, self._position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, position + (0, self._position, self._size)[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._position)
+        piece = self._file.read(min(len(buffer), max(0, self._size - self._position)))
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+
+def _read_fields(samples: list[TarSample], file: BinaryIO) -> tuple[dict[str, list], list[str]]:
+    """Scalar fields as columns of len(samples) with None where absent, and the keys of lists and mappings."""
+    contents = [_read_json(sample, file) for sample in samples]
+    scalars: Counter[str] = Counter()
+    nested: Counter[str] = Counter()
+    for content in contents:
+        for name, value in content.items():
+            (nested if isinstance(value, list | dict) else scalars)[name] += value is not None
+    kept = sorted(name for name, number in scalars.most_common(MAX_FIELDS) if number)
+    fields = {
+        _clean(name): [
+            None if isinstance(content.get(name), list | dict) else content.get(name) for content in contents
+        ]
+        for name in kept
+    }
+    return fields, sorted(_clean(name) for name, _ in nested.most_common(MAX_FIELDS))
+
+
+def _read_json(sample: TarSample, file: BinaryIO) -> dict[str, Any]:
+    """A sample's .json; a broken one counts as empty here: it is a bad sample only where its caption is read."""
+    if "json" not in sample.members:
+        return {}
+    offset, size = sample.members["json"]
+    file.seek(offset)
+    try:
+        content = json.loads(file.read(size).decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _typed_column(values: list) -> pa.Array:
+    """int64, double, bool or string; whole and broken numbers become double, any other mixture becomes text."""
+    types = {type(value) for value in values if value is not None}
+    if types == {bool}:
+        return pa.array(values, pa.bool_())
+    if types == {int} and all(value is None or value in _INT64 for value in values):
+        return pa.array(values, pa.int64())
+    if types <= {int, float}:
+        return pa.array([None if value is None else _as_float(value) for value in values], pa.float64())
+    texts = [value if isinstance(value, str | None) else json.dumps(value) for value in values]
+    return pa.array([None if text is None else _clean(text) for text in texts], pa.string())
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def _clean(text: str) -> str:
+    """Text that parquet can hold: file names and escapes in .json may hold lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def has_member(rows: pa.Table, extension: str) -> pa.Array:
+    """(rows,) bool: which rows hold a member of this extension."""
+    names = rows["member_names"].combine_chunks()
+    places = pc.filter(pc.list_parent_indices(names), pc.equal(pc.list_flatten(names), extension))
+    return pc.is_in(pa.array(range(len(rows)), places.type), value_set=places)

@@ -1,0 +1,289 @@
+"""Lanes: the independent streams of micro-batches that a plan consists of.
+
+A lane owns pieces of the data set. In each epoch it orders them anew, takes them in groups of bounded size, shuffles
+across a group, and deals its rows to buckets; a bucket that is full is a micro-batch. Rows that wait for company are
+carried into the next group and epoch. Everything follows from the recipe and a small state.
+"""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from warpcore.data.catalog import Catalog
+from warpcore.data.index import read_rows
+from warpcore.data.samples import MicroBatch, Sample
+from warpcore.data.selection import BASE_COLUMNS, Piece, Selection, cut, make_samples, survey
+from warpcore.errors import UserError
+from warpcore.random import stable_hash
+
+CHUNK_ROWS = 256
+"""So many rows at a time become samples: few enough to start quickly, enough to amortise pyarrow's calls."""
+PASSED, DRAWN = "passed", "drawn"
+
+
+class BucketChoice(Protocol):
+    """What a plan needs of `Buckets`."""
+
+    sizes: list[tuple[int, int]]
+
+    def choose_many(self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """(N,) places in `sizes`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides which rows a micro-batch holds, but for the position."""
+
+    catalog: Catalog
+    selection: Selection
+    buckets: BucketChoice
+    micro_batch_size: int
+    seed: int
+    num_lanes: int
+    group_rows: int
+
+    @cached_property
+    def lanes(self) -> list[list[Piece]]:
+        """The pieces of every lane, so that each draws about the same number of rows per epoch."""
+        pieces = list(cut(self.catalog, self.group_rows))
+        weights = self.catalog.weights.tolist()
+        loads = [(piece.stop - piece.start) * weights[piece.shard] for piece in pieces]
+        shuffled = hash_numbers(np.arange(len(pieces)), stable_hash(self.seed, "deal"))
+        order = np.lexsort((shuffled, -np.array(loads)))
+        lanes: list[list[Piece]] = [[] for _ in range(self.num_lanes)]
+        least = [(0.0, number) for number in range(self.num_lanes)]
+        for place in order.tolist():
+            load, number = least[0]
+            lanes[number].append(pieces[place])
+            heapq.heapreplace(least, (load + loads[place], number))
+        return lanes
+
+    def groups(self, lane: int, epoch: int) -> list[list[Piece]]:
+        """The shard groups of one epoch of a lane: its pieces in a new order, bounded in rows."""
+        pieces = self.lanes[lane]
+        order = np.argsort(hash_numbers(np.arange(len(pieces)), stable_hash(self.seed, "groups", lane, epoch)))
+        groups: list[list[Piece]] = []
+        rows = self.group_rows
+        for place in order.tolist():
+            piece = pieces[place]
+            rows += piece.stop - piece.start
+            if rows > self.group_rows:
+                groups.append([])
+                rows = piece.stop - piece.start
+            groups[-1].append(piece)
+        return groups
+
+    def to_samples(self, rows: pa.Table, draws: "Sequence[Draw]") -> list[Sample]:
+        shards = {draw.shard for draw in draws}
+        urls = {shard: self.catalog.shard(shard).url for shard in shards}
+        names = {shard: self.catalog.name(shard) for shard in shards}
+        seeds = [
+            stable_hash(self.seed, "sample", draw.epoch, names[draw.shard], draw.row, draw.repeat) for draw in draws
+        ]
+        return make_samples(rows, [urls[draw.shard] for draw in draws], seeds)
+
+    def sizes_of(self, samples: Sequence[Sample]) -> list[tuple[int, int]]:
+        """The bucket (H, W) of every sample."""
+        widths = np.array([sample.width for sample in samples], np.int64)
+        heights = np.array([sample.height for sample in samples], np.int64)
+        seeds = np.array([sample.seed for sample in samples], np.uint64)
+        places = self.buckets.choose_many(widths, heights, seeds)
+        return [self.buckets.sizes[place] for place in places.tolist()]
+
+
+class Draw(NamedTuple):
+    """One occurrence of a row."""
+
+    shard: int
+    row: int
+    repeat: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of a shard group that can be drawn, and the shuffled order of their draws."""
+
+    rows: pa.Table
+    shards: np.ndarray
+    """(rows,) the shard of each row."""
+    numbers: np.ndarray
+    """(rows,) the place of each row in its shard."""
+    order: np.ndarray
+    """(draws,) places in `rows`."""
+    repeats: np.ndarray
+    """(draws,)"""
+    counts: Counter[str]
+
+    @classmethod
+    def load(cls, recipe: Recipe, pieces: Sequence[Piece], epoch: int) -> "Group":
+        loaded = [recipe.selection.load(recipe.catalog, piece) for piece in pieces]
+        lengths = [len(rows.numbers) for rows in loaded]
+        shards = np.repeat([piece.shard for piece in pieces], lengths)
+        numbers = np.concatenate([rows.numbers for rows in loaded])
+        salts = [stable_hash(recipe.seed, "rows", recipe.catalog.name(piece.shard)) for piece in pieces]
+        hashes = hash_numbers(numbers, np.repeat(np.array(salts, np.uint64), lengths))
+        occurrences = occurrences_in_epoch(hashes, recipe.catalog.weights[shards], epoch)
+        places = np.repeat(np.arange(len(numbers)), occurrences)
+        firsts = np.repeat(np.cumsum(occurrences) - occurrences, occurrences)
+        repeats = np.arange(len(places)) - firsts
+        shuffled = hash_numbers(repeats, hashes[places] ^ np.uint64(stable_hash(recipe.seed, "order", epoch)))
+        order = np.argsort(shuffled, kind="stable")
+        counts: Counter[str] = sum((rows.rejected for rows in loaded), Counter())
+        counts += Counter({PASSED: len(numbers), DRAWN: len(places)})
+        table = pa.concat_tables([rows.table for rows in loaded]).combine_chunks()
+        return cls(table, shards, numbers, places[order], repeats[order], counts)
+
+    def draws(self, start: int, stop: int, epoch: int) -> tuple[pa.Table, list[Draw]]:
+        places = self.order[start:stop]
+        columns = (self.shards[places], self.numbers[places], self.repeats[start:stop])
+        found = [Draw(*row, epoch) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return self.rows.take(pa.array(places)), found
+
+
+class Lane:
+    """One lane at a position; `next_micro_batch` moves it on."""
+
+    def __init__(self, recipe: Recipe, number: int, state: dict | None = None):
+        state = state or fresh_state()
+        self.recipe = recipe
+        self.number = number
+        self.emitted: int = state["emitted"]
+        """How many micro-batches the lane has given since the run began."""
+        self._epoch: int = state["epoch"]
+        self._group_number: int = state["group"]
+        self._cursor: int = state["cursor"]
+        self._counts: Counter[str] = Counter(state["counts"])
+        self._waiting = {parse_size(size): self._restore(draws) for size, draws in state["waiting"].items()}
+        self._groups = recipe.groups(number, self._epoch)
+        self._group: Group | None = None
+        self._chunk: deque[tuple[tuple[int, int], tuple[Draw, Sample]]] = deque()
+
+    def next_micro_batch(self, number: int) -> MicroBatch:
+        """Fill the next micro-batch, whose global number is `number`.
+
+        Raises:
+            UserError: a whole epoch of the lane had no row that can be drawn.
+        """
+        notes: list[str] = []
+        while True:
+            if not self._chunk and not self._fill_chunk():
+                notes = self._next_group() or notes  # of several short epochs the last one's note says it all
+                continue
+            size, entry = self._chunk.popleft()
+            self._cursor += 1
+            entries = self._waiting.setdefault(size, [])
+            entries.append(entry)
+            if len(entries) == self.recipe.micro_batch_size:
+                del self._waiting[size]
+                self.emitted += 1
+                samples = tuple(sample for _, sample in entries)
+                return MicroBatch(number, size, samples, self.number, self.state(), self._epoch, tuple(notes))
+
+    def state(self) -> dict:
+        """JSON-able; a lane made of it goes on exactly here."""
+        return {
+            "emitted": self.emitted,
+            "epoch": self._epoch,
+            "group": self._group_number,
+            "cursor": self._cursor,
+            "counts": dict(self._counts),
+            "waiting": {
+                f"{height}x{width}": [list(draw) for draw, _ in entries]
+                for (height, width), entries in sorted(self._waiting.items())
+            },
+        }
+
+    def _fill_chunk(self) -> bool:
+        """Make samples of the group's next rows; False where it has no more."""
+        if self._group is None:
+            self._group = Group.load(self.recipe, self._groups[self._group_number], self._epoch)
+        rows, draws = self._group.draws(self._cursor, self._cursor + CHUNK_ROWS, self._epoch)
+        samples = self.recipe.to_samples(rows, draws)
+        self._chunk.extend(zip(self.recipe.sizes_of(samples), zip(draws, samples, strict=True), strict=True))
+        return bool(draws)
+
+    def _next_group(self) -> list[str]:
+        """Go on to the next group; the note of the epoch where this was its last."""
+        assert self._group is not None
+        self._counts += self._group.counts
+        self._group, self._cursor = None, 0
+        self._group_number += 1
+        if self._group_number < len(self._groups):
+            return []
+        note = self._epoch_note()
+        if not self._counts[PASSED]:
+            raise UserError(self._nothing_to_draw())
+        self._epoch, self._group_number, self._counts = self._epoch + 1, 0, Counter()
+        self._groups = self.recipe.groups(self.number, self._epoch)
+        return [note]
+
+    def _epoch_note(self) -> str:
+        counts = self._counts
+        lane = f" of lane {self.number}" if self.recipe.num_lanes > 1 else ""
+        waiting = {f"{h}x{w}": len(entries) for (h, w), entries in sorted(self._waiting.items())}
+        parts = [f"epoch {self._epoch}{lane} is over: {counts[DRAWN]} rows drawn"]
+        parts += [f"{n} rejected: {reason}" for reason, n in counts.most_common() if reason not in (PASSED, DRAWN)]
+        if waiting:
+            buckets = ", ".join(f"{size}: {number}" for size, number in waiting.items())
+            parts.append(f"{sum(waiting.values())} wait for a full micro-batch ({buckets})")
+        if counts[DRAWN] < self.recipe.micro_batch_size:
+            size = self.recipe.micro_batch_size
+            parts.append(f"fewer than a micro-batch of {size}: a picture occurs more than once in one")
+        return "; ".join(parts)
+
+    def _nothing_to_draw(self) -> str:
+        found = survey(self.recipe.catalog, self.recipe.selection)
+        if not found.passed:
+            return f"no row of the data set can be drawn: {found}"
+        return (
+            f"lane {self.number} of {self.recipe.num_lanes} has no row that can be drawn; the conditions leave too "
+            f"few rows for so many lanes: set num_lanes to 1 ({found})"
+        )
+
+    def _restore(self, saved: list[list[int]]) -> list[tuple[Draw, Sample]]:
+        """The waiting rows of a saved state, read from the indexes again."""
+        draws = [Draw(*entry) for entry in saved]
+        samples: dict[Draw, Sample] = {}
+        for shard in {draw.shard for draw in draws}:
+            of_shard = [draw for draw in draws if draw.shard == shard]
+            rows = [draw.row for draw in of_shard]
+            first = min(rows)
+            table = read_rows(self.recipe.catalog.shard(shard), BASE_COLUMNS, first, max(rows) + 1)
+            table = table.take(pa.array([row - first for row in rows]))
+            samples |= zip(of_shard, self.recipe.to_samples(table, of_shard), strict=True)
+        return [(draw, samples[draw]) for draw in draws]
+
+
+def fresh_state(epoch: int = 0, emitted: int = 0) -> dict:
+    """The state of a lane at the start of an epoch, nothing waiting."""
+    return {"emitted": emitted, "epoch": epoch, "group": 0, "cursor": 0, "counts": {}, "waiting": {}}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
+def occurrences_in_epoch(hashes: np.ndarray, weights: np.ndarray, epoch: int) -> np.ndarray:
+    """(rows,) how often each row occurs: `weight` times on average over epochs, evenly spread.
+
+    Row by row it is floor(u + (epoch + 1) * weight) - floor(u + epoch * weight) with u in [0, 1) from the row's hash,
+    so weight 0.5 takes one half of the rows in even epochs and the other half in odd ones.
+    """
+    start = (hashes >> np.uint64(32)) / 2**32  # 32 bits, so that whole weights add without rounding
+    return (np.floor(start + (epoch + 1) * weights) - np.floor(start + epoch * weights)).astype(np.int64)
+
+
+def hash_numbers(numbers: np.ndarray, salt: int | np.ndarray) -> np.ndarray:
+    """(n,) uint64: the finaliser of splitmix64 (Steele et al. 2014), alike on every machine and numpy version."""
+    z = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.asarray(salt, np.uint64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,332 @@
+"""The loader: micro-batches of a plan go to worker processes, batches come back in the plan's order, on the device."""
+
+import atexit
+import pickle
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple, Self
+
+import cv2
+import torch
+from torch.utils.data import DataLoader
+
+from warpcore.data.reader import Batch, Reader
+from warpcore.data.samples import MicroBatch
+from warpcore.errors import UserError
+
+# A worker that is told to stop finishes its micro-batch first; one that hangs in a read is killed after this time.
+_STOP_SECONDS = 5.0
+
+
+class DataWorkerError(RuntimeError):
+    """A worker process of the loader was killed or ended by itself."""
+
+
+class Loader:
+    """Iterates the batches of a plan's micro-batches, read ahead by worker processes, with tensors on the device.
+
+    The order is that of `micro_batches`, for any number of workers. `iter(loader)` begins a pass over `micro_batches`
+    and returns at once, while workers start and read ahead; they live on for further passes until `close`. A thread
+    draws from the plan and copies to the device, so that neither holds up the consumer. Exceptions of the reader and
+    of the plan are raised as they are; a worker that dies raises DataWorkerError.
+
+    num_workers: 0 reads in this process, when a batch is asked for. prefetch: micro-batches read ahead per worker.
+    """
+
+    def __init__(
+        self,
+        micro_batches: Iterable[MicroBatch],
+        reader: Reader,
+        *,
+        num_workers: int,
+        device: torch.device | str = "cpu",
+        prefetch: int = 2,
+    ):
+        if num_workers < 0 or prefetch < 1:
+            raise UserError(f"num_workers is at least 0 and prefetch at least 1, not {num_workers} and {prefetch}")
+        self.device = torch.device(device)
+        self._micro_batches, self._reader = micro_batches, reader
+        self._waited_seconds = 0.0
+        self._workers = _Workers(reader, num_workers, prefetch) if num_workers else None
+        self._pass: _Pass | None = None
+
+    @property
+    def data_wait_seconds(self) -> float:
+        """How long the consumer waited for batches since this was last read."""
+        waited, self._waited_seconds = self._waited_seconds, 0.0
+        return waited
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._workers is None:
+            batches = (self._reader.__getitems__(one).to(self.device) for one in self._micro_batches)
+        else:
+            self._stop_pass()
+            self._pass = _Pass(self._workers, self._micro_batches, self.device)
+            batches = iter(self._pass)
+        return self._timed(batches)
+
+    def close(self) -> None:
+        """Stop reading and end the workers; no process is left."""
+        self._stop_pass()
+        if self._workers:
+            self._workers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self._waited_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def _stop_pass(self) -> None:
+        if self._pass:
+            self._pass.stop()
+            self._pass = None
+
+
+class _Pass:
+    """One pass over the micro-batches: a thread that keeps the next batch ready on the device."""
+
+    def __init__(self, workers: "_Workers", micro_batches: Iterable[MicroBatch], device: torch.device):
+        self._workers, self._micro_batches, self._device = workers, micro_batches, device
+        self._ready: queue.Queue[_Ready | _End] = queue.Queue(maxsize=1)
+        self._stopping, self._workers_started = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="data loader", daemon=True)
+        with _main_script_hidden(unless=workers.need_main_script):
+            self._thread.start()
+            self._workers_started.wait()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            item = self._ready.get()
+            if isinstance(item, _Ready):
+                yield item.take()
+            elif item.error:
+                raise item.error
+            else:
+                return
+
+    def stop(self) -> None:
+        """End the thread; workers that do not come back from a read are killed."""
+        self._stopping.set()
+        self._thread.join(_STOP_SECONDS)
+        if self._thread.is_alive():
+            self._workers.kill()
+            self._thread.join()
+
+    def _run(self) -> None:
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        try:
+            for batch in self._workers.batches(self._until_stopped()):
+                if not self._hand_over(_Ready.sent(batch, self._device, stream)):
+                    return
+            self._hand_over(_End(None))
+        except BaseException as error:  # whatever it is: the consumer must see it
+            self._hand_over(_End(error))
+        finally:
+            self._workers_started.set()
+
+    def _until_stopped(self) -> Iterator[MicroBatch]:
+        self._workers_started.set()  # a DataLoader asks for its first micro-batch when its workers have been started
+        for micro_batch in self._micro_batches:
+            if self._stopping.is_set():
+                return
+            yield micro_batch
+
+    def _hand_over(self, item: "_Ready | _End") -> bool:
+        """Wait until the consumer takes what lies before it; False when it wants no more."""
+        while not self._stopping.is_set():
+            with suppress(queue.Full):
+                self._ready.put(item, timeout=0.2)
+                return True
+        return False
+
+
+class _Ready(NamedTuple):
+    """A batch whose copy to the device is under way."""
+
+    batch: Batch
+    arrived: torch.cuda.Event | None = None
+
+    @classmethod
+    def sent(cls, batch: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> Self:
+        """From page-locked memory and on a stream of its own, a copy to a GPU runs beside the computation."""
+        if stream is None:
+            return cls(batch.to(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            return cls(batch.pin_memory().to(device), stream.record_event())
+
+    def take(self) -> Batch:
+        """The batch, for use on the current stream of the calling thread."""
+        if self.arrived is not None:
+            for tensor in self.batch.tensors():
+                stream = torch.cuda.current_stream(tensor.device)
+                stream.wait_event(self.arrived)
+                tensor.record_stream(stream)  # or its memory could be given away while this stream still reads it
+        return self.batch
+
+
+class _End(NamedTuple):
+    error: BaseException | None
+
+
+class _Workers:
+    """The worker processes, over several passes."""
+
+    def __init__(self, reader: Reader, num_workers: int, prefetch: int):
+        self.need_main_script = b"__main__" in _pickled(reader)
+        self._sampler = _Sampler()
+        self._loader = DataLoader(
+            _Work(reader),
+            batch_sampler=self._sampler,
+            num_workers=num_workers,
+            prefetch_factor=prefetch,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="spawn",
+            persistent_workers=True,
+            generator=torch.Generator(),  # it seeds its workers, which must not take from the global generator
+        )
+        _EVERY.add(self)
+
+    def batches(self, micro_batches: Iterator[MicroBatch]) -> Iterator[Batch]:
+        """In the order of the micro-batches. Raises what reading or drawing them raised, or DataWorkerError."""
+        self._sampler.micro_batches = micro_batches
+        try:
+            for item in self._loader:
+                if isinstance(item, _Failure):
+                    raise item.error
+                yield item
+        except Exception as error:
+            dead = [process for process in self._processes() if process.exitcode is not None]
+            if dead:
+                raise DataWorkerError(_obituary(dead[0].pid, dead[0].exitcode)) from error
+            raise
+
+    def close(self) -> None:
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+            _kill(iterator._workers)
+
+    def kill(self) -> None:
+        _kill(self._processes())
+
+    def _processes(self) -> list:
+        return self._loader._iterator._workers if self._loader._iterator is not None else []
+
+
+class _Sampler:
+    """The batch sampler of the DataLoader: the micro-batches of the current pass."""
+
+    micro_batches: Iterator[MicroBatch] = iter(())
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.micro_batches
+
+
+class _Work:
+    """The data set of the DataLoader. Its exceptions are handed over: the DataLoader would bury them in text."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+
+    def __getitems__(self, micro_batch: MicroBatch) -> "Batch | _Failure":
+        try:
+            return self.reader.__getitems__(micro_batch)
+        except Exception as error:
+            return _Failure(_portable(error))
+
+
+class _Failure(NamedTuple):
+    error: Exception
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception with a note of where it arose, as its traceback stays behind; in words if it cannot be pickled."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    try:
+        error = pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"raised in a data worker, by {frame.name} in {frame.filename}:{frame.lineno}")
+    return error
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    # These reach all processes of a Slurm step or a terminal. The main process decides what they mean, and needs its
+    # workers to finish an update.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+
+
+def _pickled(reader: Reader) -> bytes:
+    try:
+        return pickle.dumps(reader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the reader can't be sent to worker processes: {error}; define its parts at the top of a module, "
+            "not as a lambda or inside a function"
+        ) from error
+
+
+def _obituary(pid: int, exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"data worker {pid} ended by itself with exit code {exitcode}; what it wrote to the terminal says why"
+    name = signal.Signals(-exitcode).name
+    return (
+        f"data worker {pid} was killed by {name}; the usual reason is too little memory "
+        "(SIGBUS: too little of it in /dev/shm): lower num_workers, prefetch or the micro-batch size"
+    )
+
+
+@contextmanager
+def _main_script_hidden(unless: bool) -> Iterator[None]:
+    """Keep spawned processes from importing the main script again, and all that it imports: they need only the reader.
+
+    It would cost seconds and a gigabyte per worker, and a script without the `__main__` guard would start itself.
+    """
+    main = sys.modules["__main__"]
+    hidden = (
+        {} if unless else {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    )
+    if hidden:
+        main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
+
+
+def _kill(processes: Iterable) -> None:
+    processes = list(processes)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    for process in processes:
+        process.join()
+
+
+# At exit, multiprocessing sends SIGTERM to workers that are left and waits for them. They ignore it: kill them before.
+_EVERY: weakref.WeakSet[_Workers] = weakref.WeakSet()
+atexit.register(lambda: [workers.kill() for workers in _EVERY])

@@ -1,0 +1,255 @@
+"""The plan: which rows make up which micro-batch. Pure: it reads index rows, never a picture."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import count, islice
+from math import gcd
+
+import numpy as np
+import pyarrow as pa
+
+from warpcore.data.captions import CaptionGetter
+from warpcore.data.catalog import Catalog
+from warpcore.data.filters import Filter
+from warpcore.data.lanes import BucketChoice, Lane, Recipe, fresh_state
+from warpcore.data.samples import MicroBatch, Sample
+from warpcore.data.selection import PASS_ROWS, Selection, Survey, cut, hold_out, make_samples, survey
+from warpcore.errors import UserError
+from warpcore.random import stable_hash
+
+__all__ = ["MicroBatch", "Plan", "Sample", "describe_difference"]
+
+PLAN_VERSION = 1
+MAX_LANES = 64
+ROWS_PER_LANE = 65_536
+"""A data set of fewer than twice as many rows has a single lane."""
+GROUP_ROWS_OF_ALL_LANES = 1_048_576
+"""What a process that serves every lane holds in memory at most, in index rows (about 150 bytes each)."""
+
+
+class Plan:
+    """The order of a data set for one run.
+
+    Args:
+        catalog: from `open_catalog(resolve_sources(webdataset_path))`.
+        micro_batch_size: samples per micro-batch, all of one bucket.
+        buckets: gives every picture its size.
+        filters: conditions on index columns, in order; the first that rejects a row is the one that is told.
+        captions: where captions come from; a row without that member is rejected.
+        required_members: further members that a row must have, such as a mask.
+        seed: of the run.
+        validation: the catalog of `validation_path`.
+        validation_samples: so many rows of the data set are kept for validation where there is no `validation`.
+        num_lanes, group_rows: by default they follow from the number of rows.
+
+    Raises:
+        UserError: a filter, caption or member that no sample has, or settings that leave nothing to train on.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        micro_batch_size: int,
+        buckets: BucketChoice,
+        filters: Sequence[Filter] = (),
+        captions: CaptionGetter | None = None,
+        required_members: Sequence[str] = (),
+        seed: int = 0,
+        validation: Catalog | None = None,
+        validation_samples: int = 0,
+        num_lanes: int | None = None,
+        group_rows: int | None = None,
+    ):
+        if micro_batch_size < 1:
+            raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
+        if validation is not None and validation_samples:
+            raise UserError("give validation_path or validation_samples, not both")
+        members = dict.fromkeys([*([captions.member] if captions else []), *required_members])
+        selection = Selection(tuple(filters), tuple(members))
+        selection.check(catalog, captions)
+        if validation is not None:
+            selection.check(validation, captions)
+        if validation is None:
+            held_out = hold_out(catalog, selection, validation_samples) if validation_samples else {}
+        else:
+            held_out = _shared_shards(catalog, validation)
+        self._unheld = selection
+        self._validation = validation
+        self._captions = captions
+        self._validation_samples = validation_samples
+        self.num_lanes = num_lanes or default_lanes(catalog.num_rows)
+        self._recipe = Recipe(
+            catalog=catalog,
+            selection=Selection(selection.filters, selection.required_members, held_out),
+            buckets=buckets,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+            num_lanes=self.num_lanes,
+            group_rows=group_rows or GROUP_ROWS_OF_ALL_LANES // self.num_lanes,
+        )
+        empty = [number for number, pieces in enumerate(self._recipe.lanes) if not pieces]
+        if empty:
+            raise UserError(f"num_lanes is {self.num_lanes}, more than the data set has shards to deal; lower it")
+
+    @cached_property
+    def survey(self) -> Survey:
+        """What a pass over the whole index finds: rows, and why others are rejected. Slow for large data sets."""
+        return survey(self._recipe.catalog, self._recipe.selection)
+
+    @property
+    def num_rows(self) -> int:
+        """Training rows after filters. Makes the survey."""
+        return self.survey.passed
+
+    @cached_property
+    def fingerprint(self) -> dict:
+        """JSON-able: everything that must not change on resume. Compare with `describe_difference`."""
+        recipe, buckets = self._recipe, self._recipe.buckets
+        catalog, held = recipe.catalog, self._validation
+        return {
+            "plan_version": PLAN_VERSION,
+            "seed": recipe.seed,
+            "micro_batch_size": recipe.micro_batch_size,
+            "num_lanes": self.num_lanes,
+            "group_rows": recipe.group_rows,
+            "dataset_filters": [str(condition) for condition in recipe.selection.filters],
+            "captions_getter": [self._captions.member, self._captions.expression.text] if self._captions else None,
+            "required_members": list(recipe.selection.required_members),
+            "bucket_sizes": [list(size) for size in buckets.sizes],
+            "bucketeer_random_ratio": getattr(buckets, "random_ratio", 0.0),
+            "validation_samples": self._validation_samples,
+            "shards": catalog.identities(),
+            "validation_shards": held.identities() if held else {},
+        }
+
+    def micro_batches(
+        self, *, rank: int = 0, num_processes: int = 1, start: int = 0, lane_states: dict[int, dict] | None = None
+    ) -> Iterator[MicroBatch]:
+        """Endless: the micro-batches of a rank (number mod num_processes == rank), from global number `start` on.
+
+        lane_states: of every lane the state of its last micro-batch below `start`. A lane without one is replayed from
+            its beginning, which takes time.
+
+        Raises:
+            UserError: a state that is later than `start`, or nothing in the data set can be drawn.
+        """
+        states = {int(number): state for number, state in (lane_states or {}).items()}
+        if unknown := sorted(set(states) - set(range(self.num_lanes))):
+            raise UserError(f"there is no lane {unknown[0]}: the plan has {self.num_lanes} lanes")
+        shared = gcd(self.num_lanes, num_processes)
+        lanes = {
+            number: Lane(self._recipe, number, states.get(number))
+            for number in range(self.num_lanes)
+            if number % shared == rank % shared
+        }
+        for lane in lanes.values():
+            self._wind(lane, start)
+        for number in count(start):
+            lane = lanes.get(number % self.num_lanes)
+            if lane is not None:
+                micro_batch = lane.next_micro_batch(number)
+                if number % num_processes == rank:
+                    yield micro_batch
+
+    def _wind(self, lane: Lane, start: int) -> None:
+        """Move a lane on to its first micro-batch of a number >= start."""
+        given = len(range(lane.number, start, self.num_lanes))
+        if lane.emitted > given:
+            raise UserError(
+                f"the state of lane {lane.number} is after {lane.emitted} of its micro-batches, but only {given} of "
+                f"them come before number {start}"
+            )
+        while lane.emitted < given:
+            lane.next_micro_batch(lane.number + lane.emitted * self.num_lanes)
+
+    def fresh_lane_states(self, *, start: int, epoch: int) -> dict[int, dict]:
+        """States that begin an epoch at global number `start`: `on_data_change: new_epoch`."""
+        return {
+            number: fresh_state(epoch, len(range(number, start, self.num_lanes))) for number in range(self.num_lanes)
+        }
+
+    def validation(self, *, rank: int = 0, num_processes: int = 1) -> Iterator[MicroBatch]:
+        """One fixed pass over the validation rows, the same every time; the last of a bucket may be partial."""
+        yield from islice(self._validation_micro_batches(), rank, None, num_processes)
+
+    @property
+    def has_validation(self) -> bool:
+        return self._validation is not None or self._validation_samples > 0
+
+    def _validation_micro_batches(self) -> Iterator[MicroBatch]:
+        numbers = count()
+
+        def emit(size: tuple[int, int], samples: list[Sample]) -> MicroBatch:
+            return MicroBatch(next(numbers), size, tuple(samples), 0, {}, 0)
+
+        waiting: dict[tuple[int, int], list[Sample]] = {}
+        found = 0
+        for samples in self._validation_rows():
+            found += len(samples)
+            for size, sample in zip(self._recipe.sizes_of(samples), samples, strict=True):
+                waiting.setdefault(size, []).append(sample)
+                if len(waiting[size]) == self._recipe.micro_batch_size:
+                    yield emit(size, waiting.pop(size))
+        if self._validation is not None and not found:
+            raise UserError(f"no row of validation_path can be drawn: {survey(self._validation, self._unheld)}")
+        for size, samples in sorted(waiting.items()):
+            yield emit(size, samples)
+
+    def _validation_rows(self) -> Iterator[list[Sample]]:
+        """The validation samples of one piece after the other; no more than that is in memory."""
+        held_out = self._recipe.selection.held_out
+        catalog = self._validation or self._recipe.catalog
+        for piece in cut(catalog, PASS_ROWS) if self.has_validation else ():
+            if self._validation is None and piece.shard not in held_out:
+                continue
+            rows = self._unheld.load(catalog, piece)
+            places = np.arange(len(rows.numbers))
+            if self._validation is None:
+                places = places[np.isin(rows.numbers, held_out[piece.shard])]
+            shard, name = catalog.shard(piece.shard), catalog.name(piece.shard)
+            seeds = [stable_hash(self._recipe.seed, "validation", name, row) for row in rows.numbers[places].tolist()]
+            yield make_samples(rows.table.take(pa.array(places)), [shard.url] * len(places), seeds)
+
+
+def _shared_shards(catalog: Catalog, validation: Catalog) -> dict[int, np.ndarray]:
+    """All rows of the shards that stand in validation_path too: shard number -> row numbers."""
+    urls = set(validation.urls)
+    return {
+        number: np.arange(rows)
+        for number, (url, rows) in enumerate(zip(catalog.urls, catalog.rows.tolist(), strict=True))
+        if url in urls
+    }
+
+
+def default_lanes(num_rows: int) -> int:
+    """A power of two, so that it shares a divisor with the usual numbers of processes; 1 for a small data set."""
+    return min(MAX_LANES, 1 << max(0, (num_rows // ROWS_PER_LANE).bit_length() - 1))
+
+
+def describe_difference(saved: dict, current: dict) -> str | None:
+    """What differs between the fingerprints of a checkpoint and of this run, in words; None where nothing does."""
+    differences = []
+    for name in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(name), current.get(name)
+        if before == now:
+            continue
+        if name in ("shards", "validation_shards"):
+            differences += _shard_differences(before or {}, now or {})
+        else:
+            differences.append(f"{name} changed: {before!r} -> {now!r}")
+    return "; ".join(differences) or None
+
+
+def _shard_differences(before: dict[str, str], now: dict[str, str], shown: int = 3) -> list[str]:
+    both = [name for name in before if name in now]
+    kinds = {
+        "changed": [f"{name} changed: {before[name]} -> {now[name]}" for name in both if before[name] != now[name]],
+        "are gone": [f"{name} is gone" for name in before if name not in now],
+        "are new": [f"{name} is new" for name in now if name not in before],
+    }
+    texts = []
+    for what, found in kinds.items():
+        texts += [f"shard {text}" for text in found[:shown]]
+        texts += [f"{len(found) - shown} more shards {what}"] if len(found) > shown else []
+    return texts

@@ -1,0 +1,279 @@
+"""The work: the bytes of a micro-batch's samples, read, decoded and stacked into a batch. Runs in worker processes.
+
+Import as little as possible here: every worker process pays for it at its start.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, Self
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from warpcore.data import images
+from warpcore.data.captions import BadCaption, CaptionGetter
+from warpcore.data.images import BadPicture, Crop, Geometry
+from warpcore.data.samples import MicroBatch, Sample, picture_member
+from warpcore.data.storage import read_ranges
+from warpcore.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """A sample whose content could not be decoded."""
+
+    source: str
+    """The tar, and in it the member: its key and extension."""
+    reason: str
+
+
+@dataclass
+class Batch:
+    """A micro-batch that was read. Tensors are on the CPU, or on the device once `to` was called."""
+
+    number: int
+    """Global micro-batch number."""
+    size: tuple[int, int]
+    """Bucket (H, W) in px."""
+    lane: int
+    epoch: int
+    state: dict
+    """JSON-able state of the lane after this micro-batch."""
+    images: Tensor | None
+    """uint8 (B, 3, H, W), channels-last in memory; None where the run reads no pictures."""
+    captions: list[str]
+    keys: list[str]
+    seeds: list[int]
+    """Of the sample that really stands there: a replacement brings its own."""
+    weight: float
+    """1.0; 0.0 when no sample of the micro-batch was readable: pictures are black and captions empty then."""
+    events: list[BadSample] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    extra: dict[str, Tensor | list] = field(default_factory=dict)
+    """Further members that a use case asked for, by name: (B, ...) where they stack, else a list of B."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with its tensors on `device`; the copy of pinned memory does not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same batch with its tensors in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor in it."""
+        yield from (value for value in (self.images, *self.extra.values()) if isinstance(value, Tensor))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        extra = {name: function(value) if isinstance(value, Tensor) else value for name, value in self.extra.items()}
+        pictures = None if self.images is None else function(self.images)
+        return dataclasses.replace(self, images=pictures, extra=extra)
+
+
+class BadMember(Exception):
+    """A `Field` finds the content of its member unusable, which makes the sample a bad one; the message says why."""
+
+
+class Field(Protocol):
+    """A further member that a use case wants of every sample. Picklable: it goes to every worker."""
+
+    suffixes: tuple[str, ...]
+    """Extensions without a leading dot, lower case; of several that a sample has, the first is read."""
+
+    def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> Any:
+        """The value of one sample; tensors are stacked to a batch. Raises BadPicture or BadMember.
+
+        `geometry` says how the sample's picture was resized and cropped; None where the run reads no pictures.
+        """
+
+    def blank(self, size: tuple[int, int]) -> Any:
+        """What stands in for the value where no sample of a micro-batch of bucket `size` (H, W) is readable."""
+
+
+@dataclass(frozen=True)
+class PictureField:
+    """A picture that belongs to the sample's picture, such as its mask: uint8 (C, H, W) with the same crop."""
+
+    suffixes: tuple[str, ...]
+    channels: int = 1
+    """1: grey; 3: RGB."""
+
+    def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> Tensor:
+        if geometry is None:
+            raise UserError(f".{self.suffixes[0]} is cropped like its picture, but this run reads no pictures")
+        pixels = images.decode_alike(data, geometry)
+        if self.channels == 1:
+            pixels = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)[..., None]
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def blank(self, size: tuple[int, int]) -> Tensor:
+        return torch.zeros(self.channels, *size, dtype=torch.uint8)
+
+
+ReadRanges = Callable[[str, list[tuple[int, int]]], list[bytes]]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The torch data set of a run: `reader.__getitems__(micro_batch)` is the batch. Picklable.
+
+    A sample whose content cannot be decoded is replaced by the next readable one of its micro-batch, which brings its
+    caption, key and seed along. An I/O fault is no property of a sample: it is raised.
+    """
+
+    captions: CaptionGetter | None = None
+    """None: no captions are read; all are empty."""
+    pictures: bool = True
+    """False: only captions and extra members are read, as with cached latents."""
+    crop: Crop = "center"
+    background: tuple[int, int, int] = (255, 255, 255)
+    max_pixels: int = images.MAX_PIXELS
+    extra: Mapping[str, Field] = field(default_factory=dict)
+    """Further members, by the name that they get in `Batch.extra`."""
+    read_ranges: ReadRanges = read_ranges
+
+    def __post_init__(self):
+        if self.crop not in images.CROPS:
+            raise UserError(f"crop_mode is {self.crop!r}; it is one of {', '.join(images.CROPS)}")
+
+    def __getitems__(self, micro_batch: MicroBatch) -> Batch:
+        """Raises what the storage raises where bytes can't be read."""
+        size, samples = micro_batch.size, micro_batch.samples
+        pixels = _new_pixels(len(samples), size) if self.pictures else None
+        items: list[_Item | None] = []
+        events = []
+        for place, contents in enumerate(self._read(samples)):
+            target = None if pixels is None else pixels[place].numpy()
+            try:
+                items.append(self._decode(samples[place], contents, size, target))
+            except _BadContent as bad:
+                items.append(None)
+                events.append(BadSample(f"{samples[place].shard}/{samples[place].key}.{bad.suffix}", bad.reason))
+        weight = 1.0 if any(items) else 0.0
+        items = self._without_gaps(items, micro_batch, pixels)
+        return Batch(
+            number=micro_batch.number,
+            size=size,
+            lane=micro_batch.lane,
+            epoch=micro_batch.epoch,
+            state=micro_batch.state,
+            images=None if pixels is None else pixels.permute(0, 3, 1, 2),
+            captions=[item.caption for item in items],
+            keys=[item.sample.key for item in items],
+            seeds=[item.sample.seed for item in items],
+            weight=weight,
+            events=events,
+            notes=micro_batch.notes,
+            extra={name: _stacked([item.extra[name] for item in items]) for name in self.extra},
+        )
+
+    def _read(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
+        """For every sample the contents of its members that are asked for, by suffix; absent ones are left out."""
+        contents: list[dict[str, bytes]] = [{} for _ in samples]
+        wanted: dict[str, list] = defaultdict(list)
+        for place, sample in enumerate(samples):
+            members = {suffix.lower(): span for suffix, span in sample.members.items()}
+            for suffix in self._suffixes(members):
+                wanted[sample.shard].append((*members[suffix], suffix, contents[place]))
+        for shard, members in wanted.items():
+            members.sort(key=lambda member: member[0])  # neighbours together: storages join near ranges, disks too
+            blocks = self.read_ranges(shard, [(offset, size) for offset, size, *_ in members])
+            for (*_, suffix, of_sample), block in zip(members, blocks, strict=True):
+                of_sample[suffix] = block
+        return contents
+
+    def _suffixes(self, members: Mapping[str, Any]) -> set[str]:
+        """The suffixes to read, of those that a sample has."""
+        asked = [self.captions.member] if self.captions else []
+        asked += [suffix for one in self.extra.values() for suffix in _first(one.suffixes, members)]
+        asked += [picture_member(members) or ""] if self.pictures else []
+        return {suffix for suffix in asked if suffix in members}
+
+    def _decode(
+        self, sample: Sample, contents: dict[str, bytes], size: tuple[int, int], target: np.ndarray | None
+    ) -> "_Item":
+        """One sample; its pixels go into `target` (H, W, 3). Raises _BadContent."""
+        caption = ""
+        if self.captions:
+            suffix, content = _content([self.captions.member], contents, sample)
+            try:
+                caption = self.captions(content)
+            except BadCaption as error:
+                raise _BadContent(suffix, str(error)) from error
+        geometry = None
+        if target is not None:
+            suffix, content = _content([picture_member(contents) or "jpg"], contents, sample)
+            try:
+                picture = images.decode(content, size, self.crop, sample.seed, self.background, self.max_pixels)
+            except BadPicture as error:
+                raise _BadContent(suffix, str(error)) from error
+            target[:] = picture.pixels
+            geometry = picture.geometry
+        extra = {}
+        for name, one in self.extra.items():
+            suffix, content = _content(one.suffixes, contents, sample)
+            try:
+                extra[name] = one.decode(content, geometry, sample)
+            except (BadPicture, BadMember) as error:
+                raise _BadContent(suffix, str(error)) from error
+        return _Item(sample, caption, extra)
+
+    def _without_gaps(
+        self, items: list["_Item | None"], micro_batch: MicroBatch, pixels: Tensor | None
+    ) -> list["_Item"]:
+        """Put the next readable item, and its pixels, in the place of every unreadable one; blanks where none is."""
+        readable = [place for place, item in enumerate(items) if item]
+        if not readable:
+            if pixels is not None:
+                pixels.zero_()
+            extra = {name: one.blank(micro_batch.size) for name, one in self.extra.items()}
+            return [_Item(sample, "", extra) for sample in micro_batch.samples]
+        filled = []
+        for place, item in enumerate(items):
+            origin = next((other for other in readable if other >= place), readable[0])
+            if item is None and pixels is not None:
+                pixels[place] = pixels[origin]
+            filled.append(items[origin])
+        return filled
+
+
+class _Item(NamedTuple):
+    sample: Sample
+    caption: str
+    extra: dict[str, Any]
+
+
+class _BadContent(Exception):
+    def __init__(self, suffix: str, reason: str):
+        super().__init__(suffix, reason)
+        self.suffix, self.reason = suffix, reason
+
+
+def _first(suffixes: Sequence[str], members: Mapping[str, Any]) -> list[str]:
+    """The first of the suffixes that a sample has, if any."""
+    return [suffix for suffix in suffixes if suffix in members][:1]
+
+
+def _content(suffixes: Sequence[str], contents: Mapping[str, bytes], sample: Sample) -> tuple[str, bytes]:
+    for suffix in _first(suffixes, contents):
+        return suffix, contents[suffix]
+    raise _BadContent(suffixes[0], f"the sample has no .{suffixes[0]}; it has: {', '.join(sorted(sample.members))}")
+
+
+def _new_pixels(number: int, size: tuple[int, int]) -> Tensor:
+    """(B, H, W, 3) uint8; in a worker process in shared memory, which spares a copy when the batch is handed over."""
+    if get_worker_info() is None:
+        return torch.empty(number, *size, 3, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(number * size[0] * size[1] * 3)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(number, *size, 3)
+
+
+def _stacked(values: list[Any]) -> Tensor | list[Any]:
+    if all(isinstance(value, Tensor) for value in values) and len({value.shape for value in values}) == 1:
+        return torch.stack(values)
+    return values

@@ -1,0 +1,47 @@
+"""What travels from the plan to the workers: which rows a micro-batch holds and where their bytes are."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# In order of preference, where one sample holds several pictures: the first one present is *the* picture.
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row drawn once: everything a worker needs to read and decode it."""
+
+    shard: str
+    """URL or path of the tar."""
+    key: str
+    members: dict[str, tuple[int, int]]
+    """Extension without its leading dot ("jpg", "json", "mask.png") -> (offset, size) of its bytes in the tar."""
+    width: int
+    height: int
+    """True size in px, EXIF rotation applied."""
+    seed: int
+    """63 bits, from (run seed, epoch, row, repeat): all randomness of the sample starts here."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The atom of the plan: samples of one bucket that go through the network together."""
+
+    number: int
+    """Global micro-batch number: its place in the run."""
+    size: tuple[int, int]
+    """Bucket (H, W) in px."""
+    samples: tuple[Sample, ...]
+    lane: int
+    state: dict
+    """JSON-able state of the lane after this micro-batch."""
+    epoch: int
+    """The lane's epoch when the micro-batch was filled; single rows may have waited since an earlier one."""
+    notes: tuple[str, ...] = ()
+    """What a person should read when the micro-batch is consumed, such as the rows that wait at an epoch's end."""
+
+
+def picture_member(extensions: Iterable[str]) -> str | None:
+    """The extension of the sample's picture, None where it has none. `mask.png` is not the picture of a sample."""
+    present = set(extensions)
+    return next((extension for extension in PICTURE_EXTENSIONS if extension in present), None)

@@ -1,0 +1,210 @@
+"""Which rows of a data set can be drawn, why the others can't, and how a row becomes a sample."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from warpcore.data.captions import CaptionGetter
+from warpcore.data.catalog import Catalog
+from warpcore.data.expressions import near_names
+from warpcore.data.filters import Filter
+from warpcore.data.index import MEMBER_COLUMNS, has_member, read_rows
+from warpcore.data.samples import Sample
+from warpcore.errors import UserError
+from warpcore.random import stable_hash
+
+BASE_COLUMNS = ["key", "width", "height", *MEMBER_COLUMNS]
+HELD_OUT = "held out for validation"
+PASS_ROWS = 262_144
+"""So many rows of a shard are looked at together in a pass over the whole index."""
+
+
+class Piece(NamedTuple):
+    """Rows [start, stop) of a shard: all of it, or part of a very large one."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def cut(catalog: Catalog, max_rows: int) -> Iterator[Piece]:
+    """The pieces of all shards in order."""
+    for number, rows in enumerate(catalog.rows.tolist()):
+        yield from (Piece(number, start, min(start + max_rows, rows)) for start in range(0, rows, max_rows))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a piece that can be drawn."""
+
+    table: pa.Table
+    """BASE_COLUMNS."""
+    numbers: np.ndarray
+    """(rows,) int64: their places in the shard."""
+    rejected: Counter[str]
+    """Reason -> how many rows of the piece can't be drawn."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The conditions that a row has to meet."""
+
+    filters: tuple[Filter, ...] = ()
+    required_members: tuple[str, ...] = ()
+    held_out: dict[int, np.ndarray] = field(default_factory=dict)
+    """Shard number -> rows kept for validation."""
+
+    def load(self, catalog: Catalog, piece: Piece) -> Rows:
+        """Read the rows of a piece and keep those that meet the conditions, each rejection counted once."""
+        shard = catalog.shard(piece.shard)
+        found = read_rows(shard, self._columns(), piece.start, piece.stop)
+        numbers = np.arange(piece.start, piece.stop)
+        rejected: Counter[str] = Counter()
+
+        def keep(passed: np.ndarray, reason: str) -> None:
+            nonlocal found, numbers
+            if not passed.all():
+                rejected[reason] += int((~passed).sum())
+                found, numbers = found.filter(pa.array(passed)), numbers[passed]
+
+        no_picture = _as_bool(pc.equal(found["problem"], "no picture").fill_null(False))
+        keep(~no_picture, "no picture")
+        keep(_as_bool(found["problem"].is_null()), "undecodable picture")
+        for member in self.required_members:
+            keep(_as_bool(has_member(found, member)), f"no .{member}")
+        for condition in self.filters:
+            try:
+                verdict = condition.evaluate(found)
+            except ValueError as error:
+                raise UserError(f"{shard.url}: {error}") from error
+            if verdict.num_missing:
+                rejected[f"{condition} (value missing)"] += verdict.num_missing
+            rejected[str(condition)] -= verdict.num_missing
+            keep(verdict.passed, str(condition))
+        keep(~np.isin(numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
+        return Rows(found.select(BASE_COLUMNS), numbers, +rejected)
+
+    def check(self, catalog: Catalog, captions: CaptionGetter | None = None) -> None:
+        """Raise UserError where a filter, a caption or a required member asks for what no sample has."""
+        for condition in self.filters:
+            condition.check_keys(catalog.fields, catalog.nested)
+        for member in self.required_members:
+            if member not in catalog.members:
+                near, held = near_names(member, catalog.members), ", ".join(sorted(catalog.members))
+                raise UserError(f"no sample has a .{member}.{near} The samples have: {held}")
+        if captions is not None and captions.member == "json":
+            known = catalog.fields | catalog.nested
+            for key in captions.expression.keys:
+                if key not in known:
+                    near, held = near_names(key, known), ", ".join(sorted(known)) or "no .json fields"
+                    raise UserError(
+                        f"captions_getter {captions.expression.text!r}: no sample has {key!r}.{near} "
+                        f"The samples have: {held}"
+                    )
+
+    def _columns(self) -> list[str] | None:
+        if any(condition.takes_mapping and not condition.expression.only_keys for condition in self.filters):
+            return None
+        wanted = [name for condition in self.filters for name in condition.column_names]
+        return list(dict.fromkeys([*BASE_COLUMNS, "problem", *wanted]))
+
+
+@dataclass
+class Survey:
+    """What a pass over the whole index finds."""
+
+    rows: int = 0
+    passed: int = 0
+    """Training rows: those that meet all conditions and are not held out."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    ranges: dict[str, str] = field(default_factory=dict)
+    """Filtered column -> the values it was seen to have."""
+
+    def __str__(self) -> str:
+        reasons = [f"{count} rejected: {reason}" for reason, count in self.rejected.most_common()]
+        ranges = [f"{name} is {seen}" for name, seen in self.ranges.items()]
+        return "; ".join([f"{self.passed} of {self.rows} rows can be drawn", *reasons, *ranges])
+
+
+def survey(catalog: Catalog, selection: Selection) -> Survey:
+    """Read every index once: a second per million rows and filter, longer where storage is slow."""
+    result = Survey()
+    limits: dict[str, list] = {}
+    names = [name for condition in selection.filters for name in condition.column_names]
+    for piece in cut(catalog, PASS_ROWS):
+        result.rows += piece.stop - piece.start
+        rows = selection.load(catalog, piece)
+        result.passed += len(rows.numbers)
+        result.rejected += rows.rejected
+        for name, column in _columns_of(catalog, piece, names):
+            seen = pc.min_max(column).as_py()
+            limits.setdefault(name, []).extend(value for value in seen.values() if value is not None)
+    for name, values in limits.items():
+        result.ranges[name.removeprefix("json.")] = _range(values)
+    return result
+
+
+def _columns_of(catalog: Catalog, piece: Piece, names: list[str]) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    if names:
+        table = read_rows(catalog.shard(piece.shard), names, piece.start, piece.stop)
+        yield from ((name, table[name]) for name in names if name in table.column_names)
+
+
+def _range(values: list) -> str:
+    numbers = [value for value in values if not isinstance(value, str)]
+    texts = [value[:40] for value in values if isinstance(value, str)]
+    shown = [f"{min(kind)!r} .. {max(kind)!r}" for kind in (numbers, texts) if kind]
+    return " and ".join(shown) or "empty"
+
+
+def make_samples(rows: pa.Table, shards: Sequence[str], seeds: Sequence[int]) -> list[Sample]:
+    """A sample per row of a table with BASE_COLUMNS; `shards` are URLs."""
+    columns = [rows[name].to_pylist() for name in ("key", "width", "height")]
+    names, offsets, sizes = (rows[name].to_pylist() for name in MEMBER_COLUMNS)
+    members = [
+        dict(zip(keys, zip(starts, lengths, strict=True), strict=True))
+        for keys, starts, lengths in zip(names, offsets, sizes, strict=True)
+    ]
+    return [
+        Sample(shard, key, held, width, height, seed)
+        for shard, key, width, height, held, seed in zip(shards, *columns, members, seeds, strict=True)
+    ]
+
+
+def hold_out(catalog: Catalog, selection: Selection, count: int, candidates: int = 262_144) -> dict[int, np.ndarray]:
+    """Choose `count` rows by the hash of their keys: shard number -> row numbers, sorted.
+
+    Of a large data set only so many shards (by the hash of their names) are looked at that they hold `candidates`
+    rows, so that the choice costs no pass over all indexes.
+
+    Raises:
+        UserError: no row would be left for training.
+    """
+    hashes: list[tuple[int, int, int]] = []
+    looked_at = 0
+    for number in sorted(range(len(catalog)), key=lambda number: stable_hash("validation", catalog.name(number))):
+        if looked_at >= candidates and len(hashes) > count:
+            break
+        piece = Piece(number, 0, int(catalog.rows[number]))
+        looked_at += piece.stop
+        rows = selection.load(catalog, piece)
+        keys = rows.table["key"].to_pylist()
+        hashes += [(stable_hash(key), number, row) for key, row in zip(keys, rows.numbers.tolist(), strict=True)]
+    if len(hashes) <= count:
+        raise UserError(
+            f"validation_samples: {count} leaves no row for training: only {len(hashes)} of {catalog.num_rows} rows "
+            "can be drawn"
+        )
+    chosen: dict[int, list[int]] = {}
+    for _, number, row in sorted(hashes)[:count]:
+        chosen.setdefault(number, []).append(row)
+    return {number: np.array(sorted(rows)) for number, rows in sorted(chosen.items())}
+
+
+def _as_bool(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()

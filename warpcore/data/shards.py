@@ -1,0 +1,173 @@
+"""`webdataset_path`: from what a user writes to the list of tars it means."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from warpcore.data.storage import complete_url, read_ranges, storage_for
+from warpcore.errors import UserError
+
+__all__ = ["Shard", "Source", "read_ranges", "resolve_sources"]
+
+MAX_BRACE_EXPANSIONS = 10_000_000
+_GLOB_CHARACTERS = re.compile(r"[*?\[]")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class MissingShardError(UserError, FileNotFoundError):
+    """A path that leads to no tar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar."""
+
+    url: str
+    size_bytes: int
+    etag: str
+    """Changes with the content: the ETag on S3, the time of the last change for a local file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Tars whose rows occur `weight` times per epoch."""
+
+    weight: float
+    shards: list[Shard]
+
+
+def resolve_sources(webdataset_path: Any) -> list[Source]:
+    """The sources that a `webdataset_path` names, in its order, each with its shards sorted by name.
+
+    Takes a tar, a folder (searched with its sub-folders), a glob, brace ranges (`{00000..00041}`, `{a,b}`), a URL, a
+    `.yml` with a list of those (relative paths in it start at its own folder), a list of those, and for an entry
+    `{path: ..., weight: 2}`.
+
+    Raises:
+        MissingShardError: names what is missing, and what lies near it.
+        UserError: an entry that is none of the above, no tar in a folder, or a tar that is named twice.
+    """
+    sources = [Source(weight, shards) for weight, shards in _entries(webdataset_path, Path.cwd())]
+    seen: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        for shard in source.shards:
+            if shard.url in seen:
+                raise UserError(
+                    f"webdataset_path names {shard.url} twice (entries {seen[shard.url] + 1} and {number + 1}); "
+                    "name it once, with {path: ..., weight: 2} if its rows shall occur more often"
+                )
+            seen[shard.url] = number
+    if not seen:
+        raise UserError("webdataset_path names no tar")
+    return sources
+
+
+def _entries(value: Any, folder: Path, weight: float = 1.0) -> Iterator[tuple[float, list[Shard]]]:
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _entries(entry, folder, weight)
+    elif isinstance(value, dict):
+        if set(value) - {"path", "weight"} or "path" not in value:
+            raise UserError(f"webdataset_path: expected {{path: ..., weight: 2}}, found {value!r}")
+        yield from _entries(value["path"], folder, weight * _checked_weight(value))
+    elif not isinstance(value, str | Path) or not str(value):
+        raise UserError(f"webdataset_path: expected a path, URL or list of those, found {value!r}")
+    elif str(value).endswith((".yml", ".yaml")):
+        yield from _yaml_entries(Path(folder, complete_url(str(value))), weight)
+    else:
+        yield weight, _shards(str(value), folder)
+
+
+def _checked_weight(entry: dict) -> float:
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise UserError(f"webdataset_path: a weight is a number above 0, found {weight!r} in {entry!r}")
+    return float(weight)
+
+
+def _yaml_entries(path: Path, weight: float) -> Iterator[tuple[float, list[Shard]]]:
+    if not path.exists():
+        raise MissingShardError(f"webdataset_path: there is no {path}.{_near(str(path))}")
+    entries = yaml.safe_load(path.read_text())
+    if not isinstance(entries, list | dict | str):
+        raise UserError(f"webdataset_path: {path} should hold a list of paths, found {type(entries).__name__}")
+    if any(str(entry).endswith((".yml", ".yaml")) for entry in (entries if isinstance(entries, list) else [entries])):
+        raise UserError(f"webdataset_path: {path} names another .yml; write its paths here")
+    yield from _entries(entries, path.parent, weight)
+
+
+def _shards(text: str, folder: Path) -> list[Shard]:
+    if text.startswith("pipe:"):
+        raise UserError(f"webdataset_path: {text!r}: commands are never run; write the path or URL of the tars")
+    is_url = re.match(r"[A-Za-z][A-Za-z0-9]+:", text)
+    written = text if is_url or text.startswith("~") else str(folder / text)
+    found: list[Shard] = []
+    missing: list[str] = []
+    expanded = list(expand_braces(written))
+    for path in expanded:
+        url = complete_url(path)
+        shards = _found(url)
+        missing += [] if shards else [url]
+        found += shards
+    if missing:
+        named = f"{text!r} matches nothing" if len(expanded) == 1 and _GLOB_CHARACTERS.search(text) else "no such tar"
+        more = f" and {len(missing) - 3} more of {len(expanded)}" if len(missing) > 3 else ""
+        raise MissingShardError(
+            f"webdataset_path: {named}: {', '.join(missing[:3])}{more} (from {text!r}).{_near(missing[0])}"
+        )
+    return sorted(found, key=lambda shard: shard.url)
+
+
+def _found(url: str) -> list[Shard]:
+    storage = storage_for(url)
+    if url.endswith(_COMPRESSED):
+        raise UserError(f"webdataset_path: {url} is compressed, so its samples can't be read singly; decompress it")
+    if _GLOB_CHARACTERS.search(url):
+        return [Shard(*entry) for entry in storage.glob(url) if entry[0].endswith(".tar")]
+    if storage.is_folder(url):
+        shards = [Shard(*entry) for entry in storage.tars(url)]
+        if not shards:
+            raise UserError(f"webdataset_path: {url} holds no .tar; tools/build_dataset.py makes tars from pictures")
+        return shards
+    try:
+        return [Shard(url, *storage.stat(url))]
+    except FileNotFoundError:
+        return []
+
+
+def _near(url: str) -> str:
+    near = storage_for(url).near(url)
+    return f" Near it: {', '.join(near)}" if near else ""
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """`a{00..02}{x,y}` -> a00x, a00y, a01x, ...; numbers keep the width of the first one."""
+    parts: list[list[str] | range] = []
+    position, width_of = 0, {}
+    for match in _BRACES.finditer(pattern):
+        numbers = _RANGE.fullmatch(match[1])
+        if not numbers and "," not in match[1]:
+            continue
+        parts.append([pattern[position : match.start()]])
+        if numbers:
+            first, last = int(numbers[1]), int(numbers[2])
+            width_of[len(parts)] = len(numbers[1]) if numbers[1].startswith("0") else 0
+            parts.append(range(first, last + 1))
+        else:
+            parts.append(match[1].split(","))
+        position = match.end()
+    parts.append([pattern[position:]])
+    count = 1
+    for part in parts:
+        count *= len(part)
+    if not 0 < count <= MAX_BRACE_EXPANSIONS:
+        raise UserError(f"webdataset_path: {pattern!r} stands for {count} paths, expected 1 to {MAX_BRACE_EXPANSIONS}")
+    for chosen in product(*parts):
+        yield "".join(str(piece).zfill(width_of.get(place, 0)) for place, piece in enumerate(chosen))

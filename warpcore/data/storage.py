@@ -1,0 +1,175 @@
+"""The storage seam: everything Warpcore does with the places that hold tars goes through these few calls.
+
+A scheme is one class with these methods and one entry in `_STORAGES`; nothing else in the project knows about schemes.
+"""
+
+import contextlib
+import difflib
+import errno
+import glob
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+from urllib.parse import unquote, urlsplit
+
+from warpcore.errors import UserError
+
+READ_ATTEMPTS = 3
+"""An I/O fault is tried again this often, with a growing pause, before it stops the run."""
+
+
+class ChangedShardError(OSError):
+    """The tar no longer holds the bytes that its index promises."""
+
+
+class Storage(Protocol):
+    """What a place that holds tars can do. A URL here is complete; `etag` changes when the content does."""
+
+    def tars(self, folder: str) -> list[tuple[str, int, str]]:
+        """(URL, size in bytes, etag) of every `.tar` below the folder, sorted by URL."""
+
+    def glob(self, pattern: str) -> list[tuple[str, int, str]]:
+        """The same for the files that match `*`, `?`, `[...]` and `**`."""
+
+    def is_folder(self, url: str) -> bool: ...
+
+    def stat(self, url: str) -> tuple[int, str]:
+        """Size in bytes and etag. Raises FileNotFoundError."""
+
+    def near(self, url: str) -> list[str]:
+        """Names beside `url` that resemble it, for error messages."""
+
+    def open(self, url: str) -> BinaryIO:
+        """A seekable file, for indexing and for reading indexes. Raises FileNotFoundError."""
+
+    def write(self, url: str, content: bytes) -> None:
+        """Replace a small file as a whole: a reader sees the old or the new one. Raises PermissionError."""
+
+    def read_ranges(self, url: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """The bytes of every (offset, size). Raises OSError, ChangedShardError where the tar is shorter."""
+
+
+class LocalStorage:
+    """Files of this machine. URLs are absolute paths."""
+
+    def tars(self, folder: str) -> list[tuple[str, int, str]]:
+        return sorted(self._walk(folder))
+
+    def _walk(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    yield from self._walk(entry.path)
+                elif entry.name.endswith(".tar"):
+                    yield entry.path, *_size_and_etag(entry.stat())
+
+    def glob(self, pattern: str) -> list[tuple[str, int, str]]:
+        paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        return [(path, *self.stat(path)) for path in paths]
+
+    def is_folder(self, url: str) -> bool:
+        return os.path.isdir(url)
+
+    def stat(self, url: str) -> tuple[int, str]:
+        return _size_and_etag(os.stat(url))
+
+    def near(self, url: str) -> list[str]:
+        folder, name = os.path.split(url)
+        while folder and not os.path.isdir(folder):  # the folder itself may be what is misspelt
+            folder, name = os.path.split(folder)
+        names = sorted(os.listdir(folder or "."))
+        return [os.path.join(folder, near) for near in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
+
+    def open(self, url: str) -> BinaryIO:
+        return open(url, "rb")
+
+    def write(self, url: str, content: bytes) -> None:
+        aside = os.path.join(os.path.dirname(url), f".{os.path.basename(url)[-100:]}.{os.getpid()}.part")
+        try:
+            with open(aside, "wb") as file:
+                file.write(content)
+            os.replace(aside, url)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+            if error.errno in (errno.EROFS, errno.EPERM):
+                raise PermissionError(*error.args) from error
+            raise
+
+    def read_ranges(self, url: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        file = os.open(url, os.O_RDONLY)
+        try:
+            return [_read_exactly(file, url, offset, size) for offset, size in ranges]
+        finally:
+            os.close(file)
+
+
+def _size_and_etag(status: os.stat_result) -> tuple[int, str]:
+    return status.st_size, f"mtime-{status.st_mtime_ns}"
+
+
+def _read_exactly(file: int, url: str, offset: int, size: int) -> bytes:
+    pieces, missing = [], size
+    while missing:
+        piece = os.pread(file, missing, offset + size - missing)
+        if not piece:
+            raise ChangedShardError(f"{url} ends before byte {offset + size}: it changed since it was indexed")
+        pieces.append(piece)
+        missing -= len(piece)
+    return b"".join(pieces)
+
+
+_STORAGES: dict[str, type[Storage]] = {"file": LocalStorage}
+
+
+def complete_url(path: str) -> str:
+    """The one spelling of a path or URL: an absolute path for local files, `scheme://...` for others."""
+    scheme = _scheme(path)
+    if scheme != "file":
+        return path
+    if path.startswith("file:"):
+        parts = urlsplit(path)
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(f"{path!r}: a file: URL has three slashes, such as file:///data/shards")
+        path = unquote(parts.path)
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def storage_for(url: str) -> Storage:
+    """The storage that reads this URL. Raises UserError for a scheme that there is none for."""
+    scheme = _scheme(url)
+    if scheme not in _STORAGES:
+        hint = (
+            " Reading from S3 is not part of this version: copy the tars to a local folder." if scheme == "s3" else ""
+        )
+        raise UserError(f"{url!r}: can't read {scheme}: URLs; use a path or a file: URL.{hint}")
+    return _STORAGES[scheme]()
+
+
+def read_ranges(url: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    """The bytes of every (offset, size) of a tar: the only way that picture bytes are read.
+
+    Raises:
+        OSError: the read failed READ_ATTEMPTS times. FileNotFoundError and ChangedShardError are not tried again.
+    """
+    storage = storage_for(url)
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            return storage.read_ranges(url, ranges)
+        except (FileNotFoundError, ChangedShardError):
+            raise
+        except OSError:
+            if attempt + 1 == READ_ATTEMPTS:
+                raise
+            time.sleep(0.1 * 4**attempt)
+    raise AssertionError("unreachable")
+
+
+def _scheme(path: str) -> str:
+    head, separator, _ = path.partition(":")
+    is_scheme = separator and head.isalnum() and len(head) > 1 and not Path(path).exists()
+    return head.lower() if is_scheme else "file"

@@ -1,0 +1,119 @@
+"""What a tar holds, from its headers alone: the samples, and where the bytes of their members are."""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from warpcore.errors import UserError
+
+BLOCK_BYTES = 512
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# webdataset's rule: the key is the path up to the first dot of the file's name; hidden files are no samples.
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+
+
+class BadShardError(UserError):
+    """The tar can't be used as it is; the message names it, what is wrong and what to do."""
+
+
+@dataclass(slots=True)
+class TarSample:
+    """The members of one key: extension (lower case, no leading dot) -> (offset, size) in the tar."""
+
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def read_samples(file: BinaryIO, url: str, size_bytes: int) -> list[TarSample]:
+    """The samples of an open tar, in the order in which their keys first appear.
+
+    Members of one key need not be neighbours. An extension that the key already has starts a new sample of that key.
+
+    Raises:
+        BadShardError: not a tar, compressed, sparse, cut short, damaged, or several tars in one file.
+    """
+    samples: list[TarSample] = []
+    latest: dict[str, TarSample] = {}
+    for name, offset, size in _members(file, url, size_bytes, samples):
+        match = _KEY_AND_EXTENSION.fullmatch(name)
+        if not match or re.fullmatch(r"__[^/]*__", match[1]):
+            continue
+        key, extension = match[1], match[2].lower()
+        sample = latest.get(key)
+        if sample is None or extension in sample.members:
+            sample = latest[key] = TarSample(key)
+            samples.append(sample)
+        sample.members[extension] = (offset, size)
+    return samples
+
+
+def _members(file: BinaryIO, url: str, size_bytes: int, samples: list[TarSample]) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every regular file; the end of the archive is checked."""
+    _check_start(file, url, size_bytes)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+            for member in tar:
+                tar.members = []  # tarfile would keep every member it has seen
+                if member.sparse is not None:
+                    raise BadShardError(f"{url}: {member.name} is stored sparsely; build the tar without --sparse")
+                end = member.offset_data + member.size
+                if member.isreg() and end > size_bytes:
+                    raise _truncated(url, f"{member.name} should end at byte {end}", size_bytes, samples)
+                if member.isreg():
+                    yield member.name, member.offset_data, member.size
+            _check_end(file, url, size_bytes, tar.offset, samples)
+    except tarfile.TarError as error:
+        raise _truncated(url, f"its headers can't be read ({error})", size_bytes, samples) from None
+
+
+def _check_start(file: BinaryIO, url: str, size_bytes: int) -> None:
+    if size_bytes == 0:
+        raise BadShardError(f"{url} is an empty file, not a tar")
+    start = file.read(BLOCK_BYTES)
+    for magic, name in _COMPRESSIONS.items():
+        if start.startswith(magic):
+            raise BadShardError(f"{url} is compressed with {name}, so its samples can't be read singly; decompress it")
+    if start != bytes(BLOCK_BYTES):
+        try:
+            tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise BadShardError(f"{url} is not a tar: its first header is invalid ({error})") from None
+    file.seek(0)
+
+
+def _check_end(file: BinaryIO, url: str, size_bytes: int, offset: int, samples: list[TarSample]) -> None:
+    """A whole tar ends with blocks of zeros; where tarfile stops at anything else, something is lost or hidden."""
+    file.seek(offset)
+    block = file.read(BLOCK_BYTES)
+    if len(block) < BLOCK_BYTES:
+        raise _truncated(url, "the mark of its end is missing", size_bytes, samples)
+    if block != bytes(BLOCK_BYTES):
+        raise BadShardError(
+            f"{url} is damaged: no valid header at byte {offset} of {size_bytes}, after {_count(samples)}. {_REBUILD}"
+        )
+    while piece := file.read(1 << 20):
+        if piece.count(0) != len(piece):
+            raise BadShardError(
+                f"{url} goes on after its end at byte {offset}: joined tars hide samples; give each its own file"
+            )
+
+
+def _truncated(url: str, what: str, size_bytes: int, samples: list[TarSample]) -> BadShardError:
+    return BadShardError(
+        f"{url} is cut short: {what}, but the file has {size_bytes} bytes; {_count(samples)} before that are whole. "
+        f"{_REBUILD}"
+    )
+
+
+_REBUILD = (
+    "Copy the tar again, or rebuild it: unpack what can be read (tar -xf NAME.tar -C FOLDER) and run "
+    "tools/build_dataset.py FOLDER OUT."
+)
+
+
+def _count(samples: list[TarSample]) -> str:
+    """Whole samples are those that have every kind of member that the first one has."""
+    number = sum(samples[0].members.keys() <= sample.members.keys() for sample in samples)
+    return f"{number} sample{'' if number == 1 else 's'}"

@@ -1,0 +1,200 @@
+"""Continuous-time diffusion out of exchangeable parts: noise a clean signal, find it again, sample."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpcore.diffusion.guidance import Conditions, Guidance, expand_conditions, pair_conditions
+from warpcore.diffusion.loss_weights import LossWeight
+from warpcore.diffusion.noise_conditions import NoiseCond
+from warpcore.diffusion.samplers import DDIMSampler, Sampler
+from warpcore.diffusion.scalers import Scaler
+from warpcore.diffusion.schedules import Schedule
+from warpcore.diffusion.targets import Target
+
+
+class Diffused(NamedTuple):
+    """What a training step needs to know of its noised batch."""
+
+    noised: Tensor  # (B, ...) input of the denoiser
+    noise: Tensor  # (B, ...)
+    target: Tensor  # (B, ...) what the denoiser should say
+    logsnr: Tensor  # (B,)
+    noise_cond: Tensor  # (B,) r of the denoiser
+    loss_weight: Tensor  # (B,)
+
+
+class GDF:
+    """Generic diffusion framework: a schedule, a scaler, a target, a noise condition and a loss weight.
+
+    `offset_noise` is the deviation of noise that is constant over each channel, added to the noise of training.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        input_scaler: Scaler,
+        target: Target,
+        noise_cond: NoiseCond,
+        loss_weight: LossWeight,
+        offset_noise: float = 0.0,
+    ):
+        self.schedule = schedule
+        self.input_scaler = input_scaler
+        self.target = target
+        self.noise_cond = noise_cond
+        self.loss_weight = loss_weight
+        self.offset_noise = offset_noise
+
+    def setup_limits(self, stretch_max: bool = True, stretch_min: bool = True, shift: float = 1.0) -> list[float]:
+        """Stretch the input scaler to pure noise and clean signal at the ends of the schedule."""
+        return self.input_scaler.setup_limits(self.schedule, self.input_scaler, stretch_max, stretch_min, shift)
+
+    def diffuse(
+        self,
+        x0: Tensor,
+        epsilon: Tensor,
+        uniform: Tensor | None = None,
+        *,
+        t: Tensor | None = None,
+        offset: Tensor | None = None,
+        shift: float = 1.0,
+        loss_shift: float = 1.0,
+    ) -> Diffused:
+        """Noise a batch.
+
+        Args:
+            x0: (B, C, ...) clean signal.
+            epsilon: (B, C, ...) standard normal draws.
+            uniform: (B,) uniform draws in [0, 1), which the schedule turns into times; or give `t`.
+            t: (B,) times from 0 (clean) to 1 (noise).
+            offset: (B, C, 1, ...) standard normal draws; needed exactly when `offset_noise` is not 0.
+            shift: of the schedule.
+            loss_shift: of the loss weight.
+        """
+        if (uniform is None) == (t is None):
+            raise ValueError("diffuse needs either uniform draws or t, and not both")
+        if (offset is None) == (self.offset_noise != 0):
+            raise ValueError(f"offset_noise is {self.offset_noise}: pass `offset` draws exactly when it is not 0")
+        if offset is not None:
+            epsilon = epsilon + self.offset_noise * offset
+        t = self.schedule.training_t(uniform) if t is None else t
+        logsnr = self.schedule(t, shift=shift).to(x0.device)
+        a, b = self.input_scaler.weights(logsnr, x0)
+        return Diffused(
+            noised=a * x0 + b * epsilon,
+            noise=epsilon,
+            target=self.target(x0, epsilon, logsnr, a, b),
+            logsnr=logsnr,
+            noise_cond=self.noise_cond(logsnr),
+            loss_weight=self.loss_weight(logsnr, shift=loss_shift),
+        )
+
+    def undiffuse(self, x: Tensor, logsnr: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and noise (x0, epsilon) in a noised batch by the prediction of the denoiser; `logsnr` is (B,)."""
+        a, b = self.input_scaler.weights(logsnr, x)
+        return self.target.x0(x, pred, logsnr, a, b), self.target.epsilon(x, pred, logsnr, a, b)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Callable[..., Tensor],
+        conditions: Conditions,
+        x_init: Tensor,
+        *,
+        unconditional: Conditions | None = None,
+        sampler: Sampler | None = None,
+        schedule: Schedule | None = None,
+        timesteps: int = 20,
+        t_start: float = 1.0,
+        t_end: float = 0.0,
+        shift: float = 1.0,
+        cfg: float | Sequence[float] | Callable[[float], float] | None = None,
+        cfg_t_start: float | None = None,
+        cfg_t_stop: float | None = None,
+        cfg_rho: float = 0.7,
+        cfg_rescale_over_batch: bool = False,
+        noise: Callable[[int], Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (x0, x, prediction) after each of `timesteps` steps from `t_start` to `t_end`: the signal found, the
+        next less noisy sample, the (guided) prediction, each (B, ...).
+
+        Args:
+            model: called as model(x, r, **conditions), r being the noise condition (B,).
+            conditions: tensors, None, or lists of those, by name; a tensor holds B samples, or one for all.
+            x_init: (B, ...) the sample at `t_start`: normal draws at 1, a noised picture below.
+            unconditional: the same names, for guidance; zeros if not given.
+            sampler: DDIM if not given.
+            schedule: another one than that of training.
+            shift: of the schedule, in addition to its own.
+            cfg, cfg_t_start, cfg_t_stop, cfg_rho, cfg_rescale_over_batch: see `Guidance`; no guidance, and one forward
+                of B instead of 2 B, with cfg None.
+            noise: gives normal draws like `x_init` for the number of a step (from 0); random samplers need it.
+        """
+        if timesteps < 1 or not 0 <= t_end < t_start <= 1:
+            raise ValueError(
+                f"sampling needs timesteps >= 1 and 0 <= t_end < t_start <= 1, not {timesteps=}, {t_start=}, {t_end=}"
+            )
+        guidance = None
+        if cfg is not None:
+            guidance = Guidance(cfg, cfg_rho, cfg_t_start, cfg_t_stop, cfg_rescale_over_batch)
+            pairs = pair_conditions(conditions, unconditional, len(x_init))
+        conditions = expand_conditions(conditions, len(x_init))
+        sampler = sampler or DDIMSampler(self)
+        x = x_init.to(torch.promote_types(x_init.dtype, torch.float32))
+        times = torch.linspace(t_start, t_end, timesteps + 1, dtype=x.dtype)
+        logsnrs = (schedule or self.schedule)(times, shift=shift).to(x.device)[:, None].expand(-1, len(x))
+        previous = None
+        for step in range(timesteps):
+            logsnr, logsnr_next = logsnrs[step], logsnrs[step + 1]
+            r = self.noise_cond(logsnr)
+            # Not the float32 time, which may miss the end of a guidance window by a rounding.
+            scale = guidance and guidance.scale_at(t_start + (t_end - t_start) * step / timesteps)
+            if scale is None:
+                pred = model(x, r, **conditions).to(x.dtype)
+            else:
+                both = model(torch.cat([x, x]), torch.cat([r, r]), **pairs).to(x.dtype)
+                pred = guidance.combine(*both.chunk(2), scale)
+            x0, epsilon = self.undiffuse(x, logsnr, pred)
+            draw = None if noise is None else partial(noise, step)
+            x = sampler.step(x, x0, epsilon, logsnr, logsnr_next, previous=previous, noise=draw)
+            previous = (x0, logsnr)
+            yield x0, x, pred
+
+    def sample_x0(self, model: Callable[..., Tensor], conditions: Conditions, x_init: Tensor, **kwargs) -> Tensor:
+        """The signal found in the last step of `sample`, which has the same arguments: (B, ...).
+
+        It is free of the noise that the last x still holds where a schedule ends above t = 0 or is clamped there.
+        """
+        for found, _, _ in self.sample(model, conditions, x_init, **kwargs):
+            x0 = found
+        return x0
+
+    def update_buckets(self, logsnr: Tensor, loss: Tensor) -> None:
+        """Tell adaptive parts the unweighted losses (N,) at `logsnr` (N,) of all samples of one update, in global
+        order. Does nothing without adaptive parts."""
+        for part in self._adaptive_parts().values():
+            part.update_buckets(logsnr, loss)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of adaptive parts; empty without."""
+        parts = self._adaptive_parts().items()
+        return {f"{name}.{key}": value for name, part in parts for key, value in part.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a state in place. Other names than those of `state_dict` are a ValueError."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"the saved diffusion state holds {sorted(state)}, this run's holds {sorted(self.state_dict())}: "
+                "another adaptive loss weight or schedule than that of the checkpoint"
+            )
+        for name, part in self._adaptive_parts().items():
+            prefix = name + "."
+            part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def _adaptive_parts(self) -> dict:
+        parts = {"schedule": self.schedule, "loss_weight": self.loss_weight}
+        return {name: part for name, part in parts.items() if hasattr(part, "update_buckets")}

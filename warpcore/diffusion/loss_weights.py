@@ -1,0 +1,192 @@
+"""Loss weights: how much the loss of a sample counts, for given logSNR (B,). Called as `weight(logsnr, shift=1)`."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from warpcore.diffusion.buckets import mix_into_buckets
+
+
+class LossWeight:
+    """Base of all loss weights: shift and clamp around `weight`, which a subclass defines."""
+
+    def __call__(self, logsnr: Tensor, shift: float = 1.0, clamp_range: Sequence[float] | None = None) -> Tensor:
+        """Weights of `logsnr`, both (B,).
+
+        `shift` adds 2 * log(shift) to logSNR, the opposite of a schedule's shift; `clamp_range` bounds the result.
+        """
+        if shift != 1:
+            logsnr = logsnr + 2 * math.log(shift)
+        weight = self.weight(logsnr)
+        return weight.clamp(*(clamp_range or (-1e9, 1e9)))
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ConstantLossWeight(LossWeight):
+    def __init__(self, v: float = 1.0):
+        self.v = v
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return torch.full_like(logsnr, self.v)
+
+
+class SNRLossWeight(LossWeight):
+    """SNR: turns the error of x0 into that of epsilon."""
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return logsnr.exp()
+
+
+class P2LossWeight(LossWeight):
+    """P2 weighting (arXiv:2204.00227, eq. 8): (k + SNR^s)^-gamma, for the error of epsilon."""
+
+    def __init__(self, k: float = 1.0, gamma: float = 1.0, s: float = 1.0):
+        self.k, self.gamma, self.s = k, gamma, s
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return (self.k + (logsnr * self.s).exp()) ** -self.gamma
+
+
+class SNRPlusOneLossWeight(LossWeight):
+    """SNR + 1 (arXiv:2202.00512, section 4): turns the error of x0 into that of v."""
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return logsnr.exp() + 1
+
+
+class MinSNRLossWeight(LossWeight):
+    """min(SNR, max_snr) (arXiv:2303.09556, section 3.4), for the error of x0."""
+
+    def __init__(self, max_snr: float = 5.0):
+        self.max_snr = max_snr
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return logsnr.exp().clamp(max=self.max_snr)
+
+
+class MinSNRPlusOneLossWeight(LossWeight):
+    """min(SNR + 1, max_snr)."""
+
+    def __init__(self, max_snr: float = 5.0):
+        self.max_snr = max_snr
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return (logsnr.exp() + 1).clamp(max=self.max_snr)
+
+
+class TruncatedSNRLossWeight(LossWeight):
+    """max(SNR, min_snr) (arXiv:2202.00512, section 4), for the error of x0."""
+
+    def __init__(self, min_snr: float = 1.0):
+        self.min_snr = min_snr
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return logsnr.exp().clamp(min=self.min_snr)
+
+
+class SechLossWeight(LossWeight):
+    """1 / cosh(logSNR / div) (arXiv:2303.00848, table 1)."""
+
+    def __init__(self, div: float = 2.0):
+        self.div = div
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return 1 / (logsnr / self.div).cosh()
+
+
+class DebiasedLossWeight(LossWeight):
+    """1 / sqrt(SNR) (arXiv:2310.08442), for the error of epsilon."""
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return (-logsnr / 2).exp()
+
+
+class SigmoidLossWeight(LossWeight):
+    """sigmoid(s * logSNR)."""
+
+    def __init__(self, s: float = 1.0):
+        self.s = s
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return (logsnr * self.s).sigmoid()
+
+
+class ComposedLossWeight(LossWeight):
+    """The product of the weights `mul` over the product of the weights `div`."""
+
+    def __init__(
+        self,
+        div: LossWeight | Sequence[LossWeight] = (),
+        mul: LossWeight | Sequence[LossWeight] = (),
+    ):
+        self.div = [div] if isinstance(div, LossWeight) else list(div)
+        self.mul = [mul] if isinstance(mul, LossWeight) else list(mul)
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        result = torch.ones_like(logsnr)
+        for part in self.mul:
+            result = result * part.weight(logsnr)
+        for part in self.div:
+            result = result / part.weight(logsnr)
+        return result
+
+
+class AdaptiveLossWeight(LossWeight):
+    """1 / running loss of the bucket of logSNR: every noise level contributes about the same loss.
+
+    State: `bucket_losses` (buckets,), the running loss of each bucket; see `update_buckets`.
+    """
+
+    def __init__(
+        self,
+        logsnr_range: Sequence[float] = (-10.0, 10.0),
+        buckets: int = 300,
+        weight_range: Sequence[float] = (1e-7, 1e7),
+        beta: float = 0.99,
+    ):
+        # The first and last bucket are what lies outside the grid.
+        self.bucket_ranges = torch.linspace(*logsnr_range, buckets - 1)
+        self.bucket_losses = torch.ones(buckets)
+        self.weight_range = tuple(weight_range)
+        self.beta = beta
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        bucket = self._bucket(logsnr)
+        return (1 / self.bucket_losses[bucket]).clamp(*self.weight_range)
+
+    @torch.no_grad()
+    def update_buckets(self, logsnr: Tensor, loss: Tensor, beta: float | None = None) -> None:
+        """Mix the unweighted losses (N,) of the samples of one update, in global order, into their buckets."""
+        bucket = self._bucket(logsnr)
+        mix_into_buckets(self.bucket_losses, bucket, loss, self.beta if beta is None else beta)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"bucket_losses": self.bucket_losses}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.bucket_losses.copy_(state["bucket_losses"])
+
+    def _bucket(self, logsnr: Tensor) -> Tensor:
+        """(N,) int64; takes the state to the device that asks, so that no later call waits for a copy."""
+        self.bucket_ranges = self.bucket_ranges.to(logsnr.device)
+        self.bucket_losses = self.bucket_losses.to(logsnr.device)
+        return torch.searchsorted(self.bucket_ranges, logsnr.contiguous())
+
+
+LOSS_WEIGHTS = {
+    "constant": ConstantLossWeight,
+    "snr": SNRLossWeight,
+    "p2": P2LossWeight,
+    "snr_plus_one": SNRPlusOneLossWeight,
+    "min_snr": MinSNRLossWeight,
+    "min_snr_plus_one": MinSNRPlusOneLossWeight,
+    "truncated_snr": TruncatedSNRLossWeight,
+    "sech": SechLossWeight,
+    "debiased": DebiasedLossWeight,
+    "sigmoid": SigmoidLossWeight,
+    "adaptive": AdaptiveLossWeight,
+}

@@ -1,0 +1,130 @@
+"""Noise conditions: the number r that tells the denoiser how noisy its input is, for given logSNR (B,)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from warpcore.diffusion.schedules import cosine_variance_at_zero, stable_diffusion_variances
+
+
+class NoiseCond:
+    """Base of all noise conditions: shift and clamp around `cond`, which a subclass defines.
+
+    Args:
+        shift: added as 2 * log(shift) to logSNR, the opposite of a schedule's shift.
+        clamp_range: of the result; None for no clamping.
+    """
+
+    def __init__(self, *, shift: float = 1.0, clamp_range: Sequence[float] | None = None):
+        self.shift = shift
+        self.clamp_range = clamp_range
+
+    def __call__(self, logsnr: Tensor) -> Tensor:
+        if self.shift != 1:
+            logsnr = logsnr + 2 * math.log(self.shift)
+        cond = self.cond(logsnr)
+        return cond if self.clamp_range is None else cond.clamp(*self.clamp_range)
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class CosineTNoiseCond(NoiseCond):
+    """The t at which `CosineSchedule` has this logSNR (inverse of arXiv:2102.09672, eq. 17).
+
+    `clamp_range` bounds both the variance of the signal and the result.
+    """
+
+    def __init__(self, s: float = 0.008, clamp_range: Sequence[float] = (0.0, 1.0), *, shift: float = 1.0):
+        self.s = s
+        super().__init__(shift=shift, clamp_range=clamp_range)
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        s = torch.tensor(self.s, dtype=logsnr.dtype)
+        variance = logsnr.sigmoid().clamp(*self.clamp_range)
+        return (variance * cosine_variance_at_zero(s)).sqrt().acos() / (math.pi * 0.5) * (1 + s) - s
+
+
+class EDMNoiseCond(NoiseCond):
+    """log(sigma) / 4 (arXiv:2206.00364, table 1)."""
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        return -logsnr / 8
+
+
+class SigmoidNoiseCond(NoiseCond):
+    """The variance of the noise in a sample of variance 1."""
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        return (-logsnr).sigmoid()
+
+
+class LogSNRNoiseCond(NoiseCond):
+    """logSNR itself."""
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        return logsnr
+
+
+class EDMSigmaNoiseCond(NoiseCond):
+    """sigma, in the units of data with deviation `sigma_data`."""
+
+    def __init__(self, sigma_data: float = 1.0, **kwargs):
+        self.sigma_data = sigma_data
+        super().__init__(**kwargs)
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        return (-logsnr / 2).exp() * self.sigma_data
+
+
+class RectifiedFlowsNoiseCond(NoiseCond):
+    """The weight of the clean signal on a straight path: 1 for clean, 0 for noise, the other way round than t."""
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        return (logsnr / 2).sigmoid()
+
+
+class StableDiffusionNoiseCond(NoiseCond):
+    """The t at which `StableDiffusionSchedule` has this logSNR."""
+
+    def __init__(self, linear_range: Sequence[float] = (0.00085, 0.012), total_steps: int = 1000, **kwargs):
+        self.variances = stable_diffusion_variances(linear_range, total_steps)
+        super().__init__(**kwargs)
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        rising = -self.variances.to(logsnr)  # as searchsorted wants
+        wanted = -logsnr.sigmoid()
+        before = (torch.searchsorted(rising, wanted) - 1).clamp(0, len(rising) - 2)
+        # The published implementation divides by the interval before the right one; it changes r by less than 1e-5.
+        interval = (before - 1).clamp(min=0)
+        share = (wanted - rising[before]) / (rising[interval + 1] - rising[interval])
+        return ((before + share) / (len(rising) - 1)).clamp(0, 1)
+
+
+class DiscreteNoiseCond(NoiseCond):
+    """Another noise condition as the whole number of one of `steps` steps, truncated, in a float tensor."""
+
+    def __init__(
+        self, noise_cond: NoiseCond, steps: int = 1000, continuous_range: Sequence[float] = (0.0, 1.0), **kwargs
+    ):
+        self.noise_cond = noise_cond
+        self.steps = steps
+        self.continuous_range = tuple(continuous_range)
+        super().__init__(**kwargs)
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        low, high = self.continuous_range
+        return ((self.noise_cond(logsnr) - low) / (high - low) * self.steps).trunc()
+
+
+NOISE_CONDITIONS = {
+    "cosine_t": CosineTNoiseCond,
+    "edm": EDMNoiseCond,
+    "sigmoid": SigmoidNoiseCond,
+    "logsnr": LogSNRNoiseCond,
+    "edm_sigma": EDMSigmaNoiseCond,
+    "rectified_flows": RectifiedFlowsNoiseCond,
+    "stable_diffusion": StableDiffusionNoiseCond,
+}

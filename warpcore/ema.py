@@ -1,0 +1,166 @@
+"""An exponential moving average of weights, in float32."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+class EMA:
+    """ema = beta * ema + (1 - beta) * weights, every `every` updates, counted from 1.
+
+    Up to and including update `start` the average is a copy of the weights. Buffers aren't averaged but copied.
+    The average is elementwise, so sharded parameters (DTensors) are averaged shard by shard, without communication.
+
+    Args:
+        source: a module, or named tensors of it (a training of few weights averages only those). Its weights have to
+            be in place (loaded, moved, sharded) before.
+        device: where the average is kept; None: beside each weight. "cpu" frees device memory, and makes each change
+            of the average wait for the device.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module | Mapping[str, Tensor],
+        *,
+        start: int,
+        every: int,
+        beta: float,
+        device: torch.device | str | None = None,
+    ):
+        if every < 1 or not 0.0 <= beta < 1.0 or start < 0:
+            raise ValueError(
+                f"EMA needs ema_iters >= 1, 0 <= ema_beta < 1 and ema_start_iters >= 0; got ema_iters {every}, "
+                f"ema_beta {beta}, ema_start_iters {start}"
+            )
+        self.start, self.every, self.beta, self.update = start, every, beta, 0
+        self._live = named_tensors(source) if isinstance(source, nn.Module) else dict(source)
+        averaged = dict(source.named_parameters()) if isinstance(source, nn.Module) else self._live
+        self._averaged = {name for name, tensor in averaged.items() if tensor.is_floating_point()}
+        self._average = {
+            name: tensor.detach().to(
+                device or tensor.device, torch.float32 if name in self._averaged else tensor.dtype, copy=True
+            )
+            for name, tensor in self._live.items()
+        }
+        self._swapped = False
+
+    @torch.no_grad()
+    def step(self, update: int, ok: Tensor | None = None) -> None:
+        """Takes in the weights after `update`. Where `ok` (one element) is false the average stays bit for bit."""
+        assert not self._swapped, "the weights hold the average now"
+        self.update = update
+        if update == self.start:
+            self._follow()
+        if update <= self.start or update % self.every:
+            return
+        for name, average in self._average.items():
+            average, live = _local(average), _local(self._live[name])
+            live = live.to(average.device, average.dtype)
+            taken = torch.ones((), device=average.device) if ok is None else ok.reshape(()).to(average.device)
+            if name in self._averaged:
+                average.lerp_(live, ((1 - self.beta) * (taken != 0)).to(average.dtype))
+            else:
+                average.copy_(torch.where(taken != 0, live, average))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by name: float32 (buffers in their own type), sharded like the weights, not copied."""
+        assert not self._swapped, "the weights hold the average now"
+        if self.update < self.start:
+            self._follow()
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor], update: int) -> None:
+        """Restores `state_dict()` as it was after `update`.
+
+        Raises:
+            ValueError: names or shapes differ.
+        """
+        for name in sorted(tensors.keys() ^ self._average.keys()):
+            where = "the network lacks" if name in tensors else "the checkpoint lacks"
+            raise ValueError(f"EMA: {where} {name!r}")
+        for name, average in self._average.items():
+            if average.shape != tensors[name].shape:
+                raise ValueError(
+                    f"EMA: {name!r} is {tuple(tensors[name].shape)} in the checkpoint, {tuple(average.shape)} here"
+                )
+            if average is not tensors[name]:
+                average.copy_(tensors[name])
+        self.update = update
+
+    def restart(self, update: int) -> None:
+        """Begins anew as a copy of the weights after `update`: a run that had no average so far."""
+        self._follow()
+        self.update = update
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Inside, `module` computes with the average; afterwards its weights are again what they were, bit for bit.
+
+        Weights that are float32 on the same device change places with the average, tensor by tensor; of others a copy
+        is kept. Inside, the average can be neither changed nor saved.
+        """
+        if self.update < self.start:
+            yield
+            return
+        _reshard(module)
+        weights = {name: tensor for name, tensor in named_tensors(module).items() if name in self._average}
+        assert weights.keys() == self._average.keys(), "the module lacks tensors of the average"
+        kept = {name: _swap_in(weights[name], average) for name, average in self._average.items()}
+        self._swapped = True
+        try:
+            yield
+        finally:
+            # FSDP may have left gathered copies of the average behind.
+            _reshard(module)
+            for name, average in self._average.items():
+                _swap_out(weights[name], average, kept[name])
+            self._swapped = False
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for name, average in self._average.items():
+            _local(average).copy_(_local(self._live[name]))
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each tensor once."""
+    saved = module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    return {**dict(module.named_parameters()), **buffers}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def _swap_in(weight: Tensor, average: Tensor) -> Tensor | None:
+    weight, average = _local(weight), _local(average)
+    before = weight.clone()
+    weight.copy_(average)
+    if weight.dtype == average.dtype and weight.device == average.device:
+        average.copy_(before)
+        return None
+    return before.to(average.device)
+
+
+@torch.no_grad()
+def _swap_out(weight: Tensor, average: Tensor, kept: Tensor | None) -> None:
+    weight, average = _local(weight), _local(average)
+    if kept is not None:
+        weight.copy_(kept)
+        return
+    before = weight.clone()
+    weight.copy_(average)
+    average.copy_(before)
+
+
+def _reshard(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()

@@ -1,0 +1,23 @@
+"""The one kind of error that is the user's to mend: scripts print its message without a traceback and exit with 2."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Says what is wrong, where, and what to write instead."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main`; a `UserError` becomes one clear message and exit status 2."""
+    try:
+        raise SystemExit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full: {error}. Make room and start the same command again", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,196 @@
+"""The data of a run: the plan, the loader, and the position in it that a checkpoint keeps."""
+
+from collections.abc import Iterator
+
+from warpcore.config import Config
+from warpcore.data.buckets import Buckets
+from warpcore.data.captions import CaptionGetter
+from warpcore.data.catalog import open_catalog
+from warpcore.data.filters import Filter
+from warpcore.data.loader import Loader
+from warpcore.data.plan import Plan, describe_difference
+from warpcore.data.reader import Batch, Reader
+from warpcore.data.shards import resolve_sources
+from warpcore.errors import UserError
+from warpcore.processes import Processes
+
+
+class Feed:
+    """Batches for training, validation and samples.
+
+    Args:
+        saved: what `state` gave in the checkpoint that the run goes on from.
+        bucket_factor: sides of pictures are multiples of it.
+        needs_images: whether pictures are read at all.
+        extra: further members of each sample to read.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        processes: Processes,
+        saved: dict | None,
+        bucket_factor: int,
+        needs_images: bool,
+        extra: dict,
+    ):
+        self.config, self.processes = config, processes
+        self.micro_batch_size, self.accumulation = split_batch(config, processes.count, saved)
+        self.micro_batches_per_update = self.accumulation * processes.count
+        self.bad_samples = saved["bad_samples"] if saved else 0
+        self._bad_in_a_row = saved["bad_in_a_row"] if saved else 0
+        self._number = saved["next_micro_batch"] if saved else 0
+        self._lane_states = {int(lane): state for lane, state in saved["lane_states"].items()} if saved else {}
+        self._lane_numbers: dict[int, int] = {}
+        self._notes: list[str] = []
+        self._loader: Loader | None = None
+        self._held_out: Batch | None = None
+        self.plan = self._make_plan(bucket_factor)
+        self._check_plan(saved)
+        self.reader = Reader(
+            captions=CaptionGetter.parse(config.captions_getter),
+            pictures=needs_images,
+            crop=config.crop_mode,
+            background=config.background,
+            max_pixels=config.max_picture_pixels,
+            extra=extra,
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """Training batches of this process, endless, from the current position on."""
+        planned = self.plan.micro_batches(
+            rank=self.processes.rank, num_processes=self.processes.count, start=self._number,
+            lane_states=self._lane_states,
+        )  # fmt: skip
+        self._loader = self._load(planned)
+        for batch in self._loader:
+            self._lane_states[batch.lane] = batch.state
+            self._lane_numbers[batch.lane] = batch.number
+            self._number = batch.number - self.processes.rank + self.processes.count
+            self._notes += batch.notes
+            self._count_bad(batch)
+            yield batch
+
+    def validation(self) -> Iterator[Batch]:
+        """One pass over the validation samples; every process gets equally many batches, so some may weigh nothing."""
+        planned = list(self.plan.validation())
+        own = planned[self.processes.rank :: self.processes.count]
+        rounds = -(-len(planned) // self.processes.count)
+        loader = self._load(own + planned[:1] * (rounds - len(own)))
+        for i, batch in enumerate(loader):
+            if i >= len(own):
+                batch.weight = 0.0
+            yield batch
+        loader.close()
+
+    def held_out(self) -> Batch | None:
+        """The first validation samples, to draw pictures for."""
+        if self._held_out is None:
+            first = next(iter(self.plan.validation()), None)
+            self._held_out = self.reader.__getitems__(first) if first else None
+        return self._held_out
+
+    def state(self) -> dict:
+        """The position after the batches taken so far, of all lanes, as JSON."""
+        merged: dict[int, tuple[int, dict]] = {}
+        own = {lane: (self._lane_numbers.get(lane, -1), state) for lane, state in self._lane_states.items()}
+        for states in self.processes.gather(own):
+            for lane, (number, state) in states.items():
+                merged[lane] = max(merged.get(lane, (-2, {})), (number, state), key=lambda pair: pair[0])
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "next_micro_batch": self.processes.decide(self._number),
+            "lane_states": {lane: state for lane, (_, state) in sorted(merged.items())},
+            "fingerprint": self.plan.fingerprint,
+            "bad_samples": self.bad_samples,
+            "bad_in_a_row": self._bad_in_a_row,
+        }
+
+    def take_data_wait(self) -> float:
+        """Seconds that training waited for data since the last call."""
+        return self._loader.data_wait_seconds if self._loader else 0.0
+
+    def take_notes(self) -> list[str]:
+        """What people should read about the data consumed since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+
+    def _make_plan(self, bucket_factor: int) -> Plan:
+        config = self.config
+        held_out = config.validation_path
+        return Plan(
+            open_catalog(resolve_sources(config.webdataset_path)),
+            micro_batch_size=self.micro_batch_size,
+            buckets=Buckets(
+                config.image_size**2, bucket_factor, config.multi_aspect_ratio or [], config.bucketeer_random_ratio
+            ),
+            filters=[Filter.parse(entry) for entry in config.dataset_filters],
+            captions=CaptionGetter.parse(config.captions_getter),
+            seed=config.seed,
+            validation=open_catalog(resolve_sources(held_out)) if held_out else None,
+            validation_samples=config.validation_samples,
+            num_lanes=config.lanes,
+            group_rows=config.shard_group_rows,
+        )
+
+    def _check_plan(self, saved: dict | None) -> None:
+        difference = describe_difference(saved["fingerprint"], self.plan.fingerprint) if saved else None
+        if difference is None:
+            return
+        if self.config.on_data_change == "error":
+            raise UserError(
+                f"the data is not what the checkpoint was made with: {difference}. Restore it, or write "
+                "on_data_change: new_epoch to start a fresh epoch with the weights and the update number kept"
+            )
+        self._notes.append(f"the data changed ({difference}): a fresh epoch starts")
+        epoch = max((state["epoch"] for state in self._lane_states.values()), default=-1) + 1
+        self._lane_states = self.plan.fresh_lane_states(start=self._number, epoch=epoch)
+
+    def _load(self, planned) -> Loader:
+        return Loader(planned, self.reader, num_workers=self.config.num_workers, device=self.processes.device)
+
+    def _count_bad(self, batch: Batch) -> None:
+        self._notes += [f"bad sample {event.source}: {event.reason}" for event in batch.events]
+        self.bad_samples += len(batch.events)
+        self._bad_in_a_row = self._bad_in_a_row + len(batch.events) if batch.weight == 0 else 0
+        if self._bad_in_a_row >= self.config.max_bad_samples:
+            raise UserError(
+                f"{self._bad_in_a_row} samples in a row could not be read (max_bad_samples), the last one "
+                f"{batch.events[-1].source}: {batch.events[-1].reason}"
+            )
+
+
+def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple[int, int]:
+    """(micro-batch size, accumulation steps) for `batch_size` over the processes.
+
+    Raises:
+        UserError: the numbers do not divide, or contradict each other.
+    """
+    batch, micro, steps = config.batch_size, config.micro_batch_size, config.grad_accum_steps
+    if micro is None and saved:
+        micro, steps = saved["micro_batch_size"], None
+    if micro is None:
+        parts = num_processes * (steps or 1)
+        if batch % parts:
+            raise UserError(
+                f"batch_size {batch} does not divide by {num_processes} processes x {steps or 1} grad_accum_steps: "
+                f"write batch_size: {batch // parts * parts or parts} or {(batch // parts + 1) * parts}"
+            )
+        return batch // parts, steps or 1
+    if batch % (micro * num_processes):
+        fitting = [size for size in range(1, batch + 1) if batch % (size * num_processes) == 0]
+        raise UserError(
+            f"batch_size {batch} does not divide by micro_batch_size {micro} x {num_processes} processes: "
+            + (f"write micro_batch_size: {' or '.join(map(str, fitting))}" if fitting else "use fewer processes")
+        )
+    derived = batch // (micro * num_processes)
+    if steps is not None and steps != derived:
+        raise UserError(
+            f"grad_accum_steps {steps} contradicts batch_size {batch} / (micro_batch_size {micro} x {num_processes} "
+            f"processes) = {derived}: remove grad_accum_steps"
+        )
+    return micro, derived

@@ -1,0 +1,77 @@
+"""`metrics.jsonl`: a line per update, kept on the device until a flush so that training never waits for a number."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from warpcore.processes import Processes
+
+
+class Metrics:
+    """Collects the numbers of each update and writes them, reduced over all processes, when asked to.
+
+    Tensors are averaged over the processes, `samples_hash` is added up modulo 2**64, and plain numbers are those of
+    the main process.
+    """
+
+    def __init__(self, path: Path, processes: Processes):
+        self.path = path
+        self.processes = processes
+        self._lines: list[dict] = []
+
+    def resume(self, update: int) -> None:
+        """Forget every line after `update`: those updates will be made again."""
+        if not self.processes.is_main or not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _update_of(line) <= update]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, self.path)
+
+    def add(self, update: int, samples_hash: int, **values: float | torch.Tensor) -> None:
+        """Numbers of one update; a second call for the same update adds to its line."""
+        if not self._lines or self._lines[-1]["update"] != update:
+            self._lines.append({"update": update, "samples_hash": 0})
+        line = self._lines[-1]
+        line["samples_hash"] = (line["samples_hash"] + samples_hash) % 2**64
+        line.update(values)
+
+    def flush(self) -> list[dict]:
+        """Fetch, reduce and write the collected lines; returns them as plain numbers (on every process)."""
+        lines, self._lines = self._lines, []
+        names = [(i, name) for i, line in enumerate(lines) for name, v in line.items() if isinstance(v, torch.Tensor)]
+        if names:
+            values = torch.stack([lines[i][name].detach().double().reshape(()).cpu() for i, name in names])
+            for (i, name), value in zip(
+                names, (self.processes.sum(values) / self.processes.count).tolist(), strict=True
+            ):
+                lines[i][name] = value
+        if lines:
+            # int64 wraps around exactly like addition modulo 2**64.
+            hashes = self.processes.sum(torch.tensor([_signed(line["samples_hash"]) for line in lines]))
+            for line, value in zip(lines, hashes.tolist(), strict=True):
+                line["samples_hash"] = f"{value % 2**64:016x}"
+        if self.processes.is_main and lines:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(_finite(line)) + "\n" for line in lines)
+        return lines
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _update_of(line: str) -> float:
+    """The update of a line; a line cut short by a crash belongs to no update."""
+    try:
+        return json.loads(line)["update"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
+def _finite(line: dict) -> dict:
+    """JSON has no NaN: such a number is written as null."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}

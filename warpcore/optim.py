@@ -1,0 +1,371 @@
+"""Optimizers, learning rates and gradient norms.
+
+The engine holds a list of optimizers (Muon brings AdamW along for the tensors it can't take). Parameter groups carry
+`param_names`, and everything saved is keyed by those names, so a checkpoint doesn't depend on the order of parameters.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+# name -> whether it can step on DTensors (parameters sharded over processes). torch.optim.Adafactor squares norms in
+# place, which DTensor refuses; bitsandbytes' kernels read raw memory.
+OPTIMIZERS = {"adamw": True, "adamw8bit": False, "adafactor": False, "schedulefree": True, "muon": True}
+SCHEDULES = ("constant", "cosine", "linear")
+
+# Entries of a parameter group that the config and the device decide. They aren't saved: a resumed run follows its
+# config. All others (such as schedulefree's counters) are progress of the optimizer, and are.
+_SETTINGS = {
+    *("params", "param_names", "lr", "lr_scale", "betas", "eps", "weight_decay", "momentum", "nesterov"),
+    *("ns_coefficients", "ns_steps", "adjust_lr_fn", "beta2_decay", "d", "r", "warmup_steps", "weight_lr_power"),
+    *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"),
+    *("alpha", "t_alpha", "t_beta3", "initial_lr"),
+}
+
+
+def supports_dtensor(name: str) -> bool:
+    """Whether the optimizer can step on parameters that are sharded over processes.
+
+    Raises:
+        ValueError: no optimizer has this name.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: {name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
+
+
+def build_optimizers(
+    name: str,
+    groups: list[dict],
+    *,
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> list[Optimizer]:
+    """The optimizers of a run: one, or two for `muon`.
+
+    Weight decay applies to tensors with two dimensions or more; norms, biases and scales aren't decayed. `muon` takes
+    the 2-D weights of hidden layers (no embeddings), with rates matched to AdamW's (arXiv:2502.16982, section 2.2),
+    and AdamW the rest. For `adafactor`, `lr` is the largest step relative to a tensor's RMS, and `betas` and `eps`
+    have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode` before sampling.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        groups: torch parameter groups: "params", "param_names" (unique over all groups), and optionally "lr_scale", a
+            factor on the learning rate (see `set_lr`).
+
+    Raises:
+        ValueError: unknown name, package not installed, or an optimizer that can't take the sharded parameters given.
+    """
+    sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    if not supports_dtensor(name) and sharded:
+        able = ", ".join(other for other, can in OPTIMIZERS.items() if can)
+        raise ValueError(
+            f"optimizer: {name} can't train a network that is sharded over processes; write one of {able}"
+        )
+    names = [parameter_name for group in groups for parameter_name in group["param_names"]]
+    assert len(set(names)) == len(names), "parameter names must be unique over all groups"
+    matrices, vectors = _split(groups, lambda _, parameter: parameter.ndim >= 2)
+    undecayed = [{**group, "weight_decay": 0.0} for group in vectors]
+    settings = {"lr": lr, "weight_decay": weight_decay}
+    if name == "adafactor":
+        return [torch.optim.Adafactor(matrices + undecayed, **settings)]
+    settings |= {"betas": betas, "eps": eps}
+    if name == "schedulefree":
+        return [_package("schedulefree", name).AdamWScheduleFree(matrices + undecayed, **settings)]
+    if name == "adamw8bit":
+        return [_package("bitsandbytes", name).optim.AdamW8bit(matrices + undecayed, **settings)]
+    optimizers = []
+    if name == "muon":
+        hidden, matrices = _split(matrices, _is_hidden_matrix)
+        if hidden:
+            muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            optimizers.append(muon)
+    if matrices or undecayed:
+        kinds = {parameter.device.type for group in groups for parameter in group["params"]}
+        optimizers.append(torch.optim.AdamW(matrices + undecayed, fused=kinds <= {"cuda", "cpu"}, **settings))
+    return optimizers
+
+
+def _split(groups: list[dict], test) -> tuple[list[dict], list[dict]]:
+    """The groups with the parameters that pass test(name, parameter), and with the others; empty groups left out."""
+    halves: tuple[list[dict], list[dict]] = ([], [])
+    for group in groups:
+        named = list(zip(group["param_names"], group["params"], strict=True))
+        for half, passes in zip(halves, (True, False), strict=True):
+            chosen = [(name, parameter) for name, parameter in named if test(name, parameter) == passes]
+            if chosen:
+                names, parameters = zip(*chosen, strict=True)
+                half.append({**group, "params": list(parameters), "param_names": list(names)})
+    return halves
+
+
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and "embed" not in name
+
+
+def _package(package: str, optimizer: str):
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ValueError(f"optimizer: {optimizer} needs a package: run `pip install {package}`") from error
+
+
+def set_lr(optimizers: Iterable[Optimizer], lr: float) -> None:
+    """Sets the learning rate of every group to `lr` times the group's "lr_scale" (1 where absent)."""
+    for group in _groups(optimizers):
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+@torch.no_grad()
+def train_mode(optimizers: Iterable[Optimizer]) -> None:
+    """Puts the weights where training goes on, bit for bit. Only schedule-free optimizers hold two sets of weights."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+            for parameter, before in optimizer.__dict__.pop("_before_eval", {}).items():
+                parameter.copy_(before)
+
+
+@torch.no_grad()
+def eval_mode(optimizers: Iterable[Optimizer]) -> None:
+    """Puts in the weights that are meant for use: sampling, validation and the files people take away.
+
+    A schedule-free optimizer's own way back to training rounds, which would make a run depend on when it sampled, so a
+    copy of the weights is kept until `train_mode`.
+    """
+    for optimizer in optimizers:
+        if hasattr(optimizer, "eval"):
+            if "_before_eval" not in optimizer.__dict__:
+                optimizer._before_eval = {
+                    parameter: parameter.clone() for parameter in _parameters(optimizer).values()
+                }
+            optimizer.eval()
+
+
+def step(optimizers: Iterable[Optimizer], found_inf: Tensor) -> None:
+    """Steps all optimizers, or none where `found_inf` (one element, not 0: skip) says that gradients aren't finite.
+
+    A skipped step leaves weights and state bit for bit as they are. Fused AdamW decides on the device; the others cost
+    one read of `found_inf` by the host.
+    """
+    found_inf = (found_inf.detach() != 0).float().reshape(())
+    skip: bool | None = None
+    for optimizer in optimizers:
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # The protocol of torch.amp.GradScaler: kernels return early where found_inf is 1.
+            optimizer.grad_scale, optimizer.found_inf = None, found_inf
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        else:
+            skip = bool(found_inf.item()) if skip is None else skip
+            if not skip:
+                optimizer.step()
+
+
+def optimizer_state(optimizers: Iterable[Optimizer]) -> tuple[dict[str, Tensor], dict]:
+    """What the optimizers have learnt: tensors under "{parameter}.{state key}", and the rest as JSON-able values."""
+    optimizers = list(optimizers)
+    tensors, values = {}, {}
+    for optimizer in optimizers:
+        for name, parameter in _parameters(optimizer).items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                (tensors if isinstance(value, Tensor) else values)[f"{name}.{key}"] = value
+    groups = [[_progress(group) for group in optimizer.param_groups] for optimizer in optimizers]
+    return tensors, {"optimizers": _class_names(optimizers), "values": values, "groups": groups}
+
+
+def allocate_optimizer_state(
+    optimizers: Iterable[Optimizer], stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> dict[str, Tensor]:
+    """The optimizers' own state tensors, ready to be loaded into; their values mean nothing until then.
+
+    The optimizers make them in a step at learning rate 0, so each has the type, device and sharding it trains with.
+
+    Args:
+        stored: shape and type of each stored tensor, by "{parameter}.{state key}".
+
+    Raises:
+        ValueError: the stored state is of another optimizer or another set of parameters.
+    """
+    optimizers = list(optimizers)
+    with_state = {name.rpartition(".")[0] for name in stored}
+    for optimizer in optimizers:
+        _make_state(optimizer, with_state)
+    tensors, _ = optimizer_state(optimizers)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] in with_state}
+    for key in sorted(tensors.keys() ^ stored.keys()):
+        where = "the optimizer has no place for" if key in stored else "the checkpoint lacks"
+        raise ValueError(f"optimizer state: {where} {key!r}; resume with the optimizer and network that were saved")
+    for key, tensor in tensors.items():
+        shape, dtype = stored[key]
+        if (tuple(tensor.shape), tensor.dtype) != (tuple(shape), dtype):
+            raise ValueError(
+                f"optimizer state: {key!r} is {dtype} {tuple(shape)} in the checkpoint, but {tensor.dtype} "
+                f"{tuple(tensor.shape)} here; resume with the optimizer and network that were saved"
+            )
+    return tensors
+
+
+def load_optimizer_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor], rest: dict) -> None:
+    """Restores what `optimizer_state` gave, bit for bit. `tensors` may be those of `allocate_optimizer_state`.
+
+    Learning rate, weight decay and betas stay as configured.
+
+    Raises:
+        ValueError: the state is of another optimizer or another set of parameters.
+    """
+    optimizers = list(optimizers)
+    saved, here = rest["optimizers"], _class_names(optimizers)
+    if saved != here or [len(groups) for groups in rest["groups"]] != [len(o.param_groups) for o in optimizers]:
+        raise ValueError(
+            f"optimizer state: the checkpoint holds {' + '.join(saved)}, this run uses {' + '.join(here)} with other "
+            "parameter groups; resume with the optimizer and network that were saved"
+        )
+    stored = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    for key, own in allocate_optimizer_state(optimizers, stored).items():
+        if own is not tensors[key]:
+            own.copy_(tensors[key])
+    for optimizer, groups in zip(optimizers, rest["groups"], strict=True):
+        for group, progress in zip(optimizer.param_groups, groups, strict=True):
+            group.update(progress)
+        parameters = _parameters(optimizer)
+        for key, value in rest["values"].items():
+            name, _, state_key = key.rpartition(".")
+            if name in parameters:
+                optimizer.state[parameters[name]][state_key] = value
+
+
+@torch.no_grad()
+def _make_state(optimizer: Optimizer, names: set[str]) -> None:
+    """A step with zero gradients at learning rate 0 for the named parameters without state; weights don't change."""
+    parameters = _parameters(optimizer)
+    empty = {parameters[name] for name in names & parameters.keys() if not optimizer.state.get(parameters[name])}
+    if not empty:
+        return
+    before = [(parameter, parameter.grad) for parameter in parameters.values()]
+    settings = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        if "train_mode" in group:
+            group["train_mode"] = True
+    for parameter, _ in before:
+        parameter.grad = torch.zeros_like(parameter) if parameter in empty else None
+    optimizer.step()
+    for parameter, gradient in before:
+        parameter.grad = gradient
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
+def _parameters(optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _progress(group: dict) -> dict:
+    return {key: value for key, value in group.items() if key not in _SETTINGS}
+
+
+def _class_names(optimizers: list[Optimizer]) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in optimizers]
+
+
+def lr_at(
+    update: int, *, schedule: str, lr: float, warmup_updates: int, updates: int, min_lr_ratio: float = 0.0
+) -> float:
+    """The learning rate of an update, counted from 1.
+
+    Warm-up is linear: update 1 runs at lr / warmup_updates, update `warmup_updates` at lr. From there `cosine`
+    (arXiv:1608.03983, equation 5, without restarts) and `linear` go to lr * min_lr_ratio, reached at update `updates`.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"lr_schedule: {schedule!r} is unknown; write one of {', '.join(SCHEDULES)}")
+    if update < warmup_updates:
+        return lr * update / warmup_updates
+    if schedule == "constant":
+        return lr
+    peak = max(warmup_updates, 1)
+    progress = min((update - peak) / max(updates - peak, 1), 1.0)
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
+    return lr * (min_lr_ratio + (1 - min_lr_ratio) * remaining)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A parameter whose gradient is measured: all of it, or one third of its rows (0, 1, 2: queries, keys, values)."""
+
+    parameter: Tensor
+    third: int | None = None
+
+
+def gradient_groups(
+    named_parameters: Iterable[tuple[str, Tensor]], patterns: Mapping[str, str]
+) -> dict[str, list[Part]]:
+    """The parameters whose names a group's regular expression finds (`re.search`).
+
+    A fused projection `X.in_proj_weight` also has the names `X.in_proj_weight.q`, `.k` and `.v`: thirds of its rows.
+
+    Raises:
+        ValueError: an expression isn't valid, or finds no parameter.
+    """
+    parameters = dict(named_parameters)
+    names = list(parameters)
+    names += [f"{name}.{third}" for name in parameters if name.endswith("in_proj_weight") for third in "qkv"]
+    groups = {}
+    for group, pattern in patterns.items():
+        try:
+            found = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            raise ValueError(
+                f"gradient norm group {group!r}: {pattern!r} is no regular expression: {error}"
+            ) from error
+        if not found:
+            near = ", ".join(difflib.get_close_matches(pattern.replace("\\", ""), names, n=4, cutoff=0.0))
+            raise ValueError(f"gradient norm group {group!r}: {pattern!r} finds no parameter; near names: {near}")
+        whole = {name for name in found if name in parameters}
+        groups[group] = [Part(parameters[name]) for name in whole] + [
+            Part(parameters[name[:-2]], "qkv".index(name[-1]))
+            for name in found
+            if name not in parameters and name[:-2] not in whole
+        ]
+    return groups
+
+
+@torch.no_grad()
+def gradient_norms(groups: Mapping[str, list[Part]]) -> dict[str, Tensor]:
+    """The Euclidean norm of each group's gradients over all shards, as 0-d tensors on the device.
+
+    Nothing is read back to the host, but with shards all processes have to call it together. Parameters without
+    a gradient count as zero.
+    """
+    norms = {}
+    for group, parts in groups.items():
+        gradients = [part.parameter.grad for part in parts if part.third is None and part.parameter.grad is not None]
+        pieces = [_full(torch.nn.utils.get_total_norm(gradients)).float()] if gradients else []
+        for part in parts:
+            if part.third is not None and part.parameter.grad is not None:
+                rows = _full(torch.linalg.vector_norm(part.parameter.grad, dim=1, dtype=torch.float32))
+                pieces.append(torch.linalg.vector_norm(rows.chunk(3)[part.third]))
+        zero = torch.zeros((), device=parts[0].parameter.device)
+        norms[group] = torch.linalg.vector_norm(torch.stack(pieces)) if pieces else zero
+    return norms
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

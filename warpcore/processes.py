@@ -1,0 +1,108 @@
+"""Which process this is, how it was launched (torchrun, Slurm or alone), and on which device it computes."""
+
+import gc
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from warpcore.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run. `mesh` (replicas x shards) exists only with several."""
+
+    rank: int
+    count: int
+    device: torch.device
+    mesh: DeviceMesh | None = field(default=None, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add `values` up over all processes; every process gets the result."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value):
+        """`value` (picklable, from our own processes) of every process in the order of ranks, on every process."""
+        if self.count == 1:
+            return [value]
+        gathered = [None] * self.count
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def decide(self, value):
+        """The main process's `value`, on every process."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def start_processes(device: str, use_fsdp: bool) -> Processes:
+    """Join the process group when there are several processes; choose the device.
+
+    Raises:
+        UserError: launch variables that are only half set, or a device that is not there.
+    """
+    rank, count, local_rank = _launch()
+    place = choose_device(device, local_rank)
+    if count == 1:
+        return Processes(0, 1, place)
+    # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "cpu:gloo", rank=rank, world_size=count)
+    shards = count if use_fsdp else 1
+    mesh = init_device_mesh(place.type, (count // shards, shards), mesh_dim_names=("replicas", "shards"))
+    return Processes(rank, count, place, mesh)
+
+
+def stop_processes() -> None:
+    """Leave the process group. Models must be dropped first: destroying it under them can abort the interpreter."""
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _launch() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) from torchrun's variables, else Slurm's, else (0, 1, 0)."""
+    env = os.environ
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [name for name in names if name in env]
+    if given:
+        if len(given) < len(names):
+            missing = ", ".join(name for name in names if name not in env)
+            raise UserError(f"{', '.join(given)} set but not {missing}: launch with torchrun, or unset them")
+        return tuple(int(env[name]) for name in names)
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        if "MASTER_ADDR" not in env and int(env.get("SLURM_NNODES", 1)) > 1:
+            raise UserError("MASTER_ADDR is not set: export the first node's address, as example_train.sh does")
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU; with several GPUs, that of `local_rank`.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name in there if there[name]) if wanted == "auto" else wanted
+    if not there[kind]:
+        raise UserError(f"device: {kind} is not available here; write device: auto")
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank}, but this machine has {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

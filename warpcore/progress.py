@@ -1,0 +1,46 @@
+"""The progress bar of a run: loss, learning rate, gradient norm, speed, waiting for data, memory."""
+
+import resource
+import sys
+
+import torch
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES_IN_A_LOG = 30
+
+
+class Progress:
+    """One line that moves in a terminal, and one line every half minute in a log file. Silent where not `shown`."""
+
+    def __init__(self, shown: bool, updates: int, update: int, device: torch.device):
+        self.device = device
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=updates, initial=update, disable=not shown, unit="update", dynamic_ncols=interactive,
+            mininterval=0.5 if interactive else _SECONDS_BETWEEN_LINES_IN_A_LOG,
+        )  # fmt: skip
+
+    def show(self, line: dict) -> None:
+        """Show a line of the metrics."""
+        self._bar.set_postfix_str(
+            f"loss {line['loss']:.4f}, lr {line['lr']:.1e}, grad {line['grad_norm']:.2f}, "
+            f"{line['samples_per_second']:.1f} samples/s, data wait {line['data_wait']:.2f} s, "
+            f"{self._memory_gib():.1f} GiB",
+            refresh=False,
+        )
+        self._bar.update(line["update"] - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print a line without disturbing the bar."""
+        if not self._bar.disable:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.refresh()
+        self._bar.close()
+
+    def _memory_gib(self) -> float:
+        """Peak memory: of the GPU, or of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

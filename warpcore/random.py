@@ -1,0 +1,55 @@
+"""Randomness that depends on what is drawn, never on who draws it.
+
+Every random number of a run belongs to a sample (crop, caption dropout, timestep, noise) or to a micro-batch (a
+network's dropout). Its seed is a hash of names and numbers, so no generator has to be saved, and a run that resumes on
+another number of processes draws the same numbers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def stable_hash(*parts: int | float | str) -> int:
+    """A 63-bit integer that depends only on `parts`: equal on every machine, process and Python version."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class SampleRandom:
+    """The random numbers of a micro-batch: one independent stream per sample and purpose.
+
+    `name` states the purpose ("timestep", "noise", ...): asking twice for the same name gives the same numbers, and no
+    purpose shifts the numbers of another. Numbers are drawn on the CPU, so every device sees the same ones.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.seeds = list(seeds)
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def uniform(self, name: str) -> Tensor:
+        """(B,) float32 in [0, 1)."""
+        return self._draw(name, (), torch.rand)
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """(B, *shape) float32, standard normal."""
+        return self._draw(name, shape, torch.randn)
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        """(B,) int64 in [low, high)."""
+        return self._draw(name, (), lambda shape, generator: torch.randint(low, high, shape, generator=generator))
+
+    def _draw(self, name: str, shape: tuple[int, ...], draw) -> Tensor:
+        generator = torch.Generator("cpu")
+        drawn = [
+            draw(shape, generator=generator.manual_seed(stable_hash(seed, name))) for seed in self.seeds
+        ]  # fmt: skip
+        batch = torch.stack(drawn) if drawn else torch.empty((0, *shape))
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)

@@ -1,0 +1,89 @@
+"""What a checkpoint holds of networks, averages, optimizers and bookkeeping: tensors by name, the rest as JSON.
+
+Names are `network/NAME/PARAMETER`, `ema/NAME/PARAMETER`, `bookkeeping/NAME/BUFFER`, `optimizer/NAME.PARAMETER.STATE`.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from warpcore import optim
+from warpcore.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    from warpcore.core import WarpCore
+
+
+class RunState:
+    """Saves and restores the trained state of `run`."""
+
+    def __init__(self, run: "WarpCore"):
+        self.run = run
+
+    def save(self) -> tuple[dict[str, Tensor], dict]:
+        """The tensors (not copied) and the JSON values."""
+        tensors, values = optim.optimizer_state(self.run.optimizers)
+        return self._networks() | self._averages() | _prefixed("optimizer", tensors), {"optimizer": values}
+
+    def load(self, update: int, values: dict) -> None:
+        """Restore what was saved after `update`.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+        """
+        run = self.run
+        stored = run.checkpoints.stored(update)
+        tensors = self._networks()
+        averages = self._averages() if any(name.startswith("ema/") for name in stored) else {}
+        self._check(update, tensors | averages, stored)
+        optimizer = optim.allocate_optimizer_state(run.optimizers, _without("optimizer", stored))
+        run.checkpoints.load(update, tensors | averages | _prefixed("optimizer", optimizer))
+        optim.load_optimizer_state(run.optimizers, optimizer, values["optimizer"])
+        for name, average in run.averages.items():
+            own = _without(f"ema/{name}", averages)
+            if own:
+                average.load_state_dict(own, update)
+            else:  # the average is new in this run's config: it starts from the restored weights
+                average.restart(update)
+
+    def _networks(self) -> dict[str, Tensor]:
+        run = self.run
+        tensors = {}
+        for name in run.trainable:
+            tensors |= _prefixed(f"network/{name}", run.networks[name].state_dict())
+        for name, module in run.bookkeeping.items():
+            tensors |= _prefixed(f"bookkeeping/{name}", module.state_dict())
+        return tensors
+
+    def _averages(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, average in self.run.averages.items():
+            tensors |= _prefixed(f"ema/{name}", average.state_dict())
+        return tensors
+
+    def _check(self, update: int, here: dict[str, Tensor], stored: dict) -> None:
+        kept = {name for name in stored if not name.startswith("optimizer/")}
+        if not self.run.averages:
+            kept = {name for name in kept if not name.startswith("ema/")}
+        wrong = [f"{name} is only in the checkpoint" for name in sorted(kept - here.keys())]
+        wrong += [f"{name} is not in the checkpoint" for name in sorted(here.keys() - kept)]
+        wrong += [
+            f"{name} is {tuple(stored[name][0])} in the checkpoint and {tuple(tensor.shape)} here"
+            for name, tensor in here.items()
+            if name in kept and stored[name][0] != tensor.shape
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"the checkpoint of update {update} in {self.run.config.run_folder} is of another model: {wrong[0]}"
+                + (f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else "")
+                + ". Restore the model settings of that run, or choose another experiment_id"
+            )
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without(prefix: str, tensors: dict) -> dict:
+    prefix = f"{prefix}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

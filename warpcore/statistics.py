@@ -1,0 +1,69 @@
+"""State that is not a gradient changes once per update, from all its micro-batches in their global order."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from warpcore.processes import Processes
+
+
+class BatchNormStatistics:
+    """Running means and variances of a network's batch norms, moved once per update.
+
+    Left alone, a batch norm moves its running statistics at every forward pass: their value would depend on the number
+    of accumulation steps and on the process. Here each forward pass only records its mean and variance (biased, over
+    B, H and W), and `apply` combines those of the whole update as one big batch.
+    """
+
+    def __init__(self, network: nn.Module):
+        self._norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm)}
+        self._momentum = {name: norm.momentum for name, norm in self._norms.items()}
+        self._recorded: dict[str, Tensor] = {}
+        for name, norm in self._norms.items():
+            norm.momentum = 0.0  # the forward pass leaves the running statistics as they are
+            norm.register_forward_pre_hook(lambda norm, args, name=name: self._record(name, norm, args[0]))
+
+    def take(self) -> dict[str, Tensor]:
+        """Statistics of the last forward pass: (3, C) mean, variance and count for each batch norm by name."""
+        recorded, self._recorded = self._recorded, {}
+        return recorded
+
+    @torch.no_grad()
+    def apply(self, per_micro_batch: list[dict[str, Tensor]]) -> None:
+        """Move the running statistics by those of one update."""
+        for name, norm in self._norms.items():
+            mean_C, var_C, count_C = _pool(torch.stack([recorded[name] for recorded in per_micro_batch]))
+            unbiased_C = var_C * count_C / (count_C - 1).clamp(min=1)
+            norm.running_mean.lerp_(mean_C.to(norm.running_mean), self._momentum[name])
+            norm.running_var.lerp_(unbiased_C.to(norm.running_var), self._momentum[name])
+            norm.num_batches_tracked += 1
+
+    @torch.no_grad()
+    def _record(self, name: str, norm: _BatchNorm, x: Tensor) -> None:
+        if not norm.training:
+            return
+        norm.num_batches_tracked -= 1  # the forward pass adds one; `apply` counts updates
+        dims = [d for d in range(x.dim()) if d != 1]
+        variance_C, mean_C = torch.var_mean(x.double(), dims, correction=0)
+        self._recorded[name] = torch.stack([mean_C, variance_C, torch.full_like(mean_C, x.numel() / x.shape[1])])
+
+
+def _pool(statistics_M3C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count of all samples, from those of M batches (law of total variance)."""
+    means, variances, counts = statistics_M3C.unbind(1)
+    count = counts.sum(0)
+    mean = (means * counts).sum(0) / count
+    variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
+    return mean, variance, count
+
+
+def in_global_order(processes: Processes, own: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The statistics of all micro-batches of an update: those of this process, interleaved with the others'.
+
+    Micro-batch i of process r has the global number i * processes + r within the update.
+    """
+    if processes.count == 1 or not own[0]:
+        return own
+    everyone = processes.gather([{name: value.cpu() for name, value in stats.items()} for stats in own])
+    ordered = [everyone[rank][i] for i in range(len(own)) for rank in range(processes.count)]
+    return [{name: value.to(processes.device) for name, value in stats.items()} for stats in ordered]
