@@ -31,7 +31,10 @@ mini: install
 	$(PY) tools/build_dataset.py demo/pictures demo/shards --overwrite
 	$(PY) train/train_towers.py configs/training/mini_towers.yaml
 	$(PY) train/train_encoder.py configs/training/mini_encoder.yaml
-	$(PY) tools/ship_mini.py runs/mini_towers runs/mini_encoder
+	for name in text_tower image_tower; do \
+		$(PY) tools/convert_weights.py runs/mini_towers/$$name.safetensors models/mini/$$name.safetensors --dtype float16; done
+	for name in effnet_encoder previewer; do \
+		$(PY) tools/convert_weights.py runs/mini_encoder/$$name.safetensors models/mini/$$name.safetensors --dtype float16; done
 
 lint: install
 	$(PY) -m ruff format .

@@ -33,14 +33,16 @@ def encoder(settings: ModelSettings, from_scratch: bool = False) -> EfficientNet
     """The encoder that makes Stage C's latents, with its weights (or random ones)."""
     path = settings.effnet_checkpoint_path or settings.version.folder / "effnet_encoder.safetensors"
     path = None if from_scratch else path
-    return _with_weights(lambda: EfficientNetEncoder(**settings.version.encoder), path, "effnet_checkpoint_path")
+    network = _with_weights(lambda: EfficientNetEncoder(**settings.version.encoder), path, "effnet_checkpoint_path")
+    return network.to(memory_format=torch.channels_last)
 
 
 def previewer(settings: ModelSettings, from_scratch: bool = False) -> Previewer:
     """The previewer that turns Stage C's latents into small pictures, with its weights (or random ones)."""
     path = settings.previewer_checkpoint_path or settings.version.folder / "previewer.safetensors"
     path = None if from_scratch else path
-    return _with_weights(lambda: Previewer(**settings.version.previewer), path, "previewer_checkpoint_path")
+    network = _with_weights(lambda: Previewer(**settings.version.previewer), path, "previewer_checkpoint_path")
+    return network.to(memory_format=torch.channels_last)
 
 
 def text(settings: ModelSettings) -> TextTower:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from cascade.versions import VERSIONS, Version
 from warpcore.config import Config, Settings
+from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 
 
 class ModelSettings(Settings):
@@ -27,6 +28,9 @@ class ModelSettings(Settings):
     clip_image_checkpoint_path: Path | None = None
     """Weights of the image tower as a local file, instead of a download by its name."""
 
+    diffusion_target: Literal["epsilon", "x0", "v"] = "epsilon"
+    """What Stage C predicts: the noise (published weights), the clean latents, or v, which learns faster from scratch."""
+
     @property
     def version(self) -> Version:
         return VERSIONS[self.model_version]
@@ -39,8 +43,10 @@ class CascadeConfig(ModelSettings, Config):
     """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
     clip_image_dropout: float = 0.9
     """Share of the samples without the image condition; at 1 the image tower is not even loaded."""
+    loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "p2"
+    """How much the loss of each noise level counts."""
     adaptive_loss_weight: bool = False
-    """Weight the loss by its own running mean per noise level, instead of P2 weights."""
+    """The published name of `loss_weight: adaptive`: divide the loss by its own running mean at each noise level."""
     offset_noise: float = 0.0
     """Strength of noise that shifts whole channels; helps with very dark and very bright pictures."""
     shift: float = 1.0

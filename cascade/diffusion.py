@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
-from warpcore.diffusion.loss_weights import LossWeight, P2LossWeight
+from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 from warpcore.diffusion.noise_conditions import CosineTNoiseCond
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.diffusion.scalers import VPScaler
 from warpcore.diffusion.schedules import CosineSchedule
-from warpcore.diffusion.targets import EpsilonTarget
+from warpcore.diffusion.targets import TARGETS
 from warpcore.random import SampleRandom
 
 
-def make_diffusion(loss_weight: LossWeight | None = None, offset_noise: float = 0.0) -> GDF:
-    """The process that the published weights were trained with; P2 loss weights unless others are given."""
+def make_diffusion(target: str = "epsilon", loss_weight: str = "p2", offset_noise: float = 0.0) -> GDF:
+    """The process that the published weights were trained with, unless another target or loss weight is named."""
     return GDF(
         schedule=CosineSchedule(clamp_range=(0.0001, 0.9999)),
         input_scaler=VPScaler(),
-        target=EpsilonTarget(),
+        target=TARGETS[target](),
         noise_cond=CosineTNoiseCond(),
-        loss_weight=loss_weight or P2LossWeight(),
+        loss_weight=LOSS_WEIGHTS[loss_weight](),
         offset_noise=offset_noise,
     )
 

@@ -102,7 +102,7 @@ def main() -> None:
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     builders = {"text": build.text, "generator": build.stage_c, "previewer": build.previewer}
     text, generator, previewer = (make(config).to(device, dtype).eval() for make in builders.values())
-    diffusion = make_diffusion()
+    diffusion = make_diffusion(config.diffusion_target)
     height, width = config.size_px
     shape = (16, *stage_c_latent_size(height, width, config.version.compression))
     wanted = [(prompt, seed) for prompt in prompts for seed in config.seeds]

@@ -61,13 +61,35 @@ class ClipSettings:
         )
 
 
-class TextTower(nn.Module):
+class _Tower(nn.Module):
+    """What the two towers have in common: a file that says everything needed to load it."""
+
+    kind: str
+    prefix: str
+    """Of the tower's parameters in a file of a whole CLIP model."""
+    settings: ClipSettings
+    model: nn.Module
+
+    def weights_to_save(self) -> dict[str, Tensor]:
+        """The weights under open_clip's names in a whole CLIP model."""
+        return {self.prefix + name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+
+    def metadata_to_save(self) -> dict[str, str]:
+        """The settings, as the metadata of a safetensors file."""
+        return {SETTINGS_KEY: json.dumps(asdict(self.settings))}
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and settings to a safetensors file."""
+        save_file(self.weights_to_save(), path, metadata=self.metadata_to_save())
+
+
+class TextTower(_Tower):
     """A causal CLIP text transformer. `model` is open_clip's, `token_embedding` its nn.Embedding.
 
     Attributes: `length` L, tokens per text; `width` D; `pooled_width` P; `begin_id`, `end_id`, `pad_id`.
     """
 
-    kind = "text"
+    kind, prefix = "text", ""
 
     def __init__(self, settings: ClipSettings):
         super().__init__()
@@ -124,15 +146,11 @@ class TextTower(nn.Module):
         # nn.MultiheadAttention wants (L, L) or one per text and head.
         return added if mask is None else added.repeat_interleave(self.model.heads, dim=0)
 
-    def save(self, path: str | Path) -> None:
-        """Write weights (open_clip's names) and settings to a safetensors file."""
-        _save(self, path, prefix="")
 
-
-class ImageTower(nn.Module):
+class ImageTower(_Tower):
     """A CLIP vision transformer. `model` is open_clip's; `pooled_width` is P, `image_size` is its side in px."""
 
-    kind = "image"
+    kind, prefix = "image", "visual."
 
     def __init__(self, settings: ClipSettings):
         super().__init__()
@@ -155,10 +173,6 @@ class ImageTower(nn.Module):
         return self.model(self.preprocess(images.to(weight.device)).to(weight.dtype))
 
     forward = encode
-
-    def save(self, path: str | Path) -> None:
-        """Write weights (open_clip's names) and settings to a safetensors file."""
-        _save(self, path, prefix="visual.")
 
 
 def text_tower(
@@ -229,8 +243,3 @@ def _check(tower: TextTower | ImageTower, weights: dict[str, Tensor], file: Path
     if problems:
         model = f"of {name}" if name else "of these settings"
         raise ValueError(f"{file} does not hold the {tower.kind} tower {model}: tensors {'; '.join(problems)}")
-
-
-def _save(tower: TextTower | ImageTower, path: str | Path, prefix: str) -> None:
-    weights = {prefix + key: tensor.contiguous() for key, tensor in tower.model.state_dict().items()}
-    save_file(weights, path, metadata={SETTINGS_KEY: json.dumps(asdict(tower.settings))})

@@ -14,7 +14,6 @@ from cascade.pictures import to_pictures, to_uint8
 from modules.effnet import normalise_images
 from warpcore.core import Losses, Sampled, WarpCore
 from warpcore.data.reader import Batch
-from warpcore.diffusion.loss_weights import AdaptiveLossWeight
 from warpcore.random import SampleRandom, stable_hash
 
 
@@ -27,9 +26,8 @@ class TrainStageC(WarpCore):
 
     def build(self) -> dict[str, nn.Module]:
         config = self.config
-        self.diffusion = make_diffusion(
-            AdaptiveLossWeight() if config.adaptive_loss_weight else None, config.offset_noise
-        )
+        loss_weight = "adaptive" if config.adaptive_loss_weight else config.loss_weight
+        self.diffusion = make_diffusion(config.diffusion_target, loss_weight, config.offset_noise)
         self.bookkeeping["diffusion"] = self.diffusion
         networks = {
             "generator": build.stage_c(config),

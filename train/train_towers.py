@@ -3,8 +3,8 @@
     python3 train/train_towers.py configs/training/mini_towers.yaml
 
 The text tower of a cascade must tell apart what its pictures differ in. A caption and its picture are pulled together,
-the other captions of the micro-batch pushed away. The run ends with `text_tower.safetensors` and
-`image_tower.safetensors` in its folder, in float16, with their settings inside.
+the other captions of the micro-batch pushed away. The run's folder gets `text_tower.safetensors` and
+`image_tower.safetensors`, with their settings inside.
 """
 
 import math
@@ -85,13 +85,10 @@ class TrainTowers(WarpCore):
         return Losses(loss, loss, metrics={"own_caption_found": found})
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        return {}  # written by `train`, with the settings that loading needs
+        return {f"{name}_tower": self.networks[name].weights_to_save() for name in ("text", "image")}
 
-    def train(self) -> None:
-        super().train()
-        if self.processes.is_main and self.processes.count == 1:
-            for name in ("text", "image"):
-                self.networks[name].half().save(self.config.run_folder / f"{name}_tower.safetensors")
+    def file_metadata(self) -> dict[str, str]:
+        return self.networks["text"].metadata_to_save()
 
 
 if __name__ == "__main__":

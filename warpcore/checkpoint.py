@@ -76,6 +76,7 @@ class Checkpoints:
         tensors: Mapping[str, Tensor],
         values: Mapping,
         weights: Mapping[str, Mapping[str, Tensor]],
+        metadata: Mapping[str, str],
         backup: bool = False,
     ) -> None:
         """Begin to save; training may go on as soon as this returns.
@@ -85,6 +86,7 @@ class Checkpoints:
             tensors: everything needed to go on, by name; may be sharded.
             values: the rest of it, as JSON.
             weights: files for people, by name: full state dicts.
+            metadata: what those files say about themselves.
             backup: also keep a copy of `weights` for good.
         """
         self.wait()
@@ -96,7 +98,8 @@ class Checkpoints:
         written = dcp.async_save(
             dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None
         )
-        self._pending = self._thread.submit(self._publish, written, partial, update, dict(values), full, backup)
+        about = {"format": "pt", **metadata, "update": str(update)}
+        self._pending = self._thread.submit(self._publish, written, partial, update, dict(values), full, about, backup)
 
     def check(self) -> None:
         """Raise what went wrong in the background, without waiting."""
@@ -133,7 +136,7 @@ class Checkpoints:
         dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
 
     def _publish(
-        self, written: Future, partial: Path, update: int, values: dict, weights: dict[str, dict], backup: bool
+        self, written: Future, partial: Path, update: int, values: dict, weights: dict, metadata: dict, backup: bool
     ) -> None:
         final = self._state(update)
         try:
@@ -141,7 +144,6 @@ class Checkpoints:
             if not self.processes.is_main:
                 return
             _write_whole(partial / "state.json", json.dumps(values))
-            metadata = {"update": str(update), "format": "pt"}
             for name, state in weights.items():
                 file = self.folder / f"{name}.safetensors"
                 save_file(state, file.with_suffix(".partial"), metadata=metadata)

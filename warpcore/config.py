@@ -114,7 +114,7 @@ class Config(Settings):
 
     # --- data
     webdataset_path: str | list[str | dict[str, Any]]
-    """Training data: a tar, folder, glob, brace range, URL, .yml, or a list of those; {path: ..., weight: 2} weighs."""
+    """Training data: a tar, folder, glob, brace range, URL or .yml, or a list of them ({path: ..., weight: 2})."""
     validation_path: str | list[str | dict[str, Any]] | None = None
     """Held-out data, written like `webdataset_path`."""
     validation_samples: int = 0

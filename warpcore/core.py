@@ -96,6 +96,10 @@ class WarpCore:
         """State dicts to write as files for people, by file name."""
         return {name: self.networks[name].state_dict() for name in self.trainable}
 
+    def file_metadata(self) -> dict[str, str]:
+        """What those files should say about themselves, beside their update."""
+        return {}
+
     def extra_fields(self) -> dict:
         """Further members of each sample to read: name -> `warpcore.data.reader` field."""
         return {}
@@ -337,7 +341,7 @@ class WarpCore:
             "run_id": self.run_id,
         }
         backup = config.backup_every is not None and self.update % config.backup_every == 0
-        self.checkpoints.save(self.update, tensors, values, weights, backup)
+        self.checkpoints.save(self.update, tensors, values, weights, self.file_metadata(), backup)
         if self.processes.is_main:
             info = {"update": self.update, "updates": config.updates, "run_id": self.run_id,
                     "bad_samples": self.feed.bad_samples}  # fmt: skip

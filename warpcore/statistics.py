@@ -11,17 +11,19 @@ class BatchNormStatistics:
     """Running means and variances of a network's batch norms, moved once per update.
 
     Left alone, a batch norm moves its running statistics at every forward pass: their value would depend on the number
-    of accumulation steps and on the process. Here each forward pass only records its mean and variance (biased, over
-    B, H and W), and `apply` combines those of the whole update as one big batch.
+    of accumulation steps and on the process. Here a forward pass only records the mean and variance of its micro-batch
+    (over B, H and W), and `apply` combines those of the whole update as one big batch.
     """
 
     def __init__(self, network: nn.Module):
         self._norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm)}
         self._momentum = {name: norm.momentum for name, norm in self._norms.items()}
+        self._kept: dict[str, dict[str, Tensor]] = {}
         self._recorded: dict[str, Tensor] = {}
         for name, norm in self._norms.items():
-            norm.momentum = 0.0  # the forward pass leaves the running statistics as they are
-            norm.register_forward_pre_hook(lambda norm, args, name=name: self._record(name, norm, args[0]))
+            norm.momentum = 1.0  # a forward pass leaves the statistics of its batch in the buffers, which are copies
+            norm.register_forward_pre_hook(lambda norm, args, name=name: self._keep(name, norm))
+            norm.register_forward_hook(lambda norm, args, _, name=name: self._record(name, norm, args[0]))
 
     def take(self) -> dict[str, Tensor]:
         """Statistics of the last forward pass: (3, C) mean, variance and count for each batch norm by name."""
@@ -32,29 +34,34 @@ class BatchNormStatistics:
     def apply(self, per_micro_batch: list[dict[str, Tensor]]) -> None:
         """Move the running statistics by those of one update."""
         for name, norm in self._norms.items():
-            mean_C, var_C, count_C = _pool(torch.stack([recorded[name] for recorded in per_micro_batch]))
-            unbiased_C = var_C * count_C / (count_C - 1).clamp(min=1)
+            mean_C, var_C = _pool(torch.stack([recorded[name] for recorded in per_micro_batch]))
             norm.running_mean.lerp_(mean_C.to(norm.running_mean), self._momentum[name])
-            norm.running_var.lerp_(unbiased_C.to(norm.running_var), self._momentum[name])
+            norm.running_var.lerp_(var_C.to(norm.running_var), self._momentum[name])
             norm.num_batches_tracked += 1
+
+    def _keep(self, name: str, norm: _BatchNorm) -> None:
+        if norm.training:
+            self._kept[name] = dict(norm.named_buffers())
+            for buffer_name, buffer in self._kept[name].items():
+                setattr(norm, buffer_name, buffer.clone())
 
     @torch.no_grad()
     def _record(self, name: str, norm: _BatchNorm, x: Tensor) -> None:
         if not norm.training:
             return
-        norm.num_batches_tracked -= 1  # the forward pass adds one; `apply` counts updates
-        dims = [d for d in range(x.dim()) if d != 1]
-        variance_C, mean_C = torch.var_mean(x.double(), dims, correction=0)
-        self._recorded[name] = torch.stack([mean_C, variance_C, torch.full_like(mean_C, x.numel() / x.shape[1])])
+        count = torch.full_like(norm.running_mean, x.numel() / x.shape[1])
+        self._recorded[name] = torch.stack([norm.running_mean, norm.running_var, count]).double()
+        for buffer_name, buffer in self._kept.pop(name).items():
+            setattr(norm, buffer_name, buffer)
 
 
-def _pool(statistics_M3C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count of all samples, from those of M batches (law of total variance)."""
+def _pool(statistics_M3C: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of all samples, from those of M batches (law of total variance)."""
     means, variances, counts = statistics_M3C.unbind(1)
     count = counts.sum(0)
     mean = (means * counts).sum(0) / count
-    variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
-    return mean, variance, count
+    squares = variances * (counts - 1) + (means - mean) ** 2 * counts
+    return mean, squares.sum(0) / (count - 1).clamp(min=1)
 
 
 def in_global_order(processes: Processes, own: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -1,54 +1,18 @@
 """Stage C's training, against plain PyTorch on diffusers' network, and as a run that is killed and goes on."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import StableCascadeUNet
 from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_single_file_to_diffusers
-from safetensors.torch import save_file
 
-from cascade import versions
-from modules.clip import ClipSettings, TextTower
-from modules.effnet import EfficientNetEncoder
-from modules.previewer import Previewer
 from tests.golden import load_case, weights_of
-from tests.warpcore.runs import load_weights, numbers, read_metrics, write_shard
+from tests.warpcore.runs import load_weights, numbers, read_metrics
 from train.train_c import TrainStageC
 from warpcore.config import make_config
 from warpcore.errors import UserError
 from warpcore.random import SampleRandom
-
-STAGES = (("fused", 1, 3, 2, 8, 8, 1), ("fused", 1, 3, 2, 8, 8, 1), ("fused", 1, 3, 2, 8, 8, 1))
-
-
-@pytest.fixture
-def small_cascade(tmp_path, monkeypatch):
-    """Golden's small Stage C with random small networks around it, under the name `mini`. Returns the settings."""
-    spec, tensors = load_case("stage_c_small")
-    constructor = spec["constructor"] | {"dropout": 0.0}
-    torch.manual_seed(0)
-    words = [f"w{i}" for i in range(10)] + ["picture"]
-    text = TextTower(
-        ClipSettings(embed_dim=40, text_cfg={"width": 48, "heads": 4, "layers": 1, "context_length": 8}, words=words)
-    )
-    text.save(tmp_path / "text.safetensors")
-    encoder = EfficientNetEncoder(stages=STAGES, stochastic_depth=0.0)
-    save_file(encoder.state_dict(), tmp_path / "effnet_encoder.safetensors")
-    save_file(Previewer(c_hidden=8).state_dict(), tmp_path / "previewer.safetensors")
-    save_file(weights_of(spec, tensors), tmp_path / "generator.safetensors")
-    small = replace(
-        versions.VERSIONS["mini"], stage_c=constructor, encoder={"stages": STAGES, "stochastic_depth": 0.0},
-        previewer={"c_hidden": 8}, folder=tmp_path, text_tower=str(tmp_path / "text.safetensors"),
-    )  # fmt: skip
-    monkeypatch.setitem(versions.VERSIONS, "mini", small)
-    return {
-        "experiment_id": "c", "checkpoint_path": str(tmp_path / "runs"), "model_version": "mini", "updates": 1,
-        "webdataset_path": str(write_shard(tmp_path / "a.tar", 6, (64, 64))), "batch_size": 4, "image_size": 64,
-        "num_workers": 0, "device": "cpu", "lr": 0.001, "clip_image_dropout": 1.0, "caption_dropout": 0.2,
-        "generator_checkpoint_path": str(tmp_path / "generator.safetensors"),
-    }  # fmt: skip
 
 
 def diffusers_network(constructor: dict) -> StableCascadeUNet:

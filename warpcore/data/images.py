@@ -169,7 +169,7 @@ def _read_jpeg(data: bytes, header: Image.Image, size: tuple[int, int]) -> _Stor
     reduction = next((k for k in (8, 4, 2) if upright[0] >= k * resized[0] and upright[1] >= k * resized[1]), 1)
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if pixels is None:
+    if pixels is None or pixels.shape[:2] != (-(-header.height // reduction), -(-header.width // reduction)):
         raise BadPicture("the JPEG's data is damaged")
     return _Stored(pixels, upright, orientation, reduction)
 

@@ -22,7 +22,7 @@ from warpcore.data.samples import MicroBatch
 from warpcore.errors import UserError
 
 # A worker that is told to stop finishes its micro-batch first; one that hangs in a read is killed after this time.
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 2.0
 
 
 class DataWorkerError(RuntimeError):

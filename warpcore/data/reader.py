@@ -58,8 +58,9 @@ class Batch:
     """Further members that a use case asked for, by name: (B, ...) where they stack, else a list of B."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch with its tensors on `device`; the copy of pinned memory does not wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch with its tensors on `device`; to a GPU, the copy of pinned memory does not wait."""
+        non_blocking = torch.device(device).type == "cuda"  # elsewhere it may read memory that is already given back
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """The same batch with its tensors in page-locked memory."""

@@ -1,0 +1,179 @@
+"""Worker processes: order, errors, death and the end of them."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.warpcore.data.test_reader import SIZE, TXT, good, write_shard
+from warpcore.data.loader import DataWorkerError, Loader
+from warpcore.data.reader import Reader
+from warpcore.data.samples import MicroBatch
+from warpcore.data.storage import read_ranges
+from warpcore.errors import UserError
+
+
+@pytest.fixture
+def micro_batches(tmp_path):
+    samples = write_shard(tmp_path / "x.tar", [good(n) for n in range(12)])
+    return [MicroBatch(n, SIZE, (samples[n % 12], samples[(5 * n + 1) % 12]), 0, {}, 0) for n in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    yield
+    assert multiprocessing.active_children() == []
+    assert [thread.name for thread in threading.enumerate() if thread.name == "data loader"] == []
+
+
+def same(one, other) -> bool:
+    return (one.number, one.captions, one.seeds) == (other.number, other.captions, other.seeds) and torch.equal(
+        one.images, other.images
+    )
+
+
+def read_slowly(url, ranges):
+    time.sleep(0.02 * (ranges[0][0] % 3))  # workers overtake one another
+    return read_ranges(url, ranges)
+
+
+def test_two_workers_give_the_batches_of_none_pass_after_pass(micro_batches):
+    expected = list(Loader(micro_batches, Reader(captions=TXT), num_workers=0))
+    assert [batch.number for batch in expected] == list(range(20))
+    global_generator = torch.get_rng_state()
+    with Loader(micro_batches, Reader(captions=TXT, read_ranges=read_slowly), num_workers=2) as loader:
+        abandoned = iter(loader)
+        assert same(next(abandoned), expected[0])
+        for _ in range(2):
+            batches = list(loader)
+            assert len(batches) == 20
+            assert all(map(same, batches, expected))
+        assert len(multiprocessing.active_children()) == 2, "the workers were started anew"
+        assert loader.data_wait_seconds > 0
+        assert loader.data_wait_seconds == 0
+    assert torch.equal(torch.get_rng_state(), global_generator)
+
+
+class Strange(Exception):
+    """As exceptions of libraries are: it does not survive pickling."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+
+def fail(url, ranges):
+    raise PermissionError(13, "not yours", url)
+
+
+def fail_strangely(url, ranges):
+    raise Strange("this", "that")
+
+
+@pytest.mark.parametrize(
+    ("read", "kind", "message"),
+    [(fail, PermissionError, r"not yours: .*x\.tar"), (fail_strangely, RuntimeError, "Strange: this and that")],
+)
+def test_an_exception_in_a_worker_is_raised_as_it_is(micro_batches, read, kind, message):
+    with (
+        Loader(micro_batches, Reader(captions=TXT, read_ranges=read), num_workers=1) as loader,
+        pytest.raises(kind, match=message) as raised,
+    ):
+        list(loader)
+    assert "Traceback" not in str(raised.value)
+    assert raised.value.__notes__[0].startswith(f"raised in a data worker, by {read.__name__} in ")
+
+
+def failing_plan(micro_batches):
+    yield from micro_batches[:3]
+    raise UserError("the plan has a problem")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_exception_of_the_plan_is_raised_as_it_is(micro_batches, num_workers):
+    with (
+        Loader(failing_plan(micro_batches), Reader(captions=TXT), num_workers=num_workers) as loader,
+        pytest.raises(UserError, match="the plan has a problem"),
+    ):
+        list(loader)
+
+
+def die(url, ranges):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(micro_batches):
+    began = time.monotonic()
+    with (
+        Loader(micro_batches, Reader(captions=TXT, read_ranges=die), num_workers=2) as loader,
+        pytest.raises(DataWorkerError, match=r"killed by SIGKILL; the usual reason is too little memory"),
+    ):
+        list(loader)
+    assert time.monotonic() - began < 40
+
+
+def hang(url, ranges):
+    time.sleep(1000)
+
+
+def test_closing_does_not_wait_for_a_worker_that_hangs(micro_batches):
+    loader = Loader(micro_batches, Reader(captions=TXT, read_ranges=hang), num_workers=1)
+    iter(loader)
+    time.sleep(0.1)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 30
+
+
+def test_workers_outlive_the_signals_that_ask_the_run_to_finish(micro_batches):
+    with Loader(micro_batches, Reader(captions=TXT), num_workers=1) as loader:
+        batches = iter(loader)
+        next(batches)
+        for worker in multiprocessing.active_children():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.kill(worker.pid, number)
+        assert len(list(batches)) == 19
+
+
+def test_a_reader_that_cannot_travel_is_an_error_before_any_process_starts(micro_batches):
+    with pytest.raises(UserError, match="can't be sent to worker processes"):
+        Loader(micro_batches, Reader(read_ranges=lambda url, ranges: []), num_workers=1)
+
+
+def test_a_script_needs_no_main_guard_and_ends_though_nobody_closed_the_loader(micro_batches, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import pickle, sys
+        print("imported", flush=True)
+        from warpcore.data.loader import Loader
+        from warpcore.data.reader import Reader
+        micro_batches = pickle.load(open(sys.argv[1], "rb"))
+        for batch in Loader(micro_batches, Reader(), num_workers=1):
+            print(batch.number, flush=True)
+            if batch.number == 2:
+                break
+        """)
+    )
+    (tmp_path / "plan").write_bytes(pickle.dumps(micro_batches))
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "plan")], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["imported", "0", "1", "2"]
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_arrive_whole_on_the_gpu(micro_batches):
+    expected = list(Loader(micro_batches, Reader(captions=TXT), num_workers=0))
+    with Loader(micro_batches, Reader(captions=TXT), num_workers=2, device="cuda") as loader:
+        for batch, on_cpu in zip(loader, expected, strict=True):
+            assert batch.images.is_cuda
+            assert torch.equal(batch.images.cpu(), on_cpu.images)

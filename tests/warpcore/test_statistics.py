@@ -1,0 +1,32 @@
+"""Batch norms move once per update, by the statistics of all its micro-batches."""
+
+import torch
+from torch import nn
+
+from warpcore.statistics import BatchNormStatistics
+
+
+def test_an_update_of_unequal_micro_batches_moves_a_batch_norm_like_one_big_batch():
+    x = torch.randn(12, 3, 5, 4) * torch.tensor([1.0, 2.0, 3.0])[:, None, None] + 1
+    ours, reference = nn.BatchNorm2d(3, momentum=0.3), nn.BatchNorm2d(3, momentum=0.3)
+    statistics = BatchNormStatistics(ours)
+    for update in (x, x.flip(0) * 2):
+        parts = []
+        for part in update.split([2, 7, 3]):
+            before = ours.running_var.clone()
+            normed = ours(part)
+            torch.testing.assert_close(normed, nn.BatchNorm2d(3)(part))
+            normed.square().sum().backward()
+            assert torch.equal(ours.running_var, before)
+            parts.append(statistics.take())
+        statistics.apply(parts)
+        reference(update)
+    torch.testing.assert_close(ours.state_dict(), reference.state_dict())
+
+
+def test_evaluation_uses_the_running_statistics_and_leaves_them_alone():
+    norm = nn.BatchNorm2d(3)
+    BatchNormStatistics(norm)
+    norm.eval()
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(norm(x), nn.BatchNorm2d(3).eval()(x))

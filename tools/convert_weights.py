@@ -1,0 +1,42 @@
+"""Write a weights file in another precision; names, shapes and what the file says about itself stay.
+
+python3 tools/convert_weights.py runs/my_run/generator_ema.safetensors stage_c_bf16.safetensors --dtype bfloat16
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from warpcore.errors import UserError, run_script
+
+
+def convert(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Raises UserError where `source` is missing or a number does not fit into `dtype`."""
+    if not source.is_file():
+        raise UserError(f"{source} does not exist")
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    for name, tensor in converted.items():
+        if tensors[name].isfinite().all() and not tensor.isfinite().all():
+            raise UserError(f"{name} has numbers too large for {dtype}: choose bfloat16 or float32")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(converted, target, metadata=metadata)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    arguments = parser.parse_args()
+    convert(arguments.source, arguments.target, getattr(torch, arguments.dtype))
+    print(f"{arguments.target}: {arguments.target.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_script(main)
