@@ -158,6 +158,7 @@ class Cascade:
         if not use_ema or not weights.is_file():
             weights = run / "generator.safetensors"
         settings = ModelSettings(**settings | {"generator_checkpoint_path": weights})
+        self.diffusion = make_diffusion(settings.diffusion_target)
         self.generator, self.text = build.stage_c(settings).eval(), build.text(settings).float()
         self.encoder, self.previewer = build.encoder(settings).eval(), build.previewer(settings).eval()
         self.options = {"steps": steps, "guidance": guidance, "sampler": sampler}
@@ -168,7 +169,7 @@ class Cascade:
         width = self.generator.clip_img_mapper.in_features
         side = side_px // self.encoder.compression
         latents = draw_latents(
-            make_diffusion(),
+            self.diffusion,
             self.generator,
             prompt_conditions(self.text, prompts, width, torch.device("cpu")),
             prompt_conditions(self.text, [""] * len(prompts), width, torch.device("cpu")),

@@ -29,7 +29,7 @@ class ModelSettings(Settings):
     """Weights of the image tower as a local file, instead of a download by its name."""
 
     diffusion_target: Literal["epsilon", "x0", "v"] = "epsilon"
-    """What Stage C predicts: the noise (published weights), the clean latents, or v, which learns faster from scratch."""
+    """What Stage C predicts: the noise (published weights), the clean latents, or v, which learns faster from zero."""
 
     @property
     def version(self) -> Version:

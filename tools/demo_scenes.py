@@ -36,7 +36,7 @@ POSITIONS = {
 }
 """Name -> where the scene's middle lies, as fractions (x, y) of width and height."""
 BACKGROUNDS = ("plain", "gradient", "stripes", "checker", "noise")
-SIZES = {"small": 0.33, "medium": 0.40, "large": 0.46}
+SIZES = {"small": 0.36, "medium": 0.42, "large": 0.47}
 """Name -> diameter of a single shape as a fraction of the square root of the picture's area."""
 FORMATS_WH = ((128, 128), (160, 96), (96, 160))
 UNSEEN_PAIRS = frozenset(
@@ -125,7 +125,7 @@ def random_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...] = 
     """Draws a scene whose (colour, shape) is one of `pairs`; it is spoiled with the given probability."""
     colour, shape = pairs[rng.integers(len(pairs))]
     position = _pick(rng, tuple(POSITIONS))
-    count = int(rng.choice(3, p=(0.76, 0.14, 0.10))) + 1
+    count = int(rng.choice(3, p=(0.80, 0.12, 0.08))) + 1
     # A row of shapes runs down at the sides and across elsewhere; that side of the picture must not be the short one.
     formats = [
         (w, h) for w, h in FORMATS_WH if count == 1 or (h if position in ("left", "right") else w) >= 128 or w == h
@@ -285,7 +285,7 @@ def _layout(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, 
     radius = 0.5 * unit * SIZES[scene.size] * rng.uniform(0.95, 1.05)
     if scene.count > 1:
         radius = min(radius, 0.94 * length / (2.5 * scene.count))
-    middle = np.array([fx * scene.width, fy * scene.height]) + rng.uniform(-0.03, 0.03, 2) * unit
+    middle = np.array([fx * scene.width, fy * scene.height]) + rng.uniform(-0.02, 0.02, 2) * unit
     gap = 2.45 * radius + rng.uniform(0, 0.02) * unit
     offsets = (np.arange(scene.count) - (scene.count - 1) / 2) * gap
     places = middle + offsets[:, None] * (np.array([0, 1]) if down else np.array([1, 0]))
@@ -300,7 +300,7 @@ def _background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A texture of muted tones, float32 (H, W, 3)."""
     shape = (scene.height, scene.width)
     first = _muted(rng)
-    second = np.clip(first + rng.choice((-1, 1)) * rng.uniform(24, 48), 20, 235)
+    second = np.clip(first + rng.choice((-1, 1)) * rng.uniform(10, 22), 20, 235)
     rows, columns = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
     if scene.background == "plain":
         blend = np.zeros(shape, np.float32)
@@ -321,5 +321,5 @@ def _background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:
-    """A greyish tone, three values 40 to 215 that differ by at most 18."""
-    return rng.uniform(50, 205) + rng.uniform(-9, 9, 3)
+    """A greyish tone, three values 89 to 171 that differ by at most 12."""
+    return rng.uniform(95, 165) + rng.uniform(-6, 6, 3)

@@ -35,8 +35,10 @@ class BatchNormStatistics:
         """Move the running statistics by those of one update."""
         for name, norm in self._norms.items():
             mean_C, var_C = _pool(torch.stack([recorded[name] for recorded in per_micro_batch]))
-            norm.running_mean.lerp_(mean_C.to(norm.running_mean), self._momentum[name])
-            norm.running_var.lerp_(var_C.to(norm.running_var), self._momentum[name])
+            for running, new in ((norm.running_mean, mean_C), (norm.running_var, var_C)):
+                # A forward pass that is not finite must not spoil the network for good.
+                usable = torch.where(new.isfinite(), new.to(running), running)
+                running.lerp_(usable, self._momentum[name])
             norm.num_batches_tracked += 1
 
     def _keep(self, name: str, norm: _BatchNorm) -> None:

@@ -24,6 +24,15 @@ def test_an_update_of_unequal_micro_batches_moves_a_batch_norm_like_one_big_batc
     torch.testing.assert_close(ours.state_dict(), reference.state_dict())
 
 
+def test_a_forward_pass_that_is_not_finite_leaves_them_alone():
+    norm = nn.BatchNorm2d(3)
+    statistics = BatchNormStatistics(norm)
+    norm(torch.full((2, 3, 2, 2), torch.nan))
+    statistics.apply([statistics.take()])
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    assert torch.equal(norm.running_var, torch.ones(3))
+
+
 def test_evaluation_uses_the_running_statistics_and_leaves_them_alone():
     norm = nn.BatchNorm2d(3)
     BatchNormStatistics(norm)

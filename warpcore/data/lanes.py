@@ -244,7 +244,7 @@ class Lane:
             return f"no row of the data set can be drawn: {found}"
         return (
             f"lane {self.number} of {self.recipe.num_lanes} has no row that can be drawn; the conditions leave too "
-            f"few rows for so many lanes: set num_lanes to 1 ({found})"
+            f"few rows for so many lanes: set lanes to 1 ({found})"
         )
 
     def _restore(self, saved: list[list[int]]) -> list[tuple[Draw, Sample]]:

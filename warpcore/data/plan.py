@@ -90,7 +90,7 @@ class Plan:
         )
         empty = [number for number, pieces in enumerate(self._recipe.lanes) if not pieces]
         if empty:
-            raise UserError(f"num_lanes is {self.num_lanes}, more than the data set has shards to deal; lower it")
+            raise UserError(f"lanes is {self.num_lanes}, more than the data set has shards to deal; lower it")
 
     @cached_property
     def survey(self) -> Survey:
@@ -111,8 +111,8 @@ class Plan:
             "plan_version": PLAN_VERSION,
             "seed": recipe.seed,
             "micro_batch_size": recipe.micro_batch_size,
-            "num_lanes": self.num_lanes,
-            "group_rows": recipe.group_rows,
+            "lanes": self.num_lanes,
+            "shard_group_rows": recipe.group_rows,
             "dataset_filters": [str(condition) for condition in recipe.selection.filters],
             "captions_getter": [self._captions.member, self._captions.expression.text] if self._captions else None,
             "required_members": list(recipe.selection.required_members),
@@ -199,7 +199,7 @@ class Plan:
     def _validation_rows(self) -> Iterator[list[Sample]]:
         """The validation samples of one piece after the other; no more than that is in memory."""
         held_out = self._recipe.selection.held_out
-        catalog = self._validation or self._recipe.catalog
+        catalog = self._recipe.catalog if self._validation is None else self._validation
         for piece in cut(catalog, PASS_ROWS) if self.has_validation else ():
             if self._validation is None and piece.shard not in held_out:
                 continue

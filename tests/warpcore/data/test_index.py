@@ -136,6 +136,16 @@ def test_fields_of_json_become_typed_columns(tmp_path):
     assert read_rows(shard, ["json.i", "key", "json.none"], 1, 2).to_pylist() == [{"json.i": 2, "key": "1"}]
 
 
+def test_any_range_of_rows_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "ROW_GROUP_ROWS", 4)
+    shard = shard_of(write_shard(tmp_path / "x.tar", 11))
+    index_shard(shard)
+    for start in range(11):
+        for stop in range(start + 1, 12):
+            found = read_rows(shard, ["key"], start, stop)["key"].to_pylist()
+            assert found == [f"{number:06d}" for number in range(start, stop)]
+
+
 def test_a_cut_tar_is_named_wherever_it_is_cut(tmp_path):
     whole = write_shard(tmp_path / "whole.tar", 4).read_bytes()
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:

@@ -112,6 +112,14 @@ def test_a_run_goes_on_exactly_where_its_lane_states_say_on_any_number_of_proces
             assert micro_batch == whole[micro_batch.number]
 
 
+def test_lanes_are_balanced_by_rows_and_groups_come_in_a_new_order(catalog):
+    plan = Plan(catalog, micro_batch_size=1, buckets=SQUARE, num_lanes=2, group_rows=1000)
+    firsts = [micro_batch for micro_batch in take(plan, 150) if micro_batch.epoch == 0]
+    assert Counter(micro_batch.lane for micro_batch in firsts) == {0: 40, 1: 40}
+    drawn = keys(take(Plan(catalog, micro_batch_size=1, buckets=SQUARE, group_rows=1), 3 * NUM_ROWS))
+    assert drawn[:NUM_ROWS] != drawn[NUM_ROWS : 2 * NUM_ROWS] != drawn[2 * NUM_ROWS :]
+
+
 def test_a_start_without_states_replays_and_a_state_from_later_on_is_refused(catalog):
     plan = Plan(catalog, micro_batch_size=4, buckets=many_buckets(), num_lanes=3, group_rows=20)
     whole = take(plan, 40)
@@ -266,7 +274,7 @@ def test_a_filter_that_rejects_everything_says_what_the_column_holds(catalog):
 def test_a_lane_left_without_rows_names_the_remedy(folder):
     filters = [Filter.parse(["score", "lambda s: s < 0.05"])]
     plan = Plan(catalog_of(folder), micro_batch_size=1, buckets=SQUARE, filters=filters, num_lanes=3)
-    with pytest.raises(UserError, match=r"set num_lanes to 1.*1 of 80 rows"):
+    with pytest.raises(UserError, match=r"set lanes to 1.*1 of 80 rows"):
         take(plan, 3)
 
 
@@ -281,7 +289,7 @@ def test_a_lane_left_without_rows_names_the_remedy(folder):
         ),
         ({"required_members": ["mask.png"]}, r"no sample has a \.mask\.png"),
         ({"validation_samples": 80}, "80 leaves no row for training: only 80 of 80"),
-        ({"num_lanes": 7}, "num_lanes is 7, more than"),
+        ({"num_lanes": 7}, "lanes is 7, more than"),
         ({"micro_batch_size": 0}, "at least 1"),
     ],
 )
