@@ -15,6 +15,10 @@ from warpcore.errors import UserError
 from warpcore.processes import Processes
 
 
+SURVEYED_ROWS = 1_000_000
+"""Up to so many rows, a run says at its start how many its filters leave; beyond, that pass would take too long."""
+
+
 class Feed:
     """Batches for training, validation and samples.
 
@@ -44,9 +48,12 @@ class Feed:
         self._lane_numbers: dict[int, int] = {}
         self._notes: list[str] = []
         self._loader: Loader | None = None
+        self._validation_loader: Loader | None = None
         self._held_out: Batch | None = None
         self.plan = self._make_plan(bucket_factor)
         self._check_plan(saved)
+        if self.plan.num_rows_on_file <= SURVEYED_ROWS:
+            self._notes.append(f"training data: {self.plan.survey}")
         self.reader = Reader(
             captions=CaptionGetter.parse(config.captions_getter),
             pictures=needs_images,
@@ -73,15 +80,16 @@ class Feed:
 
     def validation(self) -> Iterator[Batch]:
         """One pass over the validation samples; every process gets equally many batches, so some may weigh nothing."""
-        planned = list(self.plan.validation())
-        own = planned[self.processes.rank :: self.processes.count]
-        rounds = -(-len(planned) // self.processes.count)
-        loader = self._load(own + planned[:1] * (rounds - len(own)))
-        for i, batch in enumerate(loader):
-            if i >= len(own):
+        if self._validation_loader is None:
+            planned = list(self.plan.validation())
+            own = planned[self.processes.rank :: self.processes.count]
+            self._num_own_validation = len(own)
+            rounds = -(-len(planned) // self.processes.count)
+            self._validation_loader = self._load(own + planned[:1] * (rounds - len(own)))
+        for i, batch in enumerate(self._validation_loader):
+            if i >= self._num_own_validation:
                 batch.weight = 0.0
             yield batch
-        loader.close()
 
     def held_out(self) -> Batch | None:
         """The first validation samples, to draw pictures for."""
@@ -116,14 +124,19 @@ class Feed:
         return notes
 
     def close(self) -> None:
-        if self._loader is not None:
-            self._loader.close()
+        for loader in (self._loader, self._validation_loader):
+            if loader is not None:
+                loader.close()
 
     def _make_plan(self, bucket_factor: int) -> Plan:
         config = self.config
-        held_out = config.validation_path
+        catalog, held_out = (
+            # One process reads the indexes, which may be many; the others get the result.
+            path and self.processes.on_main(lambda path=path: open_catalog(resolve_sources(path)))
+            for path in (config.webdataset_path, config.validation_path)
+        )
         return Plan(
-            open_catalog(resolve_sources(config.webdataset_path)),
+            catalog,
             micro_batch_size=self.micro_batch_size,
             buckets=Buckets(
                 config.image_size**2, bucket_factor, config.multi_aspect_ratio or [], config.bucketeer_random_ratio
@@ -131,7 +144,7 @@ class Feed:
             filters=[Filter.parse(entry) for entry in config.dataset_filters],
             captions=CaptionGetter.parse(config.captions_getter),
             seed=config.seed,
-            validation=open_catalog(resolve_sources(held_out)) if held_out else None,
+            validation=held_out,
             validation_samples=config.validation_samples,
             num_lanes=config.lanes,
             group_rows=config.shard_group_rows,

@@ -2,13 +2,17 @@
 
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from warpcore.errors import UserError
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,21 @@ class Processes:
 
     def decide(self, value):
         """The main process's `value`, on every process."""
+        return self.on_main(lambda: value)
+
+    def on_main(self, make: Callable[[], Made]) -> Made:
+        """What `make` gives on the main process, on every process; so is the UserError that it raises."""
         if self.count == 1:
-            return value
-        box = [value]
+            return make()
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
         return box[0]
 
 

@@ -98,6 +98,11 @@ class Plan:
         return survey(self._recipe.catalog, self._recipe.selection)
 
     @property
+    def num_rows_on_file(self) -> int:
+        """Rows of the index before filters."""
+        return self._recipe.catalog.num_rows
+
+    @property
     def num_rows(self) -> int:
         """Training rows after filters. Makes the survey."""
         return self.survey.passed
