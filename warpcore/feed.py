@@ -14,7 +14,6 @@ from warpcore.data.shards import resolve_sources
 from warpcore.errors import UserError
 from warpcore.processes import Processes
 
-
 SURVEYED_ROWS = 1_000_000
 """Up to so many rows, a run says at its start how many its filters leave; beyond, that pass would take too long."""
 

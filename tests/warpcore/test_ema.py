@@ -1,16 +1,15 @@
 """The moving average of weights: against the formula written out, and swapped in and out exactly."""
 
 import contextlib
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
+from tests.many_processes import run_in_two_processes
 from warpcore.ema import EMA
 
 BETA = 0.7
@@ -160,9 +159,7 @@ def test_the_average_of_another_network_is_refused():
         EMA(make_net(), start=0, every=0, beta=BETA)
 
 
-def _sharded_run(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _sharded_run() -> None:
     net = make_net()
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
     net.eval()
@@ -183,11 +180,7 @@ def _sharded_run(rank: int, port: int) -> None:
         assert torch.equal(net(x), outside)
     net.reshard()
     assert_identical(copies(net.state_dict()), weights)
-    torch.distributed.destroy_process_group()
 
 
 def test_sharded_weights_are_averaged_and_swapped_like_whole_ones():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    mp.spawn(_sharded_run, args=(port,), nprocs=2)
+    run_in_two_processes(_sharded_run)

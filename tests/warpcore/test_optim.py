@@ -3,16 +3,15 @@
 import importlib.util
 import json
 import math
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from tests.many_processes import run_in_two_processes
 from warpcore import optim
 
 SHARDED = [name for name in optim.OPTIMIZERS if optim.supports_dtensor(name)]
@@ -259,15 +258,7 @@ def test_a_group_that_finds_nothing_names_near_parameters():
         optim.gradient_groups(Net().named_parameters(), {"qk": "("})
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def _sharded_run(rank: int, port: int, expected: dict) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _sharded_run(expected) -> None:
     for shape in ((1, 2), (2, 1)):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
         for name in SHARDED:
@@ -277,7 +268,6 @@ def _sharded_run(rank: int, port: int, expected: dict) -> None:
         _check_muon(mesh)
     with pytest.raises(ValueError, match=r"adafactor can't.*write one of adamw, schedulefree"):
         _sharded("adafactor", mesh)
-    torch.distributed.destroy_process_group()
 
 
 def _sharded(name, mesh):
@@ -344,4 +334,4 @@ def test_two_processes_with_sharded_weights_step_like_one():
         train(net, optimizers, [1, 2])
         norms = optim.gradient_norms(optim.gradient_groups(net.named_parameters(), GROUPS))
         expected[name] = (weights(net), norms)
-    mp.spawn(_sharded_run, args=(free_port(), expected), nprocs=2)
+    run_in_two_processes(_sharded_run, expected)
