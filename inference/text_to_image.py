@@ -21,7 +21,7 @@ from cascade.pictures import to_pictures
 from warpcore.config import ConfigError, load_config
 from warpcore.errors import run_script
 from warpcore.pictures import grid, save_png
-from warpcore.processes import choose_device
+from warpcore.processes import choose_device, choose_dtype
 
 
 class TextToImageConfig(ModelSettings):
@@ -99,7 +99,7 @@ def main() -> None:
     config = load_config(TextToImageConfig)
     prompts = [*config.prompts, *_lines(config.prompt_file)]
     device = choose_device(config.device)
-    dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = choose_dtype(config.dtype, device)
     builders = {"text": build.text, "generator": build.stage_c, "previewer": build.previewer}
     text, generator, previewer = (make(config).to(device, dtype).eval() for make in builders.values())
     diffusion = make_diffusion(config.diffusion_target)

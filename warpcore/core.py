@@ -4,10 +4,8 @@ A use case subclasses `WarpCore` and overrides a handful of hooks; everything el
 """
 
 import json
-import signal
-import time
 import uuid
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,7 +23,7 @@ from warpcore.ema import EMA
 from warpcore.errors import UserError, run_script
 from warpcore.feed import Feed
 from warpcore.metrics import Metrics
-from warpcore.processes import start_processes, stop_processes
+from warpcore.processes import choose_dtype, start_processes, stop_processes, stop_signals
 from warpcore.progress import Progress
 from warpcore.random import SampleRandom, stable_hash
 from warpcore.state import RunState
@@ -110,11 +108,11 @@ class WarpCore:
         self.config = config
         self.processes = start_processes(config.device, config.use_fsdp)
         self.device = self.processes.device
-        self.dtype = _dtype(config, self.device)
+        self.dtype = choose_dtype(config.dtype, self.device)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        self.bookkeeping: dict[str, nn.Module] = {}
+        self.bookkeeping: dict[str, Any] = {}  # further things with a state_dict of tensors
         self._stop_signal: int | None = None
 
     @classmethod
@@ -124,7 +122,7 @@ class WarpCore:
 
     def run(self) -> int:
         """Train until the last update or a signal; returns the exit status."""
-        with _signals(self._request_stop):
+        with stop_signals(self._request_stop):
             try:
                 self.setup()
                 self.train()
@@ -161,7 +159,7 @@ class WarpCore:
         if resumed is not None:
             self.state.load(resumed, saved)
             self.update = resumed
-        self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes)
+        self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes, config.batch_size)
         self.metrics.resume(self.update)
         self.nonfinite_updates = torch.tensor(saved.get("nonfinite_updates", 0), device=self.device)
         self.run_id = saved.get("run_id") or uuid.uuid4().hex[:12]
@@ -184,23 +182,20 @@ class WarpCore:
         config = self.config
         batches = self.feed.batches()
         while self.update < config.updates and not self._stopping():
-            started = time.monotonic()
             lr = self._learning_rate(self.update + 1)
             self._make_update(batches, lr)
             self.update += 1
-            self.metrics.add(
-                self.update, 0, lr=lr, samples_per_second=config.batch_size / (time.monotonic() - started),
-                data_wait=self.feed.take_data_wait(),
-            )  # fmt: skip
-            last = self.update == config.updates
-            save = last or self.update % config.save_every == 0
+            self.metrics.add(self.update, lr=lr, data_wait=self.feed.take_data_wait())
+            save = self.update == config.updates or self.update % config.save_every == 0
             if save:
-                evaluation.validate(self)
+                with self.metrics.not_training():
+                    evaluation.validate(self)
             if save or self.update % config.log_every == 0:
                 self._report()
             if save:
-                self._save()
-                evaluation.draw(self)
+                with self.metrics.not_training():
+                    self._save()
+                    evaluation.draw(self)
             self.checkpoints.check()
         if self.update < config.updates:
             self._report()
@@ -228,7 +223,8 @@ class WarpCore:
 
         norm = self._clip_gradients()
         group_norms = optim.gradient_norms(self.gradient_groups)
-        finite = torch.isfinite(norm)
+        mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        finite = self.processes.all_true(torch.isfinite(norm) & torch.isfinite(mean["loss"]))
         optim.set_lr(self.optimizers, lr)
         optim.step(self.optimizers, ~finite)
         for parameter in self.parameters.values():
@@ -237,7 +233,6 @@ class WarpCore:
         self._update_states(statistics, batch_norms)
         for average in self.averages.values():
             average.step(self.update + 1, finite)
-        mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         group_norms = {f"grad_norm/{name}": value for name, value in group_norms.items()}
         self.metrics.add(self.update + 1, samples_hash, **mean, grad_norm=norm, **group_norms)
 
@@ -378,28 +373,6 @@ class WarpCore:
         return stopping
 
 
-def _dtype(config: Config, device: torch.device) -> torch.dtype:
-    name = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    return getattr(torch, name)
-
-
 def _means(result: Losses, weight: float) -> dict[str, Tensor]:
     values = {"loss": result.loss.mean(), "raw_loss": result.raw.mean(), **result.metrics}
     return {name: value.detach().float() * weight for name, value in values.items()}
-
-
-@contextmanager
-def _signals(handle):
-    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop after the current update."""
-
-    def received(number, frame):
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-        handle(number)
-
-    before = {number: signal.signal(number, received) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

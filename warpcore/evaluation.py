@@ -45,15 +45,15 @@ def weights_to_publish(run: "WarpCore") -> dict[str, dict[str, Tensor]]:
 def validate(run: "WarpCore") -> None:
     """Report the mean loss over the validation samples, with the same noise each time."""
     for suffix, average in _variants(run):
-        total = torch.zeros(2, dtype=torch.float64, device=run.device)
+        total = torch.zeros(2, dtype=torch.float64)
         with weights_in_use(run, average):
             for batch in run.feed.validation():
                 torch.manual_seed(stable_hash(run.config.seed, "validation", batch.number))
                 raw = run.forward(batch).raw
-                total += batch.weight * torch.stack([raw.double().sum(), raw.new_tensor(len(raw)).double()])
+                total += batch.weight * torch.tensor([raw.float().sum().item(), len(raw)])
         loss, count = run.processes.sum(total).tolist()
         if count:
-            run.metrics.add(run.update, 0, **{f"validation_loss{suffix}": loss / count})
+            run.metrics.add(run.update, **{f"validation_loss{suffix}": loss / count})
 
 
 def draw(run: "WarpCore") -> None:

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,9 +20,11 @@ class Metrics:
     the main process.
     """
 
-    def __init__(self, path: Path, processes: Processes):
+    def __init__(self, path: Path, processes: Processes, batch_size: int):
         self.path = path
         self.processes = processes
+        self.batch_size = batch_size
+        self._interval_started = time.monotonic()
         self._lines: list[dict] = []
 
     def resume(self, update: int) -> None:
@@ -31,7 +36,7 @@ class Metrics:
         partial.write_text("".join(line + "\n" for line in kept))
         os.replace(partial, self.path)
 
-    def add(self, update: int, samples_hash: int, **values: float | torch.Tensor) -> None:
+    def add(self, update: int, samples_hash: int = 0, **values: float | torch.Tensor) -> None:
         """Numbers of one update; a second call for the same update adds to its line."""
         if not self._lines or self._lines[-1]["update"] != update:
             self._lines.append({"update": update, "samples_hash": 0})
@@ -39,21 +44,38 @@ class Metrics:
         line["samples_hash"] = (line["samples_hash"] + samples_hash) % 2**64
         line.update(values)
 
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Time spent inside does not count as training."""
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize(self.processes.device)
+        started = time.monotonic()
+        yield
+        self._interval_started += time.monotonic() - started
+
     def flush(self) -> list[dict]:
-        """Fetch, reduce and write the collected lines; returns them as plain numbers (on every process)."""
+        """Fetch, reduce and write the collected lines; returns them as plain numbers (on every process).
+
+        Each gets the speed of the whole interval: on a GPU, only here is it known that the work is done.
+        """
         lines, self._lines = self._lines, []
         names = [(i, name) for i, line in enumerate(lines) for name, v in line.items() if isinstance(v, torch.Tensor)]
         if names:
-            values = torch.stack([lines[i][name].detach().double().reshape(()).cpu() for i, name in names])
+            values = torch.stack([lines[i][name].detach().float().reshape(()) for i, name in names]).cpu().double()
             for (i, name), value in zip(
                 names, (self.processes.sum(values) / self.processes.count).tolist(), strict=True
             ):
                 lines[i][name] = value
+        now = time.monotonic()
         if lines:
+            speed = self.batch_size * len(lines) / (now - self._interval_started)
+            for line in lines:
+                line["samples_per_second"] = speed
             # int64 wraps around exactly like addition modulo 2**64.
             hashes = self.processes.sum(torch.tensor([_signed(line["samples_hash"]) for line in lines]))
             for line, value in zip(lines, hashes.tolist(), strict=True):
                 line["samples_hash"] = f"{value % 2**64:016x}"
+        self._interval_started = now
         if self.processes.is_main and lines:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(_finite(line)) + "\n" for line in lines)

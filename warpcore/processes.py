@@ -2,7 +2,9 @@
 
 import gc
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -33,6 +35,10 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(values)
         return values
+
+    def all_true(self, value: torch.Tensor) -> torch.Tensor:
+        """Whether `value` (0-d, bool) is true on every process, on the device."""
+        return value if self.count == 1 else self.sum((~value).int()) == 0
 
     def gather(self, value):
         """`value` (picklable, from our own processes) of every process in the order of ranks, on every process."""
@@ -121,3 +127,25 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"local rank {local_rank}, but this machine has {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def choose_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
+    """The precision to compute in: by default bfloat16 on CUDA, else float32."""
+    return getattr(torch, wanted or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+@contextmanager
+def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop after the current update."""
+
+    def received(number, frame):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+        handle(number)
+
+    before = {number: signal.signal(number, received) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

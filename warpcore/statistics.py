@@ -52,7 +52,7 @@ class BatchNormStatistics:
         if not norm.training:
             return
         count = torch.full_like(norm.running_mean, x.numel() / x.shape[1])
-        self._recorded[name] = torch.stack([norm.running_mean, norm.running_var, count]).double()
+        self._recorded[name] = torch.stack([norm.running_mean, norm.running_var, count]).float()
         for buffer_name, buffer in self._kept.pop(name).items():
             setattr(norm, buffer_name, buffer)
 
