@@ -1,5 +1,7 @@
 """Configuration: understood where it can be, refused with the fix named where it cannot."""
 
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import yaml
 
 from cascade.config import CascadeConfig
 from warpcore.config import Config, ConfigError, describe, dump_config, load_config, make_config
+from warpcore.core import WarpCore
 from warpcore.feed import split_batch
 
 GIVEN = {
@@ -97,11 +100,14 @@ def test_the_keys_of_the_public_training_configs_load():
     assert make_config(CascadeConfig, public).multi_aspect_ratio[1] == 0.5
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if p.stem.startswith(("finetune_c", "quickstart_c"))], ids=lambda p: p.stem
-)
-def test_every_shipped_config_of_stage_c_loads(path):
-    load_config(CascadeConfig, [str(path)])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_in_the_script_that_it_names(path):
+    script = re.search(r"train/(\w+)\.py configs/training/" + path.name, path.read_text()).group(1)
+    use_case = importlib.import_module(f"train.{script}")
+    classes = [
+        c for c in vars(use_case).values() if isinstance(c, type) and issubclass(c, WarpCore) and c is not WarpCore
+    ]
+    load_config(next(c for c in classes if c is not WarpCore).Config, [str(path)])
 
 
 def split(num_processes=1, saved=None, **keys):
