@@ -22,7 +22,8 @@ export MASTER_ADDR=127.0.0.1
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=1
 
-srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 .venv/bin/python "$script" "$config" &
+# When one process ends, the others get a minute to end too: none waits for ever for one that crashed.
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=60 .venv/bin/python "$script" "$config" &
 step=$!
 # Slurm signals this shell only: pass it on to the processes that train.
 trap 'scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM

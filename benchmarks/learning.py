@@ -149,7 +149,7 @@ def sentences(number: int, pairs: Sequence[tuple[str, str]], seed: int) -> list[
 
 
 class Cascade:
-    """The networks of a training run, ready to draw and to reconstruct."""
+    """The networks of a training run, ready to draw."""
 
     def __init__(self, run: Path, use_ema: bool, steps: int, guidance: float, sampler: str):
         of_run = yaml.safe_load((run / "config.yaml").read_text())
@@ -179,11 +179,12 @@ class Cascade:
         )
         return list(to_pictures(self.previewer(latents)))
 
-    @torch.inference_mode()
-    def reconstruct(self, picture: np.ndarray) -> np.ndarray:
-        """What encoder and previewer make of a picture, uint8 (H, W, 3)."""
-        images = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
-        return to_pictures(self.previewer(self.encoder(normalise_images(images))))[0]
+
+@torch.inference_mode()
+def reconstruct(encoder: torch.nn.Module, previewer: torch.nn.Module, picture: np.ndarray) -> np.ndarray:
+    """What encoder and previewer make of a picture: uint8 (H, W, 3) -> half its size."""
+    images = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    return to_pictures(previewer(encoder(normalise_images(images))))[0]
 
 
 def accuracy(pictures: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, float]:
@@ -204,7 +205,10 @@ def report(cascade: Cascade, number: int, seed: int, grid_path: Path | None = No
     kinds: dict[str, tuple[list, Callable[[list], list[np.ndarray]]]] = {
         "drawn, pairs seen": (seen, drawn),
         "drawn, pairs never seen": (unseen, drawn),
-        "reconstructed": (seen, lambda cases: [cascade.reconstruct(render(scene)) for scene, _ in cases]),
+        "reconstructed": (
+            seen,
+            lambda cases: [reconstruct(cascade.encoder, cascade.previewer, render(scene)) for scene, _ in cases],
+        ),
         "true pictures": (seen, lambda cases: [render(scene) for scene, _ in cases]),
     }
     shares = {}

@@ -50,7 +50,7 @@ class CascadeConfig(ModelSettings, Config):
     offset_noise: float = 0.0
     """Strength of noise that shifts whole channels; helps with very dark and very bright pictures."""
     shift: float = 1.0
-    """Moves the noise schedule to more (> 1) or less noise; larger latents want more."""
+    """Moves the training noise to more (> 1) or less; larger latents want more."""
     sample_prompts: list[str] = []
     """Captions to draw at every save; without them those of held-out samples are taken."""
     sample_steps: int = 20

@@ -39,6 +39,7 @@ VERSIONS = {
             "c_hidden": [128, 128],
             "nhead": [4, 4],
             "blocks": [[1, 2], [2, 1]],
+            "kernel_size": 7,  # on 4 x 4 positions, wide kernels feel the edges: they learn where things are
             "c_clip_text": 64,
             "c_clip_text_pooled": 64,
             "c_clip_img": 64,

@@ -5,9 +5,22 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.learning import find, score
-from tools.demo_scenes import COLOURS, POSITIONS, SHAPES, UNSEEN_PAIRS, Scene, captioned_scene, describe, render
+from benchmarks.learning import ATTRIBUTES, accuracy, find, reconstruct, score, sentences
+from cascade import build
+from cascade.config import ModelSettings
+from tools.demo_scenes import (
+    COLOURS,
+    POSITIONS,
+    SEEN_PAIRS,
+    SHAPES,
+    UNSEEN_PAIRS,
+    Scene,
+    captioned_scene,
+    describe,
+    render,
+)
 
 ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
@@ -65,3 +78,37 @@ def test_noise_shows_no_shape_that_was_asked_for():
     pictures = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(20)]
     both = [score(picture, {"shape": "star", "colour": "red", "position": "left"}) for picture in pictures]
     assert np.mean([all(result.values()) for result in both]) < 0.1
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return ModelSettings(model_version="mini")
+
+
+def test_the_shipped_encoder_keeps_what_the_scorer_looks_for(mini):
+    encoder, previewer = build.encoder(mini).eval(), build.previewer(mini).eval()
+    cases = sentences(100, ALL_PAIRS, seed=5)
+    shares = accuracy(
+        [reconstruct(encoder, previewer, render(scene)) for scene, _ in cases], [text for _, text in cases]
+    )
+    assert min(shares[name] for name in ATTRIBUTES) >= 0.9, shares
+
+
+@torch.inference_mode()
+def test_the_shipped_text_tower_tells_the_attributes_apart(mini):
+    """A linear map, fitted to sentences of the demo set, reads the attributes of sentences that it never has."""
+    tower = build.text(mini).float()
+    rng = np.random.default_rng(6)
+    known = [captioned_scene(rng) for _ in range(1500)]
+    new = sentences(300, SEEN_PAIRS, seed=7)
+
+    def features(cases):
+        pooled = tower.encode(*tower.tokenize([text for _, text in cases]))[1]
+        return torch.cat([pooled, torch.ones(len(pooled), 1)], dim=1)
+
+    for attribute, values in {"colour": [*COLOURS], "shape": [*SHAPES], "position": [*POSITIONS]}.items():
+        classes, wanted = (
+            torch.tensor([values.index(getattr(scene, attribute)) for scene, _ in cases]) for cases in (known, new)
+        )
+        weights = torch.linalg.lstsq(features(known), torch.eye(len(values))[classes]).solution
+        assert ((features(new) @ weights).argmax(dim=1) == wanted).float().mean() >= 0.85, attribute

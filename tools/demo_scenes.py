@@ -36,7 +36,7 @@ POSITIONS = {
 }
 """Name -> where the scene's middle lies, as fractions (x, y) of width and height."""
 BACKGROUNDS = ("plain", "gradient", "stripes", "checker", "noise")
-SIZES = {"small": 0.36, "medium": 0.42, "large": 0.47}
+SIZES = {"small": 0.42, "medium": 0.47, "large": 0.52}
 """Name -> diameter of a single shape as a fraction of the square root of the picture's area."""
 FORMATS_WH = ((128, 128), (160, 96), (96, 160))
 UNSEEN_PAIRS = frozenset(
@@ -282,7 +282,8 @@ def _layout(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, 
     fx, fy = POSITIONS[scene.position]
     down = scene.position in ("left", "right")
     length = scene.height if down else scene.width
-    radius = 0.5 * unit * SIZES[scene.size] * rng.uniform(0.95, 1.05)
+    # A large shape at the top of a low picture must not reach so far down that it seems to be in the centre.
+    radius = min(0.5 * unit * SIZES[scene.size] * rng.uniform(0.95, 1.05), 0.31 * min(scene.width, scene.height))
     if scene.count > 1:
         radius = min(radius, 0.94 * length / (2.5 * scene.count))
     middle = np.array([fx * scene.width, fy * scene.height]) + rng.uniform(-0.02, 0.02, 2) * unit
