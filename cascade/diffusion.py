@@ -27,9 +27,9 @@ def make_diffusion(target: str = "epsilon", loss_weight: str = "p2", offset_nois
     )
 
 
-def stage_c_latent_size(height: int, width: int, compression: float) -> tuple[int, int]:
-    """(H, W) of Stage C's latents for a picture of `height` x `width` pixels."""
-    return math.ceil(height / compression), math.ceil(width / compression)
+def stage_c_latent_size(height: int, width: int, compression: float, patch_size: int = 1) -> tuple[int, int]:
+    """(H, W) of Stage C's latents for a picture of `height` x `width` pixels; multiples of its patch size."""
+    return tuple(math.ceil(math.ceil(side / compression) / patch_size) * patch_size for side in (height, width))
 
 
 def draw_latents(

@@ -17,7 +17,7 @@ class Version:
     compression: float = 42.67
     """Pixels of the final picture per position of Stage C's latents."""
     bucket_factor: int = 32
-    """Sides of training pictures are multiples of this: the encoder's compression."""
+    """Sides of training pictures are multiples of this: the encoder's compression times Stage C's patch size."""
     text_tower: str = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
     image_tower: str = "openai/clip-vit-large-patch14"
     folder: Path = MODELS
@@ -48,7 +48,7 @@ VERSIONS = {
         encoder={"stages": MINI_ENCODER_STAGES, "stochastic_depth": 0.0},
         previewer={"c_hidden": 64},
         compression=16,
-        bucket_factor=16,
+        bucket_factor=32,
         text_tower=str(MODELS / "mini" / "text_tower.safetensors"),
         image_tower=str(MODELS / "mini" / "image_tower.safetensors"),
         folder=MODELS / "mini",

@@ -104,7 +104,8 @@ def main() -> None:
     text, generator, previewer = (make(config).to(device, dtype).eval() for make in builders.values())
     diffusion = make_diffusion(config.diffusion_target)
     height, width = config.size_px
-    shape = (16, *stage_c_latent_size(height, width, config.version.compression))
+    patch_size = generator.embedding[0].downscale_factor
+    shape = (16, *stage_c_latent_size(height, width, config.version.compression, patch_size))
     wanted = [(prompt, seed) for prompt in prompts for seed in config.seeds]
     pictures = []
     for start in tqdm(range(0, len(wanted), config.batch_size), desc="drawing", unit="batch"):
