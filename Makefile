@@ -19,16 +19,20 @@ test: install
 	$(PY) -m pytest
 
 # From nothing to a grid of pictures: a demo data set, a small Stage C trained on it, samples for a prompt file.
-quickstart: install
-	$(PY) tools/make_demo_dataset.py demo/pictures
-	$(PY) tools/build_dataset.py demo/pictures demo/shards --overwrite
+quickstart: demo/ready
 	$(PY) train/train_c.py configs/training/quickstart_c.yaml
 	$(PY) inference/text_to_image.py configs/inference/quickstart.yaml
 
-# Make the weights in models/mini again: text and image tower, then encoder and previewer.
-mini: install
+# The demo set is made again when what makes it changed; runs on the old one would refuse the new one.
+demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/build_dataset.py | install
+	rm -rf demo runs/quickstart_c runs/mini_towers runs/mini_encoder
 	$(PY) tools/make_demo_dataset.py demo/pictures
-	$(PY) tools/build_dataset.py demo/pictures demo/shards --overwrite
+	$(PY) tools/build_dataset.py demo/pictures demo/shards
+	touch $@
+
+# Make the weights in models/mini again, from nothing: text and image tower, then encoder and previewer.
+mini: demo/ready
+	rm -rf runs/mini_towers runs/mini_encoder
 	$(PY) train/train_towers.py configs/training/mini_towers.yaml
 	$(PY) train/train_encoder.py configs/training/mini_encoder.yaml
 	for name in text_tower image_tower; do \

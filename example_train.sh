@@ -26,11 +26,13 @@ export OMP_NUM_THREADS=1
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=60 .venv/bin/python "$script" "$config" &
 step=$!
 # Slurm signals this shell only: pass it on to the processes that train.
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM
+signalled=
+trap 'signalled=yes; scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM
 
 wait "$step"
 status=$?
-while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` early: the processes are still saving
+while [ -n "$signalled" ]; do # a signal ends `wait` early, while the processes are still saving
+    signalled=
     wait "$step"
     status=$?
 done

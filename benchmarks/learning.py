@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--sampler", default="ddpm")
+    parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
     parser.add_argument("--grid", type=Path, help="also write some drawings to this PNG file")
     options = parser.parse_args()

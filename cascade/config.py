@@ -1,11 +1,14 @@
 """Configuration keys that the scripts of the cascade share."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from cascade.versions import VERSIONS, Version
-from warpcore.config import Config, Settings
+from warpcore.config import Config, Settings, Share
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
+from warpcore.diffusion.samplers import SAMPLERS
 
 
 class ModelSettings(Settings):
@@ -28,8 +31,8 @@ class ModelSettings(Settings):
     clip_image_checkpoint_path: Path | None = None
     """Weights of the image tower as a local file, instead of a download by its name."""
 
-    diffusion_target: Literal["epsilon", "x0", "v"] = "epsilon"
-    """What Stage C predicts: the noise (published weights), the clean latents, or v, which learns faster from zero."""
+    diffusion_target: Literal["epsilon", "x0", "v", "rectified_flows"] = "epsilon"
+    """What Stage C predicts: noise (published weights), clean latents, v (learns faster from zero), straight flow."""
 
     @property
     def version(self) -> Version:
@@ -39,23 +42,31 @@ class ModelSettings(Settings):
 class CascadeConfig(ModelSettings, Config):
     """What every training script of the cascade understands."""
 
-    caption_dropout: float = 0.05
+    caption_dropout: Share = 0.05
     """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
-    clip_image_dropout: float = 0.9
+    clip_image_dropout: Share = 0.9
     """Share of the samples without the image condition; at 1 the image tower is not even loaded."""
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "p2"
     """How much the loss of each noise level counts."""
     adaptive_loss_weight: bool = False
     """The published name of `loss_weight: adaptive`: divide the loss by its own running mean at each noise level."""
-    offset_noise: float = 0.0
+    offset_noise: NonNegativeFloat = 0.0
     """Strength of noise that shifts whole channels; helps with very dark and very bright pictures."""
-    shift: float = 1.0
+    shift: PositiveFloat = 1.0
     """Moves the training noise to more (> 1) or less; larger latents want more."""
     sample_prompts: list[str] = []
     """Captions to draw at every save; without them those of held-out samples are taken."""
-    sample_steps: int = 20
+    sample_steps: PositiveInt = 20
     """Sampling steps of those pictures."""
     sample_guidance: float = 5.0
     """Classifier-free guidance of those pictures."""
-    sample_count: int = 8
+    sample_sampler: Literal[tuple(SAMPLERS)] = "ddpm"
+    """Sampler of those pictures."""
+    sample_count: PositiveInt = 8
     """How many pictures are drawn at most."""
+
+    @model_validator(mode="after")
+    def _one_loss_weight(self) -> Self:
+        if self.adaptive_loss_weight and self.loss_weight not in ("p2", "adaptive"):
+            raise ValueError(f"adaptive_loss_weight contradicts loss_weight: {self.loss_weight}; remove one")
+        return self

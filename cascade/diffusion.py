@@ -7,16 +7,25 @@ from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
-from warpcore.diffusion.noise_conditions import CosineTNoiseCond
+from warpcore.diffusion.noise_conditions import CosineTNoiseCond, RectifiedFlowsNoiseCond
 from warpcore.diffusion.samplers import SAMPLERS
-from warpcore.diffusion.scalers import VPScaler
-from warpcore.diffusion.schedules import CosineSchedule
-from warpcore.diffusion.targets import TARGETS
+from warpcore.diffusion.scalers import LERPScaler, VPScaler
+from warpcore.diffusion.schedules import CosineSchedule, RectifiedFlowsSchedule
+from warpcore.diffusion.targets import TARGETS, RectifiedFlowsTarget
 from warpcore.random import SampleRandom
 
 
 def make_diffusion(target: str = "epsilon", loss_weight: str = "p2", offset_noise: float = 0.0) -> GDF:
     """The process that the published weights were trained with, unless another target or loss weight is named."""
+    if target == "rectified_flows":  # its noise and signal mix linearly (arXiv:2209.03003)
+        return GDF(
+            schedule=RectifiedFlowsSchedule(),
+            input_scaler=LERPScaler(),
+            target=RectifiedFlowsTarget(),
+            noise_cond=RectifiedFlowsNoiseCond(),
+            loss_weight=LOSS_WEIGHTS[loss_weight](),
+            offset_noise=offset_noise,
+        )
     return GDF(
         schedule=CosineSchedule(clamp_range=(0.0001, 0.9999)),
         input_scaler=VPScaler(),
@@ -42,6 +51,7 @@ def draw_latents(
     *,
     steps: int,
     guidance: float | None,
+    guidance_rescale: float = 0.7,
     sampler: str = "ddpm",
     shift: float = 1.0,
 ) -> Tensor:
@@ -56,6 +66,7 @@ def draw_latents(
         sampler=SAMPLERS[sampler](diffusion),
         timesteps=steps,
         cfg=guidance,
+        cfg_rho=guidance_rescale,
         shift=shift,
         noise=lambda step: random.normal(f"noise of step {step}", *shape),
     )

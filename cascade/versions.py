@@ -22,6 +22,11 @@ class Version:
     image_tower: str = "openai/clip-vit-large-patch14"
     folder: Path = MODELS
 
+    @property
+    def patch_size(self) -> int:
+        """Positions of the latents per side that Stage C takes as one."""
+        return self.stage_c.get("patch_size", 1)
+
 
 MINI_ENCODER_STAGES = (
     ("fused", 1, 3, 2, 24, 48, 1),

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import model_validator
+from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 from tqdm import tqdm
 
 from cascade import build
@@ -18,7 +18,9 @@ from cascade.conditions import prompt_conditions
 from cascade.config import ModelSettings
 from cascade.diffusion import draw_latents, make_diffusion, stage_c_latent_size
 from cascade.pictures import to_pictures
-from warpcore.config import ConfigError, load_config
+from warpcore.config import ConfigError, Share, load_config
+from warpcore.data.buckets import parse_ratio
+from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.errors import run_script
 from warpcore.pictures import grid, save_png
 from warpcore.processes import choose_device, choose_dtype
@@ -41,26 +43,33 @@ class TextToImageConfig(ModelSettings):
     """What guidance leads away from."""
     seeds: list[int] = [0]
     """Each prompt is drawn once for each of these; a seed gives the same noise whatever else is drawn."""
-    image_size: int = 1024
+    image_size: PositiveInt = 1024
     """Side of a square picture in pixels; other shapes get about the same area."""
-    aspect_ratio: float = 1.0
-    """Width divided by height."""
-    size: tuple[int, int] | None = None
+    aspect_ratio: PositiveFloat = 1.0
+    """Width divided by height: 1.5, 3/2 or 16:9."""
+    size: tuple[PositiveInt, PositiveInt] | None = None
     """[height, width] in pixels, instead of the two keys above."""
-    steps: int = 20
+    steps: PositiveInt = 20
     """Sampling steps."""
     guidance: float | None = 4.0
     """Classifier-free guidance: 1 follows the prompt as trained, more follows it harder; null computes none."""
-    sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"
+    guidance_rescale: Share = 0.7
+    """Share of the guided prediction that is scaled back to the contrast of the unguided one; 0 for none."""
+    sampler: Literal[tuple(SAMPLERS)] = "ddpm"
     """`ddpm` is the published one; `dpmpp_2m` needs the fewest steps."""
-    shift: float = 1.0
+    shift: PositiveFloat = 1.0
     """Moves the noise schedule towards more noise (> 1) for larger pictures."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Pictures drawn at once."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision; by default bfloat16 on CUDA, else float32."""
+
+    @field_validator("aspect_ratio", mode="before")
+    @classmethod
+    def _ratio(cls, value: Any) -> float:
+        return parse_ratio(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -104,8 +113,8 @@ def main() -> None:
     text, generator, previewer = (make(config).to(device, dtype).eval() for make in builders.values())
     diffusion = make_diffusion(config.diffusion_target)
     height, width = config.size_px
-    patch_size = generator.embedding[0].downscale_factor
-    shape = (16, *stage_c_latent_size(height, width, config.version.compression, patch_size))
+    version = config.version
+    shape = (16, *stage_c_latent_size(height, width, version.compression, version.patch_size))
     wanted = [(prompt, seed) for prompt in prompts for seed in config.seeds]
     pictures = []
     for start in tqdm(range(0, len(wanted), config.batch_size), desc="drawing", unit="batch"):
@@ -121,16 +130,18 @@ def main() -> None:
                 [seed for _, seed in chosen],
                 steps=config.steps,
                 guidance=config.guidance,
+                guidance_rescale=config.guidance_rescale,
                 sampler=config.sampler,
                 shift=config.shift,
             )
             pictures += list(to_pictures(previewer(latents.to(dtype)), (height, width)))
+    settings = config.model_dump_json(include={"steps", "guidance", "sampler", "shift", "negative_prompt", "run"})
     for number, (picture, (prompt, seed)) in enumerate(zip(pictures, wanted, strict=True)):
-        settings = config.model_dump_json(include={"steps", "guidance", "sampler", "shift", "negative_prompt", "run"})
         name = f"{number:04d}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60].strip('_')}_{seed}.png"
         save_png(config.output_path / name, picture, {"prompt": prompt, "seed": str(seed), "settings": settings})
     columns = len(config.seeds) if len(config.seeds) > 1 else min(6, len(wanted))
-    save_png(config.output_path / "grid.png", grid(pictures, columns, [prompt for prompt, _ in wanted]))
+    sheet = grid(pictures, columns, [prompt for prompt, _ in wanted])
+    save_png(config.output_path / "grid.png", sheet, {"prompts": "\n".join(prompts), "settings": settings})
     print(f"{len(pictures)} pictures, and all of them together: {config.output_path / 'grid.png'}")
     print("They are drawn by the previewer, which is coarser than the full cascade.")
 
@@ -141,7 +152,10 @@ def _lines(path: Path | None) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"prompt_file: {path} does not exist")
     lines = [line.strip() for line in path.read_text().splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ConfigError(f"prompt_file: {path} holds no prompt; write one per line")
+    return prompts
 
 
 if __name__ == "__main__":

@@ -12,28 +12,32 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from tools.metadata import read_metadata
+from tools.metadata import PICTURE_SUFFIXES, read_metadata
 from warpcore.data.catalog import MANIFEST_NAME, write_manifests
 from warpcore.data.index import Summary, index_shard, picture_size
+from warpcore.data.images import MAX_PIXELS
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
+from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
 from warpcore.random import stable_hash
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 RATIOS = ("9:21", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "21:9")
-_OURS = re.compile(r"\d{5,}\.tar(\.index\.parquet|\.part)?|" + re.escape(MANIFEST_NAME))
+_OURS = re.compile(r"\d{5,}\.tar(\.index\.parquet)?|" + re.escape(MANIFEST_NAME))
+_ASIDE = ".building"
 _CHECKED_TOGETHER = 64
 
 
@@ -67,7 +71,7 @@ class Report:
             for ratio in RATIOS
             if counts[ratio]
         ]
-        return "\n".join(lines)
+        return clean("\n".join(lines))  # names of files need not be printable
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,30 @@ def build_dataset(
 ) -> Report:
     """Write the pictures of `folder` to tars in `out`, each of at most so many samples or about so many bytes.
 
-    Pictures come in an order that mixes the sub-folders, so that neighbours in a tar have nothing in common.
+    Pictures come in an order that mixes the sub-folders, so that neighbours in a tar have nothing in common. All is
+    written aside first; what `out` held goes when everything is there.
 
     Raises:
         UserError: no such folder, nothing usable in it, or `out` holds something and `overwrite` is False.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of pictures")
-    _prepare(out, overwrite)
+    _check_free(out, overwrite)
     report = Report()
     entries = sorted(_find(folder, metadata, report), key=lambda entry: stable_hash(entry.key))
-    writer = _ShardWriter(out, samples_per_shard, shard_size_bytes)
+    with _aside(out) as aside:
+        writer = _ShardWriter(aside, samples_per_shard, shard_size_bytes)
+        _write_all(entries, writer, report, folder)
+        if not report.sizes:
+            reasons = "; ".join(f"{len(files)} {reason}" for reason, files in report.skipped.items())
+            raise UserError(f"{folder} holds no usable picture ({reasons or 'no ' + ', '.join(PICTURE_SUFFIXES)})")
+        write_manifests(list(writer.shards), {shard.url: summary for shard, summary in writer.shards.items()})
+        _swap(aside, out)
+    report.shards, report.bytes_written = len(writer.shards), sum(shard.size_bytes for shard in writer.shards)
+    return report
+
+
+def _write_all(entries: "list[_Entry]", writer: "_ShardWriter", report: Report, folder: Path) -> None:
     with tqdm(total=len(entries), unit="picture", desc="building", mininterval=0.5) as progress:
         for entry, outcome in _load_all(entries):
             progress.update()
@@ -119,21 +136,34 @@ def build_dataset(
             report.without_caption += "txt" not in members
             writer.write(entry.key, members)
     writer.close_shard()
-    if not report.sizes:
-        reasons = "; ".join(f"{len(files)} {reason}" for reason, files in report.skipped.items())
-        raise UserError(f"{folder} holds no usable picture ({reasons or 'no ' + ', '.join(PICTURE_SUFFIXES)})")
-    write_manifests(list(writer.shards), {shard.url: summary for shard, summary in writer.shards.items()})
-    report.shards, report.bytes_written = len(writer.shards), sum(shard.size_bytes for shard in writer.shards)
-    return report
 
 
-def _prepare(out: Path, overwrite: bool) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not overwrite:
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder to write the tars to")
+    if out.exists() and any(path.name != _ASIDE for path in out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder, or give --overwrite to replace the tars in it")
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A new folder in `out`, removed in the end."""
+    aside = out / _ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(aside: Path, out: Path) -> None:
+    """Replace the tars of `out` by those that lie aside."""
     for path in out.iterdir():
         if _OURS.fullmatch(path.name):
             path.unlink()
+    for path in aside.iterdir():
+        path.replace(out / path.name)
 
 
 def _find(folder: Path, metadata: Path | None, report: Report) -> Iterator[_Entry]:
@@ -157,7 +187,7 @@ def _find(folder: Path, metadata: Path | None, report: Report) -> Iterator[_Entr
                     path.suffix.lower()[1:]: path for path in paths if path.suffix.lower() in (".txt", ".json")
                 }
                 key = _key(pictures[0].relative_to(folder), used)
-                yield _Entry(key, pictures[0], companions, lines.pop(pictures[0].resolve(), {}))
+                yield _Entry(key, pictures[0], companions, lines.pop(Path(os.path.realpath(pictures[0])), {}))
     for path in lines:
         report.skipped["in the metadata but not in the folder"].append(str(path))
 
@@ -187,13 +217,19 @@ def _load_all(
 
 def _load(entry: _Entry) -> "tuple[tuple[int, int], dict[str, bytes]] | _Unusable":
     """(width, height) in px and the members of a sample, or why it is skipped."""
-    content = entry.picture.read_bytes()
     try:
+        content = _read(entry.picture)
         size = _check_picture(content)
         members = {entry.picture.suffix.lower()[1:]: content, **_description(entry)}
     except _Unusable as reason:
         return reason
     return size, members
+
+
+def _read(path: Path) -> bytes:
+    if not path.exists():
+        raise _Unusable("a link that leads nowhere")
+    return path.read_bytes()
 
 
 def _check_picture(content: bytes) -> tuple[int, int]:
@@ -203,10 +239,15 @@ def _check_picture(content: bytes) -> tuple[int, int]:
     try:
         size = picture_size(io.BytesIO(content))
         with Image.open(io.BytesIO(content)) as image:
-            image.draft("RGB", (image.width // 8, image.height // 8))  # reads all of a JPEG, computes an eighth of it
+            if image.width * image.height > MAX_PIXELS:
+                raise _Unusable(f"larger than {MAX_PIXELS / 1e6:.0f} megapixels")
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))  # reads all, computes little
             image.load()
+    except _Unusable:
+        raise
     except Exception as error:  # whatever Pillow makes of it, it is no picture to train on
-        raise _Unusable(f"unreadable ({str(error).split('<')[0].strip() or type(error).__name__})") from None
+        reason = re.split(r"[<(]", str(error))[0].strip()  # what follows differs from file to file
+        raise _Unusable(f"unreadable ({reason or type(error).__name__})") from None
     return size
 
 
@@ -216,7 +257,7 @@ def _description(entry: _Entry) -> dict[str, bytes]:
     caption = metadata.pop("text", None)
     members = {}
     if "txt" in entry.companions:
-        members["txt"] = entry.companions["txt"].read_bytes()
+        members["txt"] = _read(entry.companions["txt"])
         try:
             members["txt"].decode()
         except UnicodeDecodeError:
@@ -224,7 +265,7 @@ def _description(entry: _Entry) -> dict[str, bytes]:
     elif caption is not None:
         members["txt"] = str(caption).encode()
     if "json" in entry.companions:
-        members["json"] = entry.companions["json"].read_bytes()
+        members["json"] = _read(entry.companions["json"])
         try:
             fields = json.loads(members["json"].decode("utf-8-sig"))
         except ValueError:
@@ -237,7 +278,7 @@ def _description(entry: _Entry) -> dict[str, bytes]:
 
 
 class _ShardWriter:
-    """Writes samples to one tar after the other; a tar appears under its name when it is whole, with its index."""
+    """Writes samples to one tar after the other, each with its index."""
 
     def __init__(self, out: Path, samples_per_shard: int, shard_size_bytes: int | None):
         self.shards: dict[Shard, Summary] = {}
@@ -248,8 +289,7 @@ class _ShardWriter:
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         if self._tar is None:
-            aside = self._path.with_suffix(".tar.part")
-            self._tar = tarfile.open(aside, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (close_shard closes it)
+            self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (close_shard closes it)
         for extension, content in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")  # no times or owners: equal folders give equal bytes
             info.size = len(content)
@@ -263,9 +303,7 @@ class _ShardWriter:
         if self._tar is None:
             return
         self._tar.close()
-        path = self._path
-        os.replace(path.with_suffix(".tar.part"), path)
-        url = str(path.resolve())
+        url = str(self._path.resolve())
         shard = Shard(url, *storage_for(url).stat(url))
         self.shards[shard] = index_shard(shard)
         self._tar, self._samples = None, 0

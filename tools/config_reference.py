@@ -4,12 +4,18 @@ python3 tools/config_reference.py README.md
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from cascade.config import CascadeConfig, ModelSettings
-from warpcore.config import Config, describe
+from warpcore.config import Config, Settings, describe
 
 START, END = "<!-- config reference: made by tools/config_reference.py -->", "<!-- end of config reference -->"
+SCRIPTS = {
+    "train/train_encoder.py": "EncoderConfig",
+    "train/train_towers.py": "TowersConfig",
+    "inference/text_to_image.py": "TextToImageConfig",
+}
 
 
 def main() -> None:
@@ -21,18 +27,18 @@ def with_reference(text: str) -> str:
     """`text` with everything between the two marks replaced by the current tables."""
     before, rest = text.split(START)
     _, after = rest.split(END)
-    engine = _table(describe(Config))
-    known = {row[0] for row in describe(Config)}
-    model = _table(describe(ModelSettings))
-    known |= {row[0] for row in describe(ModelSettings)}
-    cascade = _table([row for row in describe(CascadeConfig) if row[0] not in known])
-    parts = [
-        "#### Every training script", engine, "#### Networks", model, "#### Training the cascade", cascade,
-    ]  # fmt: skip
+    parts = ["#### Every training script", _table(Config), "#### Networks", _table(ModelSettings)]
+    parts += ["#### `train/train_c.py`", _table(CascadeConfig, Config, ModelSettings)]
+    for script, name in SCRIPTS.items():
+        kind = getattr(import_module(script.removesuffix(".py").replace("/", ".")), name)
+        parts += [f"#### `{script}`", _table(kind, Config, ModelSettings)]
     return before + START + "\n" + "\n\n".join(parts) + "\n" + END + after
 
 
-def _table(rows: list[tuple[str, str, str, str]]) -> str:
+def _table(kind: type[Settings], *without: type[Settings]) -> str:
+    """The keys of `kind` that stand in none of `without`."""
+    known = {name for other in without if issubclass(kind, other) for name in other.model_fields}
+    rows = [row for row in describe(kind) if row[0] not in known]
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, kind, default, text in rows:
         default = default.removeprefix(", ").removeprefix("default ")
@@ -42,4 +48,5 @@ def _table(rows: list[tuple[str, str, str, str]]) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are not an installed package
     main()

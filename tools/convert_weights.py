@@ -7,19 +7,22 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from warpcore.errors import UserError, run_script
 
 
 def convert(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Raises UserError where `source` is missing or a number does not fit into `dtype`."""
+    """Raises UserError where `source` is missing or no safetensors file, or a number does not fit into `dtype`."""
     if not source.is_file():
         raise UserError(f"{source} does not exist")
-    with safe_open(source, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    try:
+        with safe_open(source, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except SafetensorError as error:
+        raise UserError(f"{source} is no whole safetensors file: {error}") from None
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     for name, tensor in converted.items():
         if tensors[name].isfinite().all() and not tensor.isfinite().all():

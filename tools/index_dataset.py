@@ -19,7 +19,7 @@ from warpcore.data.index import Summary, index_shard, read_summary
 from warpcore.data.samples import PICTURE_EXTENSIONS
 from warpcore.data.shards import Shard, resolve_sources
 from warpcore.data.storage import storage_for
-from warpcore.data.tars import BLOCK_BYTES, BadShardError, read_samples
+from warpcore.data.tars import BLOCK_BYTES, read_samples
 from warpcore.errors import UserError, run_script
 
 PICTURE_HEADER_BYTES = 8192
@@ -57,7 +57,7 @@ def _estimate(shards: Sequence[Shard]) -> int:
         try:
             with storage_for(shard.url).open(shard.url) as file:
                 samples = read_samples(file, shard.url, shard.size_bytes)
-        except BadShardError:
+        except (UserError, OSError):  # it will be told when it is indexed
             continue
         members = [(name, size) for sample in samples for name, (_, size) in sample.members.items()]
         pictures = [size for name, size in members if name in PICTURE_EXTENSIONS]
@@ -79,8 +79,8 @@ def _index(shards: Sequence[Shard], num_workers: int) -> tuple[dict[Shard, Summa
                 shard = tasks[task]
                 try:
                     found[shard] = task.result()
-                except BadShardError as error:
-                    failures.append(str(error))
+                except (UserError, OSError) as error:
+                    failures.append(str(error) if isinstance(error, UserError) else f"{shard.url}: {error}")
                 progress.update(shard.size_bytes)
     return found, sorted(failures)
 

@@ -18,19 +18,25 @@ from tools.demo_scenes import SEEN_PAIRS, UNSEEN_PAIRS, captioned_scene, render,
 
 _PICTURES_PER_FOLDER = 1000
 _SPOILED = 0.06
+_MARKER = ".demo_dataset"
 
 
 def make_demo_dataset(folder: Path, num_pictures: int, seed: int = 0, held_out: bool = False) -> None:
     """Writes the pictures into sub-folders of `folder`.
 
     With `held_out` they show the sentences and the (colour, shape) pairs that the demo set never has.
-    A folder that holds something else already is a ValueError.
+    A folder that holds something else already is a ValueError; an earlier demo set in it is written over.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder to write the pictures to")
+    marker = folder / _MARKER
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise ValueError(f"{folder} is not empty and no demo data set; name a new folder")
     stale = sum(1 for _ in folder.glob("*/*.jpg")) if folder.exists() else 0
     if stale > num_pictures:
         raise ValueError(f"{folder} holds {stale} pictures already, more than {num_pictures}; remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text("made by tools/make_demo_dataset.py, which writes over what lies here\n")
     rng = np.random.default_rng([seed, held_out])
     pairs = SEEN_PAIRS + tuple(sorted(UNSEEN_PAIRS)) if held_out else SEEN_PAIRS
     for number in range(num_pictures):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,33 +11,56 @@ from warpcore.errors import UserError
 
 NAMES = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMNS = ("file_name", "filename", "image", "path")
+KEY_COLUMN = "key"
+"""img2dataset's: the name of the file without its suffix, unique in the data set."""
 CAPTION_COLUMNS = ("text", "caption")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def read_metadata(folder: Path, given: Path | None = None) -> dict[Path, dict]:
     """Resolved path of a picture -> its fields; the caption stands under "text".
 
     Reads `given`, or else every metadata file in the folder and its sub-folders. File names in it start at its own
-    folder, or at `folder` where that is how they lead to a file.
+    folder, or at `folder` where that is how they lead to a file; a key may lie in any sub-folder.
 
     Raises:
-        UserError: no such file, a line that can't be read, or no column with file names.
+        UserError: no such file, a line that can't be read, a caption that is not text, or no column with file names.
     """
     if given is not None and not given.is_file():
         raise UserError(f"--metadata {given}: there is no such file")
     files = [given] if given else sorted(path for name in NAMES for path in folder.rglob(name))
     found: dict[Path, dict] = {}
+    by_key: dict[str, Path] = {}
     for file in files:
-        lines = _read_csv(file) if file.suffix.lower() == ".csv" else _read_jsonl(file)
-        for place, line in lines:
-            name = next((line.pop(column) for column in FILE_COLUMNS if line.get(column)), None)
-            if not isinstance(name, str):
-                raise UserError(f"{file}, line {place}: no {FILE_COLUMNS[0]}; it has: {', '.join(map(str, line))}")
-            caption = next((line.pop(column) for column in CAPTION_COLUMNS if line.get(column) is not None), None)
-            own = file.parent / name
-            path = own if own.exists() or not (folder / name).exists() else folder / name
-            found[path.resolve()] = line if caption is None else {**line, "text": caption}
+        try:
+            for place, line in _read_csv(file) if file.suffix.lower() == ".csv" else _read_jsonl(file):
+                if not by_key and KEY_COLUMN in line:
+                    by_key = {path.stem: path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES}
+                path = _picture(line, f"{file}, line {place}", file.parent, folder, by_key)
+                found[Path(os.path.realpath(path))] = _with_caption(line, f"{file}, line {place}")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text: {error}; convert it: iconv -f latin1 -t utf-8") from None
+        except csv.Error as error:
+            raise UserError(f"{file} is no CSV that can be read: {error}") from None
     return found
+
+
+def _picture(line: dict, where: str, beside: Path, folder: Path, by_key: dict[str, Path]) -> Path:
+    """Take the file name out of a line: the picture that it names, whether there is one or not."""
+    name = next((line.pop(column) for column in FILE_COLUMNS if line.get(column)), None)
+    if name is None and isinstance(key := line.pop(KEY_COLUMN, None), str):
+        return by_key.get(key, folder / key)
+    if not isinstance(name, str):
+        raise UserError(f"{where}: no {FILE_COLUMNS[0]}; it has: {', '.join(map(str, line))}")
+    own = beside / name
+    return own if own.exists() or not (folder / name).exists() else folder / name
+
+
+def _with_caption(line: dict, where: str) -> dict:
+    caption = next((line.pop(column) for column in CAPTION_COLUMNS if line.get(column) is not None), None)
+    if not isinstance(caption, str | None):
+        raise UserError(f"{where}: the caption is not text but {str(caption)[:60]}")
+    return line if caption is None else {**line, "text": caption}
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict]]:
@@ -59,8 +83,15 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
+        as_text = {*FILE_COLUMNS, KEY_COLUMN, *CAPTION_COLUMNS}
         for line in reader:
-            yield reader.line_num, {name: _value(text) for name, text in line.items() if name and text}
+            if surplus := line.pop(None, None):
+                raise UserError(
+                    f"{file}, line {reader.line_num}: {len(surplus)} values more than columns, {surplus[0][:40]!r} is "
+                    "the first; put text with commas between double quotes"
+                )
+            values = {name: text for name, text in line.items() if name and text}
+            yield reader.line_num, {n: text if n in as_text else _value(text) for n, text in values.items()}
 
 
 def _value(text: str) -> str | int | float:

@@ -42,7 +42,7 @@ class TrainStageC(WarpCore):
 
     def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         networks = self.networks
-        latents = networks["encoder"](normalise_images(batch.images.to(self.dtype) / 255))
+        latents = networks["encoder"](normalise_images(batch.images.float() / 255).to(self.dtype))
         conditions = training_conditions(
             networks["text"], networks.get("image"), self.image_width, batch, random, self.config
         )
@@ -57,7 +57,8 @@ class TrainStageC(WarpCore):
         )  # fmt: skip
         predicted = self.networks["generator"](diffused.noised, diffused.noise_cond, **conditions)
         raw = (predicted.float() - diffused.target).square().mean(dim=(1, 2, 3))
-        return Losses(raw * diffused.loss_weight, raw, {"logsnr": diffused.logsnr, "raw": raw})
+        statistics = {"logsnr": diffused.logsnr, "raw": raw} if self.diffusion.state_dict() else {}
+        return Losses(raw * diffused.loss_weight, raw, statistics)
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])
@@ -69,16 +70,17 @@ class TrainStageC(WarpCore):
         if not prompts:
             return []
         height, width = (config.image_size,) * 2 if config.sample_prompts else held_out.size
-        compression = networks["encoder"].compression
+        sizes = height, width, networks["encoder"].compression, config.version.patch_size
         latents = draw_latents(
             self.diffusion,
             networks["generator"],
             prompt_conditions(networks["text"], prompts, self.image_width, self.device),
             prompt_conditions(networks["text"], [""] * len(prompts), self.image_width, self.device),
-            (16, *stage_c_latent_size(height, width, compression)),
+            (16, *stage_c_latent_size(*sizes)),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
             steps=config.sample_steps,
             guidance=config.sample_guidance,
+            sampler=config.sample_sampler,
         )
         columns = {"sample": to_pictures(networks["previewer"](latents.to(self.dtype)), (height, width))}
         if not config.sample_prompts:

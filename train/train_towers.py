@@ -65,6 +65,7 @@ class Temperature(nn.Module):
 class TrainTowers(WarpCore):
     Config = TowersConfig
     trainable = {"text": {}, "image": {}, "temperature": {}}
+    bucket_factor = 32
 
     def build(self) -> dict[str, nn.Module]:
         settings = self.config.clip

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from warpcore.errors import UserError
 from warpcore.processes import Processes
@@ -60,11 +59,17 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._lock = None
-        if processes.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder)
-            for leftover in folder.glob("state/*.partial"):
+        processes.on_main(self._take)
+
+    def _take(self) -> None:
+        """Make this run the only one that writes to the folder."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+            for leftover in self.folder.glob("state/*.partial"):
                 shutil.rmtree(leftover)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint_path: cannot write to {self.folder}: {error}") from error
 
     def newest(self) -> int | None:
         """Update of the newest whole checkpoint; the main process decides."""
@@ -85,7 +90,7 @@ class Checkpoints:
             update: the number of the last finished update.
             tensors: everything needed to go on, by name; may be sharded.
             values: the rest of it, as JSON.
-            weights: files for people, by name: full state dicts.
+            weights: files for people, by name: full state dicts on the CPU, needed on the main process only.
             metadata: what those files say about themselves.
             backup: also keep a copy of `weights` for good.
         """
@@ -93,13 +98,14 @@ class Checkpoints:
         partial = self._state(update).with_suffix(".partial")
         if self.processes.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        full = {name: _full_on_cpu(state) for name, state in weights.items()}
         writer = FileSystemWriter(partial)
         written = dcp.async_save(
             dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None
         )
         about = {"format": "pt", **metadata, "update": str(update)}
-        self._pending = self._thread.submit(self._publish, written, partial, update, dict(values), full, about, backup)
+        self._pending = self._thread.submit(
+            self._publish, written, partial, update, dict(values), dict(weights), about, backup
+        )
 
     def check(self) -> None:
         """Raise what went wrong in the background, without waiting."""
@@ -117,10 +123,12 @@ class Checkpoints:
             pending.result()
 
     def close(self) -> None:
-        self.wait()
-        self._thread.shutdown()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._lock is not None:
+                self._lock.close()
 
     def values(self, update: int) -> dict:
         return json.loads((self._state(update) / "state.json").read_text())
@@ -133,40 +141,54 @@ class Checkpoints:
     def load(self, update: int, tensors: Mapping[str, Tensor]) -> None:
         """Fill `tensors` in place, resharding where the number of processes changed."""
         reader = _Reader(self._state(update))
-        dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        try:
+            dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        except CheckpointException as error:  # no Exception: nothing else would catch it
+            raise CheckpointError(
+                f"the checkpoint of update {update} in {self.folder} cannot be read: {_reason(error)}. "
+                f"Remove {self._state(update)} to go on from the one before"
+            ) from error
 
-    def _publish(
-        self, written: Future, partial: Path, update: int, values: dict, weights: dict, metadata: dict, backup: bool
-    ) -> None:
-        final = self._state(update)
+    def _publish(self, written: Future, partial: Path, update: int, values: dict, weights: dict, about: dict, backup):
+        """Wait for DCP, then finish the checkpoint on the main process; every process learns how that went."""
+        problem = None
         try:
             written.result()
-            if not self.processes.is_main:
-                return
-            _write_whole(partial / "state.json", json.dumps(values))
-            for name, state in weights.items():
-                file = self.folder / f"{name}.safetensors"
-                save_file(state, file.with_suffix(".partial"), metadata=metadata)
-                os.replace(file.with_suffix(".partial"), file)
-                if backup:
-                    copy = self.folder / "backups" / f"{update:08d}" / file.name
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(file, copy)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            for old in sorted(self._updates())[: -self.keep_last]:
-                shutil.rmtree(self._state(old))
+            if self.processes.is_main:
+                self._finish(partial, update, values, weights, about, backup)
         except (Exception, CheckpointException) as error:  # DCP's own exception is no Exception
+            problem = _reason(error)
+        if self._group is not None:
+            box = [problem]
+            dist.broadcast_object_list(box, src=0, group=self._group)
+            problem = problem or box[0]
+        if problem is None:
+            return
+        if self.processes.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             for leftover in self.folder.glob("*.partial"):
-                leftover.unlink()
-            free_gib = shutil.disk_usage(self.folder).free / 2**30
-            newest = max(self._updates(), default=None)
-            raise CheckpointError(
-                f"could not save update {update} in {self.folder} ({free_gib:.2f} GiB free there): {_reason(error)}\n"
-                + (f"The checkpoint of update {newest} is whole: " if newest else "No checkpoint is there yet: ")
-                + "make room and start again with the same command."
-            ) from error
+                leftover.unlink(missing_ok=True)
+        free_gib = shutil.disk_usage(self.folder).free / 2**30
+        newest = max(self._updates(), default=None)
+        raise CheckpointError(
+            f"could not save update {update} in {self.folder} ({free_gib:.2f} GiB free there): {problem}\n"
+            + (f"The checkpoint of update {newest} is whole: " if newest else "No checkpoint is there yet: ")
+            + "make room and start again with the same command."
+        )
+
+    def _finish(self, partial: Path, update: int, values: dict, weights: dict, about: dict, backup: bool) -> None:
+        write_whole(partial / "state.json", json.dumps(values))
+        for name, state in weights.items():
+            file = self.folder / f"{name}.safetensors"
+            save_file(state, file.with_suffix(".partial"), metadata=about)
+            os.replace(file.with_suffix(".partial"), file)
+            if backup:
+                copy = self.folder / "backups" / f"{update:08d}" / file.name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
+        os.rename(partial, self._state(update))
+        for old in sorted(self._updates())[: -self.keep_last]:
+            shutil.rmtree(self._state(old))
 
     def _state(self, update: int) -> Path:
         return self.folder / "state" / f"{update:08d}"
@@ -176,12 +198,6 @@ class Checkpoints:
         return [int(path.parent.name) for path in found if _UPDATE_NAME.fullmatch(path.parent.name)]
 
 
-def _full_on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a state dict that later updates do not change; gathers sharded tensors (collective)."""
-    gathered = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in gathered.items()}
-
-
 def _reason(error: BaseException) -> str:
     """DCP wraps what each rank raised: the first of those, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -189,7 +205,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is on the disk, whole, before anything that depends on it."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as file:

@@ -9,13 +9,29 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from warpcore.data.buckets import parse_ratio
 from warpcore.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+ByteValue = Annotated[int, Field(ge=0, le=255)]
 
 
 class ConfigError(UserError):
@@ -25,15 +41,13 @@ class ConfigError(UserError):
 class Settings(BaseModel):
     """What every configuration shares: frozen, no unknown keys, numbers are numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1, so `batch_size: yes` would train with a batch of one.
-        kinds = set(typing.get_args(cls.model_fields[info.field_name].annotation)) or {
-            cls.model_fields[info.field_name].annotation
-        }
+        kinds = _parts(cls.model_fields[info.field_name].annotation)
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("a number is needed, not true or false")
         return value
@@ -43,7 +57,7 @@ class Config(Settings):
     """The keys that every training script understands, whatever it trains."""
 
     # --- the run
-    experiment_id: str
+    experiment_id: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
     """Name of the run: everything is written under `checkpoint_path/experiment_id`, and a second start resumes it."""
     checkpoint_path: Path
     """Folder for checkpoints, weights and metrics."""
@@ -51,13 +65,13 @@ class Config(Settings):
     """Folder for sample pictures; by default `samples` inside the run's folder."""
     seed: int = 0
     """All randomness of the run follows from this number."""
-    updates: int
+    updates: PositiveInt
     """How many optimizer steps the whole run makes."""
-    save_every: int = 1000
+    save_every: PositiveInt = 1000
     """A checkpoint, sample pictures and the validation loss every so many updates."""
-    backup_every: int | None = None
+    backup_every: PositiveInt | None = None
     """A copy of the weights that is never deleted every so many updates."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
     on_data_change: Literal["error", "new_epoch"] = "error"
     """What resuming does when the data or its settings changed: refuse, or start a fresh epoch with the weights."""
@@ -69,45 +83,45 @@ class Config(Settings):
     """Let CUDA multiply float32 matrices in TF32."""
     use_fsdp: bool = False
     """With several processes, shard weights, gradients and optimizer state over them instead of replicating."""
-    activation_checkpointing: int = 0
+    activation_checkpointing: Literal[0, 1, 2, 3] = 0
     """0 keeps all activations, 3 recomputes every block in the backward pass: slower, and the least memory."""
-    num_threads: int | None = None
+    num_threads: PositiveInt | None = None
     """CPU threads of the main process; by default PyTorch's choice."""
 
     # --- optimisation
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate between warm-up and the last update."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """Where `cosine` and `linear` end, as a fraction of `lr`."""
-    warmup_updates: int = 1
+    warmup_updates: PositiveInt = 1
     """The learning rate rises linearly over so many updates; the first one already learns."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon"] = "adamw"
     """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, or Muon."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices and kernels; vectors (norms, biases) are not decayed."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """Decay of the two moments of Adam's family."""
-    eps: float = 1e-7
+    eps: PositiveFloat = 1e-7
     """Term added to the denominator in Adam's family."""
-    clip_grad_norm: float | None = 1.0
+    clip_grad_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
-    max_nonfinite_updates: int = 10
+    max_nonfinite_updates: PositiveInt = 10
     """So many updates in a row whose gradient is not finite stop the run; each one is skipped."""
-    batch_size: int
+    batch_size: PositiveInt
     """Samples per update, over all processes and accumulation steps."""
-    micro_batch_size: int | None = None
+    micro_batch_size: PositiveInt | None = None
     """Samples per forward pass; by default `batch_size / (processes x grad_accum_steps)`."""
-    grad_accum_steps: int | None = None
+    grad_accum_steps: PositiveInt | None = None
     """Forward passes per update and process; follows from the two sizes when both are given."""
 
     # --- average of the weights
-    ema_start_iters: int | None = None
+    ema_start_iters: NonNegativeInt | None = None
     """First update of the exponential moving average; without this key there is none."""
-    ema_iters: int = 1
+    ema_iters: PositiveInt = 1
     """The average moves every so many updates."""
-    ema_beta: float = 0.999
+    ema_beta: ShareBelowOne = 0.999
     """Share of the old average that a step keeps."""
     ema_device: Literal["same", "cpu"] = "same"
     """Keep the average beside the weights, or in the CPU's memory."""
@@ -117,35 +131,35 @@ class Config(Settings):
     """Training data: a tar, folder, glob, brace range, URL or .yml, or a list of them ({path: ..., weight: 2})."""
     validation_path: str | list[str | dict[str, Any]] | None = None
     """Held-out data, written like `webdataset_path`."""
-    validation_samples: int = 0
+    validation_samples: NonNegativeInt = 0
     """Without `validation_path`: how many training samples (chosen by a hash of their key) are held out instead."""
     dataset_filters: list[tuple[str | list[str], str]] = []
     """Pairs of column(s) and expression, e.g. `[['width', 'height'], 'lambda w, h: w*h >= 589824']`: all must hold."""
     captions_getter: tuple[str, str] = ("txt", "identity")
     """Member and expression that give the caption, e.g. `['json', 'lambda j: j["caption"]']`."""
-    image_size: int = 1024
+    image_size: PositiveInt = 1024
     """Side of a square picture in pixels; other aspect ratios get the same area."""
     multi_aspect_ratio: list[float] | None = None
     """Width to height ratios of the buckets, e.g. `[1/1, 3/4, 16/9]`; each inverse is added. Without it: squares."""
-    bucketeer_random_ratio: float = 0.0
+    bucketeer_random_ratio: Share = 0.0
     """Share of the pictures that go to a random bucket."""
     crop_mode: Literal["center", "random", "smart"] = "random"
     """What is kept of a picture that is longer than its bucket: the middle, a random part, the most detailed part."""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[ByteValue, ByteValue, ByteValue] = (255, 255, 255)
     """Colour (0-255) behind transparent pictures."""
-    max_picture_pixels: int = 200_000_000
+    max_picture_pixels: PositiveInt = 200_000_000
     """Pictures with more pixels are bad samples (decompression bombs)."""
-    max_bad_samples: int = 100
+    max_bad_samples: PositiveInt = 100
     """So many unreadable samples in a row stop the run."""
-    num_workers: int = 4
+    num_workers: NonNegativeInt = 4
     """Processes that read and decode pictures, per training process; 0 does it in the main process."""
-    lanes: int | None = None
+    lanes: PositiveInt | None = None
     """Independent streams of shards; by default it follows from the size of the data set."""
-    shard_group_rows: int | None = None
+    shard_group_rows: PositiveInt | None = None
     """Rows shuffled together, per lane; by default as many as fit in modest memory."""
 
     # --- what is reported
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Metrics are fetched from the device and written every so many updates."""
     grad_norm_groups: dict[str, str] = {}
     """Extra gradient norms: a name and a regular expression on parameter names (`in_proj_weight\\.(q|k)` works)."""
@@ -161,33 +175,8 @@ class Config(Settings):
     def _ratios(cls, value: Any) -> Any:
         return [parse_ratio(ratio) for ratio in value] if isinstance(value, list) else value
 
-    @field_validator("lr", "eps", "clip_grad_norm")
-    @classmethod
-    def _positive(cls, value: float | None) -> float | None:
-        if value is not None and value <= 0:
-            raise ValueError("must be larger than 0")
-        return value
-
-    @field_validator("updates", "save_every", "keep_last", "batch_size", "image_size", "log_every", "micro_batch_size",
-                     "grad_accum_steps", "ema_iters", "backup_every", "warmup_updates", "max_nonfinite_updates",
-                     "max_bad_samples", "shard_group_rows", "lanes")  # fmt: skip
-    @classmethod
-    def _at_least_one(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError("must be at least 1")
-        return value
-
-    @field_validator("ema_beta", "bucketeer_random_ratio", "min_lr_ratio")
-    @classmethod
-    def _a_share(cls, value: float) -> float:
-        if not 0 <= value <= 1:
-            raise ValueError("must be between 0 and 1")
-        return value
-
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        if not 0 <= self.activation_checkpointing <= 3:
-            raise ValueError("activation_checkpointing is 0, 1, 2 or 3")
         if self.validation_path is not None and self.validation_samples:
             raise ValueError("validation_path and validation_samples exclude each other: remove one")
         return self
@@ -233,7 +222,7 @@ def make_config(kind: type[AnySettings], values: dict[str, Any]) -> AnySettings:
         ConfigError: one line for each mistake.
     """
     try:
-        return kind(**values)
+        return kind.model_validate(values)
     except ValidationError as error:
         lines = [_explain(kind, mistake) for mistake in error.errors()]
         raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
@@ -269,13 +258,25 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _parts(annotation: Any) -> set:
+    """The plain types that an optional or bounded one is made of."""
+    if typing.get_origin(annotation) is Annotated:
+        return _parts(typing.get_args(annotation)[0])
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return set().union(*map(_parts, typing.get_args(annotation)))
+    return {annotation}
+
+
 def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return " | ".join(_type_name(part) for part in typing.get_args(annotation) if part is not types.NoneType)
     if typing.get_origin(annotation):
-        return str(annotation).replace("typing.", "").replace("pathlib.", "")
+        inner = ", ".join(map(_type_name, typing.get_args(annotation)))
+        return f"{typing.get_origin(annotation).__name__}[{inner}]"
     return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
 
 
@@ -314,7 +315,7 @@ def _explain(kind: type[Settings], mistake: Any) -> str:
         case "extra_forbidden":
             near = difflib.get_close_matches(key, kind.model_fields, n=1)
             return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
-        case "missing":
+        case "missing" if len(location) == 1:
             return f"{key}: this key is required. {kind.model_fields[key].description or ''}"
         case "value_error":
             reason = str(mistake["ctx"]["error"])

@@ -4,8 +4,9 @@ A use case subclasses `WarpCore` and overrides a handful of hooks; everything el
 """
 
 import json
+import math
 import uuid
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from warpcore import evaluation, optim
-from warpcore.checkpoint import Checkpoints
+from warpcore.checkpoint import Checkpoints, write_whole
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
 from warpcore.ema import EMA
@@ -161,7 +162,8 @@ class WarpCore:
             self.update = resumed
         self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes, config.batch_size)
         self.metrics.resume(self.update)
-        self.nonfinite_updates = torch.tensor(saved.get("nonfinite_updates", 0), device=self.device)
+        self.nonfinite_updates = saved.get("nonfinite_updates", 0)  # in a row, up to the last report
+        self.saved_update = self.update
         self.run_id = saved.get("run_id") or uuid.uuid4().hex[:12]
         tracked = self.processes.is_main
         self.tracker = make_tracker(
@@ -174,7 +176,7 @@ class WarpCore:
             resume_update=resumed,
         )
         if self.processes.is_main:
-            (config.run_folder / "config.yaml").write_text(dump_config(config))
+            write_whole(config.run_folder / "config.yaml", dump_config(config))
         self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
 
     def train(self) -> None:
@@ -197,7 +199,7 @@ class WarpCore:
                     self._save()
                     evaluation.draw(self)
             self.checkpoints.check()
-        if self.update < config.updates:
+        if self.saved_update != self.update:  # asked to stop
             self._report()
             self._save()
         self.checkpoints.wait()
@@ -217,9 +219,11 @@ class WarpCore:
             result = self.forward(batch)
             (result.loss.mean() * (batch.weight / accumulation)).backward()
             losses.append(_means(result, batch.weight))
-            statistics.append({name: value.detach() for name, value in result.statistics.items()})
+            # A micro-batch that weighs nothing (no picture of it was readable) teaches nothing either.
+            counted = slice(None) if batch.weight else slice(0)
+            statistics.append({name: value.detach()[counted] for name, value in result.statistics.items()})
             for name, norms in self.batch_norms.items():
-                batch_norms[name].append(norms.take())
+                batch_norms[name].append(norms.take(batch.weight))
 
         norm = self._clip_gradients()
         group_norms = optim.gradient_norms(self.gradient_groups)
@@ -229,7 +233,6 @@ class WarpCore:
         optim.step(self.optimizers, ~finite)
         for parameter in self.parameters.values():
             parameter.grad = None
-        self.nonfinite_updates = torch.where(finite, 0, self.nonfinite_updates + 1)
         self._update_states(statistics, batch_norms)
         for average in self.averages.values():
             average.step(self.update + 1, finite)
@@ -238,11 +241,15 @@ class WarpCore:
 
     def close(self) -> None:
         """Let go of everything; safe at any moment."""
-        for part in ("feed", "checkpoints", "tracker", "progress"):
-            if hasattr(self, part):
-                getattr(self, part).close()
+        with ExitStack() as closing:
+            closing.callback(stop_processes)
+            closing.callback(self._drop_networks)
+            for part in ("progress", "tracker", "checkpoints", "feed"):
+                if hasattr(self, part):
+                    closing.callback(getattr(self, part).close)
+
+    def _drop_networks(self) -> None:
         self.networks = self.optimizers = self.averages = self.parameters = self.state = None
-        stop_processes()
 
     # ------------------------------------------------------------------ pieces of an update
 
@@ -299,9 +306,14 @@ class WarpCore:
             network.set_activation_checkpointing(self.config.activation_checkpointing)
         if self.processes.count > 1:
             # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
+            # Gradients are added up in float32, as in one process.
             policy = MixedPrecisionPolicy(
-                param_dtype=None if self.dtype == torch.float32 else self.dtype, cast_forward_inputs=False
+                param_dtype=None if self.dtype == torch.float32 else self.dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
             )
+            for parameter in network.parameters():  # sharding wants plain memory order
+                parameter.data = parameter.data.contiguous()
             for block in getattr(network, "blocks", ()):
                 fully_shard(block, mesh=self.processes.mesh, mp_policy=policy)
             fully_shard(network, mesh=self.processes.mesh, mp_policy=policy)
@@ -332,32 +344,35 @@ class WarpCore:
         tensors, values = self.state.save()
         values |= {
             "feed": self.feed.state(),
-            "nonfinite_updates": int(self.nonfinite_updates),
+            "nonfinite_updates": self.nonfinite_updates,
             "run_id": self.run_id,
         }
         backup = config.backup_every is not None and self.update % config.backup_every == 0
+        self.saved_update = self.update
         self.checkpoints.save(self.update, tensors, values, weights, self.file_metadata(), backup)
         if self.processes.is_main:
             info = {"update": self.update, "updates": config.updates, "run_id": self.run_id,
                     "bad_samples": self.feed.bad_samples}  # fmt: skip
-            (config.run_folder / "info.json").write_text(json.dumps(info, indent=1) + "\n")
+            write_whole(config.run_folder / "info.json", json.dumps(info, indent=1) + "\n")
 
     def _report(self) -> None:
         """Write the metrics; the only place where training waits for numbers from the device."""
         for line in self.metrics.flush():
             self.progress.show(line)
             self.tracker.log(line["update"], {k: v for k, v in line.items() if isinstance(v, int | float)})
-        for note in self.feed.take_notes():
+            finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+            self.nonfinite_updates = 0 if finite else self.nonfinite_updates + 1
+            if not finite:
+                text = f"update {line['update']} was skipped: no finite gradient ({self.nonfinite_updates} in a row)"
+                self.tracker.alert("not finite", text)
+                self.progress.say(text)
+            if self.nonfinite_updates >= self.config.max_nonfinite_updates:
+                raise UserError(
+                    f"{self.nonfinite_updates} updates in a row, up to {line['update']}, had a loss or gradient that "
+                    "is not finite (max_nonfinite_updates). Lower lr, set clip_grad_norm, or use dtype: float32"
+                )
+        for note in self.feed.report():
             self.progress.say(note)
-        row = int(self.nonfinite_updates)
-        if row:
-            self.tracker.alert("not finite", f"{row} updates in a row up to {self.update} had no finite gradient")
-            self.progress.say(f"update {self.update}: {row} in a row without a finite gradient: skipped")
-        if row >= self.config.max_nonfinite_updates:
-            raise UserError(
-                f"update {self.update}: {row} updates in a row had a loss or gradient that is not finite "
-                "(max_nonfinite_updates). Lower lr, set clip_grad_norm, or use dtype: float32"
-            )
 
     # ------------------------------------------------------------------ stopping
 

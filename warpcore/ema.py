@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from warpcore.errors import UserError
+
 
 class EMA:
     """ema = beta * ema + (1 - beta) * weights, every `every` updates, counted from 1.
@@ -32,7 +34,7 @@ class EMA:
         device: torch.device | str | None = None,
     ):
         if every < 1 or not 0.0 <= beta < 1.0 or start < 0:
-            raise ValueError(
+            raise UserError(
                 f"EMA needs ema_iters >= 1, 0 <= ema_beta < 1 and ema_start_iters >= 0; got ema_iters {every}, "
                 f"ema_beta {beta}, ema_start_iters {start}"
             )
@@ -78,14 +80,14 @@ class EMA:
         """Restores `state_dict()` as it was after `update`.
 
         Raises:
-            ValueError: names or shapes differ.
+            UserError: names or shapes differ.
         """
         for name in sorted(tensors.keys() ^ self._average.keys()):
             where = "the network lacks" if name in tensors else "the checkpoint lacks"
-            raise ValueError(f"EMA: {where} {name!r}")
+            raise UserError(f"EMA: {where} {name!r}")
         for name, average in self._average.items():
             if average.shape != tensors[name].shape:
-                raise ValueError(
+                raise UserError(
                     f"EMA: {name!r} is {tuple(tensors[name].shape)} in the checkpoint, {tuple(average.shape)} here"
                 )
             if average is not tensors[name]:
@@ -107,7 +109,7 @@ class EMA:
         if self.update < self.start:
             yield
             return
-        _reshard(module)
+        reshard(module)
         weights = {name: tensor for name, tensor in named_tensors(module).items() if name in self._average}
         assert weights.keys() == self._average.keys(), "the module lacks tensors of the average"
         kept = {name: _swap_in(weights[name], average) for name, average in self._average.items()}
@@ -116,7 +118,7 @@ class EMA:
             yield
         finally:
             # FSDP may have left gathered copies of the average behind.
-            _reshard(module)
+            reshard(module)
             for name, average in self._average.items():
                 _swap_out(weights[name], average, kept[name])
             self._swapped = False
@@ -160,7 +162,8 @@ def _swap_out(weight: Tensor, average: Tensor, kept: Tensor | None) -> None:
     average.copy_(before)
 
 
-def _reshard(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
+    """Drops the gathered copies that FSDP may have left behind, which would hide a change of the weights."""
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()

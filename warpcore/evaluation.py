@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from warpcore import optim
+from warpcore.ema import reshard
 from warpcore.pictures import grid, save_png
 from warpcore.random import stable_hash
 
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def weights_in_use(run: "WarpCore", average: bool) -> Iterator[None]:
-    """Trained networks in evaluation mode, with the averaged weights if asked for; exactly as before afterwards."""
+    """Trained networks in evaluation mode, with the averaged weights if asked for; afterwards the weights are back."""
     optim.eval_mode(run.optimizers)
     for name in run.trainable:
         run.networks[name].eval()
+        reshard(run.networks[name])  # gathered copies would hide that the weights change
     try:
         with torch.no_grad(), ExitStack() as swaps:
             for name in run.averages if average else ():
@@ -29,17 +32,24 @@ def weights_in_use(run: "WarpCore", average: bool) -> Iterator[None]:
             yield
     finally:
         optim.train_mode(run.optimizers)
+        for name in run.trainable:
+            reshard(run.networks[name])
 
 
 def weights_to_publish(run: "WarpCore") -> dict[str, dict[str, Tensor]]:
-    """State dicts for people by file name: the networks', and their averages' as NAME_ema."""
+    """State dicts for people by file name, and as NAME_ema their averages', on the CPU of the main process."""
     weights = {}
-    for suffix, average in _variants(run):
+    for suffix, average in [("", False), ("_ema", True)][: 1 + bool(run.averages)]:
         with weights_in_use(run, average):
             for name, state in run.weights().items():
-                # A copy: outside of the context the tensors hold other numbers again.
-                weights[name + suffix] = {key: tensor.detach().clone() for key, tensor in state.items()}
-    return weights
+                weights[name + suffix] = {key: _on_main_cpu(run, tensor) for key, tensor in state.items()}
+    return weights if run.processes.is_main else {}
+
+
+def _on_main_cpu(run: "WarpCore", tensor: Tensor) -> Tensor | None:
+    """A whole copy on the main process, one tensor at a time (collective); nothing on the others."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu", copy=True).contiguous() if run.processes.is_main else None
 
 
 def validate(run: "WarpCore") -> None:
@@ -47,10 +57,10 @@ def validate(run: "WarpCore") -> None:
     for suffix, average in _variants(run):
         total = torch.zeros(2, dtype=torch.float64)
         with weights_in_use(run, average):
-            for batch in run.feed.validation():
+            for batch, counted in run.feed.validation():
                 torch.manual_seed(stable_hash(run.config.seed, "validation", batch.number))
-                raw = run.forward(batch).raw
-                total += batch.weight * torch.tensor([raw.float().sum().item(), len(raw)])
+                raw = run.forward(batch).raw.float().cpu()[counted]
+                total += torch.stack([raw.sum(), torch.tensor(float(len(raw)))])
         loss, count = run.processes.sum(total).tolist()
         if count:
             run.metrics.add(run.update, **{f"validation_loss{suffix}": loss / count})
@@ -63,13 +73,15 @@ def draw(run: "WarpCore") -> None:
         rows = run.sample(held_out)
     if not rows:
         return
-    if run.averages:
+    if len(_variants(run)) > 1:
         with weights_in_use(run, average=True), run.autocast():
-            for row, averaged in zip(rows, run.sample(held_out), strict=True):
-                changed = {name for name, p in averaged.pictures.items() if not np.array_equal(p, row.pictures[name])}
-                row.pictures |= {
-                    f"{name} (EMA)": averaged.pictures[name] for name in averaged.pictures if name in changed
-                }
+            pairs = list(zip(rows, run.sample(held_out), strict=True))
+        drawn = [
+            name for name in rows[0].pictures
+            if any(not np.array_equal(row.pictures[name], other.pictures[name]) for row, other in pairs)
+        ]  # fmt: skip
+        for row, averaged in pairs:
+            row.pictures |= {f"{name} (EMA)": averaged.pictures[name] for name in drawn}
     if not run.processes.is_main:
         return
     pictures = [picture for row in rows for picture in row.pictures.values()]
@@ -82,5 +94,6 @@ def draw(run: "WarpCore") -> None:
 
 
 def _variants(run: "WarpCore") -> list[tuple[str, bool]]:
-    """(suffix, averaged or not): the weights, and where there is one their average."""
-    return [("", False), ("_ema", True)][: 1 + bool(run.averages)]
+    """(suffix, averaged or not): the weights, and their average once it differs from them."""
+    averaged = bool(run.averages) and run.update > run.config.ema_start_iters
+    return [("", False), ("_ema", True)][: 1 + averaged]

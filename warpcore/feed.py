@@ -1,6 +1,9 @@
 """The data of a run: the plan, the loader, and the position in it that a checkpoint keeps."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from operator import itemgetter
 
 from warpcore.config import Config
 from warpcore.data.buckets import Buckets
@@ -9,7 +12,7 @@ from warpcore.data.catalog import open_catalog
 from warpcore.data.filters import Filter
 from warpcore.data.loader import Loader
 from warpcore.data.plan import Plan, describe_difference
-from warpcore.data.reader import Batch, Reader
+from warpcore.data.reader import BadSample, Batch, Reader
 from warpcore.data.shards import resolve_sources
 from warpcore.errors import UserError
 from warpcore.processes import Processes
@@ -38,20 +41,25 @@ class Feed:
         extra: dict,
     ):
         self.config, self.processes = config, processes
+        self._notes: list[str] = []
         self.micro_batch_size, self.accumulation = split_batch(config, processes.count, saved)
-        self.micro_batches_per_update = self.accumulation * processes.count
+        if config.grad_accum_steps not in (None, self.accumulation):
+            self._notes.append(
+                f"grad_accum_steps is {self.accumulation}, not {config.grad_accum_steps}: the run goes on with the "
+                f"checkpoint's micro-batches of {self.micro_batch_size}"
+            )
         self.bad_samples = saved["bad_samples"] if saved else 0
         self._bad_in_a_row = saved["bad_in_a_row"] if saved else 0
         self._number = saved["next_micro_batch"] if saved else 0
         self._lane_states = {int(lane): state for lane, state in saved["lane_states"].items()} if saved else {}
         self._lane_numbers: dict[int, int] = {}
-        self._notes: list[str] = []
+        self._consumed: list[tuple[int, int, list[BadSample]]] = []  # (micro-batch number, samples, bad ones)
         self._loader: Loader | None = None
         self._validation_loader: Loader | None = None
         self._held_out: Batch | None = None
-        self.plan = self._make_plan(bucket_factor)
+        self.plan = self._make_plan(bucket_factor, extra)
         self._check_plan(saved)
-        if self.plan.num_rows_on_file <= SURVEYED_ROWS:
+        if processes.is_main and self.plan.num_rows_on_file <= SURVEYED_ROWS:
             self._notes.append(f"training data: {self.plan.survey}")
         self.reader = Reader(
             captions=CaptionGetter.parse(config.captions_getter),
@@ -74,28 +82,59 @@ class Feed:
             self._lane_numbers[batch.lane] = batch.number
             self._number = batch.number - self.processes.rank + self.processes.count
             self._notes += batch.notes
-            self._count_bad(batch)
+            self._consumed.append((batch.number, len(batch.seeds), batch.events))
             yield batch
 
-    def validation(self) -> Iterator[Batch]:
-        """One pass over the validation samples; every process gets equally many batches, so some may weigh nothing."""
+    def validation(self) -> Iterator[tuple[Batch, list[int]]]:
+        """One pass over the validation samples: batches, and the places in each that count.
+
+        Every process gets equally many batches, so that they can compute together; what fills up counts nowhere.
+        """
         if self._validation_loader is None:
             planned = list(self.plan.validation())
             own = planned[self.processes.rank :: self.processes.count]
             self._num_own_validation = len(own)
             rounds = -(-len(planned) // self.processes.count)
+            if not planned:
+                return
             self._validation_loader = self._load(own + planned[:1] * (rounds - len(own)))
         for i, batch in enumerate(self._validation_loader):
-            if i >= self._num_own_validation:
-                batch.weight = 0.0
-            yield batch
+            bad = {event.place for event in batch.events}
+            counted = [place for place in range(len(batch.seeds)) if place not in bad]
+            self._notes += [f"bad validation sample {event.source}: {event.reason}" for event in batch.events]
+            yield batch, counted if i < self._num_own_validation else []
 
-    def held_out(self) -> Batch | None:
-        """The first validation samples, to draw pictures for."""
+    def held_out(self, num_samples: int = 16) -> Batch | None:
+        """Validation samples of one size, at most `num_samples`, to draw pictures for."""
         if self._held_out is None:
-            first = next(iter(self.plan.validation()), None)
-            self._held_out = self.reader.__getitems__(first) if first else None
+            planned = list(islice(self.plan.validation(), num_samples))
+            if planned:
+                alike = [sample for each in planned if each.size == planned[0].size for sample in each.samples]
+                chosen = replace(planned[0], samples=tuple(alike[:num_samples]))
+                self._held_out = self.reader.__getitems__(chosen).to(self.processes.device)
         return self._held_out
+
+    def report(self) -> list[str]:
+        """What people should read about the data that all processes consumed since the last call.
+
+        Raises:
+            UserError: `max_bad_samples` in a row, in the global order of samples, could not be read.
+        """
+        gathered = self.processes.gather((self._consumed, self._notes))
+        self._consumed, self._notes = [], []
+        lines = [note for _, notes in gathered for note in notes]
+        for _, num_samples, events in sorted((one for consumed, _ in gathered for one in consumed), key=itemgetter(0)):
+            lines += [f"bad sample {event.source}: {event.reason}" for event in events]
+            bad = {event.place: event for event in events}
+            self.bad_samples += len(bad)
+            for place in range(num_samples):
+                self._bad_in_a_row = self._bad_in_a_row + 1 if place in bad else 0
+                if self._bad_in_a_row >= self.config.max_bad_samples:
+                    raise UserError(
+                        f"{self._bad_in_a_row} samples in a row could not be read (max_bad_samples), the last one "
+                        f"{bad[place].source}: {bad[place].reason}"
+                    )
+        return lines
 
     def state(self) -> dict:
         """The position after the batches taken so far, of all lanes, as JSON."""
@@ -117,17 +156,12 @@ class Feed:
         """Seconds that training waited for data since the last call."""
         return self._loader.data_wait_seconds if self._loader else 0.0
 
-    def take_notes(self) -> list[str]:
-        """What people should read about the data consumed since the last call."""
-        notes, self._notes = self._notes, []
-        return notes
-
     def close(self) -> None:
         for loader in (self._loader, self._validation_loader):
             if loader is not None:
                 loader.close()
 
-    def _make_plan(self, bucket_factor: int) -> Plan:
+    def _make_plan(self, bucket_factor: int, extra: dict) -> Plan:
         config = self.config
         catalog, held_out = (
             # One process reads the indexes, which may be many; the others get the result.
@@ -142,6 +176,8 @@ class Feed:
             ),
             filters=[Filter.parse(entry) for entry in config.dataset_filters],
             captions=CaptionGetter.parse(config.captions_getter),
+            required_members=[field.suffixes for field in extra.values()],
+            max_picture_pixels=config.max_picture_pixels,
             seed=config.seed,
             validation=held_out,
             validation_samples=config.validation_samples,
@@ -164,16 +200,6 @@ class Feed:
 
     def _load(self, planned) -> Loader:
         return Loader(planned, self.reader, num_workers=self.config.num_workers, device=self.processes.device)
-
-    def _count_bad(self, batch: Batch) -> None:
-        self._notes += [f"bad sample {event.source}: {event.reason}" for event in batch.events]
-        self.bad_samples += len(batch.events)
-        self._bad_in_a_row = self._bad_in_a_row + len(batch.events) if batch.weight == 0 else 0
-        if self._bad_in_a_row >= self.config.max_bad_samples:
-            raise UserError(
-                f"{self._bad_in_a_row} samples in a row could not be read (max_bad_samples), the last one "
-                f"{batch.events[-1].source}: {batch.events[-1].reason}"
-            )
 
 
 def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple[int, int]:

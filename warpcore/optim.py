@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from warpcore.errors import UserError
+
 # name -> whether it can step on DTensors (parameters sharded over processes). torch.optim.Adafactor squares norms in
 # place, which DTensor refuses; bitsandbytes' kernels read raw memory.
 OPTIMIZERS = {"adamw": True, "adamw8bit": False, "adafactor": False, "schedulefree": True, "muon": True}
@@ -34,10 +36,10 @@ def supports_dtensor(name: str) -> bool:
     """Whether the optimizer can step on parameters that are sharded over processes.
 
     Raises:
-        ValueError: no optimizer has this name.
+        UserError: no optimizer has this name.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer: {name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
+        raise UserError(f"optimizer: {name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
 
 
@@ -52,10 +54,10 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """The optimizers of a run: one, or two for `muon`.
 
-    Weight decay applies to tensors with two dimensions or more; norms, biases and scales aren't decayed. `muon` takes
-    the 2-D weights of hidden layers (no embeddings), with rates matched to AdamW's (arXiv:2502.16982, section 2.2),
-    and AdamW the rest. For `adafactor`, `lr` is the largest step relative to a tensor's RMS, and `betas` and `eps`
-    have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode` before sampling.
+    Weight decay applies to matrices and kernels (two dimensions longer than 1), not to norms, biases and scales.
+    `muon` takes the 2-D weights of hidden layers (no embeddings), with rates matched to AdamW's (arXiv:2502.16982,
+    section 2.2), and AdamW the rest. For `adafactor`, `lr` is the largest step relative to a tensor's RMS, and `betas`
+    and `eps` have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode` before sampling.
 
     Args:
         name: one of `OPTIMIZERS`.
@@ -63,14 +65,12 @@ def build_optimizers(
             factor on the learning rate (see `set_lr`).
 
     Raises:
-        ValueError: unknown name, package not installed, or an optimizer that can't take the sharded parameters given.
+        UserError: unknown name, package not installed, or an optimizer that can't take the sharded parameters given.
     """
     sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
     if not supports_dtensor(name) and sharded:
         able = ", ".join(other for other, can in OPTIMIZERS.items() if can)
-        raise ValueError(
-            f"optimizer: {name} can't train a network that is sharded over processes; write one of {able}"
-        )
+        raise UserError(f"optimizer: {name} can't train a network that is sharded over processes; write one of {able}")
     names = [parameter_name for group in groups for parameter_name in group["param_names"]]
     assert len(set(names)) == len(names), "parameter names must be unique over all groups"
     matrices, vectors = _split(groups, lambda _, parameter: parameter.ndim >= 2)
@@ -116,7 +116,7 @@ def _package(package: str, optimizer: str):
     try:
         return __import__(package)
     except ImportError as error:
-        raise ValueError(f"optimizer: {optimizer} needs a package: run `pip install {package}`") from error
+        raise UserError(f"optimizer: {optimizer} needs a package: run `pip install {package}`") from error
 
 
 def set_lr(optimizers: Iterable[Optimizer], lr: float) -> None:
@@ -194,7 +194,7 @@ def allocate_optimizer_state(
         stored: shape and type of each stored tensor, by "{parameter}.{state key}".
 
     Raises:
-        ValueError: the stored state is of another optimizer or another set of parameters.
+        UserError: the stored state is of another optimizer or another set of parameters.
     """
     optimizers = list(optimizers)
     with_state = {name.rpartition(".")[0] for name in stored}
@@ -204,11 +204,11 @@ def allocate_optimizer_state(
     tensors = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] in with_state}
     for key in sorted(tensors.keys() ^ stored.keys()):
         where = "the optimizer has no place for" if key in stored else "the checkpoint lacks"
-        raise ValueError(f"optimizer state: {where} {key!r}; resume with the optimizer and network that were saved")
+        raise UserError(f"optimizer state: {where} {key!r}; resume with the optimizer and network that were saved")
     for key, tensor in tensors.items():
         shape, dtype = stored[key]
         if (tuple(tensor.shape), tensor.dtype) != (tuple(shape), dtype):
-            raise ValueError(
+            raise UserError(
                 f"optimizer state: {key!r} is {dtype} {tuple(shape)} in the checkpoint, but {tensor.dtype} "
                 f"{tuple(tensor.shape)} here; resume with the optimizer and network that were saved"
             )
@@ -221,12 +221,12 @@ def load_optimizer_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, 
     Learning rate, weight decay and betas stay as configured.
 
     Raises:
-        ValueError: the state is of another optimizer or another set of parameters.
+        UserError: the state is of another optimizer or another set of parameters.
     """
     optimizers = list(optimizers)
     saved, here = rest["optimizers"], _class_names(optimizers)
     if saved != here or [len(groups) for groups in rest["groups"]] != [len(o.param_groups) for o in optimizers]:
-        raise ValueError(
+        raise UserError(
             f"optimizer state: the checkpoint holds {' + '.join(saved)}, this run uses {' + '.join(here)} with other "
             "parameter groups; resume with the optimizer and network that were saved"
         )
@@ -295,7 +295,7 @@ def lr_at(
     (arXiv:1608.03983, equation 5, without restarts) and `linear` go to lr * min_lr_ratio, reached at update `updates`.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"lr_schedule: {schedule!r} is unknown; write one of {', '.join(SCHEDULES)}")
+        raise UserError(f"lr_schedule: {schedule!r} is unknown; write one of {', '.join(SCHEDULES)}")
     if update < warmup_updates:
         return lr * update / warmup_updates
     if schedule == "constant":
@@ -322,7 +322,7 @@ def gradient_groups(
     A fused projection `X.in_proj_weight` also has the names `X.in_proj_weight.q`, `.k` and `.v`: thirds of its rows.
 
     Raises:
-        ValueError: an expression isn't valid, or finds no parameter.
+        UserError: an expression isn't valid, or finds no parameter.
     """
     parameters = dict(named_parameters)
     names = list(parameters)
@@ -332,12 +332,10 @@ def gradient_groups(
         try:
             found = [name for name in names if re.search(pattern, name)]
         except re.error as error:
-            raise ValueError(
-                f"gradient norm group {group!r}: {pattern!r} is no regular expression: {error}"
-            ) from error
+            raise UserError(f"gradient norm group {group!r}: {pattern!r} is no regular expression: {error}") from error
         if not found:
             near = ", ".join(difflib.get_close_matches(pattern.replace("\\", ""), names, n=4, cutoff=0.0))
-            raise ValueError(f"gradient norm group {group!r}: {pattern!r} finds no parameter; near names: {near}")
+            raise UserError(f"gradient norm group {group!r}: {pattern!r} finds no parameter; near names: {near}")
         whole = {name for name in found if name in parameters}
         groups[group] = [Part(parameters[name]) for name in whole] + [
             Part(parameters[name[:-2]], "qkv".index(name[-1]))

@@ -78,6 +78,8 @@ def start_processes(device: str, use_fsdp: bool) -> Processes:
     place = choose_device(device, local_rank)
     if count == 1:
         return Processes(0, 1, place)
+    if place.type == "mps":
+        raise UserError("several processes cannot share MPS: start one, or write device: cpu")
     # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "cpu:gloo", rank=rank, world_size=count)
     shards = count if use_fsdp else 1
@@ -102,12 +104,12 @@ def _launch() -> tuple[int, int, int]:
             missing = ", ".join(name for name in names if name not in env)
             raise UserError(f"{', '.join(given)} set but not {missing}: launch with torchrun, or unset them")
         return tuple(int(env[name]) for name in names)
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun; a batch script alone is one process
         if "MASTER_ADDR" not in env and int(env.get("SLURM_NNODES", 1)) > 1:
             raise UserError("MASTER_ADDR is not set: export the first node's address, as example_train.sh does")
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
     return 0, 1, 0
 
 
@@ -123,6 +125,8 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device: {kind} is not available here; write device: auto")
     if kind != "cuda":
         return torch.device(kind)
+    if torch.cuda.device_count() == 1:
+        local_rank = 0  # with --gpus-per-task=1 each process sees only its own
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"local rank {local_rank}, but this machine has {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(local_rank)

@@ -15,7 +15,9 @@ from torch import Tensor
 def stable_hash(*parts: int | float | str) -> int:
     """A 63-bit integer that depends only on `parts`: equal on every machine, process and Python version."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") >> 1
+    )
 
 
 class SampleRandom:
@@ -39,10 +41,6 @@ class SampleRandom:
     def normal(self, name: str, *shape: int) -> Tensor:
         """(B, *shape) float32, standard normal."""
         return self._draw(name, shape, torch.randn)
-
-    def integers(self, name: str, low: int, high: int) -> Tensor:
-        """(B,) int64 in [low, high)."""
-        return self._draw(name, (), lambda shape, generator: torch.randint(low, high, shape, generator=generator))
 
     def _draw(self, name: str, shape: tuple[int, ...], draw) -> Tensor:
         generator = torch.Generator("cpu")

@@ -25,9 +25,11 @@ class BatchNormStatistics:
             norm.register_forward_pre_hook(lambda norm, args, name=name: self._keep(name, norm))
             norm.register_forward_hook(lambda norm, args, _, name=name: self._record(name, norm, args[0]))
 
-    def take(self) -> dict[str, Tensor]:
-        """Statistics of the last forward pass: (3, C) mean, variance and count for each batch norm by name."""
+    def take(self, weight: float = 1.0) -> dict[str, Tensor]:
+        """Statistics of the last forward pass: (3, C) mean, variance and weighted count of each batch norm by name."""
         recorded, self._recorded = self._recorded, {}
+        for statistics in recorded.values():
+            statistics[2] *= weight
         return recorded
 
     @torch.no_grad()
@@ -61,8 +63,8 @@ def _pool(statistics_M3C: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of all samples, from those of M batches (law of total variance)."""
     means, variances, counts = statistics_M3C.unbind(1)
     count = counts.sum(0)
-    mean = (means * counts).sum(0) / count
-    squares = variances * (counts - 1) + (means - mean) ** 2 * counts
+    mean = (means * counts).sum(0) / count  # not a number where nothing was counted
+    squares = variances * (counts - 1).clamp(min=0) + (means - mean) ** 2 * counts
     return mean, squares.sum(0) / (count - 1).clamp(min=1)
 
 

@@ -51,14 +51,19 @@ def test_the_resolved_config_reads_back_equal():
         ({"batch_sise": 4}, ["batch_sise", "batch_size?"]),
         ({"updates": "ten"}, ["updates", "'ten'", "integer"]),
         ({"batch_size": True}, ["batch_size", "number"]),
-        ({"lr": -1}, ["lr", "-1", "larger than 0"]),
+        ({"lr": -1}, ["lr", "-1", "greater than 0"]),
         ({"optimizer": "sgd"}, ["optimizer", "'sgd'", "adamw"]),
         (
             {"validation_path": "b.tar", "validation_samples": 3},
             ["validation_path", "validation_samples", "remove one"],
         ),
         ({"multi_aspect_ratio": ["1/0"]}, ["multi_aspect_ratio", "1/0"]),
-        ({"updates": 0}, ["updates", "at least 1"]),
+        ({"betas": [0.9, 1.5]}, ["betas", "1.5", "less than 1"]),
+        ({"lr": float("nan")}, ["lr", "finite"]),
+        ({"background": [300, 0, 0]}, ["background", "300", "255"]),
+        ({"experiment_id": "../.."}, ["experiment_id", "'../..'"]),
+        ({"dataset_filters": [["a"]]}, ["dataset_filters", "['a']"]),
+        ({"updates": 0}, ["updates", "greater than 0"]),
     ],
 )
 def test_a_mistake_names_the_key_what_was_found_and_what_to_write(changes, words):
@@ -134,3 +139,8 @@ def test_a_batch_that_does_not_divide_says_what_would(num_processes, keys, words
     with pytest.raises(ValueError, match="batch_size") as error:
         split(num_processes, **keys)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_two_names_of_a_loss_weight_may_not_contradict_each_other():
+    with pytest.raises(ConfigError, match="adaptive_loss_weight contradicts loss_weight: min_snr"):
+        make_config(CascadeConfig, GIVEN | {"adaptive_loss_weight": True, "loss_weight": "min_snr"})

@@ -6,9 +6,10 @@ from typing import Self
 
 import numpy as np
 
+from warpcore.data.hashing import splitmix64
 from warpcore.errors import UserError
 
-# Multipliers that give each purpose its own stream of `_mix`.
+# Added to a seed, they give each purpose its own stream.
 _WHETHER, _WHICH = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 
 
@@ -43,11 +44,6 @@ class Buckets:
     ) -> Self:
         """Buckets of the area of a square picture of `image_size` px, as the configs give it."""
         return cls(image_size**2, factor, ratios or (), random_ratio)
-
-    @property
-    def distinct_sizes(self) -> list[tuple[int, int]]:
-        """Every bucket (H, W) once, in order."""
-        return list(dict.fromkeys(self.sizes))
 
     def choose(self, width: int, height: int, seed: int) -> tuple[int, int]:
         """The bucket (H, W) of one picture of `width` x `height` px."""
@@ -128,13 +124,6 @@ def _bucket_size(density: int, factor: int, ratio: float) -> tuple[int, int]:
 
 
 def _uniform(seeds: np.ndarray, purpose: int) -> np.ndarray:
-    """(N,) float64 in [0, 1): splitmix64's output function (Steele et al. 2014) over whole columns of seeds.
-
-    A hash per row in Python would take seconds per million rows.
-    """
+    """(N,) float64 in [0, 1)."""
     with np.errstate(over="ignore"):
-        z = seeds + np.uint64(purpose)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)) * 2.0**-53
+        return (splitmix64(seeds + np.uint64(purpose)) >> np.uint64(11)) * 2.0**-53

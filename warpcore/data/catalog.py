@@ -4,9 +4,11 @@ Start-up reads one manifest per folder (`dataset.manifest.parquet`) instead of o
 catalog and broadcasts it; it pickles compactly.
 """
 
+import hashlib
 import io
 import json
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,18 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from warpcore.data.index import Summary, cache_location, index_shard, read_summary, write_beside
+from warpcore.data.index import UNREADABLE, Summary, cache_location, index_shard, read_summary, write_beside
 from warpcore.data.shards import Shard, Source
 from warpcore.data.storage import storage_for
+from warpcore.errors import UserError
 
 MANIFEST_NAME = "dataset.manifest.parquet"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+MAX_LISTED_SHARDS = 10_000
+"""A fingerprint names so many shards at most, so that checkpoints stay small."""
 MANIFEST_WORTHWHILE_SHARDS = 8
 """Opening more indexes than this at start-up leaves a manifest behind for the next start."""
 _METADATA_KEY = b"warpcore.manifest"
 _SCHEMA = pa.schema(
     [
-        ("url", pa.string()),
+        ("url", pa.binary()),  # names of files need not be UTF-8
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),
         ("rows", pa.int64()),
@@ -52,15 +57,15 @@ class Catalog:
 
     @property
     def urls(self) -> list[str]:
-        return self._table["url"].to_pylist()
+        return [os.fsdecode(url) for url in self._table["url"].to_pylist()]
 
     def shard(self, number: int) -> Shard:
         row = self._table.slice(number, 1)
-        return Shard(row["url"][0].as_py(), row["size_bytes"][0].as_py(), row["etag"][0].as_py())
+        return Shard(os.fsdecode(row["url"][0].as_py()), row["size_bytes"][0].as_py(), row["etag"][0].as_py())
 
     def name(self, number: int) -> str:
         """The shard's URL from the data set's common folder on: moving a data set changes no name, and so no seed."""
-        return self._table["url"][number].as_py()[self._common :]
+        return self.shard(number).url[self._common :]
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -86,9 +91,17 @@ class Catalog:
         """Extensions that some sample has."""
         return self._names("members")
 
+    def fingerprint(self) -> dict:
+        """JSON-able: what must not change on resume. Beyond MAX_LISTED_SHARDS only a digest stands for the shards."""
+        table = self.identities()
+        text = json.dumps(table, sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        listed = table if len(table) <= MAX_LISTED_SHARDS else None
+        return {"digest": digest, "shards": len(self), "rows": self.num_rows, "table": listed}
+
     def identities(self) -> dict[str, str]:
-        """Name -> size, etag and weight of every shard: what must not change on resume."""
-        columns = (self._table[name].to_pylist() for name in ("url", "size_bytes", "etag"))
+        """Name -> size, etag and weight of every shard."""
+        columns = (self.urls, *(self._table[name].to_pylist() for name in ("size_bytes", "etag")))
         return {
             url[self._common :]: f"{size} bytes, {etag}" + (f", weight {weight:g}" if weight != 1 else "")
             for url, size, etag, weight in zip(*columns, self.weights.tolist(), strict=True)
@@ -96,7 +109,7 @@ class Catalog:
 
     @cached_property
     def _common(self) -> int:
-        first, last = self._table["url"][0].as_py(), self._table["url"][-1].as_py()
+        first, last = self.shard(0).url, self.shard(len(self) - 1).url
         same = next(
             (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
         )
@@ -112,6 +125,7 @@ def open_catalog(sources: Sequence[Source]) -> Catalog:
 
     Raises:
         BadShardError: a tar is not whole, or holds no picture.
+        UserError: a weight leaves nothing of its source.
     """
     weight_of = {shard.url: source.weight for source in sources for shard in source.shards}
     shards = sorted((shard for source in sources for shard in source.shards), key=lambda shard: shard.url)
@@ -121,13 +135,15 @@ def open_catalog(sources: Sequence[Source]) -> Catalog:
         summaries |= dict(index_shards(unknown))
     if opened + len(unknown) > MANIFEST_WORTHWHILE_SHARDS:
         write_manifests(shards, summaries)
+    for source in sources:
+        rows = sum(summaries[shard.url].rows for shard in source.shards)
+        if rows * source.weight < 1:
+            raise UserError(
+                f"webdataset_path: weight {source.weight:g} of {source.shards[0].url} leaves not one of its {rows} "
+                f"rows in an epoch; write at least {1 / rows:.2g}, or leave it out"
+            )
     weights = np.array([weight_of[shard.url] for shard in shards], np.float64)
     return Catalog(_as_table(shards, summaries), weights)
-
-
-def missing_indexes(shards: Iterable[Shard]) -> list[Shard]:
-    """The shards that have no index of their present content."""
-    return [shard for shard in shards if read_summary(shard) is None]
 
 
 def index_shards(shards: Sequence[Shard]) -> Iterator[tuple[str, Summary]]:
@@ -145,12 +161,18 @@ def index_shards(shards: Sequence[Shard]) -> Iterator[tuple[str, Summary]]:
 
 
 def write_manifests(shards: Sequence[Shard], summaries: dict[str, Summary]) -> list[str]:
-    """Write one manifest per folder for shards whose summaries are known; returns where they lie."""
+    """Write one manifest per folder for shards whose summaries are known; returns where they lie.
+
+    What a folder's manifest says of its other tars stays, where they still exist.
+    """
     locations = []
     for folder, members in _by_folder(shards).items():
         table = _as_table(members, summaries)
-        names = [shard.url.rpartition("/")[2] for shard in members]  # the folder may move with its manifest
-        table = table.set_column(0, "url", pa.array(names, pa.string()))
+        names = [os.fsencode(shard.url.rpartition("/")[2]) for shard in members]  # the folder may move with it
+        table = pa.concat_tables(
+            [table.set_column(0, _SCHEMA.field(0), pa.array(names, pa.binary())), _others(folder, names)]
+        )
+        table = table.unify_dictionaries()
         metadata = {"version": MANIFEST_VERSION, "shards": len(table), "rows": int(table["rows"].to_numpy().sum())}
         content = io.BytesIO()
         table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
@@ -164,7 +186,7 @@ def _known_summaries(shards: Sequence[Shard]) -> tuple[dict[str, Summary], int]:
     summaries: dict[str, Summary] = {}
     opened = 0
     for folder, members in _by_folder(shards).items():
-        known = _read_manifest(folder, len(members))
+        known = _lookup(_read_manifest(folder))
         for shard in members:
             summary = known(shard)
             if summary is None:
@@ -182,32 +204,52 @@ def _by_folder(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
     return folders
 
 
-def _read_manifest(folder: str, num_shards: int) -> Callable[[Shard], Summary | None]:
-    """A lookup of shards in the folder's manifest."""
+def _others(folder: str, names: Sequence[bytes]) -> pa.Table:
+    """The rows of a folder's manifest for other tars than these that are still there unchanged."""
+    table = _read_manifest(folder)
+    entries = zip(*(table[name].to_pylist() for name in ("url", "size_bytes", "etag")), strict=True)
+    own = set(names)
+    return table.filter(
+        pa.array(
+            [url not in own and _is_there(f"{folder}/{os.fsdecode(url)}", state) for url, *state in entries],
+            pa.bool_(),
+        )
+    )
+
+
+def _is_there(url: str, state: Sequence) -> bool:
+    try:
+        return storage_for(url).stat(url) == tuple(state)
+    except OSError:
+        return False
+
+
+def _read_manifest(folder: str) -> pa.Table:
+    """The folder's manifest; empty where there is none that can be used."""
     for url in (f"{folder}/{MANIFEST_NAME}", cache_location(folder + "/", MANIFEST_NAME)):
         try:
             with storage_for(url).open(url) as file:
                 table = pq.read_table(file, use_threads=False)
             if json.loads(table.schema.metadata[_METADATA_KEY])["version"] != MANIFEST_VERSION:
                 continue
-            return _lookup(table)
+            return table.cast(_SCHEMA)
         except FileNotFoundError:
             continue
-        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s can't be read (%s); reading the indexes of %d tars instead", url, error, num_shards)
-    return lambda shard: None
+        except UNREADABLE as error:
+            logger.warning("%s can't be read (%s); reading the indexes of its tars instead", url, error)
+    return _SCHEMA.empty_table()
 
 
 def _lookup(table: pa.Table) -> Callable[[Shard], Summary | None]:
-    urls = table["url"].to_pylist()
+    names_of_tars = table["url"].to_pylist()
     states = zip(table["size_bytes"].to_pylist(), table["etag"].to_pylist(), strict=True)
     counts = zip(table["rows"].to_pylist(), table["problems"].to_pylist(), strict=True)
     texts = table["names"].combine_chunks()
     names = [{kind: tuple(found) for kind, found in json.loads(text).items()} for text in texts.dictionary.to_pylist()]
-    entries = dict(zip(urls, zip(states, counts, texts.indices.to_pylist(), strict=True), strict=True))
+    entries = dict(zip(names_of_tars, zip(states, counts, texts.indices.to_pylist(), strict=True), strict=True))
 
     def find(shard: Shard) -> Summary | None:
-        state, (rows, problems), place = entries.get(shard.url.rpartition("/")[2], (None, (0, 0), 0))
+        state, (rows, problems), place = entries.get(os.fsencode(shard.url.rpartition("/")[2]), (None, (0, 0), 0))
         return Summary(rows, problems, **names[place]) if state == (shard.size_bytes, shard.etag) else None
 
     return find
@@ -221,7 +263,7 @@ def _as_table(shards: Sequence[Shard], summaries: dict[str, Summary]) -> pa.Tabl
         if key not in texts:
             texts[key] = json.dumps(dict(zip(("fields", "nested", "members"), key, strict=True)))
     columns = {
-        "url": [shard.url for shard in shards],
+        "url": [os.fsencode(shard.url) for shard in shards],
         "size_bytes": [shard.size_bytes for shard in shards],
         "etag": [shard.etag for shard in shards],
         "rows": [summary.rows for summary in known],

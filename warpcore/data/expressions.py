@@ -18,6 +18,7 @@ MAX_NODES = 250
 MAX_DEPTH = 25
 MAX_SEQUENCE_LENGTH = 100_000
 MAX_INTEGER_BITS = 4096
+MAX_ROUND_DIGITS = 400
 
 _BUILTINS: dict[str, Callable] = {
     function.__name__: function
@@ -59,6 +60,8 @@ class Expression:
         self.num_arguments = len(checker.parameters)
         self.keys: tuple[str, ...] = tuple(sorted(checker.keys))
         """Constant text keys that the first argument is subscripted with: `lambda j: j["caption"]` -> ("caption",)."""
+        self.tested_keys: frozenset = frozenset(checker.tested_keys)
+        """Constants that are looked for in the first argument: `lambda j: "tags" not in j` -> {"tags"}."""
         self.only_keys: bool = not checker.uses_whole_argument
         """True where the first argument is used through those keys alone."""
 
@@ -130,6 +133,7 @@ class _Checker(ast.NodeTransformer):
         self.source = source
         self.parameters: list[str] = []
         self.keys: set[str] = set()
+        self.tested_keys: set = set()
         self.uses_whole_argument = False
         self._depth = 0
         self._nodes = 0
@@ -179,8 +183,15 @@ class _Checker(ast.NodeTransformer):
                 setattr(node, field, self.visit(value))
         return node
 
-    visit_BoolOp = visit_Compare = visit_IfExp = _visit_parts
+    visit_BoolOp = visit_IfExp = _visit_parts
     visit_Tuple = visit_List = visit_Set = _visit_parts
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        for left, operator, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
+            is_first = isinstance(right, ast.Name) and right.id == self.parameters[0]
+            if is_first and isinstance(operator, ast.In | ast.NotIn) and isinstance(left, ast.Constant):
+                self.tested_keys.add(left.value)
+        return self._visit_parts(node)
 
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
         if None in node.keys:
@@ -223,10 +234,10 @@ class _Checker(ast.NodeTransformer):
             return
         try:
             _evaluate(call)
-        except (ValueError, TypeError) as error:
-            self.refuse(node, str(error))
         except ArithmeticError:  # a division by zero may stand where it is never reached
             return
+        except Exception as error:
+            self.refuse(node, f"{type(error).__name__}: {error}")
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         index = node.slice
@@ -281,6 +292,8 @@ def _multiply(left: Any, right: Any) -> Any:
     for sequence, times in ((left, right), (right, left)):
         if isinstance(sequence, str | list | tuple) and isinstance(times, int):
             _bounded_length(len(sequence) * times)
+            if any(isinstance(part, list | tuple | set | dict) for part in sequence):
+                raise TypeError("repeating a list of lists is not allowed")
     return left * right
 
 
@@ -310,4 +323,23 @@ def _join(separator: Any, parts: Any) -> str:
     return separator.join(parts)
 
 
+def _round(value: Any, digits: Any = None) -> Any:
+    if digits is not None and not (isinstance(digits, int) and abs(digits) <= MAX_ROUND_DIGITS):
+        raise ValueError(f"rounding to other than {MAX_ROUND_DIGITS} digits at most is not allowed")
+    return round(value, digits)
+
+
+def _str(value: Any = "") -> str:
+    if not isinstance(value, str | int | float | None):
+        raise TypeError(f"str of a {type(value).__name__} is not allowed")
+    return str(value)
+
+
+def _sum(values: Any, start: Any = 0) -> Any:
+    if not all(isinstance(value, int | float) for value in (*values, start)):
+        raise TypeError("sum of other than numbers is not allowed")
+    return sum(values, start)
+
+
 _BOUNDED = {function.__name__: function for function in (_multiply, _modulo, _power, _replace, _join)}
+_BOUNDED |= {"round": _round, "str": _str, "sum": _sum}

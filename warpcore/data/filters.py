@@ -68,8 +68,9 @@ class Filter:
     def check_keys(self, fields: Collection[str], nested: Collection[str] = ()) -> None:
         """Raise UserError for a key that no sample of the data set has; `nested` are keys with lists or mappings."""
         known = {*fields, *MEASURED_COLUMNS}
-        for key in self.keys:
-            if key in nested and key not in known:
+        tested = sorted(self.expression.tested_keys & set(nested)) if self.takes_mapping else []
+        for key in [*self.keys, *tested]:
+            if key in nested and (key not in known or key in tested):
                 raise UserError(f"dataset_filters {self}: {key!r} holds lists or mappings; filters see plain values")
             if key not in known:
                 raise UserError(

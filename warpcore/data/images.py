@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from warpcore.data.buckets import resized_size
+from warpcore.data.samples import FORMATS
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
@@ -24,9 +25,6 @@ Crop = Literal["center", "random", "smart"]
 CROPS: tuple[str, ...] = get_args(Crop)
 
 MAX_PIXELS = 2**27  # 134 MP: above what cameras make, and 400 MB once decoded
-
-# Formats that hold pixels and nothing else: Pillow would hand an EPS to Ghostscript, a program that it can run.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI")
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {

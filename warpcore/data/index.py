@@ -22,17 +22,19 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 
 from warpcore.data.filters import FIELD_PREFIX
-from warpcore.data.samples import picture_member
+from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, picture_member
 from warpcore.data.shards import Shard
-from warpcore.data.storage import storage_for
-from warpcore.data.tars import BadShardError, TarSample, read_samples
+from warpcore.data.storage import ChangedShardError, patiently, storage_for
+from warpcore.data.tars import BadShardError, TarSample, clean, read_samples
 
 INDEX_SUFFIX = ".index.parquet"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 ROW_GROUP_ROWS = 16_384
 MAX_FIELDS = 256
 """A .json with more different keys than this over a shard is taken to hold data under them, not fields."""
 MEMBER_COLUMNS = ["member_names", "member_offsets", "member_sizes"]
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+"""What pyarrow and we raise on a damaged parquet file: an index that is made anew."""
 _METADATA_KEY = b"warpcore.index"
 _ROTATED_ORIENTATIONS = (5, 6, 7, 8)
 _INT64 = range(-(2**63), 2**63)
@@ -64,7 +66,7 @@ def index_shard(shard: Shard) -> Summary:
     with storage_for(shard.url).open(shard.url) as file:
         samples = read_samples(file, shard.url, shard.size_bytes)
         _check_pictures(samples, shard.url)
-        rows, nested = _make_table(samples, file)
+        rows, nested = _make_table(samples, file, shard.url)
     fields = [name for name in rows.column_names if name.startswith(FIELD_PREFIX)]
     summary = Summary(
         rows=len(rows),
@@ -87,7 +89,7 @@ def read_summary(shard: Shard) -> Summary | None:
             continue
         except _StaleIndexError as reason:
             logger.warning("%s; the tar will be indexed again", reason)
-        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
     return None
 
@@ -99,11 +101,12 @@ def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, st
             try:
                 with storage_for(url).open(url) as file:
                     return _read_slice(file, shard, url, columns, start, stop)
-            except (FileNotFoundError, _StaleIndexError, pa.ArrowInvalid):
+            except (FileNotFoundError, _StaleIndexError):
                 continue
-        found = storage_for(shard.url).stat(shard.url)
-        if found != (shard.size_bytes, shard.etag):
-            raise BadShardError(f"{shard.url} changed while it was in use; start again to plan with its new content")
+            except UNREADABLE as error:
+                logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
+        if storage_for(shard.url).stat(shard.url) != (shard.size_bytes, shard.etag):
+            raise ChangedShardError(shard.url)
         index_shard(shard)
     raise BadShardError(f"{shard.url}: its index can't be kept at {' or '.join(index_locations(shard.url))}")
 
@@ -174,16 +177,20 @@ def _check_pictures(samples: list[TarSample], url: str) -> None:
         raise BadShardError(f"{url} is an empty tar: it holds no sample")
     if not any(picture_member(sample.members) for sample in samples):
         counts = Counter(name for sample in samples for name in sample.members)
-        held = ", ".join(f"{number} x .{name}" for name, number in counts.most_common(8))
-        raise BadShardError(f"{url} holds no picture; its {len(samples)} samples hold {held}")
+        held = ", ".join(f"{number} x .{name}" for name, number in counts.most_common(8)) or "nothing"
+        links = f"; {_LINKS}" if any(sample.links for sample in samples) else ""
+        raise BadShardError(f"{url} holds no picture; its {len(samples)} samples hold {held}{links}")
 
 
-def _make_table(samples: list[TarSample], file: BinaryIO) -> tuple[pa.Table, list[str]]:
+_LINKS = "some members are links, without content: build the tar with tar --dereference --hard-dereference"
+
+
+def _make_table(samples: list[TarSample], file: BinaryIO, url: str) -> tuple[pa.Table, list[str]]:
     """The rows of the index, and the .json keys that hold lists or mappings."""
     measured = [_measure(sample, file) for sample in samples]
     names = pa.array([list(sample.members) for sample in samples], pa.list_(pa.string()))
     columns = {
-        "key": pa.array([_clean(sample.key) for sample in samples], pa.string()),
+        "key": pa.array([sample.key for sample in samples], pa.string()),
         "width": pa.array([width for width, _, _ in measured], pa.int32()),
         "height": pa.array([height for _, height, _ in measured], pa.int32()),
         "problem": pa.array([problem for _, _, problem in measured], pa.string()),
@@ -193,7 +200,7 @@ def _make_table(samples: list[TarSample], file: BinaryIO) -> tuple[pa.Table, lis
         values = [[member[place] for member in sample.members.values()] for sample in samples]
         columns[name] = pa.array(values, pa.list_(pa.int64()))
     fields, nested = _read_fields(samples, file)
-    columns |= {FIELD_PREFIX + name: _typed_column(values) for name, values in fields.items()}
+    columns |= {FIELD_PREFIX + name: _typed_column(values, f"{url}: {name!r}") for name, values in fields.items()}
     return pa.table(columns), nested
 
 
@@ -201,26 +208,39 @@ def _measure(sample: TarSample, file: BinaryIO) -> tuple[int, int, str | None]:
     """(width, height, None) of the sample's picture, or (0, 0, why it can't be used)."""
     extension = picture_member(sample.members)
     if extension is None:
-        return 0, 0, "no picture"
-    window = io.BufferedReader(_Window(file, *sample.members[extension]))
+        return 0, 0, "no picture" + (f": {_LINKS}" if set(sample.links) & set(PICTURE_EXTENSIONS) else "")
+    window = _Window(file, *sample.members[extension])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return *picture_size(window), None
+            return *picture_size(io.BufferedReader(window)), None
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a decoder makes of hostile bytes says only that the picture is unusable
+        if window.fault is not None:
+            raise window.fault from None
         return 0, 0, f"undecodable .{extension}: {str(error).split('<')[0].strip() or type(error).__name__}"
 
 
 def picture_size(file: BinaryIO | str | Path) -> tuple[int, int]:
     """(width, height) in px from the header of a picture, its EXIF rotation applied.
 
-    Raises whatever Pillow raises for content that is no picture, or one too large to be decoded safely.
+    Raises whatever Pillow raises for content that is no picture.
     """
-    with Image.open(file) as image:
+    Image.MAX_IMAGE_PIXELS = None  # a header takes no memory; whoever decodes has a limit of his own
+    with Image.open(file, formats=FORMATS) as image:
         # The method of PNG files decodes the whole picture in search of the tag.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         width, height = image.size
     return (height, width) if orientation in _ROTATED_ORIENTATIONS else (width, height)
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    def read() -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    return patiently(read)
 
 
 class _Window(io.RawIOBase):
@@ -228,6 +248,8 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, offset: int, size: int):
         self._file, self._offset, self._size, self._position = file, offset, size, 0
+        self.fault: OSError | None = None
+        """Why the file could not be read, as decoders may hide it."""
 
     def readable(self) -> bool:
         return True
@@ -240,8 +262,12 @@ class _Window(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._position)
-        piece = self._file.read(min(len(buffer), max(0, self._size - self._position)))
+        size = min(len(buffer), max(0, self._size - self._position))
+        try:
+            piece = _read_at(self._file, self._offset + self._position, size)
+        except OSError as error:
+            self.fault = error
+            raise
         buffer[: len(piece)] = piece
         self._position += len(piece)
         return len(piece)
@@ -257,38 +283,41 @@ def _read_fields(samples: list[TarSample], file: BinaryIO) -> tuple[dict[str, li
             (nested if isinstance(value, list | dict) else scalars)[name] += value is not None
     kept = sorted(name for name, number in scalars.most_common(MAX_FIELDS) if number)
     fields = {
-        _clean(name): [
+        clean(name): [
             None if isinstance(content.get(name), list | dict) else content.get(name) for content in contents
         ]
         for name in kept
     }
-    return fields, sorted(_clean(name) for name, _ in nested.most_common(MAX_FIELDS))
+    return fields, sorted(clean(name) for name, _ in nested.most_common(MAX_FIELDS))
 
 
 def _read_json(sample: TarSample, file: BinaryIO) -> dict[str, Any]:
     """A sample's .json; a broken one counts as empty here: it is a bad sample only where its caption is read."""
     if "json" not in sample.members:
         return {}
-    offset, size = sample.members["json"]
-    file.seek(offset)
+    text = _read_at(file, *sample.members["json"])
     try:
-        content = json.loads(file.read(size).decode("utf-8-sig"))
+        content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _typed_column(values: list) -> pa.Array:
-    """int64, double, bool or string; whole and broken numbers become double, any other mixture becomes text."""
+def _typed_column(values: list, name: str) -> pa.Array:
+    """int64, double, bool or string. Numbers with fewer texts among them stay numbers, the texts are left out."""
+    texts = Counter(value for value in values if isinstance(value, str))
+    if 0 < 2 * texts.total() <= sum(value is not None for value in values):
+        logger.warning("%s is a number, but text in %d samples (%.40r): missing", name, texts.total(), min(texts))
+        values = [None if isinstance(value, str) else value for value in values]
     types = {type(value) for value in values if value is not None}
     if types == {bool}:
         return pa.array(values, pa.bool_())
-    if types == {int} and all(value is None or value in _INT64 for value in values):
-        return pa.array(values, pa.int64())
-    if types <= {int, float}:
+    if types <= {int, bool} and all(value is None or value in _INT64 for value in values):
+        return pa.array([None if value is None else int(value) for value in values], pa.int64())
+    if types <= {int, bool, float}:
         return pa.array([None if value is None else _as_float(value) for value in values], pa.float64())
     texts = [value if isinstance(value, str | None) else json.dumps(value) for value in values]
-    return pa.array([None if text is None else _clean(text) for text in texts], pa.string())
+    return pa.array([None if text is None else clean(text) for text in texts], pa.string())
 
 
 def _as_float(value: int | float) -> float:
@@ -296,11 +325,6 @@ def _as_float(value: int | float) -> float:
         return float(value)
     except OverflowError:
         return float("inf") if value > 0 else float("-inf")
-
-
-def _clean(text: str) -> str:
-    """Text that parquet can hold: file names and escapes in .json may hold lone surrogates."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def has_member(rows: pa.Table, extension: str) -> pa.Array:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from warpcore.data.catalog import Catalog
+from warpcore.data.hashing import splitmix64
 from warpcore.data.index import read_rows
 from warpcore.data.samples import MicroBatch, Sample
 from warpcore.data.selection import BASE_COLUMNS, Piece, Selection, cut, make_samples, survey
@@ -24,6 +25,8 @@ from warpcore.random import stable_hash
 
 CHUNK_ROWS = 256
 """So many rows at a time become samples: few enough to start quickly, enough to amortise pyarrow's calls."""
+PIECES_PER_LANE = 8
+"""At least so many, where there are several lanes: their loads differ by less than a piece."""
 PASSED, DRAWN = "passed", "drawn"
 
 
@@ -51,8 +54,8 @@ class Recipe:
     @cached_property
     def lanes(self) -> list[list[Piece]]:
         """The pieces of every lane, so that each draws about the same number of rows per epoch."""
-        pieces = list(cut(self.catalog, self.group_rows))
         weights = self.catalog.weights.tolist()
+        pieces = list(cut(self.catalog, self._piece_rows()))
         loads = [(piece.stop - piece.start) * weights[piece.shard] for piece in pieces]
         shuffled = hash_numbers(np.arange(len(pieces)), stable_hash(self.seed, "deal"))
         order = np.lexsort((shuffled, -np.array(loads)))
@@ -63,6 +66,13 @@ class Recipe:
             lanes[number].append(pieces[place])
             heapq.heapreplace(least, (load + loads[place], number))
         return lanes
+
+    def _piece_rows(self) -> np.ndarray:
+        """(shards,) rows of a piece at most: small enough that lanes, which all go at one speed, get equal loads."""
+        if self.num_lanes == 1:
+            return np.full(len(self.catalog), self.group_rows)
+        load = float(self.catalog.rows @ self.catalog.weights) / (PIECES_PER_LANE * self.num_lanes)
+        return np.clip(load / self.catalog.weights, 1, self.group_rows).astype(np.int64)
 
     def groups(self, lane: int, epoch: int) -> list[list[Piece]]:
         """The shard groups of one epoch of a lane: its pieces in a new order, bounded in rows."""
@@ -81,12 +91,12 @@ class Recipe:
 
     def to_samples(self, rows: pa.Table, draws: "Sequence[Draw]") -> list[Sample]:
         shards = {draw.shard for draw in draws}
-        urls = {shard: self.catalog.shard(shard).url for shard in shards}
+        whole = {shard: self.catalog.shard(shard) for shard in shards}
         names = {shard: self.catalog.name(shard) for shard in shards}
         seeds = [
             stable_hash(self.seed, "sample", draw.epoch, names[draw.shard], draw.row, draw.repeat) for draw in draws
         ]
-        return make_samples(rows, [urls[draw.shard] for draw in draws], seeds)
+        return make_samples(rows, [whole[draw.shard] for draw in draws], seeds)
 
     def sizes_of(self, samples: Sequence[Sample]) -> list[tuple[int, int]]:
         """The bucket (H, W) of every sample."""
@@ -282,8 +292,5 @@ def occurrences_in_epoch(hashes: np.ndarray, weights: np.ndarray, epoch: int) ->
 
 
 def hash_numbers(numbers: np.ndarray, salt: int | np.ndarray) -> np.ndarray:
-    """(n,) uint64: the finaliser of splitmix64 (Steele et al. 2014), alike on every machine and numpy version."""
-    z = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.asarray(salt, np.uint64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """(n,) uint64: for every number its hash; another salt gives unlike ones."""
+    return splitmix64(numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.asarray(salt, np.uint64))

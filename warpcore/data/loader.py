@@ -11,6 +11,7 @@ import traceback
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from typing import NamedTuple, Self
 
 import cv2
@@ -23,6 +24,9 @@ from warpcore.errors import UserError
 
 # A worker that is told to stop finishes its micro-batch first; one that hangs in a read is killed after this time.
 _STOP_SECONDS = 2.0
+# These reach all processes of a Slurm step or a terminal. The main process decides what they mean, and needs its
+# workers to finish an update.
+_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class DataWorkerError(RuntimeError):
@@ -130,6 +134,9 @@ class _Pass:
             self._thread.join()
 
     def _run(self) -> None:
+        resource_tracker.ensure_running()  # its start would undo the next line
+        # Workers inherit what this thread blocks, so that signals can't end them while they still import.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         try:
             for batch in self._workers.batches(self._until_stopped()):
@@ -273,9 +280,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _start_worker(_: int) -> None:
-    # These reach all processes of a Slurm step or a terminal. The main process decides what they mean, and needs its
-    # workers to finish an update.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
 

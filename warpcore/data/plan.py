@@ -1,8 +1,9 @@
 """The plan: which rows make up which micro-batch. Pure: it reads index rows, never a picture."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import count, islice
+from itertools import count
 from math import gcd
 
 import numpy as np
@@ -14,12 +15,13 @@ from warpcore.data.filters import Filter
 from warpcore.data.lanes import BucketChoice, Lane, Recipe, fresh_state
 from warpcore.data.samples import MicroBatch, Sample
 from warpcore.data.selection import PASS_ROWS, Selection, Survey, cut, hold_out, make_samples, survey
+from warpcore.data.storage import real_url
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
 __all__ = ["MicroBatch", "Plan", "Sample", "describe_difference"]
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 MAX_LANES = 64
 ROWS_PER_LANE = 65_536
 """A data set of fewer than twice as many rows has a single lane."""
@@ -36,7 +38,8 @@ class Plan:
         buckets: gives every picture its size.
         filters: conditions on index columns, in order; the first that rejects a row is the one that is told.
         captions: where captions come from; a row without that member is rejected.
-        required_members: further members that a row must have, such as a mask.
+        required_members: further members that a row must have, such as a mask; of several extensions, any one.
+        max_picture_pixels: rows with larger pictures are rejected.
         seed: of the run.
         validation: the catalog of `validation_path`.
         validation_samples: so many rows of the data set are kept for validation where there is no `validation`.
@@ -54,7 +57,8 @@ class Plan:
         buckets: BucketChoice,
         filters: Sequence[Filter] = (),
         captions: CaptionGetter | None = None,
-        required_members: Sequence[str] = (),
+        required_members: Sequence[str | Sequence[str]] = (),
+        max_picture_pixels: int | None = None,
         seed: int = 0,
         validation: Catalog | None = None,
         validation_samples: int = 0,
@@ -65,8 +69,9 @@ class Plan:
             raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
         if validation is not None and validation_samples:
             raise UserError("give validation_path or validation_samples, not both")
-        members = dict.fromkeys([*([captions.member] if captions else []), *required_members])
-        selection = Selection(tuple(filters), tuple(members))
+        wanted = [*([captions.member] if captions else []), *required_members]
+        members = dict.fromkeys((one,) if isinstance(one, str) else tuple(one) for one in wanted)
+        selection = Selection(tuple(filters), tuple(members), max_picture_pixels)
         selection.check(catalog, captions)
         if validation is not None:
             selection.check(validation, captions)
@@ -81,7 +86,7 @@ class Plan:
         self.num_lanes = num_lanes or default_lanes(catalog.num_rows)
         self._recipe = Recipe(
             catalog=catalog,
-            selection=Selection(selection.filters, selection.required_members, held_out),
+            selection=replace(selection, held_out=held_out),
             buckets=buckets,
             micro_batch_size=micro_batch_size,
             seed=seed,
@@ -90,7 +95,7 @@ class Plan:
         )
         empty = [number for number, pieces in enumerate(self._recipe.lanes) if not pieces]
         if empty:
-            raise UserError(f"lanes is {self.num_lanes}, more than the data set has shards to deal; lower it")
+            raise UserError(f"lanes is {self.num_lanes}, more than the data set has rows to deal; lower it")
 
     @cached_property
     def survey(self) -> Survey:
@@ -120,12 +125,13 @@ class Plan:
             "shard_group_rows": recipe.group_rows,
             "dataset_filters": [str(condition) for condition in recipe.selection.filters],
             "captions_getter": [self._captions.member, self._captions.expression.text] if self._captions else None,
-            "required_members": list(recipe.selection.required_members),
+            "required_members": [list(suffixes) for suffixes in recipe.selection.required_members],
+            "max_picture_pixels": recipe.selection.max_picture_pixels,
             "bucket_sizes": [list(size) for size in buckets.sizes],
             "bucketeer_random_ratio": getattr(buckets, "random_ratio", 0.0),
             "validation_samples": self._validation_samples,
-            "shards": catalog.identities(),
-            "validation_shards": held.identities() if held else {},
+            "shards": catalog.fingerprint(),
+            "validation_shards": held.fingerprint() if held else {},
         }
 
     def micro_batches(
@@ -174,15 +180,12 @@ class Plan:
             number: fresh_state(epoch, len(range(number, start, self.num_lanes))) for number in range(self.num_lanes)
         }
 
-    def validation(self, *, rank: int = 0, num_processes: int = 1) -> Iterator[MicroBatch]:
-        """One fixed pass over the validation rows, the same every time; the last of a bucket may be partial."""
-        yield from islice(self._validation_micro_batches(), rank, None, num_processes)
-
     @property
     def has_validation(self) -> bool:
         return self._validation is not None or self._validation_samples > 0
 
-    def _validation_micro_batches(self) -> Iterator[MicroBatch]:
+    def validation(self) -> Iterator[MicroBatch]:
+        """One fixed pass over the validation rows, the same every time; the last of a bucket may be partial."""
         numbers = count()
 
         def emit(size: tuple[int, int], samples: list[Sample]) -> MicroBatch:
@@ -214,16 +217,16 @@ class Plan:
                 places = places[np.isin(rows.numbers, held_out[piece.shard])]
             shard, name = catalog.shard(piece.shard), catalog.name(piece.shard)
             seeds = [stable_hash(self._recipe.seed, "validation", name, row) for row in rows.numbers[places].tolist()]
-            yield make_samples(rows.table.take(pa.array(places)), [shard.url] * len(places), seeds)
+            yield make_samples(rows.table.take(pa.array(places)), [shard] * len(places), seeds)
 
 
 def _shared_shards(catalog: Catalog, validation: Catalog) -> dict[int, np.ndarray]:
     """All rows of the shards that stand in validation_path too: shard number -> row numbers."""
-    urls = set(validation.urls)
+    files = {real_url(url) for url in validation.urls}
     return {
         number: np.arange(rows)
         for number, (url, rows) in enumerate(zip(catalog.urls, catalog.rows.tolist(), strict=True))
-        if url in urls
+        if real_url(url) in files
     }
 
 
@@ -246,7 +249,12 @@ def describe_difference(saved: dict, current: dict) -> str | None:
     return "; ".join(differences) or None
 
 
-def _shard_differences(before: dict[str, str], now: dict[str, str], shown: int = 3) -> list[str]:
+def _shard_differences(saved: dict, current: dict, shown: int = 3) -> list[str]:
+    """Of two fingerprints of catalogs."""
+    if any("digest" in one and one.get("table") is None for one in (saved, current)):
+        counts = [f"{one.get('shards', 0)} shards with {one.get('rows', 0)} rows" for one in (saved, current)]
+        return [f"shards changed: {counts[0]} -> {counts[1]}, of other names, sizes, times or weights"]
+    before, now = saved.get("table", {}), current.get("table", {})
     both = [name for name in before if name in now]
     kinds = {
         "changed": [f"{name} changed: {before[name]} -> {now[name]}" for name in both if before[name] != now[name]],

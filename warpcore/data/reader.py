@@ -30,6 +30,8 @@ class BadSample:
     source: str
     """The tar, and in it the member: its key and extension."""
     reason: str
+    place: int
+    """Its position in the micro-batch, where now its replacement stands."""
 
 
 @dataclass
@@ -116,7 +118,7 @@ class PictureField:
         return torch.zeros(self.channels, *size, dtype=torch.uint8)
 
 
-ReadRanges = Callable[[str, list[tuple[int, int]]], list[bytes]]
+ReadRanges = Callable[[str, list[tuple[int, int]], tuple[int, str] | None], list[bytes]]
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ class Reader:
                 items.append(self._decode(samples[place], contents, size, target))
             except _BadContent as bad:
                 items.append(None)
-                events.append(BadSample(f"{samples[place].shard}/{samples[place].key}.{bad.suffix}", bad.reason))
+                source = f"{samples[place].shard}/{samples[place].key}.{bad.suffix}"
+                events.append(BadSample(source, bad.reason, place))
         weight = 1.0 if any(items) else 0.0
         items = self._without_gaps(items, micro_batch, pixels)
         return Batch(
@@ -176,14 +179,14 @@ class Reader:
     def _read(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
         """For every sample the contents of its members that are asked for, by suffix; absent ones are left out."""
         contents: list[dict[str, bytes]] = [{} for _ in samples]
-        wanted: dict[str, list] = defaultdict(list)
+        wanted: dict[tuple[str, tuple[int, str] | None], list] = defaultdict(list)
         for place, sample in enumerate(samples):
             members = {suffix.lower(): span for suffix, span in sample.members.items()}
             for suffix in self._suffixes(members):
-                wanted[sample.shard].append((*members[suffix], suffix, contents[place]))
-        for shard, members in wanted.items():
+                wanted[sample.shard, sample.version].append((*members[suffix], suffix, contents[place]))
+        for (shard, version), members in wanted.items():
             members.sort(key=lambda member: member[0])  # neighbours together: storages join near ranges, disks too
-            blocks = self.read_ranges(shard, [(offset, size) for offset, size, *_ in members])
+            blocks = self.read_ranges(shard, [(offset, size) for offset, size, *_ in members], version)
             for (*_, suffix, of_sample), block in zip(members, blocks, strict=True):
                 of_sample[suffix] = block
         return contents

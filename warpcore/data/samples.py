@@ -6,6 +6,9 @@ from dataclasses import dataclass
 # In order of preference, where one sample holds several pictures: the first one present is *the* picture.
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
+# Formats that hold pixels and nothing else: Pillow would hand an EPS to Ghostscript, a program that it can run.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI")
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -21,6 +24,8 @@ class Sample:
     """True size in px, EXIF rotation applied."""
     seed: int
     """63 bits, from (run seed, epoch, row, repeat): all randomness of the sample starts here."""
+    version: tuple[int, str] | None = None
+    """(size in bytes, etag) of the tar that was planned with; bytes of another one are refused. None: any will do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from warpcore.data.expressions import near_names
 from warpcore.data.filters import Filter
 from warpcore.data.index import MEMBER_COLUMNS, has_member, read_rows
 from warpcore.data.samples import Sample
+from warpcore.data.shards import Shard
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
@@ -32,10 +33,11 @@ class Piece(NamedTuple):
     stop: int
 
 
-def cut(catalog: Catalog, max_rows: int) -> Iterator[Piece]:
-    """The pieces of all shards in order."""
-    for number, rows in enumerate(catalog.rows.tolist()):
-        yield from (Piece(number, start, min(start + max_rows, rows)) for start in range(0, rows, max_rows))
+def cut(catalog: Catalog, max_rows: int | np.ndarray) -> Iterator[Piece]:
+    """The pieces of all shards in order, of at most `max_rows` rows, which may be a number per shard."""
+    limits = np.broadcast_to(max_rows, len(catalog)).tolist()
+    for number, (rows, limit) in enumerate(zip(catalog.rows.tolist(), limits, strict=True)):
+        yield from (Piece(number, start, min(start + limit, rows)) for start in range(0, rows, limit))
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Selection:
     """The conditions that a row has to meet."""
 
     filters: tuple[Filter, ...] = ()
-    required_members: tuple[str, ...] = ()
+    required_members: tuple[tuple[str, ...], ...] = ()
+    """Of each entry, a row needs one of the extensions."""
+    max_picture_pixels: int | None = None
     held_out: dict[int, np.ndarray] = field(default_factory=dict)
     """Shard number -> rows kept for validation."""
 
@@ -72,11 +76,15 @@ class Selection:
                 rejected[reason] += int((~passed).sum())
                 found, numbers = found.filter(pa.array(passed)), numbers[passed]
 
-        no_picture = _as_bool(pc.equal(found["problem"], "no picture").fill_null(False))
+        no_picture = _as_bool(pc.starts_with(found["problem"], "no picture").fill_null(False))
         keep(~no_picture, "no picture")
         keep(_as_bool(found["problem"].is_null()), "undecodable picture")
-        for member in self.required_members:
-            keep(_as_bool(has_member(found, member)), f"no .{member}")
+        if self.max_picture_pixels is not None:
+            pixels = found["width"].to_numpy().astype(np.int64) * found["height"].to_numpy()
+            keep(pixels <= self.max_picture_pixels, f"more than {self.max_picture_pixels} pixels (max_picture_pixels)")
+        for suffixes in self.required_members:
+            held = [_as_bool(has_member(found, suffix)) for suffix in suffixes]
+            keep(np.logical_or.reduce(held), f"no {_any_of(suffixes)}")
         for condition in self.filters:
             try:
                 verdict = condition.evaluate(found)
@@ -93,10 +101,10 @@ class Selection:
         """Raise UserError where a filter, a caption or a required member asks for what no sample has."""
         for condition in self.filters:
             condition.check_keys(catalog.fields, catalog.nested)
-        for member in self.required_members:
-            if member not in catalog.members:
-                near, held = near_names(member, catalog.members), ", ".join(sorted(catalog.members))
-                raise UserError(f"no sample has a .{member}.{near} The samples have: {held}")
+        for suffixes in self.required_members:
+            if catalog.members.isdisjoint(suffixes):
+                near, held = near_names(suffixes[0], catalog.members), ", ".join(sorted(catalog.members))
+                raise UserError(f"no sample has a {_any_of(suffixes)}.{near} The samples have: {held}")
         if captions is not None and captions.member == "json":
             known = catalog.fields | catalog.nested
             for key in captions.expression.keys:
@@ -162,8 +170,8 @@ def _range(values: list) -> str:
     return " and ".join(shown) or "empty"
 
 
-def make_samples(rows: pa.Table, shards: Sequence[str], seeds: Sequence[int]) -> list[Sample]:
-    """A sample per row of a table with BASE_COLUMNS; `shards` are URLs."""
+def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) -> list[Sample]:
+    """A sample per row of a table with BASE_COLUMNS."""
     columns = [rows[name].to_pylist() for name in ("key", "width", "height")]
     names, offsets, sizes = (rows[name].to_pylist() for name in MEMBER_COLUMNS)
     members = [
@@ -171,7 +179,7 @@ def make_samples(rows: pa.Table, shards: Sequence[str], seeds: Sequence[int]) ->
         for keys, starts, lengths in zip(names, offsets, sizes, strict=True)
     ]
     return [
-        Sample(shard, key, held, width, height, seed)
+        Sample(shard.url, key, held, width, height, seed, (shard.size_bytes, shard.etag))
         for shard, key, width, height, held, seed in zip(shards, *columns, members, seeds, strict=True)
     ]
 
@@ -204,6 +212,10 @@ def hold_out(catalog: Catalog, selection: Selection, count: int, candidates: int
     for _, number, row in sorted(hashes)[:count]:
         chosen.setdefault(number, []).append(row)
     return {number: np.array(sorted(rows)) for number, rows in sorted(chosen.items())}
+
+
+def _any_of(suffixes: Sequence[str]) -> str:
+    return " or ".join(f".{suffix}" for suffix in suffixes)
 
 
 def _as_bool(column: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -1,5 +1,7 @@
 """`webdataset_path`: from what a user writes to the list of tars it means."""
 
+import errno
+import glob
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,17 +71,22 @@ def resolve_sources(webdataset_path: Any) -> list[Source]:
     return sources
 
 
-def _entries(value: Any, folder: Path, weight: float = 1.0) -> Iterator[tuple[float, list[Shard]]]:
+def _entries(
+    value: Any, folder: Path, weight: float = 1.0, within: Path | None = None
+) -> Iterator[tuple[float, list[Shard]]]:
+    """`within`: the .yml that holds the value."""
     if isinstance(value, list | tuple):
         for entry in value:
-            yield from _entries(entry, folder, weight)
+            yield from _entries(entry, folder, weight, within)
     elif isinstance(value, dict):
         if set(value) - {"path", "weight"} or "path" not in value:
             raise UserError(f"webdataset_path: expected {{path: ..., weight: 2}}, found {value!r}")
-        yield from _entries(value["path"], folder, weight * _checked_weight(value))
+        yield from _entries(value["path"], folder, weight * _checked_weight(value), within)
     elif not isinstance(value, str | Path) or not str(value):
         raise UserError(f"webdataset_path: expected a path, URL or list of those, found {value!r}")
     elif str(value).endswith((".yml", ".yaml")):
+        if within:
+            raise UserError(f"webdataset_path: {within} names another .yml, {value}; write its paths here")
         yield from _yaml_entries(Path(folder, complete_url(str(value))), weight)
     else:
         yield weight, _shards(str(value), folder)
@@ -95,26 +102,24 @@ def _checked_weight(entry: dict) -> float:
 def _yaml_entries(path: Path, weight: float) -> Iterator[tuple[float, list[Shard]]]:
     if not path.exists():
         raise MissingShardError(f"webdataset_path: there is no {path}.{_near(str(path))}")
-    entries = yaml.safe_load(path.read_text())
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"webdataset_path: {path} is not valid YAML: {error}") from None
     if not isinstance(entries, list | dict | str):
         raise UserError(f"webdataset_path: {path} should hold a list of paths, found {type(entries).__name__}")
-    if any(str(entry).endswith((".yml", ".yaml")) for entry in (entries if isinstance(entries, list) else [entries])):
-        raise UserError(f"webdataset_path: {path} names another .yml; write its paths here")
-    yield from _entries(entries, path.parent, weight)
+    yield from _entries(entries, path.parent, weight, within=path)
 
 
 def _shards(text: str, folder: Path) -> list[Shard]:
     if text.startswith("pipe:"):
         raise UserError(f"webdataset_path: {text!r}: commands are never run; write the path or URL of the tars")
-    is_url = re.match(r"[A-Za-z][A-Za-z0-9]+:", text)
-    written = text if is_url or text.startswith("~") else str(folder / text)
     found: list[Shard] = []
     missing: list[str] = []
-    expanded = list(expand_braces(written))
+    expanded = [text] if _stat(_literal(text, folder)) else list(expand_braces(text))
     for path in expanded:
-        url = complete_url(path)
-        shards = _found(url)
-        missing += [] if shards else [url]
+        shards = _found(path, folder)
+        missing += [] if shards else [_literal(path, folder)]
         found += shards
     if missing:
         named = f"{text!r} matches nothing" if len(expanded) == 1 and _GLOB_CHARACTERS.search(text) else "no such tar"
@@ -125,21 +130,38 @@ def _shards(text: str, folder: Path) -> list[Shard]:
     return sorted(found, key=lambda shard: shard.url)
 
 
-def _found(url: str) -> list[Shard]:
+def _literal(text: str, folder: Path | str) -> str:
+    """The complete URL of a path as it is written."""
+    is_url = re.match(r"[A-Za-z][A-Za-z0-9]+:", text)
+    return complete_url(text if is_url or text.startswith("~") else str(Path(folder, text)))
+
+
+def _found(text: str, folder: Path) -> list[Shard]:
+    """What a path means without its braces: a tar or folder of this very name, or else what matches it as a glob."""
+    url = _literal(text, folder)
     storage = storage_for(url)
     if url.endswith(_COMPRESSED):
         raise UserError(f"webdataset_path: {url} is compressed, so its samples can't be read singly; decompress it")
-    if _GLOB_CHARACTERS.search(url):
-        return [Shard(*entry) for entry in storage.glob(url) if entry[0].endswith(".tar")]
     if storage.is_folder(url):
         shards = [Shard(*entry) for entry in storage.tars(url)]
         if not shards:
             raise UserError(f"webdataset_path: {url} holds no .tar; tools/build_dataset.py makes tars from pictures")
         return shards
+    if status := _stat(url):
+        return [Shard(url, *status)]
+    if _GLOB_CHARACTERS.search(text):
+        return [Shard(*entry) for entry in storage.glob(_literal(text, glob.escape(str(folder))))]
+    return []
+
+
+def _stat(url: str) -> tuple[int, str] | None:
+    """Size and etag, None where there is no such file."""
     try:
-        return [Shard(url, *storage.stat(url))]
-    except FileNotFoundError:
-        return []
+        return storage_for(url).stat(url)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return None
+        raise
 
 
 def _near(url: str) -> str:

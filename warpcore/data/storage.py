@@ -9,19 +9,32 @@ import errno
 import glob
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from warpcore.errors import UserError
 
+T = TypeVar("T")
+Version = tuple[int, str]
+"""Size in bytes and etag of a tar: when its content changes, so does this."""
 READ_ATTEMPTS = 3
 """An I/O fault is tried again this often, with a growing pause, before it stops the run."""
 
 
-class ChangedShardError(OSError):
-    """The tar no longer holds the bytes that its index promises."""
+class ChangedShardError(UserError):
+    """The tar is not the one any more that the run was planned with."""
+
+    def __init__(self, url: str):
+        super().__init__(
+            f"{url} changed while it was in use. Restore it, or start again: the run then stops at the difference, "
+            "unless on_data_change: new_epoch accepts it"
+        )
+        self.url = url
+
+    def __reduce__(self):
+        return ChangedShardError, (self.url,)
 
 
 class Storage(Protocol):
@@ -31,7 +44,7 @@ class Storage(Protocol):
         """(URL, size in bytes, etag) of every `.tar` below the folder, sorted by URL."""
 
     def glob(self, pattern: str) -> list[tuple[str, int, str]]:
-        """The same for the files that match `*`, `?`, `[...]` and `**`."""
+        """The same for those that match `*`, `?`, `[...]` and `**`."""
 
     def is_folder(self, url: str) -> bool: ...
 
@@ -47,8 +60,8 @@ class Storage(Protocol):
     def write(self, url: str, content: bytes) -> None:
         """Replace a small file as a whole: a reader sees the old or the new one. Raises PermissionError."""
 
-    def read_ranges(self, url: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-        """The bytes of every (offset, size). Raises OSError, ChangedShardError where the tar is shorter."""
+    def read_ranges(self, url: str, ranges: list[tuple[int, int]], version: Version | None = None) -> list[bytes]:
+        """The bytes of every (offset, size). Raises OSError, ChangedShardError where the tar is of another version."""
 
 
 class LocalStorage:
@@ -57,19 +70,22 @@ class LocalStorage:
     def tars(self, folder: str) -> list[tuple[str, int, str]]:
         return sorted(self._walk(folder))
 
-    def _walk(self, folder: str) -> Iterator[tuple[str, int, str]]:
+    def _walk(self, folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, int, str]]:
+        here = os.path.realpath(folder)
+        if here in above:  # a link to a folder that holds it
+            return
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
-                    yield from self._walk(entry.path)
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                    yield from self._walk(entry.path, (*above, here))
                 elif entry.name.endswith(".tar"):
-                    yield entry.path, *_size_and_etag(entry.stat())
+                    yield entry.path, *_stat_of_tar(entry.path)
 
     def glob(self, pattern: str) -> list[tuple[str, int, str]]:
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
-        return [(path, *self.stat(path)) for path in paths]
+        return [(path, *_stat_of_tar(path)) for path in paths if path.endswith(".tar")]
 
     def is_folder(self, url: str) -> bool:
         return os.path.isdir(url)
@@ -100,12 +116,23 @@ class LocalStorage:
                 raise PermissionError(*error.args) from error
             raise
 
-    def read_ranges(self, url: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, url: str, ranges: list[tuple[int, int]], version: Version | None = None) -> list[bytes]:
         file = os.open(url, os.O_RDONLY)
         try:
+            if version is not None and _size_and_etag(os.fstat(file)) != tuple(version):
+                raise ChangedShardError(url)
             return [_read_exactly(file, url, offset, size) for offset, size in ranges]
         finally:
             os.close(file)
+
+
+def _stat_of_tar(path: str) -> Version:
+    try:
+        return _size_and_etag(os.stat(path))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        raise UserError(f"{path} is a link that leads nowhere; restore what it leads to, or remove it") from None
 
 
 def _size_and_etag(status: os.stat_result) -> tuple[int, str]:
@@ -117,7 +144,7 @@ def _read_exactly(file: int, url: str, offset: int, size: int) -> bytes:
     while missing:
         piece = os.pread(file, missing, offset + size - missing)
         if not piece:
-            raise ChangedShardError(f"{url} ends before byte {offset + size}: it changed since it was indexed")
+            raise ChangedShardError(url)
         pieces.append(piece)
         missing -= len(piece)
     return b"".join(pieces)
@@ -150,17 +177,27 @@ def storage_for(url: str) -> Storage:
     return _STORAGES[scheme]()
 
 
-def read_ranges(url: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+def real_url(url: str) -> str:
+    """The same for two URLs that lead to one file."""
+    return os.path.realpath(url) if _scheme(url) == "file" else url
+
+
+def read_ranges(url: str, ranges: list[tuple[int, int]], version: Version | None = None) -> list[bytes]:
     """The bytes of every (offset, size) of a tar: the only way that picture bytes are read.
 
     Raises:
-        OSError: the read failed READ_ATTEMPTS times. FileNotFoundError and ChangedShardError are not tried again.
+        OSError: the read failed READ_ATTEMPTS times. FileNotFoundError is not tried again.
+        ChangedShardError: the tar is not of this version, or ends before a range does.
     """
-    storage = storage_for(url)
+    return patiently(lambda: storage_for(url).read_ranges(url, ranges, version))
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns; an I/O fault is tried again."""
     for attempt in range(READ_ATTEMPTS):
         try:
-            return storage.read_ranges(url, ranges)
-        except (FileNotFoundError, ChangedShardError):
+            return read()
+        except FileNotFoundError:
             raise
         except OSError:
             if attempt + 1 == READ_ATTEMPTS:

@@ -24,6 +24,8 @@ class TarSample:
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
+    """Extensions of members that are hard or symbolic links: their content is not under their name."""
 
 
 def read_samples(file: BinaryIO, url: str, size_bytes: int) -> list[TarSample]:
@@ -42,15 +44,25 @@ def read_samples(file: BinaryIO, url: str, size_bytes: int) -> list[TarSample]:
             continue
         key, extension = match[1], match[2].lower()
         sample = latest.get(key)
-        if sample is None or extension in sample.members:
+        if sample is None or extension in sample.members or extension in sample.links:
             sample = latest[key] = TarSample(key)
             samples.append(sample)
-        sample.members[extension] = (offset, size)
+        if offset is None:
+            sample.links.append(extension)
+        else:
+            sample.members[extension] = (offset, size)
     return samples
 
 
-def _members(file: BinaryIO, url: str, size_bytes: int, samples: list[TarSample]) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every regular file; the end of the archive is checked."""
+def clean(text: str) -> str:
+    """Text that parquet can hold: file names and escapes in .json may hold lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _members(
+    file: BinaryIO, url: str, size_bytes: int, samples: list[TarSample]
+) -> Iterator[tuple[str, int | None, int]]:
+    """(name, offset, size) of every regular file, no offset for links; the end of the archive is checked."""
     _check_start(file, url, size_bytes)
     try:
         with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
@@ -62,7 +74,9 @@ def _members(file: BinaryIO, url: str, size_bytes: int, samples: list[TarSample]
                 if member.isreg() and end > size_bytes:
                     raise _truncated(url, f"{member.name} should end at byte {end}", size_bytes, samples)
                 if member.isreg():
-                    yield member.name, member.offset_data, member.size
+                    yield clean(member.name), member.offset_data, member.size
+                elif member.islnk() or member.issym():
+                    yield clean(member.name), None, 0
             _check_end(file, url, size_bytes, tar.offset, samples)
     except tarfile.TarError as error:
         raise _truncated(url, f"its headers can't be read ({error})", size_bytes, samples) from None

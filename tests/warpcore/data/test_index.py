@@ -106,9 +106,9 @@ def test_an_unreadable_picture_and_a_missing_one_are_problems_of_their_rows(tmp_
     assert rows["a"]["problem"].startswith("undecodable .jpg: cannot identify image file")
     assert rows["b"]["problem"] == "no picture"
     assert rows["c"]["problem"] is None
-    assert "decompression bomb" in rows["d"]["problem"]
+    assert (rows["d"]["width"], rows["d"]["problem"]) == (60_000, None), "its size is for the plan to judge"
     assert rows["e"]["problem"].startswith("undecodable")
-    assert read_summary(shard_of(tmp_path / "x.tar")).problems == 4
+    assert read_summary(shard_of(tmp_path / "x.tar")).problems == 3
 
 
 def test_fields_of_json_become_typed_columns(tmp_path):
@@ -128,7 +128,7 @@ def test_fields_of_json_become_typed_columns(tmp_path):
         "f": [1.0, 0.5, None, None],
         "b": [True, False, None, None],
         "s": ["x", "\\ud800", None, None],
-        "mix": ["1", "two", None, None],
+        "mix": [1, None, None, None],
         "big": [float(2**70), None, None, None],
         "late": [None, 7, None, None],
     }

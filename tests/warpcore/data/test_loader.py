@@ -40,9 +40,9 @@ def same(one, other) -> bool:
     )
 
 
-def read_slowly(url, ranges):
+def read_slowly(url, ranges, version):
     time.sleep(0.02 * (ranges[0][0] % 3))  # workers overtake one another
-    return read_ranges(url, ranges)
+    return read_ranges(url, ranges, version)
 
 
 def test_two_workers_give_the_batches_of_none_pass_after_pass(micro_batches):
@@ -69,11 +69,11 @@ class Strange(Exception):
         super().__init__(f"{one} and {other}")
 
 
-def fail(url, ranges):
+def fail(url, ranges, version):
     raise PermissionError(13, "not yours", url)
 
 
-def fail_strangely(url, ranges):
+def fail_strangely(url, ranges, version):
     raise Strange("this", "that")
 
 
@@ -105,7 +105,7 @@ def test_an_exception_of_the_plan_is_raised_as_it_is(micro_batches, num_workers)
         list(loader)
 
 
-def die(url, ranges):
+def die(url, ranges, version):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -119,7 +119,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(micro_batches):
     assert time.monotonic() - began < 40
 
 
-def hang(url, ranges):
+def hang(url, ranges, version):
     time.sleep(1000)
 
 
@@ -144,7 +144,7 @@ def test_workers_outlive_the_signals_that_ask_the_run_to_finish(micro_batches):
 
 def test_a_reader_that_cannot_travel_is_an_error_before_any_process_starts(micro_batches):
     with pytest.raises(UserError, match="can't be sent to worker processes"):
-        Loader(micro_batches, Reader(read_ranges=lambda url, ranges: []), num_workers=1)
+        Loader(micro_batches, Reader(read_ranges=lambda url, ranges, version: []), num_workers=1)
 
 
 def test_a_script_needs_no_main_guard_and_ends_though_nobody_closed_the_loader(micro_batches, tmp_path):

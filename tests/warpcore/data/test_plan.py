@@ -289,7 +289,7 @@ def test_a_lane_left_without_rows_names_the_remedy(folder):
         ),
         ({"required_members": ["mask.png"]}, r"no sample has a \.mask\.png"),
         ({"validation_samples": 80}, "80 leaves no row for training: only 80 of 80"),
-        ({"num_lanes": 7}, "lanes is 7, more than"),
+        ({"num_lanes": 81}, "lanes is 81, more than"),
         ({"micro_batch_size": 0}, "at least 1"),
     ],
 )
@@ -318,8 +318,6 @@ def test_validation_rows_are_held_out_and_the_same_every_time(catalog):
     assert list(plan.validation()) == micro_batches
     assert set(held_out).isdisjoint(keys(take(plan, 200)))
     assert plan.num_rows == NUM_ROWS - 11
-    ranks = [list(plan.validation(rank=rank, num_processes=3)) for rank in range(3)]
-    assert sorted((m for part in ranks for m in part), key=lambda m: m.number) == micro_batches
     other = Plan(catalog, micro_batch_size=3, buckets=SQUARE, validation_samples=11, seed=5)
     assert set(keys(other.validation())) == set(held_out), "the choice depends on the keys alone"
     more = Plan(catalog, micro_batch_size=3, buckets=SQUARE, validation_samples=15)

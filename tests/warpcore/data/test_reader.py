@@ -16,6 +16,7 @@ from warpcore.data.captions import CaptionGetter
 from warpcore.data.images import decode
 from warpcore.data.reader import BadMember, PictureField, Reader
 from warpcore.data.samples import MicroBatch, Sample
+from warpcore.data.storage import ChangedShardError
 
 SIZE = (32, 48)
 TXT = CaptionGetter.parse(["txt", "identity"])
@@ -123,7 +124,7 @@ def test_an_io_fault_is_no_bad_sample(tmp_path):
     samples = write_shard(tmp_path / "x.tar", [good(0), good(1)])
     whole = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[:-20])
-    with pytest.raises(OSError, match=r"x\.tar"):
+    with pytest.raises(ChangedShardError, match=r"x\.tar"):
         Reader(captions=TXT).__getitems__(micro_batch(samples))
     (tmp_path / "x.tar").unlink()
     with pytest.raises(FileNotFoundError):
@@ -133,7 +134,7 @@ def test_an_io_fault_is_no_bad_sample(tmp_path):
 def test_without_pictures_only_the_captions_are_read(tmp_path):
     asked = []
 
-    def read(url, ranges):
+    def read(url, ranges, version):
         asked.extend(ranges)
         return [Path(url).read_bytes()[offset : offset + size] for offset, size in ranges]
 

@@ -1,0 +1,58 @@
+"""What the engine does with bad samples: named, counted in global order, and too many of them stop the run."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.warpcore.runs import finish, read_metrics, start, tiny_settings, torchrun, train_here, write_shard
+from warpcore.errors import UserError
+
+
+def spoil(shard: Path, *numbers: int) -> None:
+    """Make pictures undecodable behind their header, where an index cannot see it."""
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
+    with tarfile.open(shard, "w") as tar:
+        for member, data in members:
+            if member.name in [f"{number:05d}.png" for number in numbers]:
+                data = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_a_bad_picture_is_named_and_the_run_goes_on(tmp_path, capfd):
+    spoil(write_shard(tmp_path / "a.tar", 10), 3)
+    status, lines = train_here(tiny_settings(tmp_path, tmp_path / "a.tar", num_workers=0))
+    assert status == 0
+    assert len(lines) == 12
+    assert "bad sample" in (told := capfd.readouterr().err)
+    assert "a.tar/00003.png" in told
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_too_many_bad_pictures_in_a_row_stop_all_processes_at_the_same_update(tmp_path, num_processes):
+    spoil(write_shard(tmp_path / "a.tar", 8), *range(8))
+    settings = tiny_settings(tmp_path, tmp_path / "a.tar", micro_batch_size=2, max_bad_samples=6)
+    if num_processes == 1:
+        with pytest.raises(UserError, match=r"6 samples in a row could not be read \(max_bad_samples\).*a\.tar/0000"):
+            train_here(settings)
+    else:
+        status, output = finish(start(settings, launcher=torchrun(2)))
+        assert status != 0
+        assert "6 samples in a row could not be read" in output
+    assert len(read_metrics(settings)) == 2
+
+
+def test_a_bad_validation_picture_counts_nowhere(tmp_path, capfd):
+    write_shard(tmp_path / "a.tar", 8)
+    write_shard(tmp_path / "whole" / "b.tar", 2, first=20)
+    spoil(write_shard(tmp_path / "spoiled" / "b.tar", 3, first=20), 22)
+
+    def validation_loss(name: str) -> float:
+        settings = {"validation_path": str(tmp_path / name / "b.tar"), "updates": 1, "dropout": 0.0}
+        return train_here(tiny_settings(tmp_path / name, tmp_path / "a.tar", **settings))[1][-1]["validation_loss"]
+
+    # The noise of a sample belongs to its row, so the two readable ones weigh the same in both.
+    assert validation_loss("spoiled") == pytest.approx(validation_loss("whole"), rel=1e-6)
+    assert "bad validation sample" in capfd.readouterr().err
