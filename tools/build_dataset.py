@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from tools.metadata import PICTURE_SUFFIXES, read_metadata
 from warpcore.data.catalog import MANIFEST_NAME, write_manifests
-from warpcore.data.index import Summary, index_shard, picture_size
 from warpcore.data.images import MAX_PIXELS
+from warpcore.data.index import Summary, index_shard, picture_size
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
 from warpcore.data.tars import clean

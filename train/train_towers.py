@@ -56,7 +56,7 @@ class Temperature(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # sharding takes no scalars
 
     def forward(self, similarities: Tensor) -> Tensor:
         return similarities * self.log_scale.exp().clamp(max=100)

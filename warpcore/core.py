@@ -306,9 +306,10 @@ class WarpCore:
             network.set_activation_checkpointing(self.config.activation_checkpointing)
         if self.processes.count > 1:
             # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
-            # Gradients are added up in float32, as in one process.
+            # Batch norms want their weights in float32; gradients are added up in float32, as in one process.
+            whole = self.dtype == torch.float32 or self.batch_norms[name].norms
             policy = MixedPrecisionPolicy(
-                param_dtype=None if self.dtype == torch.float32 else self.dtype,
+                param_dtype=None if whole else self.dtype,
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             )

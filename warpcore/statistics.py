@@ -16,11 +16,11 @@ class BatchNormStatistics:
     """
 
     def __init__(self, network: nn.Module):
-        self._norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm)}
-        self._momentum = {name: norm.momentum for name, norm in self._norms.items()}
+        self.norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm)}
+        self._momentum = {name: norm.momentum for name, norm in self.norms.items()}
         self._kept: dict[str, dict[str, Tensor]] = {}
         self._recorded: dict[str, Tensor] = {}
-        for name, norm in self._norms.items():
+        for name, norm in self.norms.items():
             norm.momentum = 1.0  # a forward pass leaves the statistics of its batch in the buffers, which are copies
             norm.register_forward_pre_hook(lambda norm, args, name=name: self._keep(name, norm))
             norm.register_forward_hook(lambda norm, args, _, name=name: self._record(name, norm, args[0]))
@@ -35,7 +35,7 @@ class BatchNormStatistics:
     @torch.no_grad()
     def apply(self, per_micro_batch: list[dict[str, Tensor]]) -> None:
         """Move the running statistics by those of one update."""
-        for name, norm in self._norms.items():
+        for name, norm in self.norms.items():
             mean_C, var_C = _pool(torch.stack([recorded[name] for recorded in per_micro_batch]))
             for running, new in ((norm.running_mean, mean_C), (norm.running_var, var_C)):
                 # A forward pass that is not finite must not spoil the network for good.

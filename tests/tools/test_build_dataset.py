@@ -1,6 +1,7 @@
 import csv
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -137,16 +138,45 @@ def test_captions_come_from_metadata_where_there_is_no_txt(folder, tmp_path):
     assert [Path(name).name for name in report.skipped["in the metadata but not in the folder"]] == ["gone.png"]
 
 
+def test_captions_and_names_that_look_like_numbers_stay_as_they_are(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "007.jpg").write_bytes(picture())
+    (folder / "metadata.csv").write_text("file_name,caption,score\n007.jpg,007,007\n")
+    build_dataset(folder, tmp_path / "out")
+    sample = samples_of(tmp_path / "out")["007"]
+    assert (sample["txt"], json.loads(sample["json"])) == (b"007", {"score": 7})
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_the_keys_of_img2dataset_name_pictures(tmp_path, name):
+    folder = tmp_path / "pictures"
+    (folder / "00000").mkdir(parents=True)
+    (folder / "00000/000000012.jpg").write_bytes(picture())
+    lines = {
+        "metadata.csv": "url,key,caption,width\nx,000000012,a bear,9\n",
+        "metadata.jsonl": json.dumps({"url": "x", "key": "000000012", "caption": "a bear", "width": 9}),
+    }
+    (folder / name).write_text(lines[name])
+    report = build_dataset(folder, tmp_path / "out")
+    assert not report.skipped
+    sample = samples_of(tmp_path / "out")["00000/000000012"]
+    assert (sample["txt"], json.loads(sample["json"])) == (b"a bear", {"url": "x", "width": 9})
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("metadata.jsonl", '{"text": "x"}', "line 1: no file_name; it has: text"),
         ("metadata.jsonl", '\n{"file_name"', "line 2 is not JSON"),
         ("metadata.csv", "url,text\nx,y\n", "line 2: no file_name; it has: url, text"),
+        ("metadata.csv", "file_name,text\na.jpg,a dog, running\n", "line 2: 1 values more.*' running'.*quotes"),
+        ("metadata.csv", "file_name,text\na.jpg,\udcfcber\n", "not UTF-8"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "text": ["x"]}', "line 1: the caption is not text"),
     ],
 )
 def test_a_metadata_file_of_another_form_is_explained(folder, tmp_path, name, text, message):
-    (folder / name).write_text(text)
+    (folder / name).write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         build_dataset(folder, tmp_path / "out")
 
@@ -185,4 +215,46 @@ def test_a_killed_build_leaves_no_tar_under_its_final_name(folder, tmp_path, mon
     monkeypatch.setattr(tarfile.TarFile, "close", fail)
     with pytest.raises(KeyboardInterrupt):
         build_dataset(folder, tmp_path / "out")
-    assert list((tmp_path / "out").glob("*.tar")) == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["no pictures", "broken metadata", "killed"])
+def test_what_is_there_stays_until_the_new_tars_are_whole(folder, tmp_path, monkeypatch, fault):
+    out = tmp_path / "out"
+    build_dataset(folder, out, samples_per_shard=2)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    if fault == "no pictures":
+        folder = tmp_path / "none"
+        folder.mkdir()
+    elif fault == "broken metadata":
+        (folder / "metadata.jsonl").write_text("{")
+    else:
+        monkeypatch.setattr("tools.build_dataset.write_manifests", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        build_dataset(folder, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_out_that_is_a_file_is_explained(folder, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="out is a file"):
+        build_dataset(folder, tmp_path / "out", overwrite=True)
+
+
+def test_odd_pictures_are_kept_or_skipped_with_a_reason(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "thin.jpg").write_bytes(picture(300, 3))
+    for number in range(3):
+        (folder / f"cut{number}.jpg").write_bytes(picture(200, 200)[: -2000 - 100 * number])
+    (folder / "dead.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "self.jpg").symlink_to(folder / "self.jpg")
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    report = build_dataset(folder, tmp_path / "out")
+    assert report.sizes == [(300, 3)]
+    assert {reason: len(files) for reason, files in report.skipped.items()} == {
+        "unreadable (image file is truncated)": 3,
+        "a link that leads nowhere": 2,
+        "empty file": 1,
+    }
+    str(report).encode()

@@ -37,7 +37,7 @@ def scenes(number: int, **options) -> list[tuple[Scene, str]]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("[0-9]*.*")}
 
 
 def test_a_caption_says_what_the_scene_shows():

@@ -95,13 +95,16 @@ def test_accumulation_does_not_change_the_updates(shard, tmp_path):
     torch.testing.assert_close(losses[2], losses[8], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_fsdp", [False, True])
-def test_two_processes_make_the_updates_of_one(shard, tmp_path, use_fsdp):
+@pytest.mark.parametrize(
+    ("use_fsdp", "changes"),
+    [(False, {}), (True, {"optimizer": "schedulefree"}), (True, {"dtype": "bfloat16", "optimizer": "muon"})],
+)
+def test_two_processes_make_the_updates_of_one(shard, tmp_path, use_fsdp, changes):
     """With resuming in between, from two processes to one."""
-    one = tiny_settings(tmp_path / "one", shard, micro_batch_size=2, dropout=0.0, validation_samples=3)
-    two = tiny_settings(
-        tmp_path / "two", shard, micro_batch_size=2, dropout=0.0, validation_samples=3, use_fsdp=use_fsdp
-    )
+    common = {"micro_batch_size": 2, "dropout": 0.0, "validation_samples": 3, **changes}
+    one = tiny_settings(tmp_path / "one", shard, **common)
+    two = tiny_settings(tmp_path / "two", shard, use_fsdp=use_fsdp, **common)
+    exact = 1e-5 if changes.get("dtype") != "bfloat16" else 5e-2
     train_here(one)
     status, output = finish(start(two | {"updates": 8}, launcher=torchrun(2)))
     assert status == 0, output
@@ -109,10 +112,9 @@ def test_two_processes_make_the_updates_of_one(shard, tmp_path, use_fsdp):
     for ours, theirs in zip(read_metrics(two), read_metrics(one), strict=True):
         assert ours["samples_hash"] == theirs["samples_hash"]
         for name in ("loss", "raw_loss", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
-    assert read_metrics(two)[3]["validation_loss_ema"] == pytest.approx(
-        read_metrics(one)[3]["validation_loss_ema"], abs=1e-5
-    )
+            assert ours[name] == pytest.approx(theirs[name], abs=exact)
+    ours, theirs = (read_metrics(settings)[3]["validation_loss_ema"] for settings in (two, one))
+    assert ours == pytest.approx(theirs, abs=exact)
 
 
 def test_a_run_leaves_weights_samples_and_records(shard, tmp_path):

@@ -29,6 +29,7 @@ from warpcore.errors import UserError
         ("lambda s: {'good': 1, 'bad': 0}[\"good\"]", ("x",), 1),
         ("lambda s: s // 2 + round(s / 3, 1)", (7,), 5.3),
         ("lambda s: sum([s, 1]) and any((s, 0))", (1,), True),
+        ("lambda s: str(s) + str(round(s)) + str(None)", (1.5,), "1.52None"),
     ],
 )
 def test_an_expression_does_what_python_does(text, values, expected):
@@ -65,6 +66,10 @@ def test_an_expression_does_what_python_does(text, values, expected):
         ("lambda s: str(s, encoding='x')", "encoding"),
         ("lambda s: b'1'", "bytes"),
         ("lambda s: len", "'len'"),
+        ("lambda s: [[0] * 99999] * 99999", "list of lists"),
+        ("lambda s: [1][5] * 2", "IndexError"),
+        ("lambda s: {'a': 1}['b'] * 2", "KeyError"),
+        ("lambda s: (1).lower() * 2", "AttributeError"),
         ("lambda s: other > 1", "other"),
         ("lambda s=1: s", "defaults"),
         ("lambda *s: s", "plain arguments"),
@@ -104,6 +109,12 @@ def test_the_place_of_a_refused_piece_is_named():
         ("lambda s: '%d' % s if s else s % 1", "%1000000000d"),
         ("lambda s: s.replace('', s).replace('', s).replace('', s)", "a" * 1000),
         ("lambda s: s.join(s).join(s).join(s)", "a" * 1000),
+        ("lambda s: round(s, -10**9)", 5),
+        ("lambda s: round(5, s)", 10**9),
+        ("lambda s: str([s, s])", [0] * 1000),
+        ("lambda s: sum([s, s], s)", [0] * 1000),
+        ("lambda s: [s * 1000] * 1000", [0]),
+        ("lambda s: s * (s,)", 10**9),
     ],
 )
 def test_what_could_fill_the_memory_is_stopped_while_it_runs(text, value):
@@ -198,6 +209,14 @@ def test_a_filter_on_a_key_that_no_sample_has_lists_what_there_is():
         condition.check_keys({"aesthetic_score", "caption"})
     with pytest.raises(UserError, match="lists or mappings"):
         Filter.parse(["json", 'lambda j: j["tags"] == 1']).check_keys({"score"}, {"tags"})
+
+
+def test_looking_for_a_key_that_is_not_in_the_index_is_refused():
+    condition = Filter.parse(["json", "lambda j: 'tags' not in j"])
+    with pytest.raises(UserError, match="'tags' holds lists or mappings"):
+        condition.check_keys({"score", "tags"}, {"tags"})
+    condition.check_keys({"score"}, {"other"})
+    Filter.parse(["text", "lambda s: 'tags' in s"]).check_keys({"text"}, {"tags"})
 
 
 def test_a_filter_of_the_wrong_shape_is_explained():

@@ -142,6 +142,15 @@ def test_workers_outlive_the_signals_that_ask_the_run_to_finish(micro_batches):
         assert len(list(batches)) == 19
 
 
+def test_workers_outlive_those_signals_while_they_start(micro_batches):
+    with Loader(micro_batches, Reader(captions=TXT), num_workers=2) as loader:
+        batches = iter(loader)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+        assert len(list(batches)) == 20
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "they still reach the main process"
+
+
 def test_a_reader_that_cannot_travel_is_an_error_before_any_process_starts(micro_batches):
     with pytest.raises(UserError, match="can't be sent to worker processes"):
         Loader(micro_batches, Reader(read_ranges=lambda url, ranges, version: []), num_workers=1)

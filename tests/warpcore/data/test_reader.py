@@ -94,6 +94,7 @@ def test_a_bad_sample_is_replaced_by_the_next_readable_one_and_reported(kind, tm
     assert batch.weight == 1.0
     assert [event.source for event in batch.events] == [f"{tmp_path}/x.tar/a{n}{suffix}" for n in (1, 2)]
     assert reason in batch.events[0].reason
+    assert [event.place for event in batch.events] == [1, 2]
     around = reader.__getitems__(micro_batch([samples[0], samples[3], samples[1]]))
     assert around.keys == ["a0", "a3", "a0"], "after the last sample comes the first"
 

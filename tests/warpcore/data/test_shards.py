@@ -1,4 +1,5 @@
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,62 @@ def test_a_passing_io_fault_is_tried_again_and_a_lasting_one_raised(tmp_path, mo
     with pytest.raises(OSError, match="fault"):
         read_ranges(str(tmp_path / "dead.tar"), [(0, 1)])
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("odd", ["run[1]", "run{1,2}", "run*"])
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch, odd):
+    folder = tmp_path / odd
+    folder.mkdir()
+    for name in ("a", "b[1]", "c{1,2}"):
+        write_shard(folder / f"{name}.tar", 1)
+    monkeypatch.chdir(folder)
+    assert names("a.tar", folder.parent) == names(str(folder / "a.tar"), folder.parent)
+    for path in ("a.tar", "b[1].tar", "c{1,2}.tar", str(folder / "b[1].tar")):
+        (source,) = resolve_sources(path)
+        assert [shard.url for shard in source.shards] == [str(folder / path)]
+    for path in (str(folder), ".", "*.tar", "[abc]*.tar"):
+        assert len(resolve_sources(path)[0].shards) == 3, path
+
+
+def test_links_in_a_folder_are_followed_once_and_dead_ones_named(folder):
+    (folder / "data/more/loop").symlink_to(folder / "data")
+    (folder / "data/dead").symlink_to(folder / "nowhere")
+    assert names("data", folder) == [(1.0, ALL)]
+    (folder / "data/dead.tar").symlink_to(folder / "nowhere")
+    for path in ("data", "data/*.tar"):
+        with pytest.raises(UserError, match="dead.tar is a link that leads nowhere"):
+            resolve_sources(path)
+    (folder / "data/dead.tar").unlink()
+    (folder / "data/self.tar").symlink_to(folder / "data/self.tar")
+    with pytest.raises(UserError, match="self.tar is a link that leads nowhere"):
+        resolve_sources("data")
+    with pytest.raises(UserError, match="no such tar"):
+        resolve_sources("data/self.tar")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- [a.tar", "sets.yml is not valid YAML"),
+        (b"- caf\xe9.tar", "sets.yml is not valid YAML"),
+        (b"- {path: sets.yml}", "sets.yml names another .yml, sets.yml"),
+        (b"- [[sets.yml]]", "names another .yml"),
+    ],
+)
+def test_a_yml_that_can_not_be_used_is_explained(folder, content, message):
+    (folder / "sets.yml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        resolve_sources("sets.yml")
+
+
+def test_a_tar_of_another_version_is_not_read(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"abc")
+    version = storage.storage_for(str(path)).stat(str(path))
+    assert read_ranges(str(path), [(0, 3)], version) == [b"abc"]
+    with pytest.raises(ChangedShardError):
+        read_ranges(str(path), [(0, 3)], (3, "mtime-0"))
+    with pytest.raises(ChangedShardError):
+        read_ranges(str(path), [(0, 3)], (4, version[1]))
+    error = pickle.loads(pickle.dumps(ChangedShardError("x.tar")))
+    assert str(error) == str(ChangedShardError("x.tar")), "it travels from a worker"
