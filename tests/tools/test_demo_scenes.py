@@ -140,6 +140,16 @@ def test_a_folder_with_more_pictures_is_refused(tmp_path):
         main([str(tmp_path), "--num_pictures", "2"])
 
 
+def test_a_folder_of_other_things_is_left_as_it_is(tmp_path):
+    (tmp_path / "000").mkdir()
+    (tmp_path / "000/000000.jpg").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match="is not empty and no demo data set"):
+        main([str(tmp_path), "--num_pictures", "2"])
+    assert (tmp_path / "000/000000.jpg").read_bytes() == b"mine"
+    make_demo_dataset(tmp_path / "new", 2)
+    make_demo_dataset(tmp_path / "new", 2)
+
+
 def test_the_shipped_vocabulary_knows_every_word_of_the_captions():
     config = yaml.safe_load((ROOT / "configs/training/mini_towers.yaml").read_text())
     used = {word for _, text in scenes(3000, pairs=ALL_PAIRS) for word in split_words(text)}

@@ -20,7 +20,7 @@ def settings(tmp_path):
     return {
         "experiment_id": "towers", "checkpoint_path": str(tmp_path),
         "webdataset_path": str(colours(tmp_path / "a.tar")),
-        "updates": 60, "save_every": 60, "batch_size": 4, "image_size": 16, "num_workers": 0, "device": "cpu",
+        "updates": 60, "save_every": 60, "batch_size": 4, "image_size": 32, "num_workers": 0, "device": "cpu",
         "lr": 0.005, "words": ["a", "picture", *COLOURS], "tower_width": 16, "tower_heads": 2, "text_length": 6,
         "text_layers": 1, "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
     }  # fmt: skip
@@ -31,7 +31,7 @@ def colours(path: Path) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, colour in COLOURS.items():
             buffer = io.BytesIO()
-            Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
+            Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
             for extension, data in {"png": buffer.getvalue(), "txt": f"a {name} picture".encode()}.items():
                 info = tarfile.TarInfo(f"{name}.{extension}")
                 info.size = len(data)

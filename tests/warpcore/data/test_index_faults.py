@@ -53,7 +53,7 @@ class Failing:
 @pytest.mark.parametrize("name", ["a.jpg", "a.json"])
 @pytest.mark.parametrize(("failures", "lasting"), [(2, False), (99, True)])
 def test_an_io_fault_is_not_written_into_the_index(tmp_path, monkeypatch, name, failures, lasting):
-    members = dict([("a.jpg", picture()), ("a.json", b'{"s": 1}')])
+    members = {"a.jpg": picture(), "a.json": b'{"s": 1}'}
     path = write_tar(tmp_path / "x.tar", list(members.items()))
     place = path.read_bytes().index(members[name])
     whole = storage.LocalStorage.open

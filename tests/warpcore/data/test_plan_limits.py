@@ -116,5 +116,5 @@ def test_a_tar_with_links_says_so(tmp_path):
         tar.add(tmp_path / "a.jpg", "z/notes")
         for name in "bc":
             tar.add(tmp_path / f"{name}.jpg", f"{name}.jpg")
-    with pytest.raises(UserError, match="holds no picture.*--hard-dereference"):
+    with pytest.raises(UserError, match=r"holds no picture.*--hard-dereference"):
         catalog_of(tmp_path / "y.tar")
