@@ -65,7 +65,7 @@ class Catalog:
 
     def name(self, number: int) -> str:
         """The shard's URL from the data set's common folder on: moving a data set changes no name, and so no seed."""
-        return self.shard(number).url[self._common :]
+        return os.fsdecode(self._table["url"][number].as_py())[self._common :]
 
     @cached_property
     def rows(self) -> np.ndarray:
