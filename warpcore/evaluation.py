@@ -17,6 +17,9 @@ from warpcore.random import stable_hash
 if TYPE_CHECKING:
     from warpcore.core import WarpCore
 
+MOST_COLUMNS = 8
+"""Pictures side by side in a sheet of samples."""
+
 
 @contextmanager
 def weights_in_use(run: "WarpCore", average: bool) -> Iterator[None]:
@@ -86,7 +89,8 @@ def draw(run: "WarpCore") -> None:
         return
     pictures = [picture for row in rows for picture in row.pictures.values()]
     captions = [f"{name}: {row.caption}" for row in rows for name in row.pictures]
-    sheet = grid(pictures, columns=max(len(row.pictures) for row in rows), captions=captions)
+    per_sample = len(rows[0].pictures)
+    sheet = grid(pictures, columns=per_sample * max(1, MOST_COLUMNS // per_sample), captions=captions)
     path = run.config.samples_folder / f"{run.update:08d}.png"
     save_png(path, sheet, {"update": str(run.update)})
     run.tracker.images(run.update, "samples", sheet, f"update {run.update}")
