@@ -147,7 +147,9 @@ def loader(paths: list[str], num_workers: int, seconds: float) -> float:
 
 def plain(paths: list[str], num_workers: int, seconds: float) -> float:
     """Samples per second of webdataset + torchvision, as the reference implementation puts them together."""
-    samples = webdataset.WebDataset(paths, resampled=True).decode("torchrgb").to_tuple("jpg", "txt")
+    samples = (
+        webdataset.WebDataset(paths, resampled=True, shardshuffle=False).decode("torchrgb").to_tuple("jpg", "txt")
+    )
     workers = torch.utils.data.DataLoader(
         samples, batch_size=MICRO_BATCH_SIZE, num_workers=num_workers, collate_fn=list
     )

@@ -171,8 +171,8 @@ class Feed:
         return Plan(
             catalog,
             micro_batch_size=self.micro_batch_size,
-            buckets=Buckets(
-                config.image_size**2, bucket_factor, config.multi_aspect_ratio or [], config.bucketeer_random_ratio
+            buckets=Buckets.for_image_size(
+                config.image_size, config.multi_aspect_ratio or [], bucket_factor, config.bucketeer_random_ratio
             ),
             filters=[Filter.parse(entry) for entry in config.dataset_filters],
             captions=CaptionGetter.parse(config.captions_getter),
