@@ -7,7 +7,7 @@ from tests.warpcore.runs import read_metrics, tiny_settings, write_shard
 from warpcore.config import Config, make_config
 from warpcore.core import Losses, Sampled, WarpCore
 
-# --- the file that a user would write: 24 lines
+# --- the file that a user would write: about 20 lines
 
 
 class AutoencoderConfig(Config):
