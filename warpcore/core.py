@@ -59,7 +59,8 @@ class Sampled:
 class WarpCore:
     """Trains what a subclass describes. `MyUseCase.main()` in a script is all that is needed to run it.
 
-    Hooks to override: `build`, `encode`, `loss`, and where wanted `sample`, `update_state`, `weights`, `extra_fields`.
+    Hooks to override: `build`, `encode`, `loss`, and where wanted `sample`, `update_state`, `weights`, `file_metadata`
+    and `extra_fields`.
     """
 
     Config: ClassVar[type[Config]] = Config
@@ -258,6 +259,7 @@ class WarpCore:
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
     def forward(self, batch: Batch) -> Losses:
+        """Encode a batch and compute its losses, with the random numbers of its samples."""
         random = SampleRandom(batch.seeds, self.device)
         with self.autocast():
             with torch.no_grad():

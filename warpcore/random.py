@@ -31,9 +31,6 @@ class SampleRandom:
         self.seeds = list(seeds)
         self.device = torch.device(device)
 
-    def __len__(self) -> int:
-        return len(self.seeds)
-
     def uniform(self, name: str) -> Tensor:
         """(B,) float32 in [0, 1)."""
         return self._draw(name, (), torch.rand)

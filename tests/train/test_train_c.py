@@ -94,9 +94,11 @@ def test_a_run_goes_on_with_its_adaptive_weights_average_and_conditions(small_ca
         "log_every": 1, "save_every": 2, "offset_noise": 0.1, "sample_steps": 2, "activation_checkpointing": 3,
     }  # fmt: skip
     whole = settings | {"experiment_id": "whole"}
-    assert TrainStageC(make_config(TrainStageC.Config, whole)).run() == 0
-    assert TrainStageC(make_config(TrainStageC.Config, settings | {"updates": 4})).run() == 0
-    assert TrainStageC(make_config(TrainStageC.Config, settings)).run() == 0
+    runs = [TrainStageC(make_config(TrainStageC.Config, one)) for one in (whole, settings | {"updates": 4}, settings)]
+    assert [run.run() for run in runs] == [0, 0, 0]
+    uninterrupted, _, resumed = (run.diffusion.loss_weight.bucket_losses for run in runs)
+    assert torch.equal(resumed, uninterrupted)
+    assert 1 <= (resumed != 1).sum() <= 6 * 4  # each sample of six updates moved its bucket
     assert numbers(read_metrics(settings)) == numbers(read_metrics(whole))
     assert len(read_metrics(settings)) == 6
 

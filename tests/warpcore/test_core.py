@@ -117,6 +117,16 @@ def test_two_processes_make_the_updates_of_one(shard, tmp_path, use_fsdp, change
     assert ours == pytest.approx(theirs, abs=exact)
 
 
+def test_an_average_that_begins_on_resume_begins_with_the_weights_of_then(shard, tmp_path):
+    settings = tiny_settings(tmp_path, shard, ema_start_iters=None, updates=4)
+    train_here(settings)
+    then = load_weights(settings)
+    train_here(settings | {"updates": 8, "ema_start_iters": 2, "ema_iters": 100})
+    average, now = load_weights(settings, "generator_ema"), load_weights(settings)
+    assert all(torch.equal(average[name], then[name]) for name in then)
+    assert any(not torch.equal(now[name], then[name]) for name in then)
+
+
 def test_a_run_leaves_weights_samples_and_records(shard, tmp_path):
     settings = tiny_settings(tmp_path, shard, validation_samples=3, backup_every=4, tensorboard=True)
     train_here(settings)
