@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade.config import CascadeConfig
+from cascade.config import StageCConfig
 from modules.clip import ImageTower, TextTower
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
@@ -25,7 +25,7 @@ def prompt_conditions(tower: TextTower, prompts: Sequence[str], width: int, devi
 
 
 def training_conditions(
-    text: TextTower, image: ImageTower | None, width: int, batch: Batch, random: SampleRandom, config: CascadeConfig
+    text: TextTower, image: ImageTower | None, width: int, batch: Batch, random: SampleRandom, config: StageCConfig
 ) -> dict[str, Tensor]:
     """All conditions of Stage C for a training batch; each of a sample's conditions is dropped at random.
 

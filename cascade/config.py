@@ -17,11 +17,13 @@ class ModelSettings(Settings):
     model_version: Literal["3.6B", "1B", "mini"] = "3.6B"
     """Size of Stage C, and with it of the networks around it; `mini` is a toy cascade for 128 px pictures."""
     generator_checkpoint_path: Path | None = None
-    """Weights of Stage C (.safetensors); without it, it starts from random weights."""
+    """Weights of the network that is trained or drawn with (.safetensors); without it, random ones."""
     effnet_checkpoint_path: Path | None = None
     """Weights of the encoder; by default where `models/download.py` puts them."""
     previewer_checkpoint_path: Path | None = None
     """Weights of the previewer; by default where `models/download.py` puts them."""
+    stage_a_checkpoint_path: Path | None = None
+    """Weights of Stage A; by default where `models/download.py` puts them."""
     clip_text_model_name: str | None = None
     """Text tower: a public name (`laion/CLIP-ViT-bigG-14-laion2B-39B-b160k`), open_clip's `MODEL:TAG`, or a file."""
     clip_text_checkpoint_path: Path | None = None
@@ -32,20 +34,19 @@ class ModelSettings(Settings):
     """Weights of the image tower as a local file, instead of a download by its name."""
 
     diffusion_target: Literal["epsilon", "x0", "v", "rectified_flows"] = "epsilon"
-    """What Stage C predicts: noise (published weights), clean latents, v (learns faster from zero), straight flow."""
+    """What the network predicts: noise (published weights), clean latents, v (learns faster from zero), or straight
+    flow."""
 
     @property
     def version(self) -> Version:
         return VERSIONS[self.model_version]
 
 
-class CascadeConfig(ModelSettings, Config):
-    """What every training script of the cascade understands."""
+class DiffusionConfig(ModelSettings, Config):
+    """What the training scripts of Stage B and of Stage C understand."""
 
     caption_dropout: Share = 0.05
     """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
-    clip_image_dropout: Share = 0.9
-    """Share of the samples without the image condition; at 1 the image tower is not even loaded."""
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "p2"
     """How much the loss of each noise level counts."""
     adaptive_loss_weight: bool = False
@@ -54,10 +55,8 @@ class CascadeConfig(ModelSettings, Config):
     """Strength of noise that shifts whole channels; helps with very dark and very bright pictures."""
     shift: PositiveFloat = 1.0
     """Moves the training noise to more (> 1) or less; larger latents want more."""
-    sample_prompts: list[str] = []
-    """Captions to draw at every save; without them those of held-out samples are taken."""
     sample_steps: PositiveInt = 20
-    """Sampling steps of those pictures."""
+    """Sampling steps of the pictures drawn at every save."""
     sample_guidance: float = 5.0
     """Classifier-free guidance of those pictures."""
     sample_sampler: Literal[tuple(SAMPLERS)] = "ddpm"
@@ -70,3 +69,12 @@ class CascadeConfig(ModelSettings, Config):
         if self.adaptive_loss_weight and self.loss_weight not in ("p2", "adaptive"):
             raise ValueError(f"adaptive_loss_weight contradicts loss_weight: {self.loss_weight}; remove one")
         return self
+
+
+class StageCConfig(DiffusionConfig):
+    """What every training script of Stage C understands."""
+
+    clip_image_dropout: Share = 0.9
+    """Share of the samples without the image condition; at 1 the image tower is not even loaded."""
+    sample_prompts: list[str] = []
+    """Captions to draw at every save; without them those of held-out samples are taken."""

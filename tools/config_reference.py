@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from cascade.config import CascadeConfig, ModelSettings
+from cascade.config import DiffusionConfig, ModelSettings, StageCConfig
 from warpcore.config import Config, Settings, describe
 
 START, END = "<!-- config reference: made by tools/config_reference.py -->", "<!-- end of config reference -->"
@@ -28,10 +28,11 @@ def with_reference(text: str) -> str:
     before, rest = text.split(START)
     _, after = rest.split(END)
     parts = ["#### Every training script", _table(Config), "#### Networks", _table(ModelSettings)]
-    parts += ["#### `train/train_c.py`", _table(CascadeConfig, Config, ModelSettings)]
+    parts += ["#### Stage B and Stage C", _table(DiffusionConfig, Config, ModelSettings)]
+    parts += ["#### `train/train_c.py`", _table(StageCConfig, DiffusionConfig)]
     for script, name in SCRIPTS.items():
         kind = getattr(import_module(script.removesuffix(".py").replace("/", ".")), name)
-        parts += [f"#### `{script}`", _table(kind, Config, ModelSettings)]
+        parts += [f"#### `{script}`", _table(kind, Config, ModelSettings, DiffusionConfig, StageCConfig)]
     return before + START + "\n" + "\n\n".join(parts) + "\n" + END + after
 
 

@@ -4,31 +4,28 @@ python3 train/train_c.py configs/training/quickstart_c.yaml
 torchrun --nproc-per-node 8 train/train_c.py configs/training/finetune_c_3b.yaml
 """
 
+from functools import partial
+
+import numpy as np
 from torch import Tensor, nn
 
 from cascade import build
 from cascade.conditions import prompt_conditions, training_conditions
-from cascade.config import CascadeConfig
-from cascade.diffusion import draw_latents, make_diffusion, stage_c_latent_size
+from cascade.config import StageCConfig
+from cascade.diffusion import draw_latents, stage_c_latent_size
 from cascade.pictures import to_pictures, to_uint8
+from cascade.training import DiffusionTraining
 from modules.effnet import normalise_images
-from warpcore.core import Losses, Sampled, WarpCore
+from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom, stable_hash
 
 
-class TrainStageC(WarpCore):
-    Config = CascadeConfig
-
-    @property
-    def bucket_factor(self) -> int:
-        return self.config.version.bucket_factor
+class TrainStageC(DiffusionTraining):
+    Config = StageCConfig
 
     def build(self) -> dict[str, nn.Module]:
         config = self.config
-        loss_weight = "adaptive" if config.adaptive_loss_weight else config.loss_weight
-        self.diffusion = make_diffusion(config.diffusion_target, loss_weight, config.offset_noise)
-        self.bookkeeping["diffusion"] = self.diffusion
         networks = {
             "generator": build.stage_c(config),
             "encoder": build.encoder(config),
@@ -50,42 +47,34 @@ class TrainStageC(WarpCore):
 
     def loss(self, inputs: tuple[Tensor, dict[str, Tensor]], random: SampleRandom) -> Losses:
         latents, conditions = inputs
-        offset = random.normal("offset noise", latents.shape[1], 1, 1) if self.config.offset_noise else None
-        diffused = self.diffusion.diffuse(
-            latents, random.normal("noise", *latents.shape[1:]), random.uniform("timestep"),
-            offset=offset, shift=self.config.shift,
-        )  # fmt: skip
-        predicted = self.networks["generator"](diffused.noised, diffused.noise_cond, **conditions)
-        raw = (predicted.float() - diffused.target).square().mean(dim=(1, 2, 3))
-        statistics = {"logsnr": diffused.logsnr, "raw": raw} if self.diffusion.state_dict() else {}
-        return Losses(raw * diffused.loss_weight, raw, statistics)
-
-    def update_state(self, statistics: dict[str, Tensor]) -> None:
-        self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])
+        return self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions))
 
     def sample(self, held_out: Batch | None) -> list[Sampled]:
-        config, networks = self.config, self.networks
-        prompts = config.sample_prompts or (held_out.captions if held_out else [])
-        prompts = prompts[: config.sample_count]
+        config = self.config
+        prompts = (config.sample_prompts or (held_out.captions if held_out else []))[: config.sample_count]
         if not prompts:
             return []
-        height, width = (config.image_size,) * 2 if config.sample_prompts else held_out.size
-        sizes = height, width, networks["encoder"].compression, config.version.patch_size
+        if config.sample_prompts:
+            return Sampled.rows(prompts, self.draw(prompts, (config.image_size, config.image_size)))
+        pictures = {"picture": to_uint8(held_out.images[: len(prompts)])}
+        return Sampled.rows(prompts, pictures | self.draw(prompts, held_out.size))
+
+    def draw(self, prompts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Columns of drawings, uint8 (B, H, W, 3), by their name."""
+        config, networks = self.config, self.networks
+        height, width = size
         latents = draw_latents(
             self.diffusion,
             networks["generator"],
             prompt_conditions(networks["text"], prompts, self.image_width, self.device),
             prompt_conditions(networks["text"], [""] * len(prompts), self.image_width, self.device),
-            (16, *stage_c_latent_size(*sizes)),
+            (16, *stage_c_latent_size(height, width, networks["encoder"].compression, config.version.patch_size)),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
             steps=config.sample_steps,
             guidance=config.sample_guidance,
             sampler=config.sample_sampler,
         )
-        columns = {"sample": to_pictures(networks["previewer"](latents.to(self.dtype)), (height, width))}
-        if not config.sample_prompts:
-            columns = {"picture": to_uint8(held_out.images[: len(prompts)])} | columns
-        return [Sampled(p, {name: pictures[i] for name, pictures in columns.items()}) for i, p in enumerate(prompts)]
+        return {"sample": to_pictures(networks["previewer"](latents.to(self.dtype)), size)}
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from cascade import build
 from cascade.config import ModelSettings
 from cascade.pictures import to_pictures, to_uint8
+from cascade.training import CascadeTraining
 from modules.effnet import normalise_images
 from warpcore.config import Config
-from warpcore.core import Losses, Sampled, WarpCore
+from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
 
@@ -32,13 +33,9 @@ class EncoderConfig(ModelSettings, Config):
     """How many held-out pictures are drawn at most, beside their reconstructions."""
 
 
-class TrainEncoder(WarpCore):
+class TrainEncoder(CascadeTraining):
     Config = EncoderConfig
     trainable = {"encoder": {}, "previewer": {}}
-
-    @property
-    def bucket_factor(self) -> int:
-        return self.config.version.bucket_factor
 
     def build(self) -> dict[str, nn.Module]:
         config = self.config
@@ -74,10 +71,7 @@ class TrainEncoder(WarpCore):
         images = held_out.images[: self.config.sample_count].to(self.device)
         rebuilt = self.networks["previewer"](self.networks["encoder"](normalise_images(images.float() / 255)))
         columns = {"picture": to_uint8(images), "rebuilt": to_pictures(rebuilt, held_out.size)}
-        return [
-            Sampled(caption, {name: pictures[i] for name, pictures in columns.items()})
-            for i, caption in enumerate(held_out.captions[: len(images)])
-        ]
+        return Sampled.rows(held_out.captions[: len(images)], columns)
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A use case subclasses `WarpCore` and overrides a handful of hooks; everything el
 import json
 import math
 import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -55,6 +56,14 @@ class Sampled:
     caption: str
     pictures: dict[str, np.ndarray]
 
+    @classmethod
+    def rows(cls, captions: Sequence[str], columns: Mapping[str, Sequence[np.ndarray]]) -> list["Sampled"]:
+        """A row for each caption, from columns of as many pictures or more."""
+        return [
+            cls(caption, {name: pictures[i] for name, pictures in columns.items()})
+            for i, caption in enumerate(captions)
+        ]
+
 
 class WarpCore:
     """Trains what a subclass describes. `MyUseCase.main()` in a script is all that is needed to run it.
@@ -65,7 +74,8 @@ class WarpCore:
 
     Config: ClassVar[type[Config]] = Config
     trainable: ClassVar[dict[str, dict]] = {"generator": {}}
-    """Names of the networks to train, each with settings of its optimizer group (`lr_scale`)."""
+    """Names of the networks to train, each with settings of its optimizer group (`lr_scale`). Parameters of them that
+    `build` freezes are neither trained, averaged nor kept in checkpoints, which makes adapters cheap."""
     needs_images: ClassVar[bool] = True
     """Whether the loader reads pictures."""
     bucket_factor: int = 1
@@ -300,6 +310,8 @@ class WarpCore:
         """Move a network to its device; freeze it, or prepare it for training."""
         if name not in self.trainable:
             network.eval().requires_grad_(False).to(self.device, self.dtype)
+            if self.processes.count > 1 and self.config.use_fsdp and hasattr(network, "blocks"):
+                self._shard(network, MixedPrecisionPolicy(cast_forward_inputs=False))
             return
         network.to(self.device)
         if self.config.activation_checkpointing:
@@ -315,11 +327,14 @@ class WarpCore:
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             )
-            for parameter in network.parameters():  # sharding wants plain memory order
-                parameter.data = parameter.data.contiguous()
-            for block in getattr(network, "blocks", ()):
-                fully_shard(block, mesh=self.processes.mesh, mp_policy=policy)
-            fully_shard(network, mesh=self.processes.mesh, mp_policy=policy)
+            self._shard(network, policy)
+
+    def _shard(self, network: nn.Module, policy: MixedPrecisionPolicy) -> None:
+        """Spread the parameters over the processes, gathered again block by block as they are used."""
+        for parameter in network.parameters():  # sharding wants plain memory order
+            parameter.data = parameter.data.contiguous()
+        for part in (*getattr(network, "blocks", ()), network):
+            fully_shard(part, mesh=self.processes.mesh, mp_policy=policy)
 
     def _parameter_groups(self) -> list[dict]:
         groups = []

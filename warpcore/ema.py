@@ -14,8 +14,9 @@ from warpcore.errors import UserError
 class EMA:
     """ema = beta * ema + (1 - beta) * weights, every `every` updates, counted from 1.
 
-    Up to and including update `start` the average is a copy of the weights. Buffers aren't averaged but copied.
-    The average is elementwise, so sharded parameters (DTensors) are averaged shard by shard, without communication.
+    Up to and including update `start` the average is a copy of the weights. Buffers aren't averaged but copied, frozen
+    parameters are left out. The average is elementwise, so sharded parameters (DTensors) are averaged shard by shard,
+    without communication.
 
     Args:
         source: a module, or named tensors of it (a training of few weights averages only those). Its weights have to
@@ -130,10 +131,10 @@ class EMA:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each tensor once."""
+    """Parameters that are trained and persistent buffers by name, each tensor once."""
     saved = module.state_dict().keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
-    return {**dict(module.named_parameters()), **buffers}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad} | buffers
 
 
 def _local(tensor: Tensor) -> Tensor:

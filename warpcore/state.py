@@ -9,6 +9,7 @@ from torch import Tensor
 
 from warpcore import optim
 from warpcore.checkpoint import CheckpointError
+from warpcore.ema import named_tensors
 
 if TYPE_CHECKING:
     from warpcore.core import WarpCore
@@ -50,7 +51,7 @@ class RunState:
         run = self.run
         tensors = {}
         for name in run.trainable:
-            tensors |= _prefixed(f"network/{name}", run.networks[name].state_dict())
+            tensors |= _prefixed(f"network/{name}", named_tensors(run.networks[name]))
         for name, module in run.bookkeeping.items():
             tensors |= _prefixed(f"bookkeeping/{name}", module.state_dict())
         return tensors

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cascade.config import CascadeConfig
+from cascade.config import StageCConfig
 from warpcore.config import Config, ConfigError, describe, dump_config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.feed import split_batch
@@ -41,8 +41,8 @@ def test_yaml_text_that_looks_like_a_number_is_one():
 
 
 def test_the_resolved_config_reads_back_equal():
-    config = make_config(CascadeConfig, GIVEN | {"dataset_filters": [[["width", "height"], "lambda w, h: w > h"]]})
-    assert make_config(CascadeConfig, yaml.safe_load(dump_config(config))) == config
+    config = make_config(StageCConfig, GIVEN | {"dataset_filters": [[["width", "height"], "lambda w, h: w > h"]]})
+    assert make_config(StageCConfig, yaml.safe_load(dump_config(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_a_missing_file_and_a_missing_key_are_named(tmp_path):
 
 def test_help_prints_every_key_with_its_sentence(capsys):
     with pytest.raises(SystemExit):
-        load_config(CascadeConfig, ["--help"])
+        load_config(StageCConfig, ["--help"])
     printed = capsys.readouterr().out
-    for name, _, _, sentence in describe(CascadeConfig):
+    for name, _, _, sentence in describe(StageCConfig):
         assert sentence.endswith("."), f"{name} has no sentence"
         assert f"{name} (" in printed
         assert sentence in printed
@@ -102,17 +102,15 @@ def test_the_keys_of_the_public_training_configs_load():
         "clip_image_model_name": "openai/clip-vit-large-patch14", "dtype": "bfloat16", "allow_tf32": True,
         "clip_text_model_name": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
     }  # fmt: skip
-    assert make_config(CascadeConfig, public).multi_aspect_ratio[1] == 0.5
+    assert make_config(StageCConfig, public).multi_aspect_ratio[1] == 0.5
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_in_the_script_that_it_names(path):
     script = re.search(r"train/(\w+)\.py configs/training/" + path.name, path.read_text()).group(1)
     use_case = importlib.import_module(f"train.{script}")
-    classes = [
-        c for c in vars(use_case).values() if isinstance(c, type) and issubclass(c, WarpCore) and c is not WarpCore
-    ]
-    load_config(next(c for c in classes if c is not WarpCore).Config, [str(path)])
+    own = [kind for kind in vars(use_case).values() if isinstance(kind, type) and kind.__module__ == use_case.__name__]
+    load_config(next(kind for kind in own if issubclass(kind, WarpCore)).Config, [str(path)])
 
 
 def split(num_processes=1, saved=None, **keys):
@@ -143,4 +141,4 @@ def test_a_batch_that_does_not_divide_says_what_would(num_processes, keys, words
 
 def test_the_two_names_of_a_loss_weight_may_not_contradict_each_other():
     with pytest.raises(ConfigError, match="adaptive_loss_weight contradicts loss_weight: min_snr"):
-        make_config(CascadeConfig, GIVEN | {"adaptive_loss_weight": True, "loss_weight": "min_snr"})
+        make_config(StageCConfig, GIVEN | {"adaptive_loss_weight": True, "loss_weight": "min_snr"})
