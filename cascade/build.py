@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from cascade.config import ModelSettings
 from modules.clip import ImageTower, TextTower, image_tower, text_tower
 from modules.effnet import EfficientNetEncoder
+from modules.perceptual import PerceptualDistance
 from modules.previewer import Previewer
+from modules.stage_a import StageA
+from modules.stage_b import StageB
 from modules.stage_c import StageC
 from warpcore.errors import UserError
 
@@ -27,6 +30,25 @@ def stage_c(settings: ModelSettings) -> StageC:
     return _with_weights(
         lambda: StageC(**settings.version.stage_c), settings.generator_checkpoint_path, "generator_checkpoint_path"
     )
+
+
+def stage_b(settings: ModelSettings) -> StageB:
+    """Stage B in float32; random weights where the settings name no file."""
+    return _with_weights(
+        lambda: StageB(**settings.version.stage_b), settings.generator_checkpoint_path, "generator_checkpoint_path"
+    )
+
+
+def stage_a(settings: ModelSettings, from_scratch: bool = False) -> StageA:
+    """Stage A, between pictures and Stage B's latents, with its weights (or random ones)."""
+    path = settings.stage_a_checkpoint_path or settings.version.folder / "stage_a.safetensors"
+    path = None if from_scratch else path
+    return _with_weights(lambda: StageA(**settings.version.stage_a), path, "stage_a_checkpoint_path")
+
+
+def perceptual(path: Path) -> PerceptualDistance:
+    """A perceptual distance, with the weights of torchvision's VGG-16."""
+    return _with_weights(PerceptualDistance, path, "perceptual_checkpoint_path", only=True)
 
 
 def encoder(settings: ModelSettings, from_scratch: bool = False) -> EfficientNetEncoder:
@@ -57,13 +79,18 @@ def image(settings: ModelSettings) -> ImageTower:
                   settings.clip_image_checkpoint_path, "clip_image_model_name")  # fmt: skip
 
 
-def _with_weights(build: Callable[[], Network], path: Path | None, key: str) -> Network:
-    """Build a network; with a file on the meta device first, so that its random weights cost no time and memory."""
+def _with_weights(build: Callable[[], Network], path: Path | None, key: str, only: bool = False) -> Network:
+    """Build a network; with a file on the meta device first, so that its random weights cost no time and memory.
+
+    only: the file may hold more than the network's weights.
+    """
     if path is None:
         return build()
     state = read_weights(path, key)
     with torch.device("meta"):
         network = build()
+    if only:
+        state = {name: tensor for name, tensor in state.items() if name in network.state_dict()}
     _check_names(network.state_dict(), state, path, key)
     network.load_state_dict({name: _float32(tensor) for name, tensor in state.items()}, assign=True)
     return network

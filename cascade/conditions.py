@@ -24,6 +24,12 @@ def prompt_conditions(tower: TextTower, prompts: Sequence[str], width: int, devi
     return conditions | {"clip_img": torch.zeros(len(prompts), 1, width, device=device)}
 
 
+def kept_captions(batch: Batch, random: SampleRandom, dropout: float) -> list[str]:
+    """The captions of a training batch; a share of them, chosen at random, is empty."""
+    kept = (random.uniform("caption dropout") >= dropout).tolist()
+    return [caption if keep else "" for caption, keep in zip(batch.captions, kept, strict=True)]
+
+
 def training_conditions(
     text: TextTower, image: ImageTower | None, width: int, batch: Batch, random: SampleRandom, config: StageCConfig
 ) -> dict[str, Tensor]:
@@ -33,8 +39,7 @@ def training_conditions(
         image: None where every image condition is dropped.
         width: of the image condition.
     """
-    kept = (random.uniform("caption dropout") >= config.caption_dropout).tolist()
-    captions = [caption if keep else "" for caption, keep in zip(batch.captions, kept, strict=True)]
+    captions = kept_captions(batch, random, config.caption_dropout)
     conditions = prompt_conditions(text, captions, width, random.device)
     shown = random.uniform("image condition dropout") >= config.clip_image_dropout
     if image is not None and shown.any():

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
@@ -36,9 +38,37 @@ def make_diffusion(target: str = "epsilon", loss_weight: str = "p2", offset_nois
     )
 
 
-def stage_c_latent_size(height: int, width: int, compression: float, patch_size: int = 1) -> tuple[int, int]:
-    """(H, W) of Stage C's latents for a picture of `height` x `width` pixels; multiples of its patch size."""
+def latent_size(height: int, width: int, compression: float, patch_size: int = 1) -> tuple[int, int]:
+    """(H, W) of the latents of a picture of `height` x `width` px, `compression` px per position; multiples of the
+    patch size of the network that draws them."""
     return tuple(math.ceil(math.ceil(side / compression) / patch_size) * patch_size for side in (height, width))
+
+
+stage_c_latent_size = latent_size
+
+
+def pyramid_noise(random: SampleRandom, channels: int, size: tuple[int, int], size_range: tuple[int, int]) -> Tensor:
+    """Noise (B, channels, H, W) whose coarse structures are as strong as its fine ones: what Stage B is trained with.
+
+    To normal numbers of `size` (H, W), those of grids of half, a quarter, ... of the sides are added, as far as the
+    grid's shorter side is in `size_range`.
+    """
+    levels = [(0, random.normal("noise", channels, *size))]
+    for level in range(1, 10):
+        grid = [side // 2**level for side in size]
+        if size_range[0] <= min(grid) <= size_range[1]:
+            levels.append((level, random.normal(f"noise of level {level}", channels, *grid)))
+    return blend_levels(levels)
+
+
+def blend_levels(levels: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """The sum of (level, noise (B, C, h, w)) enlarged to the size of the first, weighted by 0.75 to the level's power.
+
+    Scaled to a deviation of 1 at each position.
+    """
+    size = levels[0][1].shape[2:]
+    total = sum(0.75**level * F.interpolate(noise, size) for level, noise in levels)
+    return total / math.sqrt(sum(0.75 ** (2 * level) for level, _ in levels))
 
 
 def draw_latents(
@@ -54,17 +84,28 @@ def draw_latents(
     guidance_rescale: float = 0.7,
     sampler: str = "ddpm",
     shift: float = 1.0,
+    start: Tensor | None = None,
+    noise_level: float = 1.0,
 ) -> Tensor:
-    """Draw latents (B, *shape) from the noise that `seeds` stand for: the same seed, the same noise, in any batch."""
+    """Draw latents (B, *shape) from the noise that `seeds` stand for: the same seed, the same noise, in any batch.
+
+    With `start`, clean latents (B, *shape), drawing begins at them with noise of `noise_level` (1 is hardly anything
+    but noise), and makes that share of the steps.
+    """
     device = next(network.parameters()).device
     random = SampleRandom(seeds, device)
+    x = random.normal("initial noise", *shape)
+    if start is not None:
+        t = torch.full((len(x),), noise_level, device=device)
+        x = diffusion.diffuse(start, x, t=t, shift=shift).noised
     return diffusion.sample_x0(
         network,
         conditions,
-        random.normal("initial noise", *shape),
+        x,
         unconditional=unconditional,
         sampler=SAMPLERS[sampler](diffusion),
-        timesteps=steps,
+        timesteps=max(1, round(steps * noise_level)),
+        t_start=noise_level,
         cfg=guidance,
         cfg_rho=guidance_rescale,
         shift=shift,

@@ -39,24 +39,35 @@ def time_embedding(r: Tensor, width: int, max_period: int = 10000) -> Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width - 2 * half))
 
 
+class Conv(nn.Conv2d):
+    """PyTorch's convolution on (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class TransposedConv(nn.ConvTranspose2d):
+    """PyTorch's transposed convolution on (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 class PointwiseConv(nn.Conv2d):
     """A 1x1 convolution on (B, H, W, C): the arithmetic of a linear layer, the weight shape (C_out, C_in, 1, 1)."""
 
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__(c_in, c_out, kernel_size=1)
+    def __init__(self, c_in: int, c_out: int, bias: bool = True):
+        super().__init__(c_in, c_out, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
-class DepthwiseConv(nn.Conv2d):
+class DepthwiseConv(Conv):
     """A convolution of each channel with its own kernel on (B, H, W, C), same size out."""
 
-    def __init__(self, c: int, kernel_size: int):
-        super().__init__(c, c, kernel_size, padding=kernel_size // 2, groups=c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def __init__(self, c: int, kernel_size: int, padding_mode: str = "zeros"):
+        super().__init__(c, c, kernel_size, padding=kernel_size // 2, groups=c, padding_mode=padding_mode)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -119,21 +130,23 @@ class MultiheadAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """What all blocks share: one call, and activation checkpointing that leaves names and hooks alone.
+    """What all blocks share: activation checkpointing that leaves names and hooks alone.
 
-    Call: `block(x, skip, time, tokens)` with x (B, H, W, C), skip (B, H, W, C_skip) or None, time (B, C_time) and
-    tokens (B, L, D); each block reads the ones it needs. Subclasses write `compute`. With `checkpointed` set, the
-    activations inside are computed again in the backward pass instead of being kept.
+    Subclasses write `compute`. All blocks of one network are called with the same inputs; in the denoisers these are
+    `block(x, skip, time, tokens)` with x (B, H, W, C), skip (B, H, W, C_skip) or None, time (B, C_time) and tokens
+    (B, L, D), and each block reads the ones it needs. With `checkpointed` set, the activations inside are computed
+    again in the backward pass instead of being kept. `wide` blocks hold most of them.
     """
 
     checkpointed = False
+    wide = False
 
-    def forward(self, x: Tensor, skip: Tensor | None, time: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, skip, time, tokens, use_reentrant=False)
-        return self.compute(x, skip, time, tokens)
+            return checkpoint(self.compute, *inputs, use_reentrant=False)
+        return self.compute(*inputs)
 
-    def compute(self, x: Tensor, skip: Tensor | None, time: Tensor, tokens: Tensor) -> Tensor:
+    def compute(self, *inputs: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -146,6 +159,8 @@ def feed_forward(c_in: int, c: int, dropout: float) -> nn.Sequential:
 
 class ResBlock(Block):
     """Depthwise convolution, then the wide layer pair, which also sees the skip where `c_skip` is not 0."""
+
+    wide = True
 
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -162,6 +177,8 @@ class ResBlock(Block):
 
 class FeedForwardBlock(Block):
     """The wide layer pair alone."""
+
+    wide = True
 
     def __init__(self, c: int, dropout: float = 0.0):
         super().__init__()
@@ -247,12 +264,12 @@ class UpDownBlock2d(nn.Module):
 def set_activation_checkpointing(blocks: list[Block], level: int) -> None:
     """Choose which blocks compute their activations again in the backward pass instead of keeping them.
 
-    0: none. 1: every second of the blocks with the wide layer pair, which hold most of the memory. 2: all of those.
-    3: every block. Gradients are the same at every level. Raises ValueError for another level.
+    0: none. 1: every second of the `wide` blocks, which hold most of the memory. 2: all of those. 3: every block.
+    Gradients are the same at every level. Raises ValueError for another level.
     """
     if level not in (0, 1, 2, 3):
         raise ValueError(f"activation checkpointing level {level!r} does not exist: choose 0 (off), 1, 2 or 3 (all)")
-    wide = [block for block in blocks if isinstance(block, ResBlock | FeedForwardBlock)]
+    wide = [block for block in blocks if block.wide]
     chosen = ([], wide[::2], wide, blocks)[level]
     for block in blocks:
         block.checkpointed = False

@@ -36,6 +36,7 @@ class EncoderConfig(ModelSettings, Config):
 class TrainEncoder(CascadeTraining):
     Config = EncoderConfig
     trainable = {"encoder": {}, "previewer": {}}
+    needs_captions = False
 
     def build(self) -> dict[str, nn.Module]:
         config = self.config

@@ -82,7 +82,7 @@ class TrainTowers(WarpCore):
         logits = self.networks["temperature"](image @ text.T)
         own = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, own, reduction="none")) / 2
-        found = (logits.argmax(dim=1) == own).float().mean()
+        found = (logits.argmax(dim=1) == own).float()
         return Losses(loss, loss, metrics={"own_caption_found": found})
 
     def weights(self) -> dict[str, dict[str, Tensor]]:

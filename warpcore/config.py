@@ -1,4 +1,6 @@
-"""Configuration: a YAML file and `key=value` arguments become one typed, frozen object. Nothing in it is executed.
+"""Configuration: a YAML file and arguments (`key=value` or `--key value`) become one typed, frozen object.
+
+Nothing in it is executed.
 
 A use case subclasses `Config`, adds its keys, and calls `load_config(MyConfig)`. The sentence under a key is its
 documentation: `--help` and the README's table are made from it.
@@ -8,6 +10,7 @@ import difflib
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -196,23 +199,46 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> AnySettings:
     """Read `config.yaml [key=value ...]` from the command line (or `arguments`); `--help` lists every key and exits.
 
+    `--key value` is understood too. A key that takes a list may be given one value, or be repeated:
+    `--seeds 1 --seeds 2`.
+
     Raises:
         ConfigError: for a missing file, an unknown key, a wrong type or an impossible combination.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"usage: SCRIPT config.yaml [key=value ...]\n\n{help_text(kind)}")
+        print(f"usage: SCRIPT config.yaml [key=value | --key value ...]\n\n{help_text(kind)}")
         raise SystemExit(0)
-    values: dict[str, Any] = {}
-    for position, argument in enumerate(arguments):
-        key, equals, text = argument.partition("=")
-        if not equals and position == 0:
-            values = _read_yaml(Path(argument))
-        elif equals and key:
-            _assign(values, key, _parse_yaml(text, argument))
-        else:
-            raise ConfigError(f"argument {argument!r}: write a config file first, then key=value")
+    arguments, values, given = list(arguments), {}, {}
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):
+        values = _read_yaml(Path(arguments.pop(0)))
+    for key, text in _pairs(arguments):
+        value = _parse_yaml(text, f"{key}={text}")
+        if _takes_lists(kind, key) and not isinstance(value, list | None):
+            value = given[key] = [*given.get(key, []), value]
+        _assign(values, key, value)
     return make_config(kind, values)
+
+
+def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Keys and values of `key=value`, `--key=value` and `--key value`."""
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, text = argument.partition("=")
+        if argument.startswith("--"):
+            key = key[2:].replace("-", "_")
+            text = text if equals else next(rest, None)
+        elif not equals:
+            raise ConfigError(f"argument {argument!r}: write a config file first, then key=value or --key value")
+        if not key or text is None:
+            raise ConfigError(f"argument {argument!r}: write key=value or --key value")
+        yield key, text
+
+
+def _takes_lists(kind: type[Settings], key: str) -> bool:
+    """Whether the key's value is a list, or null, and nothing else."""
+    kinds = _parts(kind.model_fields[key].annotation) - {types.NoneType} if key in kind.model_fields else {None}
+    return all(typing.get_origin(part) is list for part in kinds)
 
 
 def make_config(kind: type[AnySettings], values: dict[str, Any]) -> AnySettings:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from warpcore import evaluation, optim
@@ -40,7 +40,7 @@ class Losses:
     """What a use case's `loss` returns.
 
     loss: (B,) per sample, minimised. raw: (B,) before weighting. statistics: per-sample tensors (B, ...) that
-    `update_state` gets. metrics: further scalars to report.
+    `update_state` gets. metrics: further numbers per sample (B,) to report, in training and in validation.
     """
 
     loss: Tensor
@@ -78,6 +78,8 @@ class WarpCore:
     `build` freezes are neither trained, averaged nor kept in checkpoints, which makes adapters cheap."""
     needs_images: ClassVar[bool] = True
     """Whether the loader reads pictures."""
+    needs_captions: ClassVar[bool] = True
+    """Whether every sample needs a caption; without them `Batch.captions` are empty."""
     bucket_factor: int = 1
     """Sides of training pictures are multiples of this many pixels; `build` may set it."""
 
@@ -166,8 +168,9 @@ class WarpCore:
         self.averages = self._averages()
         self.state = RunState(self)
         self.feed = Feed(
-            config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.extra_fields()
-        )
+            config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.needs_captions,
+            self.extra_fields(),
+        )  # fmt: skip
         if resumed is not None:
             self.state.load(resumed, saved)
             self.update = resumed
@@ -335,6 +338,8 @@ class WarpCore:
             parameter.data = parameter.data.contiguous()
         for part in (*getattr(network, "blocks", ()), network):
             fully_shard(part, mesh=self.processes.mesh, mp_policy=policy)
+        for method in getattr(network, "forward_methods", ()):
+            register_fsdp_forward_method(network, method)
 
     def _parameter_groups(self) -> list[dict]:
         groups = []
@@ -407,5 +412,5 @@ class WarpCore:
 
 
 def _means(result: Losses, weight: float) -> dict[str, Tensor]:
-    values = {"loss": result.loss.mean(), "raw_loss": result.raw.mean(), **result.metrics}
-    return {name: value.detach().float() * weight for name, value in values.items()}
+    values = {"loss": result.loss, "raw_loss": result.raw, **result.metrics}
+    return {name: value.detach().float().mean() * weight for name, value in values.items()}

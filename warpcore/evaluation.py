@@ -56,17 +56,26 @@ def _on_main_cpu(run: "WarpCore", tensor: Tensor) -> Tensor | None:
 
 
 def validate(run: "WarpCore") -> None:
-    """Report the mean loss over the validation samples, with the same noise each time."""
+    """Report the mean loss and metrics over the validation samples, with the same noise each time."""
     for suffix, average in _variants(run):
-        total = torch.zeros(2, dtype=torch.float64)
+        totals: dict[str, Tensor] = {}
         with weights_in_use(run, average):
             for batch, counted in run.feed.validation():
                 torch.manual_seed(stable_hash(run.config.seed, "validation", batch.number))
-                raw = run.forward(batch).raw.float().cpu()[counted]
-                total += torch.stack([raw.sum(), torch.tensor(float(len(raw)))])
-        loss, count = run.processes.sum(total).tolist()
-        if count:
-            run.metrics.add(run.update, **{f"validation_loss{suffix}": loss / count})
+                result = run.forward(batch)
+                for name, value in {"loss": result.raw, **result.metrics}.items():
+                    value = value.double().cpu()[counted]
+                    totals[name] = totals.get(name, 0) + torch.stack([value.sum(), value.new_tensor(len(value))])
+        for name, total in _summed(run, totals).items():
+            run.metrics.add(run.update, **{f"validation_{name}{suffix}": total[0] / total[1]})
+
+
+def _summed(run: "WarpCore", totals: dict[str, Tensor]) -> dict[str, list[float]]:
+    """The sums over all processes by name; a process that validated nothing knows no names."""
+    everyone = run.processes.gather({name: total.tolist() for name, total in totals.items()})
+    names = dict.fromkeys(name for one in everyone for name in one)
+    return {name: [sum(values) for values in zip(*(one[name] for one in everyone if name in one), strict=True)]
+            for name in names}  # fmt: skip
 
 
 def draw(run: "WarpCore") -> None:

@@ -38,6 +38,7 @@ class Feed:
         saved: dict | None,
         bucket_factor: int,
         needs_images: bool,
+        needs_captions: bool,
         extra: dict,
     ):
         self.config, self.processes = config, processes
@@ -57,12 +58,13 @@ class Feed:
         self._loader: Loader | None = None
         self._validation_loader: Loader | None = None
         self._held_out: Batch | None = None
-        self.plan = self._make_plan(bucket_factor, extra)
+        captions = CaptionGetter.parse(config.captions_getter) if needs_captions else None
+        self.plan = self._make_plan(bucket_factor, captions, extra)
         self._check_plan(saved)
         if processes.is_main and self.plan.num_rows_on_file <= SURVEYED_ROWS:
             self._notes.append(f"training data: {self.plan.survey}")
         self.reader = Reader(
-            captions=CaptionGetter.parse(config.captions_getter),
+            captions=captions,
             pictures=needs_images,
             crop=config.crop_mode,
             background=config.background,
@@ -161,7 +163,7 @@ class Feed:
             if loader is not None:
                 loader.close()
 
-    def _make_plan(self, bucket_factor: int, extra: dict) -> Plan:
+    def _make_plan(self, bucket_factor: int, captions: CaptionGetter | None, extra: dict) -> Plan:
         config = self.config
         catalog, held_out = (
             # One process reads the indexes, which may be many; the others get the result.
@@ -175,7 +177,7 @@ class Feed:
                 config.image_size, config.multi_aspect_ratio or [], bucket_factor, config.bucketeer_random_ratio
             ),
             filters=[Filter.parse(entry) for entry in config.dataset_filters],
-            captions=CaptionGetter.parse(config.captions_getter),
+            captions=captions,
             required_members=[field.suffixes for field in extra.values()],
             max_picture_pixels=config.max_picture_pixels,
             seed=config.seed,

@@ -19,24 +19,25 @@ class BatchNormStatistics:
         self.norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm)}
         self._momentum = {name: norm.momentum for name, norm in self.norms.items()}
         self._kept: dict[str, dict[str, Tensor]] = {}
-        self._recorded: dict[str, Tensor] = {}
+        self._recorded: dict[str, list[Tensor]] = {}
         for name, norm in self.norms.items():
             norm.momentum = 1.0  # a forward pass leaves the statistics of its batch in the buffers, which are copies
             norm.register_forward_pre_hook(lambda norm, args, name=name: self._keep(name, norm))
             norm.register_forward_hook(lambda norm, args, _, name=name: self._record(name, norm, args[0]))
 
     def take(self, weight: float = 1.0) -> dict[str, Tensor]:
-        """Statistics of the last forward pass: (3, C) mean, variance and weighted count of each batch norm by name."""
+        """Statistics of the forward passes since the last call: (3, C) mean, variance and weighted count, by name."""
         recorded, self._recorded = self._recorded, {}
-        for statistics in recorded.values():
+        pooled = {name: torch.stack(_pool(torch.stack(passes))) for name, passes in recorded.items()}
+        for statistics in pooled.values():
             statistics[2] *= weight
-        return recorded
+        return pooled
 
     @torch.no_grad()
     def apply(self, per_micro_batch: list[dict[str, Tensor]]) -> None:
         """Move the running statistics by those of one update."""
         for name, norm in self.norms.items():
-            mean_C, var_C = _pool(torch.stack([recorded[name] for recorded in per_micro_batch]))
+            mean_C, var_C, _ = _pool(torch.stack([recorded[name] for recorded in per_micro_batch]))
             for running, new in ((norm.running_mean, mean_C), (norm.running_var, var_C)):
                 # A forward pass that is not finite must not spoil the network for good.
                 usable = torch.where(new.isfinite(), new.to(running), running)
@@ -54,18 +55,21 @@ class BatchNormStatistics:
         if not norm.training:
             return
         count = torch.full_like(norm.running_mean, x.numel() / x.shape[1])
-        self._recorded[name] = torch.stack([norm.running_mean, norm.running_var, count]).float()
+        statistics = torch.stack([norm.running_mean, norm.running_var, count]).float()
+        self._recorded.setdefault(name, []).append(statistics)
         for buffer_name, buffer in self._kept.pop(name).items():
             setattr(norm, buffer_name, buffer)
 
 
-def _pool(statistics_M3C: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of all samples, from those of M batches (law of total variance)."""
+def _pool(statistics_M3C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, unbiased variance and count of all samples, from those of M batches (law of total variance)."""
+    if len(statistics_M3C) == 1:
+        return tuple(statistics_M3C[0].unbind())
     means, variances, counts = statistics_M3C.unbind(1)
     count = counts.sum(0)
     mean = (means * counts).sum(0) / count  # not a number where nothing was counted
     squares = variances * (counts - 1).clamp(min=0) + (means - mean) ** 2 * counts
-    return mean, squares.sum(0) / (count - 1).clamp(min=1)
+    return mean, squares.sum(0) / (count - 1).clamp(min=1), count
 
 
 def in_global_order(processes: Processes, own: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -14,9 +14,10 @@ def test_an_update_of_unequal_micro_batches_moves_a_batch_norm_like_one_big_batc
         parts = []
         for part in update.split([2, 7, 3]):
             before = ours.running_var.clone()
-            normed = ours(part)
-            torch.testing.assert_close(normed, nn.BatchNorm2d(3)(part))
-            normed.square().sum().backward()
+            for piece in part.split([1, len(part) - 1]):  # a network may use a batch norm more than once
+                normed = ours(piece)
+                torch.testing.assert_close(normed, nn.BatchNorm2d(3)(piece))
+                normed.square().sum().backward()
             assert torch.equal(ours.running_var, before)
             parts.append(statistics.take())
         statistics.apply(parts)

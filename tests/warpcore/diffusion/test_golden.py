@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.stage_b import StageB
 from modules.stage_c import StageC
+from modules.unet import UNet
 from tests.golden import load_case, resolve, weights_of
 from warpcore.diffusion import diffusion, loss_weights, noise_conditions, samplers, scalers, schedules, targets
 
@@ -108,36 +110,36 @@ def test_every_call_gives_the_golden_result(case):
     assert not failed, "\n".join(failed)
 
 
-def sampling_calls() -> list[dict]:
-    """All but the loop with the Stage B model, which comes with Stage B."""
-    calls = load_case("gdf_sample")[0]["calls"]
-    return [call for call in calls if call["args"][0] == {"model_of_case": "stage_c_small"}]
+NETWORKS = {"stage_b_small": StageB, "stage_c_small": StageC}
 
 
 @pytest.fixture(scope="module")
-def stage_c():
+def networks():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the network is too small to share
-    spec, tensors = load_case("stage_c_small")
-    model = StageC(**spec["constructor"])
-    model.load_state_dict(weights_of(spec, tensors), strict=True)
-    yield model.eval()
+    torch.set_num_threads(1)  # the networks are too small to share
+    made = {}
+    for case, kind in NETWORKS.items():
+        spec, tensors = load_case(case)
+        made[case] = kind(**spec["constructor"]).eval()
+        made[case].load_state_dict(weights_of(spec, tensors), strict=True)
+    yield made
     torch.set_num_threads(threads)
 
 
-def sampled(call: dict, model: StageC, roundings: int = 0) -> dict[str, Tensor]:
+def sampled(call: dict, networks: dict[str, UNet], roundings: int = 0) -> dict[str, Tensor]:
     """What each step of the loop gives, (steps, B, C, H, W); r as if the variance were some roundings larger."""
     _, tensors = load_case("gdf_sample")
     gdf = build(call["object"], tensors)
     if roundings:
         cond = gdf.noise_cond
         gdf.noise_cond = lambda logsnr: cond((logsnr.double().sigmoid() + roundings * 2**-24).logit()).float()
-    (_, conditions, _), kwargs = arguments(call, tensors)
+    (network, conditions, _), kwargs = arguments(call, tensors)
+    network = networks[network["model_of_case"]]
     if "noise_draws" in call:
         draws = resolve(call["noise_draws"], tensors)
         kwargs["noise"] = lambda step: draws[step]
     unconditional, x_init = kwargs.pop("unconditional_inputs"), kwargs.pop("x_init")
-    steps = gdf.sample(model, conditions, x_init, unconditional=unconditional, cfg_rescale_over_batch=True, **kwargs)
+    steps = gdf.sample(network, conditions, x_init, unconditional=unconditional, cfg_rescale_over_batch=True, **kwargs)
     names = ("x0_after_each_step", "x_after_each_step", "pred_of_each_step")
     return {name: torch.stack(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)}
 
@@ -146,10 +148,10 @@ def largest(difference: Tensor) -> Tensor:
     return difference.abs().amax(dim=(1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("call", sampling_calls(), ids=lambda call: call["name"])
-def test_sampling_loops_give_the_golden_steps(call, stage_c):
+@pytest.mark.parametrize("call", load_case("gdf_sample")[0]["calls"], ids=lambda call: call["name"])
+def test_sampling_loops_give_the_golden_steps(call, networks):
     _, tensors = load_case("gdf_sample")
-    found, above, below = (sampled(call, stage_c, roundings) for roundings in (0, 1, -1))
+    found, above, below = (sampled(call, networks, roundings) for roundings in (0, 1, -1))
     for name, mine in found.items():
         error = largest(mine - resolve(call["result"][name], tensors))
         # The network takes sines of 10,000 r, and builds of PyTorch round the sigmoid before r in different ways.

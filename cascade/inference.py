@@ -1,0 +1,144 @@
+"""Configuration keys of scripts that use a whole cascade, published or out of training runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from safetensors import safe_open
+
+from cascade.config import ModelSettings
+from warpcore.config import Share
+from warpcore.diffusion.samplers import SAMPLERS
+
+TARGET_KEY = "diffusion_target"
+"""Where a weights file says what its network predicts."""
+STAGE_B_OF = {"3.6B": "3B", "1B": "700M", "mini": "mini"}
+"""The size of Stage B that belongs to a size of Stage C."""
+KEY_OF_WEIGHTS = {
+    "stage_a": "stage_a_checkpoint_path",
+    "encoder": "effnet_checkpoint_path",
+    "effnet_encoder": "effnet_checkpoint_path",
+    "previewer": "previewer_checkpoint_path",
+    "text_tower": "clip_text_model_name",
+    "image_tower": "clip_image_model_name",
+}
+"""The key that takes the weights a run leaves under this name; `generator` is Stage B's or Stage C's."""
+
+
+class CascadeSettings(ModelSettings):
+    """The networks of a whole cascade. Keys of `ModelSettings` are those of Stage C and what stands around it."""
+
+    run: list[Path] = []
+    """Folder of a training run, or several: the weights that they trained and their model settings are used."""
+    use_ema: bool = True
+    """With `run`: take the averaged weights, where there are some."""
+    stage_b_version: Literal["3B", "700M", "mini"] | None = None
+    """Size of Stage B; by default the one that belongs to `model_version`."""
+    stage_b_checkpoint_path: Path | None = None
+    """Weights of Stage B; by default where `models/download.py` puts them."""
+    stage_b_target: Literal["epsilon", "x0", "v", "rectified_flows"] | None = None
+    """What Stage B predicts; by default what its weights file says, else noise (`epsilon`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_say_what_they_are(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What is not given comes from the runs, the last one first, and from what the weights file says of itself."""
+        runs = values.get("run") or []
+        runs = [runs] if isinstance(runs, str | Path) else runs
+        for run in reversed(runs):
+            values = settings_of_run(Path(run), values.get("use_ema", True)) | values
+        said = target_of(values.get("generator_checkpoint_path"))
+        return ({TARGET_KEY: said} if said else {}) | values | {"run": runs}
+
+    @property
+    def stage_b(self) -> ModelSettings:
+        """The settings of Stage B, named as its training script names them; no weights where none are to be found."""
+        version = self.stage_b_version or STAGE_B_OF[self.model_version]
+        settings = self.model_copy(update={"model_version": version, "generator_checkpoint_path": None})
+        files = [settings.version.folder / name for name in settings.version.stage_b_files]
+        path = self.stage_b_checkpoint_path or next((file for file in files if file.is_file()), None)
+        target = self.stage_b_target or target_of(path) or "epsilon"
+        return settings.model_copy(update={"generator_checkpoint_path": path, "diffusion_target": target})
+
+
+class DrawingSettings(CascadeSettings):
+    """How Stage B draws, and where everything is computed."""
+
+    stage_b_steps: PositiveInt = 10
+    """Sampling steps of Stage B."""
+    stage_b_guidance: float | None = 1.1
+    """Classifier-free guidance of Stage B; null computes none."""
+    stage_b_sampler: Literal[tuple(SAMPLERS)] = "ddpm"
+    """Sampler of Stage B."""
+    stage_b_shift: PositiveFloat = 1.0
+    """Moves the noise schedule of Stage B towards more noise (> 1)."""
+    guidance_rescale: Share = 0.7
+    """Share of the guided prediction that is scaled back to the contrast of the unguided one; 0 for none."""
+    batch_size: PositiveInt = 8
+    """Pictures that go through a network at once."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to compute."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision; by default bfloat16 on CUDA, else float32."""
+
+    @property
+    def stage_b_sampling(self) -> dict[str, Any]:
+        """The arguments of `draw_latents` for Stage B."""
+        return {
+            "steps": self.stage_b_steps,
+            "guidance": self.stage_b_guidance,
+            "guidance_rescale": self.guidance_rescale,
+            "sampler": self.stage_b_sampler,
+            "shift": self.stage_b_shift,
+        }
+
+
+def target_of(path: Path | str | None) -> str | None:
+    """What the network of a weights file predicts, where the file says so."""
+    path = Path(path or "")
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    return _header(path)[1].get(TARGET_KEY)
+
+
+def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
+    """The keys of `CascadeSettings` that say what a training run made, and of which networks.
+
+    Raises:
+        ValueError: the folder is none of a run, or holds no weights yet.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"run: {folder} is no training run: it holds no config.yaml")
+    of_run = yaml.safe_load((folder / "config.yaml").read_text())
+    kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
+    trained = {name: path for name in (*KEY_OF_WEIGHTS, "generator") if (path := _weights(folder, name, use_ema))}
+    if not trained:
+        raise ValueError(
+            f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
+        )
+    generator = trained.pop("generator", None)
+    paths = {KEY_OF_WEIGHTS[name]: str(path) for name, path in trained.items()}
+    if generator is not None and _is_stage_b(_header(generator)[0]):
+        version = kept.get("model_version")
+        of_b = {"stage_b_checkpoint_path": str(generator), "stage_b_version": version}
+        of_b["stage_b_target"] = kept.pop(TARGET_KEY, None)
+        kept["model_version"] = next((c for c, b in STAGE_B_OF.items() if b == version), version)
+        return {key: value for key, value in kept.items() if key != "generator_checkpoint_path"} | of_b | paths
+    return kept | paths | ({"generator_checkpoint_path": str(generator)} if generator else {})
+
+
+def _weights(folder: Path, name: str, use_ema: bool) -> Path | None:
+    files = [folder / f"{name}{suffix}.safetensors" for suffix in (["_ema", ""] if use_ema else [""])]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _header(path: Path) -> tuple[set[str], dict[str, str]]:
+    """Names of the tensors in a safetensors file, and what it says of itself."""
+    with safe_open(path, "pt") as file:
+        return set(file.keys()), file.metadata() or {}
+
+
+def _is_stage_b(names: Sequence[str]) -> bool:
+    return "effnet_mapper.0.weight" in names

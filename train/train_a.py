@@ -1,0 +1,146 @@
+"""Train Stage A from scratch: the auto-encoder between pictures and the latents that Stage B draws.
+
+    python3 train/train_a.py configs/training/mini_a.yaml
+
+A VQGAN (arXiv:2012.09841): pixels, a perceptual distance where its weights are given, and from `discriminator_start`
+on a patch discriminator say how good a reconstruction is. Codes are averages of the latents that choose them.
+"""
+
+from pathlib import Path
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from cascade import build
+from cascade.codebook import CodebookAverages
+from cascade.config import ModelSettings
+from cascade.pictures import to_pictures, to_uint8
+from cascade.training import CascadeTraining
+from modules.discriminator import PatchDiscriminator
+from warpcore.config import Config, Share
+from warpcore.core import Losses, Sampled
+from warpcore.data.reader import Batch
+from warpcore.random import SampleRandom
+
+
+class StageAConfig(ModelSettings, Config):
+    squared_weight: NonNegativeFloat = 1.0
+    """Weight of the squared error, beside the absolute error."""
+    perceptual_checkpoint_path: Path | None = None
+    """Weights of torchvision's VGG-16 (vgg16-397923af.pth or .safetensors) for a perceptual distance."""
+    perceptual_weight: NonNegativeFloat = 1.0
+    """Weight of that distance."""
+    commitment_weight: NonNegativeFloat = 0.25
+    """Pulls the encoder towards the codes it chooses."""
+    quantised: Share = 0.5
+    """Share of the samples rebuilt from codes; the others from plain latents, which is what Stage B makes."""
+    codebook_decay: Share = 0.99
+    """Decay of the averages that the codes are, per update."""
+    dead_code_use: NonNegativeFloat = 0.03
+    """A code chosen less often than this becomes a latent of the update; 1 is its fair share."""
+    discriminator_weight: NonNegativeFloat = 0.1
+    """Size of the discriminator's gradient on a picture, beside that of the other losses; 0 for no discriminator."""
+    discriminator_start: NonNegativeInt = 10_000
+    """The update from which the discriminator learns, and teaches."""
+    discriminator_channels: PositiveInt = 64
+    """Channels of its first layer."""
+    sample_count: PositiveInt = 16
+    """How many held-out pictures are drawn at most, beside their reconstructions."""
+
+
+class TrainStageA(CascadeTraining):
+    Config = StageAConfig
+    trainable = {"stage_a": {}, "discriminator": {}}
+    needs_captions = False
+
+    def build(self) -> dict[str, nn.Module]:
+        config = self.config
+        stage_a = build.stage_a(config, from_scratch=config.stage_a_checkpoint_path is None).to(self.device)
+        self.codebook = CodebookAverages(stage_a.codes, config.codebook_decay, config.dead_code_use)
+        self.bookkeeping["codebook"] = self.codebook
+        networks = {"stage_a": stage_a, "discriminator": PatchDiscriminator(config.discriminator_channels)}
+        if config.perceptual_checkpoint_path is not None:
+            networks["perceptual"] = build.perceptual(config.perceptual_checkpoint_path)
+        return networks
+
+    def encode(self, batch: Batch, random: SampleRandom) -> Tensor:
+        return batch.images.float() / 255
+
+    def loss(self, pictures: Tensor, random: SampleRandom) -> Losses:
+        config = self.config
+        from_codes = random.uniform("quantised") < config.quantised
+        rebuilt, latents, codes = self.networks["stage_a"](pictures, from_codes)
+        rebuilt, latents = rebuilt.float(), latents.float()
+        error = rebuilt - pictures
+        squared = _mean(error.square())
+        loss = _mean(error.abs()) + config.squared_weight * squared
+        if "perceptual" in self.networks:
+            loss = loss + config.perceptual_weight * self.networks["perceptual"](rebuilt, pictures)
+        metrics = {"psnr": _per_sample(peak_signal_noise_ratio, rebuilt, pictures)}
+        if not torch.is_grad_enabled():
+            metrics["ssim"] = _per_sample(structural_similarity_index_measure, rebuilt, pictures)
+            return Losses(loss, squared, metrics=metrics)
+        metrics["codebook_use"] = (self.codebook.use >= config.dead_code_use).float().mean().expand(len(loss))
+        if config.discriminator_weight and self.update >= config.discriminator_start:
+            taught, judged = self._judge(pictures, rebuilt, loss)
+            loss = loss + taught + judged
+            metrics["discriminator_loss"] = judged
+        loss = loss + config.commitment_weight * codes.commitment
+        scaled = latents.detach() * self.networks["stage_a"].scale_factor
+        statistics = {"latents": scaled.flatten(2).transpose(1, 2), "codes": codes.indices.flatten(1)}
+        return Losses(loss, squared, statistics, metrics)
+
+    def _judge(self, pictures: Tensor, rebuilt: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The discriminator's losses (B,): for Stage A and, as hinge loss (arXiv:1705.02894), for itself.
+
+        Its gradient on each picture is scaled to `discriminator_weight` of the other losses' there. (The paper
+        compares gradients on the last layer's weights, which would depend on batch mates.)
+        """
+        discriminator = self.networks["discriminator"]
+        fake = rebuilt.detach().requires_grad_()
+        score = discriminator(fake).float()
+        (wished,) = torch.autograd.grad(-score.sum(), fake, retain_graph=True)
+        (other,) = torch.autograd.grad(loss.sum(), rebuilt, retain_graph=True)
+        scale = self.config.discriminator_weight * _norm(other) / (_norm(wished) + 1e-12)
+        taught = (rebuilt * (wished * scale)).sum(dim=(1, 2, 3))  # its gradient is all that matters
+        judged = _mean((1 + score).relu()) + _mean((1 - discriminator(pictures).float()).relu())
+        return taught - taught.detach(), judged / 2
+
+    def update_state(self, statistics: dict[str, Tensor]) -> None:
+        latents, codes = statistics["latents"].flatten(0, 1), statistics["codes"].flatten()
+        self.codebook.step(latents, codes, seed=self.config.seed + self.update)
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        return {"stage_a": self.networks["stage_a"].state_dict()}
+
+    def sample(self, held_out: Batch | None) -> list[Sampled]:
+        if held_out is None:
+            return []
+        images = held_out.images[: self.config.sample_count].to(self.device)
+        columns = {"picture": to_uint8(images)}
+        for name, from_codes in {"rebuilt": False, "from codes": True}.items():
+            chosen = torch.full((len(images),), from_codes, device=self.device)
+            columns[name] = to_pictures(self.networks["stage_a"](images.float() / 255, chosen)[0])
+        return Sampled.rows(held_out.captions[: len(images)], columns)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,)."""
+    return values.flatten(1).mean(dim=1)
+
+
+def _norm(gradients: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 1, 1, 1)."""
+    return gradients.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
+def _per_sample(metric, rebuilt: Tensor, pictures: Tensor) -> Tensor:
+    with torch.no_grad():
+        pairs = zip(rebuilt.detach().clamp(0, 1).split(1), pictures.split(1), strict=True)
+        return torch.stack([metric(ours, true, data_range=1.0) for ours, true in pairs])
+
+
+if __name__ == "__main__":
+    TrainStageA.main()
