@@ -1,6 +1,9 @@
-"""Run a function in two processes that talk over gloo, as a test."""
+"""Run a function in several processes that talk over gloo, as a test."""
 
 import gc
+import multiprocessing
+import os
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +12,32 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Processes are forked from a server that has imported the slow things, but has started no thread.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed.fsdp", "open_clip"])
+
 
 def run_in_two_processes(function: Callable, *args) -> None:
     """`function(*args)` in each of two processes of one process group; an exception in one is raised here."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_member, args=(f"file://{Path(folder) / 'meeting'}", function, args), nprocs=2)
+        meeting = f"file://{Path(folder) / 'meeting'}"
+        mp.start_processes(_member, args=(meeting, function, args), nprocs=2, start_method="forkserver")
+
+
+def launch_processes(count: int, function: Callable, *args) -> None:
+    """`function(*args)` in each of `count` processes, as a launcher starts them: `function` joins the group itself."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    mp.start_processes(_launched, args=(count, port, function, args), nprocs=count, start_method="forkserver")
+
+
+def _launched(rank: int, count: int, port: int, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    function(*args)
 
 
 def _member(rank: int, meeting: str, function: Callable, args: tuple) -> None:

@@ -10,9 +10,16 @@ from cascade import versions
 from modules.clip import ClipSettings, TextTower
 from modules.effnet import EfficientNetEncoder
 from modules.previewer import Previewer
+from modules.stage_a import StageA
+from modules.stage_b import StageB
 from tests.golden import load_case, weights_of
 from tests.warpcore.runs import write_shard
 
+STAGE_A = {"bottleneck_blocks": 1, "c_hidden": 16, "codebook_size": 32}
+STAGE_B = {
+    "c_cond": 16, "c_hidden": [16, 16], "nhead": [-1, 2], "blocks": [[1, 1], [1, 1]], "block_repeat": [[1, 1], [1, 2]],
+    "level_config": ["CT", "CTA"], "c_clip": 40,
+}  # fmt: skip
 STAGES = (("fused", 1, 3, 2, 8, 8, 1), ("fused", 1, 3, 2, 8, 8, 1), ("fused", 1, 3, 2, 8, 8, 1))
 
 
@@ -31,9 +38,12 @@ def small_cascade(tmp_path, monkeypatch):
     save_file(encoder.state_dict(), tmp_path / "effnet_encoder.safetensors")
     save_file(Previewer(c_hidden=8).state_dict(), tmp_path / "previewer.safetensors")
     save_file(weights_of(spec, tensors), tmp_path / "generator.safetensors")
+    save_file(StageA(**STAGE_A).state_dict(), tmp_path / "stage_a.safetensors")
+    save_file(StageB(**STAGE_B).state_dict(), tmp_path / "stage_b.safetensors")
     small = replace(
-        versions.VERSIONS["mini"], stage_c=constructor, encoder={"stages": STAGES, "stochastic_depth": 0.0},
-        previewer={"c_hidden": 8}, folder=tmp_path, text_tower=str(tmp_path / "text.safetensors"),
+        versions.VERSIONS["mini"], stage_c=constructor, stage_b=STAGE_B, stage_a=STAGE_A,
+        encoder={"stages": STAGES, "stochastic_depth": 0.0}, previewer={"c_hidden": 8}, folder=tmp_path,
+        text_tower=str(tmp_path / "text.safetensors"),
     )  # fmt: skip
     monkeypatch.setitem(versions.VERSIONS, "mini", small)
     return {

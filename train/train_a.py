@@ -69,28 +69,41 @@ class TrainStageA(CascadeTraining):
         return batch.images.float() / 255
 
     def loss(self, pictures: Tensor, random: SampleRandom) -> Losses:
-        config = self.config
+        config, stage_a = self.config, self.networks["stage_a"]
+        if not torch.is_grad_enabled():
+            return self._measure(pictures)
         from_codes = random.uniform("quantised") < config.quantised
-        rebuilt, latents, codes = self.networks["stage_a"](pictures, from_codes)
+        rebuilt, latents, codes = stage_a(pictures, from_codes)
         rebuilt, latents = rebuilt.float(), latents.float()
         error = rebuilt - pictures
         squared = _mean(error.square())
         loss = _mean(error.abs()) + config.squared_weight * squared
         if "perceptual" in self.networks:
             loss = loss + config.perceptual_weight * self.networks["perceptual"](rebuilt, pictures)
-        metrics = {"psnr": _per_sample(peak_signal_noise_ratio, rebuilt, pictures)}
-        if not torch.is_grad_enabled():
-            metrics["ssim"] = _per_sample(structural_similarity_index_measure, rebuilt, pictures)
-            return Losses(loss, squared, metrics=metrics)
-        metrics["codebook_use"] = (self.codebook.use >= config.dead_code_use).float().mean().expand(len(loss))
+        used = (self.codebook.use >= config.dead_code_use).float().mean()
+        metrics = {"codebook_use": used.expand(len(loss))}
         if config.discriminator_weight and self.update >= config.discriminator_start:
             taught, judged = self._judge(pictures, rebuilt, loss)
             loss = loss + taught + judged
             metrics["discriminator_loss"] = judged
         loss = loss + config.commitment_weight * codes.commitment
-        scaled = latents.detach() * self.networks["stage_a"].scale_factor
+        scaled = latents.detach() * stage_a.scale_factor
         statistics = {"latents": scaled.flatten(2).transpose(1, 2), "codes": codes.indices.flatten(1)}
         return Losses(loss, squared, statistics, metrics)
+
+    def _measure(self, pictures: Tensor) -> Losses:
+        """How well held-out pictures are rebuilt, from plain latents and from codes."""
+        metrics = {}
+        for suffix, from_codes in {"": False, "_from_codes": True}.items():
+            chosen = torch.full((len(pictures),), from_codes, device=self.device)
+            rebuilt, _, codes = self.networks["stage_a"](pictures, chosen)
+            pairs = list(zip(rebuilt.float().clamp(0, 1).split(1), pictures.split(1), strict=True))
+            for name, metric in {"psnr": peak_signal_noise_ratio, "ssim": structural_similarity_index_measure}.items():
+                metrics[name + suffix] = torch.stack([metric(*pair, data_range=1.0) for pair in pairs])
+            squared = _mean((rebuilt.float() - pictures).square())
+        codebook_size = len(self.codebook.use)
+        metrics["codes_in_a_picture"] = torch.tensor([len(one.unique()) / codebook_size for one in codes.indices])
+        return Losses(squared, squared, metrics=metrics)
 
     def _judge(self, pictures: Tensor, rebuilt: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """The discriminator's losses (B,): for Stage A and, as hinge loss (arXiv:1705.02894), for itself.
@@ -134,12 +147,6 @@ def _mean(values: Tensor) -> Tensor:
 def _norm(gradients: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 1, 1, 1)."""
     return gradients.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
-
-
-def _per_sample(metric, rebuilt: Tensor, pictures: Tensor) -> Tensor:
-    with torch.no_grad():
-        pairs = zip(rebuilt.detach().clamp(0, 1).split(1), pictures.split(1), strict=True)
-        return torch.stack([metric(ours, true, data_range=1.0) for ours, true in pairs])
 
 
 if __name__ == "__main__":

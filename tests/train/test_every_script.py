@@ -1,0 +1,140 @@
+"""What holds for every training script: exact resuming, accumulation, updates that are not finite, two processes.
+
+A new script joins by its name in `SETTINGS`; one that is missing there fails a test.
+"""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cascade import versions
+from tests.many_processes import launch_processes
+from tests.warpcore.runs import numbers, read_metrics
+from warpcore.config import make_config
+from warpcore.core import WarpCore
+
+SETTINGS: dict[str, dict] = {
+    "train_a": {"discriminator_start": 2, "discriminator_channels": 8, "dead_code_use": 0.5},
+    "train_b": {"offset_noise": 0.1},
+    "train_b joint": {"train_encoder": True},
+    "train_c": {"clip_image_dropout": 1.0},
+    "train_encoder": {},
+    "train_towers": {
+        "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,
+        "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
+    },
+}  # fmt: skip
+NEEDS_WHOLE_BATCHES = {"train_a", "train_b joint", "train_encoder", "train_towers"}
+"""Batch norms and contrastive losses look at a micro-batch as a whole: accumulation is another training."""
+
+
+def use_case(name: str) -> type[WarpCore]:
+    module = importlib.import_module(f"train.{name.split()[0]}")
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    return next(kind for kind in own if issubclass(kind, WarpCore))
+
+
+@pytest.fixture
+def settings(small_cascade):
+    def make(name: str, run: str, **changes) -> dict:
+        every = small_cascade | {
+            "experiment_id": run, "updates": 4, "save_every": 2, "log_every": 1, "seed": 3, "ema_start_iters": 1,
+            "ema_beta": 0.5, "validation_samples": 2, "sample_count": 2, "sample_steps": 2,
+        }  # fmt: skip
+        del every["generator_checkpoint_path"]  # that of another network
+        every |= SETTINGS[name] | changes
+        return {key: value for key, value in every.items() if key in use_case(name).Config.model_fields}
+
+    return make
+
+
+def train(name: str, settings: dict, kind: type[WarpCore] | None = None) -> list[dict]:
+    kind = kind or use_case(name)
+    assert kind(make_config(kind.Config, settings)).run() == 0
+    return read_metrics(settings)
+
+
+def files(settings: dict) -> dict[str, dict[str, torch.Tensor]]:
+    folder = Path(settings["checkpoint_path"]) / settings["experiment_id"]
+    return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_every_script_is_tested_here():
+    scripts = {path.stem for path in (Path(__file__).parents[2] / "train").glob("train_*.py")}
+    assert scripts == {name.split()[0] for name in SETTINGS}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_in_two_halves_is_the_run_in_one(settings, name):
+    whole, halves = settings(name, "whole"), settings(name, "halves")
+    lines = train(name, whole)
+    train(name, halves | {"updates": 2})
+    assert numbers(train(name, halves)) == numbers(lines)
+    assert all(torch.tensor(line["loss"]).isfinite() for line in lines)
+    ours, theirs = files(halves), files(whole)
+    assert ours.keys() == theirs.keys()
+    for file, tensors in theirs.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(ours[file][key], tensor), (file, key)
+    plain = {file for file in theirs if not file.endswith("_ema")}
+    assert {f"{file}_ema" for file in plain} <= theirs.keys()
+    assert all(any(not torch.equal(t, theirs[f"{f}_ema"][k]) for k, t in theirs[f].items()) for f in plain)
+    assert (Path(whole["checkpoint_path"]) / "whole" / "samples").exists() or name == "train_towers"
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in NEEDS_WHOLE_BATCHES])
+def test_accumulation_makes_the_same_updates(settings, name):
+    at_once = train(name, settings(name, "once", ema_start_iters=None))
+    in_parts = train(name, settings(name, "parts", ema_start_iters=None, micro_batch_size=1))
+    # Another micro-batch size is another order of the samples, but for the first epoch of one bucket.
+    for line, other in zip(at_once[:1], in_parts[:1], strict=True):
+        assert line["samples_hash"] == other["samples_hash"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_update_that_is_not_finite_changes_nothing_that_is_trained(settings, name):
+    given = settings(name, "broken", updates=1, save_every=1)
+    train(name, given)
+    before = files(given)
+
+    class Broken(use_case(name)):
+        def loss(self, inputs, random):
+            result = super().loss(inputs, random)
+            result.loss = result.loss * torch.nan
+            return result
+
+    lines = train(name, given | {"updates": 2}, Broken)
+    assert [line["update"] for line in lines] == [1, 2]
+    after = files(given)
+    for file, tensors in before.items():
+        if file.endswith("_ema"):
+            continue
+        for key, tensor in tensors.items():
+            assert (
+                torch.equal(after[file][key], tensor)
+                or "running_" in key
+                or "num_batches" in key
+                or ("codebook" in key)
+            ), (file, key)
+
+
+@pytest.mark.parametrize(("name", "use_fsdp"), [*((name, True) for name in SETTINGS), ("train_a", False)])
+def test_two_processes_make_the_updates_of_one(settings, name, use_fsdp):
+    alone = settings(name, "alone", micro_batch_size=2, updates=3, save_every=3, sample_count=1)
+    expected = train(name, alone)
+    together = alone | {"experiment_id": "together", "use_fsdp": use_fsdp}
+    launch_processes(2, _member, name, together, versions.VERSIONS["mini"])
+    for line, other in zip(expected, read_metrics(together), strict=True):
+        assert line["samples_hash"] == other["samples_hash"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-6)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def _member(name: str, settings: dict, mini: versions.Version) -> None:
+    versions.VERSIONS["mini"] = mini
+    assert use_case(name)(make_config(use_case(name).Config, settings)).run() == 0
