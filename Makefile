@@ -30,15 +30,23 @@ demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/build_dataset.
 	$(PY) tools/build_dataset.py demo/pictures demo/shards
 	touch $@
 
-# Make the weights in models/mini again, from nothing: text and image tower, then encoder and previewer.
+# The whole mini cascade from nothing, in less than an hour: towers, Stage A, encoder and previewer, Stage B (whose weights
+# become those in models/mini), and Stage C.
 mini: demo/ready
-	rm -rf runs/mini_towers runs/mini_encoder
+	rm -rf runs/mini_towers runs/mini_a runs/mini_encoder runs/mini_b runs/quickstart_c
 	$(PY) train/train_towers.py configs/training/mini_towers.yaml
+	$(PY) train/train_a.py configs/training/mini_a.yaml
 	$(PY) train/train_encoder.py configs/training/mini_encoder.yaml
-	for name in text_tower image_tower; do \
-		$(PY) tools/convert_weights.py runs/mini_towers/$$name.safetensors models/mini/$$name.safetensors --dtype float16; done
-	for name in effnet_encoder previewer; do \
-		$(PY) tools/convert_weights.py runs/mini_encoder/$$name.safetensors models/mini/$$name.safetensors --dtype float16; done
+	$(call publish,mini_towers/text_tower,text_tower)
+	$(call publish,mini_towers/image_tower,image_tower)
+	$(call publish,mini_a/stage_a_ema,stage_a)
+	$(call publish,mini_encoder/effnet_encoder,effnet_encoder)
+	$(call publish,mini_encoder/previewer,previewer)
+	$(PY) train/train_b.py configs/training/mini_b.yaml
+	$(call publish,mini_b/generator_ema,stage_b)
+	$(MAKE) quickstart
+
+publish = $(PY) tools/convert_weights.py runs/$(1).safetensors models/mini/$(2).safetensors --dtype float16
 
 lint: install
 	$(PY) -m ruff format .

@@ -1,17 +1,19 @@
-"""How well a trained mini cascade draws what it is told, judged by plain image processing.
+"""How well a trained mini cascade draws what it is told, and what each of its stages loses.
 
     python3 benchmarks/learning.py --run runs/quickstart_c
 
-Sentences that the demo set never uses are drawn, first with (colour, shape) pairs that it shows, then with pairs that
-it never shows; true pictures and their reconstructions by encoder and previewer say how far the scorer can be trusted.
+Held-out pictures go through Stage A alone, through the whole way that a drawn picture takes (encoder, Stage B, Stage
+A) and through the previewer: PSNR and SSIM. Then sentences that the demo set never uses are drawn by the whole cascade,
+first with (colour, shape) pairs that it shows, then with pairs that it never shows; true and rebuilt pictures say how
+far the scorer can be trusted.
 
 The scorer finds the saturated shapes on the muted background, then compares their outline with each shape's templates
 (intersection over union at equal area), their median colour with each colour (in Lab), and the middle of all of them
-with each position's. A previewer's picture of 64 px is enough for it.
+with each position's.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,14 +21,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import yaml
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from cascade import build
-from cascade.conditions import prompt_conditions
-from cascade.config import ModelSettings
-from cascade.diffusion import draw_latents, make_diffusion
+from cascade.diffusion import latent_size
+from cascade.inference import DrawingSettings
 from cascade.pictures import to_pictures
-from modules.effnet import normalise_images
+from cascade.sampling import Cascade
 from tools.demo_scenes import (
     COLOURS,
     POSITIONS,
@@ -39,11 +39,14 @@ from tools.demo_scenes import (
     render,
     shape_mask,
 )
+from warpcore.config import make_config
 from warpcore.pictures import grid, save_png
 
 ATTRIBUTES = ("colour", "position", "shape", "count")
 TARGETS = {"colour": 0.9, "position": 0.9, "shape": 0.75}
 """What drawings of unseen sentences with seen pairs should reach after the quickstart."""
+LEAST_PSNR = 28.0
+"""What Stage A should reach on held-out pictures, in dB."""
 _WORKING_SIDE_PX = 256
 """Pictures are scaled until the square root of their area is this, so that thresholds hold for every size."""
 _LEAST_CHROMA = 22.0
@@ -148,43 +151,51 @@ def sentences(number: int, pairs: Sequence[tuple[str, str]], seed: int) -> list[
     return [captioned_scene(rng, tuple(pairs), held_out=True) for _ in range(number)]
 
 
-class Cascade:
-    """The networks of a training run, ready to draw."""
+class Drawing:
+    """A whole mini cascade, by the paths of the ways through it. Pictures are uint8 (H, W, 3)."""
 
-    def __init__(self, run: Path, use_ema: bool, steps: int, guidance: float, sampler: str):
-        of_run = yaml.safe_load((run / "config.yaml").read_text())
-        settings = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
-        weights = run / "generator_ema.safetensors"
-        if not use_ema or not weights.is_file():
-            weights = run / "generator.safetensors"
-        settings = ModelSettings(**settings | {"generator_checkpoint_path": weights})
-        self.diffusion = make_diffusion(settings.diffusion_target)
-        self.generator, self.text = build.stage_c(settings).eval(), build.text(settings).float()
-        self.encoder, self.previewer = build.encoder(settings).eval(), build.previewer(settings).eval()
-        self.options = {"steps": steps, "guidance": guidance, "sampler": sampler}
+    def __init__(self, settings: DrawingSettings, **sampling):
+        self.cascade, self.sampling = Cascade(settings), sampling
 
-    @torch.inference_mode()
-    def draw(self, prompts: Sequence[str], seed: int, side_px: int = 128) -> list[np.ndarray]:
-        """A picture, uint8 (64, 64, 3), for each prompt."""
-        width = self.generator.clip_img_mapper.in_features
-        side = side_px // self.encoder.compression
-        latents = draw_latents(
-            self.diffusion,
-            self.generator,
-            prompt_conditions(self.text, prompts, width, torch.device("cpu")),
-            prompt_conditions(self.text, [""] * len(prompts), width, torch.device("cpu")),
-            (16, side, side),
-            [seed + i for i in range(len(prompts))],
-            **self.options,
-        )
-        return list(to_pictures(self.previewer(latents)))
+    def draw(
+        self, prompts: Sequence[str], seed: int, size: tuple[int, int] = (128, 128)
+    ) -> dict[str, list[np.ndarray]]:
+        """Pictures of each prompt: `drawn` by the whole cascade, `previewed` by the previewer."""
+        seeds = [seed + i for i in range(len(prompts))]
+        conditions = self.cascade.read([*prompts, ""])
+        given = {name: value[:-1] for name, value in conditions.items()}
+        nothing = {name: value[-1:] for name, value in conditions.items()}
+        latents = self.cascade.draw_c(given, nothing, size, seeds, **self.sampling)
+        pooled = given["clip_text_pooled"], nothing["clip_text_pooled"]
+        stage_a = self.cascade.draw_b(latents, *pooled, [size] * len(seeds), seeds)
+        drawn = self.cascade.decode(stage_a, [size] * len(seeds))
+        return {"drawn": _uint8(drawn), "previewed": _uint8(self.cascade.preview(latents))}
+
+    def rebuild(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
+        """What each way makes of given pictures."""
+        given = [torch.from_numpy(picture).permute(2, 0, 1).float() / 255 for picture in pictures]
+        sizes, seeds = [tuple(picture.shape[1:]) for picture in given], list(range(len(given)))
+        compression = self.cascade.settings.version.compression
+        latents = self.cascade.encode(given, [latent_size(*size, compression) for size in sizes])
+        pooled = self.cascade.read([*texts, ""])["clip_text_pooled"]
+        stage_a = self.cascade.draw_b(latents, pooled[:-1], pooled[-1:], sizes, seeds)
+        return {
+            "Stage A": _uint8(self.cascade.rebuild(given)),
+            "encoder, B, A": _uint8(self.cascade.decode(stage_a, sizes)),
+            "encoder, previewer": _uint8(self.cascade.preview(latents)),
+        }
 
 
-@torch.inference_mode()
-def reconstruct(encoder: torch.nn.Module, previewer: torch.nn.Module, picture: np.ndarray) -> np.ndarray:
-    """What encoder and previewer make of a picture: uint8 (H, W, 3) -> half its size."""
-    images = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
-    return to_pictures(previewer(encoder(normalise_images(images))))[0]
+def _uint8(pictures: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    return [to_pictures(picture[None])[0] for picture in pictures]
+
+
+def nearness(made: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+    """PSNR in dB and SSIM of a picture, enlarged to the true one's size where it is smaller."""
+    made = cv2.resize(made, true.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    pair = [torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255 for picture in (made, true)]
+    psnr = peak_signal_noise_ratio(*pair, data_range=1.0)
+    return psnr.item(), structural_similarity_index_measure(*pair, data_range=1.0).item()
 
 
 def accuracy(pictures: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, float]:
@@ -194,35 +205,9 @@ def accuracy(pictures: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, 
     return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
 
 
-def report(cascade: Cascade, number: int, seed: int, grid_path: Path | None = None) -> dict[str, dict[str, float]]:
-    """Accuracy of each attribute by kind of picture; writes a grid of drawings if asked to."""
-    seen, unseen = sentences(number, SEEN_PAIRS, seed), sentences(number // 2, sorted(UNSEEN_PAIRS), seed + 1)
-
-    def drawn(cases: list[tuple[Scene, str]]) -> list[np.ndarray]:
-        texts = [text for _, text in cases]
-        return [picture for i in range(0, len(texts), 50) for picture in cascade.draw(texts[i : i + 50], seed + i)]
-
-    kinds: dict[str, tuple[list, Callable[[list], list[np.ndarray]]]] = {
-        "drawn, pairs seen": (seen, drawn),
-        "drawn, pairs never seen": (unseen, drawn),
-        "reconstructed": (
-            seen,
-            lambda cases: [reconstruct(cascade.encoder, cascade.previewer, render(scene)) for scene, _ in cases],
-        ),
-        "true pictures": (seen, lambda cases: [render(scene) for scene, _ in cases]),
-    }
-    shares = {}
-    for kind, (cases, make) in kinds.items():
-        pictures, texts = make(cases), [text for _, text in cases]
-        shares[kind] = accuracy(pictures, texts)
-        if grid_path is not None and make is drawn and cases is seen:
-            save_png(grid_path, grid(pictures[:36], 6, texts[:36]))
-    return shares
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="folder of a training run")
+    parser.add_argument("--run", type=Path, nargs="+", required=True, help="folders of training runs, Stage C's first")
     parser.add_argument(
         "--samples", type=int, default=200, help="sentences drawn with seen pairs; half as many unseen"
     )
@@ -233,14 +218,45 @@ def main() -> None:
     parser.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
     parser.add_argument("--grid", type=Path, help="also write some drawings to this PNG file")
     options = parser.parse_args()
-    cascade = Cascade(options.run, not options.no_ema, options.steps, options.guidance, options.sampler)
-    shares = report(cascade, options.samples, options.seed, options.grid)
-    print(f"{'%':26}" + "".join(f"{name:>10}" for name in (*ATTRIBUTES, "all")))
+    settings = make_config(
+        DrawingSettings,
+        {"run": options.run, "use_ema": not options.no_ema, "batch_size": 50, "stage_b_sampler": "ddim"},
+    )
+    drawing = Drawing(settings, steps=options.steps, guidance=options.guidance, sampler=options.sampler)
+    seen = sentences(options.samples, SEEN_PAIRS, options.seed)
+    unseen = sentences(options.samples // 2, sorted(UNSEEN_PAIRS), options.seed + 1)
+    true, texts = [render(scene) for scene, _ in seen], [text for _, text in seen]
+    others = [text for _, text in unseen]
+
+    rebuilt = drawing.rebuild(true, texts)
+    quality = {}
+    for way, pictures in rebuilt.items():
+        pairs = [nearness(made, picture) for made, picture in zip(pictures, true, strict=True)]
+        quality[way] = tuple(np.mean(pairs, axis=0))
+    print(f"\n{f'{len(true)} held-out pictures':26}{'PSNR dB':>10}{'SSIM':>10}")
+    for way, (psnr, ssim) in quality.items():
+        print(f"{way:26}{psnr:10.2f}{ssim:10.4f}")
+
+    drawn, drawn_unseen = drawing.draw(texts, options.seed), drawing.draw(others, options.seed + len(texts))
+    kinds = {
+        "drawn, pairs seen": (drawn["drawn"], texts),
+        "drawn, pairs never seen": (drawn_unseen["drawn"], others),
+        "previewed, pairs seen": (drawn["previewed"], texts),
+        "rebuilt by the cascade": (rebuilt["encoder, B, A"], texts),
+        "true pictures": (true, texts),
+    }
+    shares = {kind: accuracy(pictures, words) for kind, (pictures, words) in kinds.items()}
+    print(f"\n{'%':26}" + "".join(f"{name:>10}" for name in (*ATTRIBUTES, "all")))
     for kind, row in shares.items():
         print(f"{kind:26}" + "".join(f"{100 * value:10.1f}" for value in row.values()))
+    if options.grid is not None:
+        save_png(options.grid, grid(drawn["drawn"][:36], 6, texts[:36]))
+
     missed = [name for name, least in TARGETS.items() if shares["drawn, pairs seen"][name] < least]
+    missed += ["Stage A"] if quality["Stage A"][0] < LEAST_PSNR else []
     goal = ", ".join(f"{name} {100 * least:.0f}" for name, least in TARGETS.items())
-    print(f"targets for pairs seen ({goal}): " + (f"missed in {', '.join(missed)}" if missed else "all reached"))
+    print(f"\ntargets ({goal} for pairs seen; Stage A {LEAST_PSNR:.0f} dB): "
+          + (f"missed in {', '.join(missed)}" if missed else "all reached"))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -59,5 +59,8 @@ class DiffusionTraining(CascadeTraining):
         statistics = {"logsnr": diffused.logsnr, "raw": raw} if self.diffusion.state_dict() else {}
         return Losses(raw * diffused.loss_weight, raw, statistics)
 
+    def file_metadata(self) -> dict[str, str]:
+        return {"diffusion_target": self.config.diffusion_target}
+
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])
