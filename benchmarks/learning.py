@@ -3,9 +3,9 @@
     python3 benchmarks/learning.py --run runs/quickstart_c
 
 Held-out pictures go through Stage A alone, through the whole way that a drawn picture takes (encoder, Stage B, Stage
-A) and through the previewer: PSNR and SSIM. Then sentences that the demo set never uses are drawn by the whole cascade,
-first with (colour, shape) pairs that it shows, then with pairs that it never shows; true and rebuilt pictures say how
-far the scorer can be trusted.
+A) and through the previewer: PSNR and SSIM. Then sentences that the demo set never uses are drawn by the whole
+cascade, first with (colour, shape) pairs that it shows, then with pairs that it never shows; true and rebuilt pictures
+say how far the scorer can be trusted.
 
 The scorer finds the saturated shapes on the muted background, then compares their outline with each shape's templates
 (intersection over union at equal area), their median colour with each colour (in Lab), and the middle of all of them

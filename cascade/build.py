@@ -27,14 +27,14 @@ class WeightsError(UserError):
 
 def stage_c(settings: ModelSettings) -> StageC:
     """Stage C in float32; random weights where the settings name no file."""
-    return _with_weights(
+    return with_weights(
         lambda: StageC(**settings.version.stage_c), settings.generator_checkpoint_path, "generator_checkpoint_path"
     )
 
 
 def stage_b(settings: ModelSettings) -> StageB:
     """Stage B in float32; random weights where the settings name no file."""
-    return _with_weights(
+    return with_weights(
         lambda: StageB(**settings.version.stage_b), settings.generator_checkpoint_path, "generator_checkpoint_path"
     )
 
@@ -43,19 +43,19 @@ def stage_a(settings: ModelSettings, from_scratch: bool = False) -> StageA:
     """Stage A, between pictures and Stage B's latents, with its weights (or random ones)."""
     path = settings.stage_a_checkpoint_path or settings.version.folder / "stage_a.safetensors"
     path = None if from_scratch else path
-    return _with_weights(lambda: StageA(**settings.version.stage_a), path, "stage_a_checkpoint_path")
+    return with_weights(lambda: StageA(**settings.version.stage_a), path, "stage_a_checkpoint_path")
 
 
 def perceptual(path: Path) -> PerceptualDistance:
     """A perceptual distance, with the weights of torchvision's VGG-16."""
-    return _with_weights(PerceptualDistance, path, "perceptual_checkpoint_path", only=True)
+    return with_weights(PerceptualDistance, path, "perceptual_checkpoint_path", only=True)
 
 
 def encoder(settings: ModelSettings, from_scratch: bool = False) -> EfficientNetEncoder:
     """The encoder that makes Stage C's latents, with its weights (or random ones)."""
     path = settings.effnet_checkpoint_path or settings.version.folder / "effnet_encoder.safetensors"
     path = None if from_scratch else path
-    network = _with_weights(lambda: EfficientNetEncoder(**settings.version.encoder), path, "effnet_checkpoint_path")
+    network = with_weights(lambda: EfficientNetEncoder(**settings.version.encoder), path, "effnet_checkpoint_path")
     return network.to(memory_format=torch.channels_last)
 
 
@@ -63,7 +63,7 @@ def previewer(settings: ModelSettings, from_scratch: bool = False) -> Previewer:
     """The previewer that turns Stage C's latents into small pictures, with its weights (or random ones)."""
     path = settings.previewer_checkpoint_path or settings.version.folder / "previewer.safetensors"
     path = None if from_scratch else path
-    network = _with_weights(lambda: Previewer(**settings.version.previewer), path, "previewer_checkpoint_path")
+    network = with_weights(lambda: Previewer(**settings.version.previewer), path, "previewer_checkpoint_path")
     return network.to(memory_format=torch.channels_last)
 
 
@@ -79,7 +79,7 @@ def image(settings: ModelSettings) -> ImageTower:
                   settings.clip_image_checkpoint_path, "clip_image_model_name")  # fmt: skip
 
 
-def _with_weights(build: Callable[[], Network], path: Path | None, key: str, only: bool = False) -> Network:
+def with_weights(build: Callable[[], Network], path: Path | None, key: str, only: bool = False) -> Network:
     """Build a network; with a file on the meta device first, so that its random weights cost no time and memory.
 
     only: the file may hold more than the network's weights.

@@ -1,16 +1,16 @@
 """Configuration keys of scripts that use a whole cascade, published or out of training runs."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import PositiveFloat, PositiveInt, model_validator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from cascade.config import ModelSettings
 from warpcore.config import Share
 from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.errors import UserError
 
 TARGET_KEY = "diffusion_target"
 """Where a weights file says what its network predicts."""
@@ -113,20 +113,20 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
         raise ValueError(f"run: {folder} is no training run: it holds no config.yaml")
     of_run = yaml.safe_load((folder / "config.yaml").read_text())
     kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
-    trained = {name: path for name in (*KEY_OF_WEIGHTS, "generator") if (path := _weights(folder, name, use_ema))}
+    version, target = kept.get("model_version"), kept.pop(TARGET_KEY, None)
+    kept.pop("generator_checkpoint_path", None)
+    trained = {name: file for name in (*KEY_OF_WEIGHTS, "generator") if (file := _weights(folder, name, use_ema))}
     if not trained:
-        raise ValueError(
-            f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
-        )
-    generator = trained.pop("generator", None)
-    paths = {KEY_OF_WEIGHTS[name]: str(path) for name, path in trained.items()}
-    if generator is not None and _is_stage_b(_header(generator)[0]):
-        version = kept.get("model_version")
-        of_b = {"stage_b_checkpoint_path": str(generator), "stage_b_version": version}
-        of_b["stage_b_target"] = kept.pop(TARGET_KEY, None)
-        kept["model_version"] = next((c for c, b in STAGE_B_OF.items() if b == version), version)
-        return {key: value for key, value in kept.items() if key != "generator_checkpoint_path"} | of_b | paths
-    return kept | paths | ({"generator_checkpoint_path": str(generator)} if generator else {})
+        raise ValueError(f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save")
+    kept |= {KEY_OF_WEIGHTS[name]: str(file) for name, file in trained.items() if name != "generator"}
+    generator = trained.get("generator")
+    if generator is None:
+        return kept
+    if "effnet_mapper.0.weight" not in _header(generator)[0]:
+        return kept | {"generator_checkpoint_path": str(generator), TARGET_KEY: target}
+    of_stage_b = {"stage_b_checkpoint_path": str(generator), "stage_b_version": version, "stage_b_target": target}
+    stage_c = next((stage_c for stage_c, stage_b in STAGE_B_OF.items() if stage_b == version), version)
+    return kept | of_stage_b | {"model_version": stage_c}
 
 
 def _weights(folder: Path, name: str, use_ema: bool) -> Path | None:
@@ -136,9 +136,8 @@ def _weights(folder: Path, name: str, use_ema: bool) -> Path | None:
 
 def _header(path: Path) -> tuple[set[str], dict[str, str]]:
     """Names of the tensors in a safetensors file, and what it says of itself."""
-    with safe_open(path, "pt") as file:
-        return set(file.keys()), file.metadata() or {}
-
-
-def _is_stage_b(names: Sequence[str]) -> bool:
-    return "effnet_mapper.0.weight" in names
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys()), file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as weights: {error}") from error

@@ -1,8 +1,15 @@
-"""Between the tensors of the networks and pictures for people."""
+"""Between the tensors of the networks, pictures for people, and files."""
+
+from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from warpcore.data.images import BadPicture, decode
+from warpcore.data.index import picture_size
+from warpcore.errors import UserError
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -16,3 +23,28 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None = None) -> np.ndarr
     if size is not None and images.shape[2:] != size:
         images = F.interpolate(images, size, mode="bicubic", antialias=True)
     return to_uint8((images.clamp(0, 1) * 255).round().byte())
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(H, W) in pixels of the picture in a file, upright.
+
+    Raises:
+        UserError: it is no picture.
+    """
+    try:
+        return picture_size(path)[::-1]
+    except Exception as error:  # Pillow's readers meet broken bytes with exceptions of many kinds
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def read_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """The picture in a file, (3, H, W) in [0, 1]: scaled to cover `size` (H, W) and its middle cut out, if given.
+
+    Raises:
+        UserError: it is no picture, or a broken one.
+    """
+    try:
+        pixels = decode(path.read_bytes(), size or size_of(path)).pixels
+    except BadPicture as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1) / 255

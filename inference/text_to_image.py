@@ -1,38 +1,33 @@
-"""Draw pictures for prompts with Stage C and the previewer.
+"""Draw pictures for prompts: Stage C, Stage B, Stage A; or variations of a picture, or with a picture to start from.
 
-python3 inference/text_to_image.py configs/inference/quickstart.yaml
-python3 inference/text_to_image.py run=runs/quickstart_c prompts='["a red circle on the left"]' seeds=[1,2,3]
+    python3 inference/text_to_image.py configs/inference/quickstart.yaml
+    python3 inference/text_to_image.py --run runs/quickstart_c --prompts "a red circle on the left" --seeds 1 --seeds 2
+    python3 inference/text_to_image.py configs/inference/stage_c_3b.yaml --image dog.jpg --noise_level 0.8
+
+Without weights of Stage B, the previewer turns Stage C's latents into small, coarse pictures.
 """
 
 import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
-import yaml
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
-from tqdm import tqdm
+from torch import Tensor
 
-from cascade import build
-from cascade.conditions import prompt_conditions
-from cascade.config import ModelSettings
-from cascade.diffusion import draw_latents, make_diffusion, stage_c_latent_size
-from cascade.pictures import to_pictures
+from cascade.diffusion import latent_size
+from cascade.inference import DrawingSettings
+from cascade.pictures import read_picture, size_of, to_pictures
+from cascade.sampling import Cascade
 from warpcore.config import ConfigError, Share, load_config
 from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.errors import run_script
 from warpcore.pictures import grid, save_png
-from warpcore.processes import choose_device, choose_dtype
 
 
-class TextToImageConfig(ModelSettings):
+class TextToImageConfig(DrawingSettings):
     """Keys of this script, beside those of the networks."""
 
-    run: Path | None = None
-    """Folder of a training run: its weights and model settings are used."""
-    use_ema: bool = True
-    """With `run`: take the averaged weights, where there are some."""
     output_path: Path = Path("pictures")
     """Folder for `grid.png` and the single pictures; each file holds its prompt and settings."""
     prompts: list[str] = []
@@ -41,109 +36,122 @@ class TextToImageConfig(ModelSettings):
     """A text file with a prompt per line, drawn after `prompts`."""
     negative_prompt: str = ""
     """What guidance leads away from."""
+    image: Path | None = None
+    """A picture to vary: Stage C sees what it shows (CLIP). With `noise_level`, a picture to start from instead."""
+    noise_level: Share | None = None
+    """How much noise the latents of `image` get: little (0.2) keeps the picture, much (0.9) its rough layout."""
     seeds: list[int] = [0]
     """Each prompt is drawn once for each of these; a seed gives the same noise whatever else is drawn."""
     image_size: PositiveInt = 1024
     """Side of a square picture in pixels; other shapes get about the same area."""
-    aspect_ratio: PositiveFloat = 1.0
-    """Width divided by height: 1.5, 3/2 or 16:9."""
+    aspect_ratio: PositiveFloat | None = None
+    """Width divided by height: 1.5, 3/2 or 16:9; by default that of `image`, else 1."""
     size: tuple[PositiveInt, PositiveInt] | None = None
     """[height, width] in pixels, instead of the two keys above."""
     steps: PositiveInt = 20
-    """Sampling steps."""
+    """Sampling steps of Stage C."""
     guidance: float | None = 4.0
     """Classifier-free guidance: 1 follows the prompt as trained, more follows it harder; null computes none."""
-    guidance_rescale: Share = 0.7
-    """Share of the guided prediction that is scaled back to the contrast of the unguided one; 0 for none."""
     sampler: Literal[tuple(SAMPLERS)] = "ddpm"
     """`ddpm` is the published one; `dpmpp_2m` needs the fewest steps."""
     shift: PositiveFloat = 1.0
     """Moves the noise schedule towards more noise (> 1) for larger pictures."""
-    batch_size: PositiveInt = 8
-    """Pictures drawn at once."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where to compute."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision; by default bfloat16 on CUDA, else float32."""
+    preview: bool = False
+    """Stop at the previewer's small pictures: fast, and without Stage B and Stage A."""
 
     @field_validator("aspect_ratio", mode="before")
     @classmethod
-    def _ratio(cls, value: Any) -> float:
-        return parse_ratio(value)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _settings_of_the_run(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Model settings that are not given come from the run."""
-        if not values.get("run"):
-            return values
-        folder = Path(values["run"])
-        if not (folder / "config.yaml").is_file():
-            raise ValueError(f"run: {folder} is no training run: it holds no config.yaml")
-        of_run = yaml.safe_load((folder / "config.yaml").read_text())
-        names = [name for name in ("generator_ema", "generator") if values.get("use_ema", True) or name == "generator"]
-        found = [folder / f"{name}.safetensors" for name in names if (folder / f"{name}.safetensors").is_file()]
-        if not found:
-            raise ValueError(f"run: {folder} holds no weights yet (generator.safetensors): wait for its first save")
-        kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
-        return kept | {"generator_checkpoint_path": found[0]} | values
+    def _ratio(cls, value: Any) -> float | None:
+        return None if value is None else parse_ratio(value)
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> Self:
-        if not self.prompts and self.prompt_file is None:
-            raise ValueError("nothing to draw: give prompts or prompt_file")
+        if not self.prompts and self.prompt_file is None and self.image is None:
+            raise ValueError("nothing to draw: give prompts, prompt_file or image")
+        if self.noise_level is not None and self.image is None:
+            raise ValueError("noise_level says how far to go away from a picture: give image too")
+        if self.noise_level == 0:
+            raise ValueError("noise_level 0 would draw nothing: write a number above 0, up to 1")
+        if self.image is not None and not self.image.is_file():
+            raise ValueError(f"image: {self.image} does not exist")
         if self.generator_checkpoint_path is None:
             raise ValueError("no weights of Stage C: give run or generator_checkpoint_path")
         return self
 
     @property
+    def all_prompts(self) -> list[str]:
+        """Those of the config and of its file; a picture to vary needs none."""
+        return [*self.prompts, *_lines(self.prompt_file)] or [""]
+
+    @property
     def size_px(self) -> tuple[int, int]:
         if self.size:
             return self.size
-        side = self.image_size / self.aspect_ratio**0.5
-        return round(side), round(side * self.aspect_ratio)
+        ratio = self.aspect_ratio
+        if ratio is None:
+            height, width = size_of(self.image) if self.image else (1, 1)
+            ratio = width / height
+        side = self.image_size / ratio**0.5
+        return round(side), round(side * ratio)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `draw_latents` for Stage C."""
+        names = ("steps", "guidance", "guidance_rescale", "sampler", "shift")
+        return {name: getattr(self, name) for name in names}
 
 
 def main() -> None:
     config = load_config(TextToImageConfig)
-    prompts = [*config.prompts, *_lines(config.prompt_file)]
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    builders = {"text": build.text, "generator": build.stage_c, "previewer": build.previewer}
-    text, generator, previewer = (make(config).to(device, dtype).eval() for make in builders.values())
-    diffusion = make_diffusion(config.diffusion_target)
-    height, width = config.size_px
-    version = config.version
-    shape = (16, *stage_c_latent_size(height, width, version.compression, version.patch_size))
-    wanted = [(prompt, seed) for prompt in prompts for seed in config.seeds]
-    pictures = []
-    for start in tqdm(range(0, len(wanted), config.batch_size), desc="drawing", unit="batch"):
-        chosen = wanted[start : start + config.batch_size]
-        image_width = generator.clip_img_mapper.in_features
-        with torch.inference_mode():
-            latents = draw_latents(
-                diffusion,
-                generator,
-                prompt_conditions(text, [prompt for prompt, _ in chosen], image_width, device),
-                prompt_conditions(text, [config.negative_prompt] * len(chosen), image_width, device),
-                shape,
-                [seed for _, seed in chosen],
-                steps=config.steps,
-                guidance=config.guidance,
-                guidance_rescale=config.guidance_rescale,
-                sampler=config.sampler,
-                shift=config.shift,
-            )
-            pictures += list(to_pictures(previewer(latents.to(dtype)), (height, width)))
-    settings = config.model_dump_json(include={"steps", "guidance", "sampler", "shift", "negative_prompt", "run"})
-    for number, (picture, (prompt, seed)) in enumerate(zip(pictures, wanted, strict=True)):
+    prompts = config.all_prompts
+    wanted = [(number, seed) for number in range(len(prompts)) for seed in config.seeds]
+    complete = not config.preview and config.stage_b.generator_checkpoint_path is not None
+    cascade = Cascade(config)
+    pictures = draw(cascade, prompts, wanted, complete)
+    save(config, [prompts[number] for number, _ in wanted], [seed for _, seed in wanted], pictures)
+    if not complete:
+        why = "" if config.preview else ": there are no weights of Stage B (stage_b_checkpoint_path)"
+        print(f"They are drawn by the previewer, which is coarser than the full cascade{why}.")
+    print(cascade.peak_memory())
+
+
+def draw(cascade: Cascade, prompts: list[str], wanted: list[tuple[int, int]], complete: bool) -> list[Tensor]:
+    """Pictures (3, H, W) in [0, 1] for pairs of a prompt's number and a seed."""
+    config = cascade.settings
+    rows, seeds = [number for number, _ in wanted], [seed for _, seed in wanted]
+    text = cascade.read([*prompts, config.negative_prompt])
+    conditions = {name: values[rows] for name, values in text.items()}
+    unconditional = {name: values[-1:] for name, values in text.items()}
+    start = None
+    if config.image is not None:
+        picture = read_picture(config.image, config.size_px)
+        if config.noise_level is None:
+            conditions["clip_img"] = cascade.look(picture)
+        else:
+            version = config.version
+            (start,) = cascade.encode([picture], [latent_size(*config.size_px, version.compression, version.patch_size)])
+    latents = cascade.draw_c(
+        conditions, unconditional, config.size_px, seeds, start, noise_level=config.noise_level or 1.0, **config.sampling
+    )
+    if not complete:
+        return cascade.preview(latents)
+    sizes = [config.size_px] * len(latents)
+    pooled, unconditional_pooled = (side["clip_text_pooled"] for side in (conditions, unconditional))
+    return cascade.decode(cascade.draw_b(latents, pooled, unconditional_pooled, sizes, seeds), sizes)
+
+
+def save(config: TextToImageConfig, prompts: list[str], seeds: list[int], pictures: list[Tensor]) -> None:
+    """Write each picture, with what it was made of inside, and a sheet of them all."""
+    left_out = {"prompts", "prompt_file", "seeds", "output_path", "device", "batch_size"}
+    settings = config.model_dump_json(exclude=left_out, exclude_defaults=True)
+    sheet = [to_pictures(picture[None], config.size_px)[0] for picture in pictures]
+    for number, (picture, prompt, seed) in enumerate(zip(sheet, prompts, seeds, strict=True)):
         name = f"{number:04d}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60].strip('_')}_{seed}.png"
         save_png(config.output_path / name, picture, {"prompt": prompt, "seed": str(seed), "settings": settings})
-    columns = len(config.seeds) if len(config.seeds) > 1 else min(6, len(wanted))
-    sheet = grid(pictures, columns, [prompt for prompt, _ in wanted])
-    save_png(config.output_path / "grid.png", sheet, {"prompts": "\n".join(prompts), "settings": settings})
-    print(f"{len(pictures)} pictures, and all of them together: {config.output_path / 'grid.png'}")
-    print("They are drawn by the previewer, which is coarser than the full cascade.")
+    columns = len(config.seeds) if len(config.seeds) > 1 else min(6, len(sheet))
+    together = grid(sheet, columns, prompts)
+    save_png(config.output_path / "grid.png", together, {"prompts": "\n".join(prompts), "settings": settings})
+    print(f"{len(sheet)} pictures, and all of them together: {config.output_path / 'grid.png'}")
 
 
 def _lines(path: Path | None) -> list[str]:

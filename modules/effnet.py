@@ -45,22 +45,32 @@ class EfficientNetEncoder(nn.Module):
         self, c_latent: int = 16, stages: Sequence[Sequence] = EFFICIENTNET_V2_S, stochastic_depth: float = 0.2
     ):
         super().__init__()
-        settings = [_stage(*stage) for stage in stages]
-        _check_chain(settings)
-        c_last = 5 * settings[-1].out_channels
-        self.compression = 2 * math.prod(setting.stride for setting in settings)
-        self.backbone = EfficientNet(
-            settings,
-            dropout=0.0,
-            stochastic_depth_prob=stochastic_depth,
-            num_classes=1,
-            norm_layer=lambda c: nn.BatchNorm2d(c, eps=1e-3),
-            last_channel=c_last,
-        ).features
+        self.backbone = efficientnet_backbone(stages, stochastic_depth)
+        self.compression = 2 * math.prod(stage[3] for stage in stages)
+        c_last = feature_channels(stages)
         self.mapper = nn.Sequential(nn.Conv2d(c_last, c_latent, 1, bias=False), nn.BatchNorm2d(c_latent, affine=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mapper(self.backbone(x))
+
+
+def efficientnet_backbone(stages: Sequence[Sequence], stochastic_depth: float = 0.2) -> nn.Sequential:
+    """The layers of an EfficientNet before its classifier: pictures (B, 3, H, W) -> features (B, C, h, w)."""
+    settings = [_stage(*stage) for stage in stages]
+    _check_chain(settings)
+    return EfficientNet(
+        settings,
+        dropout=0.0,
+        stochastic_depth_prob=stochastic_depth,
+        num_classes=1,
+        norm_layer=lambda c: nn.BatchNorm2d(c, eps=1e-3),
+        last_channel=feature_channels(stages),
+    ).features
+
+
+def feature_channels(stages: Sequence[Sequence]) -> int:
+    """C of the backbone's features."""
+    return 5 * stages[-1][5]
 
 
 def _stage(kind: str, *numbers: int) -> FusedMBConvConfig | MBConvConfig:

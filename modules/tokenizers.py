@@ -1,4 +1,8 @@
-"""Captions to token ids: CLIP's byte-pair tokenizer, and a word list for small towers."""
+"""Captions to token ids: CLIP's byte-pair tokenizer, a word list for small towers, and further tokens for both.
+
+A tokenizer has `encode`, `begin_id`, `end_id`, `vocab_size`, and `vocabulary`: the tokens that stand for text, with
+their ids. As in CLIP's, a token that ends a word ends with `</w>`.
+"""
 
 import re
 from collections.abc import Sequence
@@ -16,6 +20,10 @@ class BytePairTokenizer:
 
     begin_id, end_id, vocab_size = 49406, 49407, 49408
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return {token: i for token, i in _open_clip_tokenizer().encoder.items() if i < self.begin_id}
+
     def encode(self, text: str) -> list[int]:
         return _open_clip_tokenizer().encode(text)
 
@@ -32,8 +40,34 @@ class WordTokenizer:
             raise ValueError("the vocabulary of a word tokenizer holds a word twice")
         self.begin_id, self.end_id, self.vocab_size = len(self.ids), len(self.ids) + 1, len(self.ids) + 2
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return {f"{word}</w>": i for word, i in self.ids.items() if word != UNKNOWN_WORD}
+
     def encode(self, text: str) -> list[int]:
         return [self.ids.get(word, 0) for word in split_words(text)]
+
+
+class ExtendedTokenizer:
+    """A tokenizer with further tokens, kept whole wherever they stand in a text, in upper or lower case."""
+
+    def __init__(self, base: "Tokenizer", tokens: Sequence[str]):
+        self.base, self.begin_id, self.end_id = base, base.begin_id, base.end_id
+        self.vocab_size = base.vocab_size + len(tokens)
+        self.added = {token.lower(): base.vocab_size + i for i, token in enumerate(tokens)}
+        longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(longest_first)})", re.IGNORECASE)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return self.base.vocabulary | self.added
+
+    def encode(self, text: str) -> list[int]:
+        pieces = [piece.lower() for piece in self._pattern.split(text)]
+        return [i for p in pieces for i in ([self.added[p]] if p in self.added else self.base.encode(p))]
+
+
+Tokenizer = BytePairTokenizer | WordTokenizer | ExtendedTokenizer
 
 
 def split_words(text: str) -> list[str]:
@@ -41,9 +75,7 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
-def tokenize(
-    tokenizer: BytePairTokenizer | WordTokenizer, texts: Sequence[str], length: int, pad_id: int
-) -> tuple[Tensor, Tensor]:
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids (B, L) int64 and mask (B, L) bool, which is True from the begin token to the end token.
 
     A longer text loses its tail but keeps its end token; a shorter one is padded with `pad_id`.

@@ -68,8 +68,8 @@ class Sampled:
 class WarpCore:
     """Trains what a subclass describes. `MyUseCase.main()` in a script is all that is needed to run it.
 
-    Hooks to override: `build`, `encode`, `loss`, and where wanted `sample`, `update_state`, `weights`, `file_metadata`
-    and `extra_fields`.
+    Hooks to override: `build`, `encode`, `loss`, and where wanted `sample`, `update_state`, `weights`, `file_metadata`,
+    `extra_fields` and `computed_in_workers`.
     """
 
     Config: ClassVar[type[Config]] = Config
@@ -114,6 +114,10 @@ class WarpCore:
 
     def extra_fields(self) -> dict:
         """Further members of each sample to read: name -> `warpcore.data.reader` field."""
+        return {}
+
+    def computed_in_workers(self) -> dict:
+        """What the loader's workers compute of each batch, for `Batch.extra`: name -> picklable function of it."""
         return {}
 
     # ------------------------------------------------------------------ the run
@@ -169,7 +173,7 @@ class WarpCore:
         self.state = RunState(self)
         self.feed = Feed(
             config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.needs_captions,
-            self.extra_fields(),
+            self.extra_fields(), self.computed_in_workers(),
         )  # fmt: skip
         if resumed is not None:
             self.state.load(resumed, saved)
@@ -251,7 +255,8 @@ class WarpCore:
         for average in self.averages.values():
             average.step(self.update + 1, finite)
         group_norms = {f"grad_norm/{name}": value for name, value in group_norms.items()}
-        self.metrics.add(self.update + 1, samples_hash, **mean, grad_norm=norm, **group_norms)
+        times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
+        self.metrics.add(self.update + 1, samples_hash, **mean, grad_norm=norm, **group_norms, **times)
 
     def close(self) -> None:
         """Let go of everything; safe at any moment."""

@@ -29,6 +29,7 @@ class Feed:
         bucket_factor: sides of pictures are multiples of it.
         needs_images: whether pictures are read at all.
         extra: further members of each sample to read.
+        computed: functions of a batch, for the workers to call.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Feed:
         needs_images: bool,
         needs_captions: bool,
         extra: dict,
+        computed: dict,
     ):
         self.config, self.processes = config, processes
         self._notes: list[str] = []
@@ -70,6 +72,7 @@ class Feed:
             background=config.background,
             max_pixels=config.max_picture_pixels,
             extra=extra,
+            computed=computed,
         )
 
     def batches(self) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""The progress bar of a run: loss, learning rate, gradient norm, speed, waiting for data, memory."""
+"""The progress bar of a run: loss, learning rate, gradient norm, speed, waiting for data, memory, computing beside it."""
 
 import resource
 import sys
@@ -25,7 +25,8 @@ class Progress:
         self._bar.set_postfix_str(
             f"loss {line['loss']:.4f}, lr {line['lr']:.1e}, grad {line['grad_norm']:.2f}, "
             f"{line['samples_per_second']:.1f} samples/s, data wait {line['data_wait']:.2f} s, "
-            f"{self._memory_gib():.1f} GiB",
+            f"{self._memory_gib():.1f} GiB"
+            + "".join(f", {name[3:]} {value:.1f} ms" for name, value in line.items() if name.startswith("ms/")),
             refresh=False,
         )
         self._bar.update(line["update"] - self._bar.n)

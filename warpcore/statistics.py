@@ -36,7 +36,8 @@ class BatchNormStatistics:
     @torch.no_grad()
     def apply(self, per_micro_batch: list[dict[str, Tensor]]) -> None:
         """Move the running statistics by those of one update."""
-        for name, norm in self.norms.items():
+        for name in per_micro_batch[0]:  # norms in evaluation mode recorded nothing
+            norm = self.norms[name]
             mean_C, var_C, _ = _pool(torch.stack([recorded[name] for recorded in per_micro_batch]))
             for running, new in ((norm.running_mean, mean_C), (norm.running_var, var_C)):
                 # A forward pass that is not finite must not spoil the network for good.

@@ -4,6 +4,7 @@ Import as little as possible here: every worker process pays for it at its start
 """
 
 import dataclasses
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,10 @@ class Batch:
     events: list[BadSample] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     extra: dict[str, Tensor | list] = field(default_factory=dict)
-    """Further members that a use case asked for, by name: (B, ...) where they stack, else a list of B."""
+    """Further members that a use case asked for, by name: (B, ...) where they stack, else a list of B. And what
+    `Reader.computed` made."""
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    """What computing took per sample, by what it was and where; anything that handles the batch may add to it."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on `device`; to a GPU, the copy of pinned memory does not wait."""
@@ -138,6 +142,8 @@ class Reader:
     max_pixels: int = images.MAX_PIXELS
     extra: Mapping[str, Field] = field(default_factory=dict)
     """Further members, by the name that they get in `Batch.extra`."""
+    computed: Mapping[str, Callable[[Batch], Any]] = field(default_factory=dict)
+    """Functions of the batch, on the CPU, whose results go to `Batch.extra` by these names too."""
     read_ranges: ReadRanges = read_ranges
 
     def __post_init__(self):
@@ -160,7 +166,7 @@ class Reader:
                 events.append(BadSample(source, bad.reason, place))
         weight = 1.0 if any(items) else 0.0
         items = self._without_gaps(items, micro_batch, pixels)
-        return Batch(
+        batch = Batch(
             number=micro_batch.number,
             size=size,
             lane=micro_batch.lane,
@@ -175,6 +181,12 @@ class Reader:
             notes=micro_batch.notes,
             extra={name: _stacked([item.extra[name] for item in items]) for name in self.extra},
         )
+        for name, compute in self.computed.items():
+            began = time.perf_counter()
+            batch.extra[name] = compute(batch)
+            place = "main process" if get_worker_info() is None else "workers"
+            batch.milliseconds[f"{name} ({place})"] = (time.perf_counter() - began) * 1000 / len(samples)
+        return batch
 
     def _read(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
         """For every sample the contents of its members that are asked for, by suffix; absent ones are left out."""
