@@ -21,11 +21,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from cascade.diffusion import latent_size
 from cascade.inference import DrawingSettings
-from cascade.pictures import to_pictures
+from cascade.pictures import nearness, to_pictures
 from cascade.sampling import Cascade
 from tools.demo_scenes import (
     COLOURS,
@@ -190,12 +189,11 @@ def _uint8(pictures: Sequence[torch.Tensor]) -> list[np.ndarray]:
     return [to_pictures(picture[None])[0] for picture in pictures]
 
 
-def nearness(made: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+def distance(made: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """PSNR in dB and SSIM of a picture, enlarged to the true one's size where it is smaller."""
     made = cv2.resize(made, true.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    pair = [torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255 for picture in (made, true)]
-    psnr = peak_signal_noise_ratio(*pair, data_range=1.0)
-    return psnr.item(), structural_similarity_index_measure(*pair, data_range=1.0).item()
+    found = nearness(*(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255 for picture in (made, true)))
+    return found["psnr"].item(), found["ssim"].item()
 
 
 def accuracy(pictures: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, float]:
@@ -231,7 +229,7 @@ def main() -> None:
     rebuilt = drawing.rebuild(true, texts)
     quality = {}
     for way, pictures in rebuilt.items():
-        pairs = [nearness(made, picture) for made, picture in zip(pictures, true, strict=True)]
+        pairs = [distance(made, picture) for made, picture in zip(pictures, true, strict=True)]
         quality[way] = tuple(np.mean(pairs, axis=0))
     print(f"\n{f'{len(true)} held-out pictures':26}{'PSNR dB':>10}{'SSIM':>10}")
     for way, (psnr, ssim) in quality.items():

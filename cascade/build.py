@@ -25,25 +25,29 @@ class WeightsError(UserError):
     """A weights file is missing, unreadable, or made for another network."""
 
 
-def stage_c(settings: ModelSettings) -> StageC:
-    """Stage C in float32; random weights where the settings name no file."""
-    return with_weights(
-        lambda: StageC(**settings.version.stage_c), settings.generator_checkpoint_path, "generator_checkpoint_path"
-    )
+def stage_c(settings: ModelSettings, dtype: torch.dtype = torch.float32) -> StageC:
+    """Stage C; random weights where the settings name no file."""
+    path = settings.generator_checkpoint_path
+    return with_weights(lambda: StageC(**settings.version.stage_c), path, "generator_checkpoint_path", dtype=dtype)
 
 
-def stage_b(settings: ModelSettings) -> StageB:
-    """Stage B in float32; random weights where the settings name no file."""
-    return with_weights(
-        lambda: StageB(**settings.version.stage_b), settings.generator_checkpoint_path, "generator_checkpoint_path"
-    )
+def stage_b(
+    settings: ModelSettings, dtype: torch.dtype = torch.float32, key: str = "generator_checkpoint_path"
+) -> StageB:
+    """Stage B; random weights where the settings name no file, for which the user wrote `key`."""
+    path = settings.generator_checkpoint_path
+    return with_weights(lambda: StageB(**settings.version.stage_b), path, key, dtype=dtype)
 
 
 def stage_a(settings: ModelSettings, from_scratch: bool = False) -> StageA:
     """Stage A, between pictures and Stage B's latents, with its weights (or random ones)."""
-    path = settings.stage_a_checkpoint_path or settings.version.folder / "stage_a.safetensors"
-    path = None if from_scratch else path
+    path = None if from_scratch else stage_a_file(settings)
     return with_weights(lambda: StageA(**settings.version.stage_a), path, "stage_a_checkpoint_path")
+
+
+def stage_a_file(settings: ModelSettings) -> Path:
+    """Where the weights of Stage A are."""
+    return settings.stage_a_checkpoint_path or settings.version.folder / "stage_a.safetensors"
 
 
 def perceptual(path: Path) -> PerceptualDistance:
@@ -79,20 +83,27 @@ def image(settings: ModelSettings) -> ImageTower:
                   settings.clip_image_checkpoint_path, "clip_image_model_name")  # fmt: skip
 
 
-def with_weights(build: Callable[[], Network], path: Path | None, key: str, only: bool = False) -> Network:
+def with_weights(
+    build: Callable[[], Network],
+    path: Path | None,
+    key: str,
+    only: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Network:
     """Build a network; with a file on the meta device first, so that its random weights cost no time and memory.
 
     only: the file may hold more than the network's weights.
     """
     if path is None:
-        return build()
+        return build().to(dtype)
     state = read_weights(path, key)
     with torch.device("meta"):
         network = build()
     if only:
         state = {name: tensor for name, tensor in state.items() if name in network.state_dict()}
     _check_names(network.state_dict(), state, path, key)
-    network.load_state_dict({name: _float32(tensor) for name, tensor in state.items()}, assign=True)
+    converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    network.load_state_dict(converted, assign=True)
     return network
 
 
@@ -129,10 +140,6 @@ def _check_names(here: dict[str, Tensor], file: dict[str, Tensor], path: Path, k
             f"{key}: {path} was made for another network: {wrong[0]} ({len(wrong)} differences). "
             "Check model_version and the file"
         )
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _tower(build, name: str, path: Path | None, key: str):

@@ -44,9 +44,6 @@ def latent_size(height: int, width: int, compression: float, patch_size: int = 1
     return tuple(math.ceil(math.ceil(side / compression) / patch_size) * patch_size for side in (height, width))
 
 
-stage_c_latent_size = latent_size
-
-
 def pyramid_noise(random: SampleRandom, channels: int, size: tuple[int, int], size_range: tuple[int, int]) -> Tensor:
     """Noise (B, channels, H, W) whose coarse structures are as strong as its fine ones: what Stage B is trained with.
 

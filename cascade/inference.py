@@ -48,7 +48,7 @@ class CascadeSettings(ModelSettings):
         runs = values.get("run") or []
         runs = [runs] if isinstance(runs, str | Path) else runs
         for run in reversed(runs):
-            values = settings_of_run(Path(run), values.get("use_ema", True)) | values
+            values = settings_of_run(Path(str(run)), values.get("use_ema", True)) | values
         said = target_of(values.get("generator_checkpoint_path"))
         return ({TARGET_KEY: said} if said else {}) | values | {"run": runs}
 
@@ -97,7 +97,7 @@ class DrawingSettings(CascadeSettings):
 
 def target_of(path: Path | str | None) -> str | None:
     """What the network of a weights file predicts, where the file says so."""
-    path = Path(path or "")
+    path = Path(str(path or ""))
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     return _header(path)[1].get(TARGET_KEY)
@@ -117,7 +117,9 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     kept.pop("generator_checkpoint_path", None)
     trained = {name: file for name in (*KEY_OF_WEIGHTS, "generator") if (file := _weights(folder, name, use_ema))}
     if not trained:
-        raise ValueError(f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save")
+        raise ValueError(
+            f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
+        )
     kept |= {KEY_OF_WEIGHTS[name]: str(file) for name, file in trained.items() if name != "generator"}
     generator = trained.get("generator")
     if generator is None:

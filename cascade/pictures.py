@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from warpcore.data.images import BadPicture, decode
 from warpcore.data.index import picture_size
@@ -23,6 +24,18 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None = None) -> np.ndarr
     if size is not None and images.shape[2:] != size:
         images = F.interpolate(images, size, mode="bicubic", antialias=True)
     return to_uint8((images.clamp(0, 1) * 255).round().byte())
+
+
+def nearness(made: Tensor, true: Tensor) -> dict[str, Tensor]:
+    """`psnr` (B,) in dB and `ssim` (B,) of pictures (B, 3, H, W); colours are in [0, 1]."""
+    pairs = list(zip(made.float().clamp(0, 1).split(1), true.float().split(1), strict=True))
+    metrics = {"psnr": peak_signal_noise_ratio, "ssim": structural_similarity_index_measure}
+    return {name: torch.stack([metric(*pair, data_range=1.0) for pair in pairs]) for name, metric in metrics.items()}
+
+
+def pad(picture: Tensor, factor: int) -> Tensor:
+    """(3, H, W) with its last row and column repeated until `factor` divides both sides."""
+    return F.pad(picture[None], (0, -picture.shape[2] % factor, 0, -picture.shape[1] % factor), mode="replicate")[0]
 
 
 def size_of(path: Path) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
     python3 inference/text_to_image.py configs/inference/quickstart.yaml
     python3 inference/text_to_image.py --run runs/quickstart_c --prompts "a red circle on the left" --seeds 1 --seeds 2
-    python3 inference/text_to_image.py configs/inference/stage_c_3b.yaml --image dog.jpg --noise_level 0.8
+    python3 inference/text_to_image.py configs/inference/text_to_image_3b.yaml --image dog.jpg --noise_level 0.8
 
 Without weights of Stage B, the previewer turns Stage C's latents into small, coarse pictures.
 """
@@ -129,9 +129,17 @@ def draw(cascade: Cascade, prompts: list[str], wanted: list[tuple[int, int]], co
             conditions["clip_img"] = cascade.look(picture)
         else:
             version = config.version
-            (start,) = cascade.encode([picture], [latent_size(*config.size_px, version.compression, version.patch_size)])
+            (start,) = cascade.encode(
+                [picture], [latent_size(*config.size_px, version.compression, version.patch_size)]
+            )
     latents = cascade.draw_c(
-        conditions, unconditional, config.size_px, seeds, start, noise_level=config.noise_level or 1.0, **config.sampling
+        conditions,
+        unconditional,
+        config.size_px,
+        seeds,
+        start,
+        noise_level=config.noise_level or 1.0,
+        **config.sampling,
     )
     if not complete:
         return cascade.preview(latents)

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cascade import versions
-from modules.clip import ClipSettings, TextTower
+from modules.clip import ClipSettings, ImageTower, TextTower
 from modules.effnet import EfficientNetEncoder
 from modules.previewer import Previewer
 from modules.stage_a import StageA
@@ -40,10 +40,12 @@ def small_cascade(tmp_path, monkeypatch):
     save_file(weights_of(spec, tensors), tmp_path / "generator.safetensors")
     save_file(StageA(**STAGE_A).state_dict(), tmp_path / "stage_a.safetensors")
     save_file(StageB(**STAGE_B).state_dict(), tmp_path / "stage_b.safetensors")
+    vision = {"width": 16, "head_width": 8, "layers": 1, "image_size": 16, "patch_size": 8}
+    ImageTower(ClipSettings(embed_dim=24, vision_cfg=vision)).save(tmp_path / "image.safetensors")
     small = replace(
         versions.VERSIONS["mini"], stage_c=constructor, stage_b=STAGE_B, stage_a=STAGE_A,
         encoder={"stages": STAGES, "stochastic_depth": 0.0}, previewer={"c_hidden": 8}, folder=tmp_path,
-        text_tower=str(tmp_path / "text.safetensors"),
+        text_tower=str(tmp_path / "text.safetensors"), image_tower=str(tmp_path / "image.safetensors"),
     )  # fmt: skip
     monkeypatch.setitem(versions.VERSIONS, "mini", small)
     return {
@@ -51,4 +53,19 @@ def small_cascade(tmp_path, monkeypatch):
         "webdataset_path": str(write_shard(tmp_path / "a.tar", 6, (64, 64))), "batch_size": 4, "image_size": 64,
         "num_workers": 0, "device": "cpu", "lr": 0.001, "clip_image_dropout": 1.0, "caption_dropout": 0.2,
         "generator_checkpoint_path": str(tmp_path / "generator.safetensors"),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def drawing_cascade(small_cascade, tmp_path):
+    """Settings for scripts that draw with that cascade; in its Stage A and B no layer is zero, as if trained."""
+    generator = torch.Generator().manual_seed(1)
+    for name in ("stage_a", "stage_b"):
+        state = load_file(tmp_path / f"{name}.safetensors")
+        for key, tensor in state.items():
+            if tensor.is_floating_point() and not tensor.any():
+                state[key] = torch.randn(tensor.shape, generator=generator) / max(1, tensor[0].numel()) ** 0.5 / 4
+        save_file(state, tmp_path / f"{name}.safetensors")
+    return {
+        "model_version": "mini", "generator_checkpoint_path": str(tmp_path / "generator.safetensors"), "device": "cpu",
     }  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.learning import ATTRIBUTES, LEAST_PSNR, Drawing, accuracy, find, nearness, score, sentences
+from benchmarks.learning import ATTRIBUTES, LEAST_PSNR, Drawing, accuracy, distance, find, score, sentences
 from cascade import build
 from cascade.config import ModelSettings
 from cascade.inference import DrawingSettings
@@ -95,7 +95,7 @@ def test_the_shipped_cascade_keeps_what_the_scorer_looks_for():
         assert min(shares[name] for name in ATTRIBUTES) >= 0.9, (way, shares)
         if way == "Stage A":
             pairs = zip(pictures, true, strict=True)
-            assert np.mean([nearness(made, picture)[0] for made, picture in pairs]) >= LEAST_PSNR
+            assert np.mean([distance(made, picture)[0] for made, picture in pairs]) >= LEAST_PSNR
 
 
 @torch.inference_mode()

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from cascade import build
 from cascade.codebook import CodebookAverages
 from cascade.config import ModelSettings
-from cascade.pictures import to_pictures, to_uint8
+from cascade.pictures import nearness, to_pictures, to_uint8
 from cascade.training import CascadeTraining
 from modules.discriminator import PatchDiscriminator
 from warpcore.config import Config, Share
@@ -97,9 +96,7 @@ class TrainStageA(CascadeTraining):
         for suffix, from_codes in {"": False, "_from_codes": True}.items():
             chosen = torch.full((len(pictures),), from_codes, device=self.device)
             rebuilt, _, codes = self.networks["stage_a"](pictures, chosen)
-            pairs = list(zip(rebuilt.float().clamp(0, 1).split(1), pictures.split(1), strict=True))
-            for name, metric in {"psnr": peak_signal_noise_ratio, "ssim": structural_similarity_index_measure}.items():
-                metrics[name + suffix] = torch.stack([metric(*pair, data_range=1.0) for pair in pairs])
+            metrics |= {name + suffix: value for name, value in nearness(rebuilt, pictures).items()}
             squared = _mean((rebuilt.float() - pictures).square())
         codebook_size = len(self.codebook.use)
         metrics["codes_in_a_picture"] = torch.tensor([len(one.unique()) / codebook_size for one in codes.indices])

@@ -104,15 +104,14 @@ class TrainStageB(DiffusionTraining):
         images = held_out.images[: config.sample_count].to(self.device)
         pictures, captions = images.float() / 255, held_out.captions[: len(images)]
         stage_a = networks["stage_a"]
-        conditions = {
-            "effnet": networks["encoder"](normalise_images(pictures).to(self.dtype)).float(),
-            "clip": text_conditions(networks["text"], captions, self.device)["clip_text_pooled"],
-        }
+        effnet = networks["encoder"](normalise_images(pictures).to(self.dtype)).float()
+        texts = [*captions, *[""] * len(captions)]
+        text, no_text = text_conditions(networks["text"], texts, self.device)["clip_text_pooled"].chunk(2)
         latents = draw_latents(
             self.diffusion,
             networks["generator"],
-            conditions,
-            {name: torch.zeros_like(condition) for name, condition in conditions.items()},
+            {"effnet": effnet, "clip": text},
+            {"effnet": torch.zeros_like(effnet), "clip": no_text},
             (4, *(side // stage_a.compression for side in held_out.size)),
             [stable_hash(config.seed, "sample", i) for i in range(len(images))],
             steps=config.sample_steps, guidance=config.sample_guidance, sampler=config.sample_sampler,

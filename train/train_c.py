@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cascade import build
 from cascade.conditions import prompt_conditions, training_conditions
 from cascade.config import StageCConfig
-from cascade.diffusion import draw_latents, stage_c_latent_size
+from cascade.diffusion import draw_latents, latent_size
 from cascade.pictures import to_pictures, to_uint8
 from cascade.training import DiffusionTraining
 from modules.effnet import normalise_images
@@ -69,7 +69,7 @@ class TrainStageC(DiffusionTraining):
             networks["generator"],
             prompt_conditions(networks["text"], prompts, self.image_width, self.device) | further,
             prompt_conditions(networks["text"], [""] * len(prompts), self.image_width, self.device) | further,
-            (16, *stage_c_latent_size(height, width, networks["encoder"].compression, config.version.patch_size)),
+            (16, *latent_size(height, width, networks["encoder"].compression, config.version.patch_size)),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
             steps=config.sample_steps,
             guidance=config.sample_guidance,

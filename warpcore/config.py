@@ -86,6 +86,12 @@ class Config(Settings):
     """Let CUDA multiply float32 matrices in TF32."""
     use_fsdp: bool = False
     """With several processes, shard weights, gradients and optimizer state over them instead of replicating."""
+    fsdp_shards: PositiveInt | None = None
+    """With `use_fsdp`, how many neighbouring processes share one copy (8: one per 8 GPUs); by default all."""
+    fsdp_cpu_offload: bool = False
+    """With `use_fsdp`, keep weights, gradients and optimizer state in the CPU's memory between uses."""
+    process_timeout_seconds: PositiveFloat = 1800
+    """A process that waits longer than this for the others (one hangs, or a machine is gone) ends with an error."""
     activation_checkpointing: Literal[0, 1, 2, 3] = 0
     """0 keeps all activations, 3 recomputes every block in the backward pass: slower, and the least memory."""
     num_threads: PositiveInt | None = None
@@ -160,6 +166,10 @@ class Config(Settings):
     """Independent streams of shards; by default it follows from the size of the data set."""
     shard_group_rows: PositiveInt | None = None
     """Rows shuffled together, per lane; by default as many as fit in modest memory."""
+    cache_path: Path | None = None
+    """Folder on each machine's disk that keeps what was read from s3://; without it, every epoch reads all again."""
+    cache_size_gb: PositiveFloat = 100
+    """What that folder may hold, in units of 10^9 bytes."""
 
     # --- what is reported
     log_every: PositiveInt = 10
@@ -182,6 +192,8 @@ class Config(Settings):
     def _combinations(self) -> Self:
         if self.validation_path is not None and self.validation_samples:
             raise ValueError("validation_path and validation_samples exclude each other: remove one")
+        if not self.use_fsdp and (self.fsdp_shards or self.fsdp_cpu_offload):
+            raise ValueError("fsdp_shards and fsdp_cpu_offload need use_fsdp: true")
         return self
 
     @property

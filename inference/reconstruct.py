@@ -1,0 +1,134 @@
+"""Rebuild pictures: through Stage A alone, and through encoder, Stage B and Stage A, the way a drawn picture comes.
+
+    python3 inference/reconstruct.py --pictures photos --output_path rebuilt
+    python3 inference/reconstruct.py --run runs/mini_b --pictures demo/pictures/000
+
+What Stage A loses, no drawing will have; what the whole way loses beside it was not in the encoder's latents. PSNR
+(more is better, in dB) and SSIM (1 is equal) say how much that is.
+"""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from cascade.diffusion import latent_size
+from cascade.inference import DrawingSettings
+from cascade.pictures import pad, read_picture, size_of, to_pictures
+from cascade.sampling import Cascade
+from warpcore.config import load_config
+from warpcore.data.samples import PICTURE_EXTENSIONS
+from warpcore.errors import UserError, run_script
+from warpcore.pictures import grid, save_png
+
+
+class ReconstructConfig(DrawingSettings):
+    """Keys of this script, beside those of the networks; it needs none of Stage C."""
+
+    pictures: list[Path]
+    """Files, or folders of files."""
+    most_pictures: PositiveInt = 64
+    """So many of them at most, in the order of their names."""
+    output_path: Path = Path("reconstructions")
+    """Folder for `grid.png` and the single pictures."""
+    image_size: PositiveInt | None = None
+    """Scale pictures to the area of a square with this side, in pixels; without it, they keep their size."""
+    compression: PositiveFloat | None = None
+    """Pixels per position of the encoder's latents; by default what Stage C's have (42.67, mini: 16)."""
+    caption: str = ""
+    """What Stage B reads beside the latents."""
+    seed: int = 0
+    """Of Stage B's noise."""
+    stage_a_only: bool = False
+    """Leave out encoder and Stage B."""
+
+    @model_validator(mode="after")
+    def _has_stage_b(self) -> Self:
+        if not self.stage_a_only and self.stage_b.generator_checkpoint_path is None:
+            raise ValueError("no weights of Stage B: give stage_b_checkpoint_path, or write stage_a_only: true")
+        return self
+
+
+def main() -> None:
+    config = load_config(ReconstructConfig)
+    files = find_pictures(config.pictures)[: config.most_pictures]
+    pictures = [read_picture(file, wanted_size(file, config.image_size)) for file in files]
+    cascade = Cascade(config)
+    rebuilt = {"Stage A": cascade.rebuild(pictures)}
+    if not config.stage_a_only:
+        rebuilt["cascade"] = rebuild_from_latents(cascade, pictures)
+    show(config, files, pictures, rebuilt)
+    print(cascade.peak_memory())
+
+
+def rebuild_from_latents(cascade: Cascade, pictures: list[Tensor]) -> list[Tensor]:
+    """What encoder, Stage B and Stage A make of pictures (3, H, W) in [0, 1]."""
+    config, sizes = cascade.settings, [tuple(picture.shape[1:]) for picture in pictures]
+    compression = config.compression or config.version.compression
+    whole = [pad(picture, cascade.picture_factor) for picture in pictures]
+    latents = cascade.encode(whole, [latent_size(*picture.shape[1:], compression) for picture in whole])
+    caption, nothing = cascade.read([config.caption, ""])["clip_text_pooled"].split(1)
+    return cascade.decode(cascade.draw_b(latents, caption, nothing, sizes, [config.seed] * len(sizes)), sizes)
+
+
+def show(
+    config: ReconstructConfig, files: list[Path], pictures: list[Tensor], rebuilt: dict[str, list[Tensor]]
+) -> None:
+    """Print how near each picture came, and write it and a sheet with all of them beside the originals."""
+    shown, captions, scores = [], [], {name: [] for name in rebuilt}
+    width = max(len(str(file)) for file in files)
+    for number, (file, picture) in enumerate(zip(files, pictures, strict=True)):
+        shown.append(to_pictures(picture[None])[0])
+        captions.append(file.name)
+        for name, made in rebuilt.items():
+            psnr, ssim = scores_of(made[number], picture)
+            scores[name].append((psnr, ssim))
+            shown.append(to_pictures(made[number][None])[0])
+            captions.append(f"{name}: {psnr:.1f} dB, {ssim:.3f}")
+        save_png(config.output_path / f"{number:04d}_{file.stem}.png", shown[-1])
+        print(f"{file!s:{width}}  " + "  ".join(captions[-len(rebuilt) :]))
+    for name, values in scores.items():
+        psnr, ssim = (sum(column) / len(files) for column in zip(*values, strict=True))
+        print(f"mean of {len(files)}, {name}: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
+    save_png(config.output_path / "grid.png", grid(shown, 1 + len(rebuilt), captions))
+    print(f"All of them side by side: {config.output_path / 'grid.png'}")
+
+
+def scores_of(made: Tensor, true: Tensor) -> tuple[float, float]:
+    """PSNR in dB and SSIM of a picture (3, H, W) in [0, 1]."""
+    pair = made[None], true[None]
+    return (
+        peak_signal_noise_ratio(*pair, data_range=1.0).item(),
+        structural_similarity_index_measure(*pair, data_range=1.0).item(),
+    )
+
+
+def find_pictures(places: list[Path]) -> list[Path]:
+    """The pictures among files and in folders.
+
+    Raises:
+        UserError: a place is not there, or a folder holds none.
+    """
+    found = []
+    for place in places:
+        inside = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
+        inside = [file for file in inside if file == place or file.suffix.lower().lstrip(".") in PICTURE_EXTENSIONS]
+        if not inside:
+            raise UserError(
+                f"pictures: {place} is no picture and no folder with one ({', '.join(PICTURE_EXTENSIONS)})"
+            )
+        found += inside
+    return found
+
+
+def wanted_size(file: Path, side: int | None) -> tuple[int, int]:
+    """(H, W) in pixels: the picture's own, or of its shape with the area of a square of `side`."""
+    height, width = size_of(file)
+    scale = 1 if side is None else side / (height * width) ** 0.5
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+if __name__ == "__main__":
+    run_script(main)

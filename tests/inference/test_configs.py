@@ -1,0 +1,25 @@
+"""The shipped configs fit the scripts that they name."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from inference.reconstruct import ReconstructConfig
+from inference.text_to_image import TextToImageConfig
+from warpcore.config import make_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "inference").glob("*.yaml"))
+NEEDED = {
+    "text_to_image": (TextToImageConfig, {"prompts": ["a"], "generator_checkpoint_path": "c.safetensors"}),
+    "reconstruct": (ReconstructConfig, {"pictures": ["a"], "stage_b_checkpoint_path": "b.safetensors"}),
+}
+"""A script's keys, and those that it wants from the command line or from weights on the disk."""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_fits_the_script_that_it_names(path):
+    text = path.read_text()
+    kind, needed = NEEDED[re.search(r"inference/(\w+)\.py configs/inference/" + path.name, text).group(1)]
+    make_config(kind, yaml.safe_load(text) | {"run": []} | needed)
