@@ -25,7 +25,7 @@ quickstart: demo/ready
 
 # The demo set is made again when what makes it changed; runs on the old one would refuse the new one.
 demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/build_dataset.py | install
-	rm -rf demo runs/quickstart_c runs/mini_towers runs/mini_encoder
+	rm -rf demo runs/quickstart_c runs/quickstart_lora runs/quickstart_controlnet runs/mini_*
 	$(PY) tools/make_demo_dataset.py demo/pictures
 	$(PY) tools/build_dataset.py demo/pictures demo/shards
 	touch $@
@@ -39,7 +39,7 @@ mini: demo/ready
 	$(PY) train/train_encoder.py configs/training/mini_encoder.yaml
 	$(call publish,mini_towers/text_tower,text_tower)
 	$(call publish,mini_towers/image_tower,image_tower)
-	$(call publish,mini_a/stage_a_ema,stage_a)
+	$(call publish,mini_a/stage_a,stage_a)
 	$(call publish,mini_encoder/effnet_encoder,effnet_encoder)
 	$(call publish,mini_encoder/previewer,previewer)
 	$(PY) train/train_b.py configs/training/mini_b.yaml

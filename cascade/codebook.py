@@ -3,7 +3,28 @@
 import torch
 from torch import Tensor, nn
 
-from warpcore.random import stable_hash
+from warpcore.random import SampleRandom, stable_hash
+
+CANDIDATES = 32
+"""So many latents of each micro-batch may become codes."""
+
+
+def codebook_statistics(latents: Tensor, indices: Tensor, num_codes: int, random: SampleRandom) -> dict[str, Tensor]:
+    """What `CodebookAverages.step` wants to know of a micro-batch, the same shapes whatever its size.
+
+    Args:
+        latents: (B, C, H, W), scaled like the codes. indices: (B, H, W), the codes they chose.
+
+    Returns `counts` (1, N), `sums` (1, N, C), and some of the latents, `candidates` (1, CANDIDATES, C).
+    """
+    flat, chosen = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2), indices.flatten()
+    counts = torch.bincount(chosen, minlength=num_codes)
+    # Sorted, the latents of a code are added in one order on every device.
+    sums = torch.segment_reduce(flat[chosen.argsort(stable=True)], "sum", lengths=counts)
+    places = random.uniform("candidates")[torch.arange(CANDIDATES, device=flat.device) % len(latents)]
+    steps = torch.arange(CANDIDATES, device=flat.device) * 0.618  # spreads those of one sample over its latents
+    rows = ((places + steps) % 1 * len(flat)).long().clamp(max=len(flat) - 1)
+    return {"counts": counts[None].float(), "sums": sums[None], "candidates": flat[rows][None]}
 
 
 class CodebookAverages(nn.Module):
@@ -12,9 +33,9 @@ class CodebookAverages(nn.Module):
     Args:
         codes: (N, C), changed in place.
         decay: of the averages, per update.
-        least_use: a code that is used less than this becomes a latent of this update.
+        least_use: a code that is used less than this becomes a latent of the update; 0 revives none.
 
-    Attributes: `use` (N,), how often each code was chosen, averaged; 1 is its fair share.
+    Attributes: `use` (N,), how often each code was chosen, averaged; 1 is its fair share, at which a code starts.
     """
 
     use: Tensor
@@ -23,26 +44,25 @@ class CodebookAverages(nn.Module):
         super().__init__()
         self.codes = [codes]  # in a list: it is part of Stage A's state, not of this one's
         self.decay, self.least_use = decay, least_use
-        self.fresh_use = 2 * least_use  # leaves a new code log(2) / -log(decay) updates to be chosen
-        self.register_buffer("use", torch.full((len(codes),), self.fresh_use, device=codes.device))
+        self.register_buffer("use", torch.ones(len(codes), device=codes.device))
 
     @torch.no_grad()
-    def step(self, latents: Tensor, indices: Tensor, seed: int) -> None:
-        """Take in the latents (M, C) of an update and the codes (M,) they chose. Latents that are not finite do not
-        count; `seed` decides which latents become codes."""
-        codes = self.codes[0]
-        finite = latents.isfinite().all(dim=1)
-        if not finite.any():
+    def step(self, counts: Tensor, sums: Tensor, candidates: Tensor, seed: int) -> None:
+        """Take in the statistics of an update's micro-batches, M instead of 1 in their shapes.
+
+        `seed` decides which candidates become codes.
+        """
+        codes, candidates = self.codes[0], candidates.flatten(0, 1)
+        counts, sums = counts.sum(0), sums.sum(0)
+        share = counts / counts.sum().clamp(min=1) * len(codes)
+        use = self.decay * self.use + (1 - self.decay) * share
+        taken = ((1 - self.decay) * share / use.clamp(min=1e-12))[:, None]
+        means = sums / counts[:, None].clamp(min=1)
+        codes.copy_(torch.where(counts[:, None] > 0, codes.lerp(means, taken), codes))
+        if len(candidates) == 0:
             return
-        latents, indices = latents[finite].to(codes), indices[finite]
-        fair = len(latents) / len(codes)
-        kept = self.decay * self.use
-        taken = (1 - self.decay) / fair * torch.bincount(indices, minlength=len(codes))
-        sums = (1 - self.decay) / fair * torch.zeros_like(codes).index_add_(0, indices, latents)
-        use = kept + taken
-        codes.copy_((kept[:, None] * codes + sums) / use[:, None].clamp(min=1e-12))
-        self.use.copy_(use)
-        dead = (use < self.least_use).nonzero().flatten()
         random = torch.Generator().manual_seed(stable_hash(seed, "revived codes"))
-        codes[dead] = latents[torch.randint(len(latents), (len(dead),), generator=random).to(latents.device)]
-        self.use[dead] = self.fresh_use
+        rows = torch.randint(len(candidates), (len(codes),), generator=random).to(codes.device)
+        dead = use < self.least_use
+        codes.copy_(torch.where(dead[:, None], candidates[rows].to(codes), codes))
+        self.use.copy_(torch.where(dead, 1.0, use))

@@ -11,11 +11,20 @@ from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 from warpcore.diffusion.samplers import SAMPLERS
 
 
-class ModelSettings(Settings):
-    """Which networks, and where their weights are."""
+class FamilySettings(Settings):
+    """Which size of the cascade."""
 
     model_version: Literal["3.6B", "1B", "mini"] = "3.6B"
     """Size of Stage C, and with it of the networks around it; `mini` is a toy cascade for 128 px pictures."""
+
+    @property
+    def version(self) -> Version:
+        return VERSIONS[self.model_version]
+
+
+class ModelSettings(FamilySettings):
+    """Where the weights of the networks are."""
+
     generator_checkpoint_path: Path | None = None
     """Weights of the network that is trained or drawn with (.safetensors); without it, random ones."""
     effnet_checkpoint_path: Path | None = None
@@ -36,10 +45,6 @@ class ModelSettings(Settings):
     diffusion_target: Literal["epsilon", "x0", "v", "rectified_flows"] = "epsilon"
     """What the network predicts: noise (published weights), clean latents, v (learns faster from zero), or straight
     flow."""
-
-    @property
-    def version(self) -> Version:
-        return VERSIONS[self.model_version]
 
 
 class DiffusionConfig(ModelSettings, Config):

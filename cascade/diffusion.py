@@ -89,7 +89,7 @@ def draw_latents(
     With `start`, clean latents (B, *shape), drawing begins at them with noise of `noise_level` (1 is hardly anything
     but noise), and makes that share of the steps.
     """
-    device = next(network.parameters()).device
+    device = next(iter(conditions.values())).device  # weights may be offloaded to another
     random = SampleRandom(seeds, device)
     x = random.normal("initial noise", *shape)
     if start is not None:

@@ -47,10 +47,16 @@ class CascadeSettings(ModelSettings):
         """What is not given comes from the runs, the last one first, and from what the weights file says of itself."""
         runs = values.get("run") or []
         runs = [runs] if isinstance(runs, str | Path) else runs
-        for run in reversed(runs):
-            values = settings_of_run(Path(str(run)), values.get("use_ema", True)) | values
-        said = target_of(values.get("generator_checkpoint_path"))
-        return ({TARGET_KEY: said} if said else {}) | values | {"run": runs}
+        of_runs = [settings_of_run(Path(str(run)), values.get("use_ema", True)) for run in runs]
+        found = {key: value for of_run in of_runs for key, value in of_run.items()}
+        of_stage_c = [of_run for of_run in of_runs if "generator_checkpoint_path" in of_run]
+        if of_stage_c:  # the sizes of others are those that usually go with theirs
+            found["model_version"] = of_stage_c[-1]["model_version"]
+        for path, target in (("generator_checkpoint_path", TARGET_KEY), ("stage_b_checkpoint_path", "stage_b_target")):
+            if path in values:
+                found.pop(target, None)
+        said = target_of((found | values).get("generator_checkpoint_path"))
+        return ({TARGET_KEY: said} if said else {}) | found | values | {"run": runs}
 
     @property
     def stage_b(self) -> ModelSettings:

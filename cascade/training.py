@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cascade.config import DiffusionConfig, ModelSettings
+from cascade.config import DiffusionConfig, FamilySettings
 from cascade.diffusion import make_diffusion
 from warpcore.core import Losses, WarpCore
 from warpcore.random import SampleRandom
@@ -13,7 +13,7 @@ from warpcore.random import SampleRandom
 class CascadeTraining(WarpCore):
     """Trains a network on pictures whose sides the encoder of the family divides."""
 
-    config: ModelSettings
+    config: FamilySettings
 
     @property
     def bucket_factor(self) -> int:
@@ -64,3 +64,8 @@ class DiffusionTraining(CascadeTraining):
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """The means (B,) of (B, ...)."""
+    return values.flatten(1).mean(dim=1)

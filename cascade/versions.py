@@ -66,9 +66,9 @@ MINI = Version(
     },
     stage_b={
         "c_cond": 64,
-        "c_hidden": [64, 128],
+        "c_hidden": [64, 96],
         "nhead": [-1, 4],
-        "blocks": [[2, 3], [3, 2]],
+        "blocks": [[1, 2], [2, 1]],
         "block_repeat": [[1, 1], [1, 1]],
         "level_config": ["CT", "CTA"],
         "c_clip": 64,

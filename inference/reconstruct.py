@@ -12,11 +12,10 @@ from typing import Self
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from cascade.diffusion import latent_size
 from cascade.inference import DrawingSettings
-from cascade.pictures import pad, read_picture, size_of, to_pictures
+from cascade.pictures import nearness, pad, read_picture, size_of, to_pictures
 from cascade.sampling import Cascade
 from warpcore.config import load_config
 from warpcore.data.samples import PICTURE_EXTENSIONS
@@ -83,7 +82,7 @@ def show(
         shown.append(to_pictures(picture[None])[0])
         captions.append(file.name)
         for name, made in rebuilt.items():
-            psnr, ssim = scores_of(made[number], picture)
+            psnr, ssim = (value.item() for value in nearness(made[number][None], picture[None]).values())
             scores[name].append((psnr, ssim))
             shown.append(to_pictures(made[number][None])[0])
             captions.append(f"{name}: {psnr:.1f} dB, {ssim:.3f}")
@@ -94,15 +93,6 @@ def show(
         print(f"mean of {len(files)}, {name}: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
     save_png(config.output_path / "grid.png", grid(shown, 1 + len(rebuilt), captions))
     print(f"All of them side by side: {config.output_path / 'grid.png'}")
-
-
-def scores_of(made: Tensor, true: Tensor) -> tuple[float, float]:
-    """PSNR in dB and SSIM of a picture (3, H, W) in [0, 1]."""
-    pair = made[None], true[None]
-    return (
-        peak_signal_noise_ratio(*pair, data_range=1.0).item(),
-        structural_similarity_index_measure(*pair, data_range=1.0).item(),
-    )
 
 
 def find_pictures(places: list[Path]) -> list[Path]:

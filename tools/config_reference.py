@@ -12,9 +12,12 @@ from warpcore.config import Config, Settings, describe
 
 START, END = "<!-- config reference: made by tools/config_reference.py -->", "<!-- end of config reference -->"
 SCRIPTS = {
+    "train/train_b.py": "StageBConfig",
+    "train/train_a.py": "StageAConfig",
     "train/train_encoder.py": "EncoderConfig",
     "train/train_towers.py": "TowersConfig",
     "inference/text_to_image.py": "TextToImageConfig",
+    "inference/reconstruct.py": "ReconstructConfig",
 }
 
 

@@ -6,7 +6,7 @@
 
 diffusers: SOURCE is a run's folder or Stage C's weights; further networks are named as in inference/text_to_image.py.
     TARGET gets a folder for StableCascadePriorPipeline and one for StableCascadeDecoderPipeline. diffusers has no
-    previewer and no encoder, and its pictures have sides that the compression (42.67, mini: 32) divides.
+    previewer and no encoder, and for the mini cascade it wants sides that 32 divides.
 from-diffusers: SOURCE is such a folder, TARGET gets our files, with the same weights, bit by bit.
 """
 

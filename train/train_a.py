@@ -7,24 +7,27 @@ on a patch discriminator say how good a reconstruction is. Codes are averages of
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from cascade import build
-from cascade.codebook import CodebookAverages
-from cascade.config import ModelSettings
+from cascade.codebook import CodebookAverages, codebook_statistics
+from cascade.config import FamilySettings
 from cascade.pictures import nearness, to_pictures, to_uint8
-from cascade.training import CascadeTraining
+from cascade.training import CascadeTraining, per_sample
 from modules.discriminator import PatchDiscriminator
 from warpcore.config import Config, Share
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
-from warpcore.random import SampleRandom
+from warpcore.random import SampleRandom, stable_hash
 
 
-class StageAConfig(ModelSettings, Config):
+class StageAConfig(FamilySettings, Config):
+    stage_a_checkpoint_path: Path | None = None
+    """Weights to start from; random ones without it."""
     squared_weight: NonNegativeFloat = 1.0
     """Weight of the squared error, beside the absolute error."""
     perceptual_checkpoint_path: Path | None = None
@@ -38,12 +41,12 @@ class StageAConfig(ModelSettings, Config):
     codebook_decay: Share = 0.99
     """Decay of the averages that the codes are, per update."""
     dead_code_use: NonNegativeFloat = 0.03
-    """A code chosen less often than this becomes a latent of the update; 1 is its fair share."""
+    """A code chosen less often than this becomes a latent of the update; 1 is its fair share, 0 revives none."""
     discriminator_weight: NonNegativeFloat = 0.1
     """Size of the discriminator's gradient on a picture, beside that of the other losses; 0 for no discriminator."""
     discriminator_start: NonNegativeInt = 10_000
     """The update from which the discriminator learns, and teaches."""
-    discriminator_channels: PositiveInt = 64
+    discriminator_channels: Annotated[int, Field(gt=0, multiple_of=4)] = 64
     """Channels of its first layer."""
     sample_count: PositiveInt = 16
     """How many held-out pictures are drawn at most, beside their reconstructions."""
@@ -51,7 +54,6 @@ class StageAConfig(ModelSettings, Config):
 
 class TrainStageA(CascadeTraining):
     Config = StageAConfig
-    trainable = {"stage_a": {}, "discriminator": {}}
     needs_captions = False
 
     def build(self) -> dict[str, nn.Module]:
@@ -59,7 +61,10 @@ class TrainStageA(CascadeTraining):
         stage_a = build.stage_a(config, from_scratch=config.stage_a_checkpoint_path is None).to(self.device)
         self.codebook = CodebookAverages(stage_a.codes, config.codebook_decay, config.dead_code_use)
         self.bookkeeping["codebook"] = self.codebook
-        networks = {"stage_a": stage_a, "discriminator": PatchDiscriminator(config.discriminator_channels)}
+        networks = {"stage_a": stage_a}
+        if config.discriminator_weight:
+            networks["discriminator"] = PatchDiscriminator(config.discriminator_channels)
+        self.trainable = {name: {} for name in networks}
         if config.perceptual_checkpoint_path is not None:
             networks["perceptual"] = build.perceptual(config.perceptual_checkpoint_path)
         return networks
@@ -75,19 +80,19 @@ class TrainStageA(CascadeTraining):
         rebuilt, latents, codes = stage_a(pictures, from_codes)
         rebuilt, latents = rebuilt.float(), latents.float()
         error = rebuilt - pictures
-        squared = _mean(error.square())
-        loss = _mean(error.abs()) + config.squared_weight * squared
+        squared = per_sample(error.square())
+        loss = per_sample(error.abs()) + config.squared_weight * squared
         if "perceptual" in self.networks:
             loss = loss + config.perceptual_weight * self.networks["perceptual"](rebuilt, pictures)
-        used = (self.codebook.use >= config.dead_code_use).float().mean()
-        metrics = {"codebook_use": used.expand(len(loss))}
+        metrics = {}
         if config.discriminator_weight and self.update >= config.discriminator_start:
             taught, judged = self._judge(pictures, rebuilt, loss)
             loss = loss + taught + judged
             metrics["discriminator_loss"] = judged
         loss = loss + config.commitment_weight * codes.commitment
-        scaled = latents.detach() * stage_a.scale_factor
-        statistics = {"latents": scaled.flatten(2).transpose(1, 2), "codes": codes.indices.flatten(1)}
+        scaled = latents * stage_a.scale_factor
+        statistics = codebook_statistics(scaled, codes.indices, len(stage_a.codes), random)
+        metrics["share_of_codes_used"] = (statistics["counts"] > 0).float().mean().expand(len(loss))
         return Losses(loss, squared, statistics, metrics)
 
     def _measure(self, pictures: Tensor) -> Losses:
@@ -97,9 +102,9 @@ class TrainStageA(CascadeTraining):
             chosen = torch.full((len(pictures),), from_codes, device=self.device)
             rebuilt, _, codes = self.networks["stage_a"](pictures, chosen)
             metrics |= {name + suffix: value for name, value in nearness(rebuilt, pictures).items()}
-            squared = _mean((rebuilt.float() - pictures).square())
-        codebook_size = len(self.codebook.use)
-        metrics["codes_in_a_picture"] = torch.tensor([len(one.unique()) / codebook_size for one in codes.indices])
+            squared = per_sample((rebuilt.float() - pictures).square())
+        used = len(codes.indices.unique()) / len(self.codebook.use)
+        metrics["share_of_codes_used"] = torch.full((len(pictures),), used)
         return Losses(squared, squared, metrics=metrics)
 
     def _judge(self, pictures: Tensor, rebuilt: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,12 +120,11 @@ class TrainStageA(CascadeTraining):
         (other,) = torch.autograd.grad(loss.sum(), rebuilt, retain_graph=True)
         scale = self.config.discriminator_weight * _norm(other) / (_norm(wished) + 1e-12)
         taught = (rebuilt * (wished * scale)).sum(dim=(1, 2, 3))  # its gradient is all that matters
-        judged = _mean((1 + score).relu()) + _mean((1 - discriminator(pictures).float()).relu())
+        judged = per_sample((1 + score).relu()) + per_sample((1 - discriminator(pictures).float()).relu())
         return taught - taught.detach(), judged / 2
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
-        latents, codes = statistics["latents"].flatten(0, 1), statistics["codes"].flatten()
-        self.codebook.step(latents, codes, seed=self.config.seed + self.update)
+        self.codebook.step(**statistics, seed=stable_hash(self.config.seed, self.update))
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         return {"stage_a": self.networks["stage_a"].state_dict()}
@@ -134,11 +138,6 @@ class TrainStageA(CascadeTraining):
             chosen = torch.full((len(images),), from_codes, device=self.device)
             columns[name] = to_pictures(self.networks["stage_a"](images.float() / 255, chosen)[0])
         return Sampled.rows(held_out.captions[: len(images)], columns)
-
-
-def _mean(values: Tensor) -> Tensor:
-    """(B, ...) -> (B,)."""
-    return values.flatten(1).mean(dim=1)
 
 
 def _norm(gradients: Tensor) -> Tensor:

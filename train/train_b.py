@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from cascade import build
@@ -36,7 +36,7 @@ class StageBConfig(DiffusionConfig):
     """Share of the samples without the encoder's latents."""
     train_encoder: bool = False
     """Train the encoder too, so that its latents say what Stage B needs."""
-    sample_steps: int = 10
+    sample_steps: PositiveInt = 10
     """Sampling steps of the pictures drawn at every save."""
     sample_guidance: float = 1.1
     """Classifier-free guidance of those pictures."""
@@ -86,12 +86,14 @@ class TrainStageB(DiffusionTraining):
         size = pictures.shape[2:]
         low, high = self.config.effnet_scale
         factors = low + (high - low) * random.uniform("effnet scale")
+        if self.config.train_encoder:  # its batch norms want to see the micro-batch as a whole
+            factors = factors[:1].expand(len(pictures))
         sizes = [tuple(_multiple(side * factor, encoder.compression) for side in size) for factor in factors.tolist()]
         positions = [side // self.networks["stage_a"].compression // generator.patch_size for side in size]
         parts, order = [], []
         for scaled in dict.fromkeys(sizes):
             rows = [i for i, other in enumerate(sizes) if other == scaled]
-            small = F.interpolate(pictures[rows], scaled, mode="bicubic", antialias=True)
+            small = F.interpolate(pictures[rows], scaled, mode="bilinear", antialias=True)
             latents = encoder(normalise_images(small).to(self.dtype)).float()
             parts.append(resize(latents.permute(0, 2, 3, 1), positions).permute(0, 3, 1, 2))
             order += rows

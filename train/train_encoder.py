@@ -6,13 +6,15 @@ The encoder squeezes a picture into 16 numbers per patch; what the previewer can
 draw. A little noise on the latents keeps neighbouring ones meaningful, as Stage C will not hit them exactly.
 """
 
+from pathlib import Path
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade import build
-from cascade.config import ModelSettings
+from cascade.config import FamilySettings
 from cascade.pictures import to_pictures, to_uint8
-from cascade.training import CascadeTraining
+from cascade.training import CascadeTraining, per_sample
 from modules.effnet import normalise_images
 from warpcore.config import Config
 from warpcore.core import Losses, Sampled
@@ -20,7 +22,11 @@ from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
 
 
-class EncoderConfig(ModelSettings, Config):
+class EncoderConfig(FamilySettings, Config):
+    effnet_checkpoint_path: Path | None = None
+    """Weights of the encoder to start from; random ones without it."""
+    previewer_checkpoint_path: Path | None = None
+    """Weights of the previewer to start from; random ones without it."""
     latent_noise: float = 0.1
     """Deviation of the noise added to the latents, whose own deviation is about 1."""
     squared_weight: float = 10.0
@@ -54,10 +60,10 @@ class TrainEncoder(CascadeTraining):
         rebuilt = self.networks["previewer"](latents + noise).float()
         wanted = F.interpolate(pictures, rebuilt.shape[2:], mode="area")
         error, config = rebuilt - wanted, self.config
-        squared = _mean(error.square())
-        coarse = sum(_mean(F.avg_pool2d(error, n).square()) for n in (2, 4, 8))
-        edges = _mean(error.diff(dim=2).abs()) + _mean(error.diff(dim=3).abs())
-        loss = _mean(error.abs()) + config.squared_weight * squared
+        squared = per_sample(error.square())
+        coarse = sum(per_sample(F.avg_pool2d(error, n).square()) for n in (2, 4, 8))
+        edges = per_sample(error.diff(dim=2).abs()) + per_sample(error.diff(dim=3).abs())
+        loss = per_sample(error.abs()) + config.squared_weight * squared
         return Losses(loss + config.coarse_weight * coarse + config.edge_weight * edges, squared)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
@@ -73,11 +79,6 @@ class TrainEncoder(CascadeTraining):
         rebuilt = self.networks["previewer"](self.networks["encoder"](normalise_images(images.float() / 255)))
         columns = {"picture": to_uint8(images), "rebuilt": to_pictures(rebuilt, held_out.size)}
         return Sampled.rows(held_out.captions[: len(images)], columns)
-
-
-def _mean(values: Tensor) -> Tensor:
-    """(B, ...) -> (B,)."""
-    return values.flatten(1).mean(dim=1)
 
 
 if __name__ == "__main__":

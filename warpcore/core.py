@@ -14,7 +14,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from warpcore import evaluation, optim
@@ -25,7 +31,7 @@ from warpcore.ema import EMA
 from warpcore.errors import UserError, run_script
 from warpcore.feed import Feed
 from warpcore.metrics import Metrics
-from warpcore.processes import choose_dtype, start_processes, stop_processes, stop_signals
+from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes, stop_signals
 from warpcore.progress import Progress
 from warpcore.random import SampleRandom, stable_hash
 from warpcore.state import RunState
@@ -68,8 +74,8 @@ class Sampled:
 class WarpCore:
     """Trains what a subclass describes. `MyUseCase.main()` in a script is all that is needed to run it.
 
-    Hooks to override: `build`, `encode`, `loss`, and where wanted `sample`, `update_state`, `weights`, `file_metadata`,
-    `extra_fields` and `computed_in_workers`.
+    Hooks to override: `build`, `encode`, `loss`, and where wanted `sample`, `update_state`, `weights`,
+    `file_metadata`, `extra_fields` and `computed_in_workers`.
     """
 
     Config: ClassVar[type[Config]] = Config
@@ -81,7 +87,7 @@ class WarpCore:
     needs_captions: ClassVar[bool] = True
     """Whether every sample needs a caption; without them `Batch.captions` are empty."""
     bucket_factor: int = 1
-    """Sides of training pictures are multiples of this many pixels; `build` may set it."""
+    """Sides of training pictures are multiples of this many pixels."""
 
     # ------------------------------------------------------------------ hooks
 
@@ -124,7 +130,9 @@ class WarpCore:
 
     def __init__(self, config: Config):
         self.config = config
-        self.processes = start_processes(config.device, config.use_fsdp)
+        self.processes = start_processes(
+            config.device, config.use_fsdp, config.fsdp_shards, config.process_timeout_seconds
+        )
         self.device = self.processes.device
         self.dtype = choose_dtype(config.dtype, self.device)
         if config.num_threads:
@@ -132,6 +140,7 @@ class WarpCore:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.bookkeeping: dict[str, Any] = {}  # further things with a state_dict of tensors
         self._stop_signal: int | None = None
+        self._stop_vote = Vote(self.processes)
 
     @classmethod
     def main(cls) -> None:
@@ -145,6 +154,9 @@ class WarpCore:
                 self.setup()
                 self.train()
                 return STOPPED_EARLY if self.update < self.config.updates else 0
+            except RuntimeError as error:
+                explain(error)
+                raise
             finally:
                 self.close()
 
@@ -251,10 +263,10 @@ class WarpCore:
         optim.step(self.optimizers, ~finite)
         for parameter in self.parameters.values():
             parameter.grad = None
-        self._update_states(statistics, batch_norms)
+        self._update_states(statistics, batch_norms, finite)
         for average in self.averages.values():
             average.step(self.update + 1, finite)
-        group_norms = {f"grad_norm/{name}": value for name, value in group_norms.items()}
+        group_norms = {f"grad_norm/{name}": value.to(self.device) for name, value in group_norms.items()}
         times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
         self.metrics.add(self.update + 1, samples_hash, **mean, grad_norm=norm, **group_norms, **times)
 
@@ -291,14 +303,20 @@ class WarpCore:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.config.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_grad_norm, norm)
-        return norm
+        return norm.to(self.device)  # of offloaded parameters it is on the CPU
 
-    def _update_states(self, statistics: list[dict[str, Tensor]], batch_norms: dict[str, list]) -> None:
+    def _update_states(
+        self, statistics: list[dict[str, Tensor]], batch_norms: dict[str, list], finite: Tensor
+    ) -> None:
+        """Change what no gradient changes; an update that is skipped leaves it as it was."""
+        before = {name: tensor.clone() for name, tensor in self.state.without_gradients().items()}
         for name, norms in self.batch_norms.items():
             norms.apply(in_global_order(self.processes, batch_norms[name]))
         statistics = in_global_order(self.processes, statistics)
         if statistics[0]:
             self.update_state({name: torch.cat([s[name] for s in statistics]) for name in statistics[0]})
+        for name, tensor in self.state.without_gradients().items():
+            tensor.copy_(torch.where(finite.to(tensor.device), tensor, before[name]))
 
     def _learning_rate(self, update: int) -> float:
         config = self.config
@@ -341,8 +359,10 @@ class WarpCore:
         """Spread the parameters over the processes, gathered again block by block as they are used."""
         for parameter in network.parameters():  # sharding wants plain memory order
             parameter.data = parameter.data.contiguous()
+        on_cpu = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        offload = on_cpu if self.config.fsdp_cpu_offload else OffloadPolicy()
         for part in (*getattr(network, "blocks", ()), network):
-            fully_shard(part, mesh=self.processes.mesh, mp_policy=policy)
+            fully_shard(part, mesh=self.processes.mesh, mp_policy=policy, offload_policy=offload)
         for method in getattr(network, "forward_methods", ()):
             register_fsdp_forward_method(network, method)
 
@@ -409,8 +429,7 @@ class WarpCore:
 
     def _stopping(self) -> bool:
         """Whether any process was asked to stop; all of them agree."""
-        asked = torch.tensor(float(self._stop_signal is not None))
-        stopping = bool(self.processes.sum(asked)) if self.processes.count > 1 else bool(asked)
+        stopping = self._stop_vote.cast(self._stop_signal is not None)
         if stopping:
             self.progress.say(f"asked to stop: saving update {self.update}")
         return stopping

@@ -47,6 +47,12 @@ class RunState:
             else:  # the average is new in this run's config: it starts from the restored weights
                 average.restart(update)
 
+    def without_gradients(self) -> dict[str, Tensor]:
+        """What changes without gradients (not copied): buffers of trained networks, and bookkeeping."""
+        networks = {name: self.run.networks[name] for name in self.run.trainable}
+        trained = {f"network/{name}/{p}" for name, network in networks.items() for p, _ in network.named_parameters()}
+        return {name: tensor for name, tensor in self._networks().items() if name not in trained}
+
     def _networks(self) -> dict[str, Tensor]:
         run = self.run
         tensors = {}

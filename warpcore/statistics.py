@@ -64,9 +64,10 @@ class BatchNormStatistics:
 
 def _pool(statistics_M3C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, unbiased variance and count of all samples, from those of M batches (law of total variance)."""
-    if len(statistics_M3C) == 1:
-        return tuple(statistics_M3C[0].unbind())
     means, variances, counts = statistics_M3C.unbind(1)
+    if len(counts) == 1:  # bit for bit
+        nothing = torch.where(counts[0] > 0, 0.0, torch.nan)
+        return means[0] + nothing, variances[0] + nothing, counts[0]
     count = counts.sum(0)
     mean = (means * counts).sum(0) / count  # not a number where nothing was counted
     squares = variances * (counts - 1).clamp(min=0) + (means - mean) ** 2 * counts

@@ -40,3 +40,12 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them_alone():
     norm.eval()
     x = torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(norm(x), nn.BatchNorm2d(3).eval()(x))
+
+
+def test_norms_in_evaluation_mode_stay_as_they_are():
+    network = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3))
+    statistics = BatchNormStatistics(network)
+    network(torch.randn(4, 3, 2, 2) + 5)
+    statistics.apply([statistics.take()])
+    assert torch.equal(network[0].running_mean, torch.zeros(3))
+    assert (network[1].running_mean != 0).all()
