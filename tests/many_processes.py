@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Processes are forked from a server that has imported the slow things, but has started no thread.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed.fsdp", "open_clip"])
+SLOW_IMPORTS = ["torch._dynamo", "torch.distributed.fsdp", "open_clip", "warpcore.core"]
+multiprocessing.get_context("forkserver").set_forkserver_preload(SLOW_IMPORTS)
 
 
 def run_in_two_processes(function: Callable, *args) -> None:

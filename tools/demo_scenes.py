@@ -27,6 +27,8 @@ COLOURS = {
     "pink": (250, 112, 184),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SUBJECT = "heart"
+"""A shape that no scene of the demo set has and no caption names, to be taught afterwards."""
 POSITIONS = {
     "left": (0.27, 0.5),
     "right": (0.73, 0.5),
@@ -273,6 +275,10 @@ def _outlines(shape: str) -> tuple[tuple[np.ndarray, int], ...]:
             (-a, -a),
         ]
         return ((np.array(corners), 255),)
+    if shape == SUBJECT:
+        sine, cosine = np.sin(turn), np.cos(turn)
+        height = 13 * cosine - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+        return ((np.stack([16 * sine**3, -height], 1) / 15.5, 255),)
     raise ValueError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
 
 

@@ -1,29 +1,37 @@
 """Indexes a data set, so that training on it starts at once.
 
     python3 tools/index_dataset.py data/shards --workers 8
+    python3 tools/index_dataset.py s3://bucket/shards --cache s3://mine/indexes
 
 Writes NAME.tar.index.parquet beside every tar that has none of its present content, and dataset.manifest.parquet in
-every folder of tars. Training indexes local tars by itself where that was not done, but with one process.
+every folder of tars; with --cache (or WARPCORE_INDEX_CACHE, which training reads too) to that folder or URL instead.
+Started again, it goes on where it stopped. Training indexes tars by itself where that was not done, but with one
+process.
 """
 
 import argparse
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from warpcore.data.catalog import write_manifests
-from warpcore.data.index import Summary, index_shard, read_summary
+from warpcore.data.catalog import read_summaries, write_manifests
+from warpcore.data.index import CACHE_VARIABLE, Summary, index_shard
 from warpcore.data.samples import PICTURE_EXTENSIONS
 from warpcore.data.shards import Shard, resolve_sources
-from warpcore.data.storage import storage_for
+from warpcore.data.storage import complete_url, is_remote, storage_for
 from warpcore.data.tars import BLOCK_BYTES, read_samples
 from warpcore.errors import UserError, run_script
 
 PICTURE_HEADER_BYTES = 8192
 """What is read of a picture to learn its size, mostly."""
+REMOTE_BLOCK_BYTES = 512 << 10
+"""What is read at least, wherever something is read, of a tar that is not here."""
+MOST_TOLD = 20
 
 
 def index_dataset(paths: Sequence[str], num_workers: int) -> None:
@@ -33,9 +41,7 @@ def index_dataset(paths: Sequence[str], num_workers: int) -> None:
         UserError: some tars can't be used; all others are indexed nevertheless.
     """
     shards = [shard for source in resolve_sources(list(paths)) for shard in source.shards]
-    known = {
-        shard: read_summary(shard) for shard in tqdm(shards, desc="looking", unit="tar", disable=len(shards) < 1000)
-    }
+    known = read_summaries(shards)
     missing = [shard for shard, summary in known.items() if summary is None]
     print(f"{len(shards)} tars, {_bytes(sum(shard.size_bytes for shard in shards))}; {len(missing)} to index")
     failures: list[str] = []
@@ -48,7 +54,8 @@ def index_dataset(paths: Sequence[str], num_workers: int) -> None:
     rows, problems = (sum(getattr(summary, name) for summary in whole.values()) for name in ("rows", "problems"))
     print(f"{rows} samples, {problems} of them without a usable picture; wrote {', '.join(locations)}")
     if failures:
-        raise UserError(f"{len(failures)} tars can't be used:\n" + "\n".join(failures))
+        more = [f"and {len(failures) - MOST_TOLD} more"] if len(failures) > MOST_TOLD else []
+        raise UserError(f"{len(failures)} tars can't be used:\n" + "\n".join(failures[:MOST_TOLD] + more))
 
 
 def _estimate(shards: Sequence[Shard]) -> int:
@@ -63,6 +70,8 @@ def _estimate(shards: Sequence[Shard]) -> int:
         pictures = [size for name, size in members if name in PICTURE_EXTENSIONS]
         read = BLOCK_BYTES * len(members) + sum(size for name, size in members if name == "json")
         read += sum(min(size, PICTURE_HEADER_BYTES) for size in pictures)
+        if is_remote(shard.url):
+            read = REMOTE_BLOCK_BYTES * len(members)
         share = min(1.0, read / shard.size_bytes)
         return int(share * sum(shard.size_bytes for shard in shards))
     return 0
@@ -72,7 +81,7 @@ def _index(shards: Sequence[Shard], num_workers: int) -> tuple[dict[Shard, Summa
     found: dict[Shard, Summary] = {}
     failures: list[str] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(shards)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(num_workers, len(shards)), context, initializer=_end_with_parent) as pool:
         tasks = {pool.submit(index_shard, shard): shard for shard in shards}
         with tqdm(total=sum(shard.size_bytes for shard in shards), unit="B", unit_scale=True) as progress:
             for task in as_completed(tasks):
@@ -85,6 +94,16 @@ def _index(shards: Sequence[Shard], num_workers: int) -> tuple[dict[Shard, Summa
     return found, sorted(failures)
 
 
+def _end_with_parent() -> None:
+    """Or a worker would wait for ever when its parent is killed."""
+
+    def watch() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _bytes(number: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
@@ -95,13 +114,17 @@ def _bytes(number: float) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, globs or brace ranges")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, globs, brace ranges, s3:// of those")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per CPU core"
     )
+    parser.add_argument("--cache", metavar="PLACE", help="folder or URL for the indexes, if not beside the tars")
     given = parser.parse_args(arguments)
     if given.workers < 1:
         raise UserError(f"--workers is at least 1, found {given.workers}")
+    if given.cache:
+        os.environ[CACHE_VARIABLE] = complete_url(given.cache)
+        print(f"for training: export {CACHE_VARIABLE}={os.environ[CACHE_VARIABLE]}")
     index_dataset(given.paths, given.workers)
 
 

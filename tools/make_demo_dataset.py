@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from tools.demo_scenes import SEEN_PAIRS, UNSEEN_PAIRS, captioned_scene, render, score
+from tools.demo_scenes import SEEN_PAIRS, UNSEEN_PAIRS, Scene, captioned_scene, render, score
 
 _PICTURES_PER_FOLDER = 1000
 _SPOILED = 0.06
@@ -51,12 +51,15 @@ def make_demo_dataset(folder: Path, num_pictures: int, seed: int = 0, held_out: 
             "height": scene.height,
         }
         description |= {"shape": scene.shape, "colour": scene.colour, "position": scene.position, "count": scene.count}
-        _, encoded = cv2.imencode(
-            ".jpg", cv2.cvtColor(render(scene), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95]
-        )
-        stem.with_suffix(".jpg").write_bytes(encoded.tobytes())
-        stem.with_suffix(".txt").write_text(text + "\n")
+        write_picture(stem, scene, text)
         stem.with_suffix(".json").write_text(json.dumps(description) + "\n")
+
+
+def write_picture(stem: Path, scene: Scene, text: str) -> None:
+    """Writes a scene as STEM.jpg with its caption in STEM.txt."""
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(render(scene), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    stem.with_suffix(".jpg").write_bytes(encoded.tobytes())
+    stem.with_suffix(".txt").write_text(text + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

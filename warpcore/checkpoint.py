@@ -1,16 +1,20 @@
 """Checkpoints of a run's folder: everything needed to go on, and the weights that people use.
 
-    state/<update>/            tensors (distributed checkpoint) and state.json; resuming reads nothing else
+    state/<update>/            tensors (distributed checkpoint), state.json, and manifest.json with the size and hash
+                               of each file; resuming reads nothing else
     NAME.safetensors           full weights with official names, the update in their metadata
     backups/<update>/          copies of those weights that are never deleted
 
 A checkpoint is written aside by a background thread and renamed when it is whole, so a process that dies at any moment
-leaves the last good one untouched. Loading runs no code: tensors only, and their table of contents is read by an
-unpickler that knows nothing but DCP's own descriptions of tensors.
+leaves the last good one untouched. A run resumes only from what it has verified; a damaged checkpoint is passed over
+for the one before it. Loading runs no code: tensors only, and their table of contents is read by an unpickler that
+knows nothing but DCP's own descriptions of tensors.
 """
 
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -36,7 +40,10 @@ from warpcore.processes import Processes
 # One process without a process group is a way to run, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
+MANIFEST = "manifest.json"
 _UPDATE_NAME = re.compile(r"\d{8}")
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
@@ -55,7 +62,7 @@ class Checkpoints:
         self.processes = processes
         self.keep_last = keep_last
         # Collectives of the writing thread must not mix with those of training.
-        self._group = dist.new_group(backend="gloo") if processes.count > 1 else None
+        self._group = processes.another_group()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._lock = None
@@ -72,8 +79,47 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint_path: cannot write to {self.folder}: {error}") from error
 
     def newest(self) -> int | None:
-        """Update of the newest whole checkpoint; the main process decides."""
-        return self.processes.decide(max(self._updates(), default=None))
+        """Update of the newest whole checkpoint, None where there is none at all; the same on every process.
+
+        Every file is read and compared with the manifest. Damaged checkpoints that are newer are renamed, not removed.
+
+        Raises:
+            CheckpointError: there are checkpoints, but all are damaged.
+        """
+        problems: dict[int, str] = {}
+        for update in self.processes.decide(sorted(self._updates(), reverse=True)):
+            problem = self._problem(update)
+            if problem is None:
+                self.processes.on_main(lambda whole=update: self._pass_over(problems, whole))
+                return update
+            problems[update] = problem
+        if problems:
+            told = "; ".join(f"{self._state(update)}: {problem}" for update, problem in problems.items())
+            raise CheckpointError(
+                f"no checkpoint of this run is whole ({told}). Restore one, or remove {self.folder / 'state'} to "
+                "begin the run anew"
+            )
+        return None
+
+    def _problem(self, update: int) -> str | None:
+        """Why a checkpoint is not whole. The processes share the reading."""
+        files = self.processes.on_main(lambda: _read_manifest(self._state(update)))
+        if isinstance(files, str):
+            return files
+        own = sorted(files)[self.processes.rank :: self.processes.count]
+        found = (_difference(self._state(update) / name, files[name]) for name in own)
+        everyone = self.processes.gather(next(filter(None, found), None))
+        return next(filter(None, everyone), None)
+
+    def _pass_over(self, problems: Mapping[int, str], whole: int) -> None:
+        for update, problem in problems.items():
+            aside = self._state(update).with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            self._state(update).rename(aside)
+            logger.warning(
+                "the checkpoint of update %d is damaged (%s): it is now %s, and the run goes on from update %d",
+                update, problem, aside, whole,
+            )  # fmt: skip
 
     def save(
         self,
@@ -151,17 +197,24 @@ class Checkpoints:
 
     def _publish(self, written: Future, partial: Path, update: int, values: dict, weights: dict, about: dict, backup):
         """Wait for DCP, then finish the checkpoint on the main process; every process learns how that went."""
-        problem = None
+        problem, files = None, {}
         try:
-            written.result()
-            if self.processes.is_main:
-                self._finish(partial, update, values, weights, about, backup)
+            names = {stored.relative_path for stored in written.result().storage_data.values()}
+            # Every process hashes what it wrote itself: DCP puts its rank into the names of its files.
+            own = [name for name in names if name.startswith(f"__{self.processes.rank}_")]
+            files = {name: _fingerprint(partial / name) for name in own}
         except (Exception, CheckpointException) as error:  # DCP's own exception is no Exception
             problem = _reason(error)
-        if self._group is not None:
-            box = [problem]
-            dist.broadcast_object_list(box, src=0, group=self._group)
-            problem = problem or box[0]
+        everyone = self._gather((problem, files))
+        problem = next(filter(None, (problem for problem, _ in everyone)), None)
+        if problem is None and self.processes.is_main:
+            files = {name: file for _, files in everyone for name, file in files.items()}
+            assert files.keys() == names, "a file was written that no process knows as its own"
+            try:
+                self._finish(partial, update, files, values, weights, about, backup)
+            except Exception as error:
+                problem = _reason(error)
+        problem = self._gather(problem)[0]
         if problem is None:
             return
         if self.processes.is_main:
@@ -176,8 +229,20 @@ class Checkpoints:
             + "make room and start again with the same command."
         )
 
-    def _finish(self, partial: Path, update: int, values: dict, weights: dict, about: dict, backup: bool) -> None:
+    def _gather(self, value) -> list:
+        """`value` of every process, by the writing threads."""
+        everyone = [value] * self.processes.count
+        if self._group is not None:
+            dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+    def _finish(
+        self, partial: Path, update: int, files: dict, values: dict, weights: dict, about: dict, backup: bool
+    ) -> None:
+        """Add what only the main process writes, and publish. `files`: fingerprints of what all have written."""
         write_whole(partial / "state.json", json.dumps(values))
+        files |= {name: _fingerprint(partial / name) for name in ("state.json", ".metadata")}
+        write_whole(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
         for name, state in weights.items():
             file = self.folder / f"{name}.safetensors"
             save_file(state, file.with_suffix(".partial"), metadata=about)
@@ -188,14 +253,16 @@ class Checkpoints:
                 shutil.copy2(file, copy)
         os.rename(partial, self._state(update))
         for old in sorted(self._updates())[: -self.keep_last]:
-            shutil.rmtree(self._state(old))
+            leaving = self._state(old).with_suffix(".partial")  # half removed, it must not look like a damaged one
+            os.rename(self._state(old), leaving)
+            shutil.rmtree(leaving)
 
     def _state(self, update: int) -> Path:
         return self.folder / "state" / f"{update:08d}"
 
     def _updates(self) -> list[int]:
-        found = (self.folder / "state").glob("*/state.json")
-        return [int(path.parent.name) for path in found if _UPDATE_NAME.fullmatch(path.parent.name)]
+        found = (self.folder / "state").glob("*")
+        return [int(path.name) for path in found if _UPDATE_NAME.fullmatch(path.name)]
 
 
 def _reason(error: BaseException) -> str:
@@ -203,6 +270,36 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}"
+
+
+def _fingerprint(path: Path) -> dict:
+    """What a manifest says of a file."""
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _read_manifest(state: Path) -> dict[str, dict] | str:
+    """The fingerprints of a checkpoint's files by name, or why there are none."""
+    try:
+        files = json.loads((state / MANIFEST).read_bytes())["files"]
+        return {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+
+
+def _difference(path: Path, recorded: Mapping) -> str | None:
+    """How a file differs from what the manifest recorded of it."""
+    try:
+        found = _fingerprint(path)
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
+    if found["bytes"] != recorded["bytes"]:
+        return f"{path.name} has {found['bytes']} bytes instead of {recorded['bytes']}"
+    return None if found == recorded else f"{path.name} is not what was written: its hash is another"
 
 
 def write_whole(path: Path, text: str) -> None:

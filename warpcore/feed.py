@@ -9,11 +9,13 @@ from warpcore.config import Config
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog
+from warpcore.data.disk_cache import DiskCache
 from warpcore.data.filters import Filter
 from warpcore.data.loader import Loader
 from warpcore.data.plan import Plan, describe_difference
 from warpcore.data.reader import BadSample, Batch, Reader
 from warpcore.data.shards import resolve_sources
+from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
 from warpcore.processes import Processes
 
@@ -73,6 +75,7 @@ class Feed:
             max_pixels=config.max_picture_pixels,
             extra=extra,
             computed=computed,
+            read_ranges=self._read_ranges,
         )
 
     def batches(self) -> Iterator[Batch]:
@@ -173,6 +176,10 @@ class Feed:
             path and self.processes.on_main(lambda path=path: open_catalog(resolve_sources(path)))
             for path in (config.webdataset_path, config.validation_path)
         )
+        self._read_ranges = read_ranges
+        if config.cache_path:
+            needed = [version for each in (catalog, held_out) if each for version in each.versions()]
+            self._read_ranges = DiskCache(config.cache_path, int(config.cache_size_gb * 1e9), needed)
         return Plan(
             catalog,
             micro_batch_size=self.micro_batch_size,

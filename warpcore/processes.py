@@ -2,15 +2,19 @@
 
 import gc
 import os
+import re
 import signal
-from collections.abc import Callable, Iterator
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from warpcore.errors import UserError
 
@@ -25,6 +29,7 @@ class Processes:
     count: int
     device: torch.device
     mesh: DeviceMesh | None = field(default=None, compare=False)
+    timeout: timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -67,12 +72,49 @@ class Processes:
             raise box[1]
         return box[0]
 
+    def another_group(self) -> dist.ProcessGroup | None:
+        """All processes once more, over gloo: for collectives that must not mix with those of training."""
+        return dist.new_group(backend="gloo", timeout=self.timeout) if self.count > 1 else None
 
-def start_processes(device: str, use_fsdp: bool) -> Processes:
+
+class Vote:
+    """Whether any process wants something: cast once per update and counted one update later, so that a GPU's queue
+    of work never runs dry for it."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self._cast: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+
+    def cast(self, wanted: bool) -> bool:
+        """Vote; returns the outcome of the vote before, which all processes share. Alone, that of this one."""
+        if self.processes.count == 1:
+            return wanted
+        before = self._cast
+        votes = self.processes.sum(torch.full((), float(wanted), device=self.processes.device))
+        if votes.device.type == "cuda":
+            self._cast = votes.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
+        else:
+            self._cast = votes, None
+        if before is None:
+            return False
+        votes, arrived = before
+        if arrived is not None:
+            arrived.synchronize()
+        return bool(votes)
+
+
+def start_processes(
+    device: str, use_fsdp: bool = False, fsdp_shards: int | None = None, timeout_seconds: float = 1800
+) -> Processes:
     """Join the process group when there are several processes; choose the device.
 
+    Args:
+        use_fsdp: shard networks over the processes; else each holds a whole copy.
+        fsdp_shards: how many processes share one copy; by default all of them.
+        timeout_seconds: a process waits no longer than this for the others; then it raises.
+
     Raises:
-        UserError: launch variables that are only half set, or a device that is not there.
+        UserError: launch variables that are only half set, a device that is not there, shards that do not divide.
     """
     rank, count, local_rank = _launch()
     place = choose_device(device, local_rank)
@@ -80,11 +122,35 @@ def start_processes(device: str, use_fsdp: bool) -> Processes:
         return Processes(0, 1, place)
     if place.type == "mps":
         raise UserError("several processes cannot share MPS: start one, or write device: cpu")
+    shards = (fsdp_shards or count) if use_fsdp else 1
+    if count % shards:
+        fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
+        raise UserError(f"fsdp_shards: {shards} does not divide the {count} processes; write one of {fitting}")
+    timeout = timedelta(seconds=timeout_seconds)
     # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "cpu:gloo", rank=rank, world_size=count)
-    shards = count if use_fsdp else 1
-    mesh = init_device_mesh(place.type, (count // shards, shards), mesh_dim_names=("replicas", "shards"))
-    return Processes(rank, count, place, mesh)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "cpu:gloo"
+    dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout)
+    return Processes(rank, count, place, _mesh(place.type, rank, count, shards, timeout), timeout)
+
+
+def _mesh(device_type: str, rank: int, count: int, shards: int, timeout: timedelta) -> DeviceMesh:
+    """Replicas x shards: neighbouring ranks, which are often on one machine, share a copy of the networks.
+
+    `init_device_mesh` would do, if it took a timeout: sharded training waits for others in these groups.
+    """
+    ranks = torch.arange(count).view(-1, shards)
+    own = [ranks[:, rank % shards], ranks[rank // shards]]
+    groups = [dist.new_group(one.tolist(), timeout=timeout, use_local_synchronization=True) for one in own]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicas", "shards"))
+
+
+def explain(error: RuntimeError) -> None:
+    """Add to a fault of the connection between processes what it usually means."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        error.add_note(
+            "Another process of the run ended, or gave no answer within process_timeout_seconds: its own output, or "
+            "that of its machine, says why"
+        )
 
 
 def stop_processes() -> None:
@@ -94,23 +160,64 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+
+
 def _launch() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) from torchrun's variables, else Slurm's, else (0, 1, 0)."""
-    env = os.environ
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [name for name in names if name in env]
-    if given:
-        if len(given) < len(names):
-            missing = ", ".join(name for name in names if name not in env)
-            raise UserError(f"{', '.join(given)} set but not {missing}: launch with torchrun, or unset them")
-        return tuple(int(env[name]) for name in names)
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun; a batch script alone is one process
-        if "MASTER_ADDR" not in env and int(env.get("SLURM_NNODES", 1)) > 1:
-            raise UserError("MASTER_ADDR is not set: export the first node's address, as example_train.sh does")
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    """(rank, number of processes, rank on this machine) from torchrun's variables, else Slurm's, else (0, 1, 0).
+
+    Several processes then find each other at MASTER_ADDR and MASTER_PORT.
+    """
+    if any(name in os.environ for name in _TORCHRUN):
+        rank, count, local_rank = _numbers(_TORCHRUN, "launch with torchrun, or unset them")
+        if count > 1:
+            _require(("MASTER_ADDR", "MASTER_PORT"), "torchrun sets them; or export the first machine's address")
+        return rank, count, local_rank
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # set by srun; a batch script alone is one process
+        rank, count, local_rank, job, step = _numbers(_SRUN, "start the processes with srun")
+        if "MASTER_ADDR" not in os.environ:
+            _require(["SLURM_STEP_NODELIST"], "start the processes with srun")
+            os.environ["MASTER_ADDR"] = _first_node(os.environ["SLURM_STEP_NODELIST"])
+        # Jobs that share a node, and steps of one job, meet at different ports.
+        os.environ.setdefault("MASTER_PORT", str(20_000 + (job + 101 * step) % 20_000))
+        return rank, count, local_rank
     return 0, 1, 0
+
+
+def _require(names: Sequence[str], advice: str) -> None:
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        there = [name for name in (*_TORCHRUN, *_SRUN) if name in os.environ]
+        raise UserError(f"{', '.join(there)} set but not {', '.join(missing)}: {advice}")
+
+
+def _numbers(names: Sequence[str], advice: str) -> list[int]:
+    _require(names, advice)
+    for name in names:
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name} is {os.environ[name]!r}, not a number: {advice}")
+    return [int(os.environ[name]) for name in names]
+
+
+def _first_node(nodes: str) -> str:
+    """An address of the first node of a Slurm list such as `gpu[03-07,12]`."""
+    name = _scontrol("show", "hostnames", nodes).split()[0]
+    try:
+        socket.getaddrinfo(name, None)
+        return name
+    except OSError:  # a name that Slurm alone knows
+        address = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", name, "--oneliner"))
+        if address is None:
+            raise UserError(f"Slurm gives no address for node {name}: export its MASTER_ADDR before srun") from None
+        return address[1]
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        return subprocess.run(("scontrol", *arguments), check=True, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"can't ask Slurm for the first node: {error}. Export its MASTER_ADDR before srun") from error
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:

@@ -1,4 +1,4 @@
-"""The progress bar of a run: loss, learning rate, gradient norm, speed, waiting for data, memory, computing beside it."""
+"""The progress bar of a run: loss, learning rate, gradient norm, speed, waiting for data, memory, times."""
 
 import resource
 import sys

@@ -58,8 +58,11 @@ def read_metrics(settings: dict) -> list[dict]:
 
 def numbers(lines: list[dict]) -> list[tuple]:
     """What must be equal between runs: everything but times."""
-    timed = {"samples_per_second", "data_wait"}
-    return [tuple(sorted((k, v) for k, v in line.items() if k not in timed and not k.startswith("ms/"))) for line in lines]
+
+    def is_time(name: str) -> bool:
+        return name in ("samples_per_second", "data_wait") or name.startswith("ms/")
+
+    return [tuple(sorted((k, v) for k, v in line.items() if not is_time(k))) for line in lines]
 
 
 def start(settings: dict, script: Path = TINY, launcher: tuple[str, ...] = ()) -> subprocess.Popen:

@@ -36,6 +36,19 @@ def test_the_file_is_read_and_the_command_line_overrides_it(tmp_path):
     assert config.grad_norm_groups == {"qk": "in_proj_weight\\.(q|k)"}
 
 
+def test_arguments_may_be_written_as_options():
+    given = [f"{key}={value}" for key, value in GIVEN.items()]
+    options = ["--lr", "3e-5", "--multi-aspect-ratio", "1/1", "--multi-aspect-ratio=9/16", "--grad-norm-groups.a", "b"]
+    config = load_config(Config, [*options, *given])
+    assert (config.lr, config.multi_aspect_ratio) == (3e-5, [1.0, 9 / 16])
+    assert config.grad_norm_groups == {"a": "b"}
+    assert load_config(Config, [*given, "multi_aspect_ratio=null"]).multi_aspect_ratio is None
+    assert load_config(Config, [*given, "--webdataset_path", "b.tar"]).webdataset_path == "b.tar"
+    for arguments in (["--lr"], ["--"], [*given, "config.yaml"], ["=3"]):
+        with pytest.raises(ConfigError, match="write "):
+            load_config(Config, arguments)
+
+
 def test_yaml_text_that_looks_like_a_number_is_one():
     assert make_config(Config, GIVEN | {"lr": "1e-4"}).lr == 1e-4
 

@@ -1,5 +1,7 @@
 """The engine, through a tiny use case: exact repetition, exact resuming, and what happens when things go wrong."""
 
+import hashlib
+import json
 import os
 import resource
 import signal
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.many_processes import launch_processes
 from tests.warpcore.runs import (
     finish,
     load_weights,
@@ -16,7 +19,6 @@ from tests.warpcore.runs import (
     signal_at,
     start,
     tiny_settings,
-    torchrun,
     train_here,
     write_shard,
 )
@@ -106,8 +108,7 @@ def test_two_processes_make_the_updates_of_one(shard, tmp_path, use_fsdp, change
     two = tiny_settings(tmp_path / "two", shard, use_fsdp=use_fsdp, **common)
     exact = 1e-5 if changes.get("dtype") != "bfloat16" else 5e-2
     train_here(one)
-    status, output = finish(start(two | {"updates": 8}, launcher=torchrun(2)))
-    assert status == 0, output
+    launch_processes(2, _train, two | {"updates": 8})
     train_here(two)
     for ours, theirs in zip(read_metrics(two), read_metrics(one), strict=True):
         assert ours["samples_hash"] == theirs["samples_hash"]
@@ -115,6 +116,10 @@ def test_two_processes_make_the_updates_of_one(shard, tmp_path, use_fsdp, change
             assert ours[name] == pytest.approx(theirs[name], abs=exact)
     ours, theirs = (read_metrics(settings)[3]["validation_loss_ema"] for settings in (two, one))
     assert ours == pytest.approx(theirs, abs=exact)
+
+
+def _train(settings: dict) -> None:
+    assert train_here(settings)[0] == 0
 
 
 def test_an_average_that_begins_on_resume_begins_with_the_weights_of_then(shard, tmp_path):
@@ -218,6 +223,10 @@ def test_a_checkpoint_that_asks_for_code_is_refused(shard, tmp_path):
 
     settings = tiny_settings(tmp_path, shard, updates=4)
     train_here(settings)
-    (tmp_path / "tiny" / "state" / "00000004" / ".metadata").write_bytes(pickle.dumps(Attack()))
+    state, attack = tmp_path / "tiny" / "state" / "00000004", pickle.dumps(Attack())
+    (state / ".metadata").write_bytes(attack)
+    manifest = json.loads((state / "manifest.json").read_text())
+    manifest["files"][".metadata"] = {"bytes": len(attack), "sha256": hashlib.sha256(attack).hexdigest()}
+    (state / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"asks for (posix|os)\.system"):
         train_here(settings | {"updates": 8})

@@ -9,18 +9,19 @@ import io
 import json
 import logging
 import os
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
-from warpcore.data.index import UNREADABLE, Summary, cache_location, index_shard, read_summary, write_beside
+from warpcore.data.index import UNREADABLE, Summary, index_locations, index_shard, read_summary, write_beside
 from warpcore.data.shards import Shard, Source
-from warpcore.data.storage import storage_for
+from warpcore.data.storage import StorageError, Version, in_parallel, storage_for
 from warpcore.errors import UserError
 
 MANIFEST_NAME = "dataset.manifest.parquet"
@@ -62,6 +63,11 @@ class Catalog:
     def shard(self, number: int) -> Shard:
         row = self._table.slice(number, 1)
         return Shard(os.fsdecode(row["url"][0].as_py()), row["size_bytes"][0].as_py(), row["etag"][0].as_py())
+
+    def versions(self) -> Iterator[tuple[str, Version]]:
+        """URL, and size and etag, of every shard."""
+        states = zip(*(self._table[name].to_pylist() for name in ("size_bytes", "etag")), strict=True)
+        return zip(self.urls, states, strict=True)
 
     def name(self, number: int) -> str:
         """The shard's URL from the data set's common folder on: moving a data set changes no name, and so no seed."""
@@ -147,17 +153,14 @@ def open_catalog(sources: Sequence[Source]) -> Catalog:
 
 
 def index_shards(shards: Sequence[Shard]) -> Iterator[tuple[str, Summary]]:
-    """Index shards one after the other; says so, because it may take a while."""
-    gigabytes = sum(shard.size_bytes for shard in shards) / 1e9
-    logger.info("indexing %d tars (%.2f GB; only headers are read)", len(shards), gigabytes)
-    told = time.monotonic()
-    for number, shard in enumerate(shards):
-        if time.monotonic() - told > 10:
-            told = time.monotonic()
-            logger.info(
-                "indexed %d of %d tars; tools/index_dataset.py does it with several processes", number, len(shards)
-            )
-        yield shard.url, index_shard(shard)
+    """Index shards one after the other; shows how far it is, because it may take a while."""
+    size = sum(shard.size_bytes for shard in shards)
+    logger.info("indexing %d tars (%.2f GB)", len(shards), size / 1e9)
+    what = "indexing (tools/index_dataset.py does it with several processes)"
+    with tqdm(desc=what, total=size, unit="B", unit_scale=True, delay=2, mininterval=2) as progress:
+        for shard in shards:
+            yield shard.url, index_shard(shard)
+            progress.update(shard.size_bytes)
 
 
 def write_manifests(shards: Sequence[Shard], summaries: dict[str, Summary]) -> list[str]:
@@ -184,17 +187,24 @@ def write_manifests(shards: Sequence[Shard], summaries: dict[str, Summary]) -> l
 def _known_summaries(shards: Sequence[Shard]) -> tuple[dict[str, Summary], int]:
     """Summaries by URL from manifests and, where those don't know a shard, from its index; how many were opened."""
     summaries: dict[str, Summary] = {}
-    opened = 0
+    unknown: list[Shard] = []
     for folder, members in _by_folder(shards).items():
         known = _lookup(_read_manifest(folder))
         for shard in members:
             summary = known(shard)
             if summary is None:
-                summary = read_summary(shard)
-                opened += summary is not None
-            if summary is not None:
+                unknown.append(shard)
+            else:
                 summaries[shard.url] = summary
-    return summaries, opened
+    opened = {shard.url: summary for shard, summary in read_summaries(unknown).items() if summary}
+    return summaries | opened, len(opened)
+
+
+def read_summaries(shards: Sequence[Shard]) -> dict[Shard, Summary | None]:
+    """`read_summary` of every shard."""
+    found = in_parallel(read_summary, [(shard,) for shard in shards])
+    with tqdm(found, desc="looking for indexes", total=len(shards), unit=" tars", delay=5, mininterval=2) as progress:
+        return dict(zip(shards, progress, strict=True))
 
 
 def _by_folder(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
@@ -207,26 +217,16 @@ def _by_folder(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
 def _others(folder: str, names: Sequence[bytes]) -> pa.Table:
     """The rows of a folder's manifest for other tars than these that are still there unchanged."""
     table = _read_manifest(folder)
-    entries = zip(*(table[name].to_pylist() for name in ("url", "size_bytes", "etag")), strict=True)
-    own = set(names)
-    return table.filter(
-        pa.array(
-            [url not in own and _is_there(f"{folder}/{os.fsdecode(url)}", state) for url, *state in entries],
-            pa.bool_(),
-        )
-    )
-
-
-def _is_there(url: str, state: Sequence) -> bool:
-    try:
-        return storage_for(url).stat(url) == tuple(state)
-    except OSError:
-        return False
+    table = table.filter(pc.invert(pc.is_in(table["url"], pa.array(names, pa.binary()))))
+    urls = [f"{folder}/{os.fsdecode(name)}" for name in table["url"].to_pylist()]
+    there = storage_for(folder).stats(urls)
+    states = zip(urls, table["size_bytes"].to_pylist(), table["etag"].to_pylist(), strict=True)
+    return table.filter(pa.array([there.get(url) == (size, etag) for url, size, etag in states], pa.bool_()))
 
 
 def _read_manifest(folder: str) -> pa.Table:
     """The folder's manifest; empty where there is none that can be used."""
-    for url in (f"{folder}/{MANIFEST_NAME}", cache_location(folder + "/", MANIFEST_NAME)):
+    for url in index_locations(folder + "/", MANIFEST_NAME):
         try:
             with storage_for(url).open(url) as file:
                 table = pq.read_table(file, use_threads=False)
@@ -235,6 +235,8 @@ def _read_manifest(folder: str) -> pa.Table:
             return table.cast(_SCHEMA)
         except FileNotFoundError:
             continue
+        except StorageError:
+            raise
         except UNREADABLE as error:
             logger.warning("%s can't be read (%s); reading the indexes of its tars instead", url, error)
     return _SCHEMA.empty_table()

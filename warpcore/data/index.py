@@ -1,8 +1,9 @@
 """The index of a shard: one row per sample, so that planning costs no picture byte.
 
-`NAME.tar.index.parquet` lies beside the tar, or in the cache folder where the tar's place can't be written. Columns:
-key, width and height (px, EXIF rotation applied), problem (why the row can't be drawn, or null), the members with
-offsets and sizes in bytes, and `json.FIELD` for every scalar field of the samples' .json.
+`NAME.tar.index.parquet` lies beside the tar, or in the cache folder where the tar's place can't be written, or in the
+folder or URL that WARPCORE_INDEX_CACHE names. Columns: key, width and height (px, EXIF rotation applied), problem (why
+the row can't be drawn, or null), the members with offsets and sizes in bytes, and `json.FIELD` for every scalar field
+of the samples' .json.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import os
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,10 +26,13 @@ from PIL import ExifTags, Image
 from warpcore.data.filters import FIELD_PREFIX
 from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, picture_member
 from warpcore.data.shards import Shard
-from warpcore.data.storage import ChangedShardError, patiently, storage_for
+from warpcore.data.storage import ChangedShardError, StorageError, complete_url, patiently, storage_for
 from warpcore.data.tars import BadShardError, TarSample, clean, read_samples
+from warpcore.errors import UserError
 
 INDEX_SUFFIX = ".index.parquet"
+CACHE_VARIABLE = "WARPCORE_INDEX_CACHE"
+"""Environment variable with a folder or URL: indexes are written there instead of beside the tars."""
 INDEX_VERSION = 2
 ROW_GROUP_ROWS = 16_384
 MAX_FIELDS = 256
@@ -61,12 +66,16 @@ def index_shard(shard: Shard) -> Summary:
 
     Raises:
         BadShardError: the tar is not whole, or holds no picture.
+        ChangedShardError: it changed meanwhile.
         OSError: it can't be read, or the index can't be written for another reason than a read-only place.
     """
-    with storage_for(shard.url).open(shard.url) as file:
-        samples = read_samples(file, shard.url, shard.size_bytes)
-        _check_pictures(samples, shard.url)
-        rows, nested = _make_table(samples, file, shard.url)
+    storage = storage_for(shard.url)
+    with storage.open(shard.url) as file:
+        samples = read_samples(file, shard.url, shard.size_bytes, partial(_look, file))
+    _check_pictures(samples, shard.url)
+    rows, nested = _make_table(samples, shard.url)
+    if storage.stat(shard.url) != (shard.size_bytes, shard.etag):
+        raise ChangedShardError(shard.url)
     fields = [name for name in rows.column_names if name.startswith(FIELD_PREFIX)]
     summary = Summary(
         rows=len(rows),
@@ -89,6 +98,8 @@ def read_summary(shard: Shard) -> Summary | None:
             continue
         except _StaleIndexError as reason:
             logger.warning("%s; the tar will be indexed again", reason)
+        except StorageError:
+            raise
         except UNREADABLE as error:
             logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
     return None
@@ -103,6 +114,8 @@ def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, st
                     return _read_slice(file, shard, url, columns, start, stop)
             except (FileNotFoundError, _StaleIndexError):
                 continue
+            except StorageError:
+                raise
             except UNREADABLE as error:
                 logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
         if storage_for(shard.url).stat(shard.url) != (shard.size_bytes, shard.etag):
@@ -111,28 +124,31 @@ def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, st
     raise BadShardError(f"{shard.url}: its index can't be kept at {' or '.join(index_locations(shard.url))}")
 
 
-def index_locations(url: str) -> list[str]:
-    """Where a shard's index may lie, best first."""
-    return [url + INDEX_SUFFIX, cache_location(url, INDEX_SUFFIX)]
+def index_locations(url: str, suffix: str = INDEX_SUFFIX) -> list[str]:
+    """Where a shard's index may lie, best first; or what else belongs to a URL, with another suffix."""
+    places = [url + suffix, cache_location(url, suffix)]
+    return places[::-1] if os.environ.get(CACHE_VARIABLE) else places
 
 
 def cache_location(url: str, suffix: str) -> str:
-    """The path in the cache folder ($XDG_CACHE_HOME/warpcore) for something that can't lie beside `url`."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "warpcore" / "index"
+    """The place in $WARPCORE_INDEX_CACHE, else in $XDG_CACHE_HOME/warpcore, for what does not lie beside `url`."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = complete_url(os.environ.get(CACHE_VARIABLE) or str(Path(folder, "warpcore", "index")))
     name = hashlib.blake2b(url.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    return str(root / f"{name}-{url.rsplit('/', 1)[-1][-100:]}{suffix}")
+    return f"{root.rstrip('/')}/{name}-{url.rsplit('/', 1)[-1][-100:]}{suffix}"
 
 
 def write_beside(url: str, suffix: str, content: bytes) -> str:
     """Write `url + suffix`, or its place in the cache folder where that is read-only. Returns where it lies."""
-    try:
-        storage_for(url).write(url + suffix, content)
-        return url + suffix
-    except PermissionError:
-        location = cache_location(url, suffix)
-        Path(location).parent.mkdir(parents=True, exist_ok=True)
-        storage_for(location).write(location, content)
-        return location
+    location = cache_location(url, suffix)
+    if not os.environ.get(CACHE_VARIABLE):
+        try:
+            storage_for(url).write(url + suffix, content)
+            return url + suffix
+        except PermissionError:
+            pass
+    storage_for(location).write(location, content)
+    return location
 
 
 class _StaleIndexError(Exception):
@@ -185,9 +201,9 @@ def _check_pictures(samples: list[TarSample], url: str) -> None:
 _LINKS = "some members are links, without content: build the tar with tar --dereference --hard-dereference"
 
 
-def _make_table(samples: list[TarSample], file: BinaryIO, url: str) -> tuple[pa.Table, list[str]]:
+def _make_table(samples: list[TarSample], url: str) -> tuple[pa.Table, list[str]]:
     """The rows of the index, and the .json keys that hold lists or mappings."""
-    measured = [_measure(sample, file) for sample in samples]
+    measured = [_size_or_problem(sample) for sample in samples]
     names = pa.array([list(sample.members) for sample in samples], pa.list_(pa.string()))
     columns = {
         "key": pa.array([sample.key for sample in samples], pa.string()),
@@ -199,17 +215,28 @@ def _make_table(samples: list[TarSample], file: BinaryIO, url: str) -> tuple[pa.
     for place, name in enumerate(MEMBER_COLUMNS[1:]):
         values = [[member[place] for member in sample.members.values()] for sample in samples]
         columns[name] = pa.array(values, pa.list_(pa.int64()))
-    fields, nested = _read_fields(samples, file)
+    fields, nested = _gather_fields(samples)
     columns |= {FIELD_PREFIX + name: _typed_column(values, f"{url}: {name!r}") for name, values in fields.items()}
     return pa.table(columns), nested
 
 
-def _measure(sample: TarSample, file: BinaryIO) -> tuple[int, int, str | None]:
+def _size_or_problem(sample: TarSample) -> tuple[int, int, str | None]:
     """(width, height, None) of the sample's picture, or (0, 0, why it can't be used)."""
     extension = picture_member(sample.members)
     if extension is None:
         return 0, 0, "no picture" + (f": {_LINKS}" if set(sample.links) & set(PICTURE_EXTENSIONS) else "")
-    window = _Window(file, *sample.members[extension])
+    return sample.seen[extension]
+
+
+def _look(file: BinaryIO, extension: str, offset: int, size: int) -> Any:
+    """What the index needs of a member: (width, height, problem) of a picture, the content of a .json."""
+    if extension in PICTURE_EXTENSIONS:
+        return _measure(file, extension, offset, size)
+    return _read_json(file, offset, size) if extension == "json" else None
+
+
+def _measure(file: BinaryIO, extension: str, offset: int, size: int) -> tuple[int, int, str | None]:
+    window = _Window(file, offset, size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -248,7 +275,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, offset: int, size: int):
         self._file, self._offset, self._size, self._position = file, offset, size, 0
-        self.fault: OSError | None = None
+        self.fault: OSError | UserError | None = None
         """Why the file could not be read, as decoders may hide it."""
 
     def readable(self) -> bool:
@@ -265,7 +292,7 @@ class _Window(io.RawIOBase):
         size = min(len(buffer), max(0, self._size - self._position))
         try:
             piece = _read_at(self._file, self._offset + self._position, size)
-        except OSError as error:
+        except (OSError, UserError) as error:
             self.fault = error
             raise
         buffer[: len(piece)] = piece
@@ -273,9 +300,9 @@ class _Window(io.RawIOBase):
         return len(piece)
 
 
-def _read_fields(samples: list[TarSample], file: BinaryIO) -> tuple[dict[str, list], list[str]]:
+def _gather_fields(samples: list[TarSample]) -> tuple[dict[str, list], list[str]]:
     """Scalar fields as columns of len(samples) with None where absent, and the keys of lists and mappings."""
-    contents = [_read_json(sample, file) for sample in samples]
+    contents = [sample.seen.get("json", {}) for sample in samples]
     scalars: Counter[str] = Counter()
     nested: Counter[str] = Counter()
     for content in contents:
@@ -291,11 +318,9 @@ def _read_fields(samples: list[TarSample], file: BinaryIO) -> tuple[dict[str, li
     return fields, sorted(clean(name) for name, _ in nested.most_common(MAX_FIELDS))
 
 
-def _read_json(sample: TarSample, file: BinaryIO) -> dict[str, Any]:
+def _read_json(file: BinaryIO, offset: int, size: int) -> dict[str, Any]:
     """A sample's .json; a broken one counts as empty here: it is a bad sample only where its caption is read."""
-    if "json" not in sample.members:
-        return {}
-    text = _read_at(file, *sample.members["json"])
+    text = _read_at(file, offset, size)
     try:
         content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError):

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -20,7 +21,7 @@ from warpcore.data import images
 from warpcore.data.captions import BadCaption, CaptionGetter
 from warpcore.data.images import BadPicture, Crop, Geometry
 from warpcore.data.samples import MicroBatch, Sample, picture_member
-from warpcore.data.storage import read_ranges
+from warpcore.data.storage import in_parallel, read_ranges
 from warpcore.errors import UserError
 
 
@@ -61,7 +62,7 @@ class Batch:
     """Further members that a use case asked for, by name: (B, ...) where they stack, else a list of B. And what
     `Reader.computed` made."""
     milliseconds: dict[str, float] = field(default_factory=dict)
-    """What computing took per sample, by what it was and where; anything that handles the batch may add to it."""
+    """How long what was `timed` took per sample, by what it was and where."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on `device`; to a GPU, the copy of pinned memory does not wait."""
@@ -71,6 +72,18 @@ class Batch:
     def pin_memory(self) -> Self:
         """The same batch with its tensors in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    @contextmanager
+    def timed(self, what: str, where: str, device: torch.device | None = None) -> Iterator[None]:
+        """Put down how long the work inside takes, which waits for a `device` other than the CPU."""
+        waits = device is not None and device.type != "cpu"
+        if waits:
+            torch.accelerator.synchronize(device)
+        began = time.perf_counter()
+        yield
+        if waits:
+            torch.accelerator.synchronize(device)
+        self.milliseconds[f"{what} ({where})"] = (time.perf_counter() - began) * 1000 / len(self.seeds)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor in it."""
@@ -182,10 +195,8 @@ class Reader:
             extra={name: _stacked([item.extra[name] for item in items]) for name in self.extra},
         )
         for name, compute in self.computed.items():
-            began = time.perf_counter()
-            batch.extra[name] = compute(batch)
-            place = "main process" if get_worker_info() is None else "workers"
-            batch.milliseconds[f"{name} ({place})"] = (time.perf_counter() - began) * 1000 / len(samples)
+            with batch.timed(name, "main process" if get_worker_info() is None else "workers"):
+                batch.extra[name] = compute(batch)
         return batch
 
     def _read(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
@@ -196,9 +207,10 @@ class Reader:
             members = {suffix.lower(): span for suffix, span in sample.members.items()}
             for suffix in self._suffixes(members):
                 wanted[sample.shard, sample.version].append((*members[suffix], suffix, contents[place]))
-        for (shard, version), members in wanted.items():
+        for members in wanted.values():
             members.sort(key=lambda member: member[0])  # neighbours together: storages join near ranges, disks too
-            blocks = self.read_ranges(shard, [(offset, size) for offset, size, *_ in members], version)
+        reads = [(shard, [member[:2] for member in members], version) for (shard, version), members in wanted.items()]
+        for members, blocks in zip(wanted.values(), in_parallel(self.read_ranges, reads), strict=True):
             for (*_, suffix, of_sample), block in zip(members, blocks, strict=True):
                 of_sample[suffix] = block
         return contents

@@ -1,7 +1,7 @@
 """`webdataset_path`: from what a user writes to the list of tars it means."""
 
-import errno
 import glob
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from warpcore.data.storage import complete_url, read_ranges, storage_for
+from warpcore.data.storage import complete_url, is_remote, read_ranges, storage_for
 from warpcore.errors import UserError
 
 __all__ = ["Shard", "Source", "read_ranges", "resolve_sources"]
@@ -56,7 +56,7 @@ def resolve_sources(webdataset_path: Any) -> list[Source]:
         MissingShardError: names what is missing, and what lies near it.
         UserError: an entry that is none of the above, no tar in a folder, or a tar that is named twice.
     """
-    sources = [Source(weight, shards) for weight, shards in _entries(webdataset_path, Path.cwd())]
+    sources = [Source(weight, shards) for weight, shards in _entries(webdataset_path, str(Path.cwd()))]
     seen: dict[str, int] = {}
     for number, source in enumerate(sources):
         for shard in source.shards:
@@ -72,9 +72,9 @@ def resolve_sources(webdataset_path: Any) -> list[Source]:
 
 
 def _entries(
-    value: Any, folder: Path, weight: float = 1.0, within: Path | None = None
+    value: Any, folder: str, weight: float = 1.0, within: str | None = None
 ) -> Iterator[tuple[float, list[Shard]]]:
-    """`within`: the .yml that holds the value."""
+    """`folder`: where relative paths start, a path or URL. `within`: the .yml that holds the value."""
     if isinstance(value, list | tuple):
         for entry in value:
             yield from _entries(entry, folder, weight, within)
@@ -87,7 +87,7 @@ def _entries(
     elif str(value).endswith((".yml", ".yaml")):
         if within:
             raise UserError(f"webdataset_path: {within} names another .yml, {value}; write its paths here")
-        yield from _yaml_entries(Path(folder, complete_url(str(value))), weight)
+        yield from _yaml_entries(_literal(str(value), folder), weight)
     else:
         yield weight, _shards(str(value), folder)
 
@@ -99,26 +99,32 @@ def _checked_weight(entry: dict) -> float:
     return float(weight)
 
 
-def _yaml_entries(path: Path, weight: float) -> Iterator[tuple[float, list[Shard]]]:
-    if not path.exists():
-        raise MissingShardError(f"webdataset_path: there is no {path}.{_near(str(path))}")
+def _yaml_entries(url: str, weight: float) -> Iterator[tuple[float, list[Shard]]]:
+    storage = storage_for(url)
+    if not storage.stats([url]):
+        raise MissingShardError(f"webdataset_path: there is no {url}.{_near(url)}")
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with storage.open(url) as file:
+            entries = yaml.safe_load(file.read().decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"webdataset_path: {path} is not valid YAML: {error}") from None
+        raise UserError(f"webdataset_path: {url} is not valid YAML: {error}") from None
     if not isinstance(entries, list | dict | str):
-        raise UserError(f"webdataset_path: {path} should hold a list of paths, found {type(entries).__name__}")
-    yield from _entries(entries, path.parent, weight, within=path)
+        raise UserError(f"webdataset_path: {url} should hold a list of paths, found {type(entries).__name__}")
+    yield from _entries(entries, url.rpartition("/")[0], weight, within=url)
 
 
-def _shards(text: str, folder: Path) -> list[Shard]:
+def _shards(text: str, folder: str) -> list[Shard]:
     if text.startswith("pipe:"):
         raise UserError(f"webdataset_path: {text!r}: commands are never run; write the path or URL of the tars")
+    storage = storage_for(_literal(text, folder))
+    known = storage.stats([_literal(text, folder)])
+    expanded = [text] if known else list(expand_braces(text))
+    if expanded != [text]:
+        known = storage.stats([_literal(path, folder) for path in expanded])
     found: list[Shard] = []
     missing: list[str] = []
-    expanded = [text] if _stat(_literal(text, folder)) else list(expand_braces(text))
     for path in expanded:
-        shards = _found(path, folder)
+        shards = _found(path, folder, known)
         missing += [] if shards else [_literal(path, folder)]
         found += shards
     if missing:
@@ -130,13 +136,14 @@ def _shards(text: str, folder: Path) -> list[Shard]:
     return sorted(found, key=lambda shard: shard.url)
 
 
-def _literal(text: str, folder: Path | str) -> str:
+def _literal(text: str, folder: str) -> str:
     """The complete URL of a path as it is written."""
-    is_url = re.match(r"[A-Za-z][A-Za-z0-9]+:", text)
-    return complete_url(text if is_url or text.startswith("~") else str(Path(folder, text)))
+    if re.match(r"[A-Za-z][A-Za-z0-9]+:", text) or text.startswith("~"):
+        return complete_url(text)
+    return f"{folder}/{text}" if is_remote(folder) else complete_url(os.path.join(folder, text))
 
 
-def _found(text: str, folder: Path) -> list[Shard]:
+def _found(text: str, folder: str, known: dict[str, tuple[int, str]]) -> list[Shard]:
     """What a path means without its braces: a tar or folder of this very name, or else what matches it as a glob."""
     url = _literal(text, folder)
     storage = storage_for(url)
@@ -147,21 +154,11 @@ def _found(text: str, folder: Path) -> list[Shard]:
         if not shards:
             raise UserError(f"webdataset_path: {url} holds no .tar; tools/build_dataset.py makes tars from pictures")
         return shards
-    if status := _stat(url):
-        return [Shard(url, *status)]
+    if url in known:
+        return [Shard(url, *known[url])]
     if _GLOB_CHARACTERS.search(text):
-        return [Shard(*entry) for entry in storage.glob(_literal(text, glob.escape(str(folder))))]
+        return [Shard(*entry) for entry in storage.glob(_literal(text, glob.escape(folder)))]
     return []
-
-
-def _stat(url: str) -> tuple[int, str] | None:
-    """Size and etag, None where there is no such file."""
-    try:
-        return storage_for(url).stat(url)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            return None
-        raise
 
 
 def _near(url: str) -> str:

@@ -9,7 +9,8 @@ import errno
 import glob
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,7 @@ Version = tuple[int, str]
 """Size in bytes and etag of a tar: when its content changes, so does this."""
 READ_ATTEMPTS = 3
 """An I/O fault is tried again this often, with a growing pause, before it stops the run."""
+PARALLEL_CALLS = 32
 
 
 class ChangedShardError(UserError):
@@ -37,6 +39,10 @@ class ChangedShardError(UserError):
         return ChangedShardError, (self.url,)
 
 
+class StorageError(UserError):
+    """The place that holds the data can't be reached, or refuses. It was tried often enough."""
+
+
 class Storage(Protocol):
     """What a place that holds tars can do. A URL here is complete; `etag` changes when the content does."""
 
@@ -51,6 +57,9 @@ class Storage(Protocol):
     def stat(self, url: str) -> tuple[int, str]:
         """Size in bytes and etag. Raises FileNotFoundError."""
 
+    def stats(self, urls: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """The same of many URLs, by URL; those that don't exist are left out."""
+
     def near(self, url: str) -> list[str]:
         """Names beside `url` that resemble it, for error messages."""
 
@@ -58,7 +67,10 @@ class Storage(Protocol):
         """A seekable file, for indexing and for reading indexes. Raises FileNotFoundError."""
 
     def write(self, url: str, content: bytes) -> None:
-        """Replace a small file as a whole: a reader sees the old or the new one. Raises PermissionError."""
+        """Replace a small file as a whole: a reader sees the old or the new one. Raises PermissionError.
+
+        Makes the folder, if need be.
+        """
 
     def read_ranges(self, url: str, ranges: list[tuple[int, int]], version: Version | None = None) -> list[bytes]:
         """The bytes of every (offset, size). Raises OSError, ChangedShardError where the tar is of another version."""
@@ -93,6 +105,16 @@ class LocalStorage:
     def stat(self, url: str) -> tuple[int, str]:
         return _size_and_etag(os.stat(url))
 
+    def stats(self, urls: Sequence[str]) -> dict[str, tuple[int, str]]:
+        found = {}
+        for url in urls:
+            try:
+                found[url] = self.stat(url)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                    raise
+        return found
+
     def near(self, url: str) -> list[str]:
         folder, name = os.path.split(url)
         while folder and not os.path.isdir(folder):  # the folder itself may be what is misspelt
@@ -106,6 +128,7 @@ class LocalStorage:
     def write(self, url: str, content: bytes) -> None:
         aside = os.path.join(os.path.dirname(url), f".{os.path.basename(url)[-100:]}.{os.getpid()}.part")
         try:
+            os.makedirs(os.path.dirname(url), exist_ok=True)
             with open(aside, "wb") as file:
                 file.write(content)
             os.replace(aside, url)
@@ -150,13 +173,18 @@ def _read_exactly(file: int, url: str, offset: int, size: int) -> bytes:
     return b"".join(pieces)
 
 
-_STORAGES: dict[str, type[Storage]] = {"file": LocalStorage}
+def _s3() -> Storage:
+    from warpcore.data.s3 import S3Storage  # boto3 takes a second to import
+
+    return S3Storage()
+
+
+_STORAGES: dict[str, Callable[[], Storage]] = {"file": LocalStorage, "s3": _s3}
 
 
 def complete_url(path: str) -> str:
     """The one spelling of a path or URL: an absolute path for local files, `scheme://...` for others."""
-    scheme = _scheme(path)
-    if scheme != "file":
+    if is_remote(path):
         return path
     if path.startswith("file:"):
         parts = urlsplit(path)
@@ -170,16 +198,18 @@ def storage_for(url: str) -> Storage:
     """The storage that reads this URL. Raises UserError for a scheme that there is none for."""
     scheme = _scheme(url)
     if scheme not in _STORAGES:
-        hint = (
-            " Reading from S3 is not part of this version: copy the tars to a local folder." if scheme == "s3" else ""
-        )
-        raise UserError(f"{url!r}: can't read {scheme}: URLs; use a path or a file: URL.{hint}")
+        raise UserError(f"{url!r}: can't read {scheme}: URLs; use a path, a file: URL or s3://bucket/folder")
     return _STORAGES[scheme]()
+
+
+def is_remote(url: str) -> bool:
+    """Whether a request to the URL's place takes a while, however little is asked for."""
+    return _scheme(url) != "file"
 
 
 def real_url(url: str) -> str:
     """The same for two URLs that lead to one file."""
-    return os.path.realpath(url) if _scheme(url) == "file" else url
+    return url if is_remote(url) else os.path.realpath(url)
 
 
 def read_ranges(url: str, ranges: list[tuple[int, int]], version: Version | None = None) -> list[bytes]:
@@ -190,6 +220,21 @@ def read_ranges(url: str, ranges: list[tuple[int, int]], version: Version | None
         ChangedShardError: the tar is not of this version, or ends before a range does.
     """
     return patiently(lambda: storage_for(url).read_ranges(url, ranges, version))
+
+
+def in_parallel(function: Callable[..., T], arguments: Sequence[tuple]) -> Iterator[T]:
+    """The results of the calls with each of the arguments, in order, several calls at a time.
+
+    For calls that wait for storage: places that take long to answer answer many at once.
+    """
+    if len(arguments) < 2:
+        yield from (function(*one) for one in arguments)
+        return
+    pool = ThreadPoolExecutor(min(len(arguments), PARALLEL_CALLS))
+    try:
+        yield from pool.map(function, *zip(*arguments, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def patiently(read: Callable[[], T]) -> T:

@@ -1,10 +1,10 @@
-"""What a tar holds, from its headers alone: the samples, and where the bytes of their members are."""
+"""What a tar holds: the samples, and where the bytes of their members are. From its headers alone."""
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from warpcore.errors import UserError
 
@@ -26,12 +26,17 @@ class TarSample:
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     links: list[str] = field(default_factory=list)
     """Extensions of members that are hard or symbolic links: their content is not under their name."""
+    seen: dict[str, Any] = field(default_factory=dict)
+    """What `look` made of the members, by extension."""
 
 
-def read_samples(file: BinaryIO, url: str, size_bytes: int) -> list[TarSample]:
+def read_samples(
+    file: BinaryIO, url: str, size_bytes: int, look: Callable[[str, int, int], Any] | None = None
+) -> list[TarSample]:
     """The samples of an open tar, in the order in which their keys first appear.
 
     Members of one key need not be neighbours. An extension that the key already has starts a new sample of that key.
+    `look` is called with extension, offset and size of every member on the way, so that one pass does for all.
 
     Raises:
         BadShardError: not a tar, compressed, sparse, cut short, damaged, or several tars in one file.
@@ -51,6 +56,7 @@ def read_samples(file: BinaryIO, url: str, size_bytes: int) -> list[TarSample]:
             sample.links.append(extension)
         else:
             sample.members[extension] = (offset, size)
+            sample.seen[extension] = look and look(extension, offset, size)
     return samples
 
 

@@ -184,6 +184,21 @@ def test_further_members_come_along_and_pictures_among_them_share_the_crop(tmp_p
     assert "a1.csv" in batch.events[0].source
 
 
+def brightness(batch):
+    return batch.images.float().mean(dim=(1, 2, 3)) + batch.extra["mask"].float().mean() + sum(batch.seeds)
+
+
+def test_workers_compute_of_the_whole_batch_and_say_how_long_it_took(tmp_path):
+    contents = [{**good(n), "mask.png": picture(10 * n)} for n in range(3)]
+    contents[1] = {"jpg": b"junk", "txt": b"x", "mask.png": picture(0)}
+    reader = Reader(extra={"mask": PictureField(("mask.png",))}, computed={"brightness": brightness})
+    batch = pickle.loads(pickle.dumps(reader)).__getitems__(micro_batch(write_shard(tmp_path / "x.tar", contents)))
+    assert torch.equal(batch.extra["brightness"], brightness(batch)), "replacements are in their places already"
+    assert list(batch.milliseconds) == ["brightness (main process)"]
+    assert 0 < batch.milliseconds["brightness (main process)"] < 1000
+    assert len(list(batch.tensors())) == 3
+
+
 def test_a_batch_moves_with_all_its_tensors(tmp_path):
     contents = [{**good(n), "csv": b"1,2"} for n in range(2)]
     batch = Reader(captions=TXT, extra={"numbers": Numbers()}).__getitems__(

@@ -82,7 +82,7 @@ def test_size_and_time_identify_a_shard(folder):
         (5, "found 5"),
         ([], "names no tar"),
         ("pipe:cat data/00000.tar", "commands are never run"),
-        ("s3://bucket/00000.tar", "s3: URLs.*copy the tars"),
+        ("s3:bucket/00000.tar", "looks like s3://bucket/folder"),
         ("https://host/00000.tar", "https: URLs"),
         ("data/{0..99999999}.tar", "stands for 100000000 paths"),
     ],

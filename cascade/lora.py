@@ -1,0 +1,173 @@
+"""LoRA and trained tokens on the networks of the cascade: for training, and from files for drawing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cascade.config import ModelSettings
+from cascade.lora_files import read_lora
+from cascade.lora_formats import Adapter, Lora, LoraFileError, split
+from modules.clip import TextTower
+from modules.lora import LoraSettings, LowRank, adapters, add_adapters, places
+from modules.quantise import quantise
+from modules.stage_c import StageC
+from modules.tokens import Token, TokenRows, attach, find_tokens, is_new
+from warpcore.errors import UserError
+from warpcore.processes import Processes
+
+
+class LoraError(UserError):
+    """Adapters or tokens that cannot be: a filter or an expression that finds nothing, a rank that is too large."""
+
+
+def freeze(network: nn.Module, weights: str | torch.dtype, processes: Processes) -> None:
+    """Freeze a network whose adapters will be trained, in a dtype or, on the device, in four bits (`nf4`)."""
+    network.requires_grad_(False)
+    if weights != "nf4":
+        network.to(getattr(torch, weights) if isinstance(weights, str) else weights)
+        return
+    if processes.count > 1:
+        raise LoraError("frozen_weights: nf4 cannot be sharded; with several processes write bfloat16")
+    try:
+        quantise(network.to(torch.bfloat16), processes.device)
+    except ImportError as error:
+        raise LoraError("frozen_weights: nf4 needs torchao: pip install torchao") from error
+
+
+def adapt(network: nn.Module, filters: Sequence[str], settings: LoraSettings) -> None:
+    """Put adapters at the places of a network that `module_filters` find."""
+    try:
+        add_adapters(network, filters, settings)
+    except ValueError as error:
+        raise LoraError(f"module_filters, rank: {error}") from None
+
+
+def train_tokens(tower: TextTower, entries: Sequence[tuple[str, str | None]]) -> TokenRows:
+    """The rows of the tokens that `train_tokens` names, which the tower reads from now on."""
+    try:
+        rows = TokenRows.of(tower, find_tokens(tower.tokenizer, entries))
+    except ValueError as error:
+        raise LoraError(f"train_tokens: {error}") from None
+    attach(tower, rows)
+    return rows
+
+
+def lora_tensors(network: nn.Module, rows: TokenRows | None) -> dict[str, Tensor]:
+    """What our LoRA file holds of a network being trained; sharded tensors stay sharded."""
+    tensors = {name: tensor for name, tensor in network.state_dict().items() if ".lora." in name}
+    return tensors | ({f"tokens.{name}": tensor for name, tensor in rows.state_dict().items()} if rows else {})
+
+
+def lora_of(network: nn.Module, rows: TokenRows | None = None) -> Lora:
+    """The adapters in a network and the rows of tokens, as a file would hold them."""
+    found = {
+        name: Adapter(a.down.detach(), a.up.detach(), a.settings.alpha,
+                      None if a.magnitude is None else a.magnitude.detach(), a.settings.rank_stabilised)
+        for name, _, a in adapters(network)
+    }  # fmt: skip
+    if rows is None:
+        return Lora(found)
+    return Lora(found, [token.name for token in rows.tokens], rows.initial, rows.delta.detach())
+
+
+@torch.no_grad()
+def load_into(network: nn.Module, rows: TokenRows | None, path: Path, filters: Sequence[str]) -> None:
+    """Start the adapters and tokens of a training from those of a file, which have to be the same ones.
+
+    Raises:
+        LoraFileError: they are others, or of another rank.
+    """
+    lora = read_lora(path, network, filters, rows)
+    there = {name: adapter for name, _, adapter in adapters(network)}
+    tokens = [token.name for token in rows.tokens] if rows else []
+    differing = sorted(there.keys() ^ lora.adapters.keys()) + sorted(set(tokens) ^ set(lora.tokens))
+    if differing:
+        where = "only in the file" if differing[0] in {*lora.adapters, *lora.tokens} else "not in the file"
+        raise LoraFileError(f"{path} does not hold what this run trains: {differing[0]} is {where}")
+    for name, adapter in there.items():
+        try:
+            _fill(adapter, lora.adapters[name])
+        except ValueError as error:
+            raise LoraFileError(f"{path}: {name}: {error}") from None
+    for i, token in enumerate(tokens):
+        place = lora.tokens.index(token)
+        rows.initial[i], rows.delta[i] = lora.token_initial[place], lora.token_delta[place]
+
+
+def _fill(adapter: LowRank, source: Adapter) -> None:
+    """Raises ValueError where a tensor is of another shape."""
+    for part in ("down", "up", "magnitude"):
+        own, other = getattr(adapter, part), getattr(source, part)
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (other, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{part} is {shapes[0] or 'not'} in the file and {shapes[1] or 'not'} in this run")
+        if own is not None:
+            own.copy_(other)
+
+
+@torch.no_grad()
+def merge_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Add the changes of LoRAs to the weights of a network, each times its strength; the network has no adapters."""
+    there = places(network) | places(network, split_qkv=True)
+    sources = [(split(lora.adapters), strength) for lora, strength in loras]
+    for name in dict.fromkeys(name for own, _ in sources for name in own):
+        weight = there[name].weight
+        weight.add_(sum(_change(weight, own[name]) * strength for own, strength in sources if name in own))
+
+
+def _change(weight: Tensor, source: Adapter) -> Tensor:
+    settings = LoraSettings(source.rank, source.alpha, source.rank_stabilised, dora=source.magnitude is not None)
+    adapter = LowRank(weight, settings)
+    _fill(adapter, source)
+    return adapter.change(weight)
+
+
+@torch.no_grad()
+def add_tokens(tower: TextTower, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Let a tower read the tokens of LoRAs, each trained as far as its LoRA's strength.
+
+    Raises:
+        LoraFileError: they are for a tower of another width or vocabulary, or two LoRAs have a token in common.
+    """
+    for lora, strength in loras:
+        if not lora.tokens:
+            continue
+        width = lora.token_initial.shape[1]
+        if width != tower.width:
+            raise LoraFileError(f"tokens {', '.join(lora.tokens)} are {width} wide, this text tower is {tower.width}")
+        rows = TokenRows(_tokens_here(tower, lora.tokens), lora.token_initial)
+        rows.delta.copy_(lora.token_delta * strength)
+        attach(tower, rows.requires_grad_(False).to(tower.model.positional_embedding.device))
+
+
+def _tokens_here(tower: TextTower, names: Sequence[str]) -> list[Token]:
+    vocabulary, tokens, next_id = tower.tokenizer.vocabulary, [], tower.tokenizer.vocab_size
+    for name in names:
+        if is_new(name) == (name.lower() in vocabulary):
+            problem = "is in two of the LoRAs" if is_new(name) else "is not in this text tower's vocabulary"
+            raise LoraFileError(f"the token {name} {problem}")
+        tokens.append(Token(name, next_id if is_new(name) else vocabulary[name], ()))
+        next_id += is_new(name)
+    return tokens
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE[:STRENGTH]` -> the path and the strength, 1 without one."""
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0  # a colon that belongs to the path
+
+
+def open_loras(files: Sequence[str], settings: ModelSettings) -> list[tuple[Lora, float]]:
+    """Read LoRA files, written as FILE[:STRENGTH], for the Stage C that the settings name.
+
+    Raises:
+        LoraFileError: a file is missing or made for another network.
+    """
+    with torch.device("meta"):
+        network = StageC(**settings.version.stage_c)
+    return [(read_lora(path, network), strength) for path, strength in map(parse_lora, files)]

@@ -1,0 +1,36 @@
+"""The demo subject and its scorer."""
+
+import numpy as np
+
+from benchmarks.subject import fidelity, subject_prompts
+from tools.demo_scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SUBJECT, Scene, render
+from tools.make_demo_subject import main
+
+
+def scenes(shape: str) -> tuple[list[np.ndarray], list[tuple[str, str, str]]]:
+    prompts = subject_prompts(shown=True) + subject_prompts(shown=False)
+    pictures = [
+        render(Scene(shape, colour, place, background=BACKGROUNDS[i % 5], seed=i))
+        for i, (_, colour, place) in enumerate(prompts)
+    ]
+    return pictures, prompts
+
+
+def test_the_scorer_knows_the_subject_its_colour_and_its_place():
+    pictures, prompts = scenes(SUBJECT)
+    assert len(prompts) == len(COLOURS) * len(POSITIONS)
+    assert min(fidelity(pictures, prompts).values()) >= 0.97
+    elsewhere = [(text, "red" if colour != "red" else "blue", place) for text, colour, place in prompts]
+    assert fidelity(pictures, elsewhere)["colour"] == 0
+    for shape in SHAPES:
+        assert fidelity(scenes(shape)[0], prompts)["subject"] == 0, shape
+
+
+def test_the_subject_is_a_dozen_pictures_that_are_always_the_same(tmp_path):
+    for name in ("one", "two"):
+        main([str(tmp_path / name)])
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(f"{i:02d}.{extension}" for i in range(12) for extension in ("jpg", "txt"))
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+    captions = {(tmp_path / "one" / name).read_text().strip() for name in files if name.endswith(".txt")}
+    assert captions == {text for text, *_ in subject_prompts(shown=True)}

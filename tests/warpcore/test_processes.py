@@ -1,0 +1,156 @@
+"""Many processes make the updates of one, find each other, stop together, and do not wait for ever."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.chaos import FIRST_UPDATES, Difference, Started, read_metrics, settings_of, train, write_data
+from tests.many_processes import launch_processes
+from warpcore.config import Config, make_config
+from warpcore.core import STOPPED_EARLY
+from warpcore.errors import UserError
+from warpcore.processes import start_processes
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SRUN = {
+    "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "shards", 120)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory) -> dict:
+    settings = settings_of(tmp_path_factory.mktemp("alone"), data, updates=FIRST_UPDATES)
+    train(settings, 1)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (1, {}),
+        (2, {}),
+        (4, {}),
+        (2, {"use_fsdp": True}),
+        (4, {"use_fsdp": True, "fsdp_shards": 2}),
+        (4, {"use_fsdp": True, "fsdp_cpu_offload": True}),
+    ],
+)
+def test_any_number_of_processes_makes_the_same_updates(data, alone, tmp_path, count, changes):
+    """From 4 micro-batches per process and update to 1."""
+    settings = settings_of(tmp_path, data, updates=FIRST_UPDATES, **changes)
+    train(settings, count)
+    found = Difference.between(settings, alone)
+    assert found.wrong_samples == 0
+    assert found.early_loss < (1e-5 if count > 1 else 1e-30)
+    assert found.weights < (1e-5 if count > 1 else 1e-30)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_fsdp": True}])
+def test_runs_on_equally_many_processes_are_equal_bit_for_bit(data, tmp_path, changes):
+    runs = [settings_of(tmp_path / name, data, updates=FIRST_UPDATES, **changes) for name in ("first", "second")]
+    for settings in runs:
+        train(settings, 2)
+    assert Difference.between(*runs) == Difference(0, 0.0, 0.0, 0.0)
+
+
+def test_processes_stop_together_when_one_is_asked_to(data, alone, tmp_path):
+    settings = settings_of(tmp_path, data, updates=100_000)
+    started = Started(settings, 2)
+    wait_for_update(started, settings, 3)
+    started.send(1, signal.SIGTERM)
+    assert started.finish(60) == [STOPPED_EARLY] * 2
+    lines = read_metrics(settings)
+    assert [line["samples_hash"] for line in lines[:FIRST_UPDATES]] == [
+        line["samples_hash"] for line in read_metrics(alone)[: len(lines)]
+    ]
+    assert (tmp_path / "run" / "state" / f"{len(lines):08d}" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_stops_answering_does_not_hold_the_others_for_ever(data, tmp_path, silent):
+    timeout = 5.0
+    settings = settings_of(tmp_path, data, updates=100_000, process_timeout_seconds=timeout, use_fsdp=True)
+    started = Started(settings, 2)
+    wait_for_update(started, settings, 3)
+    started.send(silent, signal.SIGSTOP)
+    other = started.processes[1 - silent]
+    other.join(timeout + 15)
+    code = other.exitcode
+    started.send(silent, signal.SIGKILL)
+    started.finish(10)
+    assert code == 1
+    assert "gave no answer within process_timeout_seconds" in started.log.read_text()
+
+
+def wait_for_update(started: Started, settings: dict, update: int) -> None:
+    for _ in range(6000):
+        lines = read_metrics(settings)
+        if lines and lines[-1]["update"] >= update:
+            return
+        assert started.running, started.log.read_text()
+        started.processes[0].join(0.01)
+    raise AssertionError(f"no update {update} within a minute: {started.log.read_text()}")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "RANK set but not WORLD_SIZE, LOCAL_RANK: launch with torchrun, or unset them"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "not MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "WORLD_SIZE is 'two', not a number"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+            "not SLURM_LOCALID, SLURM_JOB_ID, .*: start .* with srun",
+        ),
+        (SRUN, r"can't ask Slurm for the first node: .*Export its MASTER_ADDR before srun"),
+        (SRUN | {"MASTER_ADDR": "127.0.0.1"}, "fsdp_shards: 3 does not divide the 2 processes; write one of 1, 2"),
+    ],
+)
+def test_launch_variables_that_are_not_whole_are_named(monkeypatch, variables, message):
+    for name in (*LAUNCH_VARIABLES, *SRUN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", "")  # no scontrol
+    with pytest.raises(UserError, match=message):
+        start_processes("cpu", use_fsdp=True, fsdp_shards=3)
+
+
+@pytest.mark.parametrize("name_resolves", [True, False])
+def test_processes_of_srun_meet_at_the_first_node_of_the_list(tmp_path, name_resolves):
+    scontrol = tmp_path / "scontrol"
+    name = "localhost" if name_resolves else "node1.invalid"
+    scontrol.write_text(
+        f"#!/bin/sh\n[ $2 = hostnames ] && [ $3 = 'node[1-2]' ] && printf '{name}\\nnode2\\n'\n"
+        f"[ $2 = node ] && [ $3 = {name} ] && echo 'NodeName={name} NodeAddr=127.0.0.1 NodeHostName=x'\n"
+        "true\n"
+    )
+    scontrol.chmod(0o755)
+    launch_processes(2, _meet_as_srun, str(tmp_path), "localhost" if name_resolves else "127.0.0.1")
+
+
+def _meet_as_srun(scontrol_folder: str, address: str) -> None:
+    rank = os.environ["RANK"]
+    for name in LAUNCH_VARIABLES:
+        del os.environ[name]
+    os.environ |= SRUN | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_JOB_ID": str(os.getppid())}
+    os.environ["PATH"] = f"{scontrol_folder}:{os.environ['PATH']}"
+    processes = start_processes("cpu")
+    assert os.environ["MASTER_ADDR"] == address
+    assert processes.sum(torch.tensor(1.0 + processes.rank)) == 3
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("changes", [{"fsdp_shards": 2}, {"fsdp_cpu_offload": True}])
+def test_settings_of_sharding_without_sharding_are_refused(tmp_path, changes):
+    with pytest.raises(UserError, match="fsdp_shards and fsdp_cpu_offload need use_fsdp: true"):
+        make_config(Config, settings_of(tmp_path, tmp_path, updates=1, **changes))

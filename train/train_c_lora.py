@@ -1,0 +1,107 @@
+"""Teach Stage C a subject or a style with a small LoRA and, if wanted, tokens of its own.
+
+python3 train/train_c_lora.py configs/training/quickstart_lora.yaml
+python3 train/train_c_lora.py configs/training/finetune_c_3b_lora.yaml
+
+Stage C is frozen. The run's folder gets `lora.safetensors`, which holds the adapters and the tokens.
+"""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade import lora
+from cascade.lora_config import LoraConfig, choose_captions, sample_fields
+from cascade.lora_formats import metadata
+from modules.lora import without_adapters
+from modules.tokens import untrained
+from train.train_c import TrainStageC
+from warpcore.core import Losses, Sampled
+from warpcore.data.reader import Batch
+from warpcore.random import SampleRandom
+
+Inputs = tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor]
+
+
+class TrainLora(TrainStageC):
+    Config = LoraConfig
+
+    def __init__(self, config: LoraConfig):
+        super().__init__(config)
+        self.trainable = {"generator": {}}
+        if config.train_tokens:
+            self.trainable["tokens"] = {"lr_scale": config.token_lr_scale}
+
+    @property
+    def needs_captions(self) -> bool:
+        templates = self.config.caption_templates
+        return not templates or self.config.prior_path is not None or any("{caption}" in t for t in templates)
+
+    def build(self) -> dict[str, nn.Module]:
+        config, networks = self.config, super().build()
+        generator, text = networks["generator"], networks["text"]
+        lora.freeze(generator, config.frozen_weights or self.dtype, self.processes)
+        lora.adapt(generator, config.module_filters, config.lora_settings)
+        if config.train_tokens:
+            networks["tokens"] = lora.train_tokens(text, config.train_tokens)
+            text.model.set_grad_checkpointing(config.activation_checkpointing > 0)
+        if config.lora_checkpoint_path:
+            lora.load_into(generator, networks.get("tokens"), config.lora_checkpoint_path, config.module_filters)
+        return networks
+
+    def extra_fields(self) -> dict:
+        return sample_fields(self.config)
+
+    def prior(self, batch: Batch) -> list[bool]:
+        """Which samples come from `prior_path`."""
+        return batch.extra.get("prior", [False] * len(batch.keys))
+
+    def captioned(self, batch: Batch, random: SampleRandom) -> Batch:
+        """The batch with captions out of the templates."""
+        templates = self.config.caption_templates
+        return replace(batch, captions=choose_captions(batch.captions, self.prior(batch), templates, random))
+
+    def encode(self, batch: Batch, random: SampleRandom) -> Inputs:
+        tokens = self.networks.get("tokens")
+        # Gradients reach the tokens through the text tower; nothing else in here has any.
+        with torch.set_grad_enabled(tokens is not None and tokens.training):
+            latents, conditions = super().encode(self.captioned(batch, random), random)
+        weights = [self.config.prior_weight if is_prior else 1.0 for is_prior in self.prior(batch)]
+        return latents, conditions, batch.extra.get("mask"), torch.tensor(weights, device=self.device)
+
+    def loss(self, inputs: Inputs, random: SampleRandom) -> Losses:
+        latents, conditions, mask, weight = inputs
+        if mask is not None:
+            mask = F.interpolate(mask.float() / 255, latents.shape[2:], mode="area")
+        losses = self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions), mask=mask)
+        return replace(losses, loss=losses.loss * weight)
+
+    def sample(self, held_out: Batch | None) -> list[Sampled]:
+        return super().sample(held_out and self.captioned(held_out, SampleRandom(held_out.seeds)))
+
+    def draw(self, prompts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Drawings without and with the LoRA, from the same noise."""
+        with ExitStack() as off:
+            off.enter_context(without_adapters(self.networks["generator"]))
+            if "tokens" in self.networks:
+                off.enter_context(untrained(self.networks["tokens"]))
+            base = super().draw(prompts, size)["sample"]
+        return {"base": base, "LoRA": super().draw(prompts, size)["sample"]}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        return {"lora": lora.lora_tensors(self.networks["generator"], self.networks.get("tokens"))}
+
+    def file_metadata(self) -> dict[str, str]:
+        config, networks = self.config, self.networks
+        about = metadata(lora.lora_of(networks["generator"], networks.get("tokens")))
+        about |= {"model_version": config.model_version, "module_filters": str(config.module_filters)}
+        return super().file_metadata() | about
+
+
+if __name__ == "__main__":
+    TrainLora.main()
