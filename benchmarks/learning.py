@@ -151,10 +151,12 @@ def sentences(number: int, pairs: Sequence[tuple[str, str]], seed: int) -> list[
 
 
 class Drawing:
-    """A whole mini cascade, by the paths of the ways through it. Pictures are uint8 (H, W, 3)."""
+    """The ways through a mini cascade; without weights of Stage B, only those that need none. Pictures are uint8
+    (H, W, 3)."""
 
     def __init__(self, settings: DrawingSettings, **sampling):
         self.cascade, self.sampling = Cascade(settings), sampling
+        self.has_stage_b = settings.stage_b.generator_checkpoint_path is not None
 
     def draw(
         self, prompts: Sequence[str], seed: int, size: tuple[int, int] = (128, 128)
@@ -165,10 +167,12 @@ class Drawing:
         given = {name: value[:-1] for name, value in conditions.items()}
         nothing = {name: value[-1:] for name, value in conditions.items()}
         latents = self.cascade.draw_c(given, nothing, size, seeds, **self.sampling)
-        pooled = given["clip_text_pooled"], nothing["clip_text_pooled"]
-        stage_a = self.cascade.draw_b(latents, *pooled, [size] * len(seeds), seeds)
-        drawn = self.cascade.decode(stage_a, [size] * len(seeds))
-        return {"drawn": _uint8(drawn), "previewed": _uint8(self.cascade.preview(latents))}
+        pictures = {"previewed": _uint8(self.cascade.preview(latents))}
+        if self.has_stage_b:
+            pooled = given["clip_text_pooled"], nothing["clip_text_pooled"]
+            stage_a = self.cascade.draw_b(latents, *pooled, [size] * len(seeds), seeds)
+            pictures["drawn"] = _uint8(self.cascade.decode(stage_a, [size] * len(seeds)))
+        return pictures
 
     def rebuild(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
         """What each way makes of given pictures."""
@@ -176,13 +180,15 @@ class Drawing:
         sizes, seeds = [tuple(picture.shape[1:]) for picture in given], list(range(len(given)))
         compression = self.cascade.settings.version.compression
         latents = self.cascade.encode(given, [latent_size(*size, compression) for size in sizes])
-        pooled = self.cascade.read([*texts, ""])["clip_text_pooled"]
-        stage_a = self.cascade.draw_b(latents, pooled[:-1], pooled[-1:], sizes, seeds)
-        return {
+        ways = {
             "Stage A": _uint8(self.cascade.rebuild(given)),
-            "encoder, B, A": _uint8(self.cascade.decode(stage_a, sizes)),
             "encoder, previewer": _uint8(self.cascade.preview(latents)),
         }
+        if self.has_stage_b:
+            pooled = self.cascade.read([*texts, ""])["clip_text_pooled"]
+            stage_a = self.cascade.draw_b(latents, pooled[:-1], pooled[-1:], sizes, seeds)
+            ways["encoder, B, A"] = _uint8(self.cascade.decode(stage_a, sizes))
+        return ways
 
 
 def _uint8(pictures: Sequence[torch.Tensor]) -> list[np.ndarray]:
@@ -236,21 +242,19 @@ def main() -> None:
         print(f"{way:26}{psnr:10.2f}{ssim:10.4f}")
 
     drawn, drawn_unseen = drawing.draw(texts, options.seed), drawing.draw(others, options.seed + len(texts))
-    kinds = {
-        "drawn, pairs seen": (drawn["drawn"], texts),
-        "drawn, pairs never seen": (drawn_unseen["drawn"], others),
-        "previewed, pairs seen": (drawn["previewed"], texts),
-        "rebuilt by the cascade": (rebuilt["encoder, B, A"], texts),
-        "true pictures": (true, texts),
-    }
+    final = "drawn" if drawing.has_stage_b else "previewed"
+    kinds = {f"{way}, pairs seen": (pictures, texts) for way, pictures in drawn.items()}
+    kinds[f"{final}, pairs never seen"] = (drawn_unseen[final], others)
+    kinds |= {f"rebuilt: {way}": (pictures, texts) for way, pictures in rebuilt.items()}
+    kinds["true pictures"] = (true, texts)
     shares = {kind: accuracy(pictures, words) for kind, (pictures, words) in kinds.items()}
-    print(f"\n{'%':26}" + "".join(f"{name:>10}" for name in (*ATTRIBUTES, "all")))
+    print(f"\n{'%':32}" + "".join(f"{name:>10}" for name in (*ATTRIBUTES, "all")))
     for kind, row in shares.items():
-        print(f"{kind:26}" + "".join(f"{100 * value:10.1f}" for value in row.values()))
+        print(f"{kind:32}" + "".join(f"{100 * value:10.1f}" for value in row.values()))
     if options.grid is not None:
-        save_png(options.grid, grid(drawn["drawn"][:36], 6, texts[:36]))
+        save_png(options.grid, grid(drawn[final][:36], 6, texts[:36]))
 
-    missed = [name for name, least in TARGETS.items() if shares["drawn, pairs seen"][name] < least]
+    missed = [name for name, least in TARGETS.items() if shares[f"{final}, pairs seen"][name] < least]
     missed += ["Stage A"] if quality["Stage A"][0] < LEAST_PSNR else []
     goal = ", ".join(f"{name} {100 * least:.0f}" for name, least in TARGETS.items())
     print(f"\ntargets ({goal} for pairs seen; Stage A {LEAST_PSNR:.0f} dB): "
