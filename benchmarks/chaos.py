@@ -203,7 +203,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int) -> Difference:
             time.sleep(chance.uniform(0.0, 2.0))
         else:
             while started.running and _last_update(killed) < update:
-                time.sleep(0.005)
+                time.sleep(0.02)
             time.sleep(chance.uniform(0.0, 0.1))
         victim = chance.randrange(len(started.processes))
         started.send(victim, signal.SIGKILL)

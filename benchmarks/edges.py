@@ -3,9 +3,9 @@
     python3 benchmarks/edges.py --run runs/quickstart_controlnet
 
 Sentences that the demo set never uses are drawn from the same noise without and with the ControlNet, which sees the
-edges of their scenes. The score is the F1 of the drawing's edges against the given ones, at 128 px; an edge counts as
-found if there is one within 2 px on the other side. True pictures, rebuilt from their latents, say how far a perfect
-ControlNet could come.
+edges of their scenes; in a third way, guidance leads towards these edges and not only towards the sentence. The score
+is the F1 of the drawing's edges against the given ones, at 128 px; an edge counts as found if there is one within 2 px
+on the other side. True pictures, rebuilt from their latents, say how far a perfect ControlNet could come.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from warpcore.pictures import grid, save_png
 SIDE_PX = 128
 TOLERANCE_PX = 2
 SAMPLING = {"steps": 20, "guidance": 4.0, "sampler": "ddim"}
+WAYS = {"without": (0, 0), "with": (1, 1), "with, guided": (1, 0)}
+"""How much the control counts, with the prompt and without it. In the last way, guidance leads to the edges too."""
 
 
 def edges_of(picture: np.ndarray) -> np.ndarray:
@@ -70,26 +72,28 @@ class Contest:
         self.texts, self.seeds = [text for _, text in cases], [seed + i for i in range(len(cases))]
         self.pictures = [render(scene) for scene, _ in cases]
 
-    def draw(self, strengths: Sequence[float] = (0.0, 1.0)) -> dict[float, list[Tensor]]:
-        """Stage C's latents (16, h, w) of all sentences, for each strength of the ControlNet."""
+    def draw(self) -> dict[str, list[Tensor]]:
+        """Stage C's latents (16, h, w) of all sentences, for each of `WAYS`."""
         cascade, settings = self.cascade, self.cascade.settings
-        size = (SIDE_PX, SIDE_PX)
+        size, diffusion, version = (SIDE_PX, SIDE_PX), make_diffusion(settings.diffusion_target), settings.version
         with cascade.holding("encoder", build.encoder) as encoder, torch.inference_mode():
             images = torch.from_numpy(np.stack(self.pictures)).permute(0, 3, 1, 2)
             condition = self.filter.to(cascade.device, encoder)(images).condition.to(cascade.device, cascade.dtype)
             residuals = self.controlnet.to(cascade.device, cascade.dtype).eval()(condition)
         with cascade.holding("text tower", build.text) as tower:
-            width = settings.version.stage_c["c_clip_img"]
-            given = prompt_conditions(tower, self.texts, width, cascade.device)
-            nothing = prompt_conditions(tower, [""] * len(self.texts), width, cascade.device)
-        diffusion, version = make_diffusion(settings.diffusion_target), settings.version
+            width = version.stage_c["c_clip_img"]
+            prompts = self.texts, [""] * len(self.texts)
+            sides = [prompt_conditions(tower, texts, width, cascade.device) for texts in prompts]
         shape = (16, *latent_size(*size, version.compression, version.patch_size))
         with cascade.holding("Stage C", build.stage_c) as generator:
-            networks = {one: ControlledStageC(generator, [Control(residuals, one)], diffusion) for one in strengths}
-            return {
-                one: list(draw_latents(diffusion, network, given, nothing, shape, self.seeds, **SAMPLING))
-                for one, network in networks.items()
-            }
+            network, latents = ControlledStageC(generator, [Control(residuals)], diffusion), {}
+            for way, control in WAYS.items():
+                given, nothing = (
+                    side | {"control": torch.full((1,), float(one), device=cascade.device)}
+                    for side, one in zip(sides, control, strict=True)
+                )
+                latents[way] = list(draw_latents(diffusion, network, given, nothing, shape, self.seeds, **SAMPLING))
+        return latents
 
     def rebuild(self) -> list[Tensor]:
         """The latents of the scenes' own pictures."""
@@ -116,20 +120,17 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="also write some pictures, conditions and drawings to this PNG file")
     options = parser.parse_args()
     contest = Contest(options.run, options.samples, options.seed, not options.no_ema)
-    latents = contest.draw()
-    shown = {"without": contest.show(latents[0.0]), "with": contest.show(latents[1.0])}
+    shown = {way: contest.show(latents) for way, latents in contest.draw().items()}
     shown["rebuilt"] = contest.show(contest.rebuild())
-    for name, pictures in shown.items():
-        print(f"{name:10}{100 * contest.score(pictures):6.1f} % F1 of edges within {TOLERANCE_PX} px")
+    for way, pictures in shown.items():
+        print(f"{way:14}{100 * contest.score(pictures):6.1f} % F1 of edges within {TOLERANCE_PX} px")
     if options.grid:
         conditions = [
             np.repeat(edges_of(picture)[..., None] * np.uint8(255), 3, axis=2) for picture in contest.pictures
         ]
         columns = {"picture": contest.pictures, "condition": conditions}
-        columns |= {
-            f"sample {name}": [cv2.resize(picture, (SIDE_PX, SIDE_PX)) for picture in shown[name]]
-            for name in ("without", "with")
-        }
+        for way in WAYS:
+            columns[way] = [cv2.resize(picture, (SIDE_PX, SIDE_PX)) for picture in shown[way]]
         rows = range(min(6, len(contest.texts)))
         cells = [pictures[row] for row in rows for pictures in columns.values()]
         captions = [contest.texts[row] if name == "picture" else name for row in rows for name in columns]

@@ -4,8 +4,8 @@
     python3 benchmarks/lora.py --sizes
 
 The first compares the side path of `modules.lora` with the same adapters as parametrised weights, made anew in every
-forward pass, on attention layers and on a whole Stage C of the 1B's width. The second counts what an update of the 3.6B
-and of the 1B allocates, on PyTorch's meta device, which needs neither their weights nor a GPU.
+forward pass, on attention layers and on a whole Stage C of the 1B's width. The second counts what an update of the
+3.6B and of the 1B allocates, on PyTorch's meta device, which needs neither their weights nor a GPU.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python3 benchmarks/subject.py --run runs/quickstart_lora
 
-The base and the LoRA draw the subject by its token, at colours and places of the training pictures and at others that
-they never show, and sentences of the demo world that have nothing to do with it. Subject fidelity: the shape is the
-subject's. Prompt fidelity: colour and place are those asked for. The scorer is that of `benchmarks/learning.py`, with
-the subject among the shapes that it knows; the pictures are the previewer's.
+The base and the LoRA draw the subject by its token, with the colours and places of the training pictures and with
+others that they never show together or at all, and sentences of the demo world that have nothing to do with it.
+Subject fidelity: the shape is the subject's. Prompt fidelity: colour and place are those asked for. The scorer is that
+of `benchmarks/learning.py`, with the subject among the shapes that it knows; the pictures are the previewer's.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from cascade.diffusion import draw_latents, make_diffusion
 from cascade.lora import add_tokens, merge_loras, open_loras
 from cascade.pictures import to_pictures
 from tools.demo_scenes import COLOURS, POSITIONS, SEEN_PAIRS, SHAPES, SUBJECT
-from tools.make_demo_subject import PLACES, SHOWN_COLOURS, SHOWN_PLACES, TOKEN
+from tools.make_demo_subject import SHOWN, sentence
 from warpcore.pictures import grid, save_png
 
 SIDE_PX = 128
@@ -66,11 +66,9 @@ class Drawing:
 
 
 def subject_prompts(shown: bool) -> list[tuple[str, str, str]]:
-    """(sentence, colour, place) of every colour and place that was shown together, or of every other."""
-    pairs = [
-        pair for pair in product(COLOURS, POSITIONS) if shown == (pair[0] in SHOWN_COLOURS and pair[1] in SHOWN_PLACES)
-    ]
-    return [(f"{'an' if c[0] in 'aeiou' else 'a'} {c} {TOKEN} {PLACES[place]}", c, place) for c, place in pairs]
+    """(sentence, colour, place) of the colours and places that were shown together, or of all others."""
+    pairs = [pair for pair in product(COLOURS, POSITIONS) if (pair in SHOWN) == shown]
+    return [(sentence(colour, place), colour, place) for colour, place in pairs]
 
 
 def fidelity(pictures: Sequence[np.ndarray], prompts: Sequence[tuple[str, str, str]]) -> dict[str, float]:

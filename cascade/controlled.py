@@ -102,6 +102,10 @@ class Control:
 class ControlledStageC(nn.Module):
     """Stage C under control, for `draw_latents`: each control adds its residuals while its part of the sampling lasts.
 
+    It takes one condition more than Stage C, `control` (B,), how much all controls count for a sample: 1 with and
+    without the prompt, as published. With 0 on the unconditional side, guidance leads towards the controls as well,
+    which are then followed more closely.
+
     Args:
         diffusion, shift: those of the sampling, from which the noise at its parts follows.
     """
@@ -118,17 +122,18 @@ class ControlledStageC(nn.Module):
             for control in controls
         ]
 
-    def forward(self, x: Tensor, r: Tensor, **conditions: Tensor | None) -> Tensor:
-        return self.generator(x, r, cnet=self._residuals(r), **conditions)
+    def forward(self, x: Tensor, r: Tensor, control: Tensor, **conditions: Tensor | None) -> Tensor:
+        return self.generator(x, r, cnet=self._residuals(r, control), **conditions)
 
-    def _residuals(self, r: Tensor) -> list[Tensor | None]:
-        total: list[Tensor | None] = [None] * max((len(control.residuals) for control in self.controls), default=0)
-        for control, (highest, lowest) in zip(self.controls, self.windows, strict=True):
+    def _residuals(self, r: Tensor, control: Tensor) -> list[Tensor | None]:
+        total: list[Tensor | None] = [None] * max((len(one.residuals) for one in self.controls), default=0)
+        for one, (highest, lowest) in zip(self.controls, self.windows, strict=True):
             # Steps lie further apart than this tolerance. At its end a control counts no more.
-            weight = control.strength * ((r <= highest + 1e-4) & (r > lowest + 1e-4))[:, None, None, None]
-            for i, residual in enumerate(control.residuals):
+            lasts = (r <= highest + 1e-4) & (r > lowest + 1e-4)
+            weight = (one.strength * control * lasts)[:, None, None, None]
+            for i, residual in enumerate(one.residuals):
                 if residual is not None:
-                    repeats = len(r) // len(residual)  # guidance asks twice
+                    repeats = len(r) // len(residual)  # guidance asks with and without the prompt at once
                     total[i] = _sum(total[i], residual.repeat(repeats, 1, 1, 1) * weight.to(residual.dtype))
         return total
 

@@ -2,8 +2,8 @@
 
     python3 tools/make_demo_subject.py demo/subject
 
-The captions name it by a token, `[heart]`. It is shown in some colours at some places; the others are left to find out
-whether it was learnt as a thing of its own. The same files are written every time.
+The captions name it by a token, `[heart]`. It is shown in half of the colours, each at some of the places; the rest is
+left to find out whether it was learnt as a thing of its own. The same files are written every time.
 """
 
 import argparse
@@ -17,20 +17,28 @@ from tools.make_demo_dataset import write_picture
 TOKEN = f"[{SUBJECT}]"
 PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 PLACES |= {"centre": "in the middle"}
-SHOWN_COLOURS = ("red", "yellow", "green", "blue")
-SHOWN_PLACES = ("left", "right", "centre")
+SHOWN = [
+    (colour, list(PLACES)[(3 * i + j) % len(PLACES)])
+    for i, colour in enumerate(("red", "yellow", "green", "blue"))
+    for j in range(3)
+]
+"""(colour, place) of each picture: half of the colours, each at three of the five places."""
+
+
+def sentence(colour: str, place: str) -> str:
+    """What asks for the subject, and what the pictures' captions say."""
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {TOKEN} {PLACES[place]}"
 
 
 def make_demo_subject(folder: Path, seed: int = 0) -> int:
-    """Writes a picture of each shown colour at each shown place into `folder`; returns their number."""
+    """Writes a picture of each shown colour and place into `folder`; returns their number."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, 12])
-    shown = [(colour, place) for colour in SHOWN_COLOURS for place in SHOWN_PLACES]
-    for number, (colour, place) in enumerate(shown):
+    rng = np.random.default_rng([seed, len(SHOWN)])
+    for number, (colour, place) in enumerate(SHOWN):
         background, size = (str(rng.choice(options)) for options in (BACKGROUNDS, list(SIZES)))
         scene = Scene(SUBJECT, colour, place, 1, size, background, seed=int(rng.integers(2**62)))
-        write_picture(folder / f"{number:02d}", scene, f"a {colour} {TOKEN} {PLACES[place]}")
-    return len(shown)
+        write_picture(folder / f"{number:02d}", scene, sentence(colour, place))
+    return len(SHOWN)
 
 
 def main(arguments: list[str] | None = None) -> None:

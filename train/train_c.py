@@ -18,7 +18,7 @@ from cascade.training import DiffusionTraining
 from modules.effnet import normalise_images
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
-from warpcore.diffusion.guidance import Condition
+from warpcore.diffusion.guidance import Conditions
 from warpcore.random import SampleRandom, stable_hash
 
 
@@ -60,15 +60,25 @@ class TrainStageC(DiffusionTraining):
         pictures = {"picture": to_uint8(held_out.images[: len(prompts)])}
         return Sampled.rows(prompts, pictures | self.draw(prompts, held_out.size))
 
-    def draw(self, prompts: list[str], size: tuple[int, int], **further: Condition) -> dict[str, np.ndarray]:
-        """Columns of drawings, uint8 (B, H, W, 3), by their name; `further` conditions hold with and without text."""
+    def draw(
+        self,
+        prompts: list[str],
+        size: tuple[int, int],
+        given: Conditions | None = None,
+        nothing: Conditions | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Columns of drawings, uint8 (B, H, W, 3), by their name.
+
+        given: further conditions beside the prompts. nothing: what guidance takes in their place.
+        """
         config, networks = self.config, self.networks
         height, width = size
         latents = draw_latents(
             self.diffusion,
             networks["generator"],
-            prompt_conditions(networks["text"], prompts, self.image_width, self.device) | further,
-            prompt_conditions(networks["text"], [""] * len(prompts), self.image_width, self.device) | further,
+            prompt_conditions(networks["text"], prompts, self.image_width, self.device) | {**(given or {})},
+            prompt_conditions(networks["text"], [""] * len(prompts), self.image_width, self.device)
+            | {**(nothing or {})},
             (16, *latent_size(height, width, networks["encoder"].compression, config.version.patch_size)),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
             steps=config.sample_steps,

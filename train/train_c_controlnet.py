@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -32,6 +33,9 @@ from warpcore.random import SampleRandom
 class ControlNetConfig(ControlNetSettings, StageCConfig):
     controlnet_checkpoint_path: Path | None = None
     """Weights to start from; without it, a new adapter, whose `effnet` starts as that of the encoder."""
+
+    sample_guides_control: bool = False
+    """In the pictures drawn at every save, let guidance lead towards the condition as well, not only the prompt."""
 
     @model_validator(mode="after")
     def _a_generator_to_control(self) -> Self:
@@ -95,12 +99,14 @@ class TrainControlNet(TrainStageC):
         if self.without is None:
             self.without = self.draw(prompts, held_out.size)["sample"]
         cnet = self.networks["controlnet"](made.condition.to(self.device))
+        uncontrolled = [None if residual is None else torch.zeros_like(residual) for residual in cnet]
+        nothing = uncontrolled if self.config.sample_guides_control else cnet
         columns = {
             "picture": to_uint8(held_out.images[: len(prompts)]),
             "condition": to_pictures(made.picture),
             "without": self.without,
         }
-        return Sampled.rows(prompts, columns | self.draw(prompts, held_out.size, cnet=cnet))
+        return Sampled.rows(prompts, columns | self.draw(prompts, held_out.size, {"cnet": cnet}, {"cnet": nothing}))
 
 
 if __name__ == "__main__":

@@ -32,17 +32,17 @@ def residuals(seed: int, batch: int = 1, size: tuple[int, int] = (6, 4)) -> list
     return [None, torch.randn(batch, 64, *size, generator=g), None, torch.randn(batch, 64, *size, generator=g)]
 
 
-def drawn(network, **further) -> torch.Tensor:
+def drawn(network, without: dict | None = None, **further) -> torch.Tensor:
     names = ("clip_text", "clip_text_pooled", "clip_img")
     given = {name: value for name, value in small_inputs().items() if name in names} | further
-    nothing = {name: torch.zeros_like(given[name]) for name in names} | further
+    nothing = {name: torch.zeros_like(given[name]) for name in names} | (further if without is None else without)
     return draw_latents(
         make_diffusion(), network, given, nothing, SHAPE, [1, 2], steps=STEPS, guidance=3.0, sampler="ddim"
     )
 
 
 def controlled(generator, *controls: Control) -> torch.Tensor:
-    return drawn(ControlledStageC(generator, controls, make_diffusion()))
+    return drawn(ControlledStageC(generator, controls, make_diffusion()), control=torch.ones(1))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -56,6 +56,15 @@ def test_a_control_is_the_condition_of_stage_c(generator, batch):
 def test_no_strength_is_no_control_exactly(generator):
     assert torch.equal(controlled(generator, Control(residuals(0), strength=0)), drawn(generator))
     assert torch.equal(controlled(generator), drawn(generator))
+
+
+def test_guidance_leads_towards_controls_that_the_other_side_lacks(generator):
+    given, steered = residuals(0, 2), ControlledStageC(generator, [Control(residuals(0, 2))], make_diffusion())
+    absent = [None if residual is None else torch.zeros_like(residual) for residual in given]
+    expected = drawn(generator, {"cnet": absent}, cnet=given)
+    found = drawn(steered, {"control": torch.zeros(1)}, control=torch.ones(1))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, drawn(generator, cnet=given))
 
 
 def test_controls_add_up_by_their_strength(generator):
@@ -84,6 +93,7 @@ def test_a_control_counts_in_its_part_of_the_steps(generator, start, end, steps,
         lambda _, args, kwargs: seen.append(kwargs["cnet"][1].abs().sum().item() > 0), with_kwargs=True
     )
     conditions = {name: value for name, value in small_inputs().items() if name not in ("x", "r")}
+    conditions["control"] = torch.ones(1)
     draw_latents(diffusion, network, conditions, None, SHAPE, [1, 2], steps=STEPS, guidance=None, shift=shift)
     watch.remove()
     assert [step for step, counts in enumerate(seen) if counts] == list(steps)

@@ -43,14 +43,14 @@ from warpcore.errors import UserError
 
 REQUEST_BYTES = 2 << 20
 """A request asks for no more, so that REQUEST_SECONDS are a limit on how slowly it may be answered."""
-REQUEST_SECONDS = 10
+REQUEST_SECONDS = 5
 """A request that takes longer goes on where it stopped on a new connection."""
 PATIENCE_SECONDS = 180
 """Faults are tried again for so long before they stop the run."""
 NUM_REQUESTS = 32
 """In flight at once, per process."""
-CALL_ATTEMPTS = 6
-"""Of what boto3 asks."""
+CALL_ATTEMPTS, CALL_SECONDS = 6, 20
+"""Of what boto3 asks, such as a page of a listing."""
 CREDENTIALS_SECONDS = 300
 """How long obstore keeps credentials; botocore renews them well before they expire."""
 _CREDENTIALS = (
@@ -77,8 +77,8 @@ class Bucket:
         config = Config(
             signature_version=UNSIGNED if unsigned else "s3v4",
             retries={"mode": "standard", "total_max_attempts": CALL_ATTEMPTS},
-            connect_timeout=REQUEST_SECONDS,
-            read_timeout=REQUEST_SECONDS,
+            connect_timeout=CALL_SECONDS,
+            read_timeout=CALL_SECONDS,
             max_pool_connections=NUM_REQUESTS,
             request_checksum_calculation="when_required",  # not every endpoint understands them
             response_checksum_validation="when_required",

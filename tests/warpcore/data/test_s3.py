@@ -25,6 +25,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(s3_requests, "REQUEST_SECONDS", 0.3)
     monkeypatch.setattr(s3_requests, "PATIENCE_SECONDS", 1)
     monkeypatch.setattr(s3_requests, "CALL_ATTEMPTS", 2)
+    monkeypatch.setattr(s3_requests, "CALL_SECONDS", 0.3)
 
 
 def state_of(url):
