@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,8 @@ def draw_latents(
     With `start`, clean latents (B, *shape), drawing begins at them with noise of `noise_level` (1 is hardly anything
     but noise), and makes that share of the steps.
     """
-    device = next(iter(conditions.values())).device  # weights may be offloaded to another
+    given = (value for value in conditions.values() if isinstance(value, Tensor))
+    device = next(chain(given, network.parameters())).device  # weights may be offloaded to another
     random = SampleRandom(seeds, device)
     x = random.normal("initial noise", *shape)
     if start is not None:

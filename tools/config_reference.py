@@ -12,6 +12,8 @@ from warpcore.config import Config, Settings, describe
 
 START, END = "<!-- config reference: made by tools/config_reference.py -->", "<!-- end of config reference -->"
 SCRIPTS = {
+    "train/train_c_lora.py": "LoraConfig",
+    "train/train_c_controlnet.py": "ControlNetConfig",
     "train/train_b.py": "StageBConfig",
     "train/train_a.py": "StageAConfig",
     "train/train_encoder.py": "EncoderConfig",
@@ -47,10 +49,9 @@ def _table(kind: type[Settings], *without: type[Settings]) -> str:
     for name, kind, default, text in rows:
         default = default.removeprefix(", ").removeprefix("default ")
         cells = (f"`{name}`", kind, f"`{default}`" if default != "required" else default, text)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are not an installed package
     main()

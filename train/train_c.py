@@ -18,7 +18,7 @@ from cascade.training import DiffusionTraining
 from modules.effnet import normalise_images
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
-from warpcore.diffusion.guidance import Conditions
+from warpcore.diffusion.guidance import Condition
 from warpcore.random import SampleRandom, stable_hash
 
 
@@ -61,24 +61,23 @@ class TrainStageC(DiffusionTraining):
         return Sampled.rows(prompts, pictures | self.draw(prompts, held_out.size))
 
     def draw(
-        self,
-        prompts: list[str],
-        size: tuple[int, int],
-        given: Conditions | None = None,
-        nothing: Conditions | None = None,
+        self, prompts: list[str], size: tuple[int, int], **further: tuple[Condition, Condition]
     ) -> dict[str, np.ndarray]:
         """Columns of drawings, uint8 (B, H, W, 3), by their name.
 
-        given: further conditions beside the prompts. nothing: what guidance takes in their place.
+        further: more conditions by name, each as guidance pairs it: beside the prompts, and without them.
         """
         config, networks = self.config, self.networks
         height, width = size
+        sides = [
+            prompt_conditions(networks["text"], texts, self.image_width, self.device)
+            | {name: pair[side] for name, pair in further.items()}
+            for side, texts in enumerate((prompts, [""] * len(prompts)))
+        ]
         latents = draw_latents(
             self.diffusion,
             networks["generator"],
-            prompt_conditions(networks["text"], prompts, self.image_width, self.device) | {**(given or {})},
-            prompt_conditions(networks["text"], [""] * len(prompts), self.image_width, self.device)
-            | {**(nothing or {})},
+            *sides,
             (16, *latent_size(height, width, networks["encoder"].compression, config.version.patch_size)),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
             steps=config.sample_steps,

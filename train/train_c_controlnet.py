@@ -106,7 +106,7 @@ class TrainControlNet(TrainStageC):
             "condition": to_pictures(made.picture),
             "without": self.without,
         }
-        return Sampled.rows(prompts, columns | self.draw(prompts, held_out.size, {"cnet": cnet}, {"cnet": nothing}))
+        return Sampled.rows(prompts, columns | self.draw(prompts, held_out.size, cnet=(cnet, nothing)))
 
 
 if __name__ == "__main__":

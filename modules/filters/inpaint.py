@@ -57,7 +57,7 @@ class InpaintFilter(Filter):
 
     def masked(self, images: Tensor, mask: Tensor) -> Filtered:
         """Pictures (B, 3, H, W), uint8 or floats in [0, 1], with a given mask (B, 1, H, W): true where to paint."""
-        images = self.checked(images)
+        images = self.checked(images).to(mask.device)
         holes = torch.where(mask, torch.ones_like(images), images)
         return Filtered(torch.cat([holes, mask.float()], dim=1), holes)
 

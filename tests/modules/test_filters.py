@@ -205,7 +205,7 @@ def recognised(monkeypatch, tmp_path):
     return seen
 
 
-def test_faces_are_found_turned_upright_and_put_on_the_map(recognised):
+def test_faces_are_found_turned_upright_and_put_on_the_map(recognised, monkeypatch):
     picture = torch.zeros(1, 3, 320, 320, dtype=torch.uint8)
     for x, y in FACE.astype(int):
         picture[0, :, y - 1 : y + 2, x - 1 : x + 2] = 255
@@ -220,6 +220,8 @@ def test_faces_are_found_turned_upright_and_put_on_the_map(recognised):
         assert aligned[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3].max() > 0.9
     assert IdentityFilter(p_drop=1, p_full=0)(picture).condition.abs().sum() == 0
     assert len(find_faces(picture[0].permute(1, 2, 0).numpy(), identity.Path("."), most=1).boxes) == 1
+    monkeypatch.setattr(faces, "LEAST_SCORE", 1.0)
+    assert IdentityFilter()(picture).condition.abs().sum() == 0
 
 
 def boxed(y: int, x: int) -> bool:

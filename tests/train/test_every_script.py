@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict] = {
     "train_b joint": {"train_encoder": True},
     "train_c": {"clip_image_dropout": 1.0},
     "train_c_controlnet": {"controlnet_blocks": [1, 4], "controlnet_filter": "InpaintFilter", "lr": 0.01},
+    "train_c_lora": {"module_filters": [".attn"], "rank": 2, "lr": 0.01, "train_tokens": [["[fernando]", "^picture</w>"]]},
     "train_encoder": {},
     "train_towers": {
         "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,
@@ -31,7 +32,7 @@ SETTINGS: dict[str, dict] = {
 NEEDS_WHOLE_BATCHES = {"train_a", "train_b joint", "train_encoder", "train_towers"}
 """Batch norms and contrastive losses look at a micro-batch as a whole: accumulation is another training."""
 
-NEEDS_GENERATOR = {"train_c_controlnet"}
+NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""
 
 
@@ -132,7 +133,7 @@ def _poisoned(inputs):
 @pytest.mark.parametrize(("name", "use_fsdp"), [*((name, True) for name in SETTINGS), ("train_a", False)])
 def test_two_processes_make_the_updates_of_one(settings, name, use_fsdp, tmp_path):
     wide = write_shard(tmp_path / "wide.tar", 6, (32, 96), first=100)  # a second bucket, sometimes in the same update
-    alone = settings(name, "alone", micro_batch_size=1, batch_size=2, updates=3, save_every=3, sample_count=1)
+    alone = settings(name, "alone", micro_batch_size=1, batch_size=2, updates=3, save_every=3)
     if name not in NEEDS_WHOLE_BATCHES - {"train_a"}:
         alone |= {"webdataset_path": [alone["webdataset_path"], str(wide)], "multi_aspect_ratio": [1, 3]}
     else:

@@ -271,18 +271,21 @@ def test_an_outage_is_no_damaged_index(bucket, tmp_path, monkeypatch, impatient)
             index_shard(shard)
 
 
-def test_a_fault_while_indexing_is_no_bad_picture(bucket, tmp_path, monkeypatch, impatient):
+def test_a_fault_while_indexing_is_no_bad_picture(bucket, tmp_path, monkeypatch):
     url = bucket.upload(write_shard(tmp_path / "x.tar", 100).parent) + "x.tar"
     shard = resolve_sources(url)[0].shards[0]
     monkeypatch.setattr(s3, "WHOLE_BYTES", 10_000)
-    monkeypatch.setattr(s3, "LEAST_AHEAD_BYTES", 1024)
+    monkeypatch.setattr(s3, "LEAST_AHEAD_BYTES", 8192)
+    monkeypatch.setattr(s3, "MOST_AHEAD_BYTES", 8192)
     whole, calls = s3_requests.get, count()
 
     def get(url, start, stop, version=None):
-        if next(calls) > 4:
+        if next(calls) == failing:
             raise StorageError("gone")
         return whole(url, start, stop, version)
 
     monkeypatch.setattr(s3_requests, "get", get)
-    with pytest.raises(StorageError, match="gone"):
-        index_shard(shard)
+    for failing in range(30):
+        calls = count()
+        with pytest.raises(StorageError, match="gone"):
+            index_shard(shard)
