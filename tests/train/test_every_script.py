@@ -22,7 +22,9 @@ SETTINGS: dict[str, dict] = {
     "train_b joint": {"train_encoder": True},
     "train_c": {"clip_image_dropout": 1.0},
     "train_c_controlnet": {"controlnet_blocks": [1, 4], "controlnet_filter": "InpaintFilter", "lr": 0.01},
-    "train_c_lora": {"module_filters": [".attn"], "rank": 2, "lr": 0.01, "train_tokens": [["[fernando]", "^picture</w>"]]},
+    "train_c_lora": {
+        "module_filters": [".attn"], "rank": 2, "lr": 0.01, "train_tokens": [["[fernando]", "^picture</w>"]],
+    },
     "train_encoder": {},
     "train_towers": {
         "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,

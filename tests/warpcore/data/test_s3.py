@@ -285,7 +285,7 @@ def test_a_fault_while_indexing_is_no_bad_picture(bucket, tmp_path, monkeypatch)
         return whole(url, start, stop, version)
 
     monkeypatch.setattr(s3_requests, "get", get)
-    for failing in range(30):
+    for failing in range(30):  # noqa: B007 (`get` reads it)
         calls = count()
         with pytest.raises(StorageError, match="gone"):
             index_shard(shard)
