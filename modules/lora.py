@@ -75,7 +75,8 @@ class LowRank(nn.Module):
             nn.init.zeros_(self.down)
         else:
             nn.init.zeros_(self.up)
-            nn.init.uniform_(self.down, -1 / math.sqrt(self.down[0].numel()), 1 / math.sqrt(self.down[0].numel()))
+            bound = self.down[0].numel() ** -0.5
+            nn.init.uniform_(self.down, -bound, bound)
 
     def forward(
         self, x: Tensor, output: Tensor, layer: nn.Module, weight: Tensor, bias: Tensor | None, rows=slice(None)
@@ -90,13 +91,12 @@ class LowRank(nn.Module):
         if not self.active or self.unmerged is not None:
             return output
         x = F.dropout(x, self.settings.dropout, self.training)
-        down, up = self.down.to(x.dtype), self.up[rows].to(x.dtype)
-        change = _side_path(layer, x, down, up) * self.settings.scale
+        change = _side_path(layer, x, self.down.to(x.dtype), (self.up[rows] * self.settings.scale).to(x.dtype))
         if self.magnitude is None:
             return output + change
-        longer = (self.magnitude[rows] / self._norms(weight, rows)).to(output.dtype)
+        longer = (self.magnitude[rows] / self._norms(weight, rows) - 1).to(output.dtype)
         plain = output if bias is None else output - bias
-        return output + (longer - 1) * plain + longer * change
+        return output + change + longer * (plain + change)
 
     @torch.no_grad()
     def _norms(self, weight: Tensor, rows=slice(None)) -> Tensor:
