@@ -66,6 +66,13 @@ def test_byte_pairs_keep_a_new_token_whole_anywhere():
     assert ids[2].tolist()[1:4] == [*plain[4], 49407]
 
 
+def test_the_public_example_trains_snails_and_one_new_token():
+    tokens = find_tokens(BYTE_PAIRS, [("^snail", None), ("[fernando]", "^dog</w>")])
+    assert {token.name for token in tokens} == {"snail</w>", "snails</w>", "[fernando]"}
+    assert {BYTE_PAIRS.encode(word)[0] for word in ("snail", "snails")} == {token.id for token in tokens[:2]}
+    assert tokens[2].id == BYTE_PAIRS.vocab_size == 49408
+
+
 def test_only_the_rows_learn_and_other_texts_stay_as_they_are():
     tower, plain = word_tower(), word_tower()
     rows = TokenRows.of(tower, find_tokens(tower.tokenizer, [("[fernando]", "^dog</w>"), ("snail", None)]))
