@@ -24,10 +24,12 @@ quickstart: demo/ready
 	$(PY) inference/text_to_image.py configs/inference/quickstart.yaml
 
 # The demo set is made again when what makes it changed; runs on the old one would refuse the new one.
-demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/build_dataset.py | install
+demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subject.py tools/build_dataset.py | install
 	rm -rf demo runs/quickstart_c runs/quickstart_lora runs/quickstart_controlnet runs/mini_*
 	$(PY) tools/make_demo_dataset.py demo/pictures
 	$(PY) tools/build_dataset.py demo/pictures demo/shards
+	$(PY) tools/make_demo_subject.py demo/subject
+	$(PY) tools/build_dataset.py demo/subject demo/subject_shards
 	touch $@
 
 # The whole mini cascade from nothing, in less than an hour: towers, Stage A, encoder and previewer, Stage B (whose weights

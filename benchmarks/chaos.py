@@ -1,13 +1,14 @@
 """Survival: a run whose processes are killed at random moments, and a run on damaged data. Is anything lost?
 
-    python3 benchmarks/chaos.py [--kills 30] [--seed 0]
+    python3 benchmarks/chaos.py [--kills 30] [--updates 200] [--seed 0]
 
-Kills: SIGKILL of a random process at a random moment (one in eight while the run still starts), then the run is
-started again on 1, 2 or 4 processes, as chance has it. At the end `metrics.jsonl` and the weights are compared with
-those of a run that nothing disturbed. Damage: one sample in a hundred is damaged, in the ways of `DAMAGE`; the same
-run on 1, 2 and 4 processes has to go on and to tell the same of it.
+Elastic: the same run on 1, 2 and 4 processes; how far the losses come apart, the further it goes. Kills: SIGKILL of a
+random process at a random moment (one in eight while the run still starts), then the run is started again on 1, 2 or 4
+processes, as chance has it. At the end `metrics.jsonl` and the weights are compared with those of a run that nothing
+disturbed. Damage: one sample in a hundred is damaged, in the ways of `DAMAGE`; the same run on 1, 2 and 4 processes
+has to go on and to tell the same of it. What else may happen is in `SURVIVED`, with the tests that let it happen.
 
-All on a tiny network, on the CPU over gloo; tests/warpcore/test_chaos.py runs it too.
+All on a tiny network, on the CPU over gloo; tests/warpcore/test_chaos.py runs it too. Faults of S3: see faults.py.
 """
 
 import argparse
@@ -17,15 +18,19 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +52,7 @@ TIMEOUT_SECONDS = 15.0
 MARGIN_SECONDS = 60.0
 """What starting and ending may take besides, on a busy machine."""
 FIRST_UPDATES = 20
+LOSS_EDGES = (FIRST_UPDATES, 50, 100, 200, 500, 1000)
 
 # Processes are forked from a server; `main` lets it import the slow things once.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -86,16 +92,21 @@ def settings_of(folder: Path, data: Path, **changes) -> dict:
 
 
 class Started:
-    """One start of a run on `count` processes, as a launcher makes it. What they print goes to `log.txt`."""
+    """One start of a run on `count` processes, as a launcher makes it. What they print goes to `log.txt`.
 
-    def __init__(self, settings: dict, count: int):
+    Args:
+        environment: variables of the processes; they have those of the server that they are forked from otherwise.
+    """
+
+    def __init__(self, settings: dict, count: int, environment: Mapping[str, str] | None = None):
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        self.log = Path(settings["checkpoint_path"]) / "log.txt"
+        self.log = _folder(settings).parent / "log.txt"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.processes = [
-            _CONTEXT.Process(target=_run, args=(rank, count, port, settings, self.log)) for rank in range(count)
+            _CONTEXT.Process(target=_run, args=(rank, count, port, settings, self.log, environment or {}))
+            for rank in range(count)
         ]
         for process in self.processes:
             process.start()
@@ -123,21 +134,21 @@ class Started:
         return codes
 
 
-def _run(rank: int, count: int, port: int, settings: dict, log: Path) -> None:
+def _run(rank: int, count: int, port: int, settings: dict, log: Path, environment: Mapping[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())
     torch.set_num_threads(1)
-    os.environ |= {
+    os.environ |= environment | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }  # fmt: skip
     raise SystemExit(Denoiser(make_config(Denoiser.Config, settings)).run())
 
 
-def train(settings: dict, count: int) -> list[dict]:
+def train(settings: dict, count: int, environment: Mapping[str, str] | None = None) -> list[dict]:
     """Train to the end; returns the lines of metrics.jsonl."""
-    started = Started(settings, count)
+    started = Started(settings, count, environment)
     codes = started.finish(MARGIN_SECONDS + settings["updates"])
     if any(codes):
         raise RuntimeError(f"exit codes {codes}:\n{started.log.read_text()[-4000:]}")
@@ -151,7 +162,29 @@ def read_metrics(settings: dict) -> list[dict]:
 
 
 def _folder(settings: dict) -> Path:
-    return Path(settings["checkpoint_path"]) / settings["experiment_id"]
+    """Where the run writes on this machine, whether or not that is sent to S3."""
+    return make_config(Denoiser.Config, settings).run_folder
+
+
+# --- the same run on more processes
+
+
+def compare_counts(folder: Path, updates: int) -> dict[int, dict[str, float]]:
+    """For 2 processes or more: the largest relative difference of a loss to the run on one, by range of updates.
+
+    Raises:
+        RuntimeError: they did not see the same samples.
+    """
+    data = write_data(folder / "data", num_samples=120)
+    runs = {count: train(settings_of(folder / str(count), data, updates=updates), count) for count in COUNTS}
+    alone, edges = runs.pop(1), [0, *(edge for edge in LOSS_EDGES if edge < updates), updates]
+    found = {}
+    for count, lines in runs.items():
+        if [line["samples_hash"] for line in lines] != [line["samples_hash"] for line in alone]:
+            raise RuntimeError(f"{count} processes saw other samples than one")
+        apart = [abs(line["loss"] / same["loss"] - 1) for line, same in zip(lines, alone, strict=True)]
+        found[count] = {f"{a + 1}-{b}": max(apart[a:b]) for a, b in pairwise(edges)}
+    return found
 
 
 # --- kills
@@ -207,6 +240,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int) -> Difference:
             time.sleep(chance.uniform(0.0, 0.1))
         victim = chance.randrange(len(started.processes))
         started.send(victim, signal.SIGKILL)
+        print(f"kill {number + 1} of {kills}, at update {_last_update(killed)}", file=sys.stderr, flush=True)
         codes = started.finish(TIMEOUT_SECONDS + MARGIN_SECONDS)
         if codes[victim] != -signal.SIGKILL and any(codes):
             raise RuntimeError(f"exit codes {codes} before the kill:\n{started.log.read_text()[-4000:]}")
@@ -257,12 +291,23 @@ DAMAGE = {
 holds counts more than its name."""
 
 
-def write_data(folder: Path, num_samples: int, damage_every: int | None = None) -> Path:
+def cut_tars(folder: Path, first: int) -> None:
+    """Add two tars, numbered from `first`, that end too early: at the header of a sample, and within a member."""
+    for number in range(2):
+        (whole,) = write_data(folder / "whole", 100, first=first + 100 * number).glob("*.tar")
+        with tarfile.open(whole) as tar:
+            picture, text = tar.getmembers()[80:82]
+        length = (picture.offset, text.offset_data + 5)[number]
+        (folder / whole.name).write_bytes(whole.read_bytes()[:length])
+        shutil.rmtree(whole.parent)
+
+
+def write_data(folder: Path, num_samples: int, damage_every: int | None = None, first: int = 0) -> Path:
     """Tars of 100 samples; of every `damage_every` samples one is damaged, in all ways by turns."""
     folder.mkdir(parents=True)
-    for first in range(0, num_samples, 100):
-        with tarfile.open(folder / f"{first:06d}.tar", "w") as tar:
-            for number in range(first, min(first + 100, num_samples)):
+    for start in range(first, first + num_samples, 100):
+        with tarfile.open(folder / f"{start:06d}.tar", "w") as tar:
+            for number in range(start, min(start + 100, first + num_samples)):
                 members = {"jpg": _picture(number, "JPEG"), "json": b'{"caption": "picture %d"}' % number}
                 name = f"{number:06d}"
                 if damage_every and number % damage_every == damage_every // 2:
@@ -297,11 +342,12 @@ def train_on_damaged_data(folder: Path, count: int) -> Told:
     data = folder / "data"
     if not data.exists():
         write_data(data, num_samples=100 * len(DAMAGE), damage_every=100)
+        cut_tars(data, first=100 * len(DAMAGE))
     settings = settings_of(
         folder / str(count), data, batch_size=32, micro_batch_size=8, updates=4 * len(DAMAGE), max_bad_samples=8
     )
     lines = train(settings, count)
-    log = (Path(settings["checkpoint_path"]) / "log.txt").read_text()
+    log = (_folder(settings).parent / "log.txt").read_text()
     return Told(
         re.search(r"training data: (.*)", log)[1].strip(),
         tuple(sorted(re.findall(r"bad sample \S*/(\d+\.tar/.*?): (.*?)\s*$", log, re.MULTILINE))),
@@ -310,27 +356,67 @@ def train_on_damaged_data(folder: Path, count: int) -> Told:
     )
 
 
+# --- what else may happen
+
+_TESTS = Path(__file__).parents[1] / "tests" / "warpcore"
+SURVIVED = {
+    "the disk is full": ("test_core.py", "full_disk"),
+    "the folder can't be written": ("test_checkpoint.py", "cannot_be_written"),
+    "a checkpoint with a flipped byte, a cut or a missing file": ("test_checkpoint.py", "damaged"),
+    "the same of a checkpoint on S3": ("test_s3_checkpoints.py", "damaged"),
+    "killed while a checkpoint is written": ("test_checkpoint.py", "killed_while_it_saves"),
+    "killed while a checkpoint is sent to S3": ("test_s3_checkpoints.py", "killed_while_it_sends"),
+    "two runs with one experiment_id, in a folder": ("test_core.py", "two_runs"),
+    "two runs with one experiment_id, on S3": ("test_s3_checkpoints.py", "two_runs"),
+    "the clock jumps": ("test_checkpoint.py", "clock"),
+    "a process stops answering": ("test_processes.py", "stops_answering"),
+    "a worker of the loader is killed": ("data/test_loader.py", "killed_worker"),
+    "a tar is swapped while it is in use": ("data/test_s3_training.py", "swapped"),
+    "a tar is cut anywhere": ("data/test_index.py", "cut_tar"),
+}
+"""What happens -> test file, and a part of the names of the tests that let it happen."""
+
+
+def survives(what: str) -> bool:
+    file, name = SURVIVED[what]
+    # 5: no such test. It must not count as survived, nor must one that was skipped.
+    command = (sys.executable, "-m", "pytest", "-q", "-rs", str(_TESTS / file), "-k", name)
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=_TESTS.parents[1])
+    return ended.returncode == 0 and " passed" in ended.stdout and "skipped" not in ended.stdout
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--updates", type=int, default=200, help="of the runs on 1, 2 and 4 processes")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     _CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "warpcore.core"])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        apart = compare_counts(folder / "elastic", given.updates)
+        print("Losses beside those of one process, largest relative difference (the samples are the same):\n")
+        print(f"| processes | {' | '.join(f'updates {each}' for each in apart[2])} |\n|{'---|' * (1 + len(apart[2]))}")
+        for count, found in apart.items():
+            print(f"| {count} | {' | '.join(f'{value:.1e}' for value in found.values())} |", flush=True)
         began = time.monotonic()
-        found = kill_again_and_again(Path(folder) / "kills", given.kills, given.seed)
+        found = kill_again_and_again(folder / "kills", given.kills, given.seed)
+        seconds = time.monotonic() - began
         print(
-            f"{given.kills} kills over {given.kills * UPDATES_PER_KILL} updates in {time.monotonic() - began:.0f} s: "
+            f"\n{given.kills} kills over {given.kills * UPDATES_PER_KILL} updates in {seconds:.0f} s: "
             f"{found.wrong_samples} updates with other samples; largest differences: loss {found.early_loss:.1e} in "
             f"the first {FIRST_UPDATES} updates, {found.late_loss:.1e} later; weights {found.weights:.1e}",
             flush=True,
         )
-        told = {count: train_on_damaged_data(Path(folder) / "damage", count) for count in COUNTS}
+        told = {count: train_on_damaged_data(folder / "damage", count) for count in COUNTS}
         first = told[COUNTS[0]]
-        print(f"damaged data: {first.rows}\n{first.count} bad samples while training:")
+        print(f"\nDamaged data: {first.rows}\n{first.count} bad samples while training:")
         print("\n".join(f"  {source}: {reason}" for source, reason in first.bad_samples))
         equal = all(one == first for one in told.values())
-        print(f"the same on {', '.join(map(str, COUNTS))} processes: {'yes' if equal else 'NO'}")
+        print(f"the same on {', '.join(map(str, COUNTS))} processes: {'yes' if equal else 'NO'}\n", flush=True)
+    print("| what happens | survived |\n|---|---|")
+    for what in SURVIVED:
+        print(f"| {what} | {'yes' if survives(what) else 'NO'} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ forward pass, on attention layers and on a whole Stage C of the 1B's width. The 
 import argparse
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -20,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cascade.versions import VERSIONS
 from modules.blocks import AttnBlock
@@ -31,6 +28,7 @@ from modules.lora import LoraSettings, adapters, add_adapters, choose, places
 from modules.previewer import Previewer
 from modules.quantise import BLOCK
 from modules.stage_c import StageC
+from warpcore.meta import PeakMemory
 
 SETTINGS = LoraSettings(rank=4, alpha=4)
 GIB, MIB = 2**30, 2**20
@@ -38,33 +36,6 @@ TOKENS = 77 + 2 * 4
 """Condition tokens of the published Stage C."""
 POSITIONS_1024_PX = 24
 """Latents of a picture of 1024 px per side."""
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes that are allocated inside, beyond `there`: those alive, and the most at any moment.
-
-    A kernel's own workspace is not seen; on the meta device nothing is really allocated, and all is counted alike.
-    """
-
-    def __init__(self, there: Iterator[Tensor]):
-        super().__init__()
-        self.alive, self.peak = 0, 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in there}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
-                storage = tensor.untyped_storage()
-                self._seen.add(storage._cdata)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.alive -= size
 
 
 # ---------------------------------------------------------------- beside parametrised weights

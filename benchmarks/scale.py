@@ -20,10 +20,10 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
-from math import gcd
+from math import gcd, log
 from pathlib import Path
 from typing import BinaryIO
 
@@ -249,12 +249,26 @@ def measure(table: str, *numbers: int) -> dict:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def print_table(title: str, columns: dict[str, tuple[str, str]], rows: Iterable[dict]) -> None:
-    """As Markdown. `columns`: heading -> key of a row and how its number is formatted."""
+def print_table(title: str, columns: dict[str, tuple[str, str]], rows: Iterable[dict]) -> list[dict]:
+    """As Markdown; returns the rows. `columns`: heading -> key of a row and how its number is formatted."""
+    printed = []
     print(f"{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for row in rows:
         print(f"| {' | '.join(format(row[key], how) for key, how in columns.values())} |", flush=True)
+        printed.append(row)
     print()
+    return printed
+
+
+def growth(rows: Sequence[dict], against: str, promised: dict[str, tuple[str, float]]) -> Iterator[dict]:
+    """How quantities grow from the first row to the last, as a power of `against`, beside what is promised."""
+    first, last = rows[0], rows[-1]
+    for key, (what, most) in promised.items():
+        power = log(last[key] / first[key]) / log(last[against] / first[against])
+        yield {
+            "what": what, "against": against, "from": first[key], "to": last[key], "power": power, "most": most,
+            "holds": "yes" if power <= most + TOLERANCE else "NO",
+        }  # fmt: skip
 
 
 START_UP = {
@@ -276,6 +290,27 @@ SHUFFLING = {
 }  # fmt: skip
 
 
+GROWTH = {
+    "quantity": ("what", ""), "with the number of": ("against", ""), "from": ("from", ",.3g"), "to": ("to", ",.3g"),
+    "power": ("power", ".2f"), "promised at most": ("most", ".0f"), "holds": ("holds", ""),
+}  # fmt: skip
+TOLERANCE = 0.15
+"""Of a power: times are measured, and the smallest sizes have costs of their own."""
+PROMISED_BY_SHARDS = {
+    "open_s": ("seconds to open the manifest", 1.0), "catalog_mb": ("MB of catalog to send", 1.0),
+    "plan_s": ("seconds to make the plan", 1.0), "fingerprint_mb": ("MB of fingerprint in a checkpoint", 1.0),
+    "first_s": ("seconds to the first micro-batch", 1.0), "memory_mb": ("MB of memory", 1.0),
+    "lanes_mb": ("MB of lane states in a checkpoint", 0.0),
+}  # fmt: skip
+PROMISED_BY_PROCESSES = {
+    # With more processes than lanes, each plans what it shares a lane for, and takes its part.
+    "milliseconds": ("ms of planning per update, of one process", 1.0),
+    "memory_mb": ("MB of memory for planning, of one process", 0.0),
+    "requests": ("S3 requests per update, of all", 1.0), "gigabytes": ("GB per update, of all", 1.0),
+    "index_requests": ("S3 requests for indexes per update, of all", 2.0),
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="up to 100,000 shards")
@@ -286,11 +321,11 @@ def main() -> None:
         print(json.dumps(TABLES[table](*map(int, numbers))))
         return
     shards = [10_000, 100_000] + ([] if given.quick else [1_000_000])
-    print_table(
+    started = print_table(
         f"Start-up with a manifest; {ROWS_PER_SHARD:,} rows per shard",
         START_UP, ({"shards": number} | measure("start_up", number) for number in shards),
     )  # fmt: skip
-    print_table(
+    planned = print_table(
         f"Planning of one process; {PLANNED_SHARDS:,} shards, an update is {MICRO_BATCH_SIZE} samples on each process",
         PLANNING, ({"processes": number} | measure("planning", PLANNED_SHARDS, number) for number in PROCESSES),
     )  # fmt: skip
@@ -298,6 +333,11 @@ def main() -> None:
         f"Shuffling; an update is {UPDATE_SAMPLES:,} samples of 1,000 shards",
         SHUFFLING, ({"lanes": lanes, "rows": rows} | measure("shuffling", lanes, rows) for lanes, rows in GROUPS),
     )  # fmt: skip
+    print_table(
+        "Growth: 1 is in proportion, 0 is none",
+        GROWTH,
+        (*growth(started, "shards", PROMISED_BY_SHARDS), *growth(planned, "processes", PROMISED_BY_PROCESSES)),
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Build the networks of the cascade and load their weights, strictly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cascade.config import ModelSettings
-from modules.clip import ImageTower, TextTower, image_tower, text_tower
+from modules.clip import ClipSettings, ImageTower, TextTower, image_tower, text_tower, tower_file
 from modules.effnet import EfficientNetEncoder
 from modules.perceptual import PerceptualDistance
 from modules.previewer import Previewer
@@ -19,6 +21,10 @@ from modules.stage_c import StageC
 from warpcore.errors import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
+Tower = TypeVar("Tower", TextTower, ImageTower)
+Made = TypeVar("Made")
+
+_ONLY_SHAPES = ContextVar("only shapes", default=False)
 
 
 class WeightsError(UserError):
@@ -57,10 +63,14 @@ def perceptual(path: Path) -> PerceptualDistance:
 
 def encoder(settings: ModelSettings, from_scratch: bool = False) -> EfficientNetEncoder:
     """The encoder that makes Stage C's latents, with its weights (or random ones)."""
-    path = settings.effnet_checkpoint_path or settings.version.folder / "effnet_encoder.safetensors"
-    path = None if from_scratch else path
+    path = None if from_scratch else encoder_file(settings)
     network = with_weights(lambda: EfficientNetEncoder(**settings.version.encoder), path, "effnet_checkpoint_path")
     return network.to(memory_format=torch.channels_last)
+
+
+def encoder_file(settings: ModelSettings) -> Path:
+    """Where the weights of the encoder are."""
+    return settings.effnet_checkpoint_path or settings.version.folder / "effnet_encoder.safetensors"
 
 
 def previewer(settings: ModelSettings, from_scratch: bool = False) -> Previewer:
@@ -73,14 +83,41 @@ def previewer(settings: ModelSettings, from_scratch: bool = False) -> Previewer:
 
 def text(settings: ModelSettings) -> TextTower:
     """The text tower, with its weights."""
-    return _tower(text_tower, settings.clip_text_model_name or settings.version.text_tower,
-                  settings.clip_text_checkpoint_path, "clip_text_model_name")  # fmt: skip
+    return _tower(_shape(TextTower, text_tower), *_text_source(settings), "clip_text_model_name")
 
 
 def image(settings: ModelSettings) -> ImageTower:
     """The image tower, with its weights."""
-    return _tower(image_tower, settings.clip_image_model_name or settings.version.image_tower,
-                  settings.clip_image_checkpoint_path, "clip_image_model_name")  # fmt: skip
+    return _tower(_shape(ImageTower, image_tower), *_image_source(settings), "clip_image_model_name")
+
+
+def network_file(settings: ModelSettings, network: str) -> Path:
+    """The weights of a network that makes latents or conditions: `encoder`, `stage_a`, `text` or `image`.
+
+    Raises:
+        WeightsError: there is no such file, or the name of a tower is not known.
+    """
+    match network:
+        case "encoder":
+            return _existing(encoder_file(settings), "effnet_checkpoint_path")
+        case "stage_a":
+            return _existing(stage_a_file(settings), "stage_a_checkpoint_path")
+        case "text":
+            return _tower(tower_file, *_text_source(settings), "clip_text_model_name")
+        case "image":
+            return _tower(tower_file, *_image_source(settings), "clip_image_model_name")
+    raise ValueError(f"{network!r} makes neither latents nor conditions")
+
+
+@contextmanager
+def only_shapes() -> Iterator[None]:
+    """Inside, networks are made on the meta device, without weights; no file of theirs has to be there, but those that
+    alone say what size a tower has."""
+    before = _ONLY_SHAPES.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_SHAPES.reset(before)
 
 
 def with_weights(
@@ -94,6 +131,9 @@ def with_weights(
 
     only: the file may hold more than the network's weights.
     """
+    if _ONLY_SHAPES.get():
+        with torch.device("meta"):
+            return build().to(dtype)
     if path is None:
         return build().to(dtype)
     state = read_weights(path, key)
@@ -113,11 +153,7 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing or unreadable.
     """
-    if not path.is_file():
-        raise WeightsError(
-            f"{key}: {path} does not exist. Official weights come with `python3 models/download.py essential`; "
-            "those of the mini cascade with the repository"
-        )
+    _existing(path, key)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -125,6 +161,15 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
     except Exception as error:
         raise WeightsError(f"{key}: {path} cannot be read as weights: {error}") from error
     return state.get("state_dict", state)
+
+
+def _existing(path: Path, key: str) -> Path:
+    if not path.is_file():
+        raise WeightsError(
+            f"{key}: {path} does not exist. Official weights come with `python3 models/download.py essential`; "
+            "those of the mini cascade with the repository"
+        )
+    return path
 
 
 def _check_names(here: dict[str, Tensor], file: dict[str, Tensor], path: Path, key: str) -> None:
@@ -142,10 +187,34 @@ def _check_names(here: dict[str, Tensor], file: dict[str, Tensor], path: Path, k
         )
 
 
-def _tower(build, name: str, path: Path | None, key: str):
-    if name.endswith((".safetensors", ".pt", ".bin")):
-        name, path = None, Path(name)
+def _text_source(settings: ModelSettings) -> tuple[str | None, Path | None]:
+    """Public name and file of the text tower."""
+    return _source(settings.clip_text_model_name or settings.version.text_tower, settings.clip_text_checkpoint_path)
+
+
+def _image_source(settings: ModelSettings) -> tuple[str | None, Path | None]:
+    """Public name and file of the image tower."""
+    return _source(settings.clip_image_model_name or settings.version.image_tower, settings.clip_image_checkpoint_path)
+
+
+def _source(name: str, path: Path | None) -> tuple[str | None, Path | None]:
+    return (None, Path(name)) if name.endswith((".safetensors", ".pt", ".bin")) else (name, path)
+
+
+def _shape(kind: type[Tower], load: Callable[[str | None, Path | None], Tower]) -> Callable:
+    """What makes a tower: with its weights by `load`, or inside `only_shapes` from a public name alone."""
+
+    def make(name: str | None, path: Path | None) -> Tower:
+        if name is None or not _ONLY_SHAPES.get():
+            return load(name, path)
+        with torch.device("meta"):
+            return kind(ClipSettings.published(name))
+
+    return make
+
+
+def _tower(make: Callable[[str | None, Path | None], Made], name: str | None, path: Path | None, key: str) -> Made:
     try:
-        return build(name, path)
+        return make(name, path)
     except (ValueError, OSError) as error:
         raise WeightsError(f"{key}: {error}") from error

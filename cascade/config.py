@@ -52,6 +52,10 @@ class DiffusionConfig(ModelSettings, Config):
 
     caption_dropout: Share = 0.05
     """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
+    cache_text: bool = False
+    """Keep the text conditions of captions in the CPU's memory after their first use: for sets of few captions."""
+    cache_text_gb: PositiveFloat = 4
+    """What they may take there, in units of 10^9 bytes and per process."""
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "p2"
     """How much the loss of each noise level counts."""
     adaptive_loss_weight: bool = False

@@ -8,17 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.pictures import read_picture
+from cascade.pictures import read_picture, size_of
 from cascade.poses import read_people
 from modules.blocks import resize
 from modules.filters import Filter, Filtered
 from modules.filters.inpaint import InpaintFilter
 from modules.filters.pose import draw_people
+from modules.filters.super_resolution import SRFilter
 from modules.stage_c import StageC
 from warpcore.config import ConfigError
+from warpcore.data.images import BadPicture, decode_alike, place
 from warpcore.diffusion.diffusion import GDF
+from warpcore.errors import UserError
 
 Size = tuple[int, int]
+Margins = float | tuple[float, float, float, float]
 
 
 def condition_of_file(
@@ -27,50 +31,96 @@ def condition_of_file(
     size: Size,
     *,
     mask: Path | None = None,
-    outpaint: float | None = None,
+    margins: Margins | None = None,
     ready: bool = False,
 ) -> Filtered:
     """The condition, of a batch of one, that a filter makes of a picture for a drawing of `size` (H, W).
 
     Args:
-        path: the picture, scaled to cover `size` and cropped; for poses, key points (.json) or a drawn skeleton.
-        mask: for inpainting, a picture that is light where to paint.
-        outpaint: for inpainting, the sides of the drawing, divided by those of the picture in its middle.
+        path: the picture, scaled to cover `size` and cropped; for poses, key points (.json) or a drawn skeleton; for
+            super-resolution, one of few pixels.
+        mask: for inpainting, a picture of the same shape that is light where to paint.
+        margins: for inpainting, how much to paint around the picture, see `surrounded`.
         ready: the picture is the condition itself, such as drawn edges.
 
     Raises:
         ConfigError: the filter can't use them. UserError: a file is no picture.
     """
     name, inpaints = type(filter).__name__, isinstance(filter, InpaintFilter)
-    if inpaints and not ready and (mask is None) == (outpaint is None):
-        raise ConfigError(f"{name} paints where a mask says, or around a picture (outpaint): give one of the two")
-    if not inpaints and (mask is not None or outpaint is not None):
-        raise ConfigError(f"{name} takes neither a mask nor outpaint: they are for ControlNets that inpaint")
-    if outpaint is not None:
-        images, masks = surrounded(path, size, outpaint)
-    else:
-        images = (_people(path, size) if path.suffix == ".json" else read_picture(path, size))[None]
-        masks = None if mask is None else read_picture(mask, size)[None, :1] > 0.5
+    if inpaints and not ready and (mask is None) == (margins is None):
+        raise ConfigError(f"{name} paints where a mask says, or in margins around a picture: give one of the two")
+    if not inpaints and (mask is not None or margins is not None):
+        raise ConfigError(f"{name} takes neither a mask nor margins: they are for ControlNets that inpaint")
     try:
         if ready:
-            return filter.ready(images)
-        return filter(images) if masks is None else filter.masked(images, masks)
+            return filter.ready(_image(path, size))
+        if isinstance(filter, SRFilter):
+            return filter.enlarged(_image(path, [max(1, round(side * filter.scale_factor)) for side in size]), size)
+        if margins is not None:
+            return filter.masked(*surrounded(path, size, margins))
+        return filter(_image(path, size)) if mask is None else filter.masked(*_with_mask(path, mask, size))
+    except BadPicture as error:
+        raise ConfigError(f"{mask} is no mask for {path}: {error}") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def surrounded(path: Path, size: Size, factor: float) -> tuple[Tensor, Tensor]:
-    """A picture (1, 3, H, W) in the middle of a drawing of `size` whose sides are `factor` times longer, and a mask
-    (1, 1, H, W), true around it."""
-    if factor <= 1:
+def surrounded(path: Path, size: Size, margins: Margins) -> tuple[Tensor, Tensor]:
+    """A picture (1, 3, H, W) with margins, a drawing of `size` in all, and a mask (1, 1, H, W), true in the margins.
+
+    margins: left, top, right and bottom, as shares of the picture's sides, or one number for all four.
+    """
+    left, top, right, bottom = four_margins(margins)
+    height, width = size[0] / (1 + top + bottom), size[1] / (1 + left + right)
+    above, before = round(height * top), round(width * left)
+    inner = max(1, round(height)), max(1, round(width))
+    around = (before, size[1] - inner[1] - before, above, size[0] - inner[0] - above)
+    picture = _image(path, inner)
+    return F.pad(picture, around, value=1.0), F.pad(torch.zeros_like(picture[:, :1]), around, value=1.0) > 0.5
+
+
+def four_margins(margins: Margins) -> tuple[float, float, float, float]:
+    """Those of the left, top, right and bottom.
+
+    Raises:
+        ConfigError: one is negative, or all are 0.
+    """
+    all_four = (margins,) * 4 if isinstance(margins, int | float) else tuple(margins)
+    if min(all_four) < 0 or not any(all_four):
         raise ConfigError(
-            f"outpaint {factor}: a drawing is larger than the picture in it; write more than 1, like 1.5"
+            f"margins {margins}: how much to paint around the picture, as shares of its sides: 0.25, or "
+            "[left, top, right, bottom] like [0, 0, 0.5, 0]"
         )
-    inner = tuple(max(1, round(side / factor)) for side in size)
-    above, left = ((side - part) // 2 for side, part in zip(size, inner, strict=True))
-    margins = (left, size[1] - inner[1] - left, above, size[0] - inner[0] - above)
-    picture = read_picture(path, inner)[None]
-    return F.pad(picture, margins, value=1.0), F.pad(torch.zeros_like(picture[:, :1]), margins, value=1.0) > 0.5
+    return all_four
+
+
+def pasted(drawn: Tensor, inpainted: Tensor) -> Tensor:
+    """A drawing (3, h, w) with the pixels of an inpainting's condition (4, H, W) outside its mask: (3, H, W).
+
+    Inside the mask nothing changes; outside, a seam of H / 64 fades from the drawing to the picture.
+    """
+    picture, mask = inpainted[None, :3], inpainted[None, 3:]
+    drawn = drawn[None]
+    if drawn.shape[2:] != picture.shape[2:]:
+        drawn = F.interpolate(drawn, picture.shape[2:], mode="bicubic", antialias=True).clamp(0, 1)
+    reach = max(1, round(min(picture.shape[2:]) / 128))
+    wider = F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
+    weight = F.avg_pool2d(wider, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
+    return torch.lerp(picture, drawn, weight)[0]
+
+
+def _image(path: Path, size: Sequence[int]) -> Tensor:
+    """(1, 3, H, W) in [0, 1]."""
+    return (_people(path, size) if path.suffix == ".json" else read_picture(path, tuple(size)))[None]
+
+
+def _with_mask(path: Path, mask: Path, size: Size) -> tuple[Tensor, Tensor]:
+    """A picture (1, 3, H, W), and its mask (1, 1, H, W) with the same crop. Raises BadPicture for the mask."""
+    height, width = size_of(path)
+    pixels = decode_alike(mask.read_bytes(), place((height, width), size))
+    return _image(path, size), torch.from_numpy(pixels[None, None, :, :, 0] > 127)
 
 
 def _people(path: Path, size: Size) -> Tensor:

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -143,12 +143,16 @@ def make_controlnet(
     return network.to(memory_format=torch.channels_last)
 
 
-def load_controlnet(path: Path, model: ModelSettings) -> tuple[ControlNet, Filter]:
+def load_controlnet(
+    path: Path, model: ModelSettings, said: Mapping[str, Any] | None = None
+) -> tuple[ControlNet, Filter]:
     """The ControlNet of a file and its filter, for drawing with the generator of `model`.
+
+    said: keys of `ControlNetSettings`, see `settings_of_file`.
 
     Raises UserErrors as `settings_of_file`, `make_filter` and `make_controlnet` do.
     """
-    settings = settings_of_file(path)
+    settings = settings_of_file(path, said)
     filter = make_filter(settings, for_drawing=True)
     with torch.device("meta"):
         widths = StageC(**model.version.stage_c).residual_widths
@@ -172,29 +176,39 @@ def file_metadata(settings: ControlNetSettings) -> dict[str, str]:
     return {METADATA_KEY: settings.model_dump_json(include=set(ControlNetSettings.model_fields))}
 
 
-def settings_of_file(path: Path) -> ControlNetSettings:
+def settings_of_file(path: Path, said: Mapping[str, Any] | None = None) -> ControlNetSettings:
     """How the ControlNet of a weights file was made: by its metadata, or by its shapes if it is a published one.
 
+    said: keys of `ControlNetSettings` that count instead, such as the filter of a file that says nothing.
+
     Raises:
-        WeightsError: the file is missing, unreadable or something else.
+        WeightsError: the file is missing, unreadable or something else, or says too little.
     """
+    said = dict(said or {})
     if path.suffix == ".safetensors" and path.is_file():
         with suppress(SafetensorError), safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get(METADATA_KEY)
             if about is not None:
-                return make_config(ControlNetSettings, json.loads(about))
+                return make_config(ControlNetSettings, json.loads(about) | said)
     state = build.read_weights(path, "controlnet")  # says what is wrong with a broken file
     stem = state.get("backbone.0.0.weight", state.get("backbone.0.weight"))
     modes = {"effnet": "backbone.0.0.weight", "large": "backbone.3.blocks.0.weight", "simple": "backbone.2.weight"}
     mode = next((mode for mode, name in modes.items() if name in state), None)
-    kind = None if stem is None else _PUBLISHED_FILTERS.get((stem.shape[1], mode))
     count = sum(name.startswith("projections.") and name.endswith(".2.weight") for name in state)
-    blocks = _PUBLISHED_BLOCKS.get(count)
-    if kind is None or blocks is None:
-        raise build.WeightsError(f"controlnet: {path} is neither a ControlNet of ours nor a published one")
-    return ControlNetSettings(
-        controlnet_blocks=blocks, controlnet_filter=kind, controlnet_bottleneck_mode=mode, official_stem=True
-    )
+    if stem is None or mode is None or not count:
+        raise build.WeightsError(f"controlnet: {path} holds no ControlNet: its tensors have other names")
+    found = {
+        "controlnet_filter": _PUBLISHED_FILTERS.get((stem.shape[1], mode)),
+        "controlnet_blocks": _PUBLISHED_BLOCKS.get(count),
+        "controlnet_bottleneck_mode": mode,
+        "official_stem": True,
+    } | said
+    if unsaid := [key for key, value in found.items() if value is None]:
+        raise build.WeightsError(
+            f"controlnet: {path} does not say how it was made, and is none of the published ones ({stem.shape[1]} "
+            f"channels, {count} blocks): give {' and '.join(unsaid)} as in its training config"
+        )
+    return make_config(ControlNetSettings, found)
 
 
 def published_layout(path: Path) -> tuple[dict[str, Tensor], list[str]]:

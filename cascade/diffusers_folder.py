@@ -24,7 +24,7 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_single_file_to_diffusers
 from diffusers.pipelines.stable_cascade.pipeline_stable_cascade import PaellaVQModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cascade import build
@@ -35,6 +35,7 @@ from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 from warpcore.errors import UserError
+from warpcore.weights import write_weights
 
 TIMES = 1000
 """Steps of the table of noise levels in diffusers' schedulers."""
@@ -143,7 +144,7 @@ def read_folder(source: Path, target: Path) -> list[Path]:
             file = target / f"{name}.safetensors"
             if (pipeline / component).is_dir() and file not in written:
                 tensors, about = read(pipeline / component)
-                save_file(tensors, file, metadata={"format": "pt"} | about)
+                write_weights(file, tensors, {"format": "pt"} | about)
                 written.append(file)
     return written
 

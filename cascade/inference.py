@@ -25,6 +25,8 @@ KEY_OF_WEIGHTS = {
     "image_tower": "clip_image_model_name",
 }
 """The key that takes the weights a run leaves under this name; `generator` is Stage B's or Stage C's."""
+STEERING = ("lora", "controlnet")
+"""Weights that steer a frozen Stage C. The keys that take lists of them have the same names."""
 
 
 class CascadeSettings(ModelSettings):
@@ -49,6 +51,13 @@ class CascadeSettings(ModelSettings):
         runs = [runs] if isinstance(runs, str | Path) else runs
         of_runs = [settings_of_run(Path(str(run)), values.get("use_ema", True)) for run in runs]
         found = {key: value for of_run in of_runs for key, value in of_run.items()}
+        for key in found.keys() & STEERING:
+            if key not in cls.model_fields:
+                raise ValueError(f"run: one of {', '.join(map(str, runs))} trained a {key}, for which there is no use "
+                                 "here: name the run of its Stage C instead")  # fmt: skip
+            given = values.get(key) or []
+            found[key] = [place for of_run in of_runs for place in of_run.get(key, [])]
+            values = values | {key: found[key] + (given if isinstance(given, list) else [given])}
         of_stage_c = [of_run for of_run in of_runs if "generator_checkpoint_path" in of_run]
         if of_stage_c:  # the sizes of others are those that usually go with theirs
             found["model_version"] = of_stage_c[-1]["model_version"]
@@ -103,10 +112,12 @@ class DrawingSettings(CascadeSettings):
 
 def target_of(path: Path | str | None) -> str | None:
     """What the network of a weights file predicts, where the file says so."""
-    path = Path(str(path or ""))
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    return _header(path)[1].get(TARGET_KEY)
+    return metadata_of(Path(str(path or ""))).get(TARGET_KEY)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing where there is none."""
+    return _header(path)[1] if path.suffix == ".safetensors" and path.is_file() else {}
 
 
 def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
@@ -120,12 +131,15 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     of_run = yaml.safe_load((folder / "config.yaml").read_text())
     kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
     version, target = kept.get("model_version"), kept.pop(TARGET_KEY, None)
-    kept.pop("generator_checkpoint_path", None)
-    trained = {name: file for name in (*KEY_OF_WEIGHTS, "generator") if (file := _weights(folder, name, use_ema))}
+    base = kept.pop("generator_checkpoint_path", None)
+    names = (*KEY_OF_WEIGHTS, *STEERING, "generator")
+    trained = {name: file for name in names if (file := _weights(folder, name, use_ema))}
     if not trained:
         raise ValueError(
             f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
         )
+    if steering := {name: [str(trained[name])] for name in STEERING if name in trained}:
+        return kept | steering | {"generator_checkpoint_path": base, TARGET_KEY: target}
     kept |= {KEY_OF_WEIGHTS[name]: str(file) for name, file in trained.items() if name != "generator"}
     generator = trained.get("generator")
     if generator is None:
@@ -135,6 +149,20 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     of_stage_b = {"stage_b_checkpoint_path": str(generator), "stage_b_version": version, "stage_b_target": target}
     stage_c = next((stage_c for stage_c, stage_b in STAGE_B_OF.items() if stage_b == version), version)
     return kept | of_stage_b | {"model_version": stage_c}
+
+
+def weights_in(place: Path, name: str, use_ema: bool = True) -> Path:
+    """The weights `name` of a training run, where `place` is the folder of one; else `place` itself.
+
+    Raises:
+        UserError: the run trained something else, or nothing yet.
+    """
+    if not (place / "config.yaml").is_file():
+        return place
+    found = _weights(place, name, use_ema)
+    if found is None:
+        raise UserError(f"{name}: the training run {place} holds no {name}.safetensors")
+    return found
 
 
 def _weights(folder: Path, name: str, use_ema: bool) -> Path | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.config import ModelSettings
+from cascade.inference import weights_in
 from cascade.lora_files import read_lora
 from cascade.lora_formats import Adapter, Lora, LoraFileError, split
 from modules.clip import TextTower
@@ -162,12 +163,24 @@ def parse_lora(text: str) -> tuple[Path, float]:
         return Path(text), 1.0  # a colon that belongs to the path
 
 
-def open_loras(files: Sequence[str], settings: ModelSettings) -> list[tuple[Lora, float]]:
-    """Read LoRA files, written as FILE[:STRENGTH], for the Stage C that the settings name.
+def open_loras(files: Sequence[str], settings: ModelSettings, use_ema: bool = True) -> list[tuple[Lora, float]]:
+    """Read LoRAs, written as FILE[:STRENGTH], for the Stage C that the settings name.
+
+    A FILE may be the folder of a training run; use_ema takes its averaged weights, where there are some.
 
     Raises:
         LoraFileError: a file is missing or made for another network.
     """
+    if not files:
+        return []
+    network = outline(settings)
+    return [
+        (read_lora(weights_in(place, "lora", use_ema), network), strength)
+        for place, strength in map(parse_lora, files)
+    ]
+
+
+def outline(settings: ModelSettings) -> StageC:
+    """Stage C without weights, which says what its layers are called and how large they are."""
     with torch.device("meta"):
-        network = StageC(**settings.version.stage_c)
-    return [(read_lora(path, network), strength) for path, strength in map(parse_lora, files)]
+        return StageC(**settings.version.stage_c)

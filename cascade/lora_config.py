@@ -16,7 +16,7 @@ from modules.tokens import is_new
 from warpcore.config import ShareBelowOne
 from warpcore.data.images import Geometry
 from warpcore.data.reader import PictureField
-from warpcore.data.samples import PICTURE_EXTENSIONS, Sample
+from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample
 from warpcore.data.shards import resolve_sources
 from warpcore.random import SampleRandom
 
@@ -71,6 +71,8 @@ class LoraConfig(StageCConfig):
 
     @model_validator(mode="after")
     def _tokens_and_templates(self) -> Self:
+        if self.cache_text and self.train_tokens:
+            raise ValueError("cache_text: what captions mean changes with train_tokens; remove one of the two")
         if self.train_tokens == []:
             raise ValueError("train_tokens is empty: write [['[fernando]', '^dog</w>']] for a token, or leave it out")
         for template in self.caption_templates:
@@ -113,13 +115,17 @@ def choose_captions(
     ]
 
 
-def sample_fields(config: LoraConfig) -> dict:
-    """What of each sample is read beside picture and caption: `mask` (1, H, W) uint8, and `prior`, a bool."""
-    fields = {"mask": MaskField((MASK, *PICTURE_EXTENSIONS))} if config.masked_loss else {}
+def sample_fields(config: LoraConfig, from_cache: bool = False) -> dict:
+    """What of each sample is read beside picture and caption: `mask` (1, H, W) uint8, and `prior`, a bool.
+
+    from_cache: the samples hold no pictures, and no masks.
+    """
+    masks = config.masked_loss and not from_cache
+    fields = {"mask": MaskField((MASK, *PICTURE_EXTENSIONS))} if masks else {}
     if config.prior_path is None:
         return fields
     shards = frozenset(shard.url for source in resolve_sources(config.prior_path) for shard in source.shards)
-    return fields | {"prior": FromField(PICTURE_EXTENSIONS, shards)}
+    return fields | {"prior": FromField((*PICTURE_EXTENSIONS, PICTURE_FACTS), shards)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade import lora_formats
@@ -14,6 +13,7 @@ from cascade.lora_formats import Adapter, Lora, LoraFileError
 from modules.lora import Place, places
 from modules.tokenizers import Tokenizer
 from modules.tokens import TokenRows, is_new
+from warpcore.weights import write_weights
 
 FORMATS = ("warpcore", "reference", "comfyui", "peft")
 _PEFT_TENSORS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -82,13 +82,14 @@ def _check(adapters: Mapping[str, Adapter], there: Mapping[str, Place]) -> None:
 
 def write_lora(
     lora: Lora, path: Path, kind: str = "warpcore", network: nn.Module | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None, about: Mapping[str, str] | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write a LoRA in one of `FORMATS`; returns the files written.
 
     Args:
         path: the file; for `peft` the folder.
         network, tokenizer: needed for `reference`: its order of layers, and the ids of the tokens.
+        about: further metadata.
 
     `comfyui` puts each token beside the file, as NAME.safetensors for the folder of embeddings.
 
@@ -96,7 +97,7 @@ def write_lora(
         LoraFileError: the format cannot express something of it.
     """
     path = Path(path)
-    about = lora_formats.metadata(lora)
+    about = dict(about or {}) | lora_formats.metadata(lora)
     files: dict[Path, tuple[dict[str, Tensor], dict[str, str]]] = {}
     match kind:
         case "warpcore":
@@ -116,7 +117,7 @@ def write_lora(
     for file, (tensors, said) in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        save_file(own, file, metadata={"format": "pt", **said})
+        write_weights(file, own, {"format": "pt"} | said)
     if kind == "peft":
         (path / _PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return list(files)

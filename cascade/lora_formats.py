@@ -159,7 +159,8 @@ def from_reference(
     if count != len(places):
         raise LoraFileError(
             f"it has {count} numbered adapters, but {len(places)} layers of this network match {list(filters)}: "
-            "give the model_version and the module_filters that it was trained with"
+            "give the model_version and the module_filters that it was trained with (tools/export.py lora makes a "
+            "file that says them)"
         )
     alpha, stabilised = json.loads(about.get("alpha", "1")), about.get("rank_stabilised") == "true"
     adapters = {}
@@ -176,7 +177,10 @@ def from_reference(
     ids = tensors["embeddings.indices"].tolist()
     known = {token.id: i for i, token in enumerate(rows.tokens)} if rows else {}
     if unknown := [i for i in ids if i not in known]:
-        raise LoraFileError(f"it trains tokens {unknown} without naming them: give the train_tokens of its training")
+        raise LoraFileError(
+            f"it trains tokens {unknown} without naming them: give the train_tokens of its training (tools/export.py "
+            "lora makes a file that says them)"
+        )
     order = [known[i] for i in ids]
     names = [rows.tokens[i].name for i in order]
     return Lora(adapters, names, rows.initial[order].cpu(), tensors["embeddings.embeddings"])

@@ -60,4 +60,4 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         pixels = decode(path.read_bytes(), size or size_of(path)).pixels
     except BadPicture as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1) / 255
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255

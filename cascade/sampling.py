@@ -19,8 +19,11 @@ from tqdm import tqdm
 from cascade import build
 from cascade.conditions import text_conditions
 from cascade.config import ModelSettings
+from cascade.controlled import Control, ControlledStageC
 from cascade.diffusion import draw_latents, latent_size, make_diffusion
 from cascade.inference import DrawingSettings
+from cascade.lora import add_tokens, merge_loras
+from cascade.lora_formats import Lora
 from cascade.pictures import pad
 from modules.effnet import normalise_images
 from warpcore.errors import UserError
@@ -33,10 +36,13 @@ GIB = 2**30
 
 
 class Cascade:
-    """The networks of a cascade, each on the device only while it works."""
+    """The networks of a cascade, each on the device only while it works.
 
-    def __init__(self, settings: DrawingSettings):
-        self.settings = settings
+    loras: see `cascade.lora.open_loras`; Stage C gets their changes, and the text tower their tokens.
+    """
+
+    def __init__(self, settings: DrawingSettings, loras: Sequence[tuple[Lora, float]] = ()):
+        self.settings, self.loras = settings, loras
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
         self._peaks: dict[str, int] = {}
@@ -80,6 +86,7 @@ class Cascade:
     def read(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The text conditions of prompts: `clip_text` (N, L, D) and `clip_text_pooled` (N, 1, P)."""
         with self.holding("text tower", build.text) as tower:
+            add_tokens(tower, self.loras)
             chunks = [
                 prompts[i : i + self.settings.batch_size] for i in range(0, len(prompts), self.settings.batch_size)
             ]
@@ -92,7 +99,7 @@ class Cascade:
             return tower.encode(picture[None].to(self.device))[:, None].cpu()
 
     def encode(self, pictures: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:
-        """Stage C's latents (16, h, w), of the `sizes` (h, w) asked for, of pictures (3, H, W) in [0, 1]."""
+        """Stage C's latents (C, h, w), of the `sizes` (h, w) asked for, of pictures (3, H, W) in [0, 1]."""
         with self.holding("encoder", build.encoder) as encoder:
             resized = [_resize(picture, [side * encoder.compression for side in size])
                        for picture, size in zip(pictures, sizes, strict=True)]  # fmt: skip
@@ -105,31 +112,42 @@ class Cascade:
         size: Size,
         seeds: Sequence[int],
         start: Tensor | None = None,
+        controls: Sequence[Control] = (),
+        control_guided: bool = False,
         **sampling,
     ) -> list[Tensor]:
-        """Draw Stage C's latents (16, h, w) for pictures of `size` (H, W).
+        """Draw Stage C's latents (C, h, w) for pictures of `size` (H, W).
 
         Args:
             conditions: of Stage C, (N, ...) each, or (1, ...) for all; without `clip_img`, there is no picture to see.
             unconditional: the same names, for guidance.
-            start: latents (16, h, w) to begin with, see `draw_latents`; **sampling are its other arguments.
+            start: latents (C, h, w) to begin with, see `draw_latents`; **sampling are its other arguments.
+            controls: of ControlNets. control_guided: the other side of guidance is without them.
         """
         version, diffusion = self.settings.version, make_diffusion(self.settings.diffusion_target)
-        shape = (16, *latent_size(*size, version.compression, version.patch_size))
         with self.holding("Stage C", partial(build.stage_c, dtype=self.dtype)) as generator:
+            merge_loras(generator, self.loras)
+            shape = (generator.c_in, *latent_size(*size, version.compression, generator.patch_size))
             nothing = {"clip_img": torch.zeros(1, 1, generator.clip_img_mapper.in_features)}
+            network, controlled = generator, ({}, {})
+            if controls:
+                network = ControlledStageC(generator, controls, diffusion, sampling.get("shift", 1.0))
+                controlled = {"control": torch.ones(1)}, {"control": torch.full((1,), float(not control_guided))}
 
             def draw(rows: list[int]) -> Tensor:
-                first, second = (self._rows(nothing | {**side}, rows) for side in (conditions, unconditional))
+                first, second = (
+                    self._rows(nothing | {**side} | control, rows)
+                    for side, control in zip((conditions, unconditional), controlled, strict=True)
+                )
                 begin = None if start is None else start.to(self.device).expand(len(rows), *shape)
                 return draw_latents(
-                    diffusion, generator, first, second, shape, [seeds[i] for i in rows], start=begin, **sampling
+                    diffusion, network, first, second, shape, [seeds[i] for i in rows], start=begin, **sampling
                 )
 
             return self._work("Stage C", [size] * len(seeds), draw)
 
     def preview(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """Small pictures (3, 8 h, 8 w) in [0, 1] of Stage C's latents (16, h, w)."""
+        """Small pictures (3, 8 h, 8 w) in [0, 1] of Stage C's latents (C, h, w)."""
         with self.holding("previewer", build.previewer) as previewer:
             return self._work(
                 "previewer", _sizes(latents), lambda rows: previewer(self._batch(latents, rows)).clamp(0, 1)
@@ -143,10 +161,10 @@ class Cascade:
         sizes: Sequence[Size],
         seeds: Sequence[int],
     ) -> list[Tensor]:
-        """Draw Stage A's latents (4, h, w), a little larger where Stage B's patches want it.
+        """Draw Stage A's latents (C, h, w), a little larger where Stage B's patches want it.
 
         Args:
-            latents: Stage C's (16, h, w), or the encoder's.
+            latents: Stage C's (C, h, w), or the encoder's.
             pooled: `clip_text_pooled` (N, 1, P), or (1, 1, P) for all.
             unconditional_pooled: the same for guidance, which sees no latents at all.
             sizes: of the pictures, (H, W) in pixels.
@@ -166,7 +184,7 @@ class Cascade:
                 second = self._rows({"clip": unconditional_pooled}, rows) | {"effnet": torch.zeros_like(effnet)}
                 return draw_latents(
                     diffusion, generator, first, second,
-                    (4, *latent_size(*sizes[rows[0]], compression, generator.patch_size)),
+                    (generator.c_in, *latent_size(*sizes[rows[0]], compression, generator.patch_size)),
                     [stable_hash(seeds[i], "Stage B") for i in rows],  # other noise than that of Stage C
                     **self.settings.stage_b_sampling,
                 )  # fmt: skip
@@ -174,7 +192,7 @@ class Cascade:
             return self._work("Stage B", [*zip(sizes, _sizes(latents), strict=True)], draw)
 
     def decode(self, latents: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:
-        """Pictures (3, H, W) of `sizes` (H, W), in [0, 1], of Stage A's latents (4, h, w)."""
+        """Pictures (3, H, W) of `sizes` (H, W), in [0, 1], of Stage A's latents (C, h, w)."""
         with self.holding("Stage A", build.stage_a) as stage_a:
             found = self._work("Stage A", _sizes(latents), lambda rows: stage_a.decode(self._batch(latents, rows)))
         return [picture[:, :height, :width].clamp(0, 1) for picture, (height, width) in zip(found, sizes, strict=True)]

@@ -1,12 +1,16 @@
 """What training scripts of this family share: the diffusion process, and the loss of a denoiser."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from cascade.cache import Feature, find_cache
+from cascade.conditions import TEXT, TextMemory, text_conditions
 from cascade.config import DiffusionConfig, FamilySettings
 from cascade.diffusion import make_diffusion
+from warpcore.config import ConfigError
 from warpcore.core import Losses, WarpCore
+from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
 
 
@@ -21,15 +25,68 @@ class CascadeTraining(WarpCore):
 
 
 class DiffusionTraining(CascadeTraining):
-    """Trains a denoiser of latents."""
+    """Trains a denoiser of latents.
+
+    What its frozen networks make of a sample, its features, may come from a cache (`cascade/cache.py`); then no
+    pictures are read. Hooks to override for that: `features`, `encoders`, `picture_features`,
+    `check_cacheable`.
+    """
 
     config: DiffusionConfig
+
+    # ------------------------------------------------------------------ hooks
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        """What can be cached, by name."""
+        raise NotImplementedError
+
+    def check_cacheable(self) -> None:
+        """Raise UserError where this configuration can't train from a cache."""
+        if self.config.bucketeer_random_ratio:
+            raise ConfigError(
+                "bucketeer_random_ratio draws another size for a picture in each epoch, but a cache holds one: set it "
+                "to 0"
+            )
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The networks, with their weights, that make the features."""
+        raise NotImplementedError
+
+    def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor | Sequence[Tensor]]:
+        """What the networks make of pictures: (B, ...), or a list of B, by name."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
         loss_weight = "adaptive" if config.adaptive_loss_weight else config.loss_weight
         self.diffusion = make_diffusion(config.diffusion_target, loss_weight, config.offset_noise)
         self.bookkeeping["diffusion"] = self.diffusion
+        self.cache = self.processes.on_main(lambda: find_cache(self))
+        self.texts = None
+        if config.cache_text or self.cache is not None:  # a cache has the captions' conditions, but for the empty one
+            self.texts = TextMemory(int(config.cache_text_gb * 1e9), lambda text: self.progress.say(text))
+
+    @property
+    def needs_images(self) -> bool:
+        return self.cache is None
+
+    def extra_fields(self) -> dict:
+        return {} if self.cache is None else self.cache.fields(self.features)
+
+    def caption_features(self, batch: Batch) -> dict[str, Tensor]:
+        """What the text tower makes of captions: (B, ...) by name."""
+        made = text_conditions(self.networks["text"], batch.captions, self.device)
+        return {name: made[name] for name in TEXT if name in self.features}
+
+    def text_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What the text tower makes of captions, now or earlier."""
+        tower = self.networks["text"]
+        if self.texts is None:
+            return text_conditions(tower, captions, self.device)
+        return self.texts.conditions(tower, captions, self.device)
 
     def denoising_loss(
         self,

@@ -31,6 +31,11 @@ class Version:
         """Positions of the latents per side that Stage C takes as one."""
         return self.stage_c.get("patch_size", 1)
 
+    @property
+    def image_width(self) -> int:
+        """Of the image condition that Stage C takes."""
+        return self.stage_c.get("c_clip_img", 768)
+
 
 LARGE = Version()
 """Stage C with 3.6 and Stage B with 1.6 billion parameters."""

@@ -1,23 +1,31 @@
-"""Draw pictures for prompts: Stage C, Stage B, Stage A; or variations of a picture, or with a picture to start from.
+"""Draw pictures for prompts: Stage C, Stage B, Stage A; or variations of a picture, or with a picture to start from;
+with LoRAs, and under the control of ControlNets.
 
     python3 inference/text_to_image.py configs/inference/quickstart.yaml
     python3 inference/text_to_image.py --run runs/quickstart_c --prompts "a red circle on the left" --seeds 1 --seeds 2
     python3 inference/text_to_image.py configs/inference/text_to_image_3b.yaml --image dog.jpg --noise_level 0.8
+    python3 inference/text_to_image.py --run runs/quickstart_lora --prompts "a green [heart] on the left"
+    python3 inference/text_to_image.py configs/inference/text_to_image_3b.yaml --lora dog.safetensors:0.8 \\
+        --controlnet models/controlnet/canny.safetensors --control_image house.jpg --prompts "a gingerbread house"
 
 Without weights of Stage B, the previewer turns Stage C's latents into small, coarse pictures.
 """
 
 import re
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor
 
-from cascade.diffusion import latent_size
-from cascade.inference import DrawingSettings
+from cascade.controlled import pasted
+from cascade.drawing import finish, sketch
+from cascade.lora import open_loras
 from cascade.pictures import read_picture, size_of, to_pictures
 from cascade.sampling import Cascade
+from cascade.steering import Steered, SteeringSettings, open_controls
 from warpcore.config import ConfigError, Share, load_config
 from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS
@@ -25,7 +33,7 @@ from warpcore.errors import run_script
 from warpcore.pictures import grid, save_png
 
 
-class TextToImageConfig(DrawingSettings):
+class TextToImageConfig(SteeringSettings):
     """Keys of this script, beside those of the networks."""
 
     output_path: Path = Path("pictures")
@@ -45,7 +53,7 @@ class TextToImageConfig(DrawingSettings):
     image_size: PositiveInt = 1024
     """Side of a square picture in pixels; other shapes get about the same area."""
     aspect_ratio: PositiveFloat | None = None
-    """Width divided by height: 1.5, 3/2 or 16:9; by default that of `image`, else 1."""
+    """Width divided by height: 1.5, 3/2 or 16:9; by default that of `image` or `control_image`, else 1."""
     size: tuple[PositiveInt, PositiveInt] | None = None
     """[height, width] in pixels, instead of the two keys above."""
     steps: PositiveInt = 20
@@ -89,7 +97,7 @@ class TextToImageConfig(DrawingSettings):
             return self.size
         ratio = self.aspect_ratio
         if ratio is None:
-            height, width = size_of(self.image) if self.image else (1, 1)
+            height, width = size_of(self.image) if self.image else self.control_shape or (1, 1)
             ratio = width / height
         side = self.image_size / ratio**0.5
         return round(side), round(side * ratio)
@@ -103,59 +111,58 @@ class TextToImageConfig(DrawingSettings):
 
 def main() -> None:
     config = load_config(TextToImageConfig)
-    prompts = config.all_prompts
-    wanted = [(number, seed) for number in range(len(prompts)) for seed in config.seeds]
     complete = not config.preview and config.stage_b.generator_checkpoint_path is not None
-    cascade = Cascade(config)
-    pictures = draw(cascade, prompts, wanted, complete)
-    save(config, [prompts[number] for number, _ in wanted], [seed for _, seed in wanted], pictures)
+    prompts, seeds = zip(*product(config.all_prompts, config.seeds), strict=True)
+    cascade = Cascade(config, open_loras(config.lora, config, config.use_ema))
+    pictures, controls = draw(cascade, prompts, seeds, complete)
+    save(config, prompts, seeds, pictures, controls)
     if not complete:
         why = "" if config.preview else ": there are no weights of Stage B (stage_b_checkpoint_path)"
         print(f"They are drawn by the previewer, which is coarser than the full cascade{why}.")
     print(cascade.peak_memory())
 
 
-def draw(cascade: Cascade, prompts: list[str], wanted: list[tuple[int, int]], complete: bool) -> list[Tensor]:
-    """Pictures (3, H, W) in [0, 1] for pairs of a prompt's number and a seed."""
+def draw(
+    cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], complete: bool
+) -> tuple[list[Tensor], list[Steered]]:
+    """A picture (3, H, W) in [0, 1] for each prompt and its seed, and what the ControlNets saw."""
     config = cascade.settings
-    rows, seeds = [number for number, _ in wanted], [seed for _, seed in wanted]
-    text = cascade.read([*prompts, config.negative_prompt])
-    conditions = {name: values[rows] for name, values in text.items()}
-    unconditional = {name: values[-1:] for name, values in text.items()}
-    start = None
-    if config.image is not None:
-        picture = read_picture(config.image, config.size_px)
-        if config.noise_level is None:
-            conditions["clip_img"] = cascade.look(picture)
-        else:
-            version = config.version
-            (start,) = cascade.encode(
-                [picture], [latent_size(*config.size_px, version.compression, version.patch_size)]
-            )
-    latents = cascade.draw_c(
-        conditions,
-        unconditional,
-        config.size_px,
+    steered = open_controls(cascade, config, config.size_px)
+    drawn = sketch(
+        cascade,
+        prompts,
         seeds,
-        start,
-        noise_level=config.noise_level or 1.0,
+        config.size_px,
+        negative_prompt=config.negative_prompt,
+        image=None if config.image is None else read_picture(config.image, config.size_px),
+        noise_level=config.noise_level,
+        controls=[one.control for one in steered],
+        control_guided=config.control_guided,
         **config.sampling,
     )
-    if not complete:
-        return cascade.preview(latents)
-    sizes = [config.size_px] * len(latents)
-    pooled, unconditional_pooled = (side["clip_text_pooled"] for side in (conditions, unconditional))
-    return cascade.decode(cascade.draw_b(latents, pooled, unconditional_pooled, sizes, seeds), sizes)
+    pictures = finish(cascade, drawn) if complete else cascade.preview(drawn.latents)
+    for one in steered:
+        if one.inpainted is not None and config.keep_unmasked:
+            pictures = [pasted(picture, one.inpainted) for picture in pictures]
+    return pictures, steered
 
 
-def save(config: TextToImageConfig, prompts: list[str], seeds: list[int], pictures: list[Tensor]) -> None:
-    """Write each picture, with what it was made of inside, and a sheet of them all."""
+def save(
+    config: TextToImageConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    pictures: Sequence[Tensor],
+    controls: Sequence[Steered],
+) -> None:
+    """Write each picture, with what it was made of inside, a sheet of them all, and what the ControlNets saw."""
     left_out = {"prompts", "prompt_file", "seeds", "output_path", "device", "batch_size"}
     settings = config.model_dump_json(exclude=left_out, exclude_defaults=True)
     sheet = [to_pictures(picture[None], config.size_px)[0] for picture in pictures]
     for number, (picture, prompt, seed) in enumerate(zip(sheet, prompts, seeds, strict=True)):
         name = f"{number:04d}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60].strip('_')}_{seed}.png"
         save_png(config.output_path / name, picture, {"prompt": prompt, "seed": str(seed), "settings": settings})
+    for number, control in enumerate(controls):
+        save_png(config.output_path / f"condition_{number}.png", to_pictures(control.picture[None], config.size_px)[0])
     columns = len(config.seeds) if len(config.seeds) > 1 else min(6, len(sheet))
     together = grid(sheet, columns, prompts)
     save_png(config.output_path / "grid.png", together, {"prompts": "\n".join(prompts), "settings": settings})

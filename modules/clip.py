@@ -209,14 +209,18 @@ def image_tower(
     return _load(ImageTower, name, path, settings, device, dtype)
 
 
-def _load(tower_class, name, path, settings, device, dtype):
+def tower_file(name: str | None = None, path: str | Path | None = None) -> Path:
+    """The file with the weights of the tower that the same arguments load, downloaded if need be; errors as there."""
     if name is None and path is None:
         raise ValueError("a CLIP tower needs the name of a public model or the path of a weight file")
+    return download(name) if path is None else find_file(path)
+
+
+def _load(tower_class, name, path, settings, device, dtype):
+    file = tower_file(name, path)
     if path is None:
         settings = settings or ClipSettings.published(name)
-        file = download(name)
     else:
-        file = find_file(path)
         saved = read_settings(file)
         if settings is None and saved is not None:
             settings = ClipSettings(**saved)

@@ -14,16 +14,17 @@ from modules.blocks import (
     AttnBlock,
     Block,
     FeedForwardBlock,
-    GlobalResponseNorm,
     MultiheadAttention,
     PointwiseConv,
     ResBlock,
     TimestepBlock,
+    compile_blocks,
     layer_norm,
     resize,
     set_activation_checkpointing,
     time_embedding,
 )
+from modules.feed_forward import GlobalResponseNorm
 
 
 class UNet(nn.Module):
@@ -65,7 +66,7 @@ class UNet(nn.Module):
         dropout, self_attn = _per_level(dropout, levels), _per_level(self_attn, levels)
         repeat_down, repeat_up = block_repeat or [[1] * levels] * 2
         self._check_levels(levels, nhead, *blocks, repeat_down, repeat_up, level_config, dropout, self_attn)
-        self.c_r, self.patch_size, self.t_conds = c_r, patch_size, tuple(t_conds)
+        self.c_in, self.c_r, self.patch_size, self.t_conds = c_in, c_r, patch_size, tuple(t_conds)
 
         def make_block(kind: str, level: int, c_skip: int) -> Block:
             c, drop = c_hidden[level], dropout[level]
@@ -164,6 +165,10 @@ class UNet(nn.Module):
     def set_activation_checkpointing(self, level: int) -> None:
         """0 keeps all activations, 3 computes all again in the backward pass: see `modules.blocks`."""
         set_activation_checkpointing(self.blocks, level)
+
+    def compile_blocks(self) -> None:
+        """Let `torch.compile` fuse what the blocks compute."""
+        compile_blocks(self.blocks)
 
     def gen_r_embedding(self, r: Tensor) -> Tensor:
         """The embedding of one time condition (B,) -> (B, c_r), in float32."""

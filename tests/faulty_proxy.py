@@ -28,7 +28,9 @@ class FaultyProxy:
     but half as long as what was asked for. Where there is no body, it is a 503.
 
     on_fault: called in the middle of every body that breaks off. refused: methods that get a 403. ignored: headers
-    that are not passed on, in lower case. part_status: of answers that are a part of an object.
+    that are not passed on, in lower case. part_status: of answers that are a part of an object. on_request: called
+    with method and path of every request before it is passed on. not_implemented: headers, in lower case, with which a
+    PUT gets a 501.
     """
 
     def __init__(
@@ -41,9 +43,12 @@ class FaultyProxy:
         refused: tuple[str, ...] = (),
         ignored: tuple[str, ...] = (),
         part_status: int = 206,
+        on_request: Callable[[str, str], object] = lambda method, path: None,
+        not_implemented: tuple[str, ...] = (),
     ):
         self.target, self.share, self.faults = target, share, faults
         self.on_fault, self.refused, self.ignored, self.part_status = on_fault, refused, ignored, part_status
+        self.on_request, self.not_implemented = on_request, not_implemented
         self.num_requests = 0
         self.met: Counter[str] = Counter()
         """How often each fault was met."""
@@ -77,6 +82,7 @@ class FaultyProxy:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         self.num_requests += 1
         self.gets[request.path] += request.method == "GET"
+        self.on_request(request.method, request.path)
         fault = None
         if self._random.random() < self.share:
             fault = self.faults[self.met.total() % len(self.faults)]
@@ -84,11 +90,13 @@ class FaultyProxy:
         target = URL(self.target + request.raw_path, encoded=True)
         not_forwarded = (*_NOT_FORWARDED, *self.ignored)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in not_forwarded}
+        content = await request.read()  # or what is left of it would be the next request
         if request.method in self.refused:
             return web.Response(status=403, body=_DENIED if request.method != "HEAD" else None)
+        if request.method == "PUT" and any(name in self.not_implemented for name in map(str.lower, request.headers)):
+            return web.Response(status=501, body=_DENIED)
         if fault == "503":
             return web.Response(status=503, body=_SLOW_DOWN if request.method != "HEAD" else None)
-        content = await request.read()
         async with self._session.request(request.method, target, headers=headers, data=content) as given:
             body = await given.read()
             headers = {name: value for name, value in given.headers.items() if name.lower() not in _NOT_FORWARDED}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from warpcore.errors import UserError, run_script
+from warpcore.weights import write_weights
 
 
 def convert(source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -28,7 +28,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype) -> None:
         if tensors[name].isfinite().all() and not tensor.isfinite().all():
             raise UserError(f"{name} has numbers too large for {dtype}: choose bfloat16 or float32")
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(converted, target, metadata=metadata)
+    write_weights(target, converted, metadata)
 
 
 def main() -> None:

@@ -1,22 +1,47 @@
-"""Write a trained cascade for other programs, and read theirs.
+"""Write what was trained for other programs, and read what they wrote.
 
     python3 tools/export.py diffusers runs/quickstart_c exported --run runs/mini_b
-    python3 tools/export.py diffusers models/stage_c_bf16.safetensors exported
-    python3 tools/export.py from-diffusers exported imported
+    python3 tools/export.py lora-comfyui runs/dog dog_comfyui.safetensors
+    python3 tools/export.py lora dog_comfyui.safetensors dog.safetensors --model_version 1B
 
-diffusers: SOURCE is a run's folder or Stage C's weights; further networks are named as in inference/text_to_image.py.
-    TARGET gets a folder for StableCascadePriorPipeline and one for StableCascadeDecoderPipeline. diffusers has no
-    previewer and no encoder, and for the mini cascade it wants sides that 32 divides.
-from-diffusers: SOURCE is such a folder, TARGET gets our files, with the same weights, bit by bit.
+    FORMAT                SOURCE                                  TARGET
+    diffusers             a run, or weights of Stage C            a folder for StableCascadePriorPipeline, and one for
+                                                                  StableCascadeDecoderPipeline
+    from-diffusers        such a folder                           a folder of our files, with the same weights
+    lora                  a LoRA: a run, a file, peft's folder    our file, which says rank, alpha and tokens
+    lora-comfyui          the same                                a file with kohya's names; each token as an embedding
+    lora-peft             the same                                a folder for peft, on diffusers' StableCascadeUNet
+    lora-reference        the same                                a numbered file of the reference implementation
+    lora-merged           the same                                weights of Stage C that hold it; tokens beside them
+    controlnet            a ControlNet: a run or a file           our file, which says filter and blocks
+    controlnet-reference  the same                                a file that the reference implementation loads
+
+Tensors keep every bit, but in lora-merged, and in lora-reference where alpha is no power of two. Keys follow as in the
+scripts, key=value or --key value; --help behind a format, a source and a target lists them. With them, diffusers takes
+further networks, every LoRA its model_version, and files that do not say it what they need: lora the module_filters
+and train_tokens of the training, controlnet the controlnet_filter and controlnet_blocks. diffusers has no previewer
+and no encoder, and for the mini cascade it wants sides that 32 divides.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cascade.inference import CascadeSettings
-from warpcore.config import load_config
+from pydantic import NonNegativeInt
+
+from cascade import build, lora
+from cascade.controlnet import file_metadata, published_layout, settings_of_file
+from cascade.inference import TARGET_KEY, CascadeSettings, metadata_of, weights_in
+from cascade.lora_files import read_lora, write_lora
+from cascade.lora_formats import Lora
+from modules.tokenizers import BytePairTokenizer, Tokenizer
+from warpcore.config import Settings, load_config
 from warpcore.errors import UserError, run_script
+from warpcore.weights import write_weights
+
+# ------------------------------------------------------------------ diffusers
 
 
 class ExportSettings(CascadeSettings):
@@ -42,13 +67,114 @@ def from_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
 
     if arguments:
         raise UserError(f"from-diffusers takes a source and a target, and no {arguments[0]}")
-    for file in read_folder(source, target):
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    _print_sizes(read_folder(source, target))
 
+
+# ------------------------------------------------------------------ LoRA
+
+
+class LoraExportSettings(CascadeSettings):
+    """Keys of the LoRA formats, beside those of the networks."""
+
+    lora: list[str] = []
+    """The LoRA: this is SOURCE."""
+    strength: float = 1.0
+    """How much of it `lora-merged` adds to the weights."""
+    module_filters: list[str] = [".attn"]
+    """The `module_filters` of the training of a reference's file, which does not say it."""
+    train_tokens: list[tuple[str, str | None]] | None = None
+    """The `train_tokens` of the training of a reference's file, where it had some."""
+
+
+def open_lora(source: Path, arguments: list[str]) -> tuple[LoraExportSettings, Lora]:
+    key = "run" if (source / "config.yaml").is_file() else "lora"
+    said = metadata_of(source).get("model_version")
+    model_version = ["--model_version", said] if said else []
+    weights_in(source, "lora")  # says what is wrong with a run that has none
+    settings = load_config(LoraExportSettings, [f"--{key}", str(source), *model_version, *arguments])
+    if len(settings.lora) != 1:
+        raise UserError(f"one LoRA at a time, not {len(settings.lora)}: {', '.join(settings.lora) or source}")
+    rows = lora.train_tokens(build.text(settings), settings.train_tokens) if settings.train_tokens else None
+    return settings, read_lora(Path(settings.lora[0]), lora.outline(settings), settings.module_filters, rows)
+
+
+def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> None:
+    settings, opened = open_lora(source, arguments)
+    tokenizer = _tokenizer(settings) if opened.tokens else None
+    about = {"model_version": settings.model_version}
+    _print_sizes(write_lora(opened, target, kind, lora.outline(settings), tokenizer, about))
+    if kind == "peft" and opened.tokens:
+        print(f"The tokens {', '.join(opened.tokens)} stay behind: peft's folder has no place for them.")
+
+
+def merge_lora(source: Path, target: Path, arguments: list[str]) -> None:
+    settings, opened = open_lora(source, arguments)
+    base = settings.generator_checkpoint_path
+    if base is None:
+        raise UserError("lora-merged needs the weights that the LoRA was trained on: give generator_checkpoint_path")
+    network = build.stage_c(settings)
+    lora.merge_loras(network, [(opened, settings.strength)])
+    dtypes = {name: tensor.dtype for name, tensor in build.read_weights(base, "generator_checkpoint_path").items()}
+    merged = {name: tensor.to(dtypes[name]) for name, tensor in network.state_dict().items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(target, merged, {"format": "pt", TARGET_KEY: settings.diffusion_target})
+    written = [target]
+    if opened.tokens:
+        tokens = Lora({}, opened.tokens, opened.token_initial, opened.token_delta * settings.strength)
+        written += write_lora(tokens, target.with_name(f"{target.stem}_tokens.safetensors"))
+    _print_sizes(written)
+
+
+def _tokenizer(settings: CascadeSettings) -> Tokenizer:
+    """That of the text tower; public ones have CLIP's, for which nothing has to be loaded."""
+    file = Path(settings.clip_text_model_name or settings.version.text_tower)
+    return build.text(settings).tokenizer if file.is_file() else BytePairTokenizer()
+
+
+# ------------------------------------------------------------------ ControlNet
+
+
+class ControlNetExportSettings(Settings):
+    """Keys of the ControlNet formats."""
+
+    controlnet_filter: str | None = None
+    """The filter of its training, where the file does not say it."""
+    controlnet_filter_params: dict[str, Any] | None = None
+    """Arguments of the filter."""
+    controlnet_blocks: list[NonNegativeInt] | None = None
+    """The controlled blocks, where the file does not say them."""
+    use_ema: bool = True
+    """Of a run, take the averaged weights, where there are some."""
+
+
+def export_controlnet(for_reference: bool, source: Path, target: Path, arguments: list[str]) -> None:
+    said = load_config(ControlNetExportSettings, arguments).model_dump(exclude_none=True)
+    file = weights_in(source, "controlnet", said.pop("use_ema"))
+    if for_reference:
+        state, notes = published_layout(file)
+        about = {"format": "pt"}
+    else:
+        state, notes = build.read_weights(file, "controlnet"), []
+        about = {"format": "pt"} | file_metadata(settings_of_file(file, said))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(target, state, about)
+    _print_sizes([target])
+    for note in notes:
+        print(f"{note}.")
+
+
+# ------------------------------------------------------------------ the command line
 
 FORMATS: dict[str, Callable[[Path, Path, list[str]], None]] = {
     "diffusers": to_diffusers,
     "from-diffusers": from_diffusers,
+    "lora": partial(export_lora, "warpcore"),
+    "lora-comfyui": partial(export_lora, "comfyui"),
+    "lora-peft": partial(export_lora, "peft"),
+    "lora-reference": partial(export_lora, "reference"),
+    "lora-merged": merge_lora,
+    "controlnet": partial(export_controlnet, False),
+    "controlnet-reference": partial(export_controlnet, True),
 }
 
 
@@ -63,10 +189,17 @@ def main() -> None:
         raise UserError(f"{given.source} does not exist")
     if given.target.is_dir() and any(given.target.iterdir()):
         raise UserError(f"{given.target} is not empty: name another folder")
+    if given.target.is_file():
+        raise UserError(f"{given.target} is there already: name another file")
     try:
         FORMATS[given.format](given.source, given.target, given.arguments)
     except ModuleNotFoundError as error:
         raise UserError(f"{given.format} needs {error.name}: pip install diffusers transformers") from error
+
+
+def _print_sizes(files: list[Path]) -> None:
+    for file in files:
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

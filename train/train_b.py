@@ -4,26 +4,29 @@ python3 train/train_b.py configs/training/mini_b.yaml
 torchrun --nproc-per-node 8 train/train_b.py configs/training/finetune_b_700m.yaml
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from cascade import build
-from cascade.conditions import kept_captions, text_conditions
+from cascade.cache import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
+from cascade.conditions import text_conditions, training_text
 from cascade.config import DiffusionConfig
 from cascade.diffusion import draw_latents, pyramid_noise
 from cascade.pictures import to_pictures, to_uint8
+from cascade.scaled import encode_scaled, enlarge
 from cascade.training import DiffusionTraining
-from modules.blocks import resize
 from modules.effnet import normalise_images
-from warpcore.config import Share
+from warpcore.config import ConfigError, Share
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom, stable_hash
+
+Inputs = tuple[Tensor, Tensor, Sequence[Tensor] | None, Tensor | None]
 
 
 class StageBConfig(DiffusionConfig):
@@ -53,60 +56,74 @@ class TrainStageB(DiffusionTraining):
     Config = StageBConfig
 
     def build(self) -> dict[str, nn.Module]:
-        config = self.config
-        if config.train_encoder:
+        if self.config.train_encoder:
             self.trainable = {"generator": {}, "encoder": {}}
+        return {"generator": build.stage_b(self.config)} | self.encoders()
+
+    def encoders(self) -> dict[str, nn.Module]:
+        config = self.config
+        return {"stage_a": build.stage_a(config), "encoder": build.encoder(config), "text": build.text(config)}
+
+    def check_cacheable(self) -> None:
+        super().check_cacheable()
+        if self.config.train_encoder:
+            raise ConfigError("train_encoder: the encoder that is trained needs pictures, not a cache of its latents")
+
+    @property
+    def features(self) -> dict[str, Feature]:
         return {
-            "generator": build.stage_b(config),
-            "stage_a": build.stage_a(config),
-            "encoder": build.encoder(config),
-            "text": build.text(config),
+            "stage_a": Feature("stage_a", PICTURE_SETTINGS),
+            "effnet": Feature("encoder", (*PICTURE_SETTINGS, "effnet_scale")),
+            "clip_text_pooled": Feature("text", CAPTION_SETTINGS),
         }
 
-    def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor | list[Tensor]]:
         pictures = batch.images.float() / 255
         latents = self.networks["stage_a"].encode(pictures.to(self.dtype)).float()
-        captions = kept_captions(batch, random, self.config.caption_dropout)
-        text = text_conditions(self.networks["text"], captions, self.device)["clip_text_pooled"]
-        seen = None if self.config.train_encoder else self._encoder_latents(pictures, random)
-        return latents, text, seen, pictures
+        return {"stage_a": latents} | ({} if self.config.train_encoder else {"effnet": self._seen(pictures, random)})
 
-    def loss(self, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], random: SampleRandom) -> Losses:
+    def encode(self, batch: Batch, random: SampleRandom) -> Inputs:
+        text = training_text(self.text_conditions, batch, random, self.config.caption_dropout)["clip_text_pooled"]
+        if batch.images is None:
+            return stored(batch, "stage_a").float(), text, stored(batch, "effnet"), None
+        features = self.picture_features(batch, random)
+        return features["stage_a"], text, features.get("effnet"), batch.images.float() / 255
+
+    def loss(self, inputs: Inputs, random: SampleRandom) -> Losses:
         latents, text, effnet, pictures = inputs
-        effnet = self._encoder_latents(pictures, random) if effnet is None else effnet
+        effnet = self._enlarged(self._seen(pictures, random) if effnet is None else effnet, latents)
         shown = random.uniform("effnet dropout") >= self.config.effnet_dropout
         conditions = {"effnet": effnet * shown[:, None, None, None], "clip": text}
         noise = pyramid_noise(random, latents.shape[1], latents.shape[2:], size_range=(1, 16))
         return self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions), noise)
 
-    def _encoder_latents(self, pictures: Tensor, random: SampleRandom) -> Tensor:
-        """The encoder's latents (B, 16, h, w) of pictures scaled down, each by its own factor, to a side that the
-        encoder divides; then all enlarged to the positions of Stage B, as it would do itself."""
-        encoder, generator = self.networks["encoder"], self.networks["generator"]
-        size = pictures.shape[2:]
+    def _seen(self, pictures: Tensor, random: SampleRandom) -> list[Tensor]:
+        """The encoder's latents (16, h, w) of pictures scaled down, each by its own factor."""
         low, high = self.config.effnet_scale
         factors = low + (high - low) * random.uniform("effnet scale")
         if self.config.train_encoder:  # its batch norms want to see the micro-batch as a whole
             factors = factors[:1].expand(len(pictures))
-        sizes = [tuple(_multiple(side * factor, encoder.compression) for side in size) for factor in factors.tolist()]
-        positions = [side // self.networks["stage_a"].compression // generator.patch_size for side in size]
-        parts, order = [], []
-        for scaled in dict.fromkeys(sizes):
-            rows = [i for i, other in enumerate(sizes) if other == scaled]
-            small = F.interpolate(pictures[rows], scaled, mode="bilinear", antialias=True)
-            latents = encoder(normalise_images(small).to(self.dtype)).float()
-            parts.append(resize(latents.permute(0, 2, 3, 1), positions).permute(0, 3, 1, 2))
-            order += rows
-        return torch.cat(parts)[torch.tensor(order, device=pictures.device).argsort()]
+        return encode_scaled(self.networks["encoder"], pictures, factors.tolist(), self.dtype)
+
+    def _enlarged(self, seen: Sequence[Tensor], latents: Tensor) -> Tensor:
+        """Those latents at the positions (B, 16, H, W) that Stage B has for its own."""
+        positions = [side // self.networks["generator"].patch_size for side in latents.shape[2:]]
+        return enlarge(seen, positions, self.device)
 
     def sample(self, held_out: Batch | None) -> list[Sampled]:
         if held_out is None:
             return []
         config, networks = self.config, self.networks
-        images = held_out.images[: config.sample_count].to(self.device)
-        pictures, captions = images.float() / 255, held_out.captions[: len(images)]
-        stage_a = networks["stage_a"]
-        effnet = networks["encoder"](normalise_images(pictures).to(self.dtype)).float()
+        count, stage_a = min(config.sample_count, len(held_out.keys)), networks["stage_a"]
+        captions = held_out.captions[:count]
+        if held_out.images is None:
+            encoded = stored(held_out, "stage_a")[:count]
+            effnet, columns = self._enlarged(stored(held_out, "effnet")[:count], encoded), {}
+        else:
+            pictures = held_out.images[:count].to(self.device).float() / 255
+            encoded = stage_a.encode(pictures.to(self.dtype))
+            effnet = networks["encoder"](normalise_images(pictures).to(self.dtype)).float()
+            columns = {"picture": to_uint8(held_out.images[:count])}
         texts = [*captions, *[""] * len(captions)]
         text, no_text = text_conditions(networks["text"], texts, self.device)["clip_text_pooled"].chunk(2)
         latents = draw_latents(
@@ -114,20 +131,13 @@ class TrainStageB(DiffusionTraining):
             networks["generator"],
             {"effnet": effnet, "clip": text},
             {"effnet": torch.zeros_like(effnet), "clip": no_text},
-            (4, *(side // stage_a.compression for side in held_out.size)),
-            [stable_hash(config.seed, "sample", i) for i in range(len(images))],
+            (networks["generator"].c_in, *(side // stage_a.compression for side in held_out.size)),
+            [stable_hash(config.seed, "sample", i) for i in range(count)],
             steps=config.sample_steps, guidance=config.sample_guidance, sampler=config.sample_sampler,
         )  # fmt: skip
-        columns = {
-            "picture": to_uint8(images),
-            "Stage A": to_pictures(stage_a.decode(stage_a.encode(pictures.to(self.dtype)))),
-            "Stage B": to_pictures(stage_a.decode(latents.to(self.dtype))),
-        }
+        for name, drawn in (("Stage A", encoded), ("Stage B", latents)):
+            columns[name] = to_pictures(stage_a.decode(drawn.to(self.dtype)))
         return Sampled.rows(captions, columns)
-
-
-def _multiple(length: float, of: int) -> int:
-    return max(1, round(length / of)) * of
 
 
 if __name__ == "__main__":

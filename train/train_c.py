@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from cascade import build
-from cascade.conditions import prompt_conditions, training_conditions
+from cascade.cache import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
+from cascade.conditions import TEXT, prompt_conditions, training_conditions
 from cascade.config import StageCConfig
 from cascade.diffusion import draw_latents, latent_size
 from cascade.pictures import to_pictures, to_uint8
@@ -26,25 +27,40 @@ class TrainStageC(DiffusionTraining):
     Config = StageCConfig
 
     def build(self) -> dict[str, nn.Module]:
-        config = self.config
-        networks = {
-            "generator": build.stage_c(config),
-            "encoder": build.encoder(config),
-            "previewer": build.previewer(config),
-            "text": build.text(config),
-        }
-        if config.clip_image_dropout < 1:
-            networks["image"] = build.image(config)
-        self.image_width = networks["generator"].clip_img_mapper.in_features
+        networks = {"generator": build.stage_c(self.config), "previewer": build.previewer(self.config)}
+        return networks | self.encoders()
+
+    def encoders(self) -> dict[str, nn.Module]:
+        networks = {"encoder": build.encoder(self.config), "text": build.text(self.config)}
+        if self.cache is None and self.config.clip_image_dropout < 1:
+            networks["image"] = build.image(self.config)
         return networks
 
+    @property
+    def features(self) -> dict[str, Feature]:
+        features = {"latent": Feature("encoder", PICTURE_SETTINGS)}
+        features |= {name: Feature("text", CAPTION_SETTINGS) for name in TEXT}
+        if self.config.clip_image_dropout < 1:
+            features["clip_img"] = Feature("image", PICTURE_SETTINGS)
+        return features
+
+    def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        features = {"latent": self.latents(batch)}
+        if "image" in self.networks:
+            features["clip_img"] = self.networks["image"].encode(batch.images.float() / 255)
+        return features
+
+    def latents(self, batch: Batch) -> Tensor:
+        """The encoder's latents (B, 16, h, w) of a batch."""
+        latents = stored(batch, "latent")
+        if latents is None:
+            latents = self.networks["encoder"](normalise_images(batch.images.float() / 255).to(self.dtype))
+        return latents.float()
+
     def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        networks = self.networks
-        latents = networks["encoder"](normalise_images(batch.images.float() / 255).to(self.dtype))
-        conditions = training_conditions(
-            networks["text"], networks.get("image"), self.image_width, batch, random, self.config
-        )
-        return latents.float(), conditions
+        image, width = self.networks.get("image"), self.config.version.image_width
+        conditions = training_conditions(self.text_conditions, image, width, batch, random, self.config)
+        return self.latents(batch), conditions
 
     def loss(self, inputs: tuple[Tensor, dict[str, Tensor]], random: SampleRandom) -> Losses:
         latents, conditions = inputs
@@ -57,8 +73,15 @@ class TrainStageC(DiffusionTraining):
             return []
         if config.sample_prompts:
             return Sampled.rows(prompts, self.draw(prompts, (config.image_size, config.image_size)))
-        pictures = {"picture": to_uint8(held_out.images[: len(prompts)])}
-        return Sampled.rows(prompts, pictures | self.draw(prompts, held_out.size))
+        if held_out.images is None:
+            picture = self.preview(self.latents(held_out)[: len(prompts)], held_out.size)
+        else:
+            picture = to_uint8(held_out.images[: len(prompts)])
+        return Sampled.rows(prompts, {"picture": picture} | self.draw(prompts, held_out.size))
+
+    def preview(self, latents: Tensor, size: tuple[int, int]) -> np.ndarray:
+        """What the previewer makes of latents (B, 16, h, w): uint8 (B, H, W, 3) of `size` (H, W)."""
+        return to_pictures(self.networks["previewer"](latents.to(self.dtype)), size)
 
     def draw(
         self, prompts: list[str], size: tuple[int, int], **further: tuple[Condition, Condition]
@@ -68,23 +91,23 @@ class TrainStageC(DiffusionTraining):
         further: more conditions by name, each as guidance pairs it: beside the prompts, and without them.
         """
         config, networks = self.config, self.networks
-        height, width = size
+        generator, (height, width) = networks["generator"], size
         sides = [
-            prompt_conditions(networks["text"], texts, self.image_width, self.device)
+            prompt_conditions(networks["text"], texts, config.version.image_width, self.device)
             | {name: pair[side] for name, pair in further.items()}
             for side, texts in enumerate((prompts, [""] * len(prompts)))
         ]
         latents = draw_latents(
             self.diffusion,
-            networks["generator"],
+            generator,
             *sides,
-            (16, *latent_size(height, width, networks["encoder"].compression, config.version.patch_size)),
+            (generator.c_in, *latent_size(height, width, networks["encoder"].compression, generator.patch_size)),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
             steps=config.sample_steps,
             guidance=config.sample_guidance,
             sampler=config.sample_sampler,
         )
-        return {"sample": to_pictures(networks["previewer"](latents.to(self.dtype)), size)}
+        return {"sample": self.preview(latents, size)}
 
 
 if __name__ == "__main__":

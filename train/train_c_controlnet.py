@@ -27,6 +27,7 @@ from train.train_c import TrainStageC
 from warpcore.core import Losses, Sampled
 from warpcore.data.buckets import Buckets
 from warpcore.data.reader import Batch
+from warpcore.errors import UserError
 from warpcore.random import SampleRandom
 
 
@@ -63,6 +64,9 @@ class TrainControlNet(TrainStageC):
         # Gradients pass through the frozen blocks above the first controlled one, whose activations take most memory.
         networks["generator"].set_activation_checkpointing(config.activation_checkpointing)
         return networks | {"controlnet": controlnet}
+
+    def check_cacheable(self) -> None:
+        raise UserError("a ControlNet's condition is made of pictures, anew in each epoch: a cache has none")
 
     def extra_fields(self) -> dict:
         return filter_fields(self.filter)

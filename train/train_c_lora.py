@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade import lora
+from cascade.cache import PICTURE_SETTINGS, Feature, stored
+from cascade.conditions import TEXT
 from cascade.lora_config import LoraConfig, choose_captions, sample_fields
 from cascade.lora_formats import metadata
 from modules.lora import without_adapters
@@ -54,8 +56,29 @@ class TrainLora(TrainStageC):
             lora.load_into(generator, networks.get("tokens"), config.lora_checkpoint_path, config.module_filters)
         return networks
 
+    @property
+    def features(self) -> dict[str, Feature]:
+        features = super().features
+        if self.config.train_tokens or self.config.caption_templates:  # texts differ from draw to draw
+            features = {name: one for name, one in features.items() if name not in TEXT}
+        return features | ({"latent_mask": Feature(None, PICTURE_SETTINGS)} if self.config.masked_loss else {})
+
+    def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        features = super().picture_features(batch, random)
+        mask = self.latent_mask(batch, features["latent"])
+        return features if mask is None else features | {"latent_mask": mask}
+
+    def latent_mask(self, batch: Batch, latents: Tensor) -> Tensor | None:
+        """How much each position of the latents is learnt (B, 1, h, w); None where all are alike."""
+        if not self.config.masked_loss:
+            return None
+        mask = stored(batch, "latent_mask")
+        if mask is None:
+            mask = F.interpolate(batch.extra["mask"].float() / 255, latents.shape[2:], mode="area")
+        return mask.float()
+
     def extra_fields(self) -> dict:
-        return sample_fields(self.config)
+        return super().extra_fields() | sample_fields(self.config, from_cache=self.cache is not None)
 
     def prior(self, batch: Batch) -> list[bool]:
         """Which samples come from `prior_path`."""
@@ -72,12 +95,10 @@ class TrainLora(TrainStageC):
         with torch.set_grad_enabled(tokens is not None and tokens.training):
             latents, conditions = super().encode(self.captioned(batch, random), random)
         weights = [self.config.prior_weight if is_prior else 1.0 for is_prior in self.prior(batch)]
-        return latents, conditions, batch.extra.get("mask"), torch.tensor(weights, device=self.device)
+        return latents, conditions, self.latent_mask(batch, latents), torch.tensor(weights, device=self.device)
 
     def loss(self, inputs: Inputs, random: SampleRandom) -> Losses:
         latents, conditions, mask, weight = inputs
-        if mask is not None:
-            mask = F.interpolate(mask.float() / 255, latents.shape[2:], mode="area")
         losses = self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions), mask=mask)
         return replace(losses, loss=losses.loss * weight)
 

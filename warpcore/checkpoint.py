@@ -1,25 +1,21 @@
-"""Checkpoints of a run's folder: everything needed to go on, and the weights that people use.
+"""Checkpoints of a run, in its folder or on S3: everything needed to go on, and the weights that people use.
 
     state/<update>/            tensors (distributed checkpoint), state.json, and manifest.json with the size and hash
                                of each file; resuming reads nothing else
     NAME.safetensors           full weights with official names, the update in their metadata
     backups/<update>/          copies of those weights that are never deleted
 
-A checkpoint is written aside by a background thread and renamed when it is whole, so a process that dies at any moment
-leaves the last good one untouched. A run resumes only from what it has verified; a damaged checkpoint is passed over
-for the one before it. Loading runs no code: tensors only, and their table of contents is read by an unpickler that
-knows nothing but DCP's own descriptions of tensors.
+A checkpoint is written aside by a background thread and published when it is whole (`warpcore.places`), so a process
+that dies at any moment leaves the last good one untouched. A run resumes only from what it has verified; a damaged
+checkpoint is passed over for the one before it. Loading runs no code: tensors only, and their table of contents is
+read by an unpickler that knows nothing but DCP's own descriptions of tensors.
 """
 
-import fcntl
-import hashlib
 import json
 import logging
 import os
 import pickle
-import re
 import shutil
-import socket
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,55 +24,51 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from warpcore.errors import UserError
+from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
+from warpcore.weights import write_weights
 
 # One process without a process group is a way to run, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-MANIFEST = "manifest.json"
-_UPDATE_NAME = re.compile(r"\d{8}")
-
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(UserError):
-    """A checkpoint could not be written or read: the message says which, why and what to do."""
-
-
 class Checkpoints:
-    """The checkpoints of one run. Only one process group may write to a run's folder at a time (an flock).
+    """The checkpoints of one run. Only one process group may write them at a time.
+
+    Args:
+        folder: the run's; with `url`, a place on each machine's disk where files wait to be sent.
+        url: of the run on S3.
 
     Raises:
-        CheckpointError: another process writes this experiment.
+        CheckpointError, LeaseError: another process writes this experiment.
     """
 
-    def __init__(self, folder: Path, processes: Processes, keep_last: int = 2):
+    def __init__(self, folder: Path, processes: Processes, keep_last: int = 2, url: str | None = None):
         self.folder = folder
         self.processes = processes
         self.keep_last = keep_last
+        self._place = _place(folder, url)
+        self._whole: int | None = None
+        self._failed = False
         # Collectives of the writing thread must not mix with those of training.
         self._group = processes.another_group()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self._lock = None
-        processes.on_main(self._take)
-
-    def _take(self) -> None:
-        """Make this run the only one that writes to the folder."""
+        self._files_pending: Future | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
-            for leftover in self.folder.glob("state/*.partial"):
-                shutil.rmtree(leftover)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint_path: cannot write to {self.folder}: {error}") from error
+            processes.on_main(self._place.take)
+            # Of the processes that see the same folder: which one this is, and how many they are.
+            self._number, self._together = self._place.join(processes)
+        except BaseException:
+            self._place.leave()
+            raise
 
     def newest(self) -> int | None:
         """Update of the newest whole checkpoint, None where there is none at all; the same on every process.
@@ -87,35 +79,34 @@ class Checkpoints:
             CheckpointError: there are checkpoints, but all are damaged.
         """
         problems: dict[int, str] = {}
-        for update in self.processes.decide(sorted(self._updates(), reverse=True)):
+        for update in reversed(self.processes.on_main(self._place.updates)):
             problem = self._problem(update)
             if problem is None:
                 self.processes.on_main(lambda whole=update: self._pass_over(problems, whole))
+                self._whole = update
                 return update
             problems[update] = problem
         if problems:
-            told = "; ".join(f"{self._state(update)}: {problem}" for update, problem in problems.items())
+            told = "; ".join(f"update {update}: {problem}" for update, problem in problems.items())
             raise CheckpointError(
-                f"no checkpoint of this run is whole ({told}). Restore one, or remove {self.folder / 'state'} to "
+                f"no checkpoint of this run is whole ({told}). Restore one, or remove {self._place.name}/state to "
                 "begin the run anew"
             )
         return None
 
     def _problem(self, update: int) -> str | None:
         """Why a checkpoint is not whole. The processes share the reading."""
-        files = self.processes.on_main(lambda: _read_manifest(self._state(update)))
+        files = self.processes.on_main(lambda: self._place.manifest(update))
         if isinstance(files, str):
             return files
-        own = sorted(files)[self.processes.rank :: self.processes.count]
-        found = (_difference(self._state(update) / name, files[name]) for name in own)
+        own = sorted(files)[self._number :: self._together]
+        found = (self._place.difference(update, name, files[name]) for name in own)
         everyone = self.processes.gather(next(filter(None, found), None))
         return next(filter(None, everyone), None)
 
     def _pass_over(self, problems: Mapping[int, str], whole: int) -> None:
         for update, problem in problems.items():
-            aside = self._state(update).with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            self._state(update).rename(aside)
+            aside = self._place.set_aside(update)
             logger.warning(
                 "the checkpoint of update %d is damaged (%s): it is now %s, and the run goes on from update %d",
                 update, problem, aside, whole,
@@ -141,20 +132,23 @@ class Checkpoints:
             backup: also keep a copy of `weights` for good.
         """
         self.wait()
-        partial = self._state(update).with_suffix(".partial")
-        if self.processes.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        writer = FileSystemWriter(partial)
+        if self._number == 0:
+            self._place.clear(update)
+        writer = FileSystemWriter(partial_folder(self.folder, update))
         written = dcp.async_save(
             dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None
         )
         about = {"format": "pt", **metadata, "update": str(update)}
-        self._pending = self._thread.submit(
-            self._publish, written, partial, update, dict(values), dict(weights), about, backup
-        )
+        self._pending = self._thread.submit(self._publish, written, update, dict(values), dict(weights), about, backup)
+
+    def bring_files(self) -> None:
+        """Begin to bring what else is in the run's folder to where people look for it."""
+        if self.processes.is_main and (self._files_pending is None or self._files_pending.done()):
+            self._files_pending = self._thread.submit(self._place.bring_files)
 
     def check(self) -> None:
         """Raise what went wrong in the background, without waiting."""
+        self._place.check()
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -166,43 +160,49 @@ class Checkpoints:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
+            self._failed = True
             pending.result()
+            self._failed = False
 
     def close(self) -> None:
         try:
             self.wait()
+            if not self._failed:
+                self.bring_files()
+                if self._files_pending is not None:
+                    self._files_pending.result()
         finally:
             self._thread.shutdown()
-            if self._lock is not None:
-                self._lock.close()
+            self._place.leave()
 
     def values(self, update: int) -> dict:
-        return json.loads((self._state(update) / "state.json").read_text())
+        return json.loads((state_folder(self.folder, update) / "state.json").read_text())
 
     def stored(self, update: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor of a checkpoint, by name."""
-        entries = _Reader(self._state(update)).read_metadata().state_dict_metadata
+        entries = _Reader(state_folder(self.folder, update)).read_metadata().state_dict_metadata
         return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
 
     def load(self, update: int, tensors: Mapping[str, Tensor]) -> None:
         """Fill `tensors` in place, resharding where the number of processes changed."""
-        reader = _Reader(self._state(update))
+        reader = _Reader(state_folder(self.folder, update))
         try:
             dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:  # no Exception: nothing else would catch it
             raise CheckpointError(
-                f"the checkpoint of update {update} in {self.folder} cannot be read: {_reason(error)}. "
-                f"Remove {self._state(update)} to go on from the one before"
+                f"the checkpoint of update {update} in {self._place.name} cannot be read: {_reason(error)}. "
+                f"Remove state/{update:08d} there to go on from the one before"
             ) from error
 
-    def _publish(self, written: Future, partial: Path, update: int, values: dict, weights: dict, about: dict, backup):
+    def _publish(self, written: Future, update: int, values: dict, weights: dict, about: dict, backup: bool) -> None:
         """Wait for DCP, then finish the checkpoint on the main process; every process learns how that went."""
-        problem, files = None, {}
+        problem, files, partial = None, {}, partial_folder(self.folder, update)
         try:
             names = {stored.relative_path for stored in written.result().storage_data.values()}
             # Every process hashes what it wrote itself: DCP puts its rank into the names of its files.
             own = [name for name in names if name.startswith(f"__{self.processes.rank}_")]
-            files = {name: _fingerprint(partial / name) for name in own}
+            files = {name: fingerprint(partial / name) for name in own}
+            self._place.bring(update, own)
         except (Exception, CheckpointException) as error:  # DCP's own exception is no Exception
             problem = _reason(error)
         everyone = self._gather((problem, files))
@@ -211,22 +211,23 @@ class Checkpoints:
             files = {name: file for _, files in everyone for name, file in files.items()}
             assert files.keys() == names, "a file was written that no process knows as its own"
             try:
-                self._finish(partial, update, files, values, weights, about, backup)
+                self._finish(update, files, values, weights, about, backup)
             except Exception as error:
                 problem = _reason(error)
         problem = self._gather(problem)[0]
         if problem is None:
+            self._whole = update
             return
-        if self.processes.is_main:
+        if self._number == 0:
             shutil.rmtree(partial, ignore_errors=True)
             for leftover in self.folder.glob("*.partial"):
                 leftover.unlink(missing_ok=True)
         free_gib = shutil.disk_usage(self.folder).free / 2**30
-        newest = max(self._updates(), default=None)
         raise CheckpointError(
-            f"could not save update {update} in {self.folder} ({free_gib:.2f} GiB free there): {problem}\n"
-            + (f"The checkpoint of update {newest} is whole: " if newest else "No checkpoint is there yet: ")
-            + "make room and start again with the same command."
+            f"could not save update {update} in {self._place.name} ({free_gib:.2f} GiB free in {self.folder}): "
+            f"{problem}\n"
+            + (f"The checkpoint of update {self._whole} is whole: " if self._whole else "No checkpoint is there yet: ")
+            + "mend that (a full disk needs room) and start again with the same command."
         )
 
     def _gather(self, value) -> list:
@@ -236,33 +237,28 @@ class Checkpoints:
             dist.all_gather_object(everyone, value, group=self._group)
         return everyone
 
-    def _finish(
-        self, partial: Path, update: int, files: dict, values: dict, weights: dict, about: dict, backup: bool
-    ) -> None:
+    def _finish(self, update: int, files: dict, values: dict, weights: dict, about: dict, backup: bool) -> None:
         """Add what only the main process writes, and publish. `files`: fingerprints of what all have written."""
+        partial = partial_folder(self.folder, update)
         write_whole(partial / "state.json", json.dumps(values))
-        files |= {name: _fingerprint(partial / name) for name in ("state.json", ".metadata")}
+        files |= {name: fingerprint(partial / name) for name in ("state.json", ".metadata")}
         write_whole(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
         for name, state in weights.items():
             file = self.folder / f"{name}.safetensors"
-            save_file(state, file.with_suffix(".partial"), metadata=about)
-            os.replace(file.with_suffix(".partial"), file)
+            write_weights(file, state, about)
             if backup:
                 copy = self.folder / "backups" / f"{update:08d}" / file.name
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, copy)
-        os.rename(partial, self._state(update))
-        for old in sorted(self._updates())[: -self.keep_last]:
-            leaving = self._state(old).with_suffix(".partial")  # half removed, it must not look like a damaged one
-            os.rename(self._state(old), leaving)
-            shutil.rmtree(leaving)
+        self._place.publish(update, self.keep_last)
 
-    def _state(self, update: int) -> Path:
-        return self.folder / "state" / f"{update:08d}"
 
-    def _updates(self) -> list[int]:
-        found = (self.folder / "state").glob("*")
-        return [int(path.name) for path in found if _UPDATE_NAME.fullmatch(path.name)]
+def _place(folder: Path, url: str | None) -> Place:
+    if url is None:
+        return LocalPlace(folder)
+    from warpcore.s3_place import S3Place  # boto3 takes a second to import
+
+    return S3Place(folder, url)
 
 
 def _reason(error: BaseException) -> str:
@@ -270,36 +266,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}"
-
-
-def _fingerprint(path: Path) -> dict:
-    """What a manifest says of a file."""
-    with path.open("rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _read_manifest(state: Path) -> dict[str, dict] | str:
-    """The fingerprints of a checkpoint's files by name, or why there are none."""
-    try:
-        files = json.loads((state / MANIFEST).read_bytes())["files"]
-        return {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
-
-
-def _difference(path: Path, recorded: Mapping) -> str | None:
-    """How a file differs from what the manifest recorded of it."""
-    try:
-        found = _fingerprint(path)
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error}"
-    if found["bytes"] != recorded["bytes"]:
-        return f"{path.name} has {found['bytes']} bytes instead of {recorded['bytes']}"
-    return None if found == recorded else f"{path.name} is not what was written: its hash is another"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -310,22 +276,6 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def _lock(folder: Path):
-    file = (folder / ".lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise CheckpointError(
-            f"{folder} is being written by another run ({file.read().strip()}): stop it, "
-            "or choose another experiment_id"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
 
 
 class _TableUnpickler(pickle.Unpickler):

@@ -7,6 +7,7 @@ documentation: `--help` and the README's table are made from it.
 """
 
 import difflib
+import os
 import sys
 import types
 import typing
@@ -34,6 +35,7 @@ from warpcore.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+S3Url = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*/?$")]
 ByteValue = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -62,8 +64,10 @@ class Config(Settings):
     # --- the run
     experiment_id: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
     """Name of the run: everything is written under `checkpoint_path/experiment_id`, and a second start resumes it."""
-    checkpoint_path: Path
-    """Folder for checkpoints, weights and metrics."""
+    checkpoint_path: S3Url | Path
+    """Folder for checkpoints, weights, metrics and samples, or s3://bucket/prefix."""
+    scratch_path: Path | None = None
+    """With checkpoints on S3, a folder on each machine's disk where files wait to be sent; by default in ~/.cache."""
     output_path: Path | None = None
     """Folder for sample pictures; by default `samples` inside the run's folder."""
     seed: int = 0
@@ -82,6 +86,13 @@ class Config(Settings):
     """Where to compute; `auto` takes CUDA, then MPS, then the CPU."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the computation (weights being trained stay float32); by default bfloat16 on CUDA, else float32."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What trained weights are kept in: bfloat16, stepped with stochastic rounding, takes half the memory for them and
+    their gradients (`optimizer: adamw`)."""
+    fp8: bool = False
+    """Multiply the linear layers of trained blocks in fp8 (needs torchao and an Ada, Hopper or later GPU)."""
+    compile: bool = False
+    """Compile the blocks of the networks: a minute or more at the start, then faster updates with less memory."""
     allow_tf32: bool = True
     """Let CUDA multiply float32 matrices in TF32."""
     use_fsdp: bool = False
@@ -182,6 +193,9 @@ class Config(Settings):
     """Weights & Biases user or team."""
     tensorboard: bool = False
     """Write TensorBoard files into the run's folder."""
+    profile: bool = False
+    """Write a trace of a few updates (for chrome://tracing or Perfetto), and on CUDA a memory snapshot, into `profile`
+    in the run's folder."""
 
     @field_validator("multi_aspect_ratio", mode="before")
     @classmethod
@@ -192,13 +206,29 @@ class Config(Settings):
     def _combinations(self) -> Self:
         if self.validation_path is not None and self.validation_samples:
             raise ValueError("validation_path and validation_samples exclude each other: remove one")
+        if isinstance(self.checkpoint_path, Path) and str(self.checkpoint_path).startswith("s3:"):
+            raise ValueError(f"checkpoint_path: {self.checkpoint_path} is not of the form s3://bucket/prefix")
+        if self.weights_dtype == "bfloat16" and (self.dtype == "float32" or self.optimizer != "adamw"):
+            raise ValueError("weights_dtype: bfloat16 computes in bfloat16 and needs optimizer: adamw; change these keys")
         if not self.use_fsdp and (self.fsdp_shards or self.fsdp_cpu_offload):
             raise ValueError("fsdp_shards and fsdp_cpu_offload need use_fsdp: true")
         return self
 
     @property
     def run_folder(self) -> Path:
-        return self.checkpoint_path / self.experiment_id
+        """Where the run writes; with `run_url`, what it is sent from."""
+        if isinstance(self.checkpoint_path, Path):
+            return self.checkpoint_path / self.experiment_id
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "warpcore")
+        scratch = self.scratch_path or cache / "runs"
+        return scratch / self.checkpoint_path.removeprefix("s3://").rstrip("/") / self.experiment_id
+
+    @property
+    def run_url(self) -> str | None:
+        """Of the run on S3."""
+        if isinstance(self.checkpoint_path, Path):
+            return None
+        return f"{self.checkpoint_path.rstrip('/')}/{self.experiment_id}"
 
     @property
     def samples_folder(self) -> Path:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from warpcore import evaluation, optim
+from warpcore import compute, evaluation, optim
 from warpcore.checkpoint import Checkpoints, write_whole
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
@@ -32,6 +32,7 @@ from warpcore.errors import UserError, run_script
 from warpcore.feed import Feed
 from warpcore.metrics import Metrics
 from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes, stop_signals
+from warpcore.profiling import profiled
 from warpcore.progress import Progress
 from warpcore.random import SampleRandom, stable_hash
 from warpcore.state import RunState
@@ -134,11 +135,13 @@ class WarpCore:
             config.device, config.use_fsdp, config.fsdp_shards, config.process_timeout_seconds
         )
         self.device = self.processes.device
-        self.dtype = choose_dtype(config.dtype, self.device)
+        of_weights = "bfloat16" if config.weights_dtype == "bfloat16" else None
+        self.dtype = choose_dtype(config.dtype or of_weights, self.device)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.bookkeeping: dict[str, Any] = {}  # further things with a state_dict of tensors
+        self._profiling = ExitStack()
         self._stop_signal: int | None = None
         self._stop_vote = Vote(self.processes)
 
@@ -164,24 +167,11 @@ class WarpCore:
         """Everything before the first update: networks, optimizers, data, and the state of an earlier start."""
         config = self.config
         self.update = 0
-        self.checkpoints = Checkpoints(config.run_folder, self.processes, config.keep_last)
+        self.checkpoints = Checkpoints(config.run_folder, self.processes, config.keep_last, config.run_url)
         resumed = self.checkpoints.newest()
         saved = self.checkpoints.values(resumed) if resumed is not None else {}
 
-        torch.manual_seed(config.seed)
-        self.networks = self.build()
-        self.batch_norms = {name: BatchNormStatistics(self.networks[name]) for name in self.trainable}
-        for name, network in self.networks.items():
-            self._place(name, network)
-        parameters = {f"{name}.{p}": t for name in self.trainable for p, t in self.networks[name].named_parameters()}
-        self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-        self.gradient_groups = optim.gradient_groups(self.parameters.items(), config.grad_norm_groups)
-        self.optimizers = optim.build_optimizers(
-            config.optimizer, self._parameter_groups(),
-            lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
-        )  # fmt: skip
-        optim.train_mode(self.optimizers)
-        self.averages = self._averages()
+        self.make_networks()
         self.state = RunState(self)
         self.feed = Feed(
             config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.needs_captions,
@@ -209,14 +199,35 @@ class WarpCore:
             write_whole(config.run_folder / "config.yaml", dump_config(config))
         self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
 
+    def make_networks(self) -> None:
+        """Networks, optimizers and averages, as they are before the first update."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.networks = self.build()
+        self.batch_norms = {name: BatchNormStatistics(self.networks[name]) for name in self.trainable}
+        for name, network in self.networks.items():
+            self._place(name, network)
+        parameters = {f"{name}.{p}": t for name in self.trainable for p, t in self.networks[name].named_parameters()}
+        self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+        self.gradient_groups = optim.gradient_groups(self.parameters.items(), config.grad_norm_groups)
+        self.optimizers = optim.build_optimizers(
+            config.optimizer, self._parameter_groups(),
+            lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
+        )  # fmt: skip
+        optim.train_mode(self.optimizers)
+        self.averages = self._averages()
+
     def train(self) -> None:
         """The loop."""
         config = self.config
         batches = self.feed.batches()
+        profile = self._profile()
         while self.update < config.updates and not self._stopping():
             lr = self._learning_rate(self.update + 1)
             self._make_update(batches, lr)
             self.update += 1
+            if profile is not None:
+                profile.step()
             self.metrics.add(self.update, lr=lr, data_wait=self.feed.take_data_wait())
             save = self.update == config.updates or self.update % config.save_every == 0
             if save:
@@ -228,6 +239,7 @@ class WarpCore:
                 with self.metrics.not_training():
                     self._save()
                     evaluation.draw(self)
+                self.checkpoints.bring_files()
             self.checkpoints.check()
         if self.saved_update != self.update:  # asked to stop
             self._report()
@@ -270,12 +282,19 @@ class WarpCore:
         times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
         self.metrics.add(self.update + 1, samples_hash, **mean, grad_norm=norm, **group_norms, **times)
 
+    def _profile(self) -> torch.profiler.profile | None:
+        """What records a few updates, if the config asks for it, on the main process."""
+        if not (self.config.profile and self.processes.is_main):
+            return None
+        return self._profiling.enter_context(profiled(self.config.run_folder / "profile", self.device))
+
     def close(self) -> None:
         """Let go of everything; safe at any moment."""
         with ExitStack() as closing:
+            closing.callback(self._profiling.close)
             closing.callback(stop_processes)
             closing.callback(self._drop_networks)
-            for part in ("progress", "tracker", "checkpoints", "feed"):
+            for part in ("progress", "checkpoints", "tracker", "feed"):
                 if hasattr(self, part):
                     closing.callback(getattr(self, part).close)
 
@@ -336,14 +355,22 @@ class WarpCore:
         """Move a network to its device; freeze it, or prepare it for training."""
         if name not in self.trainable:
             network.eval().requires_grad_(False).to(self.device, self.dtype)
+            self._compile(network)
             if self.processes.count > 1 and self.config.use_fsdp and hasattr(network, "blocks"):
                 self._shard(network, MixedPrecisionPolicy(cast_forward_inputs=False))
             return
         network.to(self.device)
+        if self.config.weights_dtype == "bfloat16":
+            if self.batch_norms[name].norms:
+                raise UserError(f"weights_dtype: {name} has batch norms, which want float32; remove the key")
+            compute.keep_in_bfloat16(network)
+        if self.config.fp8:
+            compute.to_fp8(network, self.device)
         if self.config.activation_checkpointing:
             if not hasattr(network, "set_activation_checkpointing"):
                 raise UserError(f"activation_checkpointing: {name} does not offer it; remove the key")
             network.set_activation_checkpointing(self.config.activation_checkpointing)
+        self._compile(network)
         if self.processes.count > 1:
             # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
             # Batch norms want their weights in float32; gradients are added up in float32, as in one process.
@@ -354,6 +381,10 @@ class WarpCore:
                 cast_forward_inputs=False,
             )
             self._shard(network, policy)
+
+    def _compile(self, network: nn.Module) -> None:
+        if self.config.compile and hasattr(network, "compile_blocks"):
+            compute.compile_blocks(network, self.device)
 
     def _shard(self, network: nn.Module, policy: MixedPrecisionPolicy) -> None:
         """Spread the parameters over the processes, gathered again block by block as they are used."""

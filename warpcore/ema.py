@@ -60,14 +60,15 @@ class EMA:
             self._follow()
         if update <= self.start or update % self.every:
             return
+        devices = {average.device for average in self._average.values()}
+        taken = {d: torch.ones((), device=d) if ok is None else (ok.reshape(()).to(d) != 0).float() for d in devices}
         for name, average in self._average.items():
             average, live = _local(average), _local(self._live[name])
             live = live.to(average.device, average.dtype)
-            taken = torch.ones((), device=average.device) if ok is None else ok.reshape(()).to(average.device)
             if name in self._averaged:
-                average.lerp_(live, ((1 - self.beta) * (taken != 0)).to(average.dtype))
+                average.lerp_(live, (1 - self.beta) * taken[average.device])
             else:
-                average.copy_(torch.where(taken != 0, live, average))
+                average.copy_(torch.where(taken[average.device] != 0, live, average))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by name: float32 (buffers in their own type), sharded like the weights, not copied."""

@@ -14,6 +14,7 @@ from warpcore.data.filters import Filter
 from warpcore.data.loader import Loader
 from warpcore.data.plan import Plan, describe_difference
 from warpcore.data.reader import BadSample, Batch, Reader
+from warpcore.data.samples import PICTURE_FACTS
 from warpcore.data.shards import resolve_sources
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
@@ -63,7 +64,7 @@ class Feed:
         self._validation_loader: Loader | None = None
         self._held_out: Batch | None = None
         captions = CaptionGetter.parse(config.captions_getter) if needs_captions else None
-        self.plan = self._make_plan(bucket_factor, captions, extra)
+        self.plan = self._make_plan(bucket_factor, captions, extra, needs_images)
         self._check_plan(saved)
         if processes.is_main and self.plan.num_rows_on_file <= SURVEYED_ROWS:
             self._notes.append(f"training data: {self.plan.survey}")
@@ -169,13 +170,19 @@ class Feed:
             if loader is not None:
                 loader.close()
 
-    def _make_plan(self, bucket_factor: int, captions: CaptionGetter | None, extra: dict) -> Plan:
+    def _make_plan(self, bucket_factor: int, captions: CaptionGetter | None, extra: dict, needs_images: bool) -> Plan:
         config = self.config
         catalog, held_out = (
             # One process reads the indexes, which may be many; the others get the result.
             path and self.processes.on_main(lambda path=path: open_catalog(resolve_sources(path)))
             for path in (config.webdataset_path, config.validation_path)
         )
+        for each in (catalog, held_out):
+            if needs_images and each and PICTURE_FACTS in each.members:
+                raise UserError(
+                    f"{each.urls[0]} is of a cache, which holds what was made of pictures, but this run needs the "
+                    "pictures themselves. Where a script can train from a cache, name its folder alone"
+                )
         self._read_ranges = read_ranges
         if config.cache_path:
             needed = [version for each in (catalog, held_out) if each for version in each.versions()]

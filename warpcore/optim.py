@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from warpcore.bfloat16 import StochasticAdamW
 from warpcore.errors import UserError
 
 # name -> whether it can step on DTensors (parameters sharded over processes). torch.optim.Adafactor squares norms in
@@ -57,7 +58,8 @@ def build_optimizers(
     Weight decay applies to matrices and kernels (two dimensions longer than 1), not to norms, biases and scales.
     `muon` takes the 2-D weights of hidden layers (no embeddings), with rates matched to AdamW's (arXiv:2502.16982,
     section 2.2), and AdamW the rest. For `adafactor`, `lr` is the largest step relative to a tensor's RMS, and `betas`
-    and `eps` have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode` before sampling.
+    and `eps` have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode` before sampling. bfloat16
+    parameters are stepped with stochastic rounding, by `adamw` alone.
 
     Args:
         name: one of `OPTIMIZERS`.
@@ -65,7 +67,8 @@ def build_optimizers(
             factor on the learning rate (see `set_lr`).
 
     Raises:
-        UserError: unknown name, package not installed, or an optimizer that can't take the sharded parameters given.
+        UserError: unknown name, package not installed, or an optimizer that can't take the sharded or bfloat16
+            parameters given.
     """
     sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
     if not supports_dtensor(name) and sharded:
@@ -76,6 +79,10 @@ def build_optimizers(
     matrices, vectors = _split(groups, lambda _, parameter: parameter.ndim >= 2)
     undecayed = [{**group, "weight_decay": 0.0} for group in vectors]
     settings = {"lr": lr, "weight_decay": weight_decay}
+    if any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
+        if name != "adamw":
+            raise UserError(f"optimizer: {name} would round away most steps of bfloat16 weights; write adamw")
+        return [StochasticAdamW(matrices + undecayed, **settings, betas=betas, eps=eps)]
     if name == "adafactor":
         return [torch.optim.Adafactor(matrices + undecayed, **settings)]
     settings |= {"betas": betas, "eps": eps}

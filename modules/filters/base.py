@@ -40,6 +40,8 @@ class Filter:
     """The member of each sample that is filtered, such as `depth.png`; None: the sample's picture itself."""
     on_device: bool = False
     """Whether it computes with a network, on the device of the run. Other filters run in the loader's workers."""
+    needs_encoder: bool = False
+    """Whether it looks through the encoder that makes Stage C's latents: `to` has to be called with that."""
     when_drawing: Mapping[str, Any] = {}
     """Arguments for drawing, after training, such as to leave out nothing by chance."""
 
@@ -89,7 +91,7 @@ class Filter:
         return self.filter_batch(batch).condition
 
     def to(self, device: torch.device | str, encoder: nn.Module | None = None) -> Self:
-        """Move its networks. `encoder` makes Stage C's latents, for filters that look at pictures through it."""
+        """Move its networks. `encoder` makes Stage C's latents, for filters that need it."""
         return self
 
 

@@ -20,11 +20,12 @@ class SRFilter(Filter):
         self.least_side_px = round(1 / scale_factor)
 
     def apply(self, images: Tensor, seeds: Sequence[int]) -> Filtered:
-        smaller = F.interpolate(self.shrunk(images), size=images.shape[2:], mode="nearest")
-        return Filtered(smaller, smaller)
+        return self.enlarged(F.interpolate(images, scale_factor=self.scale_factor, mode="nearest"), images.shape[2:])
 
-    def shrunk(self, images: Tensor) -> Tensor:
-        return F.interpolate(images, scale_factor=self.scale_factor, mode="nearest")
+    def enlarged(self, small: Tensor, size: tuple[int, int]) -> Filtered:
+        """Of pictures (B, 3, h, w), floats in [0, 1], that have few pixels already, for drawings of `size` (H, W)."""
+        images = F.interpolate(small, size=tuple(size), mode="nearest")
+        return Filtered(images, images)
 
 
 class SREffnetFilter(SRFilter):
@@ -32,6 +33,7 @@ class SREffnetFilter(SRFilter):
 
     channels = 16
     on_device = True
+    needs_encoder = True
 
     def __init__(self, scale_factor: float = 0.5):
         super().__init__(scale_factor)
@@ -41,14 +43,12 @@ class SREffnetFilter(SRFilter):
         self.encoder = encoder
         return self
 
-    def apply(self, images: Tensor, seeds: Sequence[int]) -> Filtered:
+    def enlarged(self, small: Tensor, size: tuple[int, int]) -> Filtered:
         if self.encoder is None:
             raise ValueError("SREffnetFilter looks through the encoder of Stage C's latents: call `to` with it first")
         from modules.effnet import normalise_images  # brings torchvision, which the workers do without
 
         weight = next(self.encoder.parameters())
-        smaller = normalise_images(self.shrunk(images.to(weight.device)))
-        latents = F.interpolate(
-            self.encoder(smaller.to(weight.dtype)), scale_factor=1 / self.scale_factor, mode="nearest"
-        )
-        return Filtered(latents.float(), super().apply(images, seeds).picture)
+        latents = self.encoder(normalise_images(small.to(weight.device)).to(weight.dtype))
+        latents = F.interpolate(latents, scale_factor=1 / self.scale_factor, mode="nearest")
+        return Filtered(latents.float(), super().enlarged(small, size).picture)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade.controlled import Control, ControlledStageC, condition_of_file
+from cascade.controlled import Control, ControlledStageC, condition_of_file, pasted
 from cascade.diffusion import draw_latents, make_diffusion
+from cascade.pictures import read_picture
 from cascade.poses import PoseField, read_people
 from modules.filters.canny import CannyFilter
 from modules.filters.inpaint import InpaintFilter
 from modules.filters.pose import PoseFilter, draw_people
+from modules.filters.super_resolution import SRFilter
 from tests.modules.test_stage_c import golden_model, small_inputs
 from warpcore.data.images import place
 from warpcore.data.reader import BadMember
@@ -115,6 +117,7 @@ def files(tmp_path):
     pose = {"people": [{"pose_keypoints_2d": np.array(person).reshape(-1).tolist()}]}
     (tmp_path / "pose.json").write_text(json.dumps(pose))
     (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (40, 40)).save(tmp_path / "square.png")
     return tmp_path
 
 
@@ -124,11 +127,16 @@ def test_conditions_of_files(files):
     assert masked.condition.shape == (1, 4, 40, 80)
     assert torch.equal(masked.condition[0, 3], (torch.arange(80) >= 40).float().expand(40, -1))
     assert (masked.condition[0, :3, :, 40:] == 1).all()
-    around = condition_of_file(InpaintFilter(), files / "ramp.png", size, outpaint=2.0).condition
+    around = condition_of_file(InpaintFilter(), files / "ramp.png", size, margins=0.5).condition
     hole = torch.ones(40, 80)
     hole[10:30, 20:60] = 0
     assert torch.equal(around[0, 3], hole)
     assert (around[0, :3, 10:30, 20:60].diff(dim=2) >= 0).all()
+    right = condition_of_file(InpaintFilter(), files / "ramp.png", (40, 160), margins=[0.0, 0.0, 1.0, 0.0]).condition
+    assert torch.equal(right[0, 3], (torch.arange(160) >= 80).float().expand(40, -1))
+    assert torch.equal(right[0, :3, :, :80], read_picture(files / "ramp.png"))
+    large = condition_of_file(SRFilter(0.5), files / "ramp.png", (80, 160)).condition[0]
+    assert torch.equal(large, read_picture(files / "ramp.png").repeat_interleave(2, 1).repeat_interleave(2, 2))
     edges = condition_of_file(CannyFilter(resize=None), files / "mask.png", size).condition
     assert edges[0, 0].any(dim=0).nonzero().flatten().tolist() in ([39], [40])
     ready = condition_of_file(CannyFilter(), files / "mask.png", size, ready=True).condition
@@ -142,16 +150,31 @@ def test_conditions_of_files(files):
     ("filter", "name", "further", "reason"),
     [
         (InpaintFilter(), "ramp.png", {}, r"give one of the two"),
-        (CannyFilter(), "ramp.png", {"outpaint": 2.0}, "neither a mask nor outpaint"),
-        (InpaintFilter(), "ramp.png", {"outpaint": 0.5}, "write more than 1"),
+        (CannyFilter(), "ramp.png", {"margins": 0.5}, "neither a mask nor margins"),
+        (InpaintFilter(), "ramp.png", {"margins": [0, 0, -1, 0]}, "as shares of its sides"),
+        (InpaintFilter(), "ramp.png", {"mask": "pose.json"}, "is no mask for .*it is no picture"),
+        (InpaintFilter(), "ramp.png", {"mask": "square.png"}, "40 x 40 px is not the shape of its picture, 80 x 40"),
         (InpaintFilter(), "ramp.png", {"ready": True}, "4 channels"),
         (CannyFilter(), "text.png", {}, r"text\.png cannot be read as a picture"),
-        (InpaintFilter(), "ramp.png", {"outpaint": 1.5, "size": (16, 16)}, r"ramp\.png: .* 16 x 16 px: .* 32 px"),
+        (InpaintFilter(), "ramp.png", {"margins": 0.5, "size": (16, 16)}, r"ramp\.png: .* 16 x 16 px: .* 32 px"),
     ],
 )
 def test_files_that_a_filter_cannot_use_are_named(files, filter, name, further, reason):
+    given = {"size": (40, 80)} | {key: files / value if key == "mask" else value for key, value in further.items()}
     with pytest.raises(UserError, match=reason):
-        condition_of_file(filter, files / name, **{"size": (40, 80)} | further)
+        condition_of_file(filter, files / name, **given)
+
+
+def test_a_pasted_picture_is_the_drawing_in_the_hole_and_fades_to_the_picture_around_it():
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 32:96, 32:96] = 1
+    inpainted = torch.cat([torch.rand(3, 128, 128), mask])
+    whole = pasted(torch.full((3, 128, 128), 0.5), inpainted)
+    assert (whole[:, 32:96, 32:96] == 0.5).all()
+    seam = torch.zeros(128, 128, dtype=torch.bool)
+    seam[30:98, 30:98] = True
+    assert torch.equal(whole[:, ~seam], inpainted[:3, ~seam])
+    assert pasted(torch.full((3, 64, 64), 0.5), inpainted).shape == (3, 128, 128)
 
 
 def test_people_are_drawn_with_the_crop_of_their_picture():

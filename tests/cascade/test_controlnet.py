@@ -24,6 +24,7 @@ from modules.filters.canny import CannyFilter
 from tests.golden import load_manifest
 from warpcore.config import make_config
 from warpcore.errors import UserError
+from warpcore.weights import write_weights
 
 MINI = ModelSettings(model_version="mini")
 MINI_WIDTHS = [128] * 6
@@ -147,9 +148,22 @@ def test_a_padded_stem_is_mentioned_in_the_published_layout(tmp_path, monkeypatc
     assert "shifted by one pixel" in notes[0]
 
 
+def test_what_a_file_does_not_say_is_given(tmp_path):
+    made = settings("QRFilter", controlnet_blocks=[5, 2, 1])
+    state = make_controlnet(made, MINI, make_filter(made), MINI_WIDTHS).state_dict()
+    write_weights(tmp_path / "unsaid.safetensors", state)
+    with pytest.raises(WeightsError, match=r"\(1 channels, 3 blocks\): give controlnet_blocks as in its training"):
+        settings_of_file(tmp_path / "unsaid.safetensors")
+    said = {"controlnet_filter": "QRFilter", "controlnet_blocks": [5, 2, 1]}
+    found = settings_of_file(tmp_path / "unsaid.safetensors", said)
+    assert found == made.model_copy(update={"controlnet_bottleneck_mode": "effnet", "official_stem": True})
+    write_weights(tmp_path / "said.safetensors", state, file_metadata(made))
+    assert settings_of_file(tmp_path / "said.safetensors", {"controlnet_blocks": [0]}).controlnet_blocks == [0]
+
+
 def test_other_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match=r"other\.safetensors is neither a ControlNet of ours nor a published one"):
+    with pytest.raises(WeightsError, match=r"other\.safetensors holds no ControlNet: its tensors have other names"):
         settings_of_file(tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match="does not exist"):
         settings_of_file(tmp_path / "nowhere.safetensors")

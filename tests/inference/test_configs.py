@@ -19,7 +19,10 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_fits_the_script_that_it_names(path):
+def test_a_shipped_config_fits_the_script_that_it_names(path, tmp_path):
     text = path.read_text()
     kind, needed = NEEDED[re.search(r"inference/(\w+)\.py configs/inference/" + path.name, text).group(1)]
+    if "control_" in text:
+        (tmp_path / "picture.png").touch()
+        needed = needed | {"controlnet": ["a.safetensors"], "control_image": [tmp_path / "picture.png"]}
     make_config(kind, yaml.safe_load(text) | {"run": []} | needed)

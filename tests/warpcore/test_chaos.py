@@ -23,7 +23,9 @@ def test_training_goes_on_over_damaged_samples_and_tells_the_same_of_them_on_any
     assert set(DAMAGE) - set(unreadable) == {
         "bomb", "no picture at all", "zero bytes", "wrong extension", "empty caption",
     }  # fmt: skip
+    num_whole, num_cut = 100 * len(DAMAGE), 2 * 40 + 2  # 40 samples before each cut, and a row for what is after it
+    cuts = "; ".join(f"1 rejected: {tmp_path}/data/{number:06d}.tar is cut short" for number in (900, 1000))
     assert one.rows == (
-        f"{100 * len(DAMAGE) - 3} of {100 * len(DAMAGE)} rows can be drawn; 2 rejected: undecodable picture; "
-        "1 rejected: more than 200000000 pixels (max_picture_pixels)"
+        f"{num_whole + num_cut - 5} of {num_whole + num_cut} rows can be drawn; 2 rejected: undecodable picture; "
+        f"{cuts}; 1 rejected: more than 200000000 pixels (max_picture_pixels)"
     )

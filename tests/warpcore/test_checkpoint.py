@@ -115,6 +115,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_what_is_there_stays(saved)
         for folder in (run, run.parent):
             folder.chmod(0o755)
         with opened(run) as checkpoints, as_nobody():
+            assert checkpoints.newest() == 8
             with pytest.raises(CheckpointError, match=r"could not save update 12 in .*(?s:.*)update 8 is whole"):
                 save(checkpoints, 12)
             with pytest.raises(CheckpointError, match=r"checkpoint_path: cannot write to .*Permission denied"):

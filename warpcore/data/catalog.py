@@ -130,7 +130,7 @@ def open_catalog(sources: Sequence[Source]) -> Catalog:
     """The catalog of resolved sources. A shard that has no index of its present content is indexed first.
 
     Raises:
-        BadShardError: a tar is not whole, or holds no picture.
+        BadShardError: a tar is damaged, or holds no picture that is whole.
         UserError: a weight leaves nothing of its source.
     """
     weight_of = {shard.url: source.weight for source in sources for shard in source.shards}

@@ -24,14 +24,16 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 
 from warpcore.data.filters import FIELD_PREFIX
-from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, picture_member
+from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, PICTURE_FACTS, picture_member
 from warpcore.data.shards import Shard
 from warpcore.data.storage import ChangedShardError, StorageError, complete_url, patiently, storage_for
-from warpcore.data.tars import BadShardError, TarSample, clean, read_samples
+from warpcore.data.tars import BadShardError, CutShardError, TarSample, clean, read_samples, whole_ones
 from warpcore.errors import UserError
 
 INDEX_SUFFIX = ".index.parquet"
 CACHE_VARIABLE = "WARPCORE_INDEX_CACHE"
+CUT_SHORT = "is cut short"
+"""The end of the problem of a row that stands for all that a tar is missing."""
 """Environment variable with a folder or URL: indexes are written there instead of beside the tars."""
 INDEX_VERSION = 2
 ROW_GROUP_ROWS = 16_384
@@ -65,13 +67,16 @@ def index_shard(shard: Shard) -> Summary:
     """Read the headers of a tar, of its pictures and its .json members, and write its index.
 
     Raises:
-        BadShardError: the tar is not whole, or holds no picture.
+        BadShardError: the tar is damaged, or holds no picture that is whole.
         ChangedShardError: it changed meanwhile.
         OSError: it can't be read, or the index can't be written for another reason than a read-only place.
     """
     storage = storage_for(shard.url)
     with storage.open(shard.url) as file:
-        samples = read_samples(file, shard.url, shard.size_bytes, partial(_look, file))
+        try:
+            samples = read_samples(file, shard.url, shard.size_bytes, partial(_look, file))
+        except CutShardError as cut:
+            samples = _before(cut, shard.url)
     _check_pictures(samples, shard.url)
     rows, nested = _make_table(samples, shard.url)
     if storage.stat(shard.url) != (shard.size_bytes, shard.etag):
@@ -188,10 +193,19 @@ def _write(shard: Shard, rows: pa.Table, summary: Summary) -> None:
     write_beside(shard.url, INDEX_SUFFIX, content.getvalue())
 
 
+def _before(cut: CutShardError, url: str) -> list[TarSample]:
+    """The samples before the cut, and one row for all that is missing, so that every start counts and names it."""
+    whole = whole_ones(cut.samples)
+    if not any(_measured_member(sample) for sample in whole):
+        raise BadShardError(str(cut)) from None
+    logger.warning("%s Until then, those are used", cut)
+    return [*whole, TarSample("(cut short)", problem=f"{url} {CUT_SHORT}")]
+
+
 def _check_pictures(samples: list[TarSample], url: str) -> None:
     if not samples:
         raise BadShardError(f"{url} is an empty tar: it holds no sample")
-    if not any(picture_member(sample.members) for sample in samples):
+    if not any(_measured_member(sample) for sample in samples):
         counts = Counter(name for sample in samples for name in sample.members)
         held = ", ".join(f"{number} x .{name}" for name, number in counts.most_common(8)) or "nothing"
         links = f"; {_LINKS}" if any(sample.links for sample in samples) else ""
@@ -222,17 +236,34 @@ def _make_table(samples: list[TarSample], url: str) -> tuple[pa.Table, list[str]
 
 def _size_or_problem(sample: TarSample) -> tuple[int, int, str | None]:
     """(width, height, None) of the sample's picture, or (0, 0, why it can't be used)."""
-    extension = picture_member(sample.members)
+    if sample.problem:
+        return 0, 0, sample.problem
+    extension = _measured_member(sample)
     if extension is None:
         return 0, 0, "no picture" + (f": {_LINKS}" if set(sample.links) & set(PICTURE_EXTENSIONS) else "")
     return sample.seen[extension]
 
 
+def _measured_member(sample: TarSample) -> str | None:
+    """The extension of its picture, or of what stands for it."""
+    return picture_member(sample.members) or (PICTURE_FACTS if PICTURE_FACTS in sample.members else None)
+
+
 def _look(file: BinaryIO, extension: str, offset: int, size: int) -> Any:
-    """What the index needs of a member: (width, height, problem) of a picture, the content of a .json."""
+    """What the index needs of a member: (width, height, problem) of a picture or its facts, the content of a .json."""
     if extension in PICTURE_EXTENSIONS:
         return _measure(file, extension, offset, size)
+    if extension == PICTURE_FACTS:
+        return _told(_read_json(file, offset, size))
     return _read_json(file, offset, size) if extension == "json" else None
+
+
+def _told(facts: dict[str, Any]) -> tuple[int, int, str | None]:
+    """(width, height, problem) of a picture that is not there."""
+    width, height, problem = (facts.get(name) for name in ("width", "height", "problem"))
+    if not (isinstance(width, int) and isinstance(height, int)):
+        return 0, 0, f"its .{PICTURE_FACTS} has no width and height"
+    return width, height, None if problem is None else str(problem)
 
 
 def _measure(file: BinaryIO, extension: str, offset: int, size: int) -> tuple[int, int, str | None]:

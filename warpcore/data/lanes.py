@@ -93,9 +93,7 @@ class Recipe:
         shards = {draw.shard for draw in draws}
         whole = {shard: self.catalog.shard(shard) for shard in shards}
         names = {shard: self.catalog.name(shard) for shard in shards}
-        seeds = [
-            stable_hash(self.seed, "sample", draw.epoch, names[draw.shard], draw.row, draw.repeat) for draw in draws
-        ]
+        seeds = [draw_seed(self.seed, draw.epoch, names[draw.shard], draw.row, draw.repeat) for draw in draws]
         return make_samples(rows, [whole[draw.shard] for draw in draws], seeds)
 
     def sizes_of(self, samples: Sequence[Sample]) -> list[tuple[int, int]]:
@@ -269,6 +267,11 @@ class Lane:
             table = table.take(pa.array([row - first for row in rows]))
             samples |= zip(of_shard, self.recipe.to_samples(table, of_shard), strict=True)
         return [(draw, samples[draw]) for draw in draws]
+
+
+def draw_seed(seed: int, epoch: int, shard: str, row: int, repeat: int = 0) -> int:
+    """The seed of a sample, from which all its randomness follows. shard: its name in the catalog."""
+    return stable_hash(seed, "sample", epoch, shard, row, repeat)
 
 
 def fresh_state(epoch: int = 0, emitted: int = 0) -> dict:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any, NamedTuple, Protocol, Self
 
 import cv2
@@ -23,6 +24,7 @@ from warpcore.data.images import BadPicture, Crop, Geometry
 from warpcore.data.samples import MicroBatch, Sample, picture_member
 from warpcore.data.storage import in_parallel, read_ranges
 from warpcore.errors import UserError
+from warpcore.random import stable_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,45 @@ class PictureField:
         return torch.zeros(self.channels, *size, dtype=torch.uint8)
 
 
+@dataclass(frozen=True)
+class TensorField:
+    """A tensor stored as `NAME.npy`, such as what a frozen network made of the sample.
+
+    Of several variants, `NAME.npy`, `NAME.1.npy`, ..., the sample's seed chooses one.
+    """
+
+    name: str
+    shapes: Mapping[tuple[int, int], tuple[int, ...]]
+    """Of the tensor, by bucket (H, W): what stands in where nothing is readable."""
+    variants: int = 1
+    bfloat16: bool = False
+    """Its bits are stored as 16-bit integers, as .npy knows no bfloat16."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return (variant_member(self.name, 0),)
+
+    def suffixes_of(self, sample: Sample) -> tuple[str, ...]:
+        """The member of the variant that is drawn."""
+        return (variant_member(self.name, stable_hash(sample.seed, "variant") % self.variants),)
+
+    def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> Tensor:
+        try:
+            array = np.load(BytesIO(data), allow_pickle=False)
+            tensor = torch.from_numpy(array.view(np.int16) if self.bfloat16 else array)
+        except (ValueError, TypeError, EOFError) as error:
+            raise BadMember(f"it holds no tensor: {error}") from error
+        return tensor.view(torch.bfloat16) if self.bfloat16 else tensor
+
+    def blank(self, size: tuple[int, int]) -> Tensor:
+        return torch.zeros(self.shapes[size])
+
+
+def variant_member(name: str, variant: int) -> str:
+    """The extension of a variant of a stored tensor."""
+    return f"{name}.{variant}.npy" if variant else f"{name}.npy"
+
+
 ReadRanges = Callable[[str, list[tuple[int, int]], tuple[int, str] | None], list[bytes]]
 
 
@@ -205,7 +246,7 @@ class Reader:
         wanted: dict[tuple[str, tuple[int, str] | None], list] = defaultdict(list)
         for place, sample in enumerate(samples):
             members = {suffix.lower(): span for suffix, span in sample.members.items()}
-            for suffix in self._suffixes(members):
+            for suffix in self._suffixes(sample, members):
                 wanted[sample.shard, sample.version].append((*members[suffix], suffix, contents[place]))
         for members in wanted.values():
             members.sort(key=lambda member: member[0])  # neighbours together: storages join near ranges, disks too
@@ -215,10 +256,10 @@ class Reader:
                 of_sample[suffix] = block
         return contents
 
-    def _suffixes(self, members: Mapping[str, Any]) -> set[str]:
+    def _suffixes(self, sample: Sample, members: Mapping[str, Any]) -> set[str]:
         """The suffixes to read, of those that a sample has."""
         asked = [self.captions.member] if self.captions else []
-        asked += [suffix for one in self.extra.values() for suffix in _first(one.suffixes, members)]
+        asked += [suffix for one in self.extra.values() for suffix in _first(_wanted(one, sample), members)]
         asked += [picture_member(members) or ""] if self.pictures else []
         return {suffix for suffix in asked if suffix in members}
 
@@ -244,7 +285,7 @@ class Reader:
             geometry = picture.geometry
         extra = {}
         for name, one in self.extra.items():
-            suffix, content = _content(one.suffixes, contents, sample)
+            suffix, content = _content(_wanted(one, sample), contents, sample)
             try:
                 extra[name] = one.decode(content, geometry, sample)
             except (BadPicture, BadMember) as error:
@@ -280,6 +321,11 @@ class _BadContent(Exception):
     def __init__(self, suffix: str, reason: str):
         super().__init__(suffix, reason)
         self.suffix, self.reason = suffix, reason
+
+
+def _wanted(one: Field, sample: Sample) -> tuple[str, ...]:
+    """The suffixes of a field for a sample."""
+    return one.suffixes_of(sample) if isinstance(one, TensorField) else one.suffixes
 
 
 def _first(suffixes: Sequence[str], members: Mapping[str, Any]) -> list[str]:

@@ -45,6 +45,8 @@ REQUEST_BYTES = 2 << 20
 """A request asks for no more, so that REQUEST_SECONDS are a limit on how slowly it may be answered."""
 REQUEST_SECONDS = 5
 """A request that takes longer goes on where it stopped on a new connection."""
+SEND_SECONDS = 60
+"""The same for a request that sends a file, or a part of one."""
 PATIENCE_SECONDS = 180
 """Faults are tried again for so long before they stop the run."""
 NUM_REQUESTS = 32
@@ -85,21 +87,24 @@ class Bucket:
         )
         self.name, self.client = name, session.client("s3", config=config)
         url, region = self._locate(name)
-        client_options = {"timeout": timedelta(seconds=REQUEST_SECONDS), "allow_http": url.startswith("http:")}
+        client_options = {"allow_http": url.startswith("http:")}
         self._authority = core.get_config_variable("ca_bundle")
         if self._authority:
             client_options["root_certificate"] = Path(self._authority).read_bytes()
         lifetime = timedelta(seconds=CREDENTIALS_SECONDS)
-        self.store = S3Store(
-            name,
-            endpoint=url,
-            aws_endpoint_url_s3=url,  # or the variable of this name would count
-            virtual_hosted_style_request=True,  # the URL is the bucket's, in whichever style
-            region=region,
-            skip_signature=unsigned,
-            credential_provider=None if unsigned else Boto3CredentialProvider(session, ttl=lifetime),
-            client_options=client_options,
-            retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=PATIENCE_SECONDS)},
+        self.store, self.sender = (
+            S3Store(
+                name,
+                endpoint=url,
+                aws_endpoint_url_s3=url,  # or the variable of this name would count
+                virtual_hosted_style_request=True,  # the URL is the bucket's, in whichever style
+                region=region,
+                skip_signature=unsigned,
+                credential_provider=None if unsigned else Boto3CredentialProvider(session, ttl=lifetime),
+                client_options=client_options | {"timeout": timedelta(seconds=seconds)},
+                retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=PATIENCE_SECONDS)},
+            )
+            for seconds in (REQUEST_SECONDS, SEND_SECONDS)
         )
         self.read = self._read
         """(key, start, stop, etag or "") -> bytes and version of what was answered. Raises _Refusal, _Fault."""
@@ -110,19 +115,19 @@ class Bucket:
             answer = obstore.get(self.store, key, options=options)
             return bytes(answer.bytes()), (answer.meta["size"], bare_etag(answer.meta["e_tag"]))
         except FileNotFoundError as error:
-            raise _Refusal(404, _brief(error)) from None
+            raise _Refusal(404, brief(error)) from None
         except PreconditionError as error:
-            raise _Refusal(412, _brief(error)) from None
+            raise _Refusal(412, brief(error)) from None
         except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise _Refusal(403, _brief(error)) from None
+            raise _Refusal(403, brief(error)) from None
         except ValueError as error:  # the key is none for obstore
-            raise _Refusal(400, _brief(error)) from None
+            raise _Refusal(400, brief(error)) from None
         except BaseError as error:
             if "non-partial response" in str(error):
                 self.read = self._read_by_url
                 return self.read(key, start, stop, etag)
             status = re.search(r"status code: (4\d\d)", str(error))
-            raise _failure(int(status[1]) if status else 0, _brief(error)) from None
+            raise _failure(int(status[1]) if status else 0, brief(error)) from None
 
     def _read_by_url(self, key: str, start: int, stop: int, _: str) -> tuple[bytes, Version]:
         """The same for endpoints that send a part with status 200, for which obstore has no use (rclone)."""
@@ -243,11 +248,11 @@ def put(url: str, content: bytes) -> None:
     """Replace an object. Raises PermissionError, StorageError."""
     name, key = split(url)
     try:
-        obstore.put(open_bucket(name).store, key, content)
+        obstore.put(open_bucket(name).sender, key, content)
     except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise PermissionError(errno.EACCES, _brief(error), url) from None
+        raise PermissionError(errno.EACCES, brief(error), url) from None
     except BaseError as error:
-        raise StorageError(f"{url} can't be written: {_brief(error)}") from None
+        raise StorageError(f"{url} can't be written: {brief(error)}") from None
 
 
 def ask(url: str, operation: str, **parameters: Any) -> dict[str, Any]:
@@ -267,14 +272,18 @@ def ask(url: str, operation: str, **parameters: Any) -> dict[str, Any]:
 
 def list_tars(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
     """(URL, size in bytes, etag) of every `.tar` whose key starts with the prefix."""
+    return (one for one in list_objects(bucket, prefix) if one[0].endswith(".tar"))
+
+
+def list_objects(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
+    """The same of every object."""
     url, parameters = f"s3://{bucket}/{prefix}", {"Prefix": prefix}
     with tqdm(desc=f"listing {url}", unit=" objects", delay=2, mininterval=2) as progress:
         while parameters:
             page = ask(url, "list_objects_v2", **parameters)
             entries = page.get("Contents", ())
             for entry in entries:
-                if entry["Key"].endswith(".tar"):
-                    yield f"s3://{bucket}/{entry['Key']}", entry["Size"], bare_etag(entry.get("ETag"))
+                yield f"s3://{bucket}/{entry['Key']}", entry["Size"], bare_etag(entry.get("ETag"))
             progress.update(len(entries))
             goes_on = page.get("IsTruncated")
             parameters = goes_on and {"Prefix": prefix, "ContinuationToken": page["NextContinuationToken"]}
@@ -296,10 +305,10 @@ def _explained(url: str) -> Iterator[None]:
     except (BotoCoreError, ResponseParserError) as error:
         raise StorageError(f"{url}: {error}") from None
     except BaseError as error:
-        raise StorageError(f"{url}: {_brief(error)}") from None
+        raise StorageError(f"{url}: {brief(error)}") from None
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """An error of obstore without its XML and its history."""
     return str(error).split("\n", 1)[0].split("<?xml")[0].strip()
 

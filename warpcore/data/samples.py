@@ -6,6 +6,10 @@ from dataclasses import dataclass
 # In order of preference, where one sample holds several pictures: the first one present is *the* picture.
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
+PICTURE_FACTS = "picture.json"
+"""Extension of what stands for a picture that a tar does not hold, such as one of cached latents: its true `width` and
+`height` in px, and perhaps a `problem` why it can't be drawn."""
+
 # Formats that hold pixels and nothing else: Pillow would hand an EPS to Ghostscript, a program that it can run.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI")
 

@@ -13,7 +13,7 @@ from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog
 from warpcore.data.expressions import near_names
 from warpcore.data.filters import Filter
-from warpcore.data.index import MEMBER_COLUMNS, has_member, read_rows
+from warpcore.data.index import CUT_SHORT, MEMBER_COLUMNS, has_member, read_rows
 from warpcore.data.samples import Sample
 from warpcore.data.shards import Shard
 from warpcore.errors import UserError
@@ -78,6 +78,9 @@ class Selection:
 
         no_picture = _as_bool(pc.starts_with(found["problem"], "no picture").fill_null(False))
         keep(~no_picture, "no picture")
+        cut_off = _as_bool(pc.ends_with(found["problem"], CUT_SHORT).fill_null(False))
+        for tar in pc.unique(found["problem"].filter(pa.array(cut_off))).to_pylist():
+            keep(_as_bool(pc.not_equal(found["problem"], tar).fill_null(True)), tar)
         keep(_as_bool(found["problem"].is_null()), "undecodable picture")
         if self.max_picture_pixels is not None:
             pixels = found["width"].to_numpy().astype(np.int64) * found["height"].to_numpy()

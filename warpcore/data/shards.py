@@ -14,7 +14,7 @@ import yaml
 from warpcore.data.storage import complete_url, is_remote, read_ranges, storage_for
 from warpcore.errors import UserError
 
-__all__ = ["Shard", "Source", "read_ranges", "resolve_sources"]
+__all__ = ["Shard", "Source", "named_folders", "read_ranges", "resolve_sources"]
 
 MAX_BRACE_EXPANSIONS = 10_000_000
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
@@ -56,7 +56,8 @@ def resolve_sources(webdataset_path: Any) -> list[Source]:
         MissingShardError: names what is missing, and what lies near it.
         UserError: an entry that is none of the above, no tar in a folder, or a tar that is named twice.
     """
-    sources = [Source(weight, shards) for weight, shards in _entries(webdataset_path, str(Path.cwd()))]
+    entries = _entries(webdataset_path, str(Path.cwd()))
+    sources = [Source(weight, _shards(text, folder)) for weight, text, folder in entries]
     seen: dict[str, int] = {}
     for number, source in enumerate(sources):
         for shard in source.shards:
@@ -71,10 +72,28 @@ def resolve_sources(webdataset_path: Any) -> list[Source]:
     return sources
 
 
+def named_folders(webdataset_path: Any) -> list[str]:
+    """The folder that each entry of a `webdataset_path` names, or in which it says what to look for, unlisted.
+
+    Raises:
+        UserError: as `resolve_sources` does for what is no path.
+    """
+    folders = []
+    for _, text, folder in _entries(webdataset_path, str(Path.cwd())):
+        fixed = re.split(r"[*?\[{]", text, maxsplit=1)[0]
+        url = _literal(fixed, folder)
+        is_part = fixed != text or url.endswith((".tar", *_COMPRESSED))
+        folders.append(url.rpartition("/")[0] if is_part and not fixed.endswith("/") else url.rstrip("/"))
+    return list(dict.fromkeys(folders))
+
+
 def _entries(
     value: Any, folder: str, weight: float = 1.0, within: str | None = None
-) -> Iterator[tuple[float, list[Shard]]]:
-    """`folder`: where relative paths start, a path or URL. `within`: the .yml that holds the value."""
+) -> Iterator[tuple[float, str, str]]:
+    """(weight, path, where it starts if it is relative) of every entry.
+
+    `folder`: where relative paths start, a path or URL. `within`: the .yml that holds the value.
+    """
     if isinstance(value, list | tuple):
         for entry in value:
             yield from _entries(entry, folder, weight, within)
@@ -89,7 +108,7 @@ def _entries(
             raise UserError(f"webdataset_path: {within} names another .yml, {value}; write its paths here")
         yield from _yaml_entries(_literal(str(value), folder), weight)
     else:
-        yield weight, _shards(str(value), folder)
+        yield weight, str(value), folder
 
 
 def _checked_weight(entry: dict) -> float:
@@ -99,7 +118,7 @@ def _checked_weight(entry: dict) -> float:
     return float(weight)
 
 
-def _yaml_entries(url: str, weight: float) -> Iterator[tuple[float, list[Shard]]]:
+def _yaml_entries(url: str, weight: float) -> Iterator[tuple[float, str, str]]:
     storage = storage_for(url)
     if not storage.stats([url]):
         raise MissingShardError(f"webdataset_path: there is no {url}.{_near(url)}")

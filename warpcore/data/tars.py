@@ -18,6 +18,14 @@ class BadShardError(UserError):
     """The tar can't be used as it is; the message names it, what is wrong and what to do."""
 
 
+class CutShardError(BadShardError):
+    """The tar ends before it should. `samples` are those before that, the last one perhaps not whole."""
+
+    def __init__(self, message: str, samples: "list[TarSample]"):
+        super().__init__(message)
+        self.samples = samples
+
+
 @dataclass(slots=True)
 class TarSample:
     """The members of one key: extension (lower case, no leading dot) -> (offset, size) in the tar."""
@@ -28,6 +36,8 @@ class TarSample:
     """Extensions of members that are hard or symbolic links: their content is not under their name."""
     seen: dict[str, Any] = field(default_factory=dict)
     """What `look` made of the members, by extension."""
+    problem: str | None = None
+    """Why it can't be used, whatever its members are."""
 
 
 def read_samples(
@@ -39,7 +49,8 @@ def read_samples(
     `look` is called with extension, offset and size of every member on the way, so that one pass does for all.
 
     Raises:
-        BadShardError: not a tar, compressed, sparse, cut short, damaged, or several tars in one file.
+        BadShardError: not a tar, compressed, sparse, damaged, or several tars in one file.
+        CutShardError: it is cut short.
     """
     samples: list[TarSample] = []
     latest: dict[str, TarSample] = {}
@@ -120,10 +131,11 @@ def _check_end(file: BinaryIO, url: str, size_bytes: int, offset: int, samples: 
             )
 
 
-def _truncated(url: str, what: str, size_bytes: int, samples: list[TarSample]) -> BadShardError:
-    return BadShardError(
+def _truncated(url: str, what: str, size_bytes: int, samples: list[TarSample]) -> CutShardError:
+    return CutShardError(
         f"{url} is cut short: {what}, but the file has {size_bytes} bytes; {_count(samples)} before that are whole. "
-        f"{_REBUILD}"
+        f"{_REBUILD}",
+        samples,
     )
 
 
@@ -134,6 +146,10 @@ _REBUILD = (
 
 
 def _count(samples: list[TarSample]) -> str:
-    """Whole samples are those that have every kind of member that the first one has."""
-    number = sum(samples[0].members.keys() <= sample.members.keys() for sample in samples)
+    number = len(whole_ones(samples))
     return f"{number} sample{'' if number == 1 else 's'}"
+
+
+def whole_ones(samples: list[TarSample]) -> list[TarSample]:
+    """Those that have every kind of member that the first one has."""
+    return [sample for sample in samples if samples[0].members.keys() <= sample.members.keys()]

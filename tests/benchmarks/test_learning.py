@@ -1,4 +1,4 @@
-"""The scorer of benchmarks/learning.py reads pictures as people do."""
+"""The scorer of the benchmarks reads pictures as people do."""
 
 from dataclasses import replace
 
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.learning import ATTRIBUTES, LEAST_PSNR, Drawing, accuracy, distance, find, score, sentences
+from benchmarks.drawing import Drawing
+from benchmarks.learning import LEAST_PSNR
+from benchmarks.scorer import ATTRIBUTES, accuracy, distance, find, score, sentences
 from cascade import build
 from cascade.config import ModelSettings
 from cascade.inference import DrawingSettings

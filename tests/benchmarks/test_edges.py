@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.edges import SIDE_PX, agreement, edges_of
+from benchmarks.drawing import SIDE_PX
+from benchmarks.edges import agreement, edges_of
 
 
 def square(left: int, side: int = 40) -> np.ndarray:

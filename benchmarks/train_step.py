@@ -1,0 +1,443 @@
+"""How fast an update is, and what memory it takes, beside diffusers' network in the plain loop of its examples.
+
+    python3 benchmarks/train_step.py            # on a GPU the published sizes, else small ones on the CPU
+    python3 benchmarks/train_step.py --cases "3.6B full 1024" --seconds 120
+    python3 benchmarks/train_step.py --levels   # what each level of activation checkpointing costs and saves
+
+Ours is the update that the training scripts make (autocast, loss, gradient norm, optimizer), on latents and conditions
+that are there; beside it, ours with one technique changed at a time. The plain loop is that of diffusers' training
+examples: its StableCascadeUNet under autocast, `clip_grad_norm_`, `torch.optim.AdamW` as it is by default, and peft for
+LoRA. Contenders take turns in one process, each built anew for its turn; a row gives medians over all its updates.
+
+FLOPs of an update are those of its matrix products, convolutions and attention (a multiplication and an addition are
+two), by formula. For one sample, with N positions and L condition tokens in a level of C channels:
+
+    convolution block     N (2 k^2 C + 8 C (2 C + C_skip))
+    feed-forward block    16 N C^2
+    timestep block        4 c_r C for each time condition
+    attention block       4 N C^2 + 4 (N + L) C^2 + 4 N (N + L) C + 2 L D C
+    repeat mapper         2 N C^2
+
+and what maps inputs, outputs, conditions and levels to each other. The backward pass takes twice as much as the forward
+pass, and once as much where weights are frozen. What is computed again for activation checkpointing does not count, nor
+does a ControlNet's own backbone (2% of an update of the 3.6B): utilisation is of useful work.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import diffusers_lora, diffusers_network, diffusers_output
+from cascade.diffusion import latent_size
+from cascade.versions import VERSIONS
+from modules.blocks import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
+from modules.controlnet import ControlNet
+from modules.feed_forward import FeedForward
+from modules.lora import LoraSettings, add_adapters
+from modules.stage_b import StageB
+from modules.stage_c import StageC
+from modules.unet import UNet
+from warpcore import compute, optim
+from warpcore.meta import PeakMemory
+
+GIB = 2**30
+TEXT_TOKENS = 77
+PEAK_TFLOPS = {"H200": 790, "H100": 790, "A100": 280}
+"""What large bfloat16 matrix products reach, measured (the data sheets say 989 and 312)."""
+SMALL_C = {"c_cond": 384, "c_hidden": [384, 384], "nhead": [6, 6], "blocks": [[1, 2], [2, 1]], "dropout": 0.0}
+SMALL_B = {
+    "c_cond": 192, "c_hidden": [64, 128, 256, 256], "nhead": [-1, -1, 4, 4], "blocks": [[1, 1, 2, 1], [1, 2, 1, 1]],
+    "block_repeat": [[1, 1, 1, 1], [2, 2, 2, 2]],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, what of it is trained (full, LoRA, ControlNet), a picture size and a batch."""
+
+    stage: type[UNet]
+    arguments: dict
+    name: str
+    trained: str
+    image_px: int
+    batch: int
+    checkpointing: int = 0
+    compression: float = 42.67
+    """Pixels per position of Stage C's latents; Stage B's are a quarter of the picture's sides."""
+
+    @property
+    def positions(self) -> int:
+        """Sides of the latents."""
+        if self.stage is StageC:
+            return latent_size(self.image_px, self.image_px, self.compression)[0]
+        return self.image_px // 4
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.trained} {self.image_px} px, batch {self.batch}"
+
+
+def published() -> list[Case]:
+    """The cases of a GPU, the most telling ones first."""
+    c3, c1 = ((StageC, VERSIONS[v].stage_c, f"Stage C {v}") for v in ("3.6B", "1B"))
+    b3, b7 = ((StageB, VERSIONS[v].stage_b, f"Stage B {v}") for v in ("3B", "700M"))
+    return [
+        Case(*c3, "full", 1024, 8),
+        Case(*c3, "LoRA", 1024, 8),
+        Case(*b7, "full", 1024, 4),
+        Case(*c3, "ControlNet", 1024, 8),
+        Case(*c1, "full", 1024, 16),
+        Case(*c3, "full", 1024, 16, checkpointing=1),
+        Case(*c3, "full", 768, 16),
+        Case(*c1, "LoRA", 1024, 16),
+        Case(*b3, "full", 768, 4),
+        Case(*b7, "full", 768, 8),
+        Case(*c1, "ControlNet", 768, 16),
+        Case(*b3, "full", 1024, 2),
+    ]
+
+
+def small() -> list[Case]:
+    """The cases of a CPU."""
+    c, b = (StageC, SMALL_C, "Stage C 17M"), (StageB, SMALL_B, "Stage B 8M")
+    return [
+        Case(*c, "full", 1024, 2), Case(*c, "full", 768, 4), Case(*c, "LoRA", 1024, 2),
+        Case(*c, "ControlNet", 512, 2), Case(*b, "full", 384, 2), Case(*b, "full", 256, 4),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Technique:
+    """How our update is made: all that helps, or one thing less or more."""
+
+    name: str = "ours"
+    fused_feed_forward: bool = True
+    fused_optimizer: bool = True
+    compiled: bool = True
+    fp8: bool = False
+    bfloat16_weights: bool = False
+    checkpointing: int | None = None
+    """Another level of activation checkpointing than the case's."""
+    cases: tuple[str, ...] = field(default=("full", "LoRA", "ControlNet"))
+
+
+def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
+    """Ours and its variations; with `levels`, those of activation checkpointing."""
+    ours = Technique(compiled=device.type == "cuda")
+    if levels:
+        return [replace(ours, name=f"ours, level {level}", checkpointing=level) for level in (0, 1, 2, 3)]
+    plain = replace(ours, compiled=False)
+    trained = ("full",)
+    rest = [
+        replace(ours, name="- fused AdamW", fused_optimizer=False, cases=trained),
+        replace(plain, name="- fused feed-forward, not compiled", fused_feed_forward=False),
+    ]
+    if device.type == "cuda":
+        return [
+            ours, replace(plain, name="- compile"), *rest,
+            replace(ours, name="+ fp8", fp8=True, cases=trained),
+            replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained),
+        ]  # fmt: skip
+    return [ours, replace(ours, name="+ compile", compiled=True), *rest]
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+def forward_flops(network: UNet, positions: int, text_tokens: int = TEXT_TOKENS) -> int:
+    """FLOPs of the forward pass of one sample, by the formula above. positions: side of the latents."""
+    tokens = network.c_clip_seq + (text_tokens + network.c_clip_seq if isinstance(network, StageC) else 0)
+    sides = [positions // network.patch_size]
+    for scaler in network.down_downscalers[1:]:
+        sides.append(sides[-1] // 2 if _halves(scaler[1]) else sides[-1])
+    levels = len(sides)
+    total = _pointwise(network.embedding[1], sides[0] ** 2) + _pointwise(network.clf[1], sides[0] ** 2)
+    if isinstance(network, StageC):
+        total += _pointwise(network.clip_txt_mapper, text_tokens)
+        total += sum(_pointwise(m, 1) for m in (network.clip_txt_pooled_mapper, network.clip_img_mapper))
+    else:
+        total += _pointwise(network.clip_mapper, 1)
+        total += sum(_pointwise(network.effnet_mapper[i], sides[0] ** 2) for i in (0, 2))
+        total += sum(_pointwise(network.pixels_mapper[i], 1) for i in (0, 2))
+    ways = (network.down_blocks, network.down_repeat_mappers, range(levels)), (
+        network.up_blocks, network.up_repeat_mappers, reversed(range(levels)))  # fmt: skip
+    for blocks, mappers, order in ways:
+        for level, repeats, number in zip(blocks, mappers, order, strict=True):
+            n = sides[number] ** 2
+            total += (1 + len(repeats)) * sum(_block(block, n, tokens) for block in level)
+            total += sum(_pointwise(mapper, n) for mapper in repeats)
+    for number in range(1, levels):
+        for scaler in (network.down_downscalers[number][1], network.up_upscalers[levels - 1 - number][1]):
+            layers = [m for m in scaler.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+            # Stage C maps at the finer level; each of Stage B's kernels belongs to one position of the coarser.
+            n = sides[number - 1] ** 2 if isinstance(network, StageC) else sides[number] ** 2
+            total += sum(2 * n * layer.weight.numel() for layer in layers)
+    return total
+
+
+def _halves(scaler: nn.Module) -> bool:
+    """Whether the layer between two levels changes the size."""
+    return isinstance(scaler, nn.Conv2d) or not isinstance(scaler.blocks[1], nn.Identity)
+
+
+def _pointwise(layer: nn.Module, n: int) -> int:
+    return 2 * n * layer.weight.numel()
+
+
+def _block(block: nn.Module, n: int, tokens: int) -> int:
+    match block:
+        case ResBlock() | FeedForwardBlock():
+            wide = _pointwise(block.channelwise[0], n) + _pointwise(block.channelwise[4], n)
+            return wide + (_pointwise(block.depthwise, n) if isinstance(block, ResBlock) else 0)
+        case TimestepBlock():
+            return sum(_pointwise(getattr(block, name), 1) for name in block.names)
+        case AttnBlock():
+            c = block.attention.attn.out_proj.in_features
+            memory = tokens + (n if block.self_attn else 0)
+            return 4 * n * c * c + 4 * memory * c * c + 4 * n * memory * c + _pointwise(block.kv_mapper[1], tokens)
+    raise TypeError(type(block).__name__)
+
+
+def update_flops(case: Case, network: UNet) -> int:
+    """Useful FLOPs of an update of a case."""
+    return case.batch * (3 if case.trained == "full" else 2) * forward_flops(network, case.positions)
+
+
+# ---------------------------------------------------------------- contenders
+
+
+@dataclass
+class Contender:
+    """A network in training: `update()` makes one."""
+
+    update: Callable[[], None]
+    there: list[Tensor]
+    """What lives between updates."""
+
+
+def inputs_of(case: Case, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Latents, noise levels and conditions of a batch, and what is to be predicted."""
+    c = 16 if case.stage is StageC else 4
+    x = torch.randn(case.batch, c, case.positions, case.positions, device=device)
+    text = torch.randn(case.batch, 1, 1280, device=device)
+    given = {"x": x, "r": torch.rand(case.batch, device=device)}
+    if case.stage is StageC:
+        given |= {
+            "clip_text": torch.randn(case.batch, TEXT_TOKENS, 1280, device=device), "clip_text_pooled": text,
+            "clip_img": torch.randn(case.batch, 1, 768, device=device),
+        }  # fmt: skip
+    else:
+        side = latent_size(case.image_px, case.image_px, 32)[0]
+        given |= {"effnet": torch.randn(case.batch, 16, side, side, device=device), "clip": text}
+    return given, torch.randn_like(x)
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def make_ours(case: Case, technique: Technique, device: torch.device) -> Contender:
+    with device:
+        network = case.stage(**case.arguments).train()
+        given, target = inputs_of(case, device)
+        control = torch.rand(case.batch, 3, case.image_px, case.image_px) if case.trained == "ControlNet" else None
+    trained: nn.Module = network
+    everything = nn.ModuleList([network])
+    if case.trained != "full":
+        network.requires_grad_(False).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if case.trained == "LoRA":
+        add_adapters(network, [".attn"], LoraSettings(rank=4, alpha=4))
+    elif case.trained == "ControlNet":
+        widths = network.residual_widths
+        blocks = sorted({0, len(widths) // 8, len(widths) // 4, len(widths) - 1})
+        with device:
+            trained = ControlNet(c_proj=widths[0], proj_blocks=blocks).train()
+        everything.append(trained)
+    for layer in network.modules():
+        if isinstance(layer, FeedForward):
+            layer.fused = technique.fused_feed_forward
+    if technique.bfloat16_weights:
+        compute.keep_in_bfloat16(trained)
+    if technique.fp8:
+        compute.to_fp8(network, device)
+    level = case.checkpointing if technique.checkpointing is None else technique.checkpointing
+    network.set_activation_checkpointing(level)
+    if technique.compiled:
+        compute.compile_blocks(network, device)
+    named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    groups = [{"params": list(named.values()), "param_names": list(named)}]
+    optimizers = optim.build_optimizers("adamw", groups, lr=1e-5)
+    if not technique.fused_optimizer:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["fused"] = False
+    never = torch.zeros((), device=device)
+
+    def update() -> None:
+        with autocast(device):
+            further = {} if control is None else {"cnet": trained(control)}
+            loss = (network(**given, **further).float() - target).square().mean()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in named.values()])
+        torch.nn.utils.clip_grads_with_norm_(list(named.values()), 1.0, norm)
+        optim.step(optimizers, never)
+        for parameter in named.values():
+            parameter.grad = None
+
+    return Contender(update, _living(everything, optimizers))
+
+
+def make_theirs(case: Case, device: torch.device) -> Contender:
+    with device:
+        network = diffusers_network(case.stage, case.arguments).train()
+        given, target = inputs_of(case, device)
+    if case.trained == "LoRA":
+        network = diffusers_lora(network, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def update() -> None:
+        with autocast(device):
+            output = diffusers_output(network, given)
+            loss = nn.functional.mse_loss(output.float(), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contender(update, _living(network, [optimizer]))
+
+
+def _living(network: nn.Module, optimizers: list) -> list[Tensor]:
+    """Parameters and buffers; optimizers join with their state once they have stepped."""
+    return [*network.parameters(), *network.buffers(), *optimizers]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def turn(make: Callable[[], Contender], updates: int, device: torch.device) -> tuple[list[float], int]:
+    """(seconds of each update, most bytes in use) of a contender, built for this turn and then dropped."""
+    contender = make()
+    tensors = [t for t in contender.there if isinstance(t, Tensor)]
+    for _ in range(2):
+        contender.update()
+    for optimizer in (o for o in contender.there if isinstance(o, torch.optim.Optimizer)):
+        tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    seconds = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(updates):
+        _wait(device)
+        began = time.perf_counter()
+        contender.update()
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    if device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated()
+    with PeakMemory(tensors) as memory:
+        contender.update()
+    return seconds, memory.peak + sum({t.untyped_storage()._cdata: t.nbytes for t in tensors}.values())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def contenders(case: Case, device: torch.device, levels: bool) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    if case.trained != "ControlNet" and not levels:
+        yield "diffusers, plain loop", lambda: make_theirs(case, device)
+    for technique in techniques(device, levels):
+        if case.trained in technique.cases:
+            yield technique.name, lambda technique=technique: make_ours(case, technique, device)
+
+
+def measure(
+    case: Case, device: torch.device, turns: int, updates: int, deadline: float, levels: bool
+) -> dict[str, tuple | str]:
+    """Median seconds and most bytes by contender, or why there are none."""
+    made = dict(contenders(case, device, levels))
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    results: dict[str, tuple | str] = {}
+    for _ in range(turns):
+        for name, make in made.items():
+            if isinstance(results.get(name), str) or time.monotonic() > deadline:
+                continue
+            try:
+                torch.manual_seed(0)
+                took, memory = turn(make, updates, device)
+            except torch.OutOfMemoryError:
+                results[name] = "out of memory"
+            except ValueError as error:  # what the machine cannot do says so
+                results[name] = str(error)
+            else:
+                seconds[name] += took
+                results[name] = (statistics.median(seconds[name]), memory)
+            free(device)
+    return results
+
+
+def show(case: Case, results: dict[str, tuple | str], device: torch.device) -> None:
+    with torch.device("meta"):
+        flops = update_flops(case, case.stage(**case.arguments))
+    peak = next((t for name, t in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None) if (
+        device.type == "cuda") else None  # fmt: skip
+    theirs = results.get("diffusers, plain loop")
+    for name, result in results.items():
+        if isinstance(result, str):
+            print(f"| {case} | {name} | {result} | | | | | |", flush=True)
+            continue
+        seconds, memory = result
+        rate = flops / seconds / 1e12
+        gain = f"{theirs[0] / seconds:.2f}x" if isinstance(theirs, tuple) else ""
+        used = f"{rate / peak:.0%}" if peak else ""
+        print(
+            f"| {case} | {name} | {seconds * 1000:.0f} | {case.batch / seconds:.2f} | {gain} | {rate:.3g} | {used} "
+            f"| {memory / GIB:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default="", help="only those whose name holds this text, e.g. '3.6B full'")
+    parser.add_argument("--turns", type=int, default=2, help="how often each contender is built and measured")
+    parser.add_argument("--updates", type=int, default=5, help="measured updates of a turn")
+    parser.add_argument("--seconds", type=float, default=450, help="no turn begins later than this")
+    parser.add_argument("--levels", action="store_true", help="compare levels of activation checkpointing instead")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    deadline = time.monotonic() + options.seconds
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    kind = "bfloat16 autocast" if device.type == "cuda" else "float32"
+    print(f"{where}, torch {torch.__version__}, {kind}; {options.turns} turns of {options.updates} updates, medians\n")
+    print(
+        "| case | contender | ms per update | samples/s | beside the plain loop | TFLOP/s | utilisation | peak GiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    left = [case for case in (published() if device.type == "cuda" else small()) if options.cases in str(case)]
+    while left and time.monotonic() < deadline:
+        show(
+            case := left.pop(0),
+            measure(case, device, options.turns, options.updates, deadline, options.levels),
+            device,
+        )
+    for case in left:
+        print(f"| {case} | no time left: --seconds, or --cases | | | | | | |")
+
+
+if __name__ == "__main__":
+    main()

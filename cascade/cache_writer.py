@@ -1,0 +1,262 @@
+"""Writing a cache: which rows go where, the tars, and the records of what is in them."""
+
+import io
+import json
+import math
+import operator
+import os
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from warpcore.data.buckets import Buckets
+from warpcore.data.catalog import Catalog
+from warpcore.data.index import index_shard, read_rows
+from warpcore.data.lanes import draw_seed
+from warpcore.data.samples import PICTURE_FACTS, MicroBatch
+from warpcore.data.selection import BASE_COLUMNS, Piece, Rows, Selection, make_samples
+from warpcore.data.shards import Shard
+from warpcore.data.storage import is_remote, read_ranges, storage_for
+from warpcore.errors import UserError
+
+CHUNK_ROWS = 512
+"""So many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
+RECORD_SUFFIX = ".cache.json"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a shard."""
+
+    rows: pa.Table
+    """Those of the index, in its order."""
+    micro_batches: list[MicroBatch]
+    """Of those rows that can be drawn; `state` holds their places in `rows`, and the variant of the crop."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be encoded.
+
+    batch_size: samples per micro-batch at most. Crop v of a picture is the one that a run from pictures, of the same
+    seed, makes in epoch v.
+    """
+
+    catalog: Catalog
+    selection: Selection
+    buckets: Buckets
+    caption_member: str | None
+    seed: int
+    variants: int
+    batch_size: int
+
+    def chunks(self, number: int) -> Iterator[Chunk]:
+        """The rows of a shard."""
+        shard, rows = self.catalog.shard(number), int(self.catalog.rows[number])
+        table = read_rows(shard, [*BASE_COLUMNS, "problem"], 0, rows)
+        drawn = self.select(number).numbers
+        for start in range(0, rows, CHUNK_ROWS):
+            places = drawn[(drawn >= start) & (drawn < start + CHUNK_ROWS)] - start
+            part = table.slice(start, CHUNK_ROWS)
+            crops = (self._micro_batches(number, part, start, places, variant) for variant in range(self.variants))
+            yield Chunk(part, list(chain.from_iterable(crops)))
+
+    def select(self, number: int) -> Rows:
+        """Those rows of a shard that can be drawn, and why the others can't."""
+        return self.selection.load(self.catalog, Piece(number, 0, int(self.catalog.rows[number])))
+
+    def copied(self, members: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Which members of a sample a cache holds too: its caption and its fields."""
+        kept = (".txt", ".json", f".{self.caption_member}")
+        return [name for name in members if f".{name}".endswith(kept) and name != PICTURE_FACTS]
+
+    def texts(self, number: int, rows: pa.Table) -> list[dict[str, bytes]]:
+        """The content of those members, for each row."""
+        shard = self.catalog.shard(number)
+        columns = [rows[name].to_pylist() for name in ("member_names", "member_offsets", "member_sizes")]
+        found = [
+            {name: (offset, size) for name, offset, size in zip(*row, strict=True)}
+            for row in zip(*columns, strict=True)
+        ]
+        wanted = [(place, name) for place, members in enumerate(found) for name in self.copied(members)]
+        spans = [found[place][name] for place, name in wanted]
+        texts: list[dict[str, bytes]] = [{} for _ in found]
+        blocks = read_ranges(shard.url, spans, (shard.size_bytes, shard.etag))
+        for (place, name), content in zip(wanted, blocks, strict=True):
+            texts[place][name] = content
+        return texts
+
+    def _micro_batches(
+        self, number: int, part: pa.Table, start: int, places: np.ndarray, variant: int
+    ) -> Iterator[MicroBatch]:
+        shard, name = self.catalog.shard(number), self.catalog.name(number)
+        seeds = [draw_seed(self.seed, variant, name, start + place) for place in places.tolist()]
+        samples = make_samples(part.take(pa.array(places)), [shard] * len(places), seeds)
+        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, sample in enumerate(samples):
+            by_size[self.buckets.choose(sample.width, sample.height, sample.seed)].append(i)
+        for size, members in sorted(by_size.items()):
+            for first in range(0, len(members), self.batch_size):
+                chosen = members[first : first + self.batch_size]
+                state = {"places": [int(places[i]) for i in chosen], "variant": variant}
+                yield MicroBatch(0, size, tuple(samples[i] for i in chosen), 0, state, variant)
+
+
+def mirrored(out: Path, name: str) -> Path:
+    """Where the tar of a shard, given by its name in the catalog, lies in a cache.
+
+    Raises:
+        UserError: its name leads out of the cache.
+    """
+    path = Path(name.replace("://", "/").lstrip("/"))
+    if ".." in path.parts:
+        raise UserError(f"{name} can't be mirrored in a folder: give the tar another name")
+    return out / path
+
+
+@dataclass
+class Record:
+    """What became of a shard, or of several."""
+
+    source: tuple[int, str] = (0, "")
+    """Size in bytes and etag of the tar of pictures."""
+    rows: int = 0
+    samples: int = 0
+    """How many of the rows have features."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows that the training would not draw."""
+    unreadable: list[str] = field(default_factory=list)
+    """Samples that could not be decoded, and why."""
+    tar_bytes: int = 0
+    feature_bytes: dict[str, int] = field(default_factory=dict)
+    largest_error: dict[str, float] = field(default_factory=dict)
+    """Of the stored numbers, by feature."""
+    squared_error: dict[str, float] = field(default_factory=dict)
+    """Summed over those numbers."""
+    squared: dict[str, float] = field(default_factory=dict)
+    """The sum of their squares."""
+    seconds: float = 0.0
+
+    def relative_error(self, name: str) -> float:
+        """The error of a feature beside its size, both as root mean squares."""
+        return math.sqrt(self.squared_error[name] / self.squared[name]) if self.squared[name] else 0.0
+
+    @classmethod
+    def total(cls, records: "Sequence[Record]") -> Self:
+        """That of all these shards together."""
+
+        def added(name: str, add: Callable = operator.add) -> dict:
+            result: dict = {}
+            for record in records:
+                for key, value in getattr(record, name).items():
+                    result[key] = add(result[key], value) if key in result else value
+            return result
+
+        return cls(
+            rows=sum(record.rows for record in records),
+            samples=sum(record.samples for record in records),
+            rejected=added("rejected"),
+            unreadable=[one for record in records for one in record.unreadable],
+            tar_bytes=sum(record.tar_bytes for record in records),
+            feature_bytes=added("feature_bytes"),
+            largest_error=added("largest_error", max),
+            squared_error=added("squared_error"),
+            squared=added("squared"),
+            seconds=sum(record.seconds for record in records),
+        )
+
+    @classmethod
+    def read(cls, tar: Path, source: Shard) -> Self | None:
+        """That of a tar that is whole and was made from this very shard, else None."""
+        path = tar.with_name(tar.name + RECORD_SUFFIX)
+        if not (tar.is_file() and path.is_file()):
+            return None
+        values = json.loads(path.read_text())
+        found = cls(**(values | {"source": tuple(values["source"])}))
+        return found if found.source == (source.size_bytes, source.etag) else None
+
+
+class CacheTar:
+    """One tar of a cache while it is written."""
+
+    def __init__(self, file: tarfile.TarFile, record: Record, dtype: str):
+        self._file, self.record, self._dtype = file, record, dtype
+
+    def write(self, chunk: Chunk, texts: list[dict[str, bytes]], made: list[dict[str, Tensor]]) -> None:
+        """Write rows; `made` holds, by member, the float32 features of each, nothing of those that have none."""
+        columns = (chunk.rows[name].to_pylist() for name in ("key", "width", "height", "problem"))
+        for key, width, height, problem, text, features in zip(*columns, texts, made, strict=True):
+            facts = {"width": width, "height": height} | ({"problem": problem} if problem else {})
+            self._add(f"{key}.{PICTURE_FACTS}", json.dumps(facts).encode())
+            for member, content in text.items():
+                self._add(f"{key}.{member}", content)
+            for member, tensor in features.items():
+                self._add(f"{key}.{member}", self._encoded(tensor, member.partition(".")[0], key))
+            self.record.rows += 1
+            self.record.samples += bool(features)
+
+    def _encoded(self, tensor: Tensor, name: str, key: str) -> bytes:
+        kept = tensor.to(getattr(torch, self._dtype))
+        if not kept.isfinite().all():
+            largest = tensor.abs().max().item()
+            raise UserError(
+                f"{name} of {key}: a number of size {largest:.4g} can't be stored as {self._dtype}"
+                + ("; write --dtype bfloat16" if math.isfinite(largest) else ": what the network made is not finite")
+            )
+        difference, record = kept.double() - tensor.double(), self.record
+        record.largest_error[name] = max(record.largest_error.get(name, 0.0), difference.abs().max().item())
+        for sums, values in ((record.squared_error, difference), (record.squared, tensor.double())):
+            sums[name] = sums.get(name, 0.0) + values.square().sum().item()
+        content = io.BytesIO()
+        np.save(content, (kept.view(torch.int16) if kept.dtype == torch.bfloat16 else kept).numpy())
+        record.feature_bytes[name] = record.feature_bytes.get(name, 0) + content.tell()
+        return content.getvalue()
+
+    def _add(self, name: str, content: bytes) -> None:
+        about = tarfile.TarInfo(name)  # no times or owners: equal content gives equal bytes
+        about.size = len(content)
+        self._file.addfile(about, io.BytesIO(content))
+
+
+@contextmanager
+def new_tar(path: Path, record: Record, dtype: str) -> Iterator[CacheTar]:
+    """A tar that appears at `path`, with its record and its index, when all went well; else nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        with aside.open("wb") as content:
+            with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as file:
+                yield CacheTar(file, record, dtype)
+            content.flush()
+            os.fsync(content.fileno())
+        record.tar_bytes = aside.stat().st_size
+        # The record first: a tar without one is written again.
+        path.unlink(missing_ok=True)
+        text = json.dumps(asdict(record), indent=1)
+        storage_for(str(path)).write(f"{path}{RECORD_SUFFIX}", text.encode())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    index_shard(shard_at(path))
+
+
+def shard_at(path: Path) -> Shard:
+    """The tar at a path."""
+    return Shard(str(path), *storage_for(str(path)).stat(str(path)))
+
+
+def local_folder(out: str) -> Path:
+    """The folder that a cache goes to. Raises UserError for a URL."""
+    if is_remote(out):
+        raise UserError(f"{out}: write the cache to a folder here, then copy it: training reads it from s3:// too")
+    return Path(out).absolute()

@@ -1,0 +1,73 @@
+"""What the benchmark of updates counts and compares."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.train_step import (
+    TEXT_TOKENS,
+    Case,
+    Technique,
+    autocast,
+    forward_flops,
+    inputs_of,
+    make_ours,
+    make_theirs,
+    turn,
+    update_flops,
+)
+from modules.stage_b import StageB
+from modules.stage_c import StageC
+
+CPU = torch.device("cpu")
+C = {
+    "c_cond": 48, "c_hidden": [32, 64], "nhead": [2, 4], "blocks": [[1, 2], [2, 1]], "dropout": 0.0,
+    "switch_level": [True], "level_config": ["CT", "CTAF"], "block_repeat": [[1, 1], [1, 2]],
+}  # fmt: skip
+B = {
+    "c_cond": 48, "c_hidden": [16, 32, 32], "nhead": [-1, -1, 2], "blocks": [[1, 1, 2], [2, 1, 1]],
+    "block_repeat": [[1, 1, 1], [3, 2, 1]], "level_config": ["CT", "CT", "CTA"], "self_attn": [True, True, False],
+}  # fmt: skip
+
+UNIFORM = {"c_cond": 48, "c_hidden": [32, 32], "nhead": [2, 2], "blocks": [[1, 2], [2, 1]], "dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "px"), [(StageC, C, 512), (StageC, C | {"patch_size": 2}, 512), (StageB, B, 128)]
+)
+def test_the_formula_counts_what_pytorch_counts(stage, arguments, px):
+    case = Case(stage, arguments, "small", "full", px, batch=2)
+    network = stage(**arguments)
+    given, target = inputs_of(case, CPU)
+    with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the CPU's attention kernel
+        with FlopCounterMode(display=False) as forward:
+            output = network(**given)
+        with FlopCounterMode(display=False) as backward:
+            (output - target).square().mean().backward()
+    assert forward.get_total_flops() == 2 * forward_flops(network, case.positions, TEXT_TOKENS)
+    # Only the inputs of the network get no gradient.
+    counted = forward.get_total_flops() + backward.get_total_flops()
+    assert counted == pytest.approx(update_flops(case, network), rel=0.05)
+
+
+@pytest.mark.parametrize("trained", ["full", "LoRA", "ControlNet"])
+def test_contenders_make_updates(trained):
+    case = Case(StageC, UNIFORM, "small", trained, 256, batch=1)
+    made = {"ours": lambda: make_ours(case, Technique(compiled=False), CPU)}
+    if trained != "ControlNet":
+        made["theirs"] = lambda: make_theirs(case, CPU)
+    for make in made.values():
+        contender = make()
+        parameters = [t for t in contender.there if isinstance(t, torch.nn.Parameter) and t.requires_grad]
+        before = [p.detach().clone() for p in parameters]
+        contender.update()
+        assert any(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+        seconds, memory = turn(make, 1, CPU)
+        assert len(seconds) == 1
+        assert memory > sum(p.nbytes for p in parameters)
+
+
+def test_on_a_cpu_nothing_is_rounded():
+    with autocast(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

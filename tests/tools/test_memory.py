@@ -1,0 +1,77 @@
+"""The memory that a run is said to need is what it takes."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile
+
+from cascade.build import only_shapes
+from tests.train.test_every_script import SETTINGS, settings  # noqa: F401
+from tools import memory
+from warpcore.config import make_config
+from warpcore.rehearsal import OnShapes, Rehearsal, bucket_sizes, load_use_case
+
+TRAIN = Path(__file__).parents[2] / "train"
+GIB = 2**30
+
+
+def measured_peak(rehearsal: Rehearsal, size: tuple[int, int], count: int) -> int:
+    """The most bytes that PyTorch's allocator gave out during an update, beyond those before it."""
+    rehearsal.update(size, count)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        rehearsal.update(size, count)
+    alive = peak = 0
+    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("name", [*SETTINGS])
+def test_counted_activations_are_those_of_a_real_update(settings, name):  # noqa: F811
+    use_case = load_use_case(TRAIN / f"{name.split()[0]}.py")
+    config = make_config(use_case.Config, settings(name, "memory", batch_size=8, image_size=96, train_tokens=[])
+                         if name == "train_c_lora" else settings(name, "memory", batch_size=8, image_size=96))  # fmt: skip
+    with only_shapes(), OnShapes(use_case, config, "cpu") as shapes:
+        size = bucket_sizes(shapes.run)[0]
+        counted = shapes.needs(size, 8)
+    with Rehearsal(use_case, config, memory_limit=GIB) as rehearsal:
+        peak = measured_peak(rehearsal, size, 8)
+        weights = sum(p.nbytes for p in rehearsal.run.parameters.values())
+    assert counted.weights == counted.gradients == weights
+    assert counted.activations + counted.gradients == pytest.approx(peak, rel=0.10)
+
+
+def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: F811
+    use_case = load_use_case(TRAIN / "train_c.py")
+    config = make_config(use_case.Config, settings("train_c", "levels", batch_size=8))
+    with only_shapes(), OnShapes(use_case, config, "cuda") as shapes:
+        assert shapes.run.dtype == torch.bfloat16
+        plan = memory.Plan(shapes, 8, 1)
+        totals = [plan.needs(level, 8).activations for level in memory.LEVELS]
+        assert totals[0] > totals[1] > totals[2] >= totals[3]
+        assert plan.needs(0, 8).activations == pytest.approx(shapes_of(shapes, 8), rel=0.02)
+
+
+def shapes_of(shapes: OnShapes, count: int) -> int:
+    shapes.set_checkpointing(0)
+    return shapes.needs(bucket_sizes(shapes.run)[0], count).activations
+
+
+def test_the_published_3_6B_is_counted_without_its_weights(tmp_path, capsys, monkeypatch):
+    config = yaml.safe_load((TRAIN.parent / "configs/training/finetune_c_3b.yaml").read_text())
+    config |= {"batch_size": 4, "multi_aspect_ratio": [1], "clip_image_dropout": 1.0}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["memory.py", str(TRAIN / "train_c.py"), str(tmp_path / "c.yaml"), "--gpu-memory", "80"]
+    monkeypatch.setattr("sys.argv", arguments)
+    memory.main()
+    shown = capsys.readouterr().out
+    weights = 4 * 3_589_103_632 / GIB
+    assert f"| {weights:.1f} | {weights:.1f} | {2 * weights:.1f} | {weights:.1f} |" in shown  # EMA too
+    assert "fits 80 GiB" in shown
+    assert "ema_device: cpu" in shown

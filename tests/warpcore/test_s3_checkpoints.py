@@ -1,0 +1,245 @@
+"""A run that writes to S3 is the run that writes to a folder, and what is whole on S3 stays whole."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks import chaos
+from benchmarks.chaos import Difference, Started, read_metrics, settings_of, train, write_data
+from tests.faulty_proxy import FAULTS, FaultyProxy
+from tests.many_processes import launch_processes
+from tests.s3_server import Bucket, talk_to
+from tests.s3_server import bucket as bucket
+from tests.s3_server import s3_endpoint as s3_endpoint
+from tests.warpcore.runs import load_weights, numbers, tiny_settings, train_here, write_shard
+from tests.warpcore.tiny import Denoiser, TinyConfig
+from warpcore import lease
+from warpcore.checkpoint import CheckpointError
+from warpcore.config import ConfigError, make_config
+from warpcore.lease import Lease, LeaseError
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> Path:
+    return write_shard(tmp_path_factory.mktemp("data") / "a.tar", 10)
+
+
+@pytest.fixture(scope="module")
+def local(shard, tmp_path_factory) -> dict:
+    """The settings of a run that was made in a folder."""
+    settings = tiny_settings(tmp_path_factory.mktemp("local"), shard, validation_samples=3, backup_every=8)
+    train_here(settings)
+    return settings
+
+
+@pytest.fixture
+def remote(bucket, local, tmp_path) -> dict:
+    """The settings of the same run on S3."""
+    return local | {"checkpoint_path": f"{bucket.url}/runs", "scratch_path": str(tmp_path / "scratch")}
+
+
+def train_remote(settings: dict) -> int:
+    return Denoiser(make_config(TinyConfig, settings)).run()
+
+
+def get(bucket: Bucket, name: str) -> bytes:
+    return bucket.client.get_object(Bucket=bucket.name, Key=f"runs/tiny/{name}")["Body"].read()
+
+
+def metrics(bucket: Bucket) -> list[tuple]:
+    return numbers([json.loads(line) for line in get(bucket, "metrics.jsonl").splitlines()])
+
+
+def metrics_of(settings: dict) -> list[tuple]:
+    return numbers(read_metrics(settings))
+
+
+def test_what_a_run_writes_is_on_s3_and_is_what_a_run_in_a_folder_writes(bucket, local, remote, tmp_path):
+    train_remote(remote)
+    folder = Path(local["checkpoint_path"]) / "tiny"
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {".lock"}
+    assert {key.removeprefix("runs/tiny/") for key in bucket.list_keys()} == written
+    assert any(name.startswith("samples/") for name in written)
+    assert metrics(bucket) == metrics_of(local)
+    for name in ("generator", "generator_ema", "backups/00000008/generator"):
+        path = tmp_path / "weights.safetensors"
+        path.write_bytes(get(bucket, f"{name}.safetensors"))
+        expected = load_weights(local, name)
+        assert all((tensor == expected[key]).all() for key, tensor in load_file(path).items())
+
+
+def test_a_run_goes_on_from_s3_on_a_machine_that_has_nothing(bucket, local, remote, tmp_path):
+    train_remote(remote | {"updates": 8})
+    shutil.rmtree(tmp_path / "scratch")
+    bucket.put("runs/tiny/state/00000010/__0_0.distcp", b"of a process that was killed")
+    bucket.client.create_multipart_upload(Bucket=bucket.name, Key="runs/tiny/generator.safetensors")
+    train_remote(remote)
+    assert metrics(bucket) == metrics_of(local)
+    assert not [key for key in bucket.list_keys() if "00000010" in key]
+    assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
+
+
+def test_faults_of_the_network_change_nothing(bucket, local, remote, monkeypatch):
+    faults = tuple(fault for fault in FAULTS if fault != "trickle")  # boto3 would wait for what is so small
+    with FaultyProxy(bucket.endpoint, share=0.2, faults=faults) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        train_remote(remote | {"updates": 8})
+        train_remote(remote)
+    assert set(proxy.met) == set(faults)
+    assert metrics(bucket) == metrics_of(local)
+    talk_to(bucket.endpoint, monkeypatch)
+    assert train_remote(remote | {"updates": 13}) == 0  # from a checkpoint that was whole
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict:
+    """Settings of a run in processes of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    settings = settings_of(folder, write_data(folder / "data", 60), updates=12, use_fsdp=True)
+    train(settings, 1)
+    return settings
+
+
+@pytest.fixture
+def environment(bucket) -> dict[str, str]:
+    """What processes need to find the bucket, as steps of one Slurm job."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")} | {"SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "generator.safetensors", "manifest.json"])
+def test_a_run_killed_while_it_sends_a_file_goes_on_from_what_is_whole(
+    bucket, undisturbed, environment, tmp_path, name
+):
+    settings = undisturbed | {"checkpoint_path": f"{bucket.url}/runs", "scratch_path": str(tmp_path)}
+    sent = []
+
+    def kill_at_the_second(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith(name):
+            sent.append(path)
+            if len(sent) == 2:
+                started.send(0, signal.SIGKILL)
+
+    with FaultyProxy(bucket.endpoint, on_request=kill_at_the_second) as proxy:
+        started = Started(settings, 1, environment | {"AWS_ENDPOINT_URL": proxy.url})
+        assert started.finish(60) == [-signal.SIGKILL], started.log.read_text()
+    train(settings, 1, environment)
+    assert Difference.between(settings, undisturbed) == Difference(0, 0.0, 0.0, 0.0)
+    lines = bucket.client.get_object(Bucket=bucket.name, Key="runs/run/metrics.jsonl")["Body"].read().splitlines()
+    assert numbers(map(json.loads, lines)) == numbers(read_metrics(undisturbed))
+    assert {key.split("/")[3] for key in bucket.list_keys() if "/state/" in key} == {"00000008", "00000012"}
+    assert "damaged" not in started.log.read_text()
+
+
+def test_machines_that_share_no_folder_meet_on_s3(bucket, undisturbed, environment, tmp_path):
+    settings = undisturbed | {"checkpoint_path": f"{bucket.url}/runs"}
+    for updates, count, places in ((4, 2, "ab"), (8, 4, "abab"), (12, 2, "cd")):
+        machines = [str(tmp_path / place) for place in places]
+        launch_processes(count, _train_on_machine, settings | {"updates": updates}, environment, machines)
+    main = settings | {"scratch_path": str(tmp_path / "c" / "warpcore" / "runs")}
+    found = Difference.between(main, undisturbed)
+    assert found.wrong_samples == 0
+    assert max(found.early_loss, found.weights) < 1e-5
+
+
+def _train_on_machine(settings: dict, environment: dict[str, str], machines: list[str]) -> None:
+    os.environ |= environment | {"XDG_CACHE_HOME": machines[int(os.environ["RANK"])]}
+    assert chaos.Denoiser(make_config(chaos.Denoiser.Config, settings)).run() == 0
+
+
+@pytest.mark.parametrize(("damage", "told"), [("flip", "is not what was written"), ("cut", "bytes instead of"),
+                                              ("remove", "is missing")])  # fmt: skip
+def test_a_damaged_checkpoint_on_s3_is_passed_over(bucket, local, remote, caplog, damage, told):
+    train_remote(remote | {"updates": 8})
+    key = "runs/tiny/state/00000008/__0_0.distcp"
+    content = bytearray(get(bucket, "state/00000008/__0_0.distcp"))
+    content[len(content) // 2] ^= 0x10
+    if damage == "remove":
+        bucket.client.delete_object(Bucket=bucket.name, Key=key)
+    else:
+        bucket.put(key, bytes(content[: -1 if damage == "cut" else None]))
+    train_remote(remote)
+    assert "update 8 is damaged (__0_0.distcp " in caplog.text
+    assert told in caplog.text
+    assert "goes on from update 4" in caplog.text
+    assert metrics(bucket) == metrics_of(local)
+
+
+def test_a_place_that_can_not_be_written_is_named(bucket, remote, monkeypatch):
+    class NoRightsAnyMore(Denoiser):
+        def loss(self, clean, random):
+            if self.update == 6:
+                self.checkpoints.wait()  # for what is still being sent of update 4
+                proxy.refused = ("PUT",)
+            return super().loss(clean, random)
+
+    with FaultyProxy(bucket.endpoint) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        with pytest.raises(CheckpointError, match=r"could not save update 8 in s3://.*(?s:.*)update 4 is whole"):
+            NoRightsAnyMore(make_config(TinyConfig, remote)).run()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.1)
+
+
+def test_of_two_runs_with_one_experiment_id_the_second_refuses(bucket, remote, tmp_path, quick, caplog):
+    first = Lease(f"{bucket.url}/runs/tiny/lease.json", "the first")
+    first.take()
+    with pytest.raises(
+        LeaseError, match=r"runs/tiny is being written by another run \(process \d+ on .*\): stop it, or"
+    ):
+        train_remote(remote)
+    assert "see if it is gone" in caplog.text
+    first.check()
+    first.release()
+    assert train_remote(remote) == 0
+    assert "runs/tiny/lease.json" not in bucket.list_keys()
+
+
+def test_a_run_that_is_gone_is_waited_for_until_its_lease_runs_out(bucket, remote, quick, monkeypatch):
+    gone = Lease(f"{bucket.url}/runs/tiny/lease.json", "gone")
+    gone._write(None)  # and never again
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 1)
+    assert train_remote(remote) == 0
+
+
+def test_the_same_slurm_job_takes_its_lease_over_and_the_process_before_stops(bucket, remote, quick, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = Lease(f"{bucket.url}/runs/tiny/lease.json", "the one before")
+    before.take()
+    later = Lease(f"{bucket.url}/runs/tiny/lease.json", "the one that came back")
+    later.take()
+    with pytest.raises(LeaseError, match="another run took the one before over"):
+        before.renew()
+    before.release()
+    later.renew()
+    later.release()
+
+
+@pytest.mark.parametrize("conditions", ["known", "ignored", "not implemented"])
+def test_a_lease_works_with_endpoints_that_know_conditions_and_others(bucket, quick, monkeypatch, conditions):
+    names = ("if-match", "if-none-match")
+    how = {"known": {}, "ignored": {"ignored": names}, "not implemented": {"not_implemented": names}}[conditions]
+    with FaultyProxy(bucket.endpoint, **how) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        leases = [Lease(f"{bucket.url}/lease.json", name) for name in "ab"]
+        leases[0].take()
+        leases[0].renew()
+        with pytest.raises(LeaseError, match="b is being written"):
+            leases[1].take()
+        leases[0].release()
+        leases[1].take()
+        leases[1].release()
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:/bucket/x", "s3:///x"])
+def test_an_url_that_is_none_is_refused(remote, url):
+    with pytest.raises(ConfigError, match="s3://bucket/prefix"):
+        make_config(TinyConfig, remote | {"checkpoint_path": url})

@@ -1,0 +1,365 @@
+"""Runs the frozen networks of a training once over its data set, and keeps what they make.
+
+    python3 tools/cache.py train/train_c.py configs/training/quickstart_c.yaml demo/cache
+    torchrun --nproc-per-node 8 tools/cache.py train/train_b.py configs/training/finetune_b_700m.yaml data/cache
+
+The tars in OUT mirror those of `webdataset_path`, with latents and conditions in place of pictures: train with
+`webdataset_path=OUT` and the same config. Each picture is cropped once, or `--variants` times. A tar appears when it
+is whole, so the same command goes on where it was stopped. Held-out data (`validation_path`) wants a cache of its own:
+`webdataset_path=HELD_OUT validation_path=null`.
+"""
+
+import argparse
+import fcntl
+import importlib.util
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cascade.cache import CACHE_NAME, Dtype, Origin, bucket_name, buckets_of, origin_of
+from cascade.cache_writer import Record, Work, local_folder, mirrored, new_tar, shard_at
+from cascade.conditions import TextMemory
+from cascade.training import DiffusionTraining
+from warpcore.config import load_config
+from warpcore.data.captions import CaptionGetter
+from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
+from warpcore.data.filters import Filter
+from warpcore.data.index import index_shard
+from warpcore.data.loader import Loader
+from warpcore.data.plan import Plan
+from warpcore.data.reader import Batch, Reader, variant_member
+from warpcore.data.selection import Selection, survey
+from warpcore.data.shards import Shard, Source, resolve_sources
+from warpcore.errors import UserError, run_script
+from warpcore.processes import stop_processes
+from warpcore.random import SampleRandom
+
+TIMED_SAMPLES = 256
+"""How many samples are taken once more from pictures, and from the cache, to say when it pays."""
+TIMED_SECONDS = 20
+"""That takes no longer than about twice this."""
+MOST_TOLD = 20
+_LOCK = ".lock"
+
+
+@dataclass
+class Caching:
+    """A cache that is made: for which training, where and how."""
+
+    training: DiffusionTraining
+    out: Path
+    dtype: Dtype
+    variants: int
+    batch_size: int
+
+    def __post_init__(self):
+        self._lock: TextIO | None = None
+
+    def close(self) -> None:
+        """Let go of the networks, of the folder and of the other processes."""
+        self.training.networks = None
+        if self._lock is not None:
+            self._lock.close()
+        stop_processes()
+
+    def run(self) -> Record:
+        """Write what is missing; on the main process, the record of all.
+
+        Raises:
+            UserError: the training can't use a cache, `out` holds something else, weights or pictures are missing.
+        """
+        training, processes = self.training, self.training.processes
+        if training.cache is not None:
+            raise UserError(f"webdataset_path: {training.config.webdataset_path} is a cache already: name pictures")
+        training.check_cacheable()
+        self.fields = training.extra_fields()
+        self.catalog = processes.on_main(lambda: open_catalog(resolve_sources(training.config.webdataset_path)))
+        self.work = self._work()
+        training.networks = {
+            name: network.eval().requires_grad_(False).to(training.device, training.dtype)
+            for name, network in training.encoders().items()
+        }
+        processes.on_main(self._prepare)
+        self._encode_all()
+        return self._finish() if processes.is_main else Record()
+
+    def _work(self) -> Work:
+        config, training = self.training.config, self.training
+        captions = CaptionGetter.parse(config.captions_getter) if training.needs_captions else None
+        members = [(captions.member,)] if captions else []
+        members += [field.suffixes for field in self.fields.values()]
+        filters = tuple(Filter.parse(entry) for entry in config.dataset_filters)
+        selection = Selection(filters, tuple(dict.fromkeys(members)), config.max_picture_pixels)
+        selection.check(self.catalog, captions)
+        self.reader = Reader(
+            captions=captions, crop=config.crop_mode, background=config.background,
+            max_pixels=config.max_picture_pixels, extra=self.fields,
+        )  # fmt: skip
+        member = captions.member if captions else None
+        return Work(self.catalog, selection, buckets_of(training), member, config.seed, self.variants, self.batch_size)
+
+    # ------------------------------------------------------------------ before the work
+
+    def _prepare(self) -> None:
+        """Check and mark the folder. Only the main process does this."""
+        here = origin_of(self.training, self.dtype, self.variants, self._shapes())
+        there = Origin.read(str(self.out))
+        if there is not None:
+            self._check_same(there, here)
+        elif self.out.exists() and any(path.name != _LOCK for path in self.out.iterdir()):
+            raise UserError(f"{self.out} is not empty and holds no cache ({CACHE_NAME}); choose another folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.out / _LOCK).open("w")  # held until it is closed
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.out}: another process writes this cache; wait for it, or stop it") from None
+        mirrors = {self._path(number) for number in range(len(self.catalog))}
+        if strange := sorted(set(self.out.rglob("*.tar")) - mirrors):
+            raise UserError(f"{strange[0]} mirrors no tar of webdataset_path, but would be read with it: remove it")
+        found = survey(self.catalog, self.work.selection)
+        if not found.passed:
+            raise UserError(f"no sample can be drawn: {found}")
+        size = self._bytes_per_sample(here)
+        done = sum(record.tar_bytes for record in map(self._record, range(len(self.catalog))) if record)
+        missing, free = max(0, size * found.passed - done), shutil.disk_usage(self.out).free
+        print(f"{found.passed} samples of about {_bytes(size)}; {_bytes(missing)} to write to {self.out}", flush=True)
+        if missing > free:
+            raise UserError(
+                f"{self.out}: {_bytes(missing)} are needed, but {_bytes(free)} are free; make room, choose another "
+                "folder, or fewer --variants" + (" or --dtype float16" if self.dtype == "float32" else "")
+            )
+        for folder in {self.out, *(path.parent for path in mirrors)}:
+            here.write(folder)
+
+    def _check_same(self, there: Origin, here: Origin) -> None:
+        wrong = there.differences(here, here.features)
+        for name in ("dtype", "variants", "seed"):
+            if getattr(there, name) != getattr(here, name):
+                wrong.append(f"{name} is {getattr(there, name)!r} in the cache, {getattr(here, name)!r} here")
+        wrong += [f"it has {name} too" for name in there.features if name not in here.features]
+        if wrong:
+            raise UserError(f"{self.out} holds another cache: {'; '.join(wrong)}. Choose another folder, or remove it")
+
+    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Of each feature by bucket, seen on black pictures."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for size in dict.fromkeys(self.work.buckets.sizes):
+            blanks = {name: field.blank(size) for name, field in self.fields.items()}
+            extra = {
+                name: blank[None].to(self.training.device) if isinstance(blank, Tensor) else [blank]
+                for name, blank in blanks.items()
+            }
+            images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.training.device)
+            batch = Batch(0, size, 0, 0, {}, images, [""], [""], [0], 1.0, extra=extra)
+            for name, values in self._made(batch, variant=0).items():
+                shapes.setdefault(name, {})[bucket_name(size)] = tuple(values[0].shape)
+        return shapes
+
+    def _bytes_per_sample(self, origin: Origin) -> int:
+        item = getattr(torch, self.dtype).itemsize
+        parts = 0
+        for name, feature in self.training.features.items():
+            numbers = max(math.prod(shape) for shape in origin.shapes[name].values())
+            parts += (numbers * item + 1024) * (self.variants if feature.of_picture else 1)
+        return parts + 3 * 1024  # headers and padding of what else a sample has
+
+    # ------------------------------------------------------------------ the work
+
+    def _encode_all(self) -> None:
+        """The shards of this process that are not there yet."""
+        processes = self.training.processes
+        by_size = sorted(range(len(self.catalog)), key=lambda number: -self.catalog.rows[number])
+        own = [number for number in by_size[processes.rank :: processes.count] if self._record(number) is None]
+        planned = (one for number in own for chunk in self.work.chunks(number) for one in chunk.micro_batches)
+        others = f", {processes.count} processes" if processes.count > 1 else ""
+        with (
+            Loader(planned, self.reader, num_workers=self.training.config.num_workers, device=self.training.device)
+            as loader,
+            tqdm(total=int(sum(self.catalog.rows[number] for number in own)), unit="row", desc=f"caching{others}",
+                 disable=not processes.is_main, mininterval=0.5) as progress,
+        ):  # fmt: skip
+            batches = iter(loader)
+            for number in own:
+                self._encode_shard(number, batches, progress)
+
+    def _encode_shard(self, number: int, batches: Iterator[Batch], progress: tqdm) -> None:
+        began, shard = time.perf_counter(), self.catalog.shard(number)
+        record = Record((shard.size_bytes, shard.etag), rejected=dict(self.work.select(number).rejected))
+        with new_tar(self._path(number), record, self.dtype) as tar:
+            for chunk in self.work.chunks(number):
+                made: list[dict[str, Tensor]] = [{} for _ in range(len(chunk.rows))]
+                unreadable: set[int] = set()
+                for batch in islice(batches, len(chunk.micro_batches)):
+                    places, variant = batch.state["places"], batch.state["variant"]
+                    for event in batch.events:
+                        if places[event.place] not in unreadable:
+                            record.unreadable.append(f"{event.source}: {event.reason}")
+                        unreadable.add(places[event.place])
+                    features = self._made(batch, variant)
+                    for i, place in enumerate(places):
+                        made[place] |= {variant_member(name, variant): rows[i] for name, rows in features.items()}
+                for place in unreadable:
+                    made[place] = {}
+                tar.write(chunk, self.work.texts(number, chunk.rows), made)
+                progress.update(len(chunk.rows))
+            record.seconds = time.perf_counter() - began
+
+    def _made(self, batch: Batch, variant: int) -> dict[str, Tensor | list[Tensor]]:
+        """The features of a batch, float32 on the CPU, by name; those of captions only with the first crop."""
+        training = self.training
+        with torch.no_grad(), training.autocast():
+            made = training.picture_features(batch, SampleRandom(batch.seeds, training.device))
+            if variant == 0:
+                made |= training.caption_features(batch)
+        return {
+            name: values.float().cpu() if isinstance(values, Tensor) else [value.float().cpu() for value in values]
+            for name, values in made.items()
+        }
+
+    def _path(self, number: int) -> Path:
+        return mirrored(self.out, self.catalog.name(number))
+
+    def _record(self, number: int) -> Record | None:
+        return Record.read(self._path(number), self.catalog.shard(number))
+
+    # ------------------------------------------------------------------ after the work
+
+    def _finish(self) -> Record:
+        """Wait for the other processes, index what is not, and sum up."""
+        while not all(records := [self._record(number) for number in range(len(self.catalog))]):
+            time.sleep(1)
+        shards = [shard_at(self._path(number)) for number in range(len(self.catalog))]
+        summaries = read_summaries(shards)
+        write_manifests(shards, {shard.url: known or index_shard(shard) for shard, known in summaries.items()})
+        return Record.total(records)
+
+    def seconds_per_sample(self, record: Record) -> tuple[float, float]:
+        """What a run waits for a sample's latents and conditions: from pictures, and from this cache."""
+        number = next(n for n in range(len(self.catalog)) if self._record(n).samples)
+        origin = Origin.read(str(self.out))
+        from_cache = Reader(captions=self.reader.captions, pictures=False, extra=origin.fields(self.training.features))
+        from_pictures = self._seconds(self.catalog.shard(number), self.reader)
+        self.training.texts = TextMemory(1 << 30, print)  # as a run from a cache has
+        return from_pictures, self._seconds(shard_at(self._path(number)), from_cache)
+
+    def _seconds(self, shard: Shard, reader: Reader) -> float:
+        training, config = self.training, self.training.config
+        plan = Plan(
+            open_catalog([Source(1.0, [shard])]), micro_batch_size=self.batch_size, buckets=self.work.buckets,
+            filters=self.work.selection.filters, captions=reader.captions,
+            required_members=[field.suffixes for field in reader.extra.values()], seed=config.seed,
+        )  # fmt: skip
+        samples, began = 0, None
+        with Loader(plan.micro_batches(), reader, num_workers=config.num_workers, device=training.device) as loader:
+            for batch in loader:
+                with torch.no_grad(), training.autocast():
+                    training.encode(batch, SampleRandom(batch.seeds, training.device))
+                if training.device.type != "cpu":
+                    torch.accelerator.synchronize(training.device)
+                if began is None:  # workers started, kernels were chosen
+                    began = time.perf_counter()
+                    continue
+                samples += len(batch.seeds)
+                seconds = time.perf_counter() - began
+                if samples >= TIMED_SAMPLES or seconds > TIMED_SECONDS:
+                    return seconds / samples
+        raise AssertionError("a plan is endless")
+
+
+def report(record: Record, dtype: str, variants: int, from_pictures: float, from_cache: float) -> str:
+    """What a person should know of a cache that was made."""
+    samples = max(1, record.samples)
+    parts = {name: size / samples for name, size in record.feature_bytes.items()}
+    parts["captions, fields and headers"] = (record.tar_bytes - sum(record.feature_bytes.values())) / samples
+    sizes = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+    lines = [
+        f"cached {record.samples} of {record.rows} samples: {_bytes(record.tar_bytes)}, "
+        f"{_bytes(record.tar_bytes / samples)} per sample ({sizes})"
+    ]
+    lines += [f"  {count} left out: {reason}" for reason, count in record.rejected.items()]
+    if record.unreadable:
+        lines.append(f"  {len(record.unreadable)} left out: unreadable")
+        lines += [f"    {one}" for one in record.unreadable[:MOST_TOLD]]
+        if len(record.unreadable) > MOST_TOLD:
+            lines.append(f"    and {len(record.unreadable) - MOST_TOLD} more, listed in the .cache.json of the tars")
+    lines.append(f"stored as {dtype}; largest error, and error in relation to the numbers' size (rms):")
+    lines += [
+        f"  {name}: {record.largest_error[name]:.2g}, {100 * record.relative_error(name):.2g} %"
+        for name in record.largest_error
+    ]
+    cost = record.seconds / samples
+    saved = from_pictures - from_cache
+    lines.append(
+        f"caching took {1000 * cost:.1f} ms per sample ({variants} crop{'s' if variants > 1 else ''} each). A run "
+        f"waits {1000 * from_pictures:.1f} ms per sample for latents and conditions, {1000 * from_cache:.1f} ms with "
+        "this cache: " + (f"it pays after {cost / saved:.1f} epochs" if saved > 0 else "it saves no time, only memory")
+    )
+    return "\n".join(lines)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def use_case(script: Path) -> type[DiffusionTraining]:
+    """The training that a script in `train/` defines.
+
+    Raises:
+        UserError: no such file, or it trains on pictures alone.
+    """
+    if not script.is_file():
+        raise UserError(f"{script} does not exist; name a training script, such as train/train_c.py")
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module
+    spec.loader.exec_module(module)
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    found = next((kind for kind in kinds if issubclass(kind, DiffusionTraining)), None)
+    if found is None:
+        raise UserError(f"{script} trains on pictures themselves: no frozen network makes what could be cached")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path, metavar="SCRIPT", help="the training script, such as train/train_c.py")
+    parser.add_argument("config", metavar="CONFIG", help="its config, which names data, networks, sizes")
+    parser.add_argument("out", metavar="OUT", help="folder for the cache")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="other values of the config")
+    parser.add_argument("--variants", type=_positive, default=1, help="crops of each picture; default 1")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float16", help="default float16")
+    parser.add_argument("--batch-size", type=_positive, default=32, help="samples encoded together; default 32")
+    given = parser.parse_intermixed_args(arguments)
+    kind = use_case(given.script)
+    config, out = load_config(kind.Config, [given.config, *given.settings]), local_folder(given.out)
+    with closing(Caching(kind(config), out, given.dtype, given.variants, given.batch_size)) as caching:
+        record = caching.run()
+        if caching.training.processes.is_main:
+            print(report(record, given.dtype, given.variants, *caching.seconds_per_sample(record)))
+            print(f"train from it with webdataset_path={given.out}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_script(main)

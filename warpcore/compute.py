@@ -1,0 +1,68 @@
+"""How trained networks compute where a config asks for more than the plain way: compiled, in fp8, in bfloat16 weights."""
+
+import shutil
+
+import torch
+from torch import nn
+from torch.utils._triton import has_triton
+
+from warpcore.errors import UserError
+
+COMPILED_VARIANTS = 64
+"""Of one block: kinds of layers, widths, training and evaluation. Beyond PyTorch's 8, the rest would stay plain."""
+
+
+def compile_blocks(network: nn.Module, device: torch.device) -> None:
+    """Compile what a network offers to (`compile_blocks`), each variant when it is first used.
+
+    Raises:
+        UserError: there is no compiler.
+    """
+    if device.type == "cuda" and not has_triton():
+        raise UserError("compile: needs Triton on CUDA: pip install triton, or remove the key")
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise UserError("compile: needs a C++ compiler on the CPU: install g++, or remove the key")
+    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+    # A checkpointed block must find in the backward pass the code that it ran: variants are tried in a fixed order
+    # (https://github.com/pytorch/pytorch/issues/166926).
+    torch._C._dynamo.eval_frame._set_lru_cache(False)
+    network.compile_blocks()
+
+
+def to_fp8(network: nn.Module, device: torch.device, emulate: bool = False) -> list[str]:
+    """Let the linear layers in a network's blocks multiply in fp8, with a scale per tensor found at each use (torchao).
+
+    emulate: compute what fp8 would give without the hardware, slowly. Returns the names of the layers.
+
+    Raises:
+        UserError: the GPU, or the package, cannot.
+    """
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if not able and not emulate:
+        here = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+        raise UserError(f"fp8: needs a GPU that multiplies in fp8 (Ada, Hopper or later), not {here}; remove the key")
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise UserError("fp8: needs torchao: pip install torchao") from error
+    inside = {layer for block in getattr(network, "blocks", ()) for layer in block.modules()}
+    names = [
+        name for name, layer in network.named_modules()
+        if type(layer) is nn.Linear and layer in inside and not any(side % 16 for side in layer.weight.shape)
+    ]  # fmt: skip
+    if not names:
+        raise UserError("fp8: the network has no linear layers in blocks, with sides that 16 divides; remove the key")
+    chosen = set(names)
+    convert_to_float8_training(
+        network,
+        config=Float8LinearConfig(pad_inner_dim=True, emulate=emulate),
+        module_filter_fn=lambda _, name: name in chosen,
+    )
+    return names
+
+
+def keep_in_bfloat16(network: nn.Module) -> None:
+    """Keep the parameters that are trained in bfloat16; frozen ones and buffers stay as they are."""
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)

@@ -1,0 +1,101 @@
+"""Files that go to S3 and come back: checkpoints, weights, metrics, samples."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import obstore
+from botocore.exceptions import ClientError
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+
+from warpcore.data import s3_requests
+from warpcore.data.s3 import S3Storage
+from warpcore.data.s3_requests import ask, bare_etag, brief, list_objects, open_bucket, split
+from warpcore.data.storage import StorageError, in_parallel
+
+LEAST_PART_BYTES = 8 << 20
+MOST_PARTS = 9_000
+"""S3 takes 10,000 parts of a file."""
+FETCHED_BYTES = 64 << 20
+"""What of a file is in memory while it is fetched."""
+NOT_IMPLEMENTED, REFUSED = 501, (404, 409, 412)
+
+logger = logging.getLogger(__name__)
+
+
+def send(path: Path, url: str) -> None:
+    """Make a file an object, which has all of it or is what it was before. Raises OSError, StorageError."""
+    name, key = split(url)
+    part_bytes = max(LEAST_PART_BYTES, path.stat().st_size // MOST_PARTS)
+    pause, deadline = 0.1, time.monotonic() + s3_requests.PATIENCE_SECONDS
+    while True:
+        try:
+            obstore.put(open_bucket(name).sender, key, path, chunk_size=part_bytes)
+            return
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise StorageError(f"{url} can't be written: {brief(error)}") from None
+        except (BaseError, FileNotFoundError) as error:  # the latter is said of the parts of a file, too
+            if time.monotonic() + pause > deadline:
+                raise StorageError(f"{url} can't be written: {brief(error)}") from None
+        time.sleep(pause)
+        pause = min(2 * pause, s3_requests.REQUEST_SECONDS)
+
+
+def fetch(url: str, path: Path, size_bytes: int) -> str:
+    """Make an object of so many bytes a file; returns its SHA-256. Raises ChangedShardError, OSError, StorageError."""
+    storage, sha256 = S3Storage(), hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for offset in range(0, size_bytes, FETCHED_BYTES):
+            span = offset, min(FETCHED_BYTES, size_bytes - offset)
+            (block,) = storage.read_ranges(url, [span], (size_bytes, ""))
+            sha256.update(block)
+            file.write(block)
+    return sha256.hexdigest()
+
+
+def put_if(url: str, content: bytes, etag: str | None) -> str | None:
+    """Write a small object if it is still of this etag (None: if there is none); its new etag, None if it is not.
+
+    An endpoint that knows no such condition writes it in any case: read back what is there.
+    """
+    name, key = split(url)
+    condition = {"IfMatch": f'"{etag}"'} if etag else {"IfNoneMatch": "*"}
+    put = open_bucket(name).client.put_object
+    try:
+        return bare_etag(put(Bucket=name, Key=key, Body=content, **condition)["ETag"])
+    except ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status in REFUSED:
+            return None
+        if status != NOT_IMPLEMENTED:
+            raise StorageError(f"{url} can't be written: {error}") from None
+    return bare_etag(ask(url, "put_object", Key=key, Body=content)["ETag"])
+
+
+def sizes_below(url: str) -> dict[str, int]:
+    """Sizes in bytes of all objects whose URL begins with `url`, by the rest of it."""
+    bucket, prefix = split(url)
+    return {found.removeprefix(url): size for found, size, _ in list_objects(bucket, prefix)}
+
+
+def remove(urls: Sequence[str]) -> None:
+    """Remove objects. Raises StorageError."""
+    for _ in in_parallel(_remove, [(url,) for url in urls]):
+        pass
+
+
+def _remove(url: str) -> None:
+    ask(url, "delete_object", Key=split(url)[1])
+
+
+def abort_unfinished(url: str) -> None:
+    """Forget the parts of files whose sending was killed: they are kept, and paid for, otherwise."""
+    try:
+        found = ask(url, "list_multipart_uploads", Prefix=split(url)[1])
+        for upload in found.get("Uploads", ()):
+            ask(url, "abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+    except StorageError as error:  # it is no more than tidiness, and not allowed everywhere
+        logger.info("parts of unfinished files stay: %s", error)

@@ -1,0 +1,109 @@
+"""Running code on shapes alone: PyTorch's meta device, as if it were the CPU or a GPU, with memory counted."""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+META = torch.device("meta")
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes that are allocated inside, beyond `there`: those alive, and the most at any moment.
+
+    A kernel's own workspace is not seen; on the meta device nothing is really allocated, and all is counted alike.
+
+    device: count only what is on devices of this type.
+    """
+
+    def __init__(self, there: Iterable[Tensor] = (), device: str | None = None):
+        super().__init__()
+        self.alive, self.peak, self.device = 0, 0, device
+        self._seen = {tensor.untyped_storage()._cdata for tensor in there}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._seen or self.device not in (None, tensor.device.type):
+            return
+        self._seen.add(storage._cdata)
+        weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+
+class BesideTheCPU(TorchDispatchMode):
+    """Lets tensors of the CPU take part in computations on the meta device, as if that were the same device.
+
+    What has values keeps them when it is moved to the meta device, so that code can decide by them; what is computed
+    from values and shapes together is a shape.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        with_shapes = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs)))
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+            kwargs["device"] = META if with_shapes else torch.device("cpu")
+        if with_shapes and function is torch.ops.aten.bincount.default:  # its size depends on values
+            size = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+            return torch.empty(size, dtype=torch.int64, device=META)
+        if with_shapes:
+            args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
+        return function(*args, **kwargs)
+
+
+class AsIfOn(TorchFunctionMode):
+    """Inside, tensors on the meta device are computed with as on another: its attention kernels, and its autocast.
+
+    kind: "cuda" or "cpu". dtype: that of autocast; float32 for none.
+    """
+
+    LOWERED = {
+        F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.bilinear, torch.matmul,
+        torch.mm, torch.bmm, torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm,
+    }  # fmt: skip
+    RAISED = {F.layer_norm, F.group_norm, F.softmax, F.mse_loss, F.l1_loss, F.cross_entropy, F.normalize}
+
+    def __init__(self, kind: str, dtype: torch.dtype):
+        super().__init__()
+        self.kind, self.dtype = kind, dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        autocast = self.dtype != torch.float32
+        if function is F.scaled_dot_product_attention:
+            args, kwargs = self._cast(self.dtype, args, kwargs) if autocast else (args, kwargs)
+            return self._attention(*args, **kwargs)
+        if autocast and function in self.LOWERED:
+            args, kwargs = self._cast(self.dtype, args, kwargs)
+        elif autocast and function in self.RAISED:
+            args, kwargs = self._cast(torch.float32, args, kwargs)
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _cast(dtype: torch.dtype, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+                   **others) -> Tensor:  # fmt: skip
+        if q.is_meta and attn_mask is None and not others:
+            if self.kind == "cuda":
+                return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
+            if not dropout_p:
+                return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, **others)

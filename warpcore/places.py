@@ -1,0 +1,191 @@
+"""Where the checkpoints of a run lie: in a folder, or on S3 with a folder of each machine as its waiting room.
+
+Both know whole checkpoints only. What is written is `state/<update>.partial/` in the folder; `publish` makes it the
+checkpoint of that update, in one step.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from warpcore.errors import UserError
+from warpcore.processes import Processes
+
+MANIFEST = "manifest.json"
+_UPDATE_NAME = re.compile(r"\d{8}")
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written or read: the message says which, why and what to do."""
+
+
+class Place(Protocol):
+    """What `Checkpoints` asks of a place. Unless said otherwise, on the main process alone."""
+
+    folder: Path
+    """Where files are written, and where those of a checkpoint are read once `difference` has seen them."""
+    name: str
+    """For messages."""
+
+    def take(self) -> None:
+        """Become the only run that writes here. Raises CheckpointError, or another UserError."""
+
+    def join(self, processes: Processes) -> tuple[int, int]:
+        """On all processes, after that: which of those this one is that see the same folder, and how many they are."""
+
+    def updates(self) -> list[int]:
+        """Of the checkpoints that are here, whole or damaged."""
+
+    def manifest(self, update: int) -> dict[str, dict] | str:
+        """The fingerprints of a checkpoint's files by name, or why there are none."""
+
+    def difference(self, update: int, name: str, recorded: Mapping) -> str | None:
+        """On any process: how a file differs from what the manifest says of it. It is in the folder then."""
+
+    def set_aside(self, update: int) -> str:
+        """A damaged checkpoint is none any more, but is kept; returns where."""
+
+    def clear(self, update: int) -> None:
+        """On one process of each machine: make room for writing this checkpoint."""
+
+    def bring(self, update: int, names: Sequence[str]) -> None:
+        """On any process: these files of its own are written."""
+
+    def publish(self, update: int, keep_last: int) -> None:
+        """What is written becomes a checkpoint; older ones go."""
+
+    def bring_files(self) -> None:
+        """Everything else in the folder (weights, metrics, samples) has to be where people look for it."""
+
+    def check(self) -> None:
+        """Raises UserError where another run has taken the place over."""
+
+    def leave(self) -> None:
+        """Let other runs have it."""
+
+
+class LocalPlace:
+    """A folder that all machines of the run share."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.name = str(folder)
+        self._lock = None
+
+    def take(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.folder)
+            for leftover in self.folder.glob("state/*.partial"):
+                shutil.rmtree(leftover)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint_path: cannot write to {self.folder}: {error}") from error
+
+    def join(self, processes: Processes) -> tuple[int, int]:
+        return processes.rank, processes.count
+
+    def updates(self) -> list[int]:
+        numbers = (update_of(path.name) for path in (self.folder / "state").glob("*"))
+        return sorted(number for number in numbers if number is not None)
+
+    def manifest(self, update: int) -> dict[str, dict] | str:
+        return read_manifest(state_folder(self.folder, update))
+
+    def difference(self, update: int, name: str, recorded: Mapping) -> str | None:
+        path = state_folder(self.folder, update) / name
+        try:
+            return compare(name, fingerprint(path), recorded)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+
+    def set_aside(self, update: int) -> str:
+        state = state_folder(self.folder, update)
+        aside = state.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        state.rename(aside)
+        return str(aside)
+
+    def clear(self, update: int) -> None:
+        shutil.rmtree(partial_folder(self.folder, update), ignore_errors=True)
+
+    def bring(self, update: int, names: Sequence[str]) -> None:
+        """They are there already."""
+
+    def publish(self, update: int, keep_last: int) -> None:
+        os.rename(partial_folder(self.folder, update), state_folder(self.folder, update))
+        for old in self.updates()[:-keep_last]:
+            leaving = partial_folder(self.folder, old)  # half removed, it must not look like a damaged one
+            os.rename(state_folder(self.folder, old), leaving)
+            shutil.rmtree(leaving)
+
+    def bring_files(self) -> None:
+        """They are there already."""
+
+    def check(self) -> None:
+        """The lock can't be taken from a process that lives."""
+
+    def leave(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def state_folder(folder: Path, update: int) -> Path:
+    return folder / "state" / f"{update:08d}"
+
+
+def partial_folder(folder: Path, update: int) -> Path:
+    return state_folder(folder, update).with_suffix(".partial")
+
+
+def update_of(name: str) -> int | None:
+    return int(name) if _UPDATE_NAME.fullmatch(name) else None
+
+
+def fingerprint(path: Path) -> dict:
+    """What a manifest says of a file."""
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def read_manifest(state: Path) -> dict[str, dict] | str:
+    """The fingerprints of a checkpoint's files by name, or why there are none."""
+    try:
+        files = json.loads((state / MANIFEST).read_bytes())["files"]
+        return {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+
+
+def compare(name: str, found: Mapping, recorded: Mapping) -> str | None:
+    """How what was found of a file differs from what the manifest recorded of it."""
+    if found["bytes"] != recorded["bytes"]:
+        return f"{name} has {found['bytes']} bytes instead of {recorded['bytes']}"
+    return None if found == recorded else f"{name} is not what was written: its hash is another"
+
+
+def lock(folder: Path):
+    """Keep other processes of this machine (and, where the file system can, others) from writing to the folder."""
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise CheckpointError(
+            f"{folder} is being written by another run ({file.read().strip()}): stop it, "
+            "or choose another experiment_id"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file

@@ -1,0 +1,269 @@
+"""Updates of a training script without its data: what they need, before a run, or how fast they are."""
+
+import importlib.util
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from warpcore import optim
+from warpcore.config import Config
+from warpcore.core import WarpCore
+from warpcore.data.buckets import Buckets
+from warpcore.data.reader import Batch
+from warpcore.errors import UserError
+from warpcore.meta import META, AsIfOn, BesideTheCPU, PeakMemory
+
+
+def load_use_case(path: Path) -> type[WarpCore]:
+    """The use case in a training script.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the training script comes first, then its config")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise UserError(f"{path} is no Python script: the training script comes first, then its config")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == path.stem]
+    found = [kind for kind in own if issubclass(kind, WarpCore)]
+    if not found:
+        raise UserError(f"{path} defines no use case (a subclass of WarpCore): give one of the scripts in train/")
+    return found[-1]
+
+
+def bucket_sizes(run: WarpCore) -> list[tuple[int, int]]:
+    """The picture sizes (H, W) of a run, largest first."""
+    config = run.config
+    sizes = Buckets.for_image_size(config.image_size, config.multi_aspect_ratio, run.bucket_factor).sizes
+    return sorted(set(sizes), key=lambda size: (-size[0] * size[1], size))
+
+
+def made_up_batch(run: WarpCore, size: tuple[int, int], count: int) -> Batch:
+    """A micro-batch of black pictures and empty captions, on the CPU."""
+    fields = run.extra_fields()
+    extra = {}
+    for name, field in fields.items():
+        blank = field.blank(size)
+        extra[name] = torch.stack([blank] * count) if isinstance(blank, Tensor) else [blank] * count
+    images = torch.zeros(count, 3, *size, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    batch = Batch(
+        number=0, size=size, lane=0, epoch=0, state={}, images=images if run.needs_images else None,
+        captions=[""] * count, keys=[str(i) for i in range(count)], seeds=list(range(count)), weight=1.0, extra=extra,
+    )  # fmt: skip
+    for name, function in run.computed_in_workers().items():
+        batch.extra[name] = function(batch)
+    return batch
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory that a process needs for a run, by what for."""
+
+    frozen: int
+    """Networks that aren't trained."""
+    weights: int
+    """Those that are."""
+    gradients: int
+    optimizer: int
+    ema: int
+    """On the device."""
+    activations: int
+    """What an update needs at its peak beyond all others, encoders included."""
+
+    @property
+    def total(self) -> int:
+        return self.frozen + self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+
+class OnShapes:
+    """A use case whose networks have shapes, and no weights, as if they were on a device of the type `kind`.
+
+    Fusing (`compile`, `fp8`) is not counted. Made, and used, inside `with` alone: it holds the modes of PyTorch that
+    it takes.
+
+    Args:
+        processes: over which `use_fsdp` shards weights, gradients, optimizer and average.
+    """
+
+    def __init__(self, use_case: type[WarpCore], config: Config, kind: str, processes: int = 1):
+        self.use_case, self.kind, self.processes = use_case, kind, processes
+        self.config = config.model_copy(update={"device": "cpu", "fp8": False, "compile": False})
+        self._modes = ExitStack()
+
+    def __enter__(self) -> "OnShapes":
+        config, run = self.config, self.use_case(self.config)
+        default = torch.bfloat16 if self.kind == "cuda" and config.dtype is None else torch.float32
+        run.dtype = default if config.dtype is None and config.weights_dtype == "float32" else run.dtype
+        run.device, run.update, run.autocast = META, 0, nullcontext
+        build = run.build
+        run.build = lambda: {name: network.to_empty(device=META) for name, network in build().items()}
+        self.run = run
+        self._modes.enter_context(BesideTheCPU())
+        run.make_networks()
+        self._modes.enter_context(AsIfOn(self.kind, run.dtype))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._modes.close()
+        self.run.close()
+
+    def needs(self, size: tuple[int, int], micro_batch: int, accumulation: int = 1) -> Needs:
+        """What a process needs for updates with micro-batches of a bucket (H, W)."""
+        run = self.run
+        trained = list(run.parameters.values())
+        networks = {id(p): p.nbytes for network in run.networks.values() for p in network.parameters()}
+        buffers = {id(b): b.nbytes for network in run.networks.values() for b in network.buffers()}
+        weights = sum(p.nbytes for p in trained)
+        frozen = sum(networks.values()) + sum(buffers.values()) - weights
+        shards = self._shards()
+        return Needs(
+            frozen=frozen,
+            weights=weights // shards,
+            gradients=weights // shards,
+            optimizer=self._optimizer_bytes() // shards,
+            ema=self._ema_bytes() // shards,
+            activations=self._activations(size, micro_batch, accumulation) + self._gathered(shards),
+        )
+
+    def set_checkpointing(self, level: int) -> None:
+        """Change `activation_checkpointing` of every network that offers it."""
+        for network in self.run.networks.values():
+            if hasattr(network, "set_activation_checkpointing"):
+                network.set_activation_checkpointing(level)
+
+    def _activations(self, size: tuple[int, int], micro_batch: int, accumulation: int) -> int:
+        run = self.run
+        trained = list(run.parameters.values())
+        there = [t for n in run.networks.values() for t in (*n.parameters(), *n.buffers())]
+        gradients = 0
+        batch = made_up_batch(run, size, micro_batch)
+        batch.images = None if batch.images is None else torch.empty_like(batch.images, device=META)
+        for network in run.trainable:
+            run.networks[network].train()
+        with PeakMemory(there, device="meta") as memory:
+            for _ in range(min(accumulation, 2)):  # the second one begins with gradients there
+                _backward(run.forward(batch).loss.mean())
+        for parameter in trained:
+            gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+            parameter.grad = None
+        return max(0, memory.peak - gradients)
+
+    def _optimizer_bytes(self) -> int:
+        run = self.run
+        if run.config.optimizer == "adamw8bit":  # its kernels want memory; two moments of a byte
+            return 2 * sum(p.numel() for p in run.parameters.values())
+        for parameter in run.parameters.values():
+            parameter.grad = torch.empty_like(parameter)
+        for optimizer in run.optimizers:
+            optimizer.step()
+        for parameter in run.parameters.values():
+            parameter.grad = None
+        states = [state for optimizer in run.optimizers for state in optimizer.state.values()]
+        return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+
+    def _ema_bytes(self) -> int:
+        if self.config.ema_device == "cpu":
+            return 0
+        return sum(t.nbytes for average in self.run.averages.values() for t in average.state_dict().values())
+
+    def _shards(self) -> int:
+        return (self.config.fsdp_shards or self.processes) if self.config.use_fsdp and self.processes > 1 else 1
+
+    def _gathered(self, shards: int) -> int:
+        """With FSDP, the whole of two blocks at a time, and of their gradients, in the type computed in."""
+        if shards == 1:
+            return 0
+        blocks = [b for name in self.run.trainable for b in getattr(self.run.networks[name], "blocks", ())]
+        largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+        return 2 * 2 * largest * torch.finfo(self.run.dtype).bits // 8
+
+
+def _backward(loss: Tensor) -> None:
+    """`loss.backward()`, which would leave the mode of `AsIfOn`; checkpointed blocks need it when they run again."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+class Rehearsal:
+    """A use case with its networks and weights, and updates of it that change nothing.
+
+    memory_limit: bytes; on a CPU needed, and counted as what tensors take.
+    """
+
+    def __init__(self, use_case: type[WarpCore], config: Config, memory_limit: float | None = None):
+        self.run, self.memory_limit = use_case(config), memory_limit
+        if memory_limit is None and self.run.device.type != "cuda":
+            raise UserError(f"on {self.run.device.type.upper()} there is no limit to find: give --max-memory GIB")
+
+    def __enter__(self) -> "Rehearsal":
+        self.run.update = 0
+        self.run.make_networks()
+        optim.set_lr(self.run.optimizers, 0.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.run.close()
+
+    def measure(self, size: tuple[int, int], count: int) -> tuple[float, int] | None:
+        """(seconds, bytes at the peak) of an update with one micro-batch of a bucket (H, W), the faster of two.
+
+        None where the memory is not enough.
+        """
+        on_cuda = self.run.device.type == "cuda"
+        try:
+            first = self.update(size, count) if on_cuda else None
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(self.run.device)
+                seconds = min(first, self.update(size, count))
+                peak = torch.cuda.max_memory_allocated(self.run.device)
+            else:
+                there = [*self._living()]
+                with PeakMemory(there) as memory:
+                    self.update(size, count)
+                peak = memory.peak + sum(t.nbytes for t in there)
+                seconds = self.update(size, count) if peak <= self.memory_limit else math.inf
+        except torch.OutOfMemoryError:
+            for parameter in self.run.parameters.values():
+                parameter.grad = None
+            torch.cuda.empty_cache()
+            return None
+        return None if self.memory_limit is not None and peak > self.memory_limit else (seconds, peak)
+
+    def update(self, size: tuple[int, int], count: int) -> float:
+        """Make an update with one micro-batch of a bucket (H, W); the seconds it took."""
+        run = self.run
+        batch = made_up_batch(run, size, count).to(run.device)
+        self._wait()
+        began = time.perf_counter()
+        for network in run.trainable:
+            run.networks[network].train()
+        run.forward(batch).loss.mean().backward()
+        optim.step(run.optimizers, torch.zeros((), device=run.device))
+        for parameter in run.parameters.values():
+            parameter.grad = None
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+
+    def _living(self) -> Iterator[Tensor]:
+        """What lives between updates."""
+        for network in self.run.networks.values():
+            yield from (*network.parameters(), *network.buffers())
+        for average in self.run.averages.values():
+            yield from average.state_dict().values()
+        yield from optim.optimizer_state(self.run.optimizers)[0].values()

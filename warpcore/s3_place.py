@@ -1,0 +1,155 @@
+"""Checkpoints on S3: each process sends its own files, and the manifest, sent last, makes a checkpoint of them."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from warpcore.data.s3_files import abort_unfinished, fetch, remove, send, sizes_below
+from warpcore.data.storage import ChangedShardError, StorageError
+from warpcore.lease import Lease
+from warpcore.places import (
+    MANIFEST,
+    CheckpointError,
+    compare,
+    lock,
+    partial_folder,
+    read_manifest,
+    state_folder,
+    update_of,
+)
+from warpcore.processes import Processes
+
+DAMAGED_MANIFEST = "damaged_manifest.json"
+_OWN = (".lock", ".machine")
+"""Files of the folder that stay when it is emptied."""
+
+
+class S3Place:
+    """`url` on S3; `folder` is on the disk of each machine, and holds nothing that a next start needs."""
+
+    def __init__(self, folder: Path, url: str):
+        self.folder, self.name, self.url = folder, url, url
+        self._lease = Lease(f"{url}/lease.json", url)
+        self._lock = None
+        self._sent: dict[Path, tuple[int, int]] = {}
+
+    def take(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"scratch_path: cannot write to {self.folder}: {error}") from error
+        self._lease.take()
+        abort_unfinished(f"{self.url}/")
+        whole = set(self.updates())
+        names = sizes_below(f"{self.url}/state/")
+        kept = whole | {update_of(name.split("/")[0]) for name in names if name.endswith(f"/{DAMAGED_MANIFEST}")}
+        remove([f"{self.url}/state/{name}" for name in names if update_of(name.split("/")[0]) not in kept])
+
+    def join(self, processes: Processes) -> tuple[int, int]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        machine = _mark(self.folder)
+        machines = processes.gather(machine)
+        together = [rank for rank, other in enumerate(machines) if other == machine]
+        if together[0] == processes.rank:
+            for path in self.folder.iterdir():
+                if path.name not in _OWN:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        processes.on_main(self._fetch_metrics)
+        return together.index(processes.rank), len(together)
+
+    def _fetch_metrics(self) -> None:
+        size = sizes_below(f"{self.url}/metrics.jsonl").get("")
+        if size is not None:
+            fetch(f"{self.url}/metrics.jsonl", self.folder / "metrics.jsonl", size)
+
+    def updates(self) -> list[int]:
+        folders = [name.removesuffix(f"/{MANIFEST}") for name in sizes_below(f"{self.url}/state/")]
+        return sorted(number for folder in folders if (number := update_of(folder)) is not None)
+
+    def manifest(self, update: int) -> dict[str, dict] | str:
+        url = f"{self._state(update)}/{MANIFEST}"
+        fetch(url, state_folder(self.folder, update) / MANIFEST, sizes_below(url)[""])
+        return read_manifest(state_folder(self.folder, update))
+
+    def difference(self, update: int, name: str, recorded: Mapping) -> str | None:
+        url, path = f"{self._state(update)}/{name}", state_folder(self.folder, update) / name
+        size = sizes_below(url).get("")
+        if size is None:
+            return f"{name} is missing"
+        if size != recorded["bytes"]:
+            return compare(name, {"bytes": size}, recorded)
+        try:
+            return compare(name, {"bytes": size, "sha256": fetch(url, path, size)}, recorded)
+        except (ChangedShardError, OSError) as error:
+            return f"{name} cannot be read: {error}"
+
+    def set_aside(self, update: int) -> str:
+        state = self._state(update)
+        send(state_folder(self.folder, update) / MANIFEST, f"{state}/{DAMAGED_MANIFEST}")
+        remove([f"{state}/{MANIFEST}"])
+        return f"{state}, without its {MANIFEST}"
+
+    def clear(self, update: int) -> None:
+        """What was fetched or sent before is not needed any more."""
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+
+    def bring(self, update: int, names: Sequence[str]) -> None:
+        for name in names:
+            send(partial_folder(self.folder, update) / name, f"{self._state(update)}/{name}")
+
+    def publish(self, update: int, keep_last: int) -> None:
+        partial = partial_folder(self.folder, update)
+        files = read_manifest(partial)
+        self.bring(update, ["state.json", ".metadata"])
+        self.bring_files()
+        there = sizes_below(f"{self._state(update)}/")
+        for name, file in files.items():
+            if there.get(name) != file["bytes"]:
+                raise StorageError(f"{self._state(update)}/{name}: {there.get(name)} bytes arrived of {file['bytes']}")
+        self._lease.renew()
+        self.bring(update, [MANIFEST])
+        for old in self.updates()[:-keep_last]:
+            remove([f"{self._state(old)}/{MANIFEST}"])  # first: what is half removed must not look like a damaged one
+            remove([f"{self._state(old)}/{name}" for name in sizes_below(f"{self._state(old)}/")])
+
+    def bring_files(self) -> None:
+        self.check()
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            if path.is_symlink() or not path.is_file() or path.suffix == ".partial":
+                continue
+            if name.parts[0] in ("state", *_OWN):
+                continue
+            status = path.stat()
+            version = status.st_size, status.st_mtime_ns
+            if self._sent.get(path) != version:
+                send(path, f"{self.url}/{name}")
+                self._sent[path] = version
+        shutil.rmtree(self.folder / "backups", ignore_errors=True)
+
+    def check(self) -> None:
+        self._lease.check()
+
+    def leave(self) -> None:
+        if self._lock is not None:
+            self._lease.release()
+            self._lock.close()
+
+    def _state(self, update: int) -> str:
+        return f"{self.url}/state/{update:08d}"
+
+
+def _mark(folder: Path) -> str:
+    """The same for all processes that see this folder, whatever their machines are called."""
+    own = folder / f".machine.{uuid.uuid4().hex}"
+    own.write_text(own.suffix)
+    try:
+        os.link(own, folder / ".machine")
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()
+    return (folder / ".machine").read_text()
