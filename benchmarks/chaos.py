@@ -6,9 +6,9 @@ Elastic: the same run on 1, 2 and 4 processes; how far the losses come apart, th
 random process at a random moment (one in eight while the run still starts), then the run is started again on 1, 2 or 4
 processes, as chance has it. At the end `metrics.jsonl` and the weights are compared with those of a run that nothing
 disturbed. Damage: one sample in a hundred is damaged, in the ways of `DAMAGE`; the same run on 1, 2 and 4 processes
-has to go on and to tell the same of it. What else may happen is in `SURVIVED`, with the tests that let it happen.
+has to go on and to tell the same of it. What else may happen to a run: faults.py, survival.py.
 
-All on a tiny network, on the CPU over gloo; tests/warpcore/test_chaos.py runs it too. Faults of S3: see faults.py.
+All on a tiny network, on the CPU over gloo; tests/warpcore/test_chaos.py runs it too.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -356,35 +355,6 @@ def train_on_damaged_data(folder: Path, count: int) -> Told:
     )
 
 
-# --- what else may happen
-
-_TESTS = Path(__file__).parents[1] / "tests" / "warpcore"
-SURVIVED = {
-    "the disk is full": ("test_core.py", "full_disk"),
-    "the folder can't be written": ("test_checkpoint.py", "cannot_be_written"),
-    "a checkpoint with a flipped byte, a cut or a missing file": ("test_checkpoint.py", "damaged"),
-    "the same of a checkpoint on S3": ("test_s3_checkpoints.py", "damaged"),
-    "killed while a checkpoint is written": ("test_checkpoint.py", "killed_while_it_saves"),
-    "killed while a checkpoint is sent to S3": ("test_s3_checkpoints.py", "killed_while_it_sends"),
-    "two runs with one experiment_id, in a folder": ("test_core.py", "two_runs"),
-    "two runs with one experiment_id, on S3": ("test_s3_checkpoints.py", "two_runs"),
-    "the clock jumps": ("test_checkpoint.py", "clock"),
-    "a process stops answering": ("test_processes.py", "stops_answering"),
-    "a worker of the loader is killed": ("data/test_loader.py", "killed_worker"),
-    "a tar is swapped while it is in use": ("data/test_s3_training.py", "swapped"),
-    "a tar is cut anywhere": ("data/test_index.py", "cut_tar"),
-}
-"""What happens -> test file, and a part of the names of the tests that let it happen."""
-
-
-def survives(what: str) -> bool:
-    file, name = SURVIVED[what]
-    # 5: no such test. It must not count as survived, nor must one that was skipped.
-    command = (sys.executable, "-m", "pytest", "-q", "-rs", str(_TESTS / file), "-k", name)
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=_TESTS.parents[1])
-    return ended.returncode == 0 and " passed" in ended.stdout and "skipped" not in ended.stdout
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
@@ -414,9 +384,6 @@ def main() -> None:
         print("\n".join(f"  {source}: {reason}" for source, reason in first.bad_samples))
         equal = all(one == first for one in told.values())
         print(f"the same on {', '.join(map(str, COUNTS))} processes: {'yes' if equal else 'NO'}\n", flush=True)
-    print("| what happens | survived |\n|---|---|")
-    for what in SURVIVED:
-        print(f"| {what} | {'yes' if survives(what) else 'NO'} |", flush=True)
 
 
 if __name__ == "__main__":

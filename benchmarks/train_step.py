@@ -2,12 +2,12 @@
 
     python3 benchmarks/train_step.py            # on a GPU the published sizes, else small ones on the CPU
     python3 benchmarks/train_step.py --cases "3.6B full 1024" --seconds 120
-    python3 benchmarks/train_step.py --levels   # what each level of activation checkpointing costs and saves
+    python3 benchmarks/train_step.py --levels   # what the levels of activation checkpointing cost and save
 
 Ours is the update that the training scripts make (autocast, loss, gradient norm, optimizer), on latents and conditions
 that are there; beside it, ours with one technique changed at a time. The plain loop is that of diffusers' training
-examples: its StableCascadeUNet under autocast, `clip_grad_norm_`, `torch.optim.AdamW` as it is by default, and peft for
-LoRA. Contenders take turns in one process, each built anew for its turn; a row gives medians over all its updates.
+examples: its StableCascadeUNet under autocast, `clip_grad_norm_`, `torch.optim.AdamW` as it is by default, and peft
+for LoRA. Contenders take turns in one process, each built anew for its turn; a row gives medians over all its updates.
 
 FLOPs of an update are those of its matrix products, convolutions and attention (a multiplication and an addition are
 two), by formula. For one sample, with N positions and L condition tokens in a level of C channels:
@@ -19,8 +19,8 @@ two), by formula. For one sample, with N positions and L condition tokens in a l
     repeat mapper         2 N C^2
 
 and what maps inputs, outputs, conditions and levels to each other. The backward pass takes twice as much as the forward
-pass, and once as much where weights are frozen. What is computed again for activation checkpointing does not count, nor
-does a ControlNet's own backbone (2% of an update of the 3.6B): utilisation is of useful work.
+pass, once as much where weights are frozen. What is computed again for activation checkpointing does not count, nor does
+a ControlNet's own backbone (2% of an update of the 3.6B): utilisation is of useful work.
 """
 
 import argparse
@@ -164,7 +164,6 @@ def forward_flops(network: UNet, positions: int, text_tokens: int = TEXT_TOKENS)
     else:
         total += _pointwise(network.clip_mapper, 1)
         total += sum(_pointwise(network.effnet_mapper[i], sides[0] ** 2) for i in (0, 2))
-        total += sum(_pointwise(network.pixels_mapper[i], 1) for i in (0, 2))
     ways = (network.down_blocks, network.down_repeat_mappers, range(levels)), (
         network.up_blocks, network.up_repeat_mappers, reversed(range(levels)))  # fmt: skip
     for blocks, mappers, order in ways:

@@ -1,4 +1,4 @@
-"""The wide layer pair of the convolution and feed-forward blocks, where most of the time and memory of an update go."""
+"""The wide layer pair of the convolution and feed-forward blocks, most of what an update costs."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -53,8 +53,8 @@ class FeedForward(nn.Sequential):
 class _GeluResponseNorm(torch.autograd.Function):
     """The global response norm of gelu(x), x (B, H, W, C).
 
-    With g = gelu(x), e the energies, m their mean and s = 1 + gamma e / m: y = s g + beta. The gradient with respect to
-    g is s dy + g (de / e), where de is that with respect to the energies.
+    With g = gelu(x), e the energies, m their mean and s = 1 + gamma e / m: y = s g + beta. The gradient with respect
+    to g is s dy + g (de / e), where de is that with respect to the energies.
     """
 
     @staticmethod

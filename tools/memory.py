@@ -9,7 +9,6 @@ of kernels, and what `compile: true` and `fp8: true` save are not counted.
 import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from cascade.build import only_shapes
@@ -31,12 +30,13 @@ def main() -> None:
     parser.add_argument("--gpu-memory", type=float, help="GiB of one GPU: suggest settings that fit")
     parser.add_argument("--processes", type=int, default=1, help="GPUs of the run")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what it will run on")
+    parser.add_argument("--buckets", action="store_true", help="also every bucket, not only the largest")
     options, keys = parser.parse_known_args()
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [options.config, *keys])
     with only_shapes(), OnShapes(use_case, config, options.device, options.processes) as shapes:
         plan = Plan(shapes, *split_batch(config, options.processes, None))
-        plan.show()
+        plan.show(options.buckets)
         if options.gpu_memory:
             plan.suggest(options.gpu_memory * GIB)
 
@@ -51,23 +51,14 @@ class Plan:
         self._counted: dict[tuple, Needs] = {}
 
     def needs(self, level: int, micro_batch: int, size: tuple[int, int] | None = None) -> Needs:
-        """Of a level of activation checkpointing and a micro-batch; of the largest bucket without a size.
-
-        Counted for one and two samples: what is beyond grows by as much with each further one.
-        """
-        size = size or self.sizes[0]
-        one, two = (self._count(level, count, size) for count in (1, 2))
-        each = two.activations - one.activations
-        return replace(one, activations=one.activations + (micro_batch - 1) * each)
-
-    def _count(self, level: int, count: int, size: tuple[int, int]) -> Needs:
-        key = (level, count, size)
+        """Of a level of activation checkpointing and a micro-batch; of the largest bucket without a size."""
+        key = (level, micro_batch, size or self.sizes[0])
         if key not in self._counted:
             self.shapes.set_checkpointing(level)
-            self._counted[key] = self.shapes.needs(size, count, self.accumulation)
+            self._counted[key] = self.shapes.needs(key[2], micro_batch, self.accumulation)
         return self._counted[key]
 
-    def show(self) -> None:
+    def show(self, buckets: bool) -> None:
         own, micro = self.config.activation_checkpointing, self.micro_batch
         needs = self.needs(own, micro)
         print(f"per process, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
@@ -76,7 +67,7 @@ class Plan:
         print(f"| {_gib(needs.frozen)} | {_gib(needs.weights)} | {_gib(needs.gradients)} | {_gib(needs.optimizer)} "
               f"| {_gib(needs.ema)} |\n")  # fmt: skip
         print("| activation_checkpointing | bucket (H x W px) | activations | all |\n|---|---|---|---|")
-        rows = [(level, self.sizes[0]) for level in LEVELS] + [(own, size) for size in self.sizes[1:]]
+        rows = [(level, self.sizes[0]) for level in LEVELS] + [(own, size) for size in self.sizes[1:] if buckets]
         for level, size in rows:
             needs = self.needs(level, micro, size)
             mark = " (this config)" if (level, size) == (own, self.sizes[0]) else ""

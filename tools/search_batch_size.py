@@ -1,4 +1,4 @@
-"""Find the micro-batch that a training script runs best with, bucket by bucket, and write it into a copy of its config.
+"""Find the micro-batch that a training script runs best with, bucket by bucket, and write it to a copy of its config.
 
 python3 tools/search_batch_size.py train/train_c.py configs/training/finetune_c_1b.yaml tuned.yaml
 python3 tools/search_batch_size.py SCRIPT CONFIG TUNED --max-memory 20 --step-seconds 1.5 [key=value ...]
@@ -58,7 +58,7 @@ def main() -> None:
 def search(
     rehearsal: Rehearsal, size: tuple[int, int], fitting: list[int], guess: int, seconds: float | None, best: str
 ) -> int:
-    """The largest of the sizes `fitting` (or, for `best` "speed", the fastest tried) that a bucket can be trained with.
+    """The largest of the sizes `fitting` (for `best` "speed", the fastest tried) that a bucket can be trained with.
 
     Raises:
         UserError: not even the least can.

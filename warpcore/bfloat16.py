@@ -1,7 +1,7 @@
 """Training weights that are kept in bfloat16: AdamW whose steps are rounded stochastically.
 
-bfloat16 has 8 bits of precision, so rounding to the nearest would drop every step smaller than 1/512 of a weight, which
-is most of them. Rounded up or down with probabilities that make the mean right, small steps add up as they should
+bfloat16 has 8 bits of precision, so rounding to the nearest would drop every step smaller than 1/512 of a weight:
+most of them. Rounded up or down with probabilities that make the mean right, small steps add up as they should
 (Gupta et al., arXiv:1502.02551, section 3.1).
 """
 
@@ -26,8 +26,8 @@ def round_stochastically(values: Tensor, generator: torch.Generator | None = Non
 class StochasticAdamW(Optimizer):
     """AdamW (arXiv:1711.05101) on bfloat16 parameters, with its moments in float32.
 
-    The noise of a step follows from the parameter's name and the number of the step, so resuming is exact and copies of
-    a network in several processes stay equal. Groups carry `param_names`.
+    The noise of a step follows from the parameter's name and the step's number, so resuming is exact and copies of a
+    network in several processes stay equal. Groups carry `param_names`.
     """
 
     _step_supports_amp_scaling = True  # `found_inf` is obeyed on the device, see `warpcore.optim.step`

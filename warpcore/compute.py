@@ -1,4 +1,4 @@
-"""How trained networks compute where a config asks for more than the plain way: compiled, in fp8, in bfloat16 weights."""
+"""How networks compute where a config asks for more than the plain way: compiled, in fp8, with bfloat16 weights."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def compile_blocks(network: nn.Module, device: torch.device) -> None:
 
 
 def to_fp8(network: nn.Module, device: torch.device, emulate: bool = False) -> list[str]:
-    """Let the linear layers in a network's blocks multiply in fp8, with a scale per tensor found at each use (torchao).
+    """Let the linear layers in a network's blocks multiply in fp8, each tensor scaled as it is used (torchao).
 
     emulate: compute what fp8 would give without the hardware, slowly. Returns the names of the layers.
 

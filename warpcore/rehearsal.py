@@ -148,10 +148,10 @@ class OnShapes:
         there = [t for n in run.networks.values() for t in (*n.parameters(), *n.buffers())]
         gradients = 0
         batch = made_up_batch(run, size, micro_batch)
-        batch.images = None if batch.images is None else torch.empty_like(batch.images, device=META)
         for network in run.trainable:
             run.networks[network].train()
         with PeakMemory(there, device="meta") as memory:
+            batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
             for _ in range(min(accumulation, 2)):  # the second one begins with gradients there
                 _backward(run.forward(batch).loss.mean())
         for parameter in trained:
@@ -229,7 +229,7 @@ class Rehearsal:
                 seconds = min(first, self.update(size, count))
                 peak = torch.cuda.max_memory_allocated(self.run.device)
             else:
-                there = [*self._living()]
+                there = [*self.living()]
                 with PeakMemory(there) as memory:
                     self.update(size, count)
                 peak = memory.peak + sum(t.nbytes for t in there)
@@ -260,7 +260,7 @@ class Rehearsal:
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
 
-    def _living(self) -> Iterator[Tensor]:
+    def living(self) -> Iterator[Tensor]:
         """What lives between updates."""
         for network in self.run.networks.values():
             yield from (*network.parameters(), *network.buffers())

@@ -92,7 +92,9 @@ def losses(trained: StageC, dtype: torch.dtype, seed: int = 0, updates: int = 4)
 def test_losses_of_fused_and_plain_networks_agree(checkpointing):
     fused = network()
     fused.set_activation_checkpointing(checkpointing)
-    torch.testing.assert_close(losses(fused, torch.float32), losses(plain(network()), torch.float32), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        losses(fused, torch.float32), losses(plain(network()), torch.float32), rtol=1e-5, atol=0
+    )
 
 
 def test_losses_in_bfloat16_agree_within_the_spread_of_rounding():

@@ -8,7 +8,7 @@ def test_eight_kills_at_random_moments_on_random_numbers_of_processes_lose_nothi
     found = kill_again_and_again(tmp_path, kills=8, seed=0)
     assert found.wrong_samples == 0
     assert found.early_loss < 1e-5
-    assert found.late_loss < 1e-4
+    assert found.late_loss < 1e-5
     assert found.weights < 1e-3
 
 
@@ -27,5 +27,5 @@ def test_training_goes_on_over_damaged_samples_and_tells_the_same_of_them_on_any
     cuts = "; ".join(f"1 rejected: {tmp_path}/data/{number:06d}.tar is cut short" for number in (900, 1000))
     assert one.rows == (
         f"{num_whole + num_cut - 5} of {num_whole + num_cut} rows can be drawn; 2 rejected: undecodable picture; "
-        f"{cuts}; 1 rejected: more than 200000000 pixels (max_picture_pixels)"
+        f"1 rejected: more than 200000000 pixels (max_picture_pixels); {cuts}"
     )

@@ -37,7 +37,7 @@ def test_without_a_compiler_the_key_is_refused(monkeypatch):
 
 
 def test_fp8_is_refused_without_the_hardware():
-    with pytest.raises(UserError, match="fp8: needs a GPU that multiplies in fp8 .* not CPU"):
+    with pytest.raises(UserError, match=r"fp8: needs a GPU that multiplies in fp8 .* not CPU"):
         to_fp8(network(), CPU)
 
 
