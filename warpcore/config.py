@@ -209,7 +209,7 @@ class Config(Settings):
         if isinstance(self.checkpoint_path, Path) and str(self.checkpoint_path).startswith("s3:"):
             raise ValueError(f"checkpoint_path: {self.checkpoint_path} is not of the form s3://bucket/prefix")
         if self.weights_dtype == "bfloat16" and (self.dtype == "float32" or self.optimizer != "adamw"):
-            raise ValueError("weights_dtype: bfloat16 computes in bfloat16, and needs optimizer: adamw: remove other values")
+            raise ValueError("weights_dtype: bfloat16 needs dtype: bfloat16 and optimizer: adamw: remove other values")
         if not self.use_fsdp and (self.fsdp_shards or self.fsdp_cpu_offload):
             raise ValueError("fsdp_shards and fsdp_cpu_offload need use_fsdp: true")
         return self

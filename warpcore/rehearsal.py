@@ -143,19 +143,24 @@ class OnShapes:
                 network.set_activation_checkpointing(level)
 
     def _activations(self, size: tuple[int, int], micro_batch: int, accumulation: int) -> int:
-        run = self.run
+        run, sharded = self.run, self._shards() > 1
         trained = list(run.parameters.values())
-        there = [t for n in run.networks.values() for t in (*n.parameters(), *n.buffers())]
-        gradients = 0
         batch = made_up_batch(run, size, micro_batch)
         for network in run.trainable:
             run.networks[network].train()
-        with PeakMemory(there, device="meta") as memory:
+        with ExitStack() as undo:
+            if sharded:  # each block's weights are gathered in the type computed in, and its gradients go elsewhere
+                for parameter in trained:
+                    undo.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = parameter.data.to(run.dtype)
+                    undo.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
+            there = [t for n in run.networks.values() for t in (*n.parameters(), *n.buffers())]
+            memory = undo.enter_context(PeakMemory(there, device="meta"))
             batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
             for _ in range(min(accumulation, 2)):  # the second one begins with gradients there
                 _backward(run.forward(batch).loss.mean())
+        gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         for parameter in trained:
-            gradients += 0 if parameter.grad is None else parameter.grad.nbytes
             parameter.grad = None
         return max(0, memory.peak - gradients)
 
@@ -187,6 +192,10 @@ class OnShapes:
         blocks = [b for name in self.run.trainable for b in getattr(self.run.networks[name], "blocks", ())]
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
         return 2 * 2 * largest * torch.finfo(self.run.dtype).bits // 8
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _backward(loss: Tensor) -> None:

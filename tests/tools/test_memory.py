@@ -61,6 +61,20 @@ def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: 
         assert plan.needs(0, 4).activations < 0.7 * totals[0]
 
 
+def test_sharding_divides_what_lives_between_updates_and_not_the_activations(settings):  # noqa: F811
+    use_case = load_use_case(TRAIN / "train_c.py")
+    counted = []
+    for use_fsdp in (False, True):
+        config = make_config(use_case.Config, settings("train_c", "sharded", batch_size=8, use_fsdp=use_fsdp))
+        with only_shapes(), OnShapes(use_case, config, "cpu", processes=4) as shapes:
+            counted.append(shapes.needs(bucket_sizes(shapes.run)[0], 8, accumulation=2))
+    whole, shared = counted
+    for part in ("weights", "gradients", "optimizer", "ema"):
+        assert getattr(shared, part) == pytest.approx(getattr(whole, part) / 4, rel=0.01)
+    # Beside the activations, which are the same, two blocks and their gradients are whole at a time.
+    assert whole.activations < shared.activations < whole.activations + whole.weights + whole.gradients
+
+
 def test_a_published_size_is_counted_without_its_weights(tmp_path, capsys, monkeypatch):
     config = yaml.safe_load((TRAIN.parent / "configs/training/finetune_c_1b.yaml").read_text())
     config |= {"batch_size": 4, "multi_aspect_ratio": [1], "clip_image_dropout": 1.0, "grad_accum_steps": 1}
