@@ -274,8 +274,10 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
     groups = [{"params": list(named.values()), "param_names": list(named)}]
     optimizers = optim.build_optimizers("adamw", groups, lr=1e-5)
     if not technique.fused_optimizer:
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["fused"] = False
+        for optimizer in optimizers:
+            optimizer._step_supports_amp_scaling = False  # of AdamW, the fused one alone does
+            for group in optimizer.param_groups:
+                group["fused"] = False
     never = torch.zeros((), device=device)
 
     def update() -> None:

@@ -59,6 +59,7 @@ def test_contenders_make_updates(trained):
     case = Case(StageC, UNIFORM, "small", trained, 256, batch=1)
     made = {"ours": lambda: make_ours(case, Technique(compiled=False), CPU)}
     if trained != "ControlNet":
+        made["plain AdamW"] = lambda: make_ours(case, Technique(compiled=False, fused_optimizer=False), CPU)
         made["theirs"] = lambda: make_theirs(case, CPU)
     for make in made.values():
         contender = make()
