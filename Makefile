@@ -32,7 +32,7 @@ demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subj
 	$(PY) tools/build_dataset.py demo/subject demo/subject_shards
 	touch $@
 
-# The whole mini cascade from nothing, in less than an hour: towers, Stage A, encoder and previewer, Stage B (whose weights
+# The whole mini cascade from nothing, in about 25 minutes on two cores: towers, Stage A, encoder and previewer, Stage B (whose weights
 # become those in models/mini), and Stage C.
 mini: demo/ready
 	rm -rf runs/mini_towers runs/mini_a runs/mini_encoder runs/mini_b runs/quickstart_c

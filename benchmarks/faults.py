@@ -16,9 +16,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from data import BUCKETS, MICRO_BATCH_SIZE, photographs, write_tars
-from s3 import CAPTIONS, KEY, SECRET, files_command, running
-
+from benchmarks.data import BUCKETS, MICRO_BATCH_SIZE, photographs, write_tars
+from benchmarks.s3 import CAPTIONS, KEY, SECRET, files_command, running
 from warpcore.data import s3_requests
 from warpcore.data.catalog import open_catalog
 from warpcore.data.loader import Loader

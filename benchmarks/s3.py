@@ -28,8 +28,8 @@ from functools import partial
 from pathlib import Path
 
 from aiohttp import web
-from data import BUCKETS, MICRO_BATCH_SIZE, photographs, rate, write_tars
 
+from benchmarks.data import BUCKETS, MICRO_BATCH_SIZE, photographs, rate, write_tars
 from warpcore.data import s3_requests
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog

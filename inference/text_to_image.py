@@ -2,11 +2,11 @@
 with LoRAs, and under the control of ControlNets.
 
     python3 inference/text_to_image.py configs/inference/quickstart.yaml
-    python3 inference/text_to_image.py --run runs/quickstart_c --prompts "a red circle on the left" --seeds 1 --seeds 2
+    python3 inference/text_to_image.py --run runs/quickstart_c --image_size 128 --prompts "a red circle" --seeds 1
     python3 inference/text_to_image.py configs/inference/text_to_image_3b.yaml --image dog.jpg --noise_level 0.8
-    python3 inference/text_to_image.py --run runs/quickstart_lora --prompts "a green [heart] on the left"
+    python3 inference/text_to_image.py --run runs/quickstart_lora --image_size 128 --prompts "a green [heart]"
     python3 inference/text_to_image.py configs/inference/text_to_image_3b.yaml --lora dog.safetensors:0.8 \\
-        --controlnet models/controlnet/canny.safetensors --control_image house.jpg --prompts "a gingerbread house"
+        --controlnet models/canny.safetensors --control_image house.jpg --prompts "a gingerbread house"
 
 Without weights of Stage B, the previewer turns Stage C's latents into small, coarse pictures.
 """

@@ -1,6 +1,6 @@
 """Write what was trained for other programs, and read what they wrote.
 
-    python3 tools/export.py diffusers runs/quickstart_c exported --run runs/mini_b
+    python3 tools/export.py diffusers runs/quickstart_c exported
     python3 tools/export.py lora-comfyui runs/dog dog_comfyui.safetensors
     python3 tools/export.py lora dog_comfyui.safetensors dog.safetensors --model_version 1B
 

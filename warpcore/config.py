@@ -69,7 +69,7 @@ class Config(Settings):
     scratch_path: Path | None = None
     """With checkpoints on S3, a folder on each machine's disk where files wait to be sent; by default in ~/.cache."""
     output_path: Path | None = None
-    """Folder for sample pictures; by default `samples` inside the run's folder."""
+    """Folder for sample pictures, in a folder with the run's name; by default `samples` inside the run's folder."""
     seed: int = 0
     """All randomness of the run follows from this number."""
     updates: PositiveInt
