@@ -11,10 +11,8 @@ is whole, so the same command goes on where it was stopped. Held-out data (`vali
 
 import argparse
 import fcntl
-import importlib.util
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -44,6 +42,7 @@ from warpcore.data.shards import Shard, Source, resolve_sources
 from warpcore.errors import UserError, run_script
 from warpcore.processes import stop_processes
 from warpcore.random import SampleRandom
+from warpcore.rehearsal import load_use_case
 
 TIMED_SAMPLES = 256
 """How many samples are taken once more from pictures, and from the cache, to say when it pays."""
@@ -247,7 +246,9 @@ class Caching:
 
     def seconds_per_sample(self, record: Record) -> tuple[float, float]:
         """What a run waits for a sample's latents and conditions: from pictures, and from this cache."""
-        number = next(n for n in range(len(self.catalog)) if self._record(n).samples)
+        number = next((n for n in range(len(self.catalog)) if self._record(n).samples), None)
+        if number is None:
+            raise UserError(f"{self.training.config.webdataset_path}: no sample could be read, see above")
         origin = Origin.read(str(self.out))
         from_cache = Reader(captions=self.reader.captions, pictures=False, extra=origin.fields(self.training.features))
         from_pictures = self._seconds(self.catalog.shard(number), self.reader)
@@ -323,17 +324,10 @@ def use_case(script: Path) -> type[DiffusionTraining]:
     Raises:
         UserError: no such file, or it trains on pictures alone.
     """
-    if not script.is_file():
-        raise UserError(f"{script} does not exist; name a training script, such as train/train_c.py")
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = module
-    spec.loader.exec_module(module)
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
-    found = next((kind for kind in kinds if issubclass(kind, DiffusionTraining)), None)
-    if found is None:
+    kind = load_use_case(script)
+    if not issubclass(kind, DiffusionTraining):
         raise UserError(f"{script} trains on pictures themselves: no frozen network makes what could be cached")
-    return found
+    return kind
 
 
 def main(arguments: list[str] | None = None) -> None:

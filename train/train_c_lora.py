@@ -38,6 +38,7 @@ class TrainLora(TrainStageC):
         self.trainable = {"generator": {}}
         if config.train_tokens:
             self.trainable["tokens"] = {"lr_scale": config.token_lr_scale}
+            self.texts = None  # what captions say changes with the tokens, whose gradient a memory would end
 
     @property
     def needs_captions(self) -> bool:

@@ -143,7 +143,12 @@ class Checkpoints:
 
     def bring_files(self) -> None:
         """Begin to bring what else is in the run's folder to where people look for it."""
-        if self.processes.is_main and (self._files_pending is None or self._files_pending.done()):
+        if not self.processes.is_main:
+            return
+        if self._files_pending is not None and self._files_pending.done():
+            self._files_pending.result()
+            self._files_pending = None
+        if self._files_pending is None:
             self._files_pending = self._thread.submit(self._place.bring_files)
 
     def check(self) -> None:
@@ -167,10 +172,8 @@ class Checkpoints:
     def close(self) -> None:
         try:
             self.wait()
-            if not self._failed:
-                self.bring_files()
-                if self._files_pending is not None:
-                    self._files_pending.result()
+            if not self._failed and self.processes.is_main:  # what came since the last time, too
+                self._thread.submit(self._place.bring_files).result()
         finally:
             self._thread.shutdown()
             self._place.leave()
@@ -249,7 +252,9 @@ class Checkpoints:
             if backup:
                 copy = self.folder / "backups" / f"{update:08d}" / file.name
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, copy)
+                unfinished = copy.with_suffix(".partial")
+                shutil.copy2(file, unfinished)
+                os.replace(unfinished, copy)
         self._place.publish(update, self.keep_last)
 
 

@@ -7,6 +7,7 @@ checkpoint of that update, in one step.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from warpcore.processes import Processes
 
 MANIFEST = "manifest.json"
 _UPDATE_NAME = re.compile(r"\d{8}")
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
@@ -122,10 +125,13 @@ class LocalPlace:
 
     def publish(self, update: int, keep_last: int) -> None:
         os.rename(partial_folder(self.folder, update), state_folder(self.folder, update))
-        for old in self.updates()[:-keep_last]:
-            leaving = partial_folder(self.folder, old)  # half removed, it must not look like a damaged one
-            os.rename(state_folder(self.folder, old), leaving)
-            shutil.rmtree(leaving)
+        try:
+            for old in self.updates()[:-keep_last]:
+                leaving = partial_folder(self.folder, old)  # half removed, it must not look like a damaged one
+                os.rename(state_folder(self.folder, old), leaving)
+                shutil.rmtree(leaving)
+        except OSError as error:  # the new one is whole all the same
+            logger.warning("%s: older checkpoints stay: %s", self.name, error)
 
     def bring_files(self) -> None:
         """They are there already."""

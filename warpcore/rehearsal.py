@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -29,17 +30,30 @@ def load_use_case(path: Path) -> type[WarpCore]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: the training script comes first, then its config")
+    module = _module(path)
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    found = [kind for kind in own if issubclass(kind, WarpCore)]
+    if not found:
+        raise UserError(f"{path} defines no use case (a subclass of WarpCore): give one of the scripts in train/")
+    return found[-1]
+
+
+def _module(path: Path) -> ModuleType:
+    """That of a script: where it lies in a package, the package's, so that there is one of it."""
+    names, folder = [path.stem], path.resolve().parent
+    while (folder / "__init__.py").is_file():
+        names, folder = [folder.name, *names], folder.parent
+    if len(names) > 1 and importlib.util.find_spec(names[0]) is not None:
+        found = importlib.util.find_spec(".".join(names))
+        if found is not None and path.samefile(found.origin):
+            return importlib.import_module(found.name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None:
         raise UserError(f"{path} is no Python script: the training script comes first, then its config")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
-    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == path.stem]
-    found = [kind for kind in own if issubclass(kind, WarpCore)]
-    if not found:
-        raise UserError(f"{path} defines no use case (a subclass of WarpCore): give one of the scripts in train/")
-    return found[-1]
+    return module
 
 
 def bucket_sizes(run: WarpCore) -> list[tuple[int, int]]:
@@ -251,19 +265,22 @@ class Rehearsal:
         return None if self.memory_limit is not None and peak > self.memory_limit else (seconds, peak)
 
     def update(self, size: tuple[int, int], count: int) -> float:
-        """Make an update with one micro-batch of a bucket (H, W); the seconds it took."""
+        """Make an update with one micro-batch of a bucket (H, W); the seconds it took per micro-batch."""
         run = self.run
         batch = made_up_batch(run, size, count).to(run.device)
         self._wait()
         began = time.perf_counter()
         for network in run.trainable:
             run.networks[network].train()
-        run.forward(batch).loss.mean().backward()
+        # A micro-batch that is not a whole update follows another one, whose gradients are there already.
+        passes = 1 if count >= run.config.batch_size else 2
+        for _ in range(passes):
+            run.forward(batch).loss.mean().backward()
         optim.step(run.optimizers, torch.zeros((), device=run.device))
         for parameter in run.parameters.values():
             parameter.grad = None
         self._wait()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / passes
 
     def _wait(self) -> None:
         if self.run.device.type == "cuda":

@@ -1,5 +1,6 @@
 """Checkpoints on S3: each process sends its own files, and the manifest, sent last, makes a checkpoint of them."""
 
+import logging
 import os
 import shutil
 import uuid
@@ -20,6 +21,8 @@ from warpcore.places import (
     update_of,
 )
 from warpcore.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 DAMAGED_MANIFEST = "damaged_manifest.json"
 _OWN = (".lock", ".machine")
@@ -57,6 +60,7 @@ class S3Place:
             for path in self.folder.iterdir():
                 if path.name not in _OWN:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+        processes.gather(None)  # everywhere, that is done before anything is fetched
         processes.on_main(self._fetch_metrics)
         return together.index(processes.rank), len(together)
 
@@ -111,23 +115,30 @@ class S3Place:
                 raise StorageError(f"{self._state(update)}/{name}: {there.get(name)} bytes arrived of {file['bytes']}")
         self._lease.renew()
         self.bring(update, [MANIFEST])
-        for old in self.updates()[:-keep_last]:
-            remove([f"{self._state(old)}/{MANIFEST}"])  # first: what is half removed must not look like a damaged one
-            remove([f"{self._state(old)}/{name}" for name in sizes_below(f"{self._state(old)}/")])
+        try:
+            for old in self.updates()[:-keep_last]:
+                remove([f"{self._state(old)}/{MANIFEST}"])  # first: half removed, it must not look like a damaged one
+                remove([f"{self._state(old)}/{name}" for name in sizes_below(f"{self._state(old)}/")])
+        except (StorageError, FileNotFoundError) as error:  # the new one is whole all the same
+            logger.warning("%s: older checkpoints stay: %s", self.name, error)
 
     def bring_files(self) -> None:
         self.check()
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
-            if path.is_symlink() or not path.is_file() or path.suffix == ".partial":
+            unfinished = path.suffix == ".partial" or path.name.startswith(".")  # written aside, by another thread
+            if path.is_symlink() or not path.is_file() or unfinished:
                 continue
             if name.parts[0] in ("state", *_OWN):
                 continue
-            status = path.stat()
-            version = status.st_size, status.st_mtime_ns
-            if self._sent.get(path) != version:
-                send(path, f"{self.url}/{name}")
-                self._sent[path] = version
+            try:
+                status = path.stat()
+                version = status.st_size, status.st_mtime_ns
+                if self._sent.get(path) != version:
+                    send(path, f"{self.url}/{name}")
+                    self._sent[path] = version
+            except FileNotFoundError:  # it was there for a moment only
+                continue
         shutil.rmtree(self.folder / "backups", ignore_errors=True)
 
     def check(self) -> None:

@@ -195,8 +195,16 @@ def test_a_cache_made_otherwise_is_refused_by_name(settings, tmp_path, monkeypat
     assert "is not whole" in refusal("train_c", cached)
 
 
-def test_texts_that_change_from_draw_to_draw_are_not_cached(settings, tmp_path):
-    given = settings("train_c_lora", caption_templates=["w1 {caption}", "w2 {caption}"], masked_loss=False)
+@pytest.mark.parametrize(
+    "changing",
+    [
+        {"caption_templates": ["w1 {caption}", "w2 {caption}"]},
+        {"train_tokens": [["[fernando]", "^picture</w>"]], "caption_templates": ["a [fernando]"], "lr": 1e-2},
+    ],
+    ids=["templates", "tokens"],
+)
+def test_texts_that_change_from_draw_to_draw_are_not_cached(settings, tmp_path, changing):
+    given = settings("train_c_lora", masked_loss=False, **changing)
     out = make_cache("train_c_lora", given, tmp_path / "cache", "--dtype", "float32")
     assert set(json.loads((out / "cache.json").read_text())["features"]) == {"latent"}
     cached = train("train_c_lora", given, webdataset_path=str(out), experiment_id="cached")

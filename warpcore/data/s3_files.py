@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import obstore
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
 from warpcore.data import s3_requests
@@ -37,6 +38,8 @@ def send(path: Path, url: str) -> None:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StorageError(f"{url} can't be written: {brief(error)}") from None
         except (BaseError, FileNotFoundError) as error:  # the latter is said of the parts of a file, too
+            if not path.exists():
+                raise FileNotFoundError(path) from error
             if time.monotonic() + pause > deadline:
                 raise StorageError(f"{url} can't be written: {brief(error)}") from None
         time.sleep(pause)
@@ -72,6 +75,10 @@ def put_if(url: str, content: bytes, etag: str | None) -> str | None:
             return None
         if status != NOT_IMPLEMENTED:
             raise StorageError(f"{url} can't be written: {error}") from None
+    except ResponseParserError:  # the answer was lost
+        return None
+    except BotoCoreError as error:
+        raise StorageError(f"{url} can't be written: {error}") from None
     return bare_etag(ask(url, "put_object", Key=key, Body=content)["ETag"])
 
 
@@ -97,5 +104,5 @@ def abort_unfinished(url: str) -> None:
         found = ask(url, "list_multipart_uploads", Prefix=split(url)[1])
         for upload in found.get("Uploads", ()):
             ask(url, "abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
-    except StorageError as error:  # it is no more than tidiness, and not allowed everywhere
+    except (StorageError, FileNotFoundError) as error:  # it is no more than tidiness, and not allowed everywhere
         logger.info("parts of unfinished files stay: %s", error)
