@@ -19,7 +19,7 @@ from warpcore.data.catalog import Catalog
 from warpcore.data.hashing import splitmix64
 from warpcore.data.index import read_rows
 from warpcore.data.samples import MicroBatch, Sample
-from warpcore.data.selection import BASE_COLUMNS, Piece, Selection, cut, make_samples, survey
+from warpcore.data.selection import BASE_COLUMNS, Piece, Selection, as_pieces, cut, make_samples, survey
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
@@ -52,20 +52,19 @@ class Recipe:
     group_rows: int
 
     @cached_property
-    def lanes(self) -> list[list[Piece]]:
-        """The pieces of every lane, so that each draws about the same number of rows per epoch."""
-        weights = self.catalog.weights.tolist()
-        pieces = list(cut(self.catalog, self._piece_rows()))
-        loads = [(piece.stop - piece.start) * weights[piece.shard] for piece in pieces]
+    def lanes(self) -> list[np.ndarray]:
+        """The pieces of every lane, as `cut` gives them: each draws about the same number of rows per epoch."""
+        pieces = cut(self.catalog, self._piece_rows())
+        loads = (pieces[:, 2] - pieces[:, 1]) * self.catalog.weights[pieces[:, 0]]
         shuffled = hash_numbers(np.arange(len(pieces)), stable_hash(self.seed, "deal"))
-        order = np.lexsort((shuffled, -np.array(loads)))
-        lanes: list[list[Piece]] = [[] for _ in range(self.num_lanes)]
+        order = np.lexsort((shuffled, -loads))
+        lanes: list[list[int]] = [[] for _ in range(self.num_lanes)]
         least = [(0.0, number) for number in range(self.num_lanes)]
-        for place in order.tolist():
+        for place, piece_load in zip(order.tolist(), loads[order].tolist(), strict=True):
             load, number = least[0]
-            lanes[number].append(pieces[place])
-            heapq.heapreplace(least, (load + loads[place], number))
-        return lanes
+            lanes[number].append(place)
+            heapq.heapreplace(least, (load + piece_load, number))
+        return [pieces[np.array(places, np.int64)] for places in lanes]
 
     def _piece_rows(self) -> np.ndarray:
         """(shards,) rows of a piece at most: small enough that lanes, which all go at one speed, get equal loads."""
@@ -80,8 +79,7 @@ class Recipe:
         order = np.argsort(hash_numbers(np.arange(len(pieces)), stable_hash(self.seed, "groups", lane, epoch)))
         groups: list[list[Piece]] = []
         rows = self.group_rows
-        for place in order.tolist():
-            piece = pieces[place]
+        for piece in as_pieces(pieces[order]):
             rows += piece.stop - piece.start
             if rows > self.group_rows:
                 groups.append([])

@@ -14,7 +14,7 @@ from warpcore.data.catalog import Catalog
 from warpcore.data.filters import Filter
 from warpcore.data.lanes import BucketChoice, Lane, Recipe, fresh_state
 from warpcore.data.samples import MicroBatch, Sample
-from warpcore.data.selection import PASS_ROWS, Selection, Survey, cut, hold_out, make_samples, survey
+from warpcore.data.selection import PASS_ROWS, Selection, Survey, as_pieces, cut, hold_out, make_samples, survey
 from warpcore.data.storage import real_url
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
@@ -93,7 +93,7 @@ class Plan:
             num_lanes=self.num_lanes,
             group_rows=group_rows or GROUP_ROWS_OF_ALL_LANES // self.num_lanes,
         )
-        empty = [number for number, pieces in enumerate(self._recipe.lanes) if not pieces]
+        empty = [number for number, pieces in enumerate(self._recipe.lanes) if not len(pieces)]
         if empty:
             raise UserError(f"lanes is {self.num_lanes}, more than the data set has rows to deal; lower it")
 
@@ -208,7 +208,7 @@ class Plan:
         """The validation samples of one piece after the other; no more than that is in memory."""
         held_out = self._recipe.selection.held_out
         catalog = self._recipe.catalog if self._validation is None else self._validation
-        for piece in cut(catalog, PASS_ROWS) if self.has_validation else ():
+        for piece in as_pieces(cut(catalog, PASS_ROWS)) if self.has_validation else ():
             if self._validation is None and piece.shard not in held_out:
                 continue
             rows = self._unheld.load(catalog, piece)

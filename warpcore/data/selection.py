@@ -33,11 +33,18 @@ class Piece(NamedTuple):
     stop: int
 
 
-def cut(catalog: Catalog, max_rows: int | np.ndarray) -> Iterator[Piece]:
-    """The pieces of all shards in order, of at most `max_rows` rows, which may be a number per shard."""
-    limits = np.broadcast_to(max_rows, len(catalog)).tolist()
-    for number, (rows, limit) in enumerate(zip(catalog.rows.tolist(), limits, strict=True)):
-        yield from (Piece(number, start, min(start + limit, rows)) for start in range(0, rows, limit))
+def cut(catalog: Catalog, max_rows: int | np.ndarray) -> np.ndarray:
+    """(pieces, 3) int64, the pieces of all shards in order, of at most `max_rows` rows, or so many of each shard."""
+    limits = np.broadcast_to(max_rows, len(catalog))
+    counts = -(-catalog.rows // limits)
+    shards = np.repeat(np.arange(len(catalog)), counts)
+    starts = (np.arange(len(shards)) - np.repeat(np.cumsum(counts) - counts, counts)) * limits[shards]
+    return np.stack([shards, starts, np.minimum(starts + limits[shards], catalog.rows[shards])], axis=1)
+
+
+def as_pieces(rows: np.ndarray) -> Iterator[Piece]:
+    """Those that `cut` gives, as such."""
+    return (Piece(*row.tolist()) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def survey(catalog: Catalog, selection: Selection) -> Survey:
     result = Survey()
     limits: dict[str, list] = {}
     names = [name for condition in selection.filters for name in condition.column_names]
-    for piece in cut(catalog, PASS_ROWS):
+    for piece in as_pieces(cut(catalog, PASS_ROWS)):
         result.rows += piece.stop - piece.start
         rows = selection.load(catalog, piece)
         result.passed += len(rows.numbers)
