@@ -127,9 +127,8 @@ class Started:
             process.kill()
             process.join()
         if None in codes:
-            raise TimeoutError(
-                f"process {codes.index(None)} of {len(codes)} still ran after {seconds:.0f} s: {self.log}"
-            )
+            told = self.log.read_text()[-4000:]
+            raise TimeoutError(f"process {codes.index(None)} of {len(codes)} still ran after {seconds:.0f} s:\n{told}")
         return codes
 
 
