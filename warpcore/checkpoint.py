@@ -15,9 +15,10 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,9 +26,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
@@ -56,6 +58,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self._place = _place(folder, url)
         self._whole: int | None = None
+        self._files: Mapping[str, Mapping] = {}
         self._failed = False
         # Collectives of the writing thread must not mix with those of training.
         self._group = processes.another_group()
@@ -64,8 +67,7 @@ class Checkpoints:
         self._files_pending: Future | None = None
         try:
             processes.on_main(self._place.take)
-            # Of the processes that see the same folder: which one this is, and how many they are.
-            self._number, self._together = self._place.join(processes)
+            self._first_here = self._place.join(processes)
         except BaseException:
             self._place.leave()
             raise
@@ -73,17 +75,20 @@ class Checkpoints:
     def newest(self) -> int | None:
         """Update of the newest whole checkpoint, None where there is none at all; the same on every process.
 
-        Every file is read and compared with the manifest. Damaged checkpoints that are newer are renamed, not removed.
+        Every file is read once, by one process, and compared with the manifest; `load` brings what a process needs to
+        where it is. Damaged checkpoints that are newer are renamed, not removed.
 
         Raises:
             CheckpointError: there are checkpoints, but all are damaged.
         """
         problems: dict[int, str] = {}
         for update in reversed(self.processes.on_main(self._place.updates)):
-            problem = self._problem(update)
+            files = self.processes.on_main(lambda sought=update: self._place.manifest(sought))
+            problem = self._problem(update, files)
             if problem is None:
                 self.processes.on_main(lambda whole=update: self._pass_over(problems, whole))
-                self._whole = update
+                self._whole, self._files = update, files
+                self._fetch(update, {"state.json", ".metadata"})
                 return update
             problems[update] = problem
         if problems:
@@ -94,15 +99,20 @@ class Checkpoints:
             )
         return None
 
-    def _problem(self, update: int) -> str | None:
+    def _problem(self, update: int, files: Mapping[str, Mapping] | str) -> str | None:
         """Why a checkpoint is not whole. The processes share the reading."""
-        files = self.processes.on_main(lambda: self._place.manifest(update))
         if isinstance(files, str):
             return files
-        own = sorted(files)[self._number :: self._together]
+        # Neighbours get what neighbours wrote, which is what sharding gives them too: on S3 they have it then.
+        writers = 1 + max(map(writer_of, files))
+        own = [n for n in sorted(files) if writer_of(n) * self.processes.count // writers == self.processes.rank]
         found = (self._place.difference(update, name, files[name]) for name in own)
         everyone = self.processes.gather(next(filter(None, found), None))
         return next(filter(None, everyone), None)
+
+    def _fetch(self, update: int, names: Iterable[str]) -> None:
+        """Bring files of the checkpoint that `newest` found to where they are read."""
+        self._place.fetch(update, {name: self._files[name] for name in names})
 
     def _pass_over(self, problems: Mapping[int, str], whole: int) -> None:
         for update, problem in problems.items():
@@ -132,11 +142,19 @@ class Checkpoints:
             backup: also keep a copy of `weights` for good.
         """
         self.wait()
-        if self._number == 0:
+        if self._first_here:
             self._place.clear(update)
         writer = FileSystemWriter(partial_folder(self.folder, update))
+        # What several processes have is spread over their files; but if that is a few small things, one file has them
+        # all, and not every process needs to read every file.
+        sharded = self.processes.mesh is not None and self.processes.mesh.size(0) == 1
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=sharded)
         written = dcp.async_save(
-            dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None
+            dict(tensors),
+            storage_writer=writer,
+            planner=planner,
+            process_group=self._group,
+            no_dist=self._group is None,
         )
         about = {"format": "pt", **metadata, "update": str(update)}
         self._pending = self._thread.submit(self._publish, written, update, dict(values), dict(weights), about, backup)
@@ -183,27 +201,29 @@ class Checkpoints:
 
     def stored(self, update: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor of a checkpoint, by name."""
-        entries = _Reader(state_folder(self.folder, update)).read_metadata().state_dict_metadata
+        entries = self._reader(update).read_metadata().state_dict_metadata
         return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
 
     def load(self, update: int, tensors: Mapping[str, Tensor]) -> None:
         """Fill `tensors` in place, resharding where the number of processes changed."""
-        reader = _Reader(state_folder(self.folder, update))
+        reader, alone = self._reader(update), self._group is None
         try:
-            dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=alone)
         except CheckpointException as error:  # no Exception: nothing else would catch it
             raise CheckpointError(
                 f"the checkpoint of update {update} in {self._place.name} cannot be read: {_reason(error)}. "
                 f"Remove state/{update:08d} there to go on from the one before"
             ) from error
 
+    def _reader(self, update: int) -> "_Reader":
+        return _Reader(state_folder(self.folder, update), lambda names: self._fetch(update, names))
+
     def _publish(self, written: Future, update: int, values: dict, weights: dict, about: dict, backup: bool) -> None:
         """Wait for DCP, then finish the checkpoint on the main process; every process learns how that went."""
         problem, files, partial = None, {}, partial_folder(self.folder, update)
         try:
             names = {stored.relative_path for stored in written.result().storage_data.values()}
-            # Every process hashes what it wrote itself: DCP puts its rank into the names of its files.
-            own = [name for name in names if name.startswith(f"__{self.processes.rank}_")]
+            own = [name for name in names if writer_of(name) == self.processes.rank]
             files = {name: fingerprint(partial / name) for name in own}
             self._place.bring(update, own)
         except (Exception, CheckpointException) as error:  # DCP's own exception is no Exception
@@ -221,7 +241,7 @@ class Checkpoints:
         if problem is None:
             self._whole = update
             return
-        if self._number == 0:
+        if self._first_here:
             shutil.rmtree(partial, ignore_errors=True)
             for leftover in self.folder.glob("*.partial"):
                 leftover.unlink(missing_ok=True)
@@ -266,6 +286,12 @@ def _place(folder: Path, url: str | None) -> Place:
     return S3Place(folder, url)
 
 
+def writer_of(name: str) -> int:
+    """The process that wrote a file of a checkpoint: DCP puts its rank into the names of what it writes."""
+    found = re.match(r"__(\d+)_", name)
+    return int(found[1]) if found else 0
+
+
 def _reason(error: BaseException) -> str:
     """DCP wraps what each rank raised: the first of those, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -307,7 +333,17 @@ class _TableUnpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader, with the table of contents read safely."""
+    """DCP's reader, with the table of contents read safely, and the files that a process needs fetched before."""
+
+    def __init__(self, path: Path, fetch: Callable[[Sequence[str]], None]):
+        super().__init__(path)
+        self._fetch = fetch
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        names = sorted({self.storage_data[item.storage_index].relative_path for item in plan.items})
+        first = len(names) and (dist.get_rank() if dist.is_initialized() else 0) % len(names)
+        self._fetch(names[first:] + names[:first])  # those that need the same ones begin with different ones
+        return super().read_data(plan, planner)
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         path = Path(self.path) / ".metadata"

@@ -33,15 +33,15 @@ class Place(Protocol):
     """What `Checkpoints` asks of a place. Unless said otherwise, on the main process alone."""
 
     folder: Path
-    """Where files are written, and where those of a checkpoint are read once `difference` has seen them."""
+    """Where files are written, and where those of a checkpoint are read once they were fetched."""
     name: str
     """For messages."""
 
     def take(self) -> None:
         """Become the only run that writes here. Raises CheckpointError, or another UserError."""
 
-    def join(self, processes: Processes) -> tuple[int, int]:
-        """On all processes, after that: which of those this one is that see the same folder, and how many they are."""
+    def join(self, processes: Processes) -> bool:
+        """On all processes, after that: whether this one is the first of those that see the same folder."""
 
     def updates(self) -> list[int]:
         """Of the checkpoints that are here, whole or damaged."""
@@ -50,7 +50,10 @@ class Place(Protocol):
         """The fingerprints of a checkpoint's files by name, or why there are none."""
 
     def difference(self, update: int, name: str, recorded: Mapping) -> str | None:
-        """On any process: how a file differs from what the manifest says of it. It is in the folder then."""
+        """On any process: how a file differs from what the manifest says of it."""
+
+    def fetch(self, update: int, files: Mapping[str, Mapping]) -> None:
+        """On any process: these files, recorded so by the manifest, are in the folder. Raises CheckpointError."""
 
     def set_aside(self, update: int) -> str:
         """A damaged checkpoint is none any more, but is kept; returns where."""
@@ -91,8 +94,8 @@ class LocalPlace:
         except OSError as error:
             raise CheckpointError(f"checkpoint_path: cannot write to {self.folder}: {error}") from error
 
-    def join(self, processes: Processes) -> tuple[int, int]:
-        return processes.rank, processes.count
+    def join(self, processes: Processes) -> bool:
+        return processes.is_main
 
     def updates(self) -> list[int]:
         numbers = (update_of(path.name) for path in (self.folder / "state").glob("*"))
@@ -109,6 +112,9 @@ class LocalPlace:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read: {error}"
+
+    def fetch(self, update: int, files: Mapping[str, Mapping]) -> None:
+        """They are there already."""
 
     def set_aside(self, update: int) -> str:
         state = state_folder(self.folder, update)

@@ -1,5 +1,6 @@
 """Checkpoints on S3: each process sends its own files, and the manifest, sent last, makes a checkpoint of them."""
 
+import fcntl
 import logging
 import os
 import shutil
@@ -51,18 +52,18 @@ class S3Place:
         kept = whole | {update_of(name.split("/")[0]) for name in names if name.endswith(f"/{DAMAGED_MANIFEST}")}
         remove([f"{self.url}/state/{name}" for name in names if update_of(name.split("/")[0]) not in kept])
 
-    def join(self, processes: Processes) -> tuple[int, int]:
+    def join(self, processes: Processes) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
         machine = _mark(self.folder)
         machines = processes.gather(machine)
-        together = [rank for rank, other in enumerate(machines) if other == machine]
-        if together[0] == processes.rank:
+        first_here = machines.index(machine) == processes.rank
+        if first_here:
             for path in self.folder.iterdir():
                 if path.name not in _OWN:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         processes.gather(None)  # everywhere, that is done before anything is fetched
         processes.on_main(self._fetch_metrics)
-        return together.index(processes.rank), len(together)
+        return first_here
 
     def _fetch_metrics(self) -> None:
         size = sizes_below(f"{self.url}/metrics.jsonl").get("")
@@ -89,6 +90,16 @@ class S3Place:
             return compare(name, {"bytes": size, "sha256": fetch(url, path, size)}, recorded)
         except (ChangedShardError, OSError) as error:
             return f"{name} cannot be read: {error}"
+
+    def fetch(self, update: int, files: Mapping[str, Mapping]) -> None:
+        state = state_folder(self.folder, update)
+        state.mkdir(parents=True, exist_ok=True)
+        for name, recorded in files.items():
+            with (state / f".{name}.lock").open("a") as waiting:
+                fcntl.flock(waiting, fcntl.LOCK_EX)  # another process of this machine may be fetching it
+                problem = None if (state / name).exists() else self.difference(update, name, recorded)
+            if problem:
+                raise CheckpointError(f"{self._state(update)} was whole a moment ago, but now {problem}")
 
     def set_aside(self, update: int) -> str:
         state = self._state(update)

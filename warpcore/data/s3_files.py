@@ -47,15 +47,21 @@ def send(path: Path, url: str) -> None:
 
 
 def fetch(url: str, path: Path, size_bytes: int) -> str:
-    """Make an object of so many bytes a file; returns its SHA-256. Raises ChangedShardError, OSError, StorageError."""
+    """Make an object of so many bytes a file, which appears when it is whole; returns its SHA-256.
+
+    Raises:
+        ChangedShardError, OSError, StorageError: it can't be read, or written here.
+    """
     storage, sha256 = S3Storage(), hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
         for offset in range(0, size_bytes, FETCHED_BYTES):
             span = offset, min(FETCHED_BYTES, size_bytes - offset)
             (block,) = storage.read_ranges(url, [span], (size_bytes, ""))
             sha256.update(block)
             file.write(block)
+    partial.replace(path)
     return sha256.hexdigest()
 
 
