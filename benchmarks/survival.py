@@ -9,7 +9,7 @@ from pathlib import Path
 
 _TESTS = Path(__file__).parents[1] / "tests" / "warpcore"
 SURVIVED = {
-    "the disk is full": ("test_core.py", "full_disk"),
+    "the disk is full (no file can grow)": ("test_core.py", "full_disk"),
     "the folder can't be written": ("test_checkpoint.py", "cannot_be_written"),
     "a checkpoint with a flipped byte, a cut or a missing file": ("test_checkpoint.py", "damaged"),
     "the same of a checkpoint on S3": ("test_s3_checkpoints.py", "damaged"),
@@ -17,8 +17,12 @@ SURVIVED = {
     "killed while a checkpoint is sent to S3": ("test_s3_checkpoints.py", "killed_while_it_sends"),
     "two runs with one experiment_id, in a folder": ("test_core.py", "two_runs"),
     "two runs with one experiment_id, on S3": ("test_s3_checkpoints.py", "two_runs"),
-    "the clock jumps": ("test_checkpoint.py", "clock"),
+    "S3 is gone for a moment": ("test_s3_checkpoints.py", "renewed_again"),
+    "an older checkpoint can't be removed, in a folder": ("test_checkpoint.py", "cannot_be_removed"),
+    "the same on S3": ("test_s3_checkpoints.py", "can_not_be_removed_stays"),
+    "the clock jumps between two starts": ("test_checkpoint.py", "clock"),
     "a process stops answering": ("test_processes.py", "stops_answering"),
+    "a process falls silent while they meet": ("test_processes.py", "falls_silent"),
     "a worker of the loader is killed": ("data/test_loader.py", "killed_worker"),
     "a tar is swapped while it is in use": ("data/test_s3_training.py", "swapped"),
     "a tar is cut anywhere": ("data/test_index.py", "cut_tar"),

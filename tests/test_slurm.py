@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load
 
 from tests.many_processes import launch_processes
 from tests.s3_server import bucket as bucket
 from tests.s3_server import s3_endpoint as s3_endpoint
 from tests.slurm_cluster import job, slurm, slurm_cluster, wait_until, why_not
-from tests.warpcore.runs import TINY, numbers, read_metrics, tiny_settings, write_shard
-from tests.warpcore.tiny import Denoiser, TinyConfig
+from tests.warpcore.runs import TINY, load_weights, numbers, read_metrics, tiny_settings, write_shard
+from tools.build_dataset import build_dataset
+from tools.make_demo_dataset import make_demo_dataset
+from train.train_c import TrainStageC
 from warpcore.config import make_config
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,16 +41,16 @@ def cluster():
 
 @pytest.fixture
 def run(cluster, tmp_path):
-    """Submits example_train.sh for a run on two nodes; gives the job's number."""
+    """Submits example_train.sh for a run of a script on two nodes; gives the job's number."""
 
-    def submit(settings: dict, *options: str) -> str:
+    def submit(script: Path, settings: dict, *options: str) -> str:
         endpoint = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "XDG_"))}
         environment = cluster[1] | endpoint | {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(settings | {"experiment_id": "overridden"}))
         submitted = subprocess.run(
             ("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",
-             f"--output={tmp_path}/log.txt", *options, str(REPOSITORY / "example_train.sh"), str(TINY), str(config),
+             f"--output={tmp_path}/log.txt", *options, str(REPOSITORY / "example_train.sh"), str(script), str(config),
              "experiment_id=run_%a"),
             env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True,
         )  # fmt: skip
@@ -56,8 +59,14 @@ def run(cluster, tmp_path):
     return submit
 
 
-def settings_of(folder: Path, data: Path | str, **changes) -> dict:
-    return tiny_settings(folder, data, batch_size=8, micro_batch_size=2, save_every=50) | changes
+def quickstart(folder: Path, data: Path) -> dict:
+    """The settings of the README's first run, of the mini Stage C, but for a few updates only."""
+    settings = yaml.safe_load((REPOSITORY / "configs/training/quickstart_c.yaml").read_text())
+    return settings | {
+        "experiment_id": "run_0", "checkpoint_path": str(folder), "webdataset_path": str(data), "device": "cpu",
+        "updates": 40, "batch_size": 4, "warmup_updates": 5, "save_every": 25, "log_every": 1, "ema_start_iters": 5,
+        "validation_samples": 4, "sample_count": 2, "sample_steps": 4,
+    }  # fmt: skip
 
 
 def at_update(folder: Path, update: int):
@@ -69,34 +78,46 @@ def read_metrics_in(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-def test_a_job_that_is_signalled_goes_back_into_the_queue_and_nothing_is_lost(cluster, run, bucket, tmp_path):
+def test_stage_c_on_two_nodes_is_signalled_goes_back_into_the_queue_and_nothing_is_lost(
+    cluster, run, bucket, tmp_path
+):
     folder, environment = cluster
-    for number in range(3):
-        write_shard(tmp_path / f"data/{number}.tar", 10, first=10 * number)
-    url = bucket.upload(tmp_path / "data", "data/")
-    settings = settings_of(tmp_path / "whole", tmp_path / "data", experiment_id="run_0", updates=300)
+    make_demo_dataset(tmp_path / "pictures", 36)
+    build_dataset(tmp_path / "pictures", tmp_path / "data", samples_per_shard=12)
+    settings = quickstart(tmp_path / "whole", tmp_path / "data")
     on_s3 = {
-        "webdataset_path": url,
+        "webdataset_path": bucket.upload(tmp_path / "data", "data/"),
         "checkpoint_path": f"{bucket.url}/runs",
         "scratch_path": str(tmp_path / "scratch"),
     }
     written = tmp_path / "scratch" / bucket.name / "runs" / "run_0"
-    number = run(settings | on_s3)
-    wait_until(at_update(written, 20), 120, folder)
+    number = run(REPOSITORY / "train/train_c.py", settings | on_s3)
+    wait_until(at_update(written, 5), 240, folder)
     slurm(environment, "scancel", "--batch", "--signal=USR1", number)
-    wait_until(lambda: job(environment, number)["JobState"] in ("COMPLETED", "FAILED"), 180, folder)
-    ended = job(environment, number)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (tmp_path / "log.txt").read_text()
+    wait_until(lambda: job(environment, number)["JobState"] in ("COMPLETED", "FAILED"), 240, folder)
+    ended, log = job(environment, number), (tmp_path / "log.txt").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    assert "asked to stop: saving update" in log
+    assert "Traceback" not in log
+    assert "see if it is gone" not in log  # the job knows its own lease
+
+    def sent(name: str) -> bytes:
+        return bucket.client.get_object(Bucket=bucket.name, Key=f"runs/run_0/{name}")["Body"].read()
+
     launch_processes(2, _train, settings)
-    found = bucket.client.get_object(Bucket=bucket.name, Key="runs/run_0/metrics.jsonl")["Body"].read()
-    assert numbers([json.loads(line) for line in found.splitlines()]) == numbers(read_metrics(settings))
-    assert "see if it is gone" not in (tmp_path / "log.txt").read_text()
+    assert numbers(map(json.loads, sent("metrics.jsonl").splitlines())) == numbers(read_metrics(settings))
+    for name in ("generator", "generator_ema"):
+        expected = load_weights(settings, name)
+        assert all((tensor == expected[key]).all() for key, tensor in load(sent(f"{name}.safetensors")).items())
+    assert sent("samples/00000040.png")
 
 
 def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, run, tmp_path):
     folder, environment = cluster
-    data = write_shard(tmp_path / "a.tar", 30)
-    number = run(settings_of(tmp_path / "runs", data, updates=100_000), "--array=5")
+    settings = tiny_settings(
+        tmp_path / "runs", write_shard(tmp_path / "a.tar", 30), batch_size=8, updates=100_000, save_every=50
+    )
+    number = run(TINY, settings, "--array=5")
     written = tmp_path / "runs" / "run_5"
     wait_until(at_update(written, 5), 120, folder)
     slurm(environment, "scancel", number)
@@ -107,4 +128,4 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, run, tmp_
 
 
 def _train(settings: dict) -> None:
-    assert Denoiser(make_config(TinyConfig, settings)).run() == 0
+    assert TrainStageC(make_config(TrainStageC.Config, settings)).run() == 0

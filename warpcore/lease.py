@@ -106,9 +106,12 @@ class Lease:
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join()
-        found = self._find()
-        if found and found.token == self.token:
-            remove([self.url])
+        try:
+            found = self._find()
+            if found and found.token == self.token:
+                remove([self.url])
+        except StorageError as error:  # it runs out by itself
+            logger.warning("%s: the lease stays: %s", self.name, error)
 
     def _keep(self) -> None:
         while not self._ending.wait(RENEW_SECONDS):

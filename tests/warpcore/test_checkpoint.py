@@ -108,6 +108,19 @@ def test_what_a_process_left_half_written_or_half_removed_is_no_checkpoint(run):
     assert sorted(path.name for path in state.iterdir()) == ["00000004", "00000008"]
 
 
+def test_an_older_checkpoint_that_cannot_be_removed_stays_and_the_save_is_whole(run, caplog):
+    in_the_way = run / "state" / "00000004.partial"
+    with opened(run) as checkpoints:
+        in_the_way.touch()
+        save(checkpoints, 12)
+        assert "older checkpoints stay" in caplog.text
+        assert checkpoints.newest() == 12
+        assert sorted(path.name for path in in_the_way.parent.glob("*[!l]")) == ["00000004", "00000008", "00000012"]
+        in_the_way.unlink()
+        save(checkpoints, 16)
+    assert sorted(path.name for path in in_the_way.parent.iterdir()) == ["00000012", "00000016"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="as root, this test becomes another user for a moment")
 def test_a_folder_that_cannot_be_written_is_named_and_what_is_there_stays(saved):
     with tempfile.TemporaryDirectory() as place:  # pytest's own folders can't even be read by others

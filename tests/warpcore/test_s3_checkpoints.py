@@ -4,9 +4,13 @@ import json
 import os
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Event
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from benchmarks import chaos
@@ -17,11 +21,15 @@ from tests.s3_server import Bucket, talk_to
 from tests.s3_server import bucket as bucket
 from tests.s3_server import s3_endpoint as s3_endpoint
 from tests.warpcore.runs import load_weights, numbers, tiny_settings, train_here, write_shard
+from tests.warpcore.test_checkpoint import ALONE, save
 from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore import lease
-from warpcore.checkpoint import CheckpointError
+from warpcore.checkpoint import CheckpointError, Checkpoints
 from warpcore.config import ConfigError, make_config
+from warpcore.data import s3_requests
 from warpcore.lease import Lease, LeaseError
+from warpcore.processes import Processes
+from warpcore.s3_place import S3Place
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +148,9 @@ def test_machines_that_share_no_folder_meet_on_s3(bucket, undisturbed, environme
     for updates, count, places in ((4, 2, "ab"), (8, 4, "abab"), (12, 2, "cd")):
         machines = [str(tmp_path / place) for place in places]
         launch_processes(count, _train_on_machine, settings | {"updates": updates}, environment, machines)
+    # Of four processes' shards a machine fetches its half, and the first, which has what is not sharded.
+    assert (tmp_path / "c" / "fetched").read_text() == "__0_0.distcp __1_0.distcp"
+    assert (tmp_path / "d" / "fetched").read_text() == "__0_0.distcp __2_0.distcp __3_0.distcp"
     main = settings | {"scratch_path": str(tmp_path / "c" / "warpcore" / "runs")}
     found = Difference.between(main, undisturbed)
     assert found.wrong_samples == 0
@@ -148,7 +159,16 @@ def test_machines_that_share_no_folder_meet_on_s3(bucket, undisturbed, environme
 
 def _train_on_machine(settings: dict, environment: dict[str, str], machines: list[str]) -> None:
     os.environ |= environment | {"XDG_CACHE_HOME": machines[int(os.environ["RANK"])]}
-    assert chaos.Denoiser(make_config(chaos.Denoiser.Config, settings)).run() == 0
+    assert _Listing(make_config(chaos.Denoiser.Config, settings)).run() == 0
+
+
+class _Listing(chaos.Denoiser):
+    """Writes down what of a checkpoint its machine holds once the run goes on."""
+
+    def setup(self):
+        super().setup()
+        names = sorted(path.name for path in self.config.run_folder.glob("state/*/*.distcp"))
+        (Path(os.environ["XDG_CACHE_HOME"]) / "fetched").write_text(" ".join(names))
 
 
 @pytest.mark.parametrize(("damage", "told"), [("flip", "is not what was written"), ("cut", "bytes instead of"),
@@ -181,6 +201,77 @@ def test_a_place_that_can_not_be_written_is_named(bucket, remote, monkeypatch):
         talk_to(proxy.url, monkeypatch)
         with pytest.raises(CheckpointError, match=r"could not save update 8 in s3://.*(?s:.*)update 4 is whole"):
             NoRightsAnyMore(make_config(TinyConfig, remote)).run()
+
+
+class _Threads(Processes):
+    """Processes that wait for each other no more than they promise: for an answer of the main one, for it alone."""
+
+    def __init__(self, rank: int, values: list, all_there: Barrier, answered: Event):
+        super().__init__(rank, len(values), torch.device("cpu"))
+        vars(self).update(values=values, all_there=all_there, answered=answered)
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.all_there.wait()
+        return list(self.values)
+
+    def on_main(self, make):
+        if self.is_main:
+            make()
+            self.answered.set()
+        assert self.answered.wait(60)
+
+
+def test_an_old_scratch_folder_is_empty_before_any_process_of_its_machine_goes_on(bucket, tmp_path, monkeypatch):
+    (tmp_path / "b" / "state" / "00000004").mkdir(parents=True)
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (time.sleep(0.5), remove(path)))
+    values, all_there, answered = [None] * 3, Barrier(3), Event()
+
+    def is_empty(rank: int, machine: str) -> bool:
+        place = S3Place(tmp_path / machine, f"{bucket.url}/run")
+        place.join(_Threads(rank, values, all_there, answered))
+        return not (place.folder / "state").exists()
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(is_empty, range(3), "abb"))
+
+
+def test_a_file_that_vanishes_while_it_is_sent_is_passed_over(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3_requests, "PATIENCE_SECONDS", 1)
+    folder = tmp_path / "run"
+    checkpoints = Checkpoints(folder, ALONE, url=f"{bucket.url}/run")
+    for name in "abc":
+        (folder / name).write_text(name)
+
+    def vanish(method: str, path: str) -> None:  # at the first request, which looks for the bucket
+        (folder / "a").unlink(missing_ok=True)
+
+    with FaultyProxy(bucket.endpoint, on_request=vanish) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        checkpoints.close()
+    assert bucket.list_keys() == ["run/b", "run/c"]
+
+
+def test_an_older_checkpoint_on_s3_that_can_not_be_removed_stays_and_the_save_is_whole(
+    bucket, tmp_path, monkeypatch, caplog
+):
+    def updates() -> list[str]:
+        return sorted({key.split("/")[2] for key in bucket.list_keys() if "/state/" in key})
+
+    with FaultyProxy(bucket.endpoint) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        checkpoints = Checkpoints(tmp_path / "run", ALONE, keep_last=1, url=f"{bucket.url}/run")
+        save(checkpoints, 4)
+        proxy.refused = ("DELETE",)
+        save(checkpoints, 8)
+        assert "older checkpoints stay" in caplog.text
+        assert checkpoints.newest() == 8
+        assert updates() == ["00000004", "00000008"]
+        proxy.refused = ()
+        save(checkpoints, 12)
+        assert updates() == ["00000012"]
+        checkpoints.close()
 
 
 @pytest.fixture
@@ -239,7 +330,65 @@ def test_a_lease_works_with_endpoints_that_know_conditions_and_others(bucket, qu
         leases[1].release()
 
 
+def test_a_lease_is_held_though_no_answer_to_its_writing_arrives(bucket, quick, monkeypatch):
+    """What was written is answered with 503; asked again, S3 refuses to write it twice, and half of that is lost."""
+
+    def spoil_the_first(method: str, path: str) -> None:
+        proxy.share = float(method == "PUT" and proxy.met.total() < 2)
+
+    with FaultyProxy(bucket.endpoint, faults=("wrong length",)) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        held = Lease(f"{bucket.url}/lease.json", "held")
+        held.take()
+        proxy.on_request = spoil_the_first
+        held.renew()
+        held.release()
+    assert proxy.met["wrong length"] == 2
+
+
+@pytest.mark.parametrize("outage", ["503", "no answer to PUT", "connection refused"])
+def test_a_lease_is_renewed_again_when_s3_is_back(bucket, quick, monkeypatch, caplog, outage):
+    monkeypatch.setattr(s3_requests, "CALL_ATTEMPTS", 1)
+    monkeypatch.setattr(s3_requests, "CALL_SECONDS", 0.3)
+    stalled = []
+
+    def stall(method: str, path: str) -> None:
+        if stalled and method == "PUT":
+            time.sleep(1.5)  # boto3 waits a second for leave to send a body, and does so without it then
+
+    with FaultyProxy(bucket.endpoint, faults=("503",), on_request=stall) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        held, other = (Lease(f"{bucket.url}/lease.json", name) for name in ("held", "other"))
+        held.take()
+        if outage == "503":
+            proxy.share = 1.0
+        elif outage == "no answer to PUT":
+            stalled.append(True)
+        else:
+            talk_to("http://127.0.0.1:1", monkeypatch)
+        while "held: the lease can't be renewed" not in caplog.text:
+            assert held._thread.is_alive()
+            time.sleep(0.05)
+        proxy.share = 0.0
+        stalled.clear()
+        talk_to(proxy.url, monkeypatch)
+        with pytest.raises(LeaseError, match="other is being written"):  # that is, it sees it being renewed
+            other.take()
+        held.check()
+        held.release()
+
+
 @pytest.mark.parametrize("url", ["s3://", "s3:/bucket/x", "s3:///x"])
+def test_a_lease_that_can_not_be_removed_at_the_end_is_told_and_no_error(bucket, tmp_path, monkeypatch, caplog):
+    with FaultyProxy(bucket.endpoint) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        checkpoints = Checkpoints(tmp_path / "run", ALONE, url=f"{bucket.url}/run")
+        save(checkpoints, 4)
+        proxy.refused = ("DELETE",)
+        checkpoints.close()
+    assert "the lease stays" in caplog.text
+
+
 def test_an_url_that_is_none_is_refused(remote, url):
     with pytest.raises(ConfigError, match="s3://bucket/prefix"):
         make_config(TinyConfig, remote | {"checkpoint_path": url})

@@ -134,6 +134,8 @@ class _Pass:
             self._thread.join()
 
     def _run(self) -> None:
+        # Of what Slurm sends to every process of a step, the tracker itself ignores all but this.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
         resource_tracker.ensure_running()  # its start would undo the next line
         # Workers inherit what this thread blocks, so that signals can't end them while they still import.
         signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)

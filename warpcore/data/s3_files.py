@@ -8,7 +8,6 @@ from pathlib import Path
 
 import obstore
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.parsers import ResponseParserError
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
 from warpcore.data import s3_requests
@@ -81,8 +80,6 @@ def put_if(url: str, content: bytes, etag: str | None) -> str | None:
             return None
         if status != NOT_IMPLEMENTED:
             raise StorageError(f"{url} can't be written: {error}") from None
-    except ResponseParserError:  # the answer was lost
-        return None
     except BotoCoreError as error:
         raise StorageError(f"{url} can't be written: {error}") from None
     return bare_etag(ask(url, "put_object", Key=key, Body=content)["ETag"])
