@@ -32,6 +32,8 @@ from warpcore.errors import UserError
 CHUNK_ROWS = 512
 """So many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
 RECORD_SUFFIX = ".cache.json"
+MOST_TOLD = 20
+"""So many unreadable samples a report names."""
 
 
 @dataclass(frozen=True)
@@ -260,3 +262,43 @@ def local_folder(out: str) -> Path:
     if is_remote(out):
         raise UserError(f"{out}: write the cache to a folder here, then copy it: training reads it from s3:// too")
     return Path(out).absolute()
+
+
+def report(record: Record, dtype: str, variants: int, from_pictures: float, from_cache: float) -> str:
+    """What a person should know of a cache that was made."""
+    samples = max(1, record.samples)
+    parts = {name: size / samples for name, size in record.feature_bytes.items()}
+    parts["captions, fields and headers"] = (record.tar_bytes - sum(record.feature_bytes.values())) / samples
+    sizes = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+    lines = [
+        f"cached {record.samples} of {record.rows} samples: {in_words(record.tar_bytes)}, "
+        f"{in_words(record.tar_bytes / samples)} per sample ({sizes})"
+    ]
+    lines += [f"  {count} left out: {reason}" for reason, count in record.rejected.items()]
+    if record.unreadable:
+        lines.append(f"  {len(record.unreadable)} left out: unreadable")
+        lines += [f"    {one}" for one in record.unreadable[:MOST_TOLD]]
+        if len(record.unreadable) > MOST_TOLD:
+            lines.append(f"    and {len(record.unreadable) - MOST_TOLD} more, listed in the .cache.json of the tars")
+    lines.append(f"stored as {dtype}; largest error, and error in relation to the numbers' size (rms):")
+    lines += [
+        f"  {name}: {record.largest_error[name]:.2g}, {100 * record.relative_error(name):.2g} %"
+        for name in record.largest_error
+    ]
+    cost = record.seconds / samples
+    saved = from_pictures - from_cache
+    lines.append(
+        f"caching took {1000 * cost:.1f} ms per sample ({variants} crop{'s' if variants > 1 else ''} each). A run "
+        f"waits {1000 * from_pictures:.1f} ms per sample for latents and conditions, {1000 * from_cache:.1f} ms with "
+        "this cache: " + (f"it pays after {cost / saved:.1f} epochs" if saved > 0 else "it saves no time, only memory")
+    )
+    return "\n".join(lines)
+
+
+def in_words(number: float) -> str:
+    """A number of bytes."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from warpcore.random import SampleRandom, stable_hash
+from warpcore.transfer import to_device
 
 CANDIDATES = 32
 """So many latents of each micro-batch may become codes."""
@@ -18,9 +19,12 @@ def codebook_statistics(latents: Tensor, indices: Tensor, num_codes: int, random
     Returns `counts` (1, N), `sums` (1, N, C), and some of the latents, `candidates` (1, CANDIDATES, C).
     """
     flat, chosen = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2), indices.flatten()
-    counts = torch.bincount(chosen, minlength=num_codes)
+    # As `bincount`, for which Python would wait for a GPU.
+    counts = torch.zeros(num_codes, dtype=torch.int64, device=chosen.device).scatter_add_(
+        0, chosen, torch.ones_like(chosen)
+    )
     # Sorted, the latents of a code are added in one order on every device.
-    sums = torch.segment_reduce(flat[chosen.argsort(stable=True)], "sum", lengths=counts)
+    sums = torch.segment_reduce(flat[chosen.argsort(stable=True)], "sum", lengths=counts, unsafe=True)
     places = random.uniform("candidates")[torch.arange(CANDIDATES, device=flat.device) % len(latents)]
     steps = torch.arange(CANDIDATES, device=flat.device) * 0.618  # spreads those of one sample over its latents
     rows = ((places + steps) % 1 * len(flat)).long().clamp(max=len(flat) - 1)
@@ -62,7 +66,7 @@ class CodebookAverages(nn.Module):
         if len(candidates) == 0:
             return
         random = torch.Generator().manual_seed(stable_hash(seed, "revived codes"))
-        rows = torch.randint(len(candidates), (len(codes),), generator=random).to(codes.device)
+        rows = to_device(torch.randint(len(candidates), (len(codes),), generator=random), codes.device)
         dead = use < self.least_use
         codes.copy_(torch.where(dead[:, None], candidates[rows].to(codes), codes))
         self.use.copy_(torch.where(dead, 1.0, use))

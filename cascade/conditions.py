@@ -10,6 +10,7 @@ from cascade.config import StageCConfig
 from modules.clip import ImageTower, TextTower
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
+from warpcore.transfer import to_device
 
 TEXT = ("clip_text", "clip_text_pooled")
 Texts = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -18,7 +19,7 @@ Texts = Callable[[Sequence[str]], dict[str, Tensor]]
 
 def text_conditions(tower: TextTower, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
     """`clip_text` (B, L, D) and `clip_text_pooled` (B, 1, P) of captions."""
-    ids, mask = (tensor.to(device) for tensor in tower.tokenize(list(captions)))
+    ids, mask = (to_device(tensor, device) for tensor in tower.tokenize(list(captions)))
     hidden, pooled = tower.encode(ids, mask)
     return {"clip_text": hidden, "clip_text_pooled": pooled[:, None]}
 
@@ -34,11 +35,11 @@ def training_text(texts: Texts, batch: Batch, random: SampleRandom, dropout: flo
 
     Gives those conditions that the batch brings along from a cache, else all.
     """
-    kept = random.uniform("caption dropout") >= dropout
     known = {name: value for name in TEXT if (value := stored(batch, name)) is not None}
     if not known:
+        kept = random.on_cpu.uniform("caption dropout") >= dropout
         return texts([caption if keep else "" for caption, keep in zip(batch.captions, kept.tolist(), strict=True)])
-    empty = texts([""])
+    kept, empty = random.uniform("caption dropout") >= dropout, texts([""])
     return {name: torch.where(kept[:, None, None], value.to(empty[name].dtype), empty[name])
             for name, value in known.items()}  # fmt: skip
 
@@ -54,10 +55,10 @@ def training_conditions(
     """
     conditions = training_text(texts, batch, random, config.caption_dropout)
     conditions["clip_img"] = torch.zeros(len(batch.keys), 1, width, device=random.device)
-    shown = random.uniform("image condition dropout") >= config.clip_image_dropout
+    shown = random.on_cpu.uniform("image condition dropout") >= config.clip_image_dropout
     known = stored(batch, "clip_img")
     if (image is not None or known is not None) and shown.any():
-        rows = shown.nonzero().flatten().to(random.device)
+        rows = to_device(shown.nonzero().flatten(), random.device)
         seen = image.encode(batch.images[rows].float() / 255) if known is None else known[rows]
         conditions["clip_img"][rows, 0] = seen.to(conditions["clip_img"].dtype)
     return conditions
@@ -84,14 +85,15 @@ class TextMemory:
             self._remember(captions, made)
             return made
         rows = [self._known[caption] for caption in captions]
-        return {name: torch.stack([row[name] for row in rows]).to(device) for name in TEXT}
+        return {name: to_device(torch.stack([row[name] for row in rows]), device) for name in TEXT}
 
     def _remember(self, captions: Sequence[str], made: dict[str, Tensor]) -> None:
         if self.full:
             return
+        made = {name: made[name].detach().cpu() for name in TEXT}
         for place, caption in enumerate(captions):
             if caption not in self._known:
-                row = {name: made[name][place].detach().to("cpu", copy=True) for name in TEXT}
+                row = {name: made[name][place].clone() for name in TEXT}
                 row_bytes = sum(tensor.nbytes for tensor in row.values())
                 if self.size_bytes + row_bytes > self.limit_bytes:
                     self.full = True

@@ -29,8 +29,8 @@ def freeze(network: nn.Module, weights: str | torch.dtype, processes: Processes)
     if weights != "nf4":
         network.to(getattr(torch, weights) if isinstance(weights, str) else weights)
         return
-    if processes.count > 1:
-        raise LoraError("frozen_weights: nf4 cannot be sharded; with several processes write bfloat16")
+    if processes.count > 1 or processes.mesh is not None:
+        raise LoraError("frozen_weights: nf4 cannot be sharded: over processes, or to offload it, write bfloat16")
     try:
         quantise(network.to(torch.bfloat16), processes.device)
     except ImportError as error:

@@ -108,7 +108,7 @@ def choose_captions(
     """Each sample's caption out of one of the templates; samples of the prior keep theirs."""
     if not templates:
         return list(own)
-    chosen = (random.uniform("caption template") * len(templates)).long().tolist()
+    chosen = (random.on_cpu.uniform("caption template") * len(templates)).long().tolist()
     return [
         caption if is_prior else templates[i].replace("{caption}", caption)
         for caption, is_prior, i in zip(own, prior, chosen, strict=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modules.blocks import resize
 from modules.effnet import EfficientNetEncoder, normalise_images
+from warpcore.transfer import to_device
 
 
 def encode_scaled(
@@ -18,7 +19,8 @@ def encode_scaled(
     sizes = [tuple(_multiple(side * factor, encoder.compression) for side in pictures.shape[2:]) for factor in factors]
 
     def encode(rows: list[int]) -> Tensor:
-        small = F.interpolate(pictures[rows], sizes[rows[0]], mode="bilinear", antialias=True)
+        alike = torch.stack([pictures[row] for row in rows])  # a list as the index would be copied to the device
+        small = F.interpolate(alike, sizes[rows[0]], mode="bilinear", antialias=True)
         return encoder(normalise_images(small).to(dtype)).float()
 
     return _in_groups(sizes, encode)
@@ -28,7 +30,7 @@ def enlarge(latents: Sequence[Tensor], positions: Sequence[int], device: torch.d
     """Latents (16, h, w) at as many positions (B, 16, H, W) as Stage B has, as it would enlarge them itself."""
 
     def resized(rows: list[int]) -> Tensor:
-        alike = torch.stack([latents[row] for row in rows]).to(device, torch.float32)
+        alike = to_device(torch.stack([latents[row] for row in rows]), device).float()
         return resize(alike.permute(0, 2, 3, 1), tuple(positions)).permute(0, 3, 1, 2)
 
     return torch.stack(_in_groups([one.shape for one in latents], resized))

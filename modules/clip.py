@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
 from modules.clip_weights import SETTINGS_KEY, download, find_file, model_and_tag, read_settings, read_tower
+from modules.effnet import normalise_images
 from modules.tokenizers import BytePairTokenizer, WordTokenizer, tokenize
 
 
@@ -67,6 +68,7 @@ class _Tower(nn.Module):
     kind: str
     prefix: str
     """Of the tower's parameters in a file of a whole CLIP model."""
+    forward_methods = ("encode",)  # called from outside like `forward`
     settings: ClipSettings
     model: nn.Module
 
@@ -165,7 +167,7 @@ class ImageTower(_Tower):
         """Pictures (B, 3, H, W) in [0, 1] -> their centre squares at the tower's size, normalised, in float32."""
         images = TF.resize(images.float(), [self.image_size], InterpolationMode.BICUBIC, antialias=True)
         images = TF.center_crop(images, [self.image_size])
-        return TF.normalize(images, list(self.settings.image_mean), list(self.settings.image_std))
+        return normalise_images(images, self.settings.image_mean, self.settings.image_std)
 
     def encode(self, images: Tensor) -> Tensor:
         """The image condition (B, P) of pictures (B, 3, H, W) in [0, 1]: projected, not of unit length."""

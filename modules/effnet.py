@@ -22,10 +22,11 @@ EFFICIENTNET_V2_S = (
 STAGE_KINDS = {"fused": FusedMBConvConfig, "mbconv": MBConvConfig}
 
 
-def normalise_images(images: Tensor) -> Tensor:
+def normalise_images(images: Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] as the encoder was trained to see them."""
-    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (images - mean[:, None, None]) / std[:, None, None]
+    # Filled where the pictures are: numbers copied to a GPU would make Python wait for it.
+    mean, std = (torch.stack([images.new_full((1, 1), value) for value in values]) for values in (mean, std))
+    return (images - mean) / std
 
 
 class EfficientNetEncoder(nn.Module):

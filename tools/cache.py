@@ -13,20 +13,23 @@ import argparse
 import fcntl
 import math
 import shutil
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TextIO, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from cascade.cache import CACHE_NAME, Dtype, Origin, bucket_name, buckets_of, origin_of
-from cascade.cache_writer import Record, Work, local_folder, mirrored, new_tar, shard_at
+from cascade.cache_writer import Record, Work, in_words, local_folder, mirrored, new_tar, report, shard_at
 from cascade.conditions import TextMemory
 from cascade.training import DiffusionTraining
 from warpcore.config import load_config
@@ -40,7 +43,7 @@ from warpcore.data.reader import Batch, Reader, variant_member
 from warpcore.data.selection import Selection, survey
 from warpcore.data.shards import Shard, Source, resolve_sources
 from warpcore.errors import UserError, run_script
-from warpcore.processes import stop_processes
+from warpcore.processes import explain, stop_processes
 from warpcore.random import SampleRandom
 from warpcore.rehearsal import load_use_case
 
@@ -48,8 +51,11 @@ TIMED_SAMPLES = 256
 """How many samples are taken once more from pictures, and from the cache, to say when it pays."""
 TIMED_SECONDS = 20
 """That takes no longer than about twice this."""
-MOST_TOLD = 20
-_LOCK = ".lock"
+PATIENCE = timedelta(days=30)
+"""So long a process that is done waits for others at work."""
+SEEN_SECONDS = 120
+"""Within this time a shared folder shows what another machine wrote."""
+_LOCK, _FAILED = ".lock", ".failed"
 
 
 @dataclass
@@ -90,7 +96,10 @@ class Caching:
             for name, network in training.encoders().items()
         }
         processes.on_main(self._prepare)
-        self._encode_all()
+        if processes.count > 1:
+            self._encode_with_others()
+        else:
+            self._encode_all()
         return self._finish() if processes.is_main else Record()
 
     def _work(self) -> Work:
@@ -116,7 +125,7 @@ class Caching:
         there = Origin.read(str(self.out))
         if there is not None:
             self._check_same(there, here)
-        elif self.out.exists() and any(path.name != _LOCK for path in self.out.iterdir()):
+        elif self.out.exists() and any(path.name not in (_LOCK, _FAILED) for path in self.out.iterdir()):
             raise UserError(f"{self.out} is not empty and holds no cache ({CACHE_NAME}); choose another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = (self.out / _LOCK).open("w")  # held until it is closed
@@ -124,6 +133,7 @@ class Caching:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.out}: another process writes this cache; wait for it, or stop it") from None
+        (self.out / _FAILED).unlink(missing_ok=True)  # of an earlier start
         mirrors = {self._path(number) for number in range(len(self.catalog))}
         if strange := sorted(set(self.out.rglob("*.tar")) - mirrors):
             raise UserError(f"{strange[0]} mirrors no tar of webdataset_path, but would be read with it: remove it")
@@ -133,11 +143,13 @@ class Caching:
         size = self._bytes_per_sample(here)
         done = sum(record.tar_bytes for record in map(self._record, range(len(self.catalog))) if record)
         missing, free = max(0, size * found.passed - done), shutil.disk_usage(self.out).free
-        print(f"{found.passed} samples of about {_bytes(size)}; {_bytes(missing)} to write to {self.out}", flush=True)
+        print(
+            f"{found.passed} samples of about {in_words(size)}; {in_words(missing)} to write to {self.out}", flush=True
+        )
         if missing > free:
             raise UserError(
-                f"{self.out}: {_bytes(missing)} are needed, but {_bytes(free)} are free; make room, choose another "
-                "folder, or fewer --variants" + (" or --dtype float16" if self.dtype == "float32" else "")
+                f"{self.out}: {in_words(missing)} are needed, but {in_words(free)} are free; make room, choose "
+                "another folder, or fewer --variants" + (" or --dtype float16" if self.dtype == "float32" else "")
             )
         for folder in {self.out, *(path.parent for path in mirrors)}:
             here.write(folder)
@@ -176,6 +188,33 @@ class Caching:
 
     # ------------------------------------------------------------------ the work
 
+    def _encode_with_others(self) -> None:
+        """As `_encode_all`; where one process fails, all end.
+
+        It leaves its message in the folder, where the others look while they work. One that is killed leaves none, but
+        those that wait for it in the end see its connection break.
+        """
+        processes = self.training.processes
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            self._encode_all()
+        except Exception as error:
+            with suppress(OSError), (self.out / _FAILED).open("x") as file:  # the first one counts
+                file.write(f"process {processes.rank} on {socket.gethostname()}: {type(error).__name__}: {error}")
+            raise
+        try:
+            dist.barrier(group)
+        except RuntimeError as error:
+            self._check_others()
+            explain(error)
+            raise
+
+    def _check_others(self) -> None:
+        """Raises UserError where another process has failed."""
+        with suppress(FileNotFoundError):
+            told = (self.out / _FAILED).read_text() or "its own output says why"
+            raise UserError(f"another process of this cache failed: {told}")
+
     def _encode_all(self) -> None:
         """The shards of this process that are not there yet."""
         processes = self.training.processes
@@ -201,6 +240,7 @@ class Caching:
                 made: list[dict[str, Tensor]] = [{} for _ in range(len(chunk.rows))]
                 unreadable: set[int] = set()
                 for batch in islice(batches, len(chunk.micro_batches)):
+                    self._check_others()
                     places, variant = batch.state["places"], batch.state["variant"]
                     for event in batch.events:
                         if places[event.place] not in unreadable:
@@ -236,8 +276,12 @@ class Caching:
     # ------------------------------------------------------------------ after the work
 
     def _finish(self) -> Record:
-        """Wait for the other processes, index what is not, and sum up."""
+        """Index what is not, and sum up."""
+        began = time.monotonic()
         while not all(records := [self._record(number) for number in range(len(self.catalog))]):
+            if time.monotonic() - began > SEEN_SECONDS:
+                unseen = self._path(records.index(None))
+                raise UserError(f"{unseen}, of another process, is not seen here: OUT wants a folder that all share")
             time.sleep(1)
         shards = [shard_at(self._path(number)) for number in range(len(self.catalog))]
         summaries = read_summaries(shards)
@@ -277,45 +321,6 @@ class Caching:
                 if samples >= TIMED_SAMPLES or seconds > TIMED_SECONDS:
                     return seconds / samples
         raise AssertionError("a plan is endless")
-
-
-def report(record: Record, dtype: str, variants: int, from_pictures: float, from_cache: float) -> str:
-    """What a person should know of a cache that was made."""
-    samples = max(1, record.samples)
-    parts = {name: size / samples for name, size in record.feature_bytes.items()}
-    parts["captions, fields and headers"] = (record.tar_bytes - sum(record.feature_bytes.values())) / samples
-    sizes = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-    lines = [
-        f"cached {record.samples} of {record.rows} samples: {_bytes(record.tar_bytes)}, "
-        f"{_bytes(record.tar_bytes / samples)} per sample ({sizes})"
-    ]
-    lines += [f"  {count} left out: {reason}" for reason, count in record.rejected.items()]
-    if record.unreadable:
-        lines.append(f"  {len(record.unreadable)} left out: unreadable")
-        lines += [f"    {one}" for one in record.unreadable[:MOST_TOLD]]
-        if len(record.unreadable) > MOST_TOLD:
-            lines.append(f"    and {len(record.unreadable) - MOST_TOLD} more, listed in the .cache.json of the tars")
-    lines.append(f"stored as {dtype}; largest error, and error in relation to the numbers' size (rms):")
-    lines += [
-        f"  {name}: {record.largest_error[name]:.2g}, {100 * record.relative_error(name):.2g} %"
-        for name in record.largest_error
-    ]
-    cost = record.seconds / samples
-    saved = from_pictures - from_cache
-    lines.append(
-        f"caching took {1000 * cost:.1f} ms per sample ({variants} crop{'s' if variants > 1 else ''} each). A run "
-        f"waits {1000 * from_pictures:.1f} ms per sample for latents and conditions, {1000 * from_cache:.1f} ms with "
-        "this cache: " + (f"it pays after {cost / saved:.1f} epochs" if saved > 0 else "it saves no time, only memory")
-    )
-    return "\n".join(lines)
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
 
 
 def use_case(script: Path) -> type[DiffusionTraining]:

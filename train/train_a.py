@@ -103,8 +103,8 @@ class TrainStageA(CascadeTraining):
             rebuilt, _, codes = self.networks["stage_a"](pictures, chosen)
             metrics |= {name + suffix: value for name, value in nearness(rebuilt, pictures).items()}
             squared = per_sample((rebuilt.float() - pictures).square())
-        used = len(codes.indices.unique()) / len(self.codebook.use)
-        metrics["share_of_codes_used"] = torch.full((len(pictures),), used)
+        used = torch.zeros_like(self.codebook.use).index_fill_(0, codes.indices.flatten(), 1.0)
+        metrics["share_of_codes_used"] = used.mean().expand(len(pictures))
         return Losses(squared, squared, metrics=metrics)
 
     def _judge(self, pictures: Tensor, rebuilt: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:

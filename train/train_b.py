@@ -100,7 +100,7 @@ class TrainStageB(DiffusionTraining):
     def _seen(self, pictures: Tensor, random: SampleRandom) -> list[Tensor]:
         """The encoder's latents (16, h, w) of pictures scaled down, each by its own factor."""
         low, high = self.config.effnet_scale
-        factors = low + (high - low) * random.uniform("effnet scale")
+        factors = low + (high - low) * random.on_cpu.uniform("effnet scale")
         if self.config.train_encoder:  # its batch norms want to see the micro-batch as a whole
             factors = factors[:1].expand(len(pictures))
         return encode_scaled(self.networks["encoder"], pictures, factors.tolist(), self.dtype)

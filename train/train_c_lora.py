@@ -26,6 +26,7 @@ from train.train_c import TrainStageC
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
+from warpcore.transfer import to_device
 
 Inputs = tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor]
 
@@ -96,7 +97,7 @@ class TrainLora(TrainStageC):
         with torch.set_grad_enabled(tokens is not None and tokens.training):
             latents, conditions = super().encode(self.captioned(batch, random), random)
         weights = [self.config.prior_weight if is_prior else 1.0 for is_prior in self.prior(batch)]
-        return latents, conditions, self.latent_mask(batch, latents), torch.tensor(weights, device=self.device)
+        return latents, conditions, self.latent_mask(batch, latents), to_device(torch.tensor(weights), self.device)
 
     def loss(self, inputs: Inputs, random: SampleRandom) -> Losses:
         latents, conditions, mask, weight = inputs

@@ -18,6 +18,7 @@ from warpcore.config import Config
 from warpcore.core import Losses, WarpCore
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
+from warpcore.transfer import to_device
 
 
 class TowersConfig(Config):
@@ -73,7 +74,7 @@ class TrainTowers(WarpCore):
 
     def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask = self.networks["text"].tokenize(batch.captions)
-        return batch.images.float() / 255, ids.to(self.device), mask.to(self.device)
+        return batch.images.float() / 255, to_device(ids, self.device), to_device(mask, self.device)
 
     def loss(self, inputs: tuple[Tensor, Tensor, Tensor], random: SampleRandom) -> Losses:
         pictures, ids, mask = inputs

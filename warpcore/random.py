@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from warpcore.transfer import to_device
+
 
 def stable_hash(*parts: int | float | str) -> int:
     """A 63-bit integer that depends only on `parts`: equal on every machine, process and Python version."""
@@ -24,12 +26,18 @@ class SampleRandom:
     """The random numbers of a micro-batch: one independent stream per sample and purpose.
 
     `name` states the purpose ("timestep", "noise", ...): asking twice for the same name gives the same numbers, and no
-    purpose shifts the numbers of another. Numbers are drawn on the CPU, so every device sees the same ones.
+    purpose shifts the numbers of another. Numbers are drawn on the CPU, so every device sees the same ones. Those that
+    Python decides by, such as whether a caption is dropped, come from `on_cpu`, which waits for no GPU.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
         self.seeds = list(seeds)
         self.device = torch.device(device)
+
+    @property
+    def on_cpu(self) -> "SampleRandom":
+        """The same numbers, on the CPU."""
+        return SampleRandom(self.seeds)
 
     def uniform(self, name: str) -> Tensor:
         """(B,) float32 in [0, 1)."""
@@ -45,6 +53,4 @@ class SampleRandom:
             draw(shape, generator=generator.manual_seed(stable_hash(seed, name))) for seed in self.seeds
         ]  # fmt: skip
         batch = torch.stack(drawn) if drawn else torch.empty((0, *shape))
-        if self.device.type == "cuda":
-            return batch.pin_memory().to(self.device, non_blocking=True)
-        return batch.to(self.device)
+        return to_device(batch, self.device)

@@ -67,9 +67,9 @@ class InpaintFilter(Filter):
         size = round(height * scale), round(width * scale)
         device = next(self.saliency.parameters()).device
         saliency = self.saliency(F.interpolate(images.to(device), size=size, mode="bilinear", antialias=True))
-        thresholds = torch.tensor([rng.uniform(*self.thresold) for rng in rngs], device=device).float()
-        inverted = torch.tensor([rng.random() < self.p_outpaint for rng in rngs], device=device)
-        masks = (saliency > thresholds[:, None, None, None]) ^ inverted[:, None, None, None]
+        thresholds = [rng.uniform(*self.thresold) for rng in rngs]
+        masks = torch.stack([one > threshold for one, threshold in zip(saliency, thresholds, strict=True)])
+        masks = torch.stack([mask ^ (rng.random() < self.p_outpaint) for mask, rng in zip(masks, rngs, strict=True)])
         whole = F.interpolate(masks.float(), size=(height, width), mode="nearest")
         return _blurred(whole, EDGE_BLUR * min(height, width)) > 0.5
 

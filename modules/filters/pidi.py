@@ -55,8 +55,8 @@ class PidiFilter(Filter):
             [_dilated(edge, rng.choice(self.dilation_kernels)) for edge, rng in zip(edges, rngs, strict=True)]
         )
         if self.binarize:
-            thresholds = torch.tensor([rng.uniform(*THRESHOLDS) for rng in rngs], device=edges.device)
-            edges = (edges > thresholds[:, None, None, None]).float()
+            drawn = [edge > rng.uniform(*THRESHOLDS) for edge, rng in zip(edges, rngs, strict=True)]
+            edges = torch.stack(drawn).float()
         if self.resize is not None:
             edges = F.interpolate(edges, size=size, mode="bilinear")
         return Filtered.grey(edges)
@@ -66,6 +66,6 @@ def _dilated(edge: Tensor, size: int) -> Tensor:
     """The largest value of (1, H, W) within a disc around each pixel."""
     if not size:
         return edge
-    padded = F.pad(edge, (size // 2,) * 4)
-    windows = padded.unfold(1, size, 1).unfold(2, size, 1)[..., torch.from_numpy(disc(size)).bool().to(edge.device)]
-    return windows.amax(dim=-1)
+    padded, (height, width) = F.pad(edge, (size // 2,) * 4), edge.shape[1:]
+    shifted = [padded[:, y : y + height, x : x + width] for y, x in np.argwhere(disc(size))]
+    return torch.stack(shifted).amax(dim=0)

@@ -28,7 +28,8 @@ def central_difference(weight: Tensor) -> Tensor:
 def angular_difference(weight: Tensor) -> Tensor:
     """Each neighbour minus the next one, clockwise: equation 3."""
     flat = weight.flatten(2)
-    return (flat - flat[:, :, _CLOCKWISE_BEFORE]).view_as(weight)
+    before = torch.stack([flat[:, :, place] for place in _CLOCKWISE_BEFORE], dim=2)
+    return (flat - before).view_as(weight)
 
 
 def radial_difference(weight: Tensor) -> Tensor:
@@ -36,9 +37,10 @@ def radial_difference(weight: Tensor) -> Tensor:
     # The published weights are numbered so that the first of nine is unused and the others follow in reading order.
     outer = weight.flatten(2)[:, :, 1:]
     kernel = weight.new_zeros(*weight.shape[:2], 5, 5)
-    rows, columns = torch.tensor([(place // 3, place % 3) for place in _RING]).T
-    kernel[:, :, rows * 2, columns * 2] = outer
-    kernel[:, :, rows + 1, columns + 1] = -outer
+    for value, place in zip(outer.unbind(2), _RING, strict=True):
+        row, column = divmod(place, 3)
+        kernel[:, :, row * 2, column * 2] = value
+        kernel[:, :, row + 1, column + 1] = -value
     return kernel
 
 

@@ -38,9 +38,10 @@ class SREffnetFilter(SRFilter):
     def __init__(self, scale_factor: float = 0.5):
         super().__init__(scale_factor)
         self.encoder: nn.Module | None = None
+        self.device: torch.device | str = "cpu"
 
     def to(self, device: torch.device | str, encoder: nn.Module | None = None) -> Self:
-        self.encoder = encoder
+        self.device, self.encoder = device, encoder
         return self
 
     def enlarged(self, small: Tensor, size: tuple[int, int]) -> Filtered:
@@ -48,7 +49,7 @@ class SREffnetFilter(SRFilter):
             raise ValueError("SREffnetFilter looks through the encoder of Stage C's latents: call `to` with it first")
         from modules.effnet import normalise_images  # brings torchvision, which the workers do without
 
-        weight = next(self.encoder.parameters())
-        latents = self.encoder(normalise_images(small.to(weight.device)).to(weight.dtype))
+        dtype = next(self.encoder.parameters()).dtype
+        latents = self.encoder(normalise_images(small.to(self.device)).to(dtype))
         latents = F.interpolate(latents, scale_factor=1 / self.scale_factor, mode="nearest")
         return Filtered(latents.float(), super().enlarged(small, size).picture)

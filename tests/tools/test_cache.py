@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from itertools import count
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.multiprocessing import ProcessExitedException
 from cascade import cache_writer, versions
 from tests.caches import make_cache, write_pictures
 from tests.many_processes import launch_processes
+from tools import cache
 from warpcore.config import ConfigError
 from warpcore.data.catalog import open_catalog
 from warpcore.data.index import read_rows
@@ -78,6 +80,50 @@ def test_a_cache_that_was_killed_is_finished_by_two_processes(settings, tmp_path
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert not list(out.glob(".*.part"))
     assert (out / "dataset.manifest.parquet").exists()
+
+
+def _failing_member(mini: versions.Version, settings: dict, out: Path, how: str) -> None:
+    """Process 1 fails at its first rows, while process 0 is at work, or when it has nothing left to do."""
+    versions.VERSIONS["mini"], rank = mini, int(os.environ["RANK"])
+    plain, ended = cache.Caching._encode_shard, out.with_suffix(f".{rank}")
+
+    def encode_shard(caching, number, batches, progress):
+        if rank == 0 and how == "at work":
+            _wait_for(out / ".failed")
+        if rank == 1:
+            if how != "at work":
+                _wait_for(next(caching._path(other) for other in range(2) if other != number))
+            if how == "killed":
+                os._exit(0)
+            raise OSError(errno.EIO, "the network drive is gone")
+        plain(caching, number, batches, progress)
+
+    cache.Caching._encode_shard = encode_shard
+    try:
+        make_cache("train_c", settings, out)
+    except (UserError, RuntimeError, OSError) as error:
+        ended.write_text(" ".join([str(error), *getattr(error, "__notes__", ())]))
+
+
+def _wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("how", ["at work", "waiting", "killed"])
+def test_a_process_that_fails_ends_the_others_which_say_why(settings, tmp_path, how):
+    out, mini = tmp_path / "cache", versions.VERSIONS["mini"]
+    launch_processes(2, _failing_member, mini, settings, out, how)
+    said = (tmp_path / "cache.0").read_text()
+    if how == "killed":
+        assert "Another process of the run ended" in said
+    else:
+        assert "another process of this cache failed: process 1 on " in said
+        assert "the network drive is gone" in said
+    assert len(list(out.glob("*.tar"))) == (0 if how == "at work" else 1)
+    assert len(content(make_cache("train_c", settings, out))) == 4  # what failed before does not count
 
 
 def test_rows_keep_their_places_and_what_is_left_out_is_told(settings, tmp_path, capsys):

@@ -1,0 +1,97 @@
+"""On a GPU, Python runs ahead of the computation: an update waits for no result and for no copy.
+
+And nothing, in updates, validation or samples, computes with tensors of two devices.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from modules.filters import InpaintFilter, PidiFilter
+from modules.filters.pidinet import PiDiNet
+from modules.filters.saliency import Saliency
+from tests.caches import make_cache, write_pictures
+from tests.fake_gpu import GPU, FakeGpu, Waits
+from tests.train.test_every_script import SETTINGS, settings, use_case  # noqa: F401
+from warpcore import evaluation
+from warpcore.config import make_config
+from warpcore.meta import AsIfOn
+
+FURTHER: dict[str, dict] = {
+    "train_c": {"clip_image_dropout": 0.5, "adaptive_loss_weight": True, "offset_noise": 0.1},
+    "train_c_controlnet": {"cache_text": True, "grad_norm_groups": {"hint": "backbone"}},
+    "train_c_lora": {"caption_templates": ["a [fernando] {caption}", "[fernando]"], "masked_loss": True},
+}
+"""Settings that make a script decide more."""
+
+
+def train_on_gpu(name: str, settings: dict) -> None:  # noqa: F811
+    """Updates of a use case, of which one with samples seen before must not wait; then all that may."""
+    kind = use_case(name)
+    run = kind(make_config(kind.Config, settings | {"clip_grad_norm": 1.0}))
+    run.device, run.processes = GPU, replace(run.processes, device=GPU)
+    run.dtype, run.autocast = torch.bfloat16, partial(AsIfOn, "cuda", torch.bfloat16)
+    with FakeGpu() as gpu:
+        run.setup()
+        batch = next(run.feed.batches())
+        run._make_update(iter([batch]), 0.1)
+        with gpu.watched():
+            run._make_update(iter([batch]), 0.1)
+        run.metrics.flush()
+        evaluation.validate(run)
+        evaluation.draw(run)
+        assert all(parameter.device == GPU for parameter in run.parameters.values())
+    run.close()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_from_pictures(settings, name):  # noqa: F811
+    train_on_gpu(name, settings(name, "update", **FURTHER.get(name, {})))
+
+
+@pytest.mark.parametrize("name", ["train_b", "train_c", "train_c_lora"])
+def test_from_a_cache(settings, name, tmp_path):  # noqa: F811
+    pictures = write_pictures(tmp_path / "pictures" / "0.tar", 6)
+    given = settings(name, "update", webdataset_path=str(pictures), **FURTHER.get(name, {}))
+    train_on_gpu(name, given | {"webdataset_path": str(make_cache(name, given, tmp_path / "cache"))})
+
+
+@pytest.mark.parametrize("kind", [PidiFilter, InpaintFilter])
+def test_filters_that_compute_on_the_gpu(kind, tmp_path):
+    network, key = (PiDiNet(), "checkpoint_path") if kind is PidiFilter else (Saliency(), "saliency_checkpoint_path")
+    save_file(network.state_dict(), tmp_path / "network.safetensors")
+    filter = kind(**{key: tmp_path / "network.safetensors"})
+    with FakeGpu() as gpu:
+        filter.to(GPU)
+        with gpu.watched():
+            assert filter(torch.zeros(3, 3, 64, 64, device=GPU)).condition.device == GPU
+
+
+WAITING = {
+    "a number": lambda gpu: gpu.sum().item(),
+    "a decision": lambda gpu: bool(gpu.any()),
+    "a mask": lambda gpu: gpu[gpu > 0],
+    "a count": lambda gpu: torch.bincount(gpu.long().flatten(), minlength=4),
+    "checked lengths": lambda gpu: torch.segment_reduce(gpu, "sum", lengths=gpu[0].long()),
+    "to the CPU": lambda gpu: gpu.cpu(),
+    "from the CPU": lambda gpu: torch.ones(2).to(gpu.device),
+    "of Python's numbers": lambda gpu: torch.tensor([1.0, 2.0], device=gpu.device),
+    "not pinned": lambda gpu: torch.ones(2).to(gpu.device, non_blocking=True),
+    "pinned, but awaited": lambda gpu: torch.ones(2).pin_memory().to(gpu.device),
+    "rows by a list": lambda gpu: gpu[[0, 1]],
+    "two devices": lambda gpu: gpu + torch.ones(2),
+}
+
+
+@pytest.mark.parametrize("what", WAITING)
+def test_waiting_is_noticed(what):
+    with FakeGpu() as gpu, gpu.watched():
+        there = torch.ones(2, 2, device=GPU)
+        there[0] = 1.0
+        there * torch.tensor(2.0) + torch.ones(2).pin_memory().to(GPU, non_blocking=True)
+        with pytest.raises((Waits, DataDependentOutputException, DynamicOutputShapeException)):
+            WAITING[what](there)
