@@ -11,8 +11,12 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from cascade.build import only_shapes
-from warpcore.config import Config, load_config
+from warpcore import optim
+from warpcore.config import Config, ConfigError, load_config, make_config
+from warpcore.core import WarpCore
 from warpcore.errors import run_script
 from warpcore.feed import split_batch
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
@@ -34,8 +38,8 @@ def main() -> None:
     options, keys = parser.parse_known_args()
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [options.config, *keys])
-    with only_shapes(), OnShapes(use_case, config, options.device, options.processes) as shapes:
-        plan = Plan(shapes, *split_batch(config, options.processes, None))
+    plan = Plan(use_case, config, options.device, options.processes)
+    with only_shapes():
         plan.show(options.buckets)
         if options.gpu_memory:
             plan.suggest(options.gpu_memory * GIB)
@@ -44,69 +48,114 @@ def main() -> None:
 class Plan:
     """What a run needs per process, for its settings and for others."""
 
-    def __init__(self, shapes: OnShapes, micro_batch: int, accumulation: int):
-        self.shapes, self.config = shapes, shapes.config
-        self.micro_batch, self.accumulation = micro_batch, accumulation
-        self.sizes = bucket_sizes(shapes.run)
-        self._counted: dict[tuple, Needs] = {}
+    def __init__(self, use_case: type[WarpCore], config: Config, device: str, processes: int = 1):
+        self.use_case, self.config, self.device, self.processes = use_case, config, device, processes
+        self.micro_batch, self.accumulation = split_batch(config, processes, None)
 
-    def needs(self, level: int, micro_batch: int, size: tuple[int, int] | None = None) -> Needs:
+    def shapes(self, changes: dict) -> OnShapes:
+        """The run with other settings.
+
+        Raises:
+            ConfigError: it can't have them.
+        """
+        config = make_config(type(self.config), self.config.model_dump() | changes)
+        return OnShapes(self.use_case, config, self.device, self.processes)
+
+    def needs(self, shapes: OnShapes, level: int, micro_batch: int, size: tuple[int, int] | None = None) -> Needs:
         """Of a level of activation checkpointing and a micro-batch; of the largest bucket without a size."""
-        key = (level, micro_batch, size or self.sizes[0])
-        if key not in self._counted:
-            self.shapes.set_checkpointing(level)
-            self._counted[key] = self.shapes.needs(key[2], micro_batch, self.accumulation)
-        return self._counted[key]
+        shapes.set_checkpointing(level)
+        size = size or bucket_sizes(shapes.run)[0]
+        return shapes.needs(size, micro_batch, self.accumulation * self.micro_batch // micro_batch)
 
     def show(self, buckets: bool) -> None:
+        """Print what the config needs, and what it would with other levels of activation checkpointing."""
         own, micro = self.config.activation_checkpointing, self.micro_batch
-        needs = self.needs(own, micro)
-        print(f"per process, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
-              f"{self.shapes.run.dtype} computation\n".replace("torch.", ""))  # fmt: skip
+        with self.shapes({}) as shapes:
+            sizes = bucket_sizes(shapes.run)
+            rows = [(level, sizes[0]) for level in LEVELS] + [(own, size) for size in sizes[1:] if buckets]
+            table = [(level, size, self.needs(shapes, level, micro, size)) for level, size in rows]
+            print(f"per process, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
+                  f"{shapes.run.dtype} computation\n".replace("torch.", ""))  # fmt: skip
+        needs = table[0][2]
         print("| frozen networks | weights | gradients | optimizer | EMA |\n|---|---|---|---|---|")
         print(f"| {_gib(needs.frozen)} | {_gib(needs.weights)} | {_gib(needs.gradients)} | {_gib(needs.optimizer)} "
               f"| {_gib(needs.ema)} |\n")  # fmt: skip
-        print("| activation_checkpointing | bucket (H x W px) | activations | all |\n|---|---|---|---|")
-        rows = [(level, self.sizes[0]) for level in LEVELS] + [(own, size) for size in self.sizes[1:] if buckets]
-        for level, size in rows:
-            needs = self.needs(level, micro, size)
-            mark = " (this config)" if (level, size) == (own, self.sizes[0]) else ""
-            print(f"| {level}{mark} | {size[0]} x {size[1]} | {_gib(needs.activations)} | {_gib(needs.total)} |")
+        print("| activation_checkpointing | bucket (H x W px) | activations | all | in the CPU's memory |")
+        print("|---|---|---|---|---|")
+        for level, size, needs in table:
+            mark = " (this config)" if (level, size) == (own, sizes[0]) else ""
+            print(f"| {level}{mark} | {size[0]} x {size[1]} | {_gib(needs.activations)} | {_gib(needs.total)} "
+                  f"| {_gib(needs.on_cpu)} |")  # fmt: skip
 
     def suggest(self, memory: float) -> None:
         """Print the first settings that fit, by what they cost: nothing, time, precision."""
-        for changes, total in self._alternatives():
-            if total <= USABLE * memory:
-                written = ", ".join(f"{key}: {value}" for key, value in changes.items()) or "this config"
-                print(f"\nfits {memory / GIB:g} GiB: {written} ({_gib(total)} GiB of {_gib(USABLE * memory)} usable)")
+        least = math.inf
+        for changes, needs in self._alternatives(USABLE * memory):
+            if needs.total <= USABLE * memory:
+                keys = yaml.safe_dump(changes, default_flow_style=True, sort_keys=False, width=math.inf)
+                written = keys.strip()[1:-1] or "this config"
+                print(f"\nfits {memory / GIB:g} GiB: {written} ({_gib(needs.total)} GiB of {_gib(USABLE * memory)} "
+                      f"usable, {_gib(needs.on_cpu)} GiB of the CPU's memory)")  # fmt: skip
                 return
+            least = min(least, needs.total)
         print(
-            f"\nnothing fits {memory / GIB:g} GiB in one process, the least being {_gib(total)} GiB: shard it over "
+            f"\nnothing fits {memory / GIB:g} GiB in one process, the least being {_gib(least)} GiB: shard it over "
             "several (use_fsdp: true, --processes), or train adapters (train/train_c_lora.py)"
         )
 
-    def _alternatives(self) -> Iterator[tuple[dict, float]]:
+    def _alternatives(self, usable: float) -> Iterator[tuple[dict, Needs]]:
+        """Settings and what they need, the first ones being those that cost least."""
         own = self.config.activation_checkpointing
-        sizes = [n for n in range(self.micro_batch, 0, -1) if self.micro_batch % n == 0]
-        for elsewhere in ({}, {"ema_device": "cpu"}, {"ema_device": "cpu", "weights_dtype": "bfloat16"}):
-            if not self._changes(elsewhere):
+        as_written = [(own, self.micro_batch)]
+        smaller = [(level, n) for n in range(self.micro_batch, 0, -1) if not self.micro_batch % n
+                   for level in range(own, 4)]  # fmt: skip
+        free, dear = self._places()
+        for changes, batches in [*((c, as_written) for c in free), *((c, smaller) for c in (*free, *dear))]:
+            if "activations" in changes.get("offload", ()) and not own:
+                batches = [(level, n) for level, n in batches if level]
+            try:
+                shapes = self.shapes(changes | {"activation_checkpointing": batches[-1][0]})
+            except ConfigError:  # such as bfloat16 weights with another optimizer than AdamW
                 continue
-            for micro in sizes:
-                for level in range(own, 4):
-                    needs = self.needs(level, micro)
-                    total = needs.total - (needs.ema if "ema_device" in elsewhere else 0)
-                    if "weights_dtype" in elsewhere:
-                        total -= (needs.weights + needs.gradients) / 2
-                    changes = {} if level == own else {"activation_checkpointing": level}
-                    changes |= {} if micro == self.micro_batch else {"micro_batch_size": micro}
-                    yield changes | elsewhere, total
+            with shapes:
+                least = shapes.between_updates()
+                if least.total <= usable:
+                    least = self.needs(shapes, *batches[-1])
+                if least.total > usable:
+                    yield changes, least
+                    continue
+                for level, micro in batches[:-1]:
+                    yield changes | self._batch(level, micro), self.needs(shapes, level, micro)
+                yield changes | self._batch(*batches[-1]), least
 
-    def _changes(self, keys: dict) -> bool:
-        """Whether the config does not say so already, and can."""
-        config: Config = self.config
-        if "weights_dtype" in keys and (config.weights_dtype == "bfloat16" or config.optimizer != "adamw"):
-            return False
-        return keys != {"ema_device": "cpu"} or (config.ema_start_iters is not None and config.ema_device == "same")
+    def _places(self) -> tuple[list[dict], list[dict]]:
+        """Keys that move something to where it takes no memory of this GPU: for nearly nothing, and at a price."""
+        config = self.config
+        ema = {"ema_device": "cpu"} if config.ema_start_iters is not None and not config.fsdp_cpu_offload else {}
+        encoders = {"offload": [*dict.fromkeys([*config.offload, "encoders"])]}
+        activations = {"offload": [*dict.fromkeys([*config.offload, "encoders", "activations"])]}
+        free = [{}, ema, ema | encoders]
+        dear = [ema | activations]
+        dear += [{"use_fsdp": True}] if self.processes > 1 else []
+        if optim.supports_dtensor(config.optimizer):
+            weights = {"use_fsdp": True, "fsdp_cpu_offload": True}
+            dear += [weights, weights | encoders, weights | activations]
+        dear += [{"weights_dtype": "bfloat16"} | changes for changes in (*free, *dear)]
+        free, dear = (
+            [{k: v for k, v in one.items() if getattr(config, k) != v} for one in all] for all in (free, dear)
+        )
+        return [c for i, c in enumerate(free) if c not in free[:i]], [c for c in dear if c not in free]
+
+    def _batch(self, level: int, micro_batch: int) -> dict:
+        """The keys of a level of activation checkpointing and a micro-batch, where they differ from the config's."""
+        config, changes = self.config, {}
+        if level != config.activation_checkpointing:
+            changes["activation_checkpointing"] = level
+        if micro_batch != self.micro_batch:
+            changes["micro_batch_size"] = micro_batch
+            if config.grad_accum_steps is not None:
+                changes["grad_accum_steps"] = self.accumulation * self.micro_batch // micro_batch
+        return changes
 
 
 def _gib(size: float) -> str:

@@ -100,7 +100,11 @@ class Config(Settings):
     fsdp_shards: PositiveInt | None = None
     """With `use_fsdp`, how many neighbouring processes share one copy (8: one per 8 GPUs); by default all."""
     fsdp_cpu_offload: bool = False
-    """With `use_fsdp`, keep weights, gradients and optimizer state in the CPU's memory between uses."""
+    """With `use_fsdp`, on one process too: keep weights, gradients and optimizer state in the CPU's memory, where the
+    optimizer steps; blocks come to the device as they are used."""
+    offload: list[Literal["encoders", "activations"]] = []
+    """What waits in the CPU's memory while it is not used: `encoders`, the frozen networks; `activations`, what
+    activation checkpointing keeps."""
     process_timeout_seconds: PositiveFloat = 1800
     """A process that waits longer than this for the others (one hangs, or a machine is gone) ends with an error."""
     activation_checkpointing: Literal[0, 1, 2, 3] = 0
@@ -212,6 +216,10 @@ class Config(Settings):
             raise ValueError("weights_dtype: bfloat16 needs dtype: bfloat16 and optimizer: adamw: remove other values")
         if not self.use_fsdp and (self.fsdp_shards or self.fsdp_cpu_offload):
             raise ValueError("fsdp_shards and fsdp_cpu_offload need use_fsdp: true")
+        if "activations" in self.offload and not self.activation_checkpointing:
+            raise ValueError(
+                "offload: activations are what activation_checkpointing keeps: set that to 1, 2 or 3 (all blocks)"
+            )
         return self
 
     @property

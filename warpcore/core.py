@@ -14,23 +14,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
 
-from warpcore import compute, evaluation, optim
+from warpcore import evaluation, optim, placement
 from warpcore.checkpoint import Checkpoints, write_whole
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
-from warpcore.ema import EMA
 from warpcore.errors import UserError, run_script
 from warpcore.feed import Feed
 from warpcore.metrics import Metrics
+from warpcore.offload import OnDemand
 from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes, stop_signals
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
@@ -132,7 +124,7 @@ class WarpCore:
     def __init__(self, config: Config):
         self.config = config
         self.processes = start_processes(
-            config.device, config.use_fsdp, config.fsdp_shards, config.process_timeout_seconds
+            config.device, config.use_fsdp, config.fsdp_shards, config.process_timeout_seconds, config.fsdp_cpu_offload
         )
         self.device = self.processes.device
         of_weights = "bfloat16" if config.weights_dtype == "bfloat16" else None
@@ -205,17 +197,18 @@ class WarpCore:
         torch.manual_seed(config.seed)
         self.networks = self.build()
         self.batch_norms = {name: BatchNormStatistics(self.networks[name]) for name in self.trainable}
-        for name, network in self.networks.items():
-            self._place(name, network)
+        self.on_demand: dict[str, OnDemand] = {}
+        for name in self.networks:
+            placement.place(self, name)
         parameters = {f"{name}.{p}": t for name in self.trainable for p, t in self.networks[name].named_parameters()}
         self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
         self.gradient_groups = optim.gradient_groups(self.parameters.items(), config.grad_norm_groups)
         self.optimizers = optim.build_optimizers(
-            config.optimizer, self._parameter_groups(),
+            config.optimizer, placement.parameter_groups(self),
             lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
         )  # fmt: skip
         optim.train_mode(self.optimizers)
-        self.averages = self._averages()
+        self.averages = placement.averages(self)
 
     def train(self) -> None:
         """The loop."""
@@ -267,7 +260,7 @@ class WarpCore:
             for name, norms in self.batch_norms.items():
                 batch_norms[name].append(norms.take(batch.weight))
 
-        norm = self._clip_gradients()
+        norm = optim.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
         group_norms = optim.gradient_norms(self.gradient_groups)
         mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         finite = self.processes.all_true(torch.isfinite(norm) & torch.isfinite(mean["loss"]))
@@ -315,15 +308,6 @@ class WarpCore:
                 inputs = self.encode(batch, random)
             return self.loss(inputs, random)
 
-    def _clip_gradients(self) -> Tensor:
-        """The global gradient norm, before clipping to the configured one."""
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.config.clip_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_grad_norm, norm)
-        return norm.to(self.device)  # of offloaded parameters it is on the CPU
-
     def _update_states(
         self, statistics: list[dict[str, Tensor]], batch_norms: dict[str, list], finite: Tensor
     ) -> None:
@@ -345,75 +329,10 @@ class WarpCore:
         )  # fmt: skip
 
     def _synchronise_gradients(self, now: bool) -> None:
-        if self.processes.count > 1:
+        # Gradients that wait for others' do so on the device, where those of an offloaded network have no room.
+        if self.processes.mesh is not None and not self.config.fsdp_cpu_offload:
             for name in self.trainable:
                 self.networks[name].set_requires_gradient_sync(now)
-
-    # ------------------------------------------------------------------ pieces of the set-up
-
-    def _place(self, name: str, network: nn.Module) -> None:
-        """Move a network to its device; freeze it, or prepare it for training."""
-        if name not in self.trainable:
-            network.eval().requires_grad_(False).to(self.device, self.dtype)
-            self._compile(network)
-            if self.processes.count > 1 and self.config.use_fsdp and hasattr(network, "blocks"):
-                self._shard(network, MixedPrecisionPolicy(cast_forward_inputs=False))
-            return
-        network.to(self.device)
-        if self.config.weights_dtype == "bfloat16":
-            if self.batch_norms[name].norms:
-                raise UserError(f"weights_dtype: {name} has batch norms, which want float32; remove the key")
-            compute.keep_in_bfloat16(network)
-        if self.config.fp8:
-            compute.to_fp8(network, self.device)
-        if self.config.activation_checkpointing:
-            if not hasattr(network, "set_activation_checkpointing"):
-                raise UserError(f"activation_checkpointing: {name} does not offer it; remove the key")
-            network.set_activation_checkpointing(self.config.activation_checkpointing)
-        self._compile(network)
-        if self.processes.count > 1:
-            # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
-            # Batch norms want their weights in float32; gradients are added up in float32, as in one process.
-            whole = self.dtype == torch.float32 or self.batch_norms[name].norms
-            policy = MixedPrecisionPolicy(
-                param_dtype=None if whole else self.dtype,
-                reduce_dtype=torch.float32,
-                cast_forward_inputs=False,
-            )
-            self._shard(network, policy)
-
-    def _compile(self, network: nn.Module) -> None:
-        if self.config.compile and hasattr(network, "compile_blocks"):
-            compute.compile_blocks(network, self.device)
-
-    def _shard(self, network: nn.Module, policy: MixedPrecisionPolicy) -> None:
-        """Spread the parameters over the processes, gathered again block by block as they are used."""
-        for parameter in network.parameters():  # sharding wants plain memory order
-            parameter.data = parameter.data.contiguous()
-        on_cpu = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        offload = on_cpu if self.config.fsdp_cpu_offload else OffloadPolicy()
-        for part in (*getattr(network, "blocks", ()), network):
-            fully_shard(part, mesh=self.processes.mesh, mp_policy=policy, offload_policy=offload)
-        for method in getattr(network, "forward_methods", ()):
-            register_fsdp_forward_method(network, method)
-
-    def _parameter_groups(self) -> list[dict]:
-        groups = []
-        for network, settings in self.trainable.items():
-            named = {name: p for name, p in self.parameters.items() if name.startswith(f"{network}.")}
-            groups.append({"params": list(named.values()), "param_names": list(named), **settings})
-        return groups
-
-    def _averages(self) -> dict[str, EMA]:
-        config = self.config
-        if config.ema_start_iters is None:
-            return {}
-        device = "cpu" if config.ema_device == "cpu" else None
-        return {
-            name: EMA(self.networks[name], start=config.ema_start_iters, every=config.ema_iters, beta=config.ema_beta,
-                      device=device)
-            for name in self.trainable
-        }  # fmt: skip
 
     # ------------------------------------------------------------------ saving, reporting, looking
 

@@ -158,6 +158,18 @@ def eval_mode(optimizers: Iterable[Optimizer]) -> None:
             optimizer.eval()
 
 
+def clip_gradients(parameters: Iterable[Tensor], largest_norm: float | None) -> Tensor:
+    """The norm (0-d) of all gradients together, which are then scaled down to `largest_norm` if it is greater.
+
+    It is where the gradients are: with offloaded parameters, on the CPU.
+    """
+    parameters = list(parameters)
+    norm = _full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if largest_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest_norm, norm)
+    return norm
+
+
 def step(optimizers: Iterable[Optimizer], found_inf: Tensor) -> None:
     """Steps all optimizers, or none where `found_inf` (one element, not 0: skip) says that gradients aren't finite.
 
@@ -169,7 +181,9 @@ def step(optimizers: Iterable[Optimizer], found_inf: Tensor) -> None:
     for optimizer in optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             # The protocol of torch.amp.GradScaler: kernels return early where found_inf is 1.
-            optimizer.grad_scale, optimizer.found_inf = None, found_inf
+            # Kernels on the CPU read it at once, and AdamW's own copy from a GPU would not have arrived by then.
+            there = optimizer.param_groups[0]["params"][0].device
+            optimizer.grad_scale, optimizer.found_inf = None, found_inf.to(there)
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf
         else:

@@ -6,6 +6,8 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run. `mesh` (replicas x shards) exists only with several."""
+    """This process among those of the run. `mesh` (replicas x shards) exists with several, and to offload weights."""
 
     rank: int
     count: int
@@ -74,7 +76,10 @@ class Processes:
 
     def another_group(self) -> dist.ProcessGroup | None:
         """All processes once more, over gloo: for collectives that must not mix with those of training."""
-        return dist.new_group(backend="gloo", timeout=self.timeout) if self.count > 1 else None
+        if self.count == 1:
+            return None
+        with _no_longer_than(self.timeout):
+            return dist.new_group(backend="gloo", timeout=self.timeout)
 
 
 class Vote:
@@ -104,7 +109,11 @@ class Vote:
 
 
 def start_processes(
-    device: str, use_fsdp: bool = False, fsdp_shards: int | None = None, timeout_seconds: float = 1800
+    device: str,
+    use_fsdp: bool = False,
+    fsdp_shards: int | None = None,
+    timeout_seconds: float = 1800,
+    cpu_offload: bool = False,
 ) -> Processes:
     """Join the process group when there are several processes; choose the device.
 
@@ -112,16 +121,17 @@ def start_processes(
         use_fsdp: shard networks over the processes; else each holds a whole copy.
         fsdp_shards: how many processes share one copy; by default all of them.
         timeout_seconds: a process waits no longer than this for the others; then it raises.
+        cpu_offload: make a group of a single process, too: sharding is what keeps weights in the CPU's memory.
 
     Raises:
         UserError: launch variables that are only half set, a device that is not there, shards that do not divide.
     """
     rank, count, local_rank = _launch()
     place = choose_device(device, local_rank)
-    if count == 1:
+    if count == 1 and not cpu_offload:
         return Processes(0, 1, place)
     if place.type == "mps":
-        raise UserError("several processes cannot share MPS: start one, or write device: cpu")
+        raise UserError("MPS takes one process, without fsdp_cpu_offload: start one, or write device: cpu")
     shards = (fsdp_shards or count) if use_fsdp else 1
     if count % shards:
         fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
@@ -129,8 +139,10 @@ def start_processes(
     timeout = timedelta(seconds=timeout_seconds)
     # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL.
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "cpu:gloo"
-    dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout)
-    return Processes(rank, count, place, _mesh(place.type, rank, count, shards, timeout), timeout)
+    alone = {"store": dist.HashStore()} if count == 1 else {}
+    with _no_longer_than(timeout):
+        dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout, **alone)
+        return Processes(rank, count, place, _mesh(place.type, rank, count, shards, timeout), timeout)
 
 
 def _mesh(device_type: str, rank: int, count: int, shards: int, timeout: timedelta) -> DeviceMesh:
@@ -142,6 +154,27 @@ def _mesh(device_type: str, rank: int, count: int, shards: int, timeout: timedel
     own = [ranks[:, rank % shards], ranks[rank // shards]]
     groups = [dist.new_group(one.tolist(), timeout=timeout, use_local_synchronization=True) for one in own]
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicas", "shards"))
+
+
+@contextmanager
+def _no_longer_than(timeout: timedelta) -> Iterator[None]:
+    """End this process when meeting the others takes longer: gloo itself waits five times as long for a connection."""
+    watch = threading.Timer(timeout.total_seconds(), _give_up, (timeout,))
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
+
+
+def _give_up(timeout: timedelta) -> None:
+    print(
+        f"the processes of the run did not meet within {timeout.total_seconds():g} s (process_timeout_seconds): one "
+        "ended, gave no answer or never came; its own output, or that of its machine, says why",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)  # the thread that waits can't be interrupted
 
 
 def explain(error: RuntimeError) -> None:

@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from warpcore import optim
 from warpcore.config import Config
@@ -82,7 +83,7 @@ def made_up_batch(run: WarpCore, size: tuple[int, int], count: int) -> Batch:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of memory that a process needs for a run, by what for."""
+    """Bytes of memory that a process needs for a run, by what for: on the device, but for `on_cpu`."""
 
     frozen: int
     """Networks that aren't trained."""
@@ -91,8 +92,9 @@ class Needs:
     gradients: int
     optimizer: int
     ema: int
-    """On the device."""
-    activations: int
+    on_cpu: int
+    """What waits in the CPU's memory, of all these."""
+    activations: int = 0
     """What an update needs at its peak beyond all others, encoders included."""
 
     @property
@@ -113,10 +115,13 @@ class OnShapes:
     def __init__(self, use_case: type[WarpCore], config: Config, kind: str, processes: int = 1):
         self.use_case, self.kind, self.processes = use_case, kind, processes
         self.config = config.model_copy(update={"device": "cpu", "fp8": False, "compile": False})
+        self.sharded = config.use_fsdp and (processes > 1 or config.fsdp_cpu_offload)
+        self.shards = (config.fsdp_shards or processes) if self.sharded else 1
         self._modes = ExitStack()
 
     def __enter__(self) -> "OnShapes":
-        config, run = self.config, self.use_case(self.config)
+        config = self.config
+        run = self.use_case(config.model_copy(update={"use_fsdp": False, "fsdp_cpu_offload": False}))
         default = torch.bfloat16 if self.kind == "cuda" and config.dtype is None else torch.float32
         run.dtype = default if config.dtype is None and config.weights_dtype == "float32" else run.dtype
         run.device, run.update, run.autocast = META, 0, nullcontext
@@ -134,21 +139,43 @@ class OnShapes:
 
     def needs(self, size: tuple[int, int], micro_batch: int, accumulation: int = 1) -> Needs:
         """What a process needs for updates with micro-batches of a bucket (H, W)."""
-        run = self.run
-        trained = list(run.parameters.values())
-        networks = {id(p): p.nbytes for network in run.networks.values() for p in network.parameters()}
-        buffers = {id(b): b.nbytes for network in run.networks.values() for b in network.buffers()}
-        weights = sum(p.nbytes for p in trained)
-        frozen = sum(networks.values()) + sum(buffers.values()) - weights
-        shards = self._shards()
-        return Needs(
-            frozen=frozen,
-            weights=weights // shards,
-            gradients=weights // shards,
-            optimizer=self._optimizer_bytes() // shards,
-            ema=self._ema_bytes() // shards,
-            activations=self._activations(size, micro_batch, accumulation) + self._gathered(shards),
-        )
+        activations, sent_away = self._activations(size, micro_batch, accumulation)
+        needs = self.between_updates()  # frozen networks that the loss needs have come to stay
+        return replace(needs, activations=activations + self._gathered(), on_cpu=needs.on_cpu + sent_away)
+
+    def between_updates(self) -> Needs:
+        """What it needs even then, gradients included."""
+        config = self.config
+        weights = sum(p.nbytes for p in self.run.parameters.values()) // self.shards
+        trained = {"weights": weights, "gradients": weights, "optimizer": self._optimizer_bytes // self.shards}
+        ema = sum(t.nbytes for average in self.run.averages.values() for t in average.state_dict().values())
+        ema //= self.shards
+        frozen, on_cpu = self._frozen()
+        if config.fsdp_cpu_offload:
+            return Needs(frozen, 0, 0, 0, 0, on_cpu + sum(trained.values()) + ema)
+        if config.ema_device == "cpu":
+            return Needs(frozen, **trained, ema=0, on_cpu=on_cpu + ema)
+        return Needs(frozen, **trained, ema=ema, on_cpu=on_cpu)
+
+    def _frozen(self) -> tuple[int, int]:
+        """Bytes on the device, and in the CPU's memory, of what isn't trained."""
+        on_device = on_cpu = 0
+        for name, network in self.run.networks.items():
+            weights = sum(p.nbytes for p in network.parameters() if not p.requires_grad)
+            buffers = sum(b.nbytes for b in network.buffers())
+            on_demand = self.run.on_demand.get(name)
+            if self._is_sharded(name) and self.config.fsdp_cpu_offload:
+                on_device, on_cpu = on_device + buffers, on_cpu + weights // self.shards
+            elif self._is_sharded(name):
+                on_device += weights // self.shards + buffers
+            elif on_demand is not None and not on_demand.stays:
+                on_cpu += weights + buffers
+            else:
+                on_device += weights + buffers
+        return on_device, on_cpu
+
+    def _is_sharded(self, name: str) -> bool:
+        return self.sharded and (name in self.run.trainable or hasattr(self.run.networks[name], "blocks"))
 
     def set_checkpointing(self, level: int) -> None:
         """Change `activation_checkpointing` of every network that offers it."""
@@ -156,28 +183,35 @@ class OnShapes:
             if hasattr(network, "set_activation_checkpointing"):
                 network.set_activation_checkpointing(level)
 
-    def _activations(self, size: tuple[int, int], micro_batch: int, accumulation: int) -> int:
-        run, sharded = self.run, self._shards() > 1
-        trained = list(run.parameters.values())
+    def _activations(self, size: tuple[int, int], micro_batch: int, accumulation: int) -> tuple[int, int]:
+        """Bytes on the device at the peak of an update, and the most that wait in the CPU's memory."""
+        run = self.run
+        trained, staying = list(run.parameters.values()), self._staying()
         batch = made_up_batch(run, size, micro_batch)
         for network in run.trainable:
             run.networks[network].train()
         with ExitStack() as undo:
-            if sharded:  # each block's weights are gathered in the type computed in, and its gradients go elsewhere
+            if self.sharded:  # each block's weights are gathered in the type computed in, its gradients go elsewhere
                 for parameter in trained:
                     undo.callback(setattr, parameter, "data", parameter.data)
                     parameter.data = parameter.data.to(run.dtype)
                     undo.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
             there = [t for n in run.networks.values() for t in (*n.parameters(), *n.buffers())]
             memory = undo.enter_context(PeakMemory(there, device="meta"))
+            kept = undo.enter_context(PeakMemory(device="cpu"))
             batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
             for _ in range(min(accumulation, 2)):  # the second one begins with gradients there
                 _backward(run.forward(batch).loss.mean())
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         for parameter in trained:
             parameter.grad = None
-        return max(0, memory.peak - gradients)
+        sent_away = kept.peak if "activations" in self.config.offload else 0
+        return max(0, memory.peak - gradients - (self._staying() - staying)), sent_away
 
+    def _staying(self) -> int:
+        return sum(network.nbytes for network in self.run.on_demand.values() if network.stays)
+
+    @cached_property
     def _optimizer_bytes(self) -> int:
         run = self.run
         if run.config.optimizer == "adamw8bit":  # its kernels want memory; two moments of a byte
@@ -191,21 +225,21 @@ class OnShapes:
         states = [state for optimizer in run.optimizers for state in optimizer.state.values()]
         return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
 
-    def _ema_bytes(self) -> int:
-        if self.config.ema_device == "cpu":
-            return 0
-        return sum(t.nbytes for average in self.run.averages.values() for t in average.state_dict().values())
+    def _gathered(self) -> int:
+        """What FSDP gathers, in the type computed in: layers outside of blocks, and two blocks with their gradients.
 
-    def _shards(self) -> int:
-        return (self.config.fsdp_shards or self.processes) if self.config.use_fsdp and self.processes > 1 else 1
+        To and from the CPU's memory weights and gradients travel in float32: those of a block at a time, the gradients
+        before and after they are added up.
+        """
+        networks = [network for name, network in self.run.networks.items() if self._is_sharded(name)]
+        blocks = [_count(block) for network in networks for block in getattr(network, "blocks", ())]
+        largest, outside = max(blocks, default=0), sum(map(_count, networks)) - sum(blocks)
+        travelling = 3 * 4 * largest if self.config.fsdp_cpu_offload else 0
+        return (2 * 2 * largest + outside) * torch.finfo(self.run.dtype).bits // 8 + travelling
 
-    def _gathered(self, shards: int) -> int:
-        """With FSDP, the whole of two blocks at a time, and of their gradients, in the type computed in."""
-        if shards == 1:
-            return 0
-        blocks = [b for name in self.run.trainable for b in getattr(self.run.networks[name], "blocks", ())]
-        largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
-        return 2 * 2 * largest * torch.finfo(self.run.dtype).bits // 8
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -33,10 +33,15 @@ def measured_peak(rehearsal: Rehearsal, size: tuple[int, int], count: int) -> in
     return peak
 
 
-@pytest.mark.parametrize("name", [*SETTINGS])
-def test_counted_activations_are_those_of_a_real_update(settings, name):  # noqa: F811
+OFFLOAD = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in SETTINGS), ("train_b", OFFLOAD), ("train_c_controlnet", OFFLOAD)]
+)
+def test_counted_activations_are_those_of_a_real_update(settings, name, changes):  # noqa: F811
     use_case = load_use_case(TRAIN / f"{name.split()[0]}.py")
-    given = settings(name, "memory", batch_size=8, image_size=96)
+    given = settings(name, "memory", batch_size=8, image_size=96, **changes)
     given.pop("train_tokens", None)
     config = make_config(use_case.Config, given)
     with only_shapes(), OnShapes(use_case, config, "cpu") as shapes:
@@ -47,7 +52,8 @@ def test_counted_activations_are_those_of_a_real_update(settings, name):  # noqa
         weights = sum(p.nbytes for p in rehearsal.run.parameters.values())
         living = sum(t.nbytes for t in rehearsal.living())
     assert counted.weights == counted.gradients == weights
-    assert counted.total == pytest.approx(living + peak, rel=0.10)
+    # Here the device's memory is the CPU's.
+    assert counted.total + counted.on_cpu == pytest.approx(living + peak, rel=0.10)
 
 
 def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: F811
@@ -55,10 +61,13 @@ def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: 
     config = make_config(use_case.Config, settings("train_c", "levels", batch_size=8))
     with only_shapes(), OnShapes(use_case, config, "cuda") as shapes:
         assert shapes.run.dtype == torch.bfloat16
-        plan = memory.Plan(shapes, 8, 2)  # the second micro-batch finds gradients there
-        totals = [plan.needs(level, 8).activations for level in memory.LEVELS]
+        size, totals = bucket_sizes(shapes.run)[0], []
+        for level in memory.LEVELS:
+            shapes.set_checkpointing(level)
+            totals.append(shapes.needs(size, 8, accumulation=2).activations)  # the second one finds gradients there
         assert totals[0] > totals[1] >= totals[2] >= totals[3]
-        assert plan.needs(0, 4).activations < 0.7 * totals[0]
+        shapes.set_checkpointing(0)
+        assert shapes.needs(size, 4, accumulation=2).activations < 0.7 * totals[0]
 
 
 def test_sharding_divides_what_lives_between_updates_and_not_the_activations(settings):  # noqa: F811
@@ -73,6 +82,34 @@ def test_sharding_divides_what_lives_between_updates_and_not_the_activations(set
         assert getattr(shared, part) == pytest.approx(getattr(whole, part) / 4, rel=0.01)
     # Beside the activations, which are the same, two blocks and their gradients are whole at a time.
     assert whole.activations < shared.activations < whole.activations + whole.weights + whole.gradients
+
+
+def test_offloaded_weights_leave_the_device_and_are_counted_in_the_memory_of_the_cpu(settings):  # noqa: F811
+    use_case = load_use_case(TRAIN / "train_c_controlnet.py")
+    given = settings("train_c_controlnet", "offloaded", batch_size=8)
+    counted = []
+    for changes in ({}, {"use_fsdp": True, "fsdp_cpu_offload": True}):
+        config = make_config(use_case.Config, given | changes)
+        with only_shapes(), OnShapes(use_case, config, "cpu") as shapes:
+            counted.append(shapes.needs(bucket_sizes(shapes.run)[0], 8))
+            blocks = sum(p.nbytes for n in ("generator", "previewer") for p in shapes.run.networks[n].parameters())
+    whole, away = counted
+    assert away.weights == away.gradients == away.optimizer == away.ema == whole.on_cpu == 0
+    assert away.on_cpu == whole.weights + whole.gradients + whole.optimizer + whole.ema + blocks
+    assert away.frozen == whole.frozen - blocks
+
+
+def test_what_is_suggested_costs_more_the_less_memory_there_is(settings, capsys):  # noqa: F811
+    use_case = load_use_case(TRAIN / "train_c.py")
+    plan = memory.Plan(use_case, make_config(use_case.Config, settings("train_c", "less", batch_size=2)), "cuda")
+    with only_shapes():
+        with plan.shapes({}) as shapes:
+            needs = plan.needs(shapes, 0, 2)
+        for total in (needs.total, needs.total - needs.ema // 2, needs.weights):
+            plan.suggest(1.001 * total / memory.USABLE)
+    suggested = [line.partition("GiB: ")[2] for line in capsys.readouterr().out.splitlines() if line]
+    expected = ("this config (", "ema_device: cpu (", "use_fsdp: true, fsdp_cpu_offload: true")
+    assert all(line.startswith(start) for line, start in zip(suggested, expected, strict=True))
 
 
 def test_a_published_size_is_counted_without_its_weights(tmp_path, capsys, monkeypatch):
