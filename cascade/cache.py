@@ -80,14 +80,16 @@ class Origin:
         """That of a folder, given as a complete URL; None where it holds no cache.
 
         Raises:
-            UserError: it can't be understood.
+            UserError: it can't be read, or understood.
         """
         url = f"{folder}/{CACHE_NAME}"
         try:
             with storage_for(url).open(url) as file:
-                values = json.loads(file.read())
+                content = file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            values = json.loads(content)
         except ValueError as error:
             raise UserError(f"{url} is not whole: {error}; {_REMAKE}") from None
         if not isinstance(values, dict) or values.get("version") != CACHE_VERSION:

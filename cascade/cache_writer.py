@@ -26,7 +26,7 @@ from warpcore.data.lanes import draw_seed
 from warpcore.data.samples import PICTURE_FACTS, MicroBatch
 from warpcore.data.selection import BASE_COLUMNS, Piece, Rows, Selection, make_samples
 from warpcore.data.shards import Shard
-from warpcore.data.storage import is_remote, read_ranges, storage_for
+from warpcore.data.storage import read_ranges, storage_for
 from warpcore.errors import UserError
 
 CHUNK_ROWS = 512
@@ -255,13 +255,6 @@ def new_tar(path: Path, record: Record, dtype: str) -> Iterator[CacheTar]:
 def shard_at(path: Path) -> Shard:
     """The tar at a path."""
     return Shard(str(path), *storage_for(str(path)).stat(str(path)))
-
-
-def local_folder(out: str) -> Path:
-    """The folder that a cache goes to. Raises UserError for a URL."""
-    if is_remote(out):
-        raise UserError(f"{out}: write the cache to a folder here, then copy it: training reads it from s3:// too")
-    return Path(out).absolute()
 
 
 def report(record: Record, dtype: str, variants: int, from_pictures: float, from_cache: float) -> str:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from cascade.versions import VERSIONS, Version
-from warpcore.config import Config, Settings, Share
+from warpcore.config import Config, FileName, Settings, Share
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 from warpcore.diffusion.samplers import SAMPLERS
 
@@ -33,11 +33,11 @@ class ModelSettings(FamilySettings):
     """Weights of the previewer; by default where `models/download.py` puts them."""
     stage_a_checkpoint_path: Path | None = None
     """Weights of Stage A; by default where `models/download.py` puts them."""
-    clip_text_model_name: str | None = None
+    clip_text_model_name: FileName | None = None
     """Text tower: a public name (`laion/CLIP-ViT-bigG-14-laion2B-39B-b160k`), open_clip's `MODEL:TAG`, or a file."""
     clip_text_checkpoint_path: Path | None = None
     """Weights of the text tower as a local file, instead of a download by its name."""
-    clip_image_model_name: str | None = None
+    clip_image_model_name: FileName | None = None
     """Image tower, named like the text tower."""
     clip_image_checkpoint_path: Path | None = None
     """Weights of the image tower as a local file, instead of a download by its name."""

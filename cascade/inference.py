@@ -1,5 +1,6 @@
 """Configuration keys of scripts that use a whole cascade, published or out of training runs."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ KEY_OF_WEIGHTS = {
 """The key that takes the weights a run leaves under this name; `generator` is Stage B's or Stage C's."""
 STEERING = ("lora", "controlnet")
 """Weights that steer a frozen Stage C. The keys that take lists of them have the same names."""
+
+logger = logging.getLogger(__name__)
 
 
 class CascadeSettings(ModelSettings):
@@ -138,6 +141,8 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
         raise ValueError(
             f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
         )
+    # What weights say of themselves counts, whatever the config has become.
+    target = next(filter(None, map(target_of, trained.values())), target)
     if steering := {name: [str(trained[name])] for name in STEERING if name in trained}:
         return kept | steering | {"generator_checkpoint_path": base, TARGET_KEY: target}
     kept |= {KEY_OF_WEIGHTS[name]: str(file) for name, file in trained.items() if name != "generator"}
@@ -166,8 +171,14 @@ def weights_in(place: Path, name: str, use_ema: bool = True) -> Path:
 
 
 def _weights(folder: Path, name: str, use_ema: bool) -> Path | None:
-    files = [folder / f"{name}{suffix}.safetensors" for suffix in (["_ema", ""] if use_ema else [""])]
-    return next((file for file in files if file.is_file()), None)
+    plain, average = folder / f"{name}.safetensors", folder / f"{name}_ema.safetensors"
+    if not (use_ema and average.is_file()):
+        return plain if plain.is_file() else None
+    made, averaged = (int(metadata_of(file).get("update", 0)) for file in (plain, average))
+    if averaged < made:
+        logger.warning("%s is of update %d and %s of %d: taking the latter", average, averaged, plain.name, made)
+        return plain
+    return average
 
 
 def _header(path: Path) -> tuple[set[str], dict[str, str]]:

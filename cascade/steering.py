@@ -14,7 +14,7 @@ from cascade.inference import DrawingSettings, weights_in
 from cascade.pictures import size_of
 from cascade.sampling import Cascade
 from modules.filters.inpaint import InpaintFilter
-from warpcore.config import ConfigError, Share
+from warpcore.config import ConfigError, FileName, Share
 
 OF_EACH = ("control_image", "control_ready", "control_strength", "control_start", "control_end")
 """Keys that hold a value for each ControlNet, or one for all."""
@@ -25,7 +25,7 @@ OF_A_FILE = ("controlnet_filter", "controlnet_filter_params", "controlnet_blocks
 class SteeringSettings(DrawingSettings):
     """Keys of scripts that draw with Stage C."""
 
-    lora: list[str] = []
+    lora: list[FileName] = []
     """LoRAs, whose changes add up: FILE or FILE:STRENGTH each, in any format, or folders of runs that made one."""
     controlnet: list[Path] = []
     """ControlNets that all count: files, or folders of runs that made one."""

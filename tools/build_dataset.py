@@ -25,6 +25,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from tools.arguments import local_path, positive
 from tools.metadata import PICTURE_SUFFIXES, read_metadata
 from warpcore.data.catalog import MANIFEST_NAME, write_manifests
 from warpcore.data.images import MAX_PIXELS
@@ -329,20 +330,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return int(text)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="pictures, also in sub-folders")
-    parser.add_argument("out", type=Path, metavar="OUT", help="where the tars go")
+    parser.add_argument("folder", type=local_path, metavar="FOLDER", help="pictures, also in sub-folders")
+    parser.add_argument("out", type=local_path, metavar="OUT", help="where the tars go")
     limits = parser.add_mutually_exclusive_group()
-    limits.add_argument("--samples-per-shard", type=_positive, default=1000, help="default 1000")
+    limits.add_argument("--samples-per-shard", type=positive, default=1000, help="default 1000")
     limits.add_argument("--shard-size", type=parse_bytes, help="such as 500MB, instead of a number of samples")
-    parser.add_argument("--metadata", type=Path, help="a .jsonl or .csv; default: the metadata files in FOLDER")
+    parser.add_argument("--metadata", type=local_path, help="a .jsonl or .csv; default: the metadata files in FOLDER")
     parser.add_argument("--overwrite", action="store_true", help="replace the tars in OUT")
     given = parser.parse_args(arguments)
     report = build_dataset(

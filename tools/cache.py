@@ -29,9 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cascade.cache import CACHE_NAME, Dtype, Origin, bucket_name, buckets_of, origin_of
-from cascade.cache_writer import Record, Work, in_words, local_folder, mirrored, new_tar, report, shard_at
+from cascade.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
 from cascade.conditions import TextMemory
 from cascade.training import DiffusionTraining
+from tools.arguments import local_path, positive
 from warpcore.config import load_config
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
@@ -339,25 +340,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="the training script, such as train/train_c.py")
     parser.add_argument("config", metavar="CONFIG", help="its config, which names data, networks, sizes")
-    parser.add_argument("out", metavar="OUT", help="folder for the cache")
+    parser.add_argument("out", type=local_path, metavar="OUT", help="folder for the cache")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="other values of the config")
-    parser.add_argument("--variants", type=_positive, default=1, help="crops of each picture; default 1")
+    parser.add_argument("--variants", type=positive, default=1, help="crops of each picture; default 1")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float16", help="default float16")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="samples encoded together; default 32")
+    parser.add_argument("--batch-size", type=positive, default=32, help="samples encoded together; default 32")
     given = parser.parse_intermixed_args(arguments)
     kind = use_case(given.script)
-    config, out = load_config(kind.Config, [given.config, *given.settings]), local_folder(given.out)
+    config, out = load_config(kind.Config, [given.config, *given.settings]), given.out.absolute()
     with closing(Caching(kind(config), out, given.dtype, given.variants, given.batch_size)) as caching:
         record = caching.run()
         if caching.training.processes.is_main:
             print(report(record, given.dtype, given.variants, *caching.seconds_per_sample(record)))
             print(f"train from it with webdataset_path={given.out}")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

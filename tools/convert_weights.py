@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tools.arguments import local_path
 from warpcore.errors import UserError, run_script
 from warpcore.weights import write_weights
 
@@ -33,8 +34,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("source", type=local_path)
+    parser.add_argument("target", type=local_path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     arguments = parser.parse_args()
     convert(arguments.source, arguments.target, getattr(torch, arguments.dtype))

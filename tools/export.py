@@ -37,7 +37,8 @@ from cascade.inference import TARGET_KEY, CascadeSettings, metadata_of, weights_
 from cascade.lora_files import read_lora, write_lora
 from cascade.lora_formats import Lora
 from modules.tokenizers import BytePairTokenizer, Tokenizer
-from warpcore.config import Settings, load_config
+from tools.arguments import local_path
+from warpcore.config import FileName, Settings, load_config
 from warpcore.errors import UserError, run_script
 from warpcore.weights import write_weights
 
@@ -76,7 +77,7 @@ def from_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
 class LoraExportSettings(CascadeSettings):
     """Keys of the LoRA formats, beside those of the networks."""
 
-    lora: list[str] = []
+    lora: list[FileName] = []
     """The LoRA: this is SOURCE."""
     strength: float = 1.0
     """How much of it `lora-merged` adds to the weights."""
@@ -181,8 +182,8 @@ FORMATS: dict[str, Callable[[Path, Path, list[str]], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("format", choices=FORMATS)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("source", type=local_path)
+    parser.add_argument("target", type=local_path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="key=value or --key value")
     given = parser.parse_args()
     if not given.source.exists():

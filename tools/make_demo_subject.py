@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.arguments import local_path
 from tools.demo_scenes import BACKGROUNDS, SIZES, SUBJECT, Scene
 from tools.make_demo_dataset import write_picture
 
@@ -43,7 +44,7 @@ def make_demo_subject(folder: Path, seed: int = 0) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the pictures go")
+    parser.add_argument("folder", type=local_path, help="where the pictures go")
     options = parser.parse_args(arguments)
     print(f"{make_demo_subject(options.folder)} pictures of {TOKEN} in {options.folder}")
 

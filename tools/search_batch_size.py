@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from tools.arguments import local_path
 from warpcore.config import ConfigError, load_config
 from warpcore.errors import UserError, run_script
 from warpcore.rehearsal import Rehearsal, bucket_sizes, load_use_case
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("script", type=Path, help="the training script, such as train/train_c.py")
     parser.add_argument("config", type=Path, help="its config; keys may follow as key=value")
-    parser.add_argument("tuned", type=Path, help="the config to write")
+    parser.add_argument("tuned", type=local_path, help="the config to write")
     parser.add_argument("--max-memory", type=float, help="GiB to stay under; needed on a CPU, else all of the GPU")
     parser.add_argument("--step-seconds", type=float, help="a micro-batch takes no longer than this")
     parser.add_argument("--best", choices=("size", "speed"), default="size", help="which of those that fit")

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
+from warpcore.errors import UserError
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
 from warpcore.weights import write_weights
@@ -60,6 +61,7 @@ class Checkpoints:
         self._whole: int | None = None
         self._files: Mapping[str, Mapping] = {}
         self._failed = False
+        self._at_rest = False
         # Collectives of the writing thread must not mix with those of training.
         self._group = processes.another_group()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -142,6 +144,7 @@ class Checkpoints:
             backup: also keep a copy of `weights` for good.
         """
         self.wait()
+        self._at_rest = False
         if self._first_here:
             self._place.clear(update)
         writer = FileSystemWriter(partial_folder(self.folder, update))
@@ -185,13 +188,15 @@ class Checkpoints:
         if pending is not None:
             self._failed = True
             pending.result()
-            self._failed = False
+            self._failed, self._at_rest = False, True
 
     def close(self) -> None:
         try:
             self.wait()
             if not self._failed and self.processes.is_main:  # what came since the last time, too
                 self._thread.submit(self._place.bring_files).result()
+            if self._at_rest and self._first_here:
+                self._place.tidy()
         finally:
             self._thread.shutdown()
             self._place.leave()
@@ -214,9 +219,11 @@ class Checkpoints:
                 f"the checkpoint of update {update} in {self._place.name} cannot be read: {_reason(error)}. "
                 f"Remove state/{update:08d} there to go on from the one before"
             ) from error
+        self._at_rest = True  # the others have read it too, or this would not have ended
 
     def _reader(self, update: int) -> "_Reader":
-        return _Reader(state_folder(self.folder, update), lambda names: self._fetch(update, names))
+        name = f"{self._place.name}/state/{update:08d}/.metadata"
+        return _Reader(state_folder(self.folder, update), name, lambda names: self._fetch(update, names))
 
     def _publish(self, written: Future, update: int, values: dict, weights: dict, about: dict, backup: bool) -> None:
         """Wait for DCP, then finish the checkpoint on the main process; every process learns how that went."""
@@ -227,7 +234,7 @@ class Checkpoints:
             files = {name: fingerprint(partial / name) for name in own}
             self._place.bring(update, own)
         except (Exception, CheckpointException) as error:  # DCP's own exception is no Exception
-            problem = _reason(error)
+            problem = self._problem_of_saving(error)
         everyone = self._gather((problem, files))
         problem = next(filter(None, (problem for problem, _ in everyone)), None)
         if problem is None and self.processes.is_main:
@@ -236,7 +243,7 @@ class Checkpoints:
             try:
                 self._finish(update, files, values, weights, about, backup)
             except Exception as error:
-                problem = _reason(error)
+                problem = self._problem_of_saving(error)
         problem = self._gather(problem)[0]
         if problem is None:
             self._whole = update
@@ -245,13 +252,19 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             for leftover in self.folder.glob("*.partial"):
                 leftover.unlink(missing_ok=True)
-        free_gib = shutil.disk_usage(self.folder).free / 2**30
         raise CheckpointError(
-            f"could not save update {update} in {self._place.name} ({free_gib:.2f} GiB free in {self.folder}): "
-            f"{problem}\n"
-            + (f"The checkpoint of update {self._whole} is whole: " if self._whole else "No checkpoint is there yet: ")
-            + "mend that (a full disk needs room) and start again with the same command."
+            f"could not save update {update} in {self._place.name}: {problem}\n"
+            + (f"The checkpoint of update {self._whole} is whole" if self._whole else "No checkpoint is there yet")
+            + ": once that is mended, start again with the same command."
         )
+
+    def _problem_of_saving(self, error: BaseException) -> str:
+        """What stands in the way of a checkpoint, and what to do where the error does not say that itself."""
+        cause = _cause(error)
+        if isinstance(cause, UserError | PermissionError):
+            return str(cause)
+        free_gib = shutil.disk_usage(self.folder).free / 2**30
+        return f"{_reason(cause)}. {free_gib:.2f} GiB are free in {self._place.disk}; a full disk needs room."
 
     def _gather(self, value) -> list:
         """`value` of every process, by the writing threads."""
@@ -292,11 +305,16 @@ def writer_of(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _reason(error: BaseException) -> str:
-    """DCP wraps what each rank raised: the first of those, in one line."""
+def _cause(error: BaseException) -> BaseException:
+    """DCP wraps what each rank raised: the first of those."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}"
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    cause = _cause(error)
+    return f"{type(cause).__name__}: {cause}"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -335,9 +353,9 @@ class _TableUnpickler(pickle.Unpickler):
 class _Reader(FileSystemReader):
     """DCP's reader, with the table of contents read safely, and the files that a process needs fetched before."""
 
-    def __init__(self, path: Path, fetch: Callable[[Sequence[str]], None]):
+    def __init__(self, path: Path, name: str, fetch: Callable[[Sequence[str]], None]):
         super().__init__(path)
-        self._fetch = fetch
+        self._name, self._fetch = name, fetch
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         names = sorted({self.storage_data[item.storage_index].relative_path for item in plan.items})
@@ -351,10 +369,10 @@ class _Reader(FileSystemReader):
             with path.open("rb") as file:
                 metadata = _TableUnpickler(file).load()
         except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            raise CheckpointError(f"{self._name} cannot be read: {error}") from error
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
-                raise CheckpointError(f"{path}: {name} is not a tensor, so it is not loaded")
+                raise CheckpointError(f"{self._name}: {name} is not a tensor, so it is not loaded")
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -31,11 +31,14 @@ from pydantic import (
 )
 
 from warpcore.data.buckets import parse_ratio
+from warpcore.data.storage import local_path
 from warpcore.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 S3Url = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*/?$")]
+FileName = Annotated[str, Path]
+"""Text that is, or begins with, the name of a file, or is another name."""
 ByteValue = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -239,6 +242,11 @@ class Config(Settings):
         return f"{self.checkpoint_path.rstrip('/')}/{self.experiment_id}"
 
     @property
+    def run_place(self) -> str:
+        """Where people look for the run."""
+        return self.run_url or str(self.run_folder)
+
+    @property
     def samples_folder(self) -> Path:
         return self.output_path / self.experiment_id if self.output_path else self.run_folder / "samples"
 
@@ -254,6 +262,7 @@ def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> 
 
     Raises:
         ConfigError: for a missing file, an unknown key, a wrong type or an impossible combination.
+        UserError: the file is a URL.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -261,7 +270,7 @@ def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> 
         raise SystemExit(0)
     arguments, values, given = list(arguments), {}, {}
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):
-        values = _read_yaml(Path(arguments.pop(0)))
+        values = _read_yaml(local_path(arguments.pop(0)))
     for key, text in _pairs(arguments):
         value = _parse_yaml(text, f"{key}={text}")
         if _takes_lists(kind, key) and not isinstance(value, list | None):
@@ -297,11 +306,29 @@ def make_config(kind: type[AnySettings], values: dict[str, Any]) -> AnySettings:
     Raises:
         ConfigError: one line for each mistake.
     """
+    _check_paths(kind, values)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = [_explain(kind, mistake) for mistake in error.errors()]
         raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+
+
+def _check_paths(kind: type[Settings], values: dict[str, Any]) -> None:
+    """No URL where a path is needed: before all else, as other checks look for files."""
+    for key, field in kind.model_fields.items():
+        value = values.get(key)
+        for one in value if isinstance(value, list) else [value]:
+            on_s3 = S3Url in typing.get_args(field.annotation) and str(one).startswith("s3:")
+            if isinstance(one, str | Path) and _holds_paths(field.annotation) and not on_s3:
+                try:
+                    local_path(one)
+                except UserError as error:
+                    raise ConfigError(f"{key}: {error}") from None
+
+
+def _holds_paths(annotation: Any) -> bool:
+    return annotation is Path or any(map(_holds_paths, typing.get_args(annotation)))
 
 
 def dump_config(config: Settings) -> str:

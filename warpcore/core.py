@@ -187,9 +187,14 @@ class WarpCore:
             config=config.model_dump(mode="json"),
             resume_update=resumed,
         )
-        if self.processes.is_main:
-            write_whole(config.run_folder / "config.yaml", dump_config(config))
         self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
+        if resumed is not None:
+            self.progress.say(f"{config.run_place} is at update {resumed}" + (
+                "" if resumed < config.updates else
+                f": updates: {config.updates} leaves nothing to do; write a larger number to train on"
+            ))  # fmt: skip
+        if self.processes.is_main and self.update < config.updates:  # or else it tells how the weights were made
+            write_whole(config.run_folder / "config.yaml", dump_config(config))
 
     def make_networks(self) -> None:
         """Networks, optimizers and averages, as they are before the first update."""
@@ -329,10 +334,11 @@ class WarpCore:
         )  # fmt: skip
 
     def _synchronise_gradients(self, now: bool) -> None:
-        # Gradients that wait for others' do so on the device, where those of an offloaded network have no room.
-        if self.processes.mesh is not None and not self.config.fsdp_cpu_offload:
+        # Shards of gradients are added up in every micro-batch, or each process would keep whole ones; over replicas,
+        # that waits for the last, unless what waits on the device has no room there.
+        if self.processes.count > 1 and not self.config.fsdp_cpu_offload:
             for name in self.trainable:
-                self.networks[name].set_requires_gradient_sync(now)
+                self.networks[name].set_requires_all_reduce(now)
 
     # ------------------------------------------------------------------ saving, reporting, looking
 
@@ -340,14 +346,16 @@ class WarpCore:
         config = self.config
         weights = evaluation.weights_to_publish(self)
         tensors, values = self.state.save()
+        about = self.file_metadata()
         values |= {
+            "about": about,
             "feed": self.feed.state(),
             "nonfinite_updates": self.nonfinite_updates,
             "run_id": self.run_id,
         }
         backup = config.backup_every is not None and self.update % config.backup_every == 0
         self.saved_update = self.update
-        self.checkpoints.save(self.update, tensors, values, weights, self.file_metadata(), backup)
+        self.checkpoints.save(self.update, tensors, values, weights, about, backup)
         if self.processes.is_main:
             info = {"update": self.update, "updates": config.updates, "run_id": self.run_id,
                     "bad_samples": self.feed.bad_samples}  # fmt: skip

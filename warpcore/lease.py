@@ -1,8 +1,8 @@
 """An object on S3 that says which run writes below a prefix, so that no second one does.
 
 The run that holds it writes it anew every RENEW_SECONDS. One that has not been written for LEASE_SECONDS, by the clock
-of the endpoint (ours may jump), has run out: its run is gone. A step of a Slurm job that went back into the queue is
-known by its job, and need not wait for that.
+of the endpoint (ours may jump), has run out: its run is gone. A step of a Slurm job that went back into the queue need
+not wait for that: the same step of an earlier start of its job is gone.
 """
 
 import json
@@ -41,6 +41,7 @@ class _Found:
     age_seconds: float
     """Since it was written."""
     owner: str
+    restarts: int
     token: str
     who: str
 
@@ -53,6 +54,7 @@ class Lease:
         self.token = uuid.uuid4().hex
         job = os.environ.get("SLURM_JOB_ID")
         self.owner = f"{job}.{os.environ.get('SLURM_STEP_ID', '')}" if job else self.token
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self.who = f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")
         self._times_written = 0
         self._lost = False
@@ -70,7 +72,7 @@ class Lease:
         watched: str | None = None
         while True:
             found = self._find()
-            if found is None or found.owner == self.owner or found.age_seconds > LEASE_SECONDS:
+            if found is None or self._follows(found) or found.age_seconds > LEASE_SECONDS:
                 if self._write(found and found.etag):
                     break
                 continue  # another was quicker
@@ -87,6 +89,10 @@ class Lease:
             watched = found.etag
             time.sleep(LOOK_SECONDS)
         self._thread.start()
+
+    def _follows(self, found: _Found) -> bool:
+        """Whether it is of an earlier start of our Slurm job. Two launches in one step have the same owner, too."""
+        return found.owner == self.owner and found.restarts < self.restarts
 
     def renew(self) -> None:
         """Write it once more, which shows that it is still ours. Raises LeaseError, StorageError."""
@@ -125,7 +131,10 @@ class Lease:
     def _write(self, etag: str | None) -> bool:
         """Write it where it is still of this etag; whether it is ours then."""
         self._times_written += 1
-        content = {"owner": self.owner, "token": self.token, "who": self.who, "times_written": self._times_written}
+        content = {
+            "owner": self.owner, "restarts": self.restarts, "token": self.token, "who": self.who,
+            "times_written": self._times_written,
+        }  # fmt: skip
         put_if(self.url, json.dumps(content).encode(), etag)
         # What is there decides: the answer may have been lost, and not every endpoint knows conditions.
         found = self._find()
@@ -141,5 +150,5 @@ class Lease:
             if etag == bare_etag(head["ETag"]):
                 break
         now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
-        said = json.loads(content)
-        return _Found(etag, (now - head["LastModified"]).total_seconds(), said["owner"], said["token"], said["who"])
+        age, said = (now - head["LastModified"]).total_seconds(), json.loads(content)
+        return _Found(etag, age, said["owner"], said.get("restarts", 0), said["token"], said["who"])

@@ -35,7 +35,9 @@ class Place(Protocol):
     folder: Path
     """Where files are written, and where those of a checkpoint are read once they were fetched."""
     name: str
-    """For messages."""
+    """For messages: where people look for the checkpoints."""
+    disk: str
+    """For messages: the folder, and the key that names it."""
 
     def take(self) -> None:
         """Become the only run that writes here. Raises CheckpointError, or another UserError."""
@@ -70,6 +72,9 @@ class Place(Protocol):
     def bring_files(self) -> None:
         """Everything else in the folder (weights, metrics, samples) has to be where people look for it."""
 
+    def tidy(self) -> None:
+        """On one process of each machine, when none reads or writes: what only waited in the folder goes."""
+
     def check(self) -> None:
         """Raises UserError where another run has taken the place over."""
 
@@ -83,12 +88,13 @@ class LocalPlace:
     def __init__(self, folder: Path):
         self.folder = folder
         self.name = str(folder)
+        self.disk = f"{folder} (checkpoint_path)"
         self._lock = None
 
     def take(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.folder)
+            self._lock = lock(self.folder, self.name)
             for leftover in self.folder.glob("state/*.partial"):
                 shutil.rmtree(leftover)
         except OSError as error:
@@ -142,6 +148,9 @@ class LocalPlace:
     def bring_files(self) -> None:
         """They are there already."""
 
+    def tidy(self) -> None:
+        """Nothing here only waits."""
+
     def check(self) -> None:
         """The lock can't be taken from a process that lives."""
 
@@ -186,16 +195,18 @@ def compare(name: str, found: Mapping, recorded: Mapping) -> str | None:
     return None if found == recorded else f"{name} is not what was written: its hash is another"
 
 
-def lock(folder: Path):
-    """Keep other processes of this machine (and, where the file system can, others) from writing to the folder."""
+def lock(folder: Path, name: str):
+    """Keep other processes of this machine (and, where the file system can, others) from writing to the folder.
+
+    name: what it is in messages.
+    """
     file = (folder / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise CheckpointError(
-            f"{folder} is being written by another run ({file.read().strip()}): stop it, "
-            "or choose another experiment_id"
+            f"{name} is being written by another run ({file.read().strip()}): stop it, or choose another experiment_id"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")

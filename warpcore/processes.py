@@ -17,9 +17,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from warpcore.errors import UserError
 
+SILENT_SECONDS = 15
+"""A process that waits longer for the others says so."""
 Made = TypeVar("Made")
 
 
@@ -124,9 +127,12 @@ def start_processes(
         cpu_offload: make a group of a single process, too: sharding is what keeps weights in the CPU's memory.
 
     Raises:
-        UserError: launch variables that are only half set, a device that is not there, shards that do not divide.
+        UserError: launch variables that are only half set, a device that is not there, shards that do not divide, or
+            the others can't be met.
     """
     rank, count, local_rank = _launch()
+    if rank >= count:
+        raise UserError(f"process {rank} of {count}: ranks go from 0 to {count - 1}; launch with torchrun or srun")
     place = choose_device(device, local_rank)
     if count == 1 and not cpu_offload:
         return Processes(0, 1, place)
@@ -139,10 +145,30 @@ def start_processes(
     timeout = timedelta(seconds=timeout_seconds)
     # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL.
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "cpu:gloo"
-    alone = {"store": dist.HashStore()} if count == 1 else {}
     with _no_longer_than(timeout):
-        dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout, **alone)
+        store = dist.HashStore() if count == 1 else _meeting_point(rank, count, timeout)
+        dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout, store=store)
         return Processes(rank, count, place, _mesh(place.type, rank, count, shards, timeout), timeout)
+
+
+def _meeting_point(rank: int, count: int, timeout: timedelta) -> dist.Store:
+    """Where the processes of this start find each other's addresses.
+
+    torchrun may keep it over its restarts: the addresses of processes that are gone must not be found there.
+    """
+    try:
+        store, _, _ = next(rendezvous("env://", rank, count, timeout=timeout))
+    except dist.DistError as error:
+        raise UserError(
+            f"process {rank} of {count} can't meet the others at {_address()} (MASTER_ADDR, MASTER_PORT): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def _mesh(device_type: str, rank: int, count: int, shards: int, timeout: timedelta) -> DeviceMesh:
@@ -159,20 +185,31 @@ def _mesh(device_type: str, rank: int, count: int, shards: int, timeout: timedel
 @contextmanager
 def _no_longer_than(timeout: timedelta) -> Iterator[None]:
     """End this process when meeting the others takes longer: gloo itself waits five times as long for a connection."""
-    watch = threading.Timer(timeout.total_seconds(), _give_up, (timeout,))
-    watch.daemon = True
-    watch.start()
+    watches = [threading.Timer(timeout.total_seconds(), _give_up, (timeout,))]
+    if timeout.total_seconds() > SILENT_SECONDS:
+        watches.append(threading.Timer(SILENT_SECONDS, _say_so, (timeout,)))
+    for watch in watches:
+        watch.daemon = True
+        watch.start()
     try:
         yield
     finally:
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
+
+
+def _say_so(timeout: timedelta) -> None:
+    print(
+        f"waiting for the other processes of the run at {_address()}, up to {timeout.total_seconds():g} s "
+        "(process_timeout_seconds)", file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def _give_up(timeout: timedelta) -> None:
     print(
-        f"the processes of the run did not meet within {timeout.total_seconds():g} s (process_timeout_seconds): one "
-        "ended, gave no answer or never came; its own output, or that of its machine, says why",
-        file=sys.stderr, flush=True,
+        f"the processes of the run did not meet at {_address()} within {timeout.total_seconds():g} s "
+        "(process_timeout_seconds): one ended, gave no answer or never came; its own output, or that of its machine, "
+        "says why", file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(1)  # the thread that waits can't be interrupted
 

@@ -5,7 +5,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from warpcore.data.s3_files import abort_unfinished, fetch, remove, send, sizes_below
@@ -35,16 +36,15 @@ class S3Place:
 
     def __init__(self, folder: Path, url: str):
         self.folder, self.name, self.url = folder, url, url
+        self.disk = f"{folder} (scratch_path)"
         self._lease = Lease(f"{url}/lease.json", url)
         self._lock = None
         self._sent: dict[Path, tuple[int, int]] = {}
 
     def take(self) -> None:
-        try:
+        with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.folder)
-        except OSError as error:
-            raise CheckpointError(f"scratch_path: cannot write to {self.folder}: {error}") from error
+            self._lock = lock(self.folder, f"{self.name} (by way of {self.disk})")
         self._lease.take()
         abort_unfinished(f"{self.url}/")
         whole = set(self.updates())
@@ -53,14 +53,16 @@ class S3Place:
         remove([f"{self.url}/state/{name}" for name in names if update_of(name.split("/")[0]) not in kept])
 
     def join(self, processes: Processes) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        machine = _mark(self.folder)
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            machine = _mark(self.folder)
         machines = processes.gather(machine)
         first_here = machines.index(machine) == processes.rank
         if first_here:
-            for path in self.folder.iterdir():
-                if path.name not in _OWN:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with self._explained():
+                for path in self.folder.iterdir():
+                    if path.name not in _OWN:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
         processes.gather(None)  # everywhere, that is done before anything is fetched
         processes.on_main(self._fetch_metrics)
         return first_here
@@ -68,7 +70,19 @@ class S3Place:
     def _fetch_metrics(self) -> None:
         size = sizes_below(f"{self.url}/metrics.jsonl").get("")
         if size is not None:
-            fetch(f"{self.url}/metrics.jsonl", self.folder / "metrics.jsonl", size)
+            self._fetch_file(f"{self.url}/metrics.jsonl", self.folder / "metrics.jsonl", size)
+
+    def _fetch_file(self, url: str, path: Path, size: int) -> str:
+        with self._explained():
+            return fetch(url, path, size)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What the disk refuses, which is no fault of what is on S3."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"scratch_path: cannot write to {self.folder}: {error}") from error
 
     def updates(self) -> list[int]:
         folders = [name.removesuffix(f"/{MANIFEST}") for name in sizes_below(f"{self.url}/state/")]
@@ -76,7 +90,7 @@ class S3Place:
 
     def manifest(self, update: int) -> dict[str, dict] | str:
         url = f"{self._state(update)}/{MANIFEST}"
-        fetch(url, state_folder(self.folder, update) / MANIFEST, sizes_below(url)[""])
+        self._fetch_file(url, state_folder(self.folder, update) / MANIFEST, sizes_below(url)[""])
         return read_manifest(state_folder(self.folder, update))
 
     def difference(self, update: int, name: str, recorded: Mapping) -> str | None:
@@ -87,8 +101,8 @@ class S3Place:
         if size != recorded["bytes"]:
             return compare(name, {"bytes": size}, recorded)
         try:
-            return compare(name, {"bytes": size, "sha256": fetch(url, path, size)}, recorded)
-        except (ChangedShardError, OSError) as error:
+            return compare(name, {"bytes": size, "sha256": self._fetch_file(url, path, size)}, recorded)
+        except ChangedShardError as error:
             return f"{name} cannot be read: {error}"
 
     def fetch(self, update: int, files: Mapping[str, Mapping]) -> None:
@@ -109,7 +123,7 @@ class S3Place:
 
     def clear(self, update: int) -> None:
         """What was fetched or sent before is not needed any more."""
-        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        self.tidy()
 
     def bring(self, update: int, names: Sequence[str]) -> None:
         for name in names:
@@ -151,6 +165,9 @@ class S3Place:
             except FileNotFoundError:  # it was there for a moment only
                 continue
         shutil.rmtree(self.folder / "backups", ignore_errors=True)
+
+    def tidy(self) -> None:
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def check(self) -> None:
         self._lease.check()

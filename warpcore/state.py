@@ -3,6 +3,7 @@
 Names are `network/NAME/PARAMETER`, `ema/NAME/PARAMETER`, `bookkeeping/NAME/BUFFER`, `optimizer/NAME.PARAMETER.STATE`.
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from warpcore.ema import named_tensors
 
 if TYPE_CHECKING:
     from warpcore.core import WarpCore
+
+logger = logging.getLogger(__name__)
 
 
 class RunState:
@@ -34,6 +37,12 @@ class RunState:
         """
         run = self.run
         stored = run.checkpoints.stored(update)
+        said, says = values.get("about", {}), run.file_metadata()
+        changed = [
+            f"{key} was {said[key]} and is now {says[key]}" for key in said if says.get(key, said[key]) != said[key]
+        ]
+        if changed:
+            raise self._another_model(update, changed)
         tensors = self._networks()
         averages = self._averages() if any(name.startswith("ema/") for name in stored) else {}
         self._check(update, tensors | averages, stored)
@@ -70,7 +79,8 @@ class RunState:
 
     def _check(self, update: int, here: dict[str, Tensor], stored: dict) -> None:
         kept = {name for name in stored if not name.startswith("optimizer/")}
-        if not self.run.averages:
+        if not self.run.averages and any(name.startswith("ema/") for name in kept):
+            logger.warning("ema_start_iters is left out: the average of the weights ends with update %d", update)
             kept = {name for name in kept if not name.startswith("ema/")}
         wrong = [f"{name} is only in the checkpoint" for name in sorted(kept - here.keys())]
         wrong += [f"{name} is not in the checkpoint" for name in sorted(here.keys() - kept)]
@@ -80,11 +90,14 @@ class RunState:
             if name in kept and stored[name][0] != tensor.shape
         ]
         if wrong:
-            raise CheckpointError(
-                f"the checkpoint of update {update} in {self.run.config.run_folder} is of another model: {wrong[0]}"
-                + (f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else "")
-                + ". Restore the model settings of that run, or choose another experiment_id"
-            )
+            raise self._another_model(update, wrong)
+
+    def _another_model(self, update: int, wrong: list[str]) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint of update {update} in {self.run.config.run_place} is of another model: {wrong[0]}"
+            + (f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else "")
+            + ". Restore the settings of that run, or choose another experiment_id"
+        )
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

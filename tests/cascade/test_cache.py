@@ -9,12 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cascade.cache import Origin
 from tests.caches import make_cache, write_pictures
+from tests.faulty_proxy import FaultyProxy
 from tests.s3_server import bucket as bucket
 from tests.s3_server import s3_endpoint as s3_endpoint
+from tests.s3_server import talk_to
 from tests.warpcore.runs import load_weights, numbers, read_metrics
 from warpcore.config import make_config
 from warpcore.core import WarpCore
+from warpcore.data import s3_requests
+from warpcore.data.storage import StorageError
 from warpcore.errors import UserError
 
 SCRIPTS: dict[str, dict] = {
@@ -134,6 +139,24 @@ def test_a_cache_needs_no_index_and_works_on_s3(settings, tmp_path, bucket):
     url = bucket.upload(out, "cache/")
     there = numbers(train("train_c", given, webdataset_path=url, experiment_id="there"))
     assert there == numbers(lines)
+
+
+def test_a_storage_that_does_not_answer_is_not_told_as_a_damaged_cache(bucket, monkeypatch):
+    def told(folder: str) -> str:
+        with pytest.raises(StorageError) as error:
+            Origin.read(folder)
+        return str(error.value)
+
+    cache = f"{bucket.url}/cache"
+    assert Origin.read(cache) is None
+    assert "there is no such bucket" in told("s3://another/cache")
+    with FaultyProxy(bucket.endpoint) as proxy:
+        talk_to(proxy.url, monkeypatch)
+        proxy.refused = ("GET", "HEAD")
+        assert "403" in told(cache)
+    monkeypatch.setattr(s3_requests, "CALL_ATTEMPTS", 1)
+    talk_to("http://127.0.0.1:1", monkeypatch)
+    assert "Could not connect to the endpoint" in told(cache)
 
 
 def test_a_damaged_member_is_a_bad_sample(settings, tmp_path, capfd):

@@ -1,6 +1,7 @@
 """Pictures from a training run: seeds, sizes, files that say how they were made, and clear refusals."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cascade.pictures import read_picture, to_pictures
 from cascade.sampling import Cascade
 from inference.text_to_image import main
 from train.train_c import TrainStageC
+from warpcore.checkpoint import CheckpointError
 from warpcore.config import ConfigError, make_config
 from warpcore.errors import UserError
 from warpcore.pictures import read_metadata
@@ -87,6 +89,20 @@ def test_without_stage_b_the_previewer_draws_and_says_so(draw, tmp_path, capsys)
     assert "there are no weights of Stage B (stage_b_checkpoint_path)" in capsys.readouterr().out
     assert preview.shape == whole.shape
     assert np.abs(whole - preview).max() > 1
+
+
+def test_weights_say_what_they_are_whatever_the_config_has_become(draw, run, small_cascade, caplog):
+    settings = small_cascade | {"updates": 3, "ema_start_iters": None}
+    with pytest.raises(CheckpointError, match="diffusion_target was epsilon and is now v"):
+        TrainStageC(make_config(TrainStageC.Config, settings | {"diffusion_target": "v"})).run()
+    TrainStageC(make_config(TrainStageC.Config, settings)).run()
+    assert "the average of the weights ends with update 2" in caplog.text
+    config = Path(run) / "config.yaml"
+    config.write_text(config.read_text().replace("diffusion_target: epsilon", "diffusion_target: v"))
+    about = json.loads(read_metadata(next(iter(draw("prompts=[w1]"))))["settings"])
+    assert about.get("diffusion_target", "epsilon") == "epsilon"
+    assert about["generator_checkpoint_path"].endswith("generator.safetensors")
+    assert "is of update 2 and generator.safetensors of 3: taking the latter" in caplog.text
 
 
 @pytest.fixture

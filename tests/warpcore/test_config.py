@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from cascade.config import StageCConfig
+from inference.reconstruct import ReconstructConfig
+from inference.text_to_image import TextToImageConfig
 from warpcore.config import Config, ConfigError, describe, dump_config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.feed import split_batch
@@ -82,6 +84,30 @@ def test_the_resolved_config_reads_back_equal():
 def test_a_mistake_names_the_key_what_was_found_and_what_to_write(changes, words):
     message = refusal(**changes)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        *((Config, key) for key in ("output_path", "scratch_path", "cache_path")),
+        *((StageCConfig, key) for key in ("generator_checkpoint_path", "clip_text_model_name")),
+        *((TextToImageConfig, key) for key in ("run", "lora", "controlnet", "image", "output_path")),
+        (ReconstructConfig, "pictures"),
+    ],
+)
+@pytest.mark.parametrize("url", ["s3://bucket/a.safetensors", "file:///a", Path("s3://bucket/b")])
+def test_a_url_is_refused_where_a_path_is_needed(kind, key, url):
+    for value in (url, ["a", url]):
+        with pytest.raises(
+            ConfigError, match=f"^{key}: {url} is a URL, but a path of this machine is needed"
+        ) as error:
+            make_config(kind, {key: value})
+        assert ("aws s3 cp" in str(error.value)) == str(url).startswith("s3")
+
+
+def test_only_urls_of_s3_hold_checkpoints():
+    assert make_config(Config, GIVEN | {"checkpoint_path": "s3://bucket/runs"}).run_url == "s3://bucket/runs/test"
+    assert "checkpoint_path: file:///runs is a URL" in refusal(checkpoint_path="file:///runs")
 
 
 def test_a_missing_file_and_a_missing_key_are_named(tmp_path):

@@ -172,7 +172,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(shard, t
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
     try:
-        with pytest.raises(UserError, match=r"could not save update 12 .*(?s:.*)update 8 is whole"):
+        with pytest.raises(UserError, match=r"save update 12 .*a full disk needs room.*\n.*update 8 is whole"):
             train_here(settings | {"updates": 12})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -185,6 +185,20 @@ def test_a_checkpoint_of_another_model_is_refused(shard, tmp_path):
     train_here(settings)
     with pytest.raises(UserError, match=r"of another model: network/generator/0.* is \(8, .* in the checkpoint"):
         train_here(settings | {"updates": 8, "width": 9})
+
+
+def test_a_start_with_nothing_to_do_says_so_and_leaves_the_config_that_made_the_weights(shard, tmp_path, capfd):
+    settings = tiny_settings(tmp_path, shard, updates=4)
+    train_here(settings)
+    config = tmp_path / "tiny" / "config.yaml"
+    before = config.read_text()
+    assert train_here(settings | {"updates": 3, "lr": 0.5})[0] == 0
+    told = "tiny is at update 4: updates: 3 leaves nothing to do; write a larger number to train on"
+    assert told in capfd.readouterr().err
+    assert config.read_text() == before
+    train_here(settings | {"updates": 5, "lr": 0.5})
+    assert "tiny is at update 4\n" in capfd.readouterr().err
+    assert "lr: 0.5" in config.read_text()
 
 
 def test_edited_data_and_filters_are_refused_on_resume_or_start_a_new_epoch(tmp_path):

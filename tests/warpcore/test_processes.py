@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import socket
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,9 @@ import torch.distributed as dist
 
 from benchmarks.chaos import FIRST_UPDATES, Difference, Started, read_metrics, settings_of, train, write_data
 from tests.many_processes import launch_processes
+from tests.warpcore.runs import finish, start, tiny_settings, write_shard
+from tests.warpcore.runs import read_metrics as read_tiny_metrics
+from warpcore import processes
 from warpcore.config import Config, make_config
 from warpcore.core import STOPPED_EARLY
 from warpcore.errors import UserError
@@ -104,7 +106,7 @@ class _SilentStore(dist.Store):
         self._store = store
 
     def set(self, key, value):
-        self._store.set(f"default_pg/{key}", bytes(value))
+        self._store.set(key, bytes(value))
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -112,8 +114,8 @@ def _meet(rank: int, port: int, log: Path) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ |= dict(zip(LAUNCH_VARIABLES, (str(rank), "2", "0", "127.0.0.1", str(port)), strict=True))
     if rank == 1:
-        store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
-        dist.init_process_group = partial(dist.init_process_group, store=_SilentStore(store))
+        meeting_point = processes._meeting_point
+        processes._meeting_point = lambda *given: _SilentStore(meeting_point(*given))
     start_processes("cpu", timeout_seconds=2)
 
 
@@ -122,16 +124,42 @@ def test_a_process_that_falls_silent_while_they_meet_does_not_hold_the_others(tm
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=_meet, args=(rank, port, tmp_path / "log.txt")) for rank in range(2)]
-    for process in processes:
+    started = [context.Process(target=_meet, args=(rank, port, tmp_path / "log.txt")) for rank in range(2)]
+    for process in started:
         process.start()
-    processes[0].join(60)
-    code = processes[0].exitcode
-    for process in processes:
+    started[0].join(60)
+    code = started[0].exitcode
+    for process in started:
         process.kill()
         process.join()
     assert code == 1
-    assert "did not meet within 2 s (process_timeout_seconds)" in (tmp_path / "log.txt").read_text()
+    told = (tmp_path / "log.txt").read_text()
+    assert "within 2 s (process_timeout_seconds): one ended, gave no answer or never came" in told
+
+
+DYING = """
+import os, signal
+from tests.warpcore.tiny import Denoiser
+
+class Dying(Denoiser):
+    def loss(self, clean, random):
+        if self.update == 5 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(clean, random)
+
+Dying.main()
+"""
+
+
+@pytest.mark.parametrize("options", [("--standalone",), ("--master-port", "29507")])
+def test_torchrun_starts_a_run_again_that_lost_a_process(tmp_path, options):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    settings = tiny_settings(tmp_path, write_shard(tmp_path / "a.tar", 10), updates=10, batch_size=4)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", *options)
+    status, output = finish(start(settings, script, launcher))
+    assert status == 0, output
+    assert [line["update"] for line in read_tiny_metrics(settings)] == list(range(1, 11))
 
 
 def wait_for_update(started: Started, settings: dict, update: int) -> None:
@@ -153,6 +181,10 @@ def wait_for_update(started: Started, settings: dict, update: int) -> None:
         (
             {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
             "not SLURM_LOCALID, SLURM_JOB_ID, .*: start .* with srun",
+        ),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "process 2 of 2: ranks go from 0 to 1",
         ),
         (SRUN, r"can't ask Slurm for the first node: .*Export its MASTER_ADDR before srun"),
         (SRUN | {"MASTER_ADDR": "127.0.0.1"}, "fsdp_shards: 3 does not divide the 2 processes; write one of 1, 2"),

@@ -73,6 +73,10 @@ def test_what_a_run_writes_is_on_s3_and_is_what_a_run_in_a_folder_writes(bucket,
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {".lock"}
     assert {key.removeprefix("runs/tiny/") for key in bucket.list_keys()} == written
     assert any(name.startswith("samples/") for name in written)
+    scratch = make_config(TinyConfig, remote).run_folder
+    assert not (scratch / "state").exists()
+    train_remote(remote)  # there is nothing to do, but it looks
+    assert not (scratch / "state").exists()
     assert metrics(bucket) == metrics_of(local)
     for name in ("generator", "generator_ema", "backups/00000008/generator"):
         path = tmp_path / "weights.safetensors"
@@ -135,7 +139,7 @@ def test_a_run_killed_while_it_sends_a_file_goes_on_from_what_is_whole(
     with FaultyProxy(bucket.endpoint, on_request=kill_at_the_second) as proxy:
         started = Started(settings, 1, environment | {"AWS_ENDPOINT_URL": proxy.url})
         assert started.finish(60) == [-signal.SIGKILL], started.log.read_text()
-    train(settings, 1, environment)
+    train(settings, 1, environment | {"SLURM_RESTART_COUNT": "1"})
     assert Difference.between(settings, undisturbed) == Difference(0, 0.0, 0.0, 0.0)
     lines = bucket.client.get_object(Bucket=bucket.name, Key="runs/run/metrics.jsonl")["Body"].read().splitlines()
     assert numbers(map(json.loads, lines)) == numbers(read_metrics(undisturbed))
@@ -151,6 +155,7 @@ def test_machines_that_share_no_folder_meet_on_s3(bucket, undisturbed, environme
     # Of four processes' shards a machine fetches its half, and the first, which has what is not sharded.
     assert (tmp_path / "c" / "fetched").read_text() == "__0_0.distcp __1_0.distcp"
     assert (tmp_path / "d" / "fetched").read_text() == "__0_0.distcp __2_0.distcp __3_0.distcp"
+    assert not list(tmp_path.rglob("state"))  # nor on the machines of processes that are not the main one
     main = settings | {"scratch_path": str(tmp_path / "c" / "warpcore" / "runs")}
     found = Difference.between(main, undisturbed)
     assert found.wrong_samples == 0
@@ -201,6 +206,35 @@ def test_a_place_that_can_not_be_written_is_named(bucket, remote, monkeypatch):
         talk_to(proxy.url, monkeypatch)
         with pytest.raises(CheckpointError, match=r"could not save update 8 in s3://.*(?s:.*)update 4 is whole"):
             NoRightsAnyMore(make_config(TinyConfig, remote)).run()
+
+
+def test_a_run_that_lost_its_place_is_told_so_and_nothing_of_disks(bucket, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", ALONE, url=f"{bucket.url}/run")
+    save(checkpoints, 4)
+    bucket.client.delete_object(Bucket=bucket.name, Key="run/lease.json")
+    other = Lease(f"{bucket.url}/run/lease.json", "the other")
+    other.take()
+    with pytest.raises(
+        CheckpointError, match=r"update 8 in s3://.*run: another run took s3.*over: .*\n.*4 is whole"
+    ) as e:
+        save(checkpoints, 8)
+    assert "disk" not in str(e.value)
+    checkpoints.close()
+    other.release()
+
+
+def test_a_scratch_folder_that_can_not_be_written_is_no_damage(bucket, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", ALONE, url=f"{bucket.url}/run")
+    save(checkpoints, 4)
+    in_the_way = tmp_path / "run" / "state" / "00000004" / "__0_0.distcp.partial"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="scratch_path: cannot write to"):
+        checkpoints.newest()
+    in_the_way.rmdir()
+    assert checkpoints.newest() == 4
+    with pytest.raises(CheckpointError, match=r"s3://.*/run \(by way of .*run \(scratch_path\)\) is being written by"):
+        Checkpoints(tmp_path / "run", ALONE, url=f"{bucket.url}/run")
+    checkpoints.close()
 
 
 class _Threads(Processes):
@@ -301,10 +335,14 @@ def test_a_run_that_is_gone_is_waited_for_until_its_lease_runs_out(bucket, remot
     assert train_remote(remote) == 0
 
 
-def test_the_same_slurm_job_takes_its_lease_over_and_the_process_before_stops(bucket, remote, quick, monkeypatch):
+def test_a_slurm_job_out_of_the_queue_takes_its_lease_over_and_the_process_before_stops(bucket, quick, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     before = Lease(f"{bucket.url}/runs/tiny/lease.json", "the one before")
     before.take()
+    with pytest.raises(LeaseError, match="a second launch in the same step is being written by another run"):
+        Lease(before.url, "a second launch in the same step").take()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     later = Lease(f"{bucket.url}/runs/tiny/lease.json", "the one that came back")
     later.take()
     with pytest.raises(LeaseError, match="another run took the one before over"):
@@ -378,7 +416,6 @@ def test_a_lease_is_renewed_again_when_s3_is_back(bucket, quick, monkeypatch, ca
         held.release()
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:/bucket/x", "s3:///x"])
 def test_a_lease_that_can_not_be_removed_at_the_end_is_told_and_no_error(bucket, tmp_path, monkeypatch, caplog):
     with FaultyProxy(bucket.endpoint) as proxy:
         talk_to(proxy.url, monkeypatch)
@@ -389,6 +426,7 @@ def test_a_lease_that_can_not_be_removed_at_the_end_is_told_and_no_error(bucket,
     assert "the lease stays" in caplog.text
 
 
+@pytest.mark.parametrize("url", ["s3://", "s3:/bucket/x", "s3:///x"])
 def test_an_url_that_is_none_is_refused(remote, url):
     with pytest.raises(ConfigError, match="s3://bucket/prefix"):
         make_config(TinyConfig, remote | {"checkpoint_path": url})

@@ -8,6 +8,7 @@ import difflib
 import errno
 import glob
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -205,6 +206,19 @@ def storage_for(url: str) -> Storage:
 def is_remote(url: str) -> bool:
     """Whether a request to the URL's place takes a while, however little is asked for."""
     return _scheme(url) != "file"
+
+
+def local_path(path: str | Path) -> Path:
+    """A path of this machine; as a path, a URL would be a folder called `s3:`. Raises UserError for a URL."""
+    if re.match(r"\w[\w+.-]+:/", str(path)):
+        problem = f"{path} is a URL, but a path of this machine is needed"
+        if str(path).startswith("s3:"):
+            problem += (
+                "; only webdataset_path, validation_path, prior_path and checkpoint_path may be on S3. Copy it here "
+                f"first (a run with aws s3 cp --recursive --exclude 'state/*' {path} FOLDER), or copy there afterwards"
+            )
+        raise UserError(problem)
+    return Path(path)
 
 
 def real_url(url: str) -> str:
