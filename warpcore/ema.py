@@ -62,11 +62,12 @@ class EMA:
             return
         devices = {average.device for average in self._average.values()}
         taken = {d: torch.ones((), device=d) if ok is None else (ok.reshape(()).to(d) != 0).float() for d in devices}
+        shares = {device: (1 - self.beta) * value for device, value in taken.items()}
         for name, average in self._average.items():
             average, live = _local(average), _local(self._live[name])
             live = live.to(average.device, average.dtype)
             if name in self._averaged:
-                average.lerp_(live, (1 - self.beta) * taken[average.device])
+                average.lerp_(live, shares[average.device])
             else:
                 average.copy_(torch.where(taken[average.device] != 0, live, average))
 
