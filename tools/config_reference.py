@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 from cascade.config import DiffusionConfig, ModelSettings, StageCConfig
-from warpcore.config import Config, Settings, describe
+from warpcore.config import Config, Settings
+from warpcore.keys import describe
 
 START, END = "<!-- config reference: made by tools/config_reference.py -->", "<!-- end of config reference -->"
 SCRIPTS = {

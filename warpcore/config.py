@@ -33,6 +33,7 @@ from pydantic import (
 from warpcore.data.buckets import parse_ratio
 from warpcore.data.storage import local_path
 from warpcore.errors import UserError
+from warpcore.keys import help_text, holds_paths, parts_of, type_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -55,7 +56,7 @@ class Settings(BaseModel):
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1, so `batch_size: yes` would train with a batch of one.
-        kinds = _parts(cls.model_fields[info.field_name].annotation)
+        kinds = parts_of(cls.model_fields[info.field_name].annotation)
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("a number is needed, not true or false")
         return value
@@ -296,7 +297,7 @@ def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
 
 def _takes_lists(kind: type[Settings], key: str) -> bool:
     """Whether the key's value is a list, or null, and nothing else."""
-    kinds = _parts(kind.model_fields[key].annotation) - {types.NoneType} if key in kind.model_fields else {None}
+    kinds = parts_of(kind.model_fields[key].annotation) - {types.NoneType} if key in kind.model_fields else {None}
     return all(typing.get_origin(part) is list for part in kinds)
 
 
@@ -320,67 +321,16 @@ def _check_paths(kind: type[Settings], values: dict[str, Any]) -> None:
         value = values.get(key)
         for one in value if isinstance(value, list) else [value]:
             on_s3 = S3Url in typing.get_args(field.annotation) and str(one).startswith("s3:")
-            if isinstance(one, str | Path) and _holds_paths(field.annotation) and not on_s3:
+            if isinstance(one, str | Path) and holds_paths(field.annotation) and not on_s3:
                 try:
                     local_path(one)
                 except UserError as error:
                     raise ConfigError(f"{key}: {error}") from None
 
 
-def _holds_paths(annotation: Any) -> bool:
-    return annotation is Path or any(map(_holds_paths, typing.get_args(annotation)))
-
-
 def dump_config(config: Settings) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def help_text(kind: type[Settings]) -> str:
-    """Every key with its type, default and sentence."""
-    lines = [f"{name} ({type_name}{default})\n    {text}" for name, type_name, default, text in describe(kind)]
-    return "\n".join(lines)
-
-
-def describe(kind: type[Settings]) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, sentence) of every key, required ones without a default."""
-    rows = []
-    for name, field in kind.model_fields.items():
-        if field.is_required():
-            default = ", required"
-        else:
-            value = field.get_default(call_default_factory=True)
-            default = f", default {yaml.safe_dump(_plain(value), default_flow_style=True).splitlines()[0]}"
-        rows.append((name, _type_name(field.annotation), default, field.description or ""))
-    return rows
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def _parts(annotation: Any) -> set:
-    """The plain types that an optional or bounded one is made of."""
-    if typing.get_origin(annotation) is Annotated:
-        return _parts(typing.get_args(annotation)[0])
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return set().union(*map(_parts, typing.get_args(annotation)))
-    return {annotation}
-
-
-def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) is Literal:
-        return " | ".join(map(str, typing.get_args(annotation)))
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return " | ".join(_type_name(part) for part in typing.get_args(annotation) if part is not types.NoneType)
-    if typing.get_origin(annotation):
-        inner = ", ".join(map(_type_name, typing.get_args(annotation)))
-        return f"{typing.get_origin(annotation).__name__}[{inner}]"
-    return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -426,5 +376,5 @@ def _explain(kind: type[Settings], mistake: Any) -> str:
             reason = mistake["msg"]
     if not key:
         return reason
-    wanted = _type_name(kind.model_fields[key].annotation) if key in kind.model_fields else ""
+    wanted = type_name(kind.model_fields[key].annotation) if key in kind.model_fields else ""
     return f"{key}: found {mistake['input']!r}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"

@@ -5,11 +5,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import forward_flops
 from benchmarks.train_step import (
     Case,
     Technique,
     autocast,
-    forward_flops,
     inputs_of,
     make_ours,
     make_theirs,

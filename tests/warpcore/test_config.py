@@ -10,9 +10,10 @@ import yaml
 from cascade.config import StageCConfig
 from inference.reconstruct import ReconstructConfig
 from inference.text_to_image import TextToImageConfig
-from warpcore.config import Config, ConfigError, describe, dump_config, load_config, make_config
+from warpcore.config import Config, ConfigError, dump_config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.feed import split_batch
+from warpcore.keys import describe
 
 GIVEN = {
     "experiment_id": "test", "checkpoint_path": "runs", "updates": 10, "batch_size": 8, "webdataset_path": "a.tar",

@@ -1,0 +1,64 @@
+"""The keys of a configuration in words: for `--help`, the README and messages."""
+
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel
+
+
+def help_text(kind: type[BaseModel]) -> str:
+    """Every key with its type, default and sentence."""
+    lines = [f"{name} ({of_type}{default})\n    {text}" for name, of_type, default, text in describe(kind)]
+    return "\n".join(lines)
+
+
+def describe(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, sentence) of every key, required ones without a default."""
+    rows = []
+    for name, field in kind.model_fields.items():
+        if field.is_required():
+            default = ", required"
+        else:
+            value = field.get_default(call_default_factory=True)
+            default = f", default {yaml.safe_dump(_plain(value), default_flow_style=True).splitlines()[0]}"
+        rows.append((name, type_name(field.annotation), default, field.description or ""))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def parts_of(annotation: Any) -> set:
+    """The plain types that an optional or bounded one is made of."""
+    if typing.get_origin(annotation) is Annotated:
+        return parts_of(typing.get_args(annotation)[0])
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return set().union(*map(parts_of, typing.get_args(annotation)))
+    return {annotation}
+
+
+def type_name(annotation: Any, inner: bool = False) -> str:
+    """As users write it. That a key may be null is seen from its default; inner: of what a list holds, it is told."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return type_name(arguments[0], inner)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(type_name(part, inner) for part in arguments if inner or part is not types.NoneType)
+    if origin:
+        return f"{origin.__name__}[{', '.join(type_name(part, inner=True) for part in arguments)}]"
+    if annotation is types.NoneType:
+        return "null"
+    return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
+
+
+def holds_paths(annotation: Any) -> bool:
+    """Whether a path may stand somewhere in a value."""
+    return annotation is Path or any(map(holds_paths, typing.get_args(annotation)))
