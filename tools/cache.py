@@ -196,7 +196,7 @@ class Caching:
         those that wait for it in the end see its connection break.
         """
         processes = self.training.processes
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = processes.another_group(PATIENCE)
         try:
             self._encode_all()
         except Exception as error:

@@ -215,6 +215,9 @@ class Checkpoints:
         try:
             dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=alone)
         except CheckpointException as error:  # no Exception: nothing else would catch it
+            cause = _cause(error)
+            if isinstance(cause, UserError):  # such as a disk or a bucket that refuses, which says more itself
+                raise CheckpointError(str(cause)) from error
             raise CheckpointError(
                 f"the checkpoint of update {update} in {self._place.name} cannot be read: {_reason(error)}. "
                 f"Remove state/{update:08d} there to go on from the one before"
@@ -263,7 +266,10 @@ class Checkpoints:
         cause = _cause(error)
         if isinstance(cause, UserError | PermissionError):
             return str(cause)
-        free_gib = shutil.disk_usage(self.folder).free / 2**30
+        try:
+            free_gib = shutil.disk_usage(self.folder).free / 2**30
+        except OSError:
+            return _reason(cause)  # where the folder itself is gone, that says so
         return f"{_reason(cause)}. {free_gib:.2f} GiB are free in {self._place.disk}; a full disk needs room."
 
     def _gather(self, value) -> list:

@@ -181,7 +181,9 @@ def read_manifest(state: Path) -> dict[str, dict] | str:
     """The fingerprints of a checkpoint's files by name, or why there are none."""
     try:
         files = json.loads((state / MANIFEST).read_bytes())["files"]
-        return {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
+        files = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
+        missing = [name for name in ("state.json", ".metadata") if name not in files]
+        return f"{MANIFEST} does not list {missing[0]}" if missing else files
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -77,12 +77,15 @@ class Processes:
             raise box[1]
         return box[0]
 
-    def another_group(self) -> dist.ProcessGroup | None:
-        """All processes once more, over gloo: for collectives that must not mix with those of training."""
+    def another_group(self, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+        """All processes once more, over gloo: for collectives that must not mix with those of training.
+
+        timeout: how long one waits in such a collective, if it is not `process_timeout_seconds`.
+        """
         if self.count == 1:
             return None
         with _no_longer_than(self.timeout):
-            return dist.new_group(backend="gloo", timeout=self.timeout)
+            return dist.new_group(backend="gloo", timeout=timeout or self.timeout)
 
 
 class Vote:
@@ -154,7 +157,8 @@ def start_processes(
 def _meeting_point(rank: int, count: int, timeout: timedelta) -> dist.Store:
     """Where the processes of this start find each other's addresses.
 
-    torchrun may keep it over its restarts: the addresses of processes that are gone must not be found there.
+    torchrun may keep it over its restarts: the addresses of processes that are gone must not be found there. (Several
+    machines count their restarts apart, so this holds on one.)
     """
     try:
         store, _, _ = next(rendezvous("env://", rank, count, timeout=timeout))
@@ -185,8 +189,9 @@ def _mesh(device_type: str, rank: int, count: int, shards: int, timeout: timedel
 @contextmanager
 def _no_longer_than(timeout: timedelta) -> Iterator[None]:
     """End this process when meeting the others takes longer: gloo itself waits five times as long for a connection."""
-    watches = [threading.Timer(timeout.total_seconds(), _give_up, (timeout,))]
-    if timeout.total_seconds() > SILENT_SECONDS:
+    others = "MASTER_ADDR" in os.environ
+    watches = [threading.Timer(timeout.total_seconds(), _give_up, (timeout,))] if others else []
+    if others and timeout.total_seconds() > SILENT_SECONDS:
         watches.append(threading.Timer(SILENT_SECONDS, _say_so, (timeout,)))
     for watch in watches:
         watch.daemon = True

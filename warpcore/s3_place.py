@@ -107,9 +107,11 @@ class S3Place:
 
     def fetch(self, update: int, files: Mapping[str, Mapping]) -> None:
         state = state_folder(self.folder, update)
-        state.mkdir(parents=True, exist_ok=True)
         for name, recorded in files.items():
-            with (state / f".{name}.lock").open("a") as waiting:
+            with self._explained():
+                state.mkdir(parents=True, exist_ok=True)
+                waiting = (state / f".{name}.lock").open("a")
+            with waiting:
                 fcntl.flock(waiting, fcntl.LOCK_EX)  # another process of this machine may be fetching it
                 problem = None if (state / name).exists() else self.difference(update, name, recorded)
             if problem:
