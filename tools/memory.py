@@ -8,16 +8,18 @@ of kernels, and what `compile: true` and `fp8: true` save are not counted.
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 import yaml
 
 from cascade.build import only_shapes
 from warpcore import optim
-from warpcore.config import Config, ConfigError, load_config, make_config
+from warpcore.config import Config, load_config, make_config
 from warpcore.core import WarpCore
-from warpcore.errors import run_script
+from warpcore.errors import UserError, run_script
 from warpcore.feed import split_batch
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 
@@ -67,12 +69,19 @@ class Plan:
         size = size or bucket_sizes(shapes.run)[0]
         return shapes.needs(size, micro_batch, self.accumulation * self.micro_batch // micro_batch)
 
+    @cached_property
+    def levels(self) -> Sequence[int]:
+        """Of activation checkpointing, those that all trained networks offer."""
+        with self.shapes({}) as shapes:
+            trained = [shapes.run.networks[name] for name in shapes.run.trainable]
+            return LEVELS if all(hasattr(network, "set_activation_checkpointing") for network in trained) else (0,)
+
     def show(self, buckets: bool) -> None:
         """Print what the config needs, and what it would with other levels of activation checkpointing."""
-        own, micro = self.config.activation_checkpointing, self.micro_batch
+        own, micro, levels = self.config.activation_checkpointing, self.micro_batch, self.levels
         with self.shapes({}) as shapes:
             sizes = bucket_sizes(shapes.run)
-            rows = [(level, sizes[0]) for level in LEVELS] + [(own, size) for size in sizes[1:] if buckets]
+            rows = [(level, sizes[0]) for level in levels] + [(own, size) for size in sizes[1:] if buckets]
             table = [(level, size, self.needs(shapes, level, micro, size)) for level, size in rows]
             print(f"per process, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
                   f"{shapes.run.dtype} computation\n".replace("torch.", ""))  # fmt: skip
@@ -108,16 +117,17 @@ class Plan:
         own = self.config.activation_checkpointing
         as_written = [(own, self.micro_batch)]
         smaller = [(level, n) for n in range(self.micro_batch, 0, -1) if not self.micro_batch % n
-                   for level in range(own, 4)]  # fmt: skip
+                   for level in self.levels if level >= own]  # fmt: skip
         free, dear = self._places()
         for changes, batches in [*((c, as_written) for c in free), *((c, smaller) for c in (*free, *dear))]:
             if "activations" in changes.get("offload", ()) and not own:
                 batches = [(level, n) for level, n in batches if level]
-            try:
-                shapes = self.shapes(changes | {"activation_checkpointing": batches[-1][0]})
-            except ConfigError:  # such as bfloat16 weights with another optimizer than AdamW
-                continue
-            with shapes:
+            with ExitStack() as using:
+                try:
+                    level = batches[-1][0] if batches else 0
+                    shapes = using.enter_context(self.shapes(changes | {"activation_checkpointing": level}))
+                except UserError:  # such as bfloat16 weights with another optimizer than AdamW
+                    continue
                 least = shapes.between_updates()
                 if least.total <= usable:
                     least = self.needs(shapes, *batches[-1])
@@ -136,8 +146,9 @@ class Plan:
         activations = {"offload": [*dict.fromkeys([*config.offload, "encoders", "activations"])]}
         free = [{}, ema, ema | encoders]
         dear = [ema | activations]
-        dear += [{"use_fsdp": True}] if self.processes > 1 else []
-        if optim.supports_dtensor(config.optimizer):
+        can_shard = optim.supports_dtensor(config.optimizer) and getattr(config, "frozen_weights", None) != "nf4"
+        dear += [{"use_fsdp": True}] if self.processes > 1 and can_shard else []
+        if can_shard:
             weights = {"use_fsdp": True, "fsdp_cpu_offload": True}
             dear += [weights, weights | encoders, weights | activations]
         dear += [{"weights_dtype": "bfloat16"} | changes for changes in (*free, *dear)]

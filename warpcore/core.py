@@ -297,7 +297,7 @@ class WarpCore:
                     closing.callback(getattr(self, part).close)
 
     def _drop_networks(self) -> None:
-        self.networks = self.optimizers = self.averages = self.parameters = self.state = None
+        self.networks = self.optimizers = self.averages = self.parameters = self.state = self.on_demand = None
 
     # ------------------------------------------------------------------ pieces of an update
 
@@ -334,11 +334,12 @@ class WarpCore:
         )  # fmt: skip
 
     def _synchronise_gradients(self, now: bool) -> None:
-        # Shards of gradients are added up in every micro-batch, or each process would keep whole ones; over replicas,
-        # that waits for the last, unless what waits on the device has no room there.
+        # Of sharded networks, shards of gradients are added up in every micro-batch, or each process would keep whole
+        # ones; over replicas, that waits for the last. What is offloaded has no room to wait on the device.
         if self.processes.count > 1 and not self.config.fsdp_cpu_offload:
             for name in self.trainable:
-                self.networks[name].set_requires_all_reduce(now)
+                network, sharded = self.networks[name], self.processes.mesh.size(1) > 1
+                (network.set_requires_all_reduce if sharded else network.set_requires_gradient_sync)(now)
 
     # ------------------------------------------------------------------ saving, reporting, looking
 

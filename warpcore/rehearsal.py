@@ -117,6 +117,8 @@ class OnShapes:
         self.config = config.model_copy(update={"device": "cpu", "fp8": False, "compile": False})
         self.sharded = config.use_fsdp and (processes > 1 or config.fsdp_cpu_offload)
         self.shards = (config.fsdp_shards or processes) if self.sharded else 1
+        if processes % self.shards:
+            raise UserError(f"fsdp_shards: {self.shards} does not divide the {processes} processes (--processes)")
         self._modes = ExitStack()
 
     def __enter__(self) -> "OnShapes":
@@ -128,9 +130,13 @@ class OnShapes:
         build = run.build
         run.build = lambda: {name: network.to_empty(device=META) for name, network in build().items()}
         self.run = run
-        self._modes.enter_context(BesideTheCPU())
-        run.make_networks()
-        self._modes.enter_context(AsIfOn(self.kind, run.dtype))
+        try:
+            self._modes.enter_context(BesideTheCPU())
+            run.make_networks()
+            self._modes.enter_context(AsIfOn(self.kind, run.dtype))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

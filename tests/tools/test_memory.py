@@ -13,6 +13,7 @@ from tests.golden import load_manifest
 from tests.train.test_every_script import SETTINGS, settings  # noqa: F401
 from tools import memory
 from warpcore.config import make_config
+from warpcore.errors import UserError
 from warpcore.rehearsal import OnShapes, Rehearsal, bucket_sizes, load_use_case
 
 TRAIN = Path(__file__).parents[2] / "train"
@@ -110,6 +111,20 @@ def test_what_is_suggested_costs_more_the_less_memory_there_is(settings, capsys)
     suggested = [line.partition("GiB: ")[2] for line in capsys.readouterr().out.splitlines() if line]
     expected = ("this config (", "ema_device: cpu (", "use_fsdp: true, fsdp_cpu_offload: true")
     assert all(line.startswith(start) for line, start in zip(suggested, expected, strict=True))
+
+
+def test_what_a_network_does_not_offer_is_neither_counted_nor_suggested(settings, capsys):  # noqa: F811
+    use_case = load_use_case(TRAIN / "train_encoder.py")
+    plan = memory.Plan(use_case, make_config(use_case.Config, settings("train_encoder", "less", batch_size=2)), "cuda")
+    with only_shapes():
+        plan.show(buckets=False)
+        plan.suggest(0)
+    shown = capsys.readouterr().out
+    assert "| 0 (this config) |" in shown
+    assert "| 1 |" not in shown
+    assert "nothing fits 0 GiB" in shown
+    with pytest.raises(UserError, match=r"8 does not divide the 1 processes \(--processes\)"):
+        plan.shapes({"use_fsdp": True, "fsdp_cpu_offload": True, "fsdp_shards": 8})
 
 
 def test_a_published_size_is_counted_without_its_weights(tmp_path, capsys, monkeypatch):
