@@ -87,6 +87,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(run, caplog, 
         assert checkpoints.newest() == 8
 
 
+@pytest.mark.parametrize("files", [[], ["state.json"], [".metadata", "__0_0.distcp"]])
+def test_a_manifest_that_leaves_files_out_is_damage(run, caplog, files):
+    path = run / "state" / "00000008" / MANIFEST
+    listed = json.loads(path.read_text())["files"]
+    path.write_text(json.dumps({"files": {name: listed[name] for name in files}}))
+    with opened(run) as checkpoints:
+        assert checkpoints.newest() == 4
+    assert f"update 8 is damaged ({MANIFEST} does not list" in caplog.text
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_in_silence(run):
     flip(run / "state" / "00000004" / "state.json")
     cut(run / "state" / "00000008" / "__0_0.distcp")
