@@ -29,7 +29,7 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=60 "${PYTHON:-.venv/bin/
 step=$!
 # Slurm signals this shell only: pass it on to the processes that train, on all nodes.
 signalled=
-trap 'signalled=yes; kill -USR1 "$step"' USR1 TERM
+trap 'signalled=yes; kill -USR1 "$step"' USR1 TERM HUP
 
 wait "$step"
 status=$?

@@ -23,15 +23,16 @@ from warpcore.errors import UserError, run_script
 from warpcore.feed import Feed
 from warpcore.metrics import Metrics
 from warpcore.offload import OnDemand
-from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes, stop_signals
+from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
 from warpcore.random import SampleRandom, stable_hash
+from warpcore.signals import stop_signals
 from warpcore.state import RunState
 from warpcore.statistics import BatchNormStatistics, in_global_order
 from warpcore.tracking import make_tracker
 
-STOPPED_EARLY = 85  # exit status after SIGTERM or SIGUSR1: the run is saved and wants to be started again
+STOPPED_EARLY = 85  # exit status after a stop signal: the run is saved and wants to be started again
 
 
 @dataclass

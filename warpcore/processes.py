@@ -3,7 +3,6 @@
 import gc
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -318,20 +317,3 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 def choose_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
     """The precision to compute in: by default bfloat16 on CUDA, else float32."""
     return getattr(torch, wanted or ("bfloat16" if device.type == "cuda" else "float32"))
-
-
-@contextmanager
-def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop after the current update."""
-
-    def received(number, frame):
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-        handle(number)
-
-    before = {number: signal.signal(number, received) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

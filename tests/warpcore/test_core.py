@@ -61,16 +61,31 @@ def test_a_run_killed_at_any_update_goes_on_bit_for_bit(shard, uninterrupted, tm
     assert numbers(read_metrics(settings)) == uninterrupted
 
 
-def test_sigterm_finishes_the_update_saves_and_asks_to_be_started_again(shard, uninterrupted, tmp_path):
+@pytest.mark.integration
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_finishes_the_update_saves_and_asks_to_be_started_again(shard, uninterrupted, tmp_path, number):
     settings = tiny_settings(tmp_path, shard, validation_samples=3, save_every=100)
     process = start(settings)
-    signal_at(process, settings, 3, signal.SIGTERM)
+    signal_at(process, settings, 3, number)
     status, output = finish(process)
     assert status == STOPPED_EARLY, output
     assert 3 <= len(read_metrics(settings)) < 12
     assert finish(start(settings))[0] == 0
     losses = [dict(line)["loss"] for line in numbers(read_metrics(settings))]
     assert losses == [dict(line)["loss"] for line in uninterrupted]
+
+
+@pytest.mark.integration
+def test_a_hang_up_that_is_ignored_at_the_start_as_under_nohup_does_not_stop_the_run(shard, tmp_path):
+    settings = tiny_settings(tmp_path, shard, updates=40, save_every=100)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the process inherits it
+    try:
+        process = start(settings)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    signal_at(process, settings, 1, signal.SIGHUP)
+    status, output = finish(process)
+    assert status == 0, output
 
 
 @pytest.mark.parametrize("optimizer", ["schedulefree", "muon", "adafactor"])

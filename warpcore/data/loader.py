@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 from warpcore.data.reader import Batch, Reader
 from warpcore.data.samples import MicroBatch
 from warpcore.errors import UserError
+from warpcore.signals import STOP_SIGNALS
 
 # A worker that is told to stop finishes its micro-batch first; one that hangs in a read is killed after this time.
 _STOP_SECONDS = 2.0
-# These reach all processes of a Slurm step or a terminal. The main process decides what they mean, and needs its
-# workers to finish an update.
-_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Python's resource tracker ignores the other STOP_SIGNALS by itself.
+_NOT_FOR_TRACKER = (signal.SIGUSR1, signal.SIGHUP)
 
 
 class DataWorkerError(RuntimeError):
@@ -134,11 +134,11 @@ class _Pass:
             self._thread.join()
 
     def _run(self) -> None:
-        # Of what Slurm sends to every process of a step, the tracker itself ignores all but this.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_TRACKER)
         resource_tracker.ensure_running()  # its start would undo the next line
-        # Workers inherit what this thread blocks, so that signals can't end them while they still import.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+        # The main process decides what a signal means, and needs its workers to finish an update. They inherit what
+        # this thread blocks, so that signals can't end them while they still import.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         try:
             for batch in self._workers.batches(self._until_stopped()):
@@ -282,7 +282,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _start_worker(_: int) -> None:
-    for number in _NOT_FOR_WORKERS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
 

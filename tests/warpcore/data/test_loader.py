@@ -19,6 +19,7 @@ from warpcore.data.reader import Reader
 from warpcore.data.samples import MicroBatch
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
+from warpcore.signals import STOP_SIGNALS
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_workers_outlive_the_signals_that_ask_the_run_to_finish(micro_batches):
         batches = iter(loader)
         next(batches)
         for worker in multiprocessing.active_children():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in STOP_SIGNALS:
                 os.kill(worker.pid, number)
         assert len(list(batches)) == 19
 
