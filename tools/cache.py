@@ -10,7 +10,6 @@ is whole, so the same command goes on where it was stopped. Held-out data (`vali
 """
 
 import argparse
-import fcntl
 import math
 import shutil
 import socket
@@ -44,6 +43,7 @@ from warpcore.data.reader import Batch, Reader, variant_member
 from warpcore.data.selection import Selection, survey
 from warpcore.data.shards import Shard, Source, resolve_sources
 from warpcore.errors import UserError, run_script
+from warpcore.locks import lock_file
 from warpcore.processes import explain, stop_processes
 from warpcore.random import SampleRandom
 from warpcore.rehearsal import load_use_case
@@ -131,7 +131,7 @@ class Caching:
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = (self.out / _LOCK).open("w")  # held until it is closed
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._lock, str(self.out), wait=False)
         except BlockingIOError:
             raise UserError(f"{self.out}: another process writes this cache; wait for it, or stop it") from None
         (self.out / _FAILED).unlink(missing_ok=True)  # of an earlier start

@@ -4,7 +4,6 @@ Both know whole checkpoints only. What is written is `state/<update>.partial/` i
 checkpoint of that update, in one step.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from warpcore.errors import UserError
+from warpcore.locks import lock_file
 from warpcore.processes import Processes
 
 MANIFEST = "manifest.json"
@@ -204,7 +204,7 @@ def lock(folder: Path, name: str):
     """
     file = (folder / ".lock").open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file, name, wait=False)
     except BlockingIOError:
         file.seek(0)
         raise CheckpointError(

@@ -1,6 +1,5 @@
 """Checkpoints on S3: each process sends its own files, and the manifest, sent last, makes a checkpoint of them."""
 
-import fcntl
 import logging
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from warpcore.data.s3_files import abort_unfinished, fetch, remove, send, sizes_below
 from warpcore.data.storage import ChangedShardError, StorageError
 from warpcore.lease import Lease
+from warpcore.locks import lock_file
 from warpcore.places import (
     MANIFEST,
     CheckpointError,
@@ -112,7 +112,7 @@ class S3Place:
                 state.mkdir(parents=True, exist_ok=True)
                 waiting = (state / f".{name}.lock").open("a")
             with waiting:
-                fcntl.flock(waiting, fcntl.LOCK_EX)  # another process of this machine may be fetching it
+                lock_file(waiting, self.disk)  # another process of this machine may be fetching it
                 problem = None if (state / name).exists() else self.difference(update, name, recorded)
             if problem:
                 raise CheckpointError(f"{self._state(update)} was whole a moment ago, but now {problem}")

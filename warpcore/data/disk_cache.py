@@ -11,7 +11,6 @@ one that replaced the oldest would save next to nothing.
 """
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -25,6 +24,7 @@ import numpy as np
 
 from warpcore.data.storage import Version, is_remote, read_ranges
 from warpcore.errors import UserError
+from warpcore.locks import lock_file
 
 RECORD = np.dtype([("offset", "<i8"), ("size", "<i8"), ("checksum", "<u8")])
 FULL_SECONDS = 60
@@ -39,7 +39,7 @@ class DiskCache:
     """`read_ranges` with a memory. Picklable; every process has its own, on one folder.
 
     Args:
-        folder: on a local disk (a shared one would need locks that not every network file system has).
+        folder: on a local disk (where there are no locks, the limit is kept roughly).
         limit_bytes: what the files in it may take.
         needed: URL and version of every tar of the plan.
 
@@ -144,7 +144,7 @@ class DiskCache:
     def _count(self) -> Iterator[np.ndarray]:
         """(1,) int64: the bytes in use, to be changed by one process at a time; too many only after a crash."""
         with open(os.open(self.folder / "used_bytes", os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file, f"{self.folder} (cache_path)")
             count = np.frombuffer(file.read(8).ljust(8, b"\0"), np.int64).copy()
             yield count
             file.seek(0)
