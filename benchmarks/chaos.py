@@ -127,7 +127,7 @@ class Started:
             process.kill()
             process.join()
         if None in codes:
-            told = self.log.read_text()[-4000:]
+            told = self.log.read_text(encoding="utf-8")[-4000:]
             raise TimeoutError(f"process {codes.index(None)} of {len(codes)} still ran after {seconds:.0f} s:\n{told}")
         return codes
 
@@ -149,14 +149,18 @@ def train(settings: dict, count: int, environment: Mapping[str, str] | None = No
     started = Started(settings, count, environment)
     codes = started.finish(MARGIN_SECONDS + settings["updates"])
     if any(codes):
-        raise RuntimeError(f"exit codes {codes}:\n{started.log.read_text()[-4000:]}")
+        raise RuntimeError(f"exit codes {codes}:\n{started.log.read_text(encoding='utf-8')[-4000:]}")
     return read_metrics(settings)
 
 
 def read_metrics(settings: dict) -> list[dict]:
     """The lines so far; one that is being written is left out."""
     path = _folder(settings) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def _folder(settings: dict) -> Path:
@@ -241,7 +245,9 @@ def kill_again_and_again(folder: Path, kills: int, seed: int) -> Difference:
         print(f"kill {number + 1} of {kills}, at update {_last_update(killed)}", file=sys.stderr, flush=True)
         codes = started.finish(TIMEOUT_SECONDS + MARGIN_SECONDS)
         if codes[victim] != -signal.SIGKILL and any(codes):
-            raise RuntimeError(f"exit codes {codes} before the kill:\n{started.log.read_text()[-4000:]}")
+            raise RuntimeError(
+                f"exit codes {codes} before the kill:\n{started.log.read_text(encoding='utf-8')[-4000:]}"
+            )
     train(killed, chance.choice(COUNTS))
     return Difference.between(killed, whole)
 
@@ -345,11 +351,11 @@ def train_on_damaged_data(folder: Path, count: int) -> Told:
         folder / str(count), data, batch_size=32, micro_batch_size=8, updates=4 * len(DAMAGE), max_bad_samples=8
     )
     lines = train(settings, count)
-    log = (_folder(settings).parent / "log.txt").read_text()
+    log = (_folder(settings).parent / "log.txt").read_text(encoding="utf-8")
     return Told(
         re.search(r"training data: (.*)", log)[1].strip(),
         tuple(sorted(re.findall(r"bad sample \S*/(\d+\.tar/.*?): (.*?)\s*$", log, re.MULTILINE))),
-        json.loads((_folder(settings) / "info.json").read_text())["bad_samples"],
+        json.loads((_folder(settings) / "info.json").read_text(encoding="utf-8"))["bad_samples"],
         tuple(line["samples_hash"] for line in lines),
     )
 

@@ -78,7 +78,7 @@ class Stack(WarpCore):
     def close(self):
         if self.processes.is_main:
             times = {"pause": self.pauses, "alone": self.updates_alone, "beside": self.updates_beside_a_save}
-            Path(self.config.report).write_text(json.dumps(times))
+            Path(self.config.report).write_text(json.dumps(times), encoding="utf-8")
         super().close()
 
 
@@ -99,7 +99,7 @@ def measure(folder: Path, millions: int, count: int) -> dict:
         process.start()
     for process in processes:
         process.join()
-    times = json.loads(Path(settings["report"]).read_text())
+    times = json.loads(Path(settings["report"]).read_text(encoding="utf-8"))
     state = max((folder / settings["experiment_id"] / "state").iterdir())
     update = statistics.median(times["alone"][2:])
     beside = statistics.median(times["beside"]) if times["beside"] else update

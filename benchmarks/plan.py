@@ -73,7 +73,7 @@ def make_data_set(folder: Path, num_shards: int) -> None:
 
 
 def resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -124,7 +124,9 @@ def main() -> None:
             make_data_set(Path(folder), num_shards)
             for label in ("first", "manifest"):
                 command = [sys.executable, __file__, "--measure", folder]
-                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                found = json.loads(
+                    subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+                )
                 print(
                     f"{num_shards:<8} {label:<8} {found['open_s']:7.2f} {found['first_s']:14.2f} "
                     f"{found['samples_per_s']:10.0f} {found['plan_mb']:22.1f} {found['peak_mb']:23.1f} "

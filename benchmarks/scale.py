@@ -228,7 +228,7 @@ def resident_mb() -> float:
     gc.collect()
     pa.default_memory_pool().release_unused()
     ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -246,7 +246,7 @@ TABLES = {"start_up": start_up, "planning": planning, "shuffling": shuffling}
 def measure(table: str, *numbers: int) -> dict:
     """A row of a table, in a process of its own."""
     command = [sys.executable, __file__, "--measure", table, *map(str, numbers)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout)
 
 
 def print_table(title: str, columns: dict[str, tuple[str, str]], rows: Iterable[dict]) -> list[dict]:

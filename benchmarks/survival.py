@@ -34,7 +34,7 @@ def survives(what: str) -> bool:
     file, name = SURVIVED[what]
     # 5: no such test. It must not count as survived, nor must one that was skipped.
     command = (sys.executable, "-m", "pytest", "-o", "addopts=", str(_TESTS / file), "-k", name)
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=_TESTS.parents[1])
+    ended = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=_TESTS.parents[1])
     return ended.returncode == 0 and " passed" in ended.stdout and "skipped" not in ended.stdout
 
 

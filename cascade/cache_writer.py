@@ -183,7 +183,7 @@ class Record:
         path = tar.with_name(tar.name + RECORD_SUFFIX)
         if not (tar.is_file() and path.is_file()):
             return None
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         found = cls(**(values | {"source": tuple(values["source"])}))
         return found if found.source == (source.size_bytes, source.etag) else None
 

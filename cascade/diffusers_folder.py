@@ -184,7 +184,7 @@ def read_component(folder: Path) -> dict[str, Tensor]:
         for variant in ("", ".bf16", ".fp16"):
             index = folder / f"{name}.safetensors.index{variant}.json"
             if index.is_file():
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
                 return {key: tensor for file in files for key, tensor in load_file(folder / Path(file).name).items()}
             if (folder / f"{name}{variant}.safetensors").is_file():
                 return load_file(folder / f"{name}{variant}.safetensors")
@@ -274,7 +274,9 @@ def _scheduler(target: str, ddim: bool) -> DDPMWuerstchenScheduler | DDIMSchedul
 
 def _target(scheduler: Path) -> dict[str, str]:
     """What the network beside a scheduler predicts."""
-    prediction = json.loads((scheduler / "scheduler_config.json").read_text()).get("prediction_type", "epsilon")
+    prediction = json.loads((scheduler / "scheduler_config.json").read_text(encoding="utf-8")).get(
+        "prediction_type", "epsilon"
+    )
     found = [ours for ours, theirs in PREDICTIONS.items() if theirs == prediction]
     if not found:
         raise UserError(f"{scheduler}: prediction_type is {prediction}, not one of {', '.join(PREDICTIONS.values())}")

@@ -131,7 +131,7 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"run: {folder} is no training run: it holds no config.yaml")
-    of_run = yaml.safe_load((folder / "config.yaml").read_text())
+    of_run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
     version, target = kept.get("model_version"), kept.pop(TARGET_KEY, None)
     base = kept.pop("generator_checkpoint_path", None)

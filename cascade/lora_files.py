@@ -64,7 +64,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _peft_config(path: Path) -> dict:
-    return json.loads((path / _PEFT_CONFIG).read_text()) if path.is_dir() else {}
+    return json.loads((path / _PEFT_CONFIG).read_text(encoding="utf-8")) if path.is_dir() else {}
 
 
 def _check(adapters: Mapping[str, Adapter], there: Mapping[str, Place]) -> None:
@@ -119,7 +119,7 @@ def write_lora(
         own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         write_weights(file, own, {"format": "pt"} | said)
     if kind == "peft":
-        (path / _PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        (path / _PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return list(files)
 
 

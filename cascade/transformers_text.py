@@ -108,7 +108,7 @@ def text_tower(encoder: Path, tokenizer_folder: Path, weights: Mapping[str, Tens
     Raises:
         UserError: a tokenizer that is neither CLIP's nor a list of words.
     """
-    config = json.loads((encoder / "config.json").read_text())
+    config = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
     theirs = AutoTokenizer.from_pretrained(tokenizer_folder)
     text = {
         "width": config["hidden_size"],

@@ -31,6 +31,7 @@ from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.errors import run_script
 from warpcore.pictures import grid, save_png
+from warpcore.text import read_text
 
 
 class TextToImageConfig(SteeringSettings):
@@ -174,7 +175,7 @@ def _lines(path: Path | None) -> list[str]:
         return []
     if not path.is_file():
         raise ConfigError(f"prompt_file: {path} does not exist")
-    lines = [line.strip() for line in path.read_text().splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ConfigError(f"prompt_file: {path} holds no prompt; write one per line")

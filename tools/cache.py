@@ -129,7 +129,7 @@ class Caching:
         elif self.out.exists() and any(path.name not in (_LOCK, _FAILED) for path in self.out.iterdir()):
             raise UserError(f"{self.out} is not empty and holds no cache ({CACHE_NAME}); choose another folder")
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.out / _LOCK).open("w")  # held until it is closed
+        self._lock = (self.out / _LOCK).open("w", encoding="utf-8")  # held until it is closed
         try:
             lock_file(self._lock, str(self.out), wait=False)
         except BlockingIOError:
@@ -200,7 +200,7 @@ class Caching:
         try:
             self._encode_all()
         except Exception as error:
-            with suppress(OSError), (self.out / _FAILED).open("x") as file:  # the first one counts
+            with suppress(OSError), (self.out / _FAILED).open("x", encoding="utf-8") as file:  # the first one counts
                 file.write(f"process {processes.rank} on {socket.gethostname()}: {type(error).__name__}: {error}")
             raise
         try:
@@ -213,7 +213,7 @@ class Caching:
     def _check_others(self) -> None:
         """Raises UserError where another process has failed."""
         with suppress(FileNotFoundError):
-            told = (self.out / _FAILED).read_text() or "its own output says why"
+            told = (self.out / _FAILED).read_text(encoding="utf-8") or "its own output says why"
             raise UserError(f"another process of this cache failed: {told}")
 
     def _encode_all(self) -> None:

@@ -26,7 +26,7 @@ SCRIPTS = {
 
 def main() -> None:
     readme = Path(sys.argv[1])
-    readme.write_text(with_reference(readme.read_text()))
+    readme.write_text(with_reference(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_reference(text: str) -> str:

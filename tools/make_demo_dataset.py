@@ -37,7 +37,7 @@ def make_demo_dataset(folder: Path, num_pictures: int, seed: int = 0, held_out: 
     if stale > num_pictures:
         raise ValueError(f"{folder} holds {stale} pictures already, more than {num_pictures}; remove it first")
     folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text("made by tools/make_demo_dataset.py, which writes over what lies here\n")
+    marker.write_text("made by tools/make_demo_dataset.py, which writes over what lies here\n", encoding="utf-8")
     rng = np.random.default_rng([seed, held_out])
     pairs = SEEN_PAIRS + tuple(sorted(UNSEEN_PAIRS)) if held_out else SEEN_PAIRS
     for number in range(num_pictures):
@@ -53,14 +53,14 @@ def make_demo_dataset(folder: Path, num_pictures: int, seed: int = 0, held_out: 
         }
         description |= {"shape": scene.shape, "colour": scene.colour, "position": scene.position, "count": scene.count}
         write_picture(stem, scene, text)
-        stem.with_suffix(".json").write_text(json.dumps(description) + "\n")
+        stem.with_suffix(".json").write_text(json.dumps(description) + "\n", encoding="utf-8")
 
 
 def write_picture(stem: Path, scene: Scene, text: str) -> None:
     """Writes a scene as STEM.jpg with its caption in STEM.txt."""
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(render(scene), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
     stem.with_suffix(".jpg").write_bytes(encoded.tobytes())
-    stem.with_suffix(".txt").write_text(text + "\n")
+    stem.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Captions and fields of pictures from a `metadata.jsonl` or `metadata.csv`, as Hugging Face's imagefolder has."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from warpcore.errors import UserError
+from warpcore.text import decode_text, read_text
 
 NAMES = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMNS = ("file_name", "filename", "image", "path")
@@ -38,8 +40,6 @@ def read_metadata(folder: Path, given: Path | None = None) -> dict[Path, dict]:
                     by_key = {path.stem: path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES}
                 path = _picture(line, f"{file}, line {place}", file.parent, folder, by_key)
                 found[Path(os.path.realpath(path))] = _with_caption(line, f"{file}, line {place}")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text: {error}; convert it: iconv -f latin1 -t utf-8") from None
         except csv.Error as error:
             raise UserError(f"{file} is no CSV that can be read: {error}") from None
     return found
@@ -64,34 +64,30 @@ def _with_caption(line: dict, where: str) -> dict:
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict]]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for place, text in enumerate(lines, 1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"{file}, line {place} is not JSON: {error}") from None
-            if not isinstance(line, dict):
-                raise UserError(
-                    f'{file}, line {place}: expected {{"file_name": ..., "text": ...}}, found {text[:60]!r}'
-                )
-            yield place, line
+    for place, text in enumerate(read_text(file).split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{file}, line {place} is not JSON: {error}") from None
+        if not isinstance(line, dict):
+            raise UserError(f'{file}, line {place}: expected {{"file_name": ..., "text": ...}}, found {text[:60]!r}')
+        yield place, line
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(sys.maxsize)
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
-        as_text = {*FILE_COLUMNS, KEY_COLUMN, *CAPTION_COLUMNS}
-        for line in reader:
-            if surplus := line.pop(None, None):
-                raise UserError(
-                    f"{file}, line {reader.line_num}: {len(surplus)} values more than columns, {surplus[0][:40]!r} is "
-                    "the first; put text with commas between double quotes"
-                )
-            values = {name: text for name, text in line.items() if name and text}
-            yield reader.line_num, {n: text if n in as_text else _value(text) for n, text in values.items()}
+    reader = csv.DictReader(io.StringIO(decode_text(file.read_bytes(), file), newline=""))
+    as_text = {*FILE_COLUMNS, KEY_COLUMN, *CAPTION_COLUMNS}
+    for line in reader:
+        if surplus := line.pop(None, None):
+            raise UserError(
+                f"{file}, line {reader.line_num}: {len(surplus)} values more than columns, {surplus[0][:40]!r} is "
+                "the first; put text with commas between double quotes"
+            )
+        values = {name: text for name, text in line.items() if name and text}
+        yield reader.line_num, {n: text if n in as_text else _value(text) for n, text in values.items()}
 
 
 def _value(text: str) -> str | int | float:

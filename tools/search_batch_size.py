@@ -19,6 +19,7 @@ from tools.arguments import local_path
 from warpcore.config import ConfigError, load_config
 from warpcore.errors import UserError, run_script
 from warpcore.rehearsal import Rehearsal, bucket_sizes, load_use_case
+from warpcore.text import read_text
 
 GIB = 2**30
 
@@ -51,7 +52,7 @@ def main() -> None:
             guess = chosen[size]
     least = min(chosen.values())
     print("\n" + ", ".join(f"{h} x {w}: {n}" for (h, w), n in chosen.items()) + f"; micro_batch_size: {least}")
-    options.tuned.write_text(with_micro_batch(options.config.read_text(), least, keys))
+    options.tuned.write_text(with_micro_batch(read_text(options.config), least, keys), encoding="utf-8")
     load_config(use_case.Config, [str(options.tuned)])
     print(f"written to {options.tuned}")
 

@@ -202,7 +202,7 @@ class Checkpoints:
             self._place.leave()
 
     def values(self, update: int) -> dict:
-        return json.loads((state_folder(self.folder, update) / "state.json").read_text())
+        return json.loads((state_folder(self.folder, update) / "state.json").read_text(encoding="utf-8"))
 
     def stored(self, update: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor of a checkpoint, by name."""
@@ -326,7 +326,7 @@ def _reason(error: BaseException) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is on the disk, whole, before anything that depends on it."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -34,6 +34,7 @@ from warpcore.data.buckets import parse_ratio
 from warpcore.data.storage import local_path
 from warpcore.errors import UserError
 from warpcore.keys import help_text, holds_paths, parts_of, type_name
+from warpcore.text import read_text
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -336,7 +337,7 @@ def dump_config(config: Settings) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
-    values = _parse_yaml(path.read_text(), str(path))
+    values = _parse_yaml(read_text(path), str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -1,6 +1,7 @@
 """The one kind of error that is the user's to mend: scripts print its message without a traceback and exit with 2."""
 
 import errno
+import io
 import sys
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ class UserError(ValueError):
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; a `UserError` becomes one clear message and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a caption is no reason to end
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         raise SystemExit(main())
     except UserError as error:

@@ -31,9 +31,9 @@ class Metrics:
         """Forget every line after `update`: those updates will be made again."""
         if not self.processes.is_main or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _update_of(line) <= update]
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= update]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(partial, self.path)
 
     def add(self, update: int, samples_hash: int = 0, **values: float | torch.Tensor) -> None:
@@ -77,7 +77,7 @@ class Metrics:
                 line["samples_hash"] = f"{value % 2**64:016x}"
         self._interval_started = now
         if self.processes.is_main and lines:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(_finite(line)) + "\n" for line in lines)
         return lines
 

@@ -202,7 +202,7 @@ def lock(folder: Path, name: str):
 
     name: what it is in messages.
     """
-    file = (folder / ".lock").open("a+")
+    file = (folder / ".lock").open("a+", encoding="utf-8")
     try:
         lock_file(file, name, wait=False)
     except BlockingIOError:

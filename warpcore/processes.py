@@ -289,7 +289,9 @@ def _first_node(nodes: str) -> str:
 
 def _scontrol(*arguments: str) -> str:
     try:
-        return subprocess.run(("scontrol", *arguments), check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(
+            ("scontrol", *arguments), check=True, capture_output=True, text=True, encoding="utf-8", timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"can't ask Slurm for the first node: {error}. Export its MASTER_ADDR before srun") from error
 

@@ -110,7 +110,7 @@ class S3Place:
         for name, recorded in files.items():
             with self._explained():
                 state.mkdir(parents=True, exist_ok=True)
-                waiting = (state / f".{name}.lock").open("a")
+                waiting = (state / f".{name}.lock").open("a", encoding="utf-8")
             with waiting:
                 lock_file(waiting, self.disk)  # another process of this machine may be fetching it
                 problem = None if (state / name).exists() else self.difference(update, name, recorded)
@@ -186,11 +186,11 @@ class S3Place:
 def _mark(folder: Path) -> str:
     """The same for all processes that see this folder, whatever their machines are called."""
     own = folder / f".machine.{uuid.uuid4().hex}"
-    own.write_text(own.suffix)
+    own.write_text(own.suffix, encoding="utf-8")
     try:
         os.link(own, folder / ".machine")
     except FileExistsError:
         pass
     finally:
         own.unlink()
-    return (folder / ".machine").read_text()
+    return (folder / ".machine").read_text(encoding="utf-8")

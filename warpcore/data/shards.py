@@ -13,6 +13,7 @@ import yaml
 
 from warpcore.data.storage import complete_url, is_remote, read_ranges, storage_for
 from warpcore.errors import UserError
+from warpcore.text import decode_text
 
 __all__ = ["Shard", "Source", "named_folders", "read_ranges", "resolve_sources"]
 
@@ -124,8 +125,8 @@ def _yaml_entries(url: str, weight: float) -> Iterator[tuple[float, str, str]]:
         raise MissingShardError(f"webdataset_path: there is no {url}.{_near(url)}")
     try:
         with storage.open(url) as file:
-            entries = yaml.safe_load(file.read().decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+            entries = yaml.safe_load(decode_text(file.read(), url))
+    except yaml.YAMLError as error:
         raise UserError(f"webdataset_path: {url} is not valid YAML: {error}") from None
     if not isinstance(entries, list | dict | str):
         raise UserError(f"webdataset_path: {url} should hold a list of paths, found {type(entries).__name__}")

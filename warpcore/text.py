@@ -1,0 +1,54 @@
+"""Text that people write (prompts, configs, captions): UTF-8, with or without a byte order mark, or UTF-16."""
+
+import codecs
+from pathlib import Path
+
+from warpcore.errors import UserError
+
+# The longer mark first: that of UTF-16 is how the one of UTF-32 begins.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+
+
+class EncodingError(UserError):
+    """The bytes are no text that is understood; the message names the file, the first such byte, and what to do."""
+
+
+def decode_text(content: bytes, name: object) -> str:
+    """The text in the bytes of a file, without its byte order mark; `name` is the file's, for the message.
+
+    Without a mark it has to be UTF-8: guessing another encoding would put wrong letters into captions.
+
+    Raises:
+        EncodingError: it is of another encoding.
+    """
+    mark = next((mark for mark in _MARKS if content.startswith(mark)), b"")
+    encoding = _MARKS.get(mark, "utf-8")
+    try:
+        text = content[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        place = error.start + len(mark)
+        raise EncodingError(
+            f"{name} is not {encoding.upper()} text: byte {place} ({content[place]:#04x}) cannot be read. Save it as "
+            f"UTF-8; if it is Latin-1 (Windows), with: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+        ) from None
+    if (place := text.find("\0")) >= 0:
+        raise EncodingError(
+            f"{name} is not text: character {place} is a zero. Save it as UTF-8; if it is UTF-16 without a byte order "
+            "mark, with: iconv -f UTF-16LE -t UTF-8 FILE > NEW"
+        )
+    return text
+
+
+def read_text(path: Path) -> str:
+    """The text in a file, its lines ending with a single line feed.
+
+    Raises:
+        EncodingError: it is of an encoding that is not understood.
+    """
+    return decode_text(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
