@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from warpcore.data.images import BadPicture, decode
 from warpcore.data.index import picture_size
@@ -28,6 +27,8 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None = None) -> np.ndarr
 
 def nearness(made: Tensor, true: Tensor) -> dict[str, Tensor]:
     """`psnr` (B,) in dB and `ssim` (B,) of pictures (B, 3, H, W); colours are in [0, 1]."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     pairs = list(zip(made.float().clamp(0, 1).split(1), true.float().split(1), strict=True))
     metrics = {"psnr": peak_signal_noise_ratio, "ssim": structural_similarity_index_measure}
     return {name: torch.stack([metric(*pair, data_range=1.0) for pair in pairs]) for name, metric in metrics.items()}

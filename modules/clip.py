@@ -2,24 +2,34 @@
 
 `text_tower(name)` and `image_tower(name)` give a frozen tower with published weights; `TextTower(settings)` and
 `ImageTower(settings)` give one with fresh weights, to train. A tower's `save` writes its settings into the file, so
-that `text_tower(path=...)` is enough to load it again.
+that `text_tower(path=...)` is enough to load it again. open_clip is imported when the first tower is built.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import open_clip
 import torch
 import torchvision.transforms.v2.functional as TF
-from open_clip.model import _build_text_tower, _build_vision_tower
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
-from modules.clip_weights import SETTINGS_KEY, download, find_file, model_and_tag, read_settings, read_tower
+from modules.clip_weights import (
+    SETTINGS_KEY,
+    download,
+    find_file,
+    load_open_clip,
+    model_and_tag,
+    read_settings,
+    read_tower,
+)
 from modules.effnet import normalise_images
 from modules.tokenizers import BytePairTokenizer, WordTokenizer, tokenize
+
+# Normalisation of OpenAI's CLIP models, as in open_clip's OPENAI_DATASET_MEAN and OPENAI_DATASET_STD.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,15 @@ class ClipSettings:
     """Id of the token that ends a text, at which the pooled vector is taken; None is the tokenizer's."""
     pad_id: int | None = None
     """Id that fills short texts; None is end_id, as Stable Cascade was trained (open_clip's own habit is 0)."""
-    image_mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
+    image_mean: tuple[float, ...] = OPENAI_MEAN
     """Mean of the RGB channels that the image tower expects to be taken off."""
-    image_std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    image_std: tuple[float, ...] = OPENAI_STD
     """Deviation of the RGB channels that the image tower expects to be divided by."""
 
     @classmethod
     def published(cls, name: str) -> "ClipSettings":
         """Those of a public name (see `PUBLIC_NAMES`), `model` or `model:tag` of open_clip. Raises ValueError."""
+        open_clip = load_open_clip()
         model, tag = model_and_tag(name)
         config, pretrained = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
         return cls(
@@ -101,7 +112,7 @@ class TextTower(_Tower):
         if "hf_model_name" in config or config.get("embed_cls") or config.get("no_causal_mask"):
             raise ValueError("only CLIP's own causal text transformer can be a text tower; choose another CLIP model")
         config.setdefault("vocab_size", self.tokenizer.vocab_size)
-        self.model = _build_text_tower(settings.embed_dim, config, settings.quick_gelu)
+        self.model = load_open_clip().model._build_text_tower(settings.embed_dim, config, settings.quick_gelu)
         self.model.attn_mask = None  # `encode` makes its own
         self.length, self.width, self.pooled_width = self.model.context_length, self.model.width, settings.embed_dim
         self.begin_id, self.end_id = (
@@ -160,7 +171,7 @@ class ImageTower(_Tower):
         config = dict(settings.vision_cfg or {})
         if "timm_model_name" in config or isinstance(config.get("layers"), list):
             raise ValueError("only CLIP's own vision transformer can be an image tower; choose another CLIP model")
-        self.model = _build_vision_tower(settings.embed_dim, config, settings.quick_gelu)
+        self.model = load_open_clip().model._build_vision_tower(settings.embed_dim, config, settings.quick_gelu)
         self.pooled_width, self.image_size = settings.embed_dim, self.model.image_size[0]
 
     def preprocess(self, images: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
-import open_clip
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -46,10 +46,18 @@ _TRANSPOSED = ("text_projection.weight", "visual_projection.weight")
 _NOT_OF_A_TOWER = ("logit_scale", "logit_bias", "attn_mask", "input_resolution", "context_length", "vocab_size")
 
 
+def load_open_clip() -> ModuleType:
+    """The package open_clip, imported at its first use: that takes seconds, and only towers need it."""
+    with torch.device("cpu"):  # networks are built under the meta device, which is no place for a package's constants
+        import open_clip
+    return open_clip
+
+
 def model_and_tag(name: str) -> tuple[str, str]:
     """open_clip's model and pretrained tag for a public name, `model` or `model:tag`. Raises ValueError."""
     if name in PUBLIC_NAMES:
         return PUBLIC_NAMES[name]
+    open_clip = load_open_clip()
     model, _, tag = name.partition(":")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not tags:
@@ -62,6 +70,7 @@ def model_and_tag(name: str) -> tuple[str, str]:
 
 def download(name: str) -> Path:
     """The file of a public model, downloaded by open_clip unless its cache has it."""
+    open_clip = load_open_clip()
     return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(*model_and_tag(name))))
 
 

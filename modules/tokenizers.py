@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-import open_clip
 import torch
 from torch import Tensor
+
+from modules.clip_weights import load_open_clip
 
 UNKNOWN_WORD = "<unknown>"
 
@@ -90,5 +91,5 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, pad_id: in
 
 
 @lru_cache(maxsize=1)
-def _open_clip_tokenizer() -> open_clip.SimpleTokenizer:
-    return open_clip.SimpleTokenizer()
+def _open_clip_tokenizer():
+    return load_open_clip().SimpleTokenizer()

@@ -1,0 +1,40 @@
+"""A machine that has only what a training uses can train: the other packages are imported where they are called."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.warpcore.runs import read_metrics, write_shard
+
+ROOT = Path(__file__).parents[2]
+UNUSED = [
+    "wandb", "tensorboard", "boto3", "botocore", "obstore", "huggingface_hub", "kornia", "torchmetrics",
+    "transformers", "timm", "diffusers", "peft", "torchao", "bitsandbytes", "schedulefree", "webdataset",
+]  # fmt: skip
+"""For tracking, S3, hubs, picture metrics, peers and optimizers: no plain update uses them."""
+BLOCKED_RUN = (
+    "import json, runpy, sys; missing, script, *sys.argv[1:] = sys.argv[1:]; "
+    "sys.modules.update(dict.fromkeys(json.loads(missing))); sys.argv[0] = script; "
+    "runpy.run_path(script, run_name='__main__')"
+)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("script", "missing"), [("train_a", [*UNUSED, "open_clip"]), ("train_c", UNUSED)])
+def test_a_script_trains_without_the_packages_that_it_does_not_use(script, missing, tmp_path):
+    settings = {
+        "experiment_id": "bare", "checkpoint_path": str(tmp_path), "model_version": "mini", "updates": 1,
+        "webdataset_path": str(write_shard(tmp_path / "a.tar", 4, (64, 64))), "batch_size": 2, "image_size": 64,
+        "num_workers": 0, "device": "cpu",
+    }  # fmt: skip
+    keys = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    command = [sys.executable, "-c", BLOCKED_RUN, json.dumps(missing), str(ROOT / "train" / f"{script}.py"), *keys]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line["update"] for line in read_metrics(settings)] == [1]
