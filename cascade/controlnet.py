@@ -168,7 +168,9 @@ _PUBLISHED_FILTERS = {
     (16, "large"): "SREffnetFilter",
     (512, "simple"): "IdentityFilter",
 }
-_PUBLISHED_BLOCKS = {8: [0, 4, 8, 12, 51, 55, 59, 63], 64: list(range(64))}
+_EIGHT_BLOCKS = [0, 4, 8, 12, 51, 55, 59, 63]
+_PUBLISHED_BLOCKS = {8: _EIGHT_BLOCKS, 64: list(range(64))}
+_COMFYUI_MODES = ("effnet", "large")
 
 
 def file_metadata(settings: ControlNetSettings) -> dict[str, str]:
@@ -229,6 +231,23 @@ def published_layout(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if stem is not None and stem.shape[1] != 3 and not settings.official_stem:
         notes.append(
             "The reference implementation does not pad before the first convolution: it sees the condition shifted by "
-            "one pixel. A ControlNet trained with official_stem: true is the same there"
+            "one pixel, and so does ComfyUI. A ControlNet trained with official_stem: true is the same there"
         )
     return state, notes
+
+
+def comfyui_notes(settings: ControlNetSettings, state: Mapping[str, Tensor]) -> list[str]:
+    """Why ComfyUI, which reads the official names, cannot draw with a ControlNet; nothing where it can.
+
+    Its loader knows the blocks of no file: the projections go to eight fixed blocks of Stage C 3.6B, in this order. It
+    tells `effnet` and `large` from the tensors' names, and no other bottleneck.
+    """
+    mode, blocks = settings.controlnet_bottleneck_mode or "effnet", settings.controlnet_blocks
+    reasons = []
+    if mode not in _COMFYUI_MODES:
+        reasons.append(f"it knows the bottlenecks {' and '.join(_COMFYUI_MODES)} only, not {mode}")
+    if blocks != _EIGHT_BLOCKS:
+        reasons.append(f"it controls the blocks {_EIGHT_BLOCKS} whatever the file says, and this one is for {blocks}")
+    if (width := state["projections.0.2.weight"].shape[0]) != 2048:
+        reasons.append(f"its blocks are 2048 wide, not {width}")
+    return [f"Not for ComfyUI: {'; '.join(reasons)}"] if reasons else []

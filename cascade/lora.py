@@ -1,6 +1,7 @@
 """LoRA and trained tokens on the networks of the cascade: for training, and from files for drawing."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -8,15 +9,20 @@ from torch import Tensor, nn
 
 from cascade.config import ModelSettings
 from cascade.inference import weights_in
-from cascade.lora_files import read_lora
+from cascade.lora_files import missing_tokens, read_lora
 from cascade.lora_formats import Adapter, Lora, LoraFileError, split
 from modules.clip import TextTower
-from modules.lora import LoraSettings, LowRank, adapters, add_adapters, places
+from modules.lora import EVERY_LAYER, LoraSettings, LowRank, adapters, add_adapters, places
 from modules.quantise import quantise
 from modules.stage_c import StageC
 from modules.tokens import Token, TokenRows, attach, find_tokens, is_new
 from warpcore.errors import UserError
 from warpcore.processes import Processes
+
+NAMES_WITH_A_DOT = r"\."
+"""The filter for all layers but those beside the network's blocks: what the filter '.' found in older versions."""
+
+logger = logging.getLogger(__name__)
 
 
 class LoraError(UserError):
@@ -37,12 +43,25 @@ def freeze(network: nn.Module, weights: str | torch.dtype, processes: Processes)
         raise LoraError("frozen_weights: nf4 needs torchao: pip install torchao") from error
 
 
-def adapt(network: nn.Module, filters: Sequence[str], settings: LoraSettings) -> None:
-    """Put adapters at the places of a network that `module_filters` find."""
+def adapt(
+    network: nn.Module, filters: Sequence[str], settings: LoraSettings, checkpoint: Collection[str] | None = None
+) -> None:
+    """Put adapters at the places of a network that `module_filters` find.
+
+    checkpoint: names of the tensors that a run goes on with. A run that began when the filter '.' did not find the
+    layers whose names have no dot keeps its layers.
+    """
+    if checkpoint is not None and EVERY_LAYER in filters and not _adapts_names_without_a_dot(network, checkpoint):
+        filters = [NAMES_WITH_A_DOT if text == EVERY_LAYER else text for text in filters]
     try:
         add_adapters(network, filters, settings)
     except ValueError as error:
         raise LoraError(f"module_filters, rank: {error}") from None
+
+
+def _adapts_names_without_a_dot(network: nn.Module, checkpoint: Collection[str]) -> bool:
+    names = tuple(f".{name}.lora." for name in places(network) if "." not in name)
+    return any(part in stored for stored in checkpoint for part in names)
 
 
 def train_tokens(tower: TextTower, entries: Sequence[tuple[str, str | None]]) -> TokenRows:
@@ -77,6 +96,8 @@ def lora_of(network: nn.Module, rows: TokenRows | None = None) -> Lora:
 def load_into(network: nn.Module, rows: TokenRows | None, path: Path, filters: Sequence[str]) -> None:
     """Start the adapters and tokens of a training from those of a file, which have to be the same ones.
 
+    The adapters change the network as those of the file do, whatever the alphas of the two are.
+
     Raises:
         LoraFileError: they are others, or of another rank.
     """
@@ -86,7 +107,9 @@ def load_into(network: nn.Module, rows: TokenRows | None, path: Path, filters: S
     differing = sorted(there.keys() ^ lora.adapters.keys()) + sorted(set(tokens) ^ set(lora.tokens))
     if differing:
         where = "only in the file" if differing[0] in {*lora.adapters, *lora.tokens} else "not in the file"
-        raise LoraFileError(f"{path} does not hold what this run trains: {differing[0]} is {where}")
+        raise LoraFileError(
+            f"{path} does not hold what this run trains: {differing[0]} is {where}{_hint(differing, there)}"
+        )
     for name, adapter in there.items():
         try:
             _fill(adapter, lora.adapters[name])
@@ -95,6 +118,13 @@ def load_into(network: nn.Module, rows: TokenRows | None, path: Path, filters: S
     for i, token in enumerate(tokens):
         place = lora.tokens.index(token)
         rows.initial[i], rows.delta[i] = lora.token_initial[place], lora.token_delta[place]
+
+
+def _hint(differing: Sequence[str], there: Collection[str]) -> str:
+    """What to write where a file is from before the filter '.' found the layers whose names have no dot, too."""
+    if any("." in name or name not in there for name in differing):
+        return ""
+    return f". Write module_filters: ['{NAMES_WITH_A_DOT}'] to leave out {', '.join(differing)}"
 
 
 def _fill(adapter: LowRank, source: Adapter) -> None:
@@ -106,6 +136,8 @@ def _fill(adapter: LowRank, source: Adapter) -> None:
             raise ValueError(f"{part} is {shapes[0] or 'not'} in the file and {shapes[1] or 'not'} in this run")
         if own is not None:
             own.copy_(other)
+    if source.scale != adapter.settings.scale:
+        adapter.up.mul_(source.scale / adapter.settings.scale)
 
 
 @torch.no_grad()
@@ -119,6 +151,12 @@ def merge_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None
 
 
 def _change(weight: Tensor, source: Adapter) -> Tensor:
+    if source.by_columns:
+        matrices = (source.up.float() @ source.down.float().flatten(1)).view(weight.shape)
+        changed = weight.float() + source.scale * matrices
+        dims = [0, *range(2, weight.dim())]
+        lengths = source.magnitude.view(1, -1, *[1] * (weight.dim() - 2))
+        return changed * (lengths / torch.linalg.vector_norm(changed, dim=dims, keepdim=True)) - weight.float()
     settings = LoraSettings(source.rank, source.alpha, source.rank_stabilised, dora=source.magnitude is not None)
     adapter = LowRank(weight, settings)
     _fill(adapter, source)
@@ -174,10 +212,15 @@ def open_loras(files: Sequence[str], settings: ModelSettings, use_ema: bool = Tr
     if not files:
         return []
     network = outline(settings)
-    return [
+    opened = [
         (read_lora(weights_in(place, "lora", use_ema), network), strength)
         for place, strength in map(parse_lora, files)
     ]
+    known = {token for lora, _ in opened for token in lora.tokens}
+    for (lora, _), file in zip(opened, files, strict=True):
+        if not known.issuperset(lora.missing_tokens):
+            logger.warning("%s: %s. Add the embeddings to `lora`", file, missing_tokens(lora))
+    return opened
 
 
 def outline(settings: ModelSettings) -> StageC:

@@ -27,7 +27,7 @@ class LoraConfig(StageCConfig):
     """Keys of `train/train_c_lora.py`."""
 
     module_filters: list[str]
-    """Which layers are adapted: parts of their names, such as `.attn`, or regular expressions on them."""
+    """Which layers are adapted: parts of their names, such as `.attn`, or regular expressions on them; `.` is all."""
     rank: PositiveInt
     """How much an adapter can hold: it is two matrices with so many columns or rows."""
     alpha: PositiveFloat | None = None

@@ -22,6 +22,9 @@ from modules.blocks import Conv, DepthwiseConv, MultiheadAttention, PointwiseCon
 PARTS = ("q", "k", "v")
 """The thirds of a fused attention projection, in the order of its rows."""
 
+EVERY_LAYER = "."
+"""The filter that finds every layer."""
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -210,7 +213,7 @@ class Place:
 def places(network: nn.Module, split_qkv: bool = False) -> dict[str, Place]:
     """Every place for an adapter, by the name of its layer; with `split_qkv` NAME.q, NAME.k and NAME.v of attention.
 
-    In the order of the published files, where a layer comes after the layers in it.
+    In the order of the network's layers, where a layer comes after the layers in it.
     """
     found = {}
 
@@ -233,13 +236,16 @@ def places(network: nn.Module, split_qkv: bool = False) -> dict[str, Place]:
 def choose(names: Sequence[str], filters: Sequence[str]) -> list[str]:
     """The names that a filter finds: as a part of the name, or where no name has that part, as a regular expression.
 
+    '.' finds all of them, those too that have no dot.
+
     Raises ValueError for a filter that finds nothing.
     """
     if not filters:
         raise ValueError("no filter is given; write for example ['.attn'] for the attention layers")
     chosen: set[str] = set()
     for text in filters:
-        found = [name for name in names if text in name] or _search(text, names)
+        part = "" if text == EVERY_LAYER else text
+        found = [name for name in names if part in name] or _search(text, names)
         if not found:
             near = difflib.get_close_matches(text, names, n=4, cutoff=0.0)
             raise ValueError(f"{text!r} finds no layer that can be adapted; near names: {', '.join(near)}")

@@ -9,18 +9,22 @@
                                                                   StableCascadeDecoderPipeline
     from-diffusers        such a folder                           a folder of our files, with the same weights
     lora                  a LoRA: a run, a file, peft's folder    our file, which says rank, alpha and tokens
-    lora-comfyui          the same                                a file with kohya's names; each token as an embedding
+    lora-comfyui          the same                                a file for ComfyUI; tokens as embeddings beside it
+    lora-kohya            the same                                a file for kohya's scripts; tokens the same way
+    lora-onetrainer       the same                                a file for OneTrainer, with the tokens
     lora-peft             the same                                a folder for peft, on diffusers' StableCascadeUNet
     lora-reference        the same                                a numbered file of the reference implementation
-    lora-merged           the same                                weights of Stage C that hold it; tokens beside them
+    lora-merged           the same                                weights of Stage C that hold it; tokens as embeddings
     controlnet            a ControlNet: a run or a file           our file, which says filter and blocks
     controlnet-reference  the same                                a file that the reference implementation loads
 
-Tensors keep every bit, but in lora-merged, and in lora-reference where alpha is no power of two. Keys follow as in the
-scripts, key=value or --key value; --help behind a format, a source and a target lists them. With them, diffusers takes
-further networks, every LoRA its model_version, and files that do not say it what they need: lora the module_filters
-and train_tokens of the training, controlnet the controlnet_filter and controlnet_blocks. diffusers has no previewer
-and no encoder, and for the mini cascade it wants sides that 32 divides.
+Nothing that exists is overwritten. Tensors keep every bit, but in lora-merged, and in lora-reference where alpha is no
+power of two. Tokens beside TARGET.safetensors are in TARGET_embeddings, a file each.
+
+Keys follow as in the scripts, key=value or --key value; --help behind a format, a source and a target lists them. With
+them, diffusers takes further networks, every LoRA its model_version, and files that do not say it what they need: lora
+the module_filters and train_tokens of the training, controlnet the controlnet_filter and controlnet_blocks. diffusers
+has no previewer and no encoder, and for the mini cascade it wants sides that 32 divides.
 """
 
 import argparse
@@ -32,15 +36,14 @@ from typing import Any
 from pydantic import NonNegativeInt
 
 from cascade import build, lora
-from cascade.controlnet import file_metadata, published_layout, settings_of_file
+from cascade.controlnet import comfyui_notes, file_metadata, published_layout, settings_of_file
 from cascade.inference import TARGET_KEY, CascadeSettings, metadata_of, weights_in
-from cascade.lora_files import read_lora, write_lora
+from cascade.lora_files import Files, lora_files, read_lora, shortcomings, token_files, write_files
 from cascade.lora_formats import Lora
 from modules.tokenizers import BytePairTokenizer, Tokenizer
-from tools.arguments import local_path
+from tools.arguments import local_path, refuse_existing
 from warpcore.config import FileName, Settings, load_config
 from warpcore.errors import UserError, run_script
-from warpcore.weights import write_weights
 
 # ------------------------------------------------------------------ diffusers
 
@@ -103,9 +106,7 @@ def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> 
     settings, opened = open_lora(source, arguments)
     tokenizer = _tokenizer(settings) if opened.tokens else None
     about = {"model_version": settings.model_version}
-    _print_sizes(write_lora(opened, target, kind, lora.outline(settings), tokenizer, about))
-    if kind == "peft" and opened.tokens:
-        print(f"The tokens {', '.join(opened.tokens)} stay behind: peft's folder has no place for them.")
+    _write(lora_files(opened, target, kind, lora.outline(settings), tokenizer, about), shortcomings(opened, kind))
 
 
 def merge_lora(source: Path, target: Path, arguments: list[str]) -> None:
@@ -113,17 +114,16 @@ def merge_lora(source: Path, target: Path, arguments: list[str]) -> None:
     base = settings.generator_checkpoint_path
     if base is None:
         raise UserError("lora-merged needs the weights that the LoRA was trained on: give generator_checkpoint_path")
+    tokens = Lora({})
+    if opened.tokens:
+        tokens = tokens.with_tokens(opened.tokens, opened.token_initial, opened.token_delta * settings.strength)
+    beside = token_files(tokens, target)
+    refuse_existing([target, *beside])
     network = build.stage_c(settings)
     lora.merge_loras(network, [(opened, settings.strength)])
     dtypes = {name: tensor.dtype for name, tensor in build.read_weights(base, "generator_checkpoint_path").items()}
     merged = {name: tensor.to(dtypes[name]) for name, tensor in network.state_dict().items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, merged, {"format": "pt", TARGET_KEY: settings.diffusion_target})
-    written = [target]
-    if opened.tokens:
-        tokens = Lora({}, opened.tokens, opened.token_initial, opened.token_delta * settings.strength)
-        written += write_lora(tokens, target.with_name(f"{target.stem}_tokens.safetensors"))
-    _print_sizes(written)
+    _write({target: (merged, {TARGET_KEY: settings.diffusion_target})} | beside, shortcomings(opened, "merged"))
 
 
 def _tokenizer(settings: CascadeSettings) -> Tokenizer:
@@ -152,25 +152,24 @@ def export_controlnet(for_reference: bool, source: Path, target: Path, arguments
     said = load_config(ControlNetExportSettings, arguments).model_dump(exclude_none=True)
     file = weights_in(source, "controlnet", said.pop("use_ema"))
     if for_reference:
-        state, notes = published_layout(file)
-        about = {"format": "pt"}
+        (state, notes), about = published_layout(file), {}
     else:
         state, notes = build.read_weights(file, "controlnet"), []
-        about = {"format": "pt"} | file_metadata(settings_of_file(file, said))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, state, about)
-    _print_sizes([target])
-    for note in notes:
-        print(f"{note}.")
+        about = file_metadata(settings_of_file(file, said))
+    _write({target: (state, about)}, notes + comfyui_notes(settings_of_file(file, said), state))
 
 
 # ------------------------------------------------------------------ the command line
 
+FOLDERS = ("diffusers", "from-diffusers", "lora-peft")
+"""Formats whose target is a folder."""
 FORMATS: dict[str, Callable[[Path, Path, list[str]], None]] = {
     "diffusers": to_diffusers,
     "from-diffusers": from_diffusers,
     "lora": partial(export_lora, "warpcore"),
     "lora-comfyui": partial(export_lora, "comfyui"),
+    "lora-kohya": partial(export_lora, "kohya"),
+    "lora-onetrainer": partial(export_lora, "onetrainer"),
     "lora-peft": partial(export_lora, "peft"),
     "lora-reference": partial(export_lora, "reference"),
     "lora-merged": merge_lora,
@@ -188,14 +187,32 @@ def main() -> None:
     given = parser.parse_args()
     if not given.source.exists():
         raise UserError(f"{given.source} does not exist")
-    if given.target.is_dir() and any(given.target.iterdir()):
-        raise UserError(f"{given.target} is not empty: name another folder")
-    if given.target.is_file():
-        raise UserError(f"{given.target} is there already: name another file")
+    _check_target(given.format, given.target)
     try:
         FORMATS[given.format](given.source, given.target, given.arguments)
     except ModuleNotFoundError as error:
         raise UserError(f"{given.format} needs {error.name}: pip install diffusers transformers") from error
+
+
+def _check_target(form: str, target: Path) -> None:
+    """Raise UserError for a place that can't be written to; see `refuse_existing` for single files."""
+    if form in FOLDERS:
+        if not target.is_dir():
+            refuse_existing([target])
+        elif any(target.iterdir()):
+            raise UserError(f"{target} is not empty: name another folder")
+        return
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target}: {form} writes a safetensors file: name it {target}.safetensors")
+    refuse_existing([target])
+
+
+def _write(files: Files, notes: list[str]) -> None:
+    refuse_existing(files)
+    write_files(files)
+    _print_sizes(list(files))
+    for note in notes:
+        print(f"{note}.")
 
 
 def _print_sizes(files: list[Path]) -> None:

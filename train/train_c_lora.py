@@ -50,7 +50,8 @@ class TrainLora(TrainStageC):
         config, networks = self.config, super().build()
         generator, text = networks["generator"], networks["text"]
         lora.freeze(generator, config.frozen_weights or self.dtype, self.processes)
-        lora.adapt(generator, config.module_filters, config.lora_settings)
+        checkpoint = None if self.resumed is None else self.checkpoints.stored(self.resumed)
+        lora.adapt(generator, config.module_filters, config.lora_settings, checkpoint)
         if config.train_tokens:
             networks["tokens"] = lora.train_tokens(text, config.train_tokens)
             text.model.set_grad_checkpointing(config.activation_checkpointing > 0)

@@ -82,6 +82,8 @@ class WarpCore:
     """Whether every sample needs a caption; without them `Batch.captions` are empty."""
     bucket_factor: int = 1
     """Sides of training pictures are multiples of this many pixels."""
+    resumed: int | None = None
+    """Update of the checkpoint that this start goes on from, known when `build` is called."""
 
     # ------------------------------------------------------------------ hooks
 
@@ -161,7 +163,7 @@ class WarpCore:
         config = self.config
         self.update = 0
         self.checkpoints = Checkpoints(config.run_folder, self.processes, config.keep_last, config.run_url)
-        resumed = self.checkpoints.newest()
+        resumed = self.resumed = self.checkpoints.newest()
         saved = self.checkpoints.values(resumed) if resumed is not None else {}
 
         self.make_networks()

@@ -327,6 +327,9 @@ def test_a_lora_for_another_network_says_what_differs(tmp_path):
     with pytest.raises(LoraFileError, match=r"attn is \(192, 64\) in the file \(rank 3\) and \(384, 128\) here"):
         read_lora(path, wider)
     write_lora(lora_of(adapted("attention")), path, "reference", small)
+    with pytest.raises(LoraFileError, match=r"another network: this one has no layer down_blocks.1.5.attention.attn"):
+        read_lora(path, fewer)
+    save_file(load_file(path), path)  # as the reference implementation writes it, without a word about it
     with pytest.raises(LoraFileError, match="12 numbered adapters, but 8 layers"):
         read_lora(path, fewer)
     write_lora(lora_of(adapted("attention")), path, "comfyui")

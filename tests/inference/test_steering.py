@@ -101,7 +101,7 @@ def test_a_lora_draws_what_the_weights_with_it_merged_in_draw(draw, lora_run, mo
     export()
     prompts = 'prompts=["w1", "a picture of [dog]"]'
     with_lora = draw(f"lora={lora_run}:0.5", prompts, "diffusion_target=v", whole=True)
-    tokens = f"lora={tmp_path}/merged_tokens.safetensors"
+    tokens = f"lora={tmp_path}/merged_embeddings/dog.safetensors"
     assert same(draw(f"generator_checkpoint_path={merged}", tokens, prompts, whole=True), with_lora)
     untaught, taught = draw(f"generator_checkpoint_path={merged}", prompts, whole=True)
     assert same([untaught], with_lora[:1])

@@ -1,0 +1,128 @@
+"""What a LoRA holds, whatever file it came from: adapters by the names of their places, and trained tokens."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from modules.lora import PARTS
+from warpcore.errors import UserError
+
+
+class LoraFileError(UserError):
+    """A LoRA file is missing, unreadable, made for another network, or cannot be put into a format."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter of one weight: `down` and `up` as in `modules.lora.LowRank`.
+
+    magnitude, of DoRA: (C_out,), the length of each row of the changed weight, as trained here, or (1, C_in), of each
+    input column, as OneTrainer trains by default.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+    rank_stabilised: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def plain_alpha(self) -> float:
+        """The alpha that gives the same scale when it is divided by the rank."""
+        return self.alpha * self.rank**0.5 if self.rank_stabilised else self.alpha
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether DoRA's lengths are those of input columns."""
+        return self.magnitude is not None and self.magnitude.dim() == 2
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.down.dim() == 4 and self.down.shape[1] == 1 < self.up.shape[0]
+
+
+@dataclass
+class Lora:
+    """What a LoRA file holds."""
+
+    adapters: dict[str, Adapter]
+    """By the names of their places (see `modules.lora.places`); q, k and v of an attention layer may be separate."""
+    tokens: list[str] = field(default_factory=list)
+    """Names of trained tokens: in brackets new ones, else tokens of the vocabulary."""
+    token_initial: Tensor | None = None
+    """(T, D): their rows of the embedding before training."""
+    token_delta: Tensor | None = None
+    """(T, D): what training added."""
+    missing_tokens: list[str] = field(default_factory=list)
+    """Tokens that were trained with the adapters, but are neither in the file nor beside it."""
+
+    def with_tokens(self, names: list[str], initial: Tensor, delta: Tensor) -> "Lora":
+        """The LoRA with further tokens."""
+        if self.tokens:
+            initial, delta = torch.cat([self.token_initial, initial]), torch.cat([self.token_delta, delta])
+        return replace(self, tokens=self.tokens + names, token_initial=initial, token_delta=delta)
+
+
+def pair(place: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The `down` and the `up` (C_out, R) of an adapter."""
+    for part in ("down", "up"):
+        if part not in own:
+            raise LoraFileError(f"the adapter of {place} has no {part}: the file is not whole")
+    return own["down"], own["up"].flatten(1)
+
+
+# ---------------------------------------------------------------- attention: one projection or three
+
+
+def split_part(place: str) -> tuple[str, str | None]:
+    """`....attn.q` -> (`....attn`, `q`); other names have no part."""
+    layer, _, last = place.rpartition(".")
+    return (layer, last) if last in PARTS else (place, None)
+
+
+def split(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Adapters of whole attention projections as three that share their `down`."""
+    separate = {}
+    for place, adapter in adapters.items():
+        if not place.endswith(".attn"):
+            separate[place] = adapter
+            continue
+        magnitudes = [None] * 3 if adapter.magnitude is None else adapter.magnitude.chunk(3)
+        for part, up, magnitude in zip(PARTS, adapter.up.chunk(3), magnitudes, strict=True):
+            separate[f"{place}.{part}"] = replace(adapter, up=up, magnitude=magnitude)
+    return separate
+
+
+def fused(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Undo `split` wherever q, k and v are all there and share their `down`."""
+    together: dict[str, Adapter] = {}
+    for place, adapter in adapters.items():
+        layer, part = split_part(place)
+        parts = [adapters.get(f"{layer}.{part}") for part in PARTS]
+        if part is None or None in parts or not all(_alike(adapter, other) for other in parts):
+            together[place] = adapter
+        elif layer not in together:
+            magnitude = None if adapter.magnitude is None else torch.cat([other.magnitude for other in parts])
+            together[layer] = replace(adapter, up=torch.cat([other.up for other in parts]), magnitude=magnitude)
+    return together
+
+
+def _alike(one: Adapter, other: Adapter) -> bool:
+    if one.by_columns or other.by_columns:  # a column of the fused matrix is longer than those of its three parts
+        return False
+    return (
+        (one.alpha, one.rank_stabilised, one.magnitude is None)
+        == (other.alpha, other.rank_stabilised, other.magnitude is None)
+        and torch.equal(one.down, other.down)
+    )  # fmt: skip
