@@ -43,7 +43,7 @@ def _launched(rank: int, count: int, port: int, function: Callable, args: tuple)
 
 def _member(rank: int, meeting: str, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("cpu:gloo", init_method=meeting, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     function(*args)
     # Networks that outlive the process group can abort the interpreter at its exit.
     gc.collect()

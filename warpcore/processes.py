@@ -145,8 +145,9 @@ def start_processes(
         fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
         raise UserError(f"fsdp_shards: {shards} does not divide the {count} processes; write one of {fitting}")
     timeout = timedelta(seconds=timeout_seconds)
-    # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL.
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "cpu:gloo"
+    # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL. Written as
+    # "cpu:gloo", a group would have no default backend, and PyTorch would warn of that as the group is destroyed.
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     with _no_longer_than(timeout):
         store = dist.HashStore() if count == 1 else _meeting_point(rank, count, timeout)
         dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout, store=store)

@@ -55,6 +55,7 @@ def test_a_control_is_the_condition_of_stage_c(generator, batch):
     assert not torch.allclose(expected, drawn(generator))
 
 
+@pytest.mark.bits
 def test_no_strength_is_no_control_exactly(generator):
     assert torch.equal(controlled(generator, Control(residuals(0), strength=0)), drawn(generator))
     assert torch.equal(controlled(generator), drawn(generator))

@@ -100,6 +100,7 @@ def test_pictures_too_small_for_the_filter_are_refused_before_training():
         check_side(make_filter(settings("InpaintFilter")), [(64, 64), (16, 96)])
 
 
+@pytest.mark.bits
 def test_a_file_says_how_its_controlnet_was_made(tmp_path):
     made = settings("QRFilter", {"resize": 64, "blobify": False}, controlnet_blocks=[5, 2])
     network = make_controlnet(made, MINI, make_filter(made), MINI_WIDTHS)

@@ -54,6 +54,7 @@ def assert_same(one, other) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("form", "kind"), [(form, kind) for form, kinds in WHAT_FITS.items() for kind in sorted(kinds)]
 )

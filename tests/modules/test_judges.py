@@ -1,5 +1,6 @@
 """What judges Stage A's reconstructions: the patch discriminator and the perceptual distance."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models import vgg16
@@ -17,6 +18,7 @@ def test_the_discriminator_judges_each_picture_alone_and_patch_by_patch():
     torch.testing.assert_close(network(pictures[1:2]), scores[1:2])
 
 
+@pytest.mark.bits
 def test_the_perceptual_distance_compares_the_features_of_torchvisions_vgg():
     torch.manual_seed(0)
     theirs = vgg16(weights=None).eval()

@@ -144,6 +144,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_merged_weights_compute_the_same_and_unmerge_to_the_bit(variant):
     network = every_kind()
@@ -214,6 +215,7 @@ def test_the_two_initialisations_start_without_a_change_and_learn():
     assert 0.8 < torch.cat([a.up.flatten() for _, _, a in adapters(network)]).std() < 1.2
 
 
+@pytest.mark.bits
 def test_dropout_acts_on_the_side_path_and_only_in_training():
     network = every_kind()
     add_adapters(network, ["layers.linear"], LoraSettings(rank=3, alpha=3, dropout=0.5))

@@ -87,7 +87,7 @@ def test_only_the_rows_learn_and_other_texts_stay_as_they_are():
         rows.delta += 1.0
         new, dog = tower.encode(*tower.tokenize(texts))[0]
         (before,), _ = plain.encode(*plain.tokenize(["a big dog"]))
-        assert torch.equal(dog, before)
+        torch.testing.assert_close(dog, before)  # in a batch of another size, sums round otherwise
         with untrained(rows):
             start = tower.encode(*tower.tokenize(texts))[0][0]
         torch.testing.assert_close(start, plain.encode(*plain.tokenize(["a picture of dog"]))[0][0])

@@ -65,6 +65,7 @@ def _member(mini: versions.Version, settings: dict, out: Path, killed_in: str | 
     make_cache("train_c", settings, out)
 
 
+@pytest.mark.bits
 def test_a_cache_that_was_killed_is_finished_by_two_processes(settings, tmp_path):
     whole = content(make_cache("train_c", settings, tmp_path / "whole"))
     assert len(whole) == 4
@@ -198,6 +199,7 @@ def test_what_it_refuses(settings, tmp_path, monkeypatch):
         assert "another process writes this cache" in refusal(settings, out)
 
 
+@pytest.mark.bits
 def test_a_full_disk_is_told_before_or_leaves_whole_tars_only(settings, tmp_path, monkeypatch):
     out = tmp_path / "cache"
     usage = shutil.disk_usage(tmp_path)

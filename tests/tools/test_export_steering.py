@@ -54,6 +54,7 @@ def assert_same(one, other) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("form", ["lora", "lora-comfyui", "lora-peft", "lora-reference"])
 def test_a_lora_comes_back_from_every_format_with_the_same_bits(export, lora, tmp_path, form):
     file, there, back = lora("ours"), tmp_path / "there", tmp_path / "back.safetensors"

@@ -75,6 +75,7 @@ def test_every_script_is_tested_here():
     assert scripts == {name.split()[0] for name in SETTINGS}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_in_two_halves_is_the_run_in_one(settings, name):
     whole, halves = settings(name, "whole"), settings(name, "halves")
@@ -104,6 +105,7 @@ def test_accumulation_makes_the_same_updates(settings, name):
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_update_that_is_not_finite_changes_nothing(settings, name):
     given = settings(name, "broken", updates=1, save_every=1)

@@ -88,6 +88,7 @@ def test_an_update_equals_plain_torch_on_diffusers_network(small_cascade):
     assert moved > 9e-4
 
 
+@pytest.mark.bits
 def test_a_run_goes_on_with_its_adaptive_weights_average_and_conditions(small_cascade):
     settings = small_cascade | {
         "adaptive_loss_weight": True, "ema_start_iters": 1, "ema_beta": 0.5, "validation_samples": 2, "updates": 6,

@@ -62,6 +62,7 @@ def test_only_the_adapter_is_trained_kept_and_published(settings):
     assert all(projection[-1].weight.abs().max() > 0 for projection in network.projections)
 
 
+@pytest.mark.bits
 def test_the_grid_shows_pictures_conditions_and_both_drawings(settings):
     rows = []
 
@@ -120,6 +121,7 @@ def _member(settings: dict, mini: versions.Version) -> None:
     assert TrainControlNet(make_config(TrainControlNet.Config, settings)).run() == 0
 
 
+@pytest.mark.bits
 def test_less_memory_is_the_same_update(settings):
     lines = [train(settings | {"experiment_id": f"level{n}", "activation_checkpointing": n})[0] for n in (0, 3)]
     assert lines[0]["loss"] == lines[1]["loss"]

@@ -105,6 +105,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
+@pytest.mark.bits
 def test_a_run_goes_on_exactly_with_adapters_tokens_and_averages(small_cascade):
     settings = small_cascade | EVERYTHING | {"updates": 4, "activation_checkpointing": 3}
     whole = settings | {"experiment_id": "whole"}
@@ -261,6 +262,7 @@ def test_a_lora_goes_on_from_a_file(small_cascade, tmp_path):
         train(further | {"experiment_id": "y", "module_filters": [".attn", "depthwise"]})
 
 
+@pytest.mark.bits
 def test_samples_show_base_and_lora_side_by_side(small_cascade):
     settings = small_cascade | EVERYTHING | {"lr": 0.1, "updates": 3, "sample_prompts": ["a picture of [dog]"]}
     run = TrainLora(make_config(TrainLora.Config, settings))

@@ -65,6 +65,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert not torch.equal(parameter, torch.ones_like(parameter))
 
 
+@pytest.mark.bits
 def test_a_run_resumes_exactly_and_writes_bfloat16(tmp_path):
     data = write_shard(tmp_path / "a.tar", 12)
     whole = tiny_settings(tmp_path, data, experiment_id="whole", updates=6, save_every=3, weights_dtype="bfloat16")

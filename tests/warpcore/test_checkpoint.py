@@ -157,6 +157,7 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
+@pytest.mark.bits
 def test_two_processes_agree_on_the_newest_whole_checkpoint(tmp_path):
     """Only the second process reads the damaged file."""
     data = write_data(tmp_path / "data", 60)
@@ -179,6 +180,7 @@ def test_a_manifest_names_the_files_of_all_processes(tmp_path):
     assert {name.split("_")[2] for name in listed if name.startswith("__")} >= {"0", "1"}
 
 
+@pytest.mark.bits
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     """Neither the clock nor the times of files say which checkpoint is the newest, or what comes next."""
     data = write_shard(tmp_path / "a.tar", 10)

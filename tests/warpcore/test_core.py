@@ -40,6 +40,7 @@ def uninterrupted(shard, tmp_path_factory) -> list[tuple]:
     return numbers(read_metrics(settings))
 
 
+@pytest.mark.bits
 def test_runs_with_the_same_seed_are_identical_and_others_are_not(shard, tmp_path):
     first, second, other = (
         numbers(train_here(tiny_settings(tmp_path / name, shard, seed=seed))[1])
@@ -50,6 +51,7 @@ def test_runs_with_the_same_seed_are_identical_and_others_are_not(shard, tmp_pat
     assert len(first) == 12
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("killed_at", [1, 9])
 def test_a_run_killed_at_any_update_goes_on_bit_for_bit(shard, uninterrupted, tmp_path, killed_at):
     settings = tiny_settings(tmp_path, shard, validation_samples=3)
@@ -61,6 +63,7 @@ def test_a_run_killed_at_any_update_goes_on_bit_for_bit(shard, uninterrupted, tm
     assert numbers(read_metrics(settings)) == uninterrupted
 
 
+@pytest.mark.bits
 @pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_finishes_the_update_saves_and_asks_to_be_started_again(shard, uninterrupted, tmp_path, number):
@@ -88,6 +91,7 @@ def test_a_hang_up_that_is_ignored_at_the_start_as_under_nohup_does_not_stop_the
     assert status == 0, output
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("optimizer", ["schedulefree", "muon", "adafactor"])
 def test_every_optimizer_resumes_exactly(shard, tmp_path, optimizer):
     whole = tiny_settings(tmp_path / "whole", shard, optimizer=optimizer, validation_samples=2)
@@ -159,6 +163,7 @@ def test_a_run_leaves_weights_samples_and_records(shard, tmp_path):
     assert list((folder / "tensorboard").iterdir())
 
 
+@pytest.mark.bits
 def test_an_update_that_is_not_finite_is_skipped_and_many_in_a_row_stop_the_run(shard, tmp_path):
     settings = tiny_settings(tmp_path, shard, break_update=6, max_nonfinite_updates=3, save_every=6, ema_iters=1)
     with pytest.raises(UserError, match="max_nonfinite_updates"):

@@ -97,6 +97,7 @@ def test_a_skipped_update_leaves_the_average_bit_for_bit():
     assert not torch.equal(ema.state_dict()["0.weight"], before["0.weight"])
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("cut", [2, 3, 5])
 def test_a_resumed_average_goes_on_bit_for_bit(cut):
     net = make_net()
@@ -112,6 +113,7 @@ def test_a_resumed_average_goes_on_bit_for_bit(cut):
     assert_identical(copies(again.state_dict()), copies(ema.state_dict()))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_average_is_swapped_in_and_out_exactly(dtype):
     net = make_net().to(dtype)
@@ -182,5 +184,6 @@ def _sharded_run() -> None:
     assert_identical(copies(net.state_dict()), weights)
 
 
+@pytest.mark.bits
 def test_sharded_weights_are_averaged_and_swapped_like_whole_ones():
     run_in_two_processes(_sharded_run)

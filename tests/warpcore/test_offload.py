@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 COMMON = {"grad_accum_steps": 2, "activation_checkpointing": 3}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["train_b", "train_c", "train_c_controlnet", "train_c_lora"])
 def test_offloaded_encoders_and_activations_change_no_bit(settings, name):  # noqa: F811
     common = COMMON | {"updates": 2} | ({"clip_image_dropout": 0.5} if name != "train_b" else {})
@@ -76,6 +77,7 @@ def test_a_network_on_demand_is_on_the_gpu_only_while_it_is_called_and_nothing_w
     assert seen[-1] == {GPU}
 
 
+@pytest.mark.bits
 def test_the_copies_of_a_network_on_demand_do_not_outlive_the_call():
     plain, frozen = (network().eval().requires_grad_(False) for _ in range(2))
     on_demand = OnDemand(frozen, CPU)
@@ -89,6 +91,7 @@ def test_the_copies_of_a_network_on_demand_do_not_outlive_the_call():
     assert memories[1].peak == memories[0].peak + on_demand.nbytes
 
 
+@pytest.mark.bits
 def test_a_network_that_gradients_pass_through_comes_to_stay():
     frozen, known = (network().eval().requires_grad_(False) for _ in range(2))
     for one in (frozen, known):

@@ -73,6 +73,7 @@ with_8_bits = pytest.param(
 )
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", [*PLAIN, with_8_bits])
 def test_a_resumed_optimizer_trains_on_bit_for_bit(name, tmp_path):
     net, optimizers = make(name)
@@ -99,6 +100,7 @@ def test_a_resumed_optimizer_trains_on_bit_for_bit(name, tmp_path):
     assert_identical(weights(resumed), weights(net))
 
 
+@pytest.mark.bits
 def test_looking_at_the_weights_for_use_does_not_change_training():
     net, optimizers = make("schedulefree")
     train(net, optimizers, [1, 2, 3])
@@ -327,6 +329,7 @@ def _check_muon(mesh):
         assert (parameter.full_tensor() - expected).norm() <= 0.05 * expected.norm(), shape
 
 
+@pytest.mark.bits
 def test_two_processes_with_sharded_weights_step_like_one():
     expected = {}
     for name in ("adamw", "schedulefree"):

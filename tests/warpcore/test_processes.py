@@ -39,6 +39,7 @@ def alone(data, tmp_path_factory) -> dict:
     return settings
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("count", "changes"),
     [
@@ -61,6 +62,7 @@ def test_any_number_of_processes_makes_the_same_updates(data, alone, tmp_path, c
     assert found.weights < (1e-5 if changes or count > 1 else 1e-30)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("changes", [{}, {"use_fsdp": True}])
 def test_runs_on_equally_many_processes_are_equal_bit_for_bit(data, tmp_path, changes):
     runs = [settings_of(tmp_path / name, data, updates=FIRST_UPDATES, **changes) for name in ("first", "second")]

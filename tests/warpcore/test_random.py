@@ -1,5 +1,6 @@
 """Random numbers belong to a sample and a purpose."""
 
+import pytest
 import torch
 
 from tests.fake_gpu import GPU, FakeGpu
@@ -18,6 +19,7 @@ def test_python_decides_by_the_numbers_that_the_gpu_gets():
     assert decided[0] == first
 
 
+@pytest.mark.bits
 def test_a_sample_draws_the_same_numbers_in_any_company():
     together = SampleRandom(SEEDS).normal("noise", 2, 4)
     assert together.shape == (3, 2, 4)

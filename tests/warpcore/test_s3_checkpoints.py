@@ -66,6 +66,7 @@ def metrics_of(settings: dict) -> list[tuple]:
     return numbers(read_metrics(settings))
 
 
+@pytest.mark.bits
 def test_what_a_run_writes_is_on_s3_and_is_what_a_run_in_a_folder_writes(bucket, local, remote, tmp_path):
     train_remote(remote)
     folder = Path(local["checkpoint_path"]) / "tiny"
@@ -84,6 +85,7 @@ def test_what_a_run_writes_is_on_s3_and_is_what_a_run_in_a_folder_writes(bucket,
         assert all((tensor == expected[key]).all() for key, tensor in load_file(path).items())
 
 
+@pytest.mark.bits
 def test_a_run_goes_on_from_s3_on_a_machine_that_has_nothing(bucket, local, remote, tmp_path):
     train_remote(remote | {"updates": 8})
     shutil.rmtree(tmp_path / "scratch")
@@ -95,6 +97,7 @@ def test_a_run_goes_on_from_s3_on_a_machine_that_has_nothing(bucket, local, remo
     assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
 
 
+@pytest.mark.bits
 def test_faults_of_the_network_change_nothing(bucket, local, remote, monkeypatch):
     faults = tuple(fault for fault in FAULTS if fault != "trickle")  # boto3 would wait for what is so small
     with FaultyProxy(bucket.endpoint, share=0.2, faults=faults) as proxy:
@@ -122,6 +125,7 @@ def environment(bucket) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("AWS_")} | {"SLURM_JOB_ID": "7"}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["__0_0.distcp", "generator.safetensors", "manifest.json"])
 def test_a_run_killed_while_it_sends_a_file_goes_on_from_what_is_whole(
     bucket, undisturbed, environment, tmp_path, name

@@ -200,7 +200,7 @@ class _Workers:
     def __init__(self, reader: Reader, num_workers: int, prefetch: int):
         self.need_main_script = b"__main__" in _pickled(reader)
         self._sampler = _Sampler()
-        self._loader = DataLoader(
+        self._loader = _WorkerLoader(
             _Work(reader),
             batch_sampler=self._sampler,
             num_workers=num_workers,
@@ -238,6 +238,13 @@ class _Workers:
 
     def _processes(self) -> list:
         return self._loader._iterator._workers if self._loader._iterator is not None else []
+
+
+class _WorkerLoader(DataLoader):
+    """A DataLoader that does not warn where there are more workers than CPUs: workers also wait for the storage."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
 
 
 class _Sampler:

@@ -150,6 +150,7 @@ def adaptive() -> GDF:
     return GDF(AdaptiveTrainSchedule(), VPScaler(), EpsilonTarget(), CosineTNoiseCond(), AdaptiveLossWeight())
 
 
+@pytest.mark.bits
 def test_the_state_of_adaptive_parts_survives_a_checkpoint():
     trained, resumed = adaptive(), adaptive()
     logsnr = torch.linspace(-11, 11, 64)

@@ -209,6 +209,7 @@ def test_conditions_that_do_not_pair_are_named(change, message):
         pair_conditions(conditions(2, 0), negative, 2)
 
 
+@pytest.mark.bits
 def test_guidance_runs_one_forward_of_both_halves_inside_its_window_only():
     diffusion, model = gdf(), Recorder()
     x_init = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
