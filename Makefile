@@ -48,7 +48,7 @@ mini: demo/ready
 	$(call publish,mini_b/generator_ema,stage_b)
 	$(MAKE) quickstart
 
-publish = $(PY) tools/convert_weights.py runs/$(1).safetensors models/mini/$(2).safetensors --dtype float16
+publish = $(PY) tools/convert_weights.py runs/$(1).safetensors models/mini/$(2).safetensors --dtype float16 --overwrite
 
 lint: install
 	$(PY) -m ruff format .

@@ -7,6 +7,7 @@ What Stage A loses, no drawing will have; what the whole way loses beside it was
 (more is better, in dB) and SSIM (1 is equal) say how much that is.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -18,8 +19,9 @@ from cascade.inference import DrawingSettings
 from cascade.pictures import nearness, pad, read_picture, size_of, to_pictures
 from cascade.sampling import Cascade
 from warpcore.config import load_config
-from warpcore.data.samples import PICTURE_EXTENSIONS
+from warpcore.data.picture_files import LeftOut, find_pictures
 from warpcore.errors import UserError, run_script
+from warpcore.outputs import check_new, free_folder
 from warpcore.pictures import grid, save_png
 
 
@@ -27,11 +29,14 @@ class ReconstructConfig(DrawingSettings):
     """Keys of this script, beside those of the networks; it needs none of Stage C."""
 
     pictures: list[Path]
-    """Files, or folders of files."""
+    """Files, or folders of files, with their sub-folders."""
     most_pictures: PositiveInt = 64
     """So many of them at most, in the order of their names."""
-    output_path: Path = Path("reconstructions")
-    """Folder for `grid.png` and the single pictures."""
+    output_path: Path | None = None
+    """Folder for `grid.png` and the single pictures; by default the first of `reconstructions`, `reconstructions_2`,
+    ... that is free."""
+    overwrite: bool = False
+    """Write over pictures of the same names in `output_path`."""
     image_size: PositiveInt | None = None
     """Scale pictures to the area of a square with this side, in pixels; without it, they keep their size."""
     compression: PositiveFloat | None = None
@@ -52,13 +57,19 @@ class ReconstructConfig(DrawingSettings):
 
 def main() -> None:
     config = load_config(ReconstructConfig)
-    files = find_pictures(config.pictures)[: config.most_pictures]
-    pictures = [read_picture(file, wanted_size(file, config.image_size)) for file in files]
+    folder, left_out = config.output_path or free_folder("reconstructions"), LeftOut()
+    found = find_pictures(config.pictures, left_out, without=folder)
+    files, pictures = read_pictures(found, config.image_size, config.most_pictures, left_out)
+    outputs = [folder / f"{number:04d}_{file.stem}.png" for number, file in enumerate(files)] + [folder / "grid.png"]
+    if not config.overwrite:
+        check_new(outputs, "give another output_path, or write overwrite=true")
     cascade = Cascade(config)
     rebuilt = {"Stage A": cascade.rebuild(pictures)}
     if not config.stage_a_only:
         rebuilt["cascade"] = rebuild_from_latents(cascade, pictures)
-    show(config, files, pictures, rebuilt)
+    show(outputs, files, pictures, rebuilt)
+    if left_out:
+        print(left_out)
     print(cascade.peak_memory())
 
 
@@ -72,9 +83,7 @@ def rebuild_from_latents(cascade: Cascade, pictures: list[Tensor]) -> list[Tenso
     return cascade.decode(cascade.draw_b(latents, caption, nothing, sizes, [config.seed] * len(sizes)), sizes)
 
 
-def show(
-    config: ReconstructConfig, files: list[Path], pictures: list[Tensor], rebuilt: dict[str, list[Tensor]]
-) -> None:
+def show(outputs: list[Path], files: list[Path], pictures: list[Tensor], rebuilt: dict[str, list[Tensor]]) -> None:
     """Print how near each picture came, and write it and a sheet with all of them beside the originals."""
     shown, captions, scores = [], [], {name: [] for name in rebuilt}
     width = max(len(str(file)) for file in files)
@@ -86,31 +95,36 @@ def show(
             scores[name].append((psnr, ssim))
             shown.append(to_pictures(made[number][None])[0])
             captions.append(f"{name}: {psnr:.1f} dB, {ssim:.3f}")
-        save_png(config.output_path / f"{number:04d}_{file.stem}.png", shown[-1])
+        save_png(outputs[number], shown[-1])
         print(f"{file!s:{width}}  " + "  ".join(captions[-len(rebuilt) :]))
     for name, values in scores.items():
         psnr, ssim = (sum(column) / len(files) for column in zip(*values, strict=True))
         print(f"mean of {len(files)}, {name}: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
-    save_png(config.output_path / "grid.png", grid(shown, 1 + len(rebuilt), captions))
-    print(f"All of them side by side: {config.output_path / 'grid.png'}")
+    save_png(outputs[-1], grid(shown, 1 + len(rebuilt), captions))
+    print(f"All of them side by side: {outputs[-1]}")
 
 
-def find_pictures(places: list[Path]) -> list[Path]:
-    """The pictures among files and in folders.
+def read_pictures(
+    files: Sequence[Path], side: int | None, most: int, left_out: LeftOut
+) -> tuple[list[Path], list[Tensor]]:
+    """The first files that hold pictures, `most` at most, and those (3, H, W) in [0, 1].
 
     Raises:
-        UserError: a place is not there, or a folder holds none.
+        UserError: none does.
     """
-    found = []
-    for place in places:
-        inside = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
-        inside = [file for file in inside if file == place or file.suffix.lower().lstrip(".") in PICTURE_EXTENSIONS]
-        if not inside:
-            raise UserError(
-                f"pictures: {place} is no picture and no folder with one ({', '.join(PICTURE_EXTENSIONS)})"
-            )
-        found += inside
-    return found
+    pictures: dict[Path, Tensor] = {}
+    problem = None
+    for file in dict.fromkeys(files):
+        if len(pictures) == most:
+            break
+        try:
+            pictures[file] = read_picture(file, wanted_size(file, side))
+        except UserError as error:
+            left_out.add("that cannot be read as a picture", file)
+            problem = problem or error
+    if not pictures:
+        raise UserError(f"pictures: there is none to rebuild: {problem}") from problem
+    return list(pictures), list(pictures.values())
 
 
 def wanted_size(file: Path, side: int | None) -> tuple[int, int]:

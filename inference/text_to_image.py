@@ -30,6 +30,7 @@ from warpcore.config import ConfigError, Share, load_config
 from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.errors import run_script
+from warpcore.outputs import check_new, free_folder
 from warpcore.pictures import grid, save_png
 from warpcore.text import read_text
 
@@ -37,8 +38,11 @@ from warpcore.text import read_text
 class TextToImageConfig(SteeringSettings):
     """Keys of this script, beside those of the networks."""
 
-    output_path: Path = Path("pictures")
-    """Folder for `grid.png` and the single pictures; each file holds its prompt and settings."""
+    output_path: Path | None = None
+    """Folder for `grid.png` and the single pictures, each of which holds its prompt and settings; by default the first
+    of `pictures`, `pictures_2`, ... that is free."""
+    overwrite: bool = False
+    """Write over pictures of the same names in `output_path`."""
     prompts: list[str] = []
     """What to draw."""
     prompt_file: Path | None = None
@@ -114,9 +118,13 @@ def main() -> None:
     config = load_config(TextToImageConfig)
     complete = not config.preview and config.stage_b.generator_checkpoint_path is not None
     prompts, seeds = zip(*product(config.all_prompts, config.seeds), strict=True)
+    folder = config.output_path or free_folder("pictures")
+    files = [folder / name for name in file_names(prompts, seeds, len(config.controlnet))]
+    if not config.overwrite:
+        check_new(files, "give another output_path, or write overwrite=true")
     cascade = Cascade(config, open_loras(config.lora, config, config.use_ema))
     pictures, controls = draw(cascade, prompts, seeds, complete)
-    save(config, prompts, seeds, pictures, controls)
+    save(config, files, prompts, seeds, pictures, controls)
     if not complete:
         why = "" if config.preview else ": there are no weights of Stage B (stage_b_checkpoint_path)"
         print(f"They are drawn by the previewer, which is coarser than the full cascade{why}.")
@@ -148,26 +156,34 @@ def draw(
     return pictures, steered
 
 
+def file_names(prompts: Sequence[str], seeds: Sequence[int], num_controls: int) -> list[str]:
+    """Of a picture for each prompt and its seed, of what each ControlNet saw, and of the sheet with all of them."""
+    pairs = enumerate(zip(prompts, seeds, strict=True))
+    words = [re.sub(r"[^a-z0-9]+", "_", prompt.lower())[:60].strip("_") for prompt in prompts]
+    names = [f"{number:04d}_{words[number]}_{seed}.png" for number, (_, seed) in pairs]
+    return [*names, *(f"condition_{number}.png" for number in range(num_controls)), "grid.png"]
+
+
 def save(
     config: TextToImageConfig,
+    files: Sequence[Path],
     prompts: Sequence[str],
     seeds: Sequence[int],
     pictures: Sequence[Tensor],
     controls: Sequence[Steered],
 ) -> None:
-    """Write each picture, with what it was made of inside, a sheet of them all, and what the ControlNets saw."""
-    left_out = {"prompts", "prompt_file", "seeds", "output_path", "device", "batch_size"}
+    """Write each picture, with what it was made of inside, what the ControlNets saw, and a sheet of all pictures."""
+    left_out = {"prompts", "prompt_file", "seeds", "output_path", "overwrite", "device", "batch_size"}
     settings = config.model_dump_json(exclude=left_out, exclude_defaults=True)
     sheet = [to_pictures(picture[None], config.size_px)[0] for picture in pictures]
-    for number, (picture, prompt, seed) in enumerate(zip(sheet, prompts, seeds, strict=True)):
-        name = f"{number:04d}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60].strip('_')}_{seed}.png"
-        save_png(config.output_path / name, picture, {"prompt": prompt, "seed": str(seed), "settings": settings})
-    for number, control in enumerate(controls):
-        save_png(config.output_path / f"condition_{number}.png", to_pictures(control.picture[None], config.size_px)[0])
+    for file, picture, prompt, seed in zip(files, sheet, prompts, seeds, strict=False):
+        save_png(file, picture, {"prompt": prompt, "seed": str(seed), "settings": settings})
+    for file, control in zip(files[len(sheet) :], controls, strict=False):
+        save_png(file, to_pictures(control.picture[None], config.size_px)[0])
     columns = len(config.seeds) if len(config.seeds) > 1 else min(6, len(sheet))
     together = grid(sheet, columns, prompts)
-    save_png(config.output_path / "grid.png", together, {"prompts": "\n".join(prompts), "settings": settings})
-    print(f"{len(sheet)} pictures, and all of them together: {config.output_path / 'grid.png'}")
+    save_png(files[-1], together, {"prompts": "\n".join(prompts), "settings": settings})
+    print(f"{len(sheet)} pictures, and all of them together: {files[-1]}")
 
 
 def _lines(path: Path | None) -> list[str]:

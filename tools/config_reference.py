@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cascade.config import DiffusionConfig, ModelSettings, StageCConfig
 from warpcore.config import Config, Settings
+from warpcore.errors import UserError, run_script
 from warpcore.keys import describe
 
 START, END = "<!-- config reference: made by tools/config_reference.py -->", "<!-- end of config reference -->"
@@ -31,8 +32,10 @@ def main() -> None:
 
 def with_reference(text: str) -> str:
     """`text` with everything between the two marks replaced by the current tables."""
-    before, rest = text.split(START)
-    _, after = rest.split(END)
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise UserError(f"no place for the tables: write the two lines {START} and {END} where they belong")
     parts = ["#### Every training script", _table(Config), "#### Networks", _table(ModelSettings)]
     parts += ["#### Stage B and Stage C", _table(DiffusionConfig, Config, ModelSettings)]
     parts += ["#### `train/train_c.py`", _table(StageCConfig, DiffusionConfig)]
@@ -55,4 +58,4 @@ def _table(kind: type[Settings], *without: type[Settings]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

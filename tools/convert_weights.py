@@ -11,13 +11,20 @@ from safetensors import SafetensorError, safe_open
 
 from tools.arguments import local_path
 from warpcore.errors import UserError, run_script
+from warpcore.outputs import check_new
 from warpcore.weights import write_weights
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Raises UserError where `source` is missing or no safetensors file, or a number does not fit into `dtype`."""
+def convert(source: Path, target: Path, dtype: torch.dtype, overwrite: bool = False) -> None:
+    """Write `target`, where nothing is yet unless `overwrite` is given.
+
+    Raises:
+        UserError: `source` is missing or no safetensors file, `target` is there already, or a number is too large.
+    """
     if not source.is_file():
         raise UserError(f"{source} does not exist")
+    if not overwrite:
+        check_new([target], "name another file, or give --overwrite")
     try:
         with safe_open(source, "pt") as file:
             metadata = file.metadata()
@@ -37,8 +44,9 @@ def main() -> None:
     parser.add_argument("source", type=local_path)
     parser.add_argument("target", type=local_path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET where it is there already")
     arguments = parser.parse_args()
-    convert(arguments.source, arguments.target, getattr(torch, arguments.dtype))
+    convert(arguments.source, arguments.target, getattr(torch, arguments.dtype), arguments.overwrite)
     print(f"{arguments.target}: {arguments.target.stat().st_size / 1e6:.1f} MB")
 
 

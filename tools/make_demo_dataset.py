@@ -8,7 +8,6 @@ below 4.5), its size and what it shows. The same options always write the same f
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import cv2
@@ -16,6 +15,7 @@ import numpy as np
 
 from tools.arguments import local_path
 from tools.demo_scenes import SEEN_PAIRS, UNSEEN_PAIRS, Scene, captioned_scene, render, score
+from warpcore.errors import UserError, run_script
 
 _PICTURES_PER_FOLDER = 1000
 _SPOILED = 0.06
@@ -26,18 +26,12 @@ def make_demo_dataset(folder: Path, num_pictures: int, seed: int = 0, held_out: 
     """Writes the pictures into sub-folders of `folder`.
 
     With `held_out` they show the sentences and the (colour, shape) pairs that the demo set never has.
-    A folder that holds something else already is a ValueError; an earlier demo set in it is written over.
+    An earlier demo set in it is written over. Raises UserError for a folder that holds something else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder to write the pictures to")
-    marker = folder / _MARKER
-    if folder.exists() and any(folder.iterdir()) and not marker.exists():
-        raise ValueError(f"{folder} is not empty and no demo data set; name a new folder")
     stale = sum(1 for _ in folder.glob("*/*.jpg")) if folder.exists() else 0
     if stale > num_pictures:
-        raise ValueError(f"{folder} holds {stale} pictures already, more than {num_pictures}; remove it first")
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text("made by tools/make_demo_dataset.py, which writes over what lies here\n", encoding="utf-8")
+        raise UserError(f"{folder} holds {stale} pictures already, more than {num_pictures}; remove it first")
+    open_folder(folder)
     rng = np.random.default_rng([seed, held_out])
     pairs = SEEN_PAIRS + tuple(sorted(UNSEEN_PAIRS)) if held_out else SEEN_PAIRS
     for number in range(num_pictures):
@@ -56,6 +50,21 @@ def make_demo_dataset(folder: Path, num_pictures: int, seed: int = 0, held_out: 
         stem.with_suffix(".json").write_text(json.dumps(description) + "\n", encoding="utf-8")
 
 
+def open_folder(folder: Path) -> None:
+    """Make and mark a folder for pictures of the demo world.
+
+    Raises:
+        UserError: it holds something else, which could be overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder to write the pictures to")
+    marker = folder / _MARKER
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise UserError(f"{folder} is not empty and no demo data set; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text("made by a demo tool of Warpcore, which writes over what lies here\n", encoding="utf-8")
+
+
 def write_picture(stem: Path, scene: Scene, text: str) -> None:
     """Writes a scene as STEM.jpg with its caption in STEM.txt."""
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(render(scene), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
@@ -70,12 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held_out", action="store_true", help="sentences and pairs that the demo set never shows")
     options = parser.parse_args(arguments)
-    try:
-        make_demo_dataset(options.folder, options.num_pictures, options.seed, options.held_out)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    make_demo_dataset(options.folder, options.num_pictures, options.seed, options.held_out)
     print(f"{options.num_pictures} pictures with captions and scores in {options.folder}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,8 @@ import numpy as np
 
 from tools.arguments import local_path
 from tools.demo_scenes import BACKGROUNDS, SIZES, SUBJECT, Scene
-from tools.make_demo_dataset import write_picture
+from tools.make_demo_dataset import open_folder, write_picture
+from warpcore.errors import run_script
 
 TOKEN = f"[{SUBJECT}]"
 PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
@@ -32,8 +33,11 @@ def sentence(colour: str, place: str) -> str:
 
 
 def make_demo_subject(folder: Path, seed: int = 0) -> int:
-    """Writes a picture of each shown colour and place into `folder`; returns their number."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes a picture of each shown colour and place into `folder`; returns their number.
+
+    Raises UserError for a folder that holds something else than an earlier one of its kind.
+    """
+    open_folder(folder)
     rng = np.random.default_rng([seed, len(SHOWN)])
     for number, (colour, place) in enumerate(SHOWN):
         background, size = (str(rng.choice(options)) for options in (BACKGROUNDS, list(SIZES)))
@@ -50,4 +54,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ import yaml
 from tools.arguments import local_path
 from warpcore.config import ConfigError, load_config
 from warpcore.errors import UserError, run_script
+from warpcore.outputs import check_new
 from warpcore.rehearsal import Rehearsal, bucket_sizes, load_use_case
 from warpcore.text import read_text
 
@@ -35,8 +36,7 @@ def main() -> None:
     parser.add_argument("--guess", type=int, help="where to begin; by default the config's micro-batch")
     parser.add_argument("--processes", type=int, default=1, help="GPUs of the run that the config is for")
     options, keys = parser.parse_known_args()
-    if options.tuned.exists():
-        raise UserError(f"{options.tuned} exists already: give the name of a new file")
+    check_new([options.tuned], "give the name of a new file")
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [str(options.config), *keys])
     fitting = [n for n in range(1, config.batch_size + 1) if config.batch_size % (n * options.processes) == 0]

@@ -17,7 +17,7 @@ from warpcore.errors import UserError
 def reconstruct(monkeypatch, tmp_path, drawing_cascade, capsys):
     def reconstruct(*arguments: object) -> tuple[dict[str, np.ndarray], str]:
         folder = tmp_path / "rebuilt"
-        fixed = ["model_version=mini", "device=cpu", "stage_b_steps=2", f"output_path={folder}"]
+        fixed = ["model_version=mini", "device=cpu", "stage_b_steps=2", f"output_path={folder}", "overwrite=true"]
         monkeypatch.setattr("sys.argv", ["reconstruct.py", *fixed, *map(str, arguments)])
         main()
         return {path.name: np.array(Image.open(path)) for path in folder.glob("*.png")}, capsys.readouterr().out
@@ -91,3 +91,26 @@ def test_a_mistake_is_named(reconstruct, pictures, tmp_path):
     (tmp_path / "stage_b.safetensors").unlink()
     with pytest.raises(UserError, match="no weights of Stage B: give stage_b_checkpoint_path, or write stage_a_only"):
         reconstruct("--pictures", pictures)
+
+
+def test_hidden_and_broken_pictures_are_left_out_and_counted(reconstruct, pictures):
+    (pictures / "._a.png").write_bytes(b"resource fork")
+    (pictures / "aa.png").write_bytes((pictures / "a.png").read_bytes()[:100])
+    (pictures / "c.HEIC").write_bytes(b"no decoder")
+    (pictures / "more").mkdir()
+    Image.new("RGB", (32, 32)).save(pictures / "more/d.tif")
+    files, printed = reconstruct("--pictures", pictures, "stage_a_only=true")
+    assert files.keys() == {"0000_a.png", "0001_b.png", "0002_d.png", "grid.png"}
+    assert "left out 3" in printed
+    assert "1 hidden (its name begins with a dot): ._a.png" in printed
+    assert f"1 that cannot be read as a picture: {pictures / 'aa.png'}" in printed
+    assert f"1 of a format that is not read (.heic): convert them to JPEG or PNG: {pictures / 'c.HEIC'}" in printed
+
+
+def test_earlier_reconstructions_are_not_written_over(reconstruct, pictures, tmp_path):
+    (tmp_path / "rebuilt").mkdir()
+    (tmp_path / "rebuilt/grid.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"rebuilt/grid\.png is there already: give another output_path, or write ov"):
+        reconstruct("--pictures", pictures, "stage_a_only=true", "overwrite=false")
+    assert (tmp_path / "rebuilt/grid.png").read_bytes() == b"mine"
+    assert len(list((tmp_path / "rebuilt").iterdir())) == 1

@@ -16,6 +16,7 @@ from train.train_c import TrainStageC
 from warpcore.checkpoint import CheckpointError
 from warpcore.config import ConfigError, make_config
 from warpcore.errors import UserError
+from warpcore.outputs import free_folder
 from warpcore.pictures import read_metadata
 
 
@@ -29,7 +30,7 @@ def run(small_cascade):
 @pytest.fixture
 def draw(monkeypatch, tmp_path, run, drawing_cascade):
     def draw(*arguments: str) -> dict[str, np.ndarray]:
-        folder = tmp_path / f"pictures{len(list(tmp_path.iterdir()))}"
+        folder = free_folder(str(tmp_path / "pictures"))
         fixed = ["device=cpu", "image_size=64", "steps=2", "stage_b_steps=2", f"output_path={folder}"]
         monkeypatch.setattr("sys.argv", ["text_to_image.py", "--run", run, *fixed, *arguments])
         main()
@@ -104,6 +105,18 @@ def test_weights_say_what_they_are_whatever_the_config_has_become(draw, run, sma
     assert about.get("diffusion_target", "epsilon") == "epsilon"
     assert about["generator_checkpoint_path"].endswith("generator.safetensors")
     assert "is of update 2 and generator.safetensors of 3: taking the latter" in caplog.text
+
+
+def test_drawings_are_not_written_over_unasked(draw, tmp_path, monkeypatch):
+    first = draw("prompts=[w1]", "preview=true", f"output_path={tmp_path / 'mine'}")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    again = ["preview=true", "seeds=[5]", f"output_path={tmp_path / 'mine'}"]
+    with pytest.raises(UserError, match=r"mine/grid\.png is there already: give another output_path, or write overwr"):
+        draw("prompts=[w2]", *again)
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+    draw("prompts=[w2]", "overwrite=true", *again)
+    assert (tmp_path / "mine/grid.png").read_bytes() != before[tmp_path / "mine/grid.png"]
+    assert not first  # the default folder of this fixture
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from tools.demo_scenes import (
     shape_mask,
 )
 from tools.make_demo_dataset import main, make_demo_dataset
+from tools.make_demo_subject import make_demo_subject
+from warpcore.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -136,18 +138,27 @@ def test_the_held_out_set_shows_unseen_pairs_and_only_held_out_sentences(tmp_pat
 
 def test_a_folder_with_more_pictures_is_refused(tmp_path):
     make_demo_dataset(tmp_path, 3)
-    with pytest.raises(SystemExit, match="holds 3 pictures already"):
+    with pytest.raises(UserError, match="holds 3 pictures already"):
         main([str(tmp_path), "--num_pictures", "2"])
 
 
 def test_a_folder_of_other_things_is_left_as_it_is(tmp_path):
     (tmp_path / "000").mkdir()
     (tmp_path / "000/000000.jpg").write_bytes(b"mine")
-    with pytest.raises(SystemExit, match="is not empty and no demo data set"):
+    with pytest.raises(UserError, match="is not empty and no demo data set"):
         main([str(tmp_path), "--num_pictures", "2"])
     assert (tmp_path / "000/000000.jpg").read_bytes() == b"mine"
     make_demo_dataset(tmp_path / "new", 2)
     make_demo_dataset(tmp_path / "new", 2)
+
+
+def test_pictures_of_the_subject_replace_only_earlier_ones(tmp_path):
+    (tmp_path / "00.jpg").write_bytes(b"mine")
+    with pytest.raises(UserError, match="is not empty and no demo data set"):
+        make_demo_subject(tmp_path)
+    assert (tmp_path / "00.jpg").read_bytes() == b"mine"
+    make_demo_subject(tmp_path / "new")
+    make_demo_subject(tmp_path / "new")
 
 
 def test_the_shipped_vocabulary_knows_every_word_of_the_captions():

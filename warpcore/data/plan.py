@@ -240,6 +240,8 @@ def describe_difference(saved: dict, current: dict) -> str | None:
     differences = []
     for name in sorted(saved.keys() | current.keys()):
         before, now = saved.get(name), current.get(name)
+        if name == "required_members":  # every row has a picture, of extensions that are more now than once
+            before, now = ([suffixes for suffixes in one or [] if "jpg" not in suffixes] for one in (before, now))
         if before == now:
             continue
         if name in ("shards", "validation_shards"):

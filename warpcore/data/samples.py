@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # In order of preference, where one sample holds several pictures: the first one present is *the* picture.
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+PICTURE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "ppm", "tga", "qoi",
+)  # fmt: skip
 
 PICTURE_FACTS = "picture.json"
 """Extension of what stands for a picture that a tar does not hold, such as one of cached latents: its true `width` and

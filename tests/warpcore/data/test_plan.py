@@ -349,6 +349,9 @@ def test_a_difference_to_the_checkpoint_is_named(folder, catalog, tmp_path):
     saved = fingerprint()
     assert describe_difference(saved, fingerprint()) is None
     assert describe_difference(saved, fingerprint(folder)) is None, "copied with their times"
+    pictures = [["mask.png", "jpg", "png"], ["mask.png", "jpg", "png", "avif"]]  # more are read now than once
+    assert describe_difference(*({"required_members": [names]} for names in pictures)) is None
+    assert describe_difference({"required_members": []}, {"required_members": [["depth.png"]]}) is not None
     assert describe_difference(saved, fingerprint(micro_batch_size=8)) == "micro_batch_size changed: 4 -> 8"
     filtered = describe_difference(saved, fingerprint(filters=[Filter.parse(["score", "lambda s: s > 1"])]))
     assert filtered == """dataset_filters changed: [] -> ["['score', 'lambda s: s > 1']"]"""

@@ -1,0 +1,35 @@
+"""Files that a tool is about to write: none that is there already, and none twice."""
+
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+
+from warpcore.errors import UserError
+
+
+def check_new(files: Iterable[Path], remedy: str) -> None:
+    """Called with every file that a tool will write, before it writes the first.
+
+    remedy: what to do where one is there, such as `name another file`.
+
+    Raises:
+        UserError: a file is there already (a link counts, wherever it leads), is named twice, or lies in a file.
+    """
+    named: set[Path] = set()
+    for file in files:
+        if file.exists() or file.is_symlink():
+            raise UserError(f"{file} is there already: {remedy}")
+        if file in named:
+            raise UserError(f"{file} would be written twice: {remedy}")
+        named.add(file)
+        if parent := next((parent for parent in file.parents if parent.exists() and not parent.is_dir()), None):
+            raise UserError(f"{file} can't be written: {parent} is a file; {remedy}")
+
+
+def free_folder(name: str) -> Path:
+    """The first of NAME, NAME_2, NAME_3, ... that is not there or empty."""
+    for number in count(1):
+        folder = Path(name if number == 1 else f"{name}_{number}")
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return folder
+    raise AssertionError("there is always a next number")
