@@ -172,6 +172,10 @@ class Checkpoints:
         if self._files_pending is None:
             self._files_pending = self._thread.submit(self._place.bring_files)
 
+    def has(self, name: str) -> bool:
+        """Whether a file of the run is where people look for it."""
+        return self._place.has(name)
+
     def check(self) -> None:
         """Raise what went wrong in the background, without waiting."""
         self._place.check()

@@ -82,7 +82,7 @@ class Config(Settings):
     save_every: PositiveInt = 1000
     """A checkpoint, sample pictures and the validation loss every so many updates."""
     backup_every: PositiveInt | None = None
-    """A copy of the weights that is never deleted every so many updates."""
+    """A checkpoint, and a copy of the weights that is never deleted, every so many updates."""
     keep_last: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
     on_data_change: Literal["error", "new_epoch"] = "error"
@@ -247,6 +247,18 @@ class Config(Settings):
     def run_place(self) -> str:
         """Where people look for the run."""
         return self.run_url or str(self.run_folder)
+
+    def is_saved(self, update: int) -> bool:
+        """Whether a checkpoint is written after this update."""
+        return self.is_evaluated(update) or self.is_backup(update)
+
+    def is_evaluated(self, update: int) -> bool:
+        """Whether the validation and sample pictures come with that checkpoint."""
+        return update == self.updates or update % self.save_every == 0
+
+    def is_backup(self, update: int) -> bool:
+        """Whether its weights are kept for good."""
+        return self.backup_every is not None and update % self.backup_every == 0
 
     @property
     def samples_folder(self) -> Path:

@@ -4,7 +4,6 @@ A use case subclasses `WarpCore` and overrides a handful of hooks; everything el
 """
 
 import json
-import math
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -15,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from warpcore import evaluation, optim, placement
+from warpcore import evaluation, optim, placement, reports
 from warpcore.checkpoint import Checkpoints, write_whole
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
-from warpcore.errors import UserError, run_script
+from warpcore.errors import run_script
 from warpcore.feed import Feed
 from warpcore.metrics import Metrics
 from warpcore.offload import OnDemand
@@ -219,10 +218,12 @@ class WarpCore:
         self.averages = placement.averages(self)
 
     def train(self) -> None:
-        """The loop."""
-        config = self.config
+        """The loop. A save comes before everything that can fail: validation, drawing, trackers."""
+        config, fault = self.config, None
+        evaluation.complete(self)
         batches = self.feed.batches()
         profile = self._profile()
+        self.feed.mark(self.update)
         while self.update < config.updates and not self._stopping():
             lr = self._learning_rate(self.update + 1)
             self._make_update(batches, lr)
@@ -230,22 +231,23 @@ class WarpCore:
             if profile is not None:
                 profile.step()
             self.metrics.add(self.update, lr=lr, data_wait=self.feed.take_data_wait())
-            save = self.update == config.updates or self.update % config.save_every == 0
-            if save:
-                with self.metrics.not_training():
-                    evaluation.validate(self)
+            self.feed.mark(self.update)
+            evaluated, save = config.is_evaluated(self.update), config.is_saved(self.update)
             if save or self.update % config.log_every == 0:
-                self._report()
-            if save:
-                with self.metrics.not_training():
-                    self._save()
-                    evaluation.draw(self)
-                self.checkpoints.bring_files()
+                fault = reports.undo_unread(self)
+                if fault:
+                    break
+                reports.report(self, save)
+            if evaluated:
+                evaluation.evaluate(self)
             self.checkpoints.check()
+        fault = fault or reports.undo_unread(self)
         if self.saved_update != self.update:  # asked to stop
-            self._report()
-            self._save()
+            self.progress.say(f"saving update {self.update} before the run stops")
+            reports.report(self, save=True)
         self.checkpoints.wait()
+        if fault:
+            raise fault
 
     def _make_update(self, batches, lr: float) -> None:
         """One optimizer step over `accumulation` micro-batches."""
@@ -271,7 +273,8 @@ class WarpCore:
         norm = optim.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
         group_norms = optim.gradient_norms(self.gradient_groups)
         mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
-        finite = self.processes.all_true(torch.isfinite(norm) & torch.isfinite(mean["loss"]))
+        usable = torch.isfinite(norm) & torch.isfinite(mean["loss"]) & (self.feed.fault is None)
+        finite = self.processes.all_true(usable)
         optim.set_lr(self.optimizers, lr)
         optim.step(self.optimizers, ~finite)
         for parameter in self.parameters.values():
@@ -344,7 +347,7 @@ class WarpCore:
                 network, sharded = self.networks[name], self.processes.mesh.size(1) > 1
                 (network.set_requires_all_reduce if sharded else network.set_requires_gradient_sync)(now)
 
-    # ------------------------------------------------------------------ saving, reporting, looking
+    # ------------------------------------------------------------------ saving
 
     def _save(self) -> None:
         config = self.config
@@ -357,32 +360,12 @@ class WarpCore:
             "nonfinite_updates": self.nonfinite_updates,
             "run_id": self.run_id,
         }
-        backup = config.backup_every is not None and self.update % config.backup_every == 0
         self.saved_update = self.update
-        self.checkpoints.save(self.update, tensors, values, weights, about, backup)
+        self.checkpoints.save(self.update, tensors, values, weights, about, config.is_backup(self.update))
         if self.processes.is_main:
             info = {"update": self.update, "updates": config.updates, "run_id": self.run_id,
                     "bad_samples": self.feed.bad_samples}  # fmt: skip
             write_whole(config.run_folder / "info.json", json.dumps(info, indent=1) + "\n")
-
-    def _report(self) -> None:
-        """Write the metrics; the only place where training waits for numbers from the device."""
-        for line in self.metrics.flush():
-            self.progress.show(line)
-            self.tracker.log(line["update"], {k: v for k, v in line.items() if isinstance(v, int | float)})
-            finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
-            self.nonfinite_updates = 0 if finite else self.nonfinite_updates + 1
-            if not finite:
-                text = f"update {line['update']} was skipped: no finite gradient ({self.nonfinite_updates} in a row)"
-                self.tracker.alert("not finite", text)
-                self.progress.say(text)
-            if self.nonfinite_updates >= self.config.max_nonfinite_updates:
-                raise UserError(
-                    f"{self.nonfinite_updates} updates in a row, up to {line['update']}, had a loss or gradient that "
-                    "is not finite (max_nonfinite_updates). Lower lr, set clip_grad_norm, or use dtype: float32"
-                )
-        for note in self.feed.report():
-            self.progress.say(note)
 
     # ------------------------------------------------------------------ stopping
 
@@ -390,11 +373,8 @@ class WarpCore:
         self._stop_signal = number
 
     def _stopping(self) -> bool:
-        """Whether any process was asked to stop; all of them agree."""
-        stopping = self._stop_vote.cast(self._stop_signal is not None)
-        if stopping:
-            self.progress.say(f"asked to stop: saving update {self.update}")
-        return stopping
+        """Whether any process was asked to stop, or could not read its data; all of them agree."""
+        return self._stop_vote.cast(self._stop_signal is not None or self.feed.fault is not None)
 
 
 def _means(result: Losses, weight: float) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,8 +56,39 @@ def _on_main_cpu(run: "WarpCore", tensor: Tensor) -> Tensor | None:
     return whole.detach().to("cpu", copy=True).contiguous() if run.processes.is_main else None
 
 
+def evaluate(run: "WarpCore") -> None:
+    """Validate and draw after an update whose checkpoint is written, or being written."""
+    with run.metrics.not_training():
+        validate(run)
+        draw(run)
+    run.checkpoints.bring_files()
+
+
+def complete(run: "WarpCore") -> None:
+    """Make what an earlier start, which ended after the save that this one goes on from, could not make any more."""
+    if not run.update or not run.config.is_evaluated(run.update):
+        return
+    line = run.processes.decide(run.metrics.last_line())
+    if run.feed.plan.has_validation and not any(name.startswith("validation_") for name in line):
+        validate(run)
+    if not run.processes.on_main(lambda: _has_samples(run)):
+        draw(run)
+
+
+def _has_samples(run: "WarpCore") -> bool:
+    path = samples_file(run)
+    return (
+        path.exists() if run.config.output_path else run.checkpoints.has(str(path.relative_to(run.config.run_folder)))
+    )
+
+
+def samples_file(run: "WarpCore") -> Path:
+    return run.config.samples_folder / f"{run.update:08d}.png"
+
+
 def validate(run: "WarpCore") -> None:
     """Report the mean loss and metrics over the validation samples, with the same noise each time."""
+    means = {}
     for suffix, average in _variants(run):
         totals: dict[str, Tensor] = {}
         with weights_in_use(run, average):
@@ -67,7 +99,11 @@ def validate(run: "WarpCore") -> None:
                     value = value.double().cpu()[counted]
                     totals[name] = totals.get(name, 0) + torch.stack([value.sum(), value.new_tensor(len(value))])
         for name, total in _summed(run, totals).items():
-            run.metrics.add(run.update, **{f"validation_{name}{suffix}": total[0] / total[1]})
+            means[f"validation_{name}{suffix}"] = total[0] / total[1]
+    run.metrics.extend(run.update, means)
+    run.tracker.log(run.update, means)
+    for note in run.feed.take_notes():
+        run.progress.say(note)
 
 
 def _summed(run: "WarpCore", totals: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -100,7 +136,7 @@ def draw(run: "WarpCore") -> None:
     captions = [f"{name}: {row.caption}" for row in rows for name in row.pictures]
     per_sample = len(rows[0].pictures)
     sheet = grid(pictures, columns=per_sample * max(1, MOST_COLUMNS // per_sample), captions=captions)
-    path = run.config.samples_folder / f"{run.update:08d}.png"
+    path = samples_file(run)
     save_png(path, sheet, {"update": str(run.update)})
     run.tracker.images(run.update, "samples", sheet, f"update {run.update}")
     run.progress.say(f"update {run.update}: samples in {path}")

@@ -1,9 +1,12 @@
 """The data of a run: the plan, the loader, and the position in it that a checkpoint keeps."""
 
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
+from typing import NamedTuple
 
 from warpcore.config import Config
 from warpcore.data.buckets import Buckets
@@ -22,6 +25,19 @@ from warpcore.processes import Processes
 
 SURVEYED_ROWS = 1_000_000
 """Up to so many rows, a run says at its start how many its filters leave; beyond, that pass would take too long."""
+
+
+MARKS = 3
+"""A fault is known to all processes two updates later at the latest."""
+
+
+class _Mark(NamedTuple):
+    """The position after an update."""
+
+    update: int
+    number: int
+    lane_states: dict[int, dict]
+    lane_numbers: dict[int, int]
 
 
 class Feed:
@@ -60,6 +76,9 @@ class Feed:
         self._lane_states = {int(lane): state for lane, state in saved["lane_states"].items()} if saved else {}
         self._lane_numbers: dict[int, int] = {}
         self._consumed: list[tuple[int, int, list[BadSample]]] = []  # (micro-batch number, samples, bad ones)
+        self.fault: tuple[int, Exception] | None = None
+        """Why this process can't read its data, and the last update that it could read all of."""
+        self._marks: deque[_Mark] = deque(maxlen=MARKS)
         self._loader: Loader | None = None
         self._validation_loader: Loader | None = None
         self._held_out: Batch | None = None
@@ -80,19 +99,53 @@ class Feed:
         )
 
     def batches(self) -> Iterator[Batch]:
-        """Training batches of this process, endless, from the current position on."""
+        """Training batches of this process, endless, from the current position on.
+
+        Where one can't be read, `fault` says why, and the batch before it stands in for all that follow: the other
+        processes wait for this one in the middle of an update, which has to be completed, and then taken back.
+        """
         planned = self.plan.micro_batches(
             rank=self.processes.rank, num_processes=self.processes.count, start=self._number,
             lane_states=self._lane_states,
         )  # fmt: skip
         self._loader = self._load(planned)
-        for batch in self._loader:
+        batches, batch = iter(self._loader), None
+        while True:
+            try:
+                with _explained("training data"):
+                    batch = next(batches)
+            except Exception as error:  # of any kind: the run is saved before it ends with it
+                if batch is None:
+                    raise
+                self.fault = self._marks[-1].update, error
+                break
             self._lane_states[batch.lane] = batch.state
             self._lane_numbers[batch.lane] = batch.number
             self._number = batch.number - self.processes.rank + self.processes.count
             self._notes += batch.notes
             self._consumed.append((batch.number, len(batch.seeds), batch.events))
             yield batch
+        while True:
+            yield batch
+
+    def mark(self, update: int) -> None:
+        """The batches taken so far are those of the updates up to `update`: `rewind` may come back to here."""
+        self._marks.append(_Mark(update, self._number, dict(self._lane_states), dict(self._lane_numbers)))
+
+    def find_fault(self) -> tuple[int, Exception] | None:
+        """What some process could not read (collective): the last update before that, and the error."""
+        own = self.fault and (self.fault[0], self.processes.rank, str(self.fault[1]))
+        faults = [fault for fault in self.processes.gather(own) if fault is not None]
+        if not faults:
+            return None
+        update, rank, text = min(faults)
+        return update, self.fault[1] if self.fault else UserError(f"process {rank} can't read its data: {text}")
+
+    def rewind(self, update: int) -> None:
+        """Go back to the position after `update`, one of the last few."""
+        mark = next(mark for mark in self._marks if mark.update == update)
+        self._number, self._lane_states, self._lane_numbers = mark.number, mark.lane_states, mark.lane_numbers
+        self._consumed = [one for one in self._consumed if one[0] < mark.number]
 
     def validation(self) -> Iterator[tuple[Batch, list[int]]]:
         """One pass over the validation samples: batches, and the places in each that count.
@@ -103,11 +156,14 @@ class Feed:
             planned = list(self.plan.validation())
             own = planned[self.processes.rank :: self.processes.count]
             self._num_own_validation = len(own)
-            rounds = -(-len(planned) // self.processes.count)
+            self._validation_rounds = -(-len(planned) // self.processes.count)
             if not planned:
                 return
-            self._validation_loader = self._load(own + planned[:1] * (rounds - len(own)))
-        for i, batch in enumerate(self._validation_loader):
+            self._validation_loader = self._load(own + planned[:1] * (self._validation_rounds - len(own)))
+        batches = iter(self._validation_loader)
+        for i in range(self._validation_rounds):
+            with _explained("validation data"):
+                batch = next(batches)
             bad = {event.place for event in batch.events}
             counted = [place for place in range(len(batch.seeds)) if place not in bad]
             self._notes += [f"bad validation sample {event.source}: {event.reason}" for event in batch.events]
@@ -120,30 +176,35 @@ class Feed:
             if planned:
                 alike = [sample for each in planned if each.size == planned[0].size for sample in each.samples]
                 chosen = replace(planned[0], samples=tuple(alike[:num_samples]))
-                self._held_out = self.reader.__getitems__(chosen).to(self.processes.device)
+                with _explained("validation data"):
+                    self._held_out = self.reader.__getitems__(chosen).to(self.processes.device)
         return self._held_out
 
-    def report(self) -> list[str]:
-        """What people should read about the data that all processes consumed since the last call.
+    def take_notes(self) -> list[str]:
+        """What people should read about the data (collective), each once."""
+        notes, self._notes = self._notes, []
+        return [note for of_process in self.processes.gather(notes) for note in of_process]
 
-        Raises:
-            UserError: `max_bad_samples` in a row, in the global order of samples, could not be read.
+    def report(self) -> tuple[list[str], UserError | None]:
+        """What people should read about the data that all processes consumed since the last call (collective).
+
+        With it the error to end with, where `max_bad_samples` in a row, in the global order of samples, were bad.
         """
-        gathered = self.processes.gather((self._consumed, self._notes))
-        self._consumed, self._notes = [], []
-        lines = [note for _, notes in gathered for note in notes]
-        for _, num_samples, events in sorted((one for consumed, _ in gathered for one in consumed), key=itemgetter(0)):
+        lines, problem = self.take_notes(), None
+        consumed, self._consumed = self._consumed, []
+        consumed = [one for of_process in self.processes.gather(consumed) for one in of_process]
+        for _, num_samples, events in sorted(consumed, key=itemgetter(0)):
             lines += [f"bad sample {event.source}: {event.reason}" for event in events]
             bad = {event.place: event for event in events}
             self.bad_samples += len(bad)
             for place in range(num_samples):
                 self._bad_in_a_row = self._bad_in_a_row + 1 if place in bad else 0
-                if self._bad_in_a_row >= self.config.max_bad_samples:
-                    raise UserError(
+                if problem is None and place in bad and self._bad_in_a_row >= self.config.max_bad_samples:
+                    problem = UserError(
                         f"{self._bad_in_a_row} samples in a row could not be read (max_bad_samples), the last one "
                         f"{bad[place].source}: {bad[place].reason}"
                     )
-        return lines
+        return lines, problem
 
     def state(self) -> dict:
         """The position after the batches taken so far, of all lanes, as JSON."""
@@ -219,6 +280,17 @@ class Feed:
 
     def _load(self, planned) -> Loader:
         return Loader(planned, self.reader, num_workers=self.config.num_workers, device=self.processes.device)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """A file that is gone, or a disk that fails, is no fault of the program."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the {what} can't be read any more: {error}. Restore it and start the same command again"
+        ) from error
 
 
 def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple[int, int]:

@@ -12,6 +12,8 @@ import torch
 
 from warpcore.processes import Processes
 
+MAX_LINE_BYTES = 2**20
+
 
 class Metrics:
     """Collects the numbers of each update and writes them, reduced over all processes, when asked to.
@@ -43,6 +45,32 @@ class Metrics:
         line = self._lines[-1]
         line["samples_hash"] = (line["samples_hash"] + samples_hash) % 2**64
         line.update(values)
+
+    def forget(self, update: int) -> None:
+        """Drop what was added for updates after `update`, which were taken back."""
+        self._lines = [line for line in self._lines if line["update"] <= update]
+
+    def extend(self, update: int, values: dict[str, float]) -> None:
+        """Add plain numbers to the line of `update`, the last one that was written."""
+        if not (self.processes.is_main and values):
+            return
+        last = self.last_line()
+        with self.path.open("r+" if self.path.exists() else "w") as file:
+            end = file.seek(0, os.SEEK_END)
+            if last.get("update") == update:
+                file.seek(end - len("}\n"))
+                file.write(", " + json.dumps(_finite(values))[1:] + "\n")  # in one piece: whole, or cut off on resume
+            else:
+                file.write(json.dumps({"update": update} | _finite(values)) + "\n")
+
+    def last_line(self) -> dict:
+        """The last line that was written, empty where there is none."""
+        if not self.path.exists():
+            return {}
+        with self.path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LINE_BYTES))
+            lines = file.read().splitlines()
+        return json.loads(lines[-1]) if lines else {}
 
     @contextmanager
     def not_training(self) -> Iterator[None]:

@@ -72,6 +72,9 @@ class Place(Protocol):
     def bring_files(self) -> None:
         """Everything else in the folder (weights, metrics, samples) has to be where people look for it."""
 
+    def has(self, name: str) -> bool:
+        """Whether such a file of the run is there."""
+
     def tidy(self) -> None:
         """On one process of each machine, when none reads or writes: what only waited in the folder goes."""
 
@@ -147,6 +150,9 @@ class LocalPlace:
 
     def bring_files(self) -> None:
         """They are there already."""
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
 
     def tidy(self) -> None:
         """Nothing here only waits."""

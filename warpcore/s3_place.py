@@ -168,6 +168,9 @@ class S3Place:
                 continue
         shutil.rmtree(self.folder / "backups", ignore_errors=True)
 
+    def has(self, name: str) -> bool:
+        return "" in sizes_below(f"{self.url}/{name}")
+
     def tidy(self) -> None:
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
