@@ -11,6 +11,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 from torch import Tensor
 
 from cascade.config import StageCConfig
+from cascade.members import MASK
 from modules.lora import LoraSettings
 from modules.tokens import is_new
 from warpcore.config import ShareBelowOne
@@ -19,8 +20,6 @@ from warpcore.data.reader import PictureField
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample
 from warpcore.data.shards import resolve_sources
 from warpcore.random import SampleRandom
-
-MASK = "mask.png"
 
 
 class LoraConfig(StageCConfig):

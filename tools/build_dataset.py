@@ -2,40 +2,46 @@
 
     python3 tools/build_dataset.py demo/pictures demo/shards
 
-Takes the jpg, jpeg, png and webp files of the folder and its sub-folders. The caption of NAME.jpg is NAME.txt, its
-fields for filters are NAME.json; both may also come from a metadata.jsonl or .csv with the columns file_name and
-text (or caption), whose other columns become fields. The same folder always gives the same bytes.
+Takes the pictures of the folder and its sub-folders, also linked ones, and what belongs to them. The caption of
+NAME.jpg is NAME.txt (or NAME.jpg.txt, NAME.caption), its fields for filters are NAME.json; both may also come from a
+metadata.jsonl or .csv with the columns file_name and text (or caption), whose other columns become fields.
+NAME.mask.png, NAME.depth.png, NAME.seg.png and NAME.pose.json go with their picture. What is left out is counted by
+reason. The same folder always gives the same bytes.
 """
 
 import argparse
 import io
-import json
-import os
 import re
 import shutil
 import statistics
 import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from PIL import Image
 from tqdm import tqdm
 
+from cascade.captions import CLIP_LENGTH, is_cut
+from cascade.members import SIDE_MEMBERS
+from modules.tokenizers import BytePairTokenizer
 from tools.arguments import local_path, positive
-from tools.metadata import PICTURE_SUFFIXES, read_metadata
+from tools.picture_folder import Entry, find_entries
+from tools.picture_sample import Unusable, load_sample
 from warpcore.data.catalog import MANIFEST_NAME, write_manifests
-from warpcore.data.images import MAX_PIXELS
-from warpcore.data.index import Summary, index_shard, picture_size
+from warpcore.data.index import Summary, index_shard
+from warpcore.data.picture_files import SHOWN, LeftOut
+from warpcore.data.samples import PICTURE_EXTENSIONS
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
 from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
 from warpcore.random import stable_hash
 
+TEXT_ENCODERS = ("clip", "none")
 RATIOS = ("9:21", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "21:9")
 _OURS = re.compile(r"\d{5,}\.tar(\.index\.parquet)?|" + re.escape(MANIFEST_NAME))
 _ASIDE = ".building"
@@ -48,20 +54,30 @@ class Report:
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """(width, height) in px of those that were kept."""
-    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Reason -> files."""
-    without_caption: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
+    members: Counter[str] = field(default_factory=Counter)
+    """How many of those that were kept have a member such as `txt` or `mask.png`."""
+    empty_captions: list[str] = field(default_factory=list)
+    """Their pictures."""
+    long_captions: list[str] = field(default_factory=list)
+    """Pictures with captions of which the text encoder reads only the beginning."""
     shards: int = 0
     bytes_written: int = 0
 
     def __str__(self) -> str:
         lines = [f"kept {len(self.sizes)} pictures in {self.shards} tars ({self.bytes_written / 1e6:.1f} MB)"]
-        if self.without_caption:
-            lines.append(f"  {self.without_caption} have no .txt; training with captions from .txt leaves them out")
-        lines.append(f"skipped {sum(map(len, self.skipped.values()))}")
-        for reason, files in sorted(self.skipped.items(), key=lambda item: -len(item[1])):
-            shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-            lines.append(f"  {len(files)} {reason}: {shown}")
+        if beside := ", ".join(f"{self.members[name]} a .{name}" for name in SIDE_MEMBERS if self.members[name]):
+            lines.append(f"  of them have {beside}")
+        if without := len(self.sizes) - self.members["txt"]:
+            lines.append(f"  {without} have no .txt; training with captions from .txt leaves them out")
+        if self.empty_captions:
+            lines.append(f"  {len(self.empty_captions)} have an empty caption: {_first(self.empty_captions)}")
+        if self.long_captions:
+            lines.append(
+                f"  {len(self.long_captions)} of {self.members['txt']} captions are longer than the {CLIP_LENGTH} "
+                f"tokens that CLIP reads; training cuts off the rest: {_first(self.long_captions)}"
+            )
+        lines.append(str(self.left_out))
         pixels = sorted(width * height for width, height in self.sizes)
         names = {"smallest": pixels[0], "median": statistics.median(pixels), "largest": pixels[-1]}
         lines.append("megapixels: " + ", ".join(f"{name} {value / 1e6:.2f}" for name, value in names.items()))
@@ -75,22 +91,6 @@ class Report:
         return clean("\n".join(lines))  # names of files need not be printable
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A picture of the folder, and what belongs to it."""
-
-    key: str
-    picture: Path
-    companions: dict[str, Path]
-    """"txt" and "json" where there are such files."""
-    metadata: dict
-    """Its line in a metadata file."""
-
-
-class _Unusable(Exception):
-    """Why a picture is skipped."""
-
-
 def build_dataset(
     folder: Path,
     out: Path,
@@ -99,8 +99,13 @@ def build_dataset(
     shard_size_bytes: int | None = None,
     metadata: Path | None = None,
     overwrite: bool = False,
+    extra: Sequence[str] = (),
+    text_encoder: Literal[TEXT_ENCODERS] = "clip",
 ) -> Report:
-    """Write the pictures of `folder` to tars in `out`, each of at most so many samples or about so many bytes.
+    """Write the pictures of `folder` to tars in `out`, each with `samples_per_shard` or about `shard_size_bytes`.
+
+    extra: kinds of pictures beside the pictures, such as `normal` for NAME.normal.png. text_encoder: the one that is
+    going to read the captions, some of which may be too long for it.
 
     Pictures come in an order that mixes the sub-folders, so that neighbours in a tar have nothing in common. All is
     written aside first; what `out` held goes when everything is there.
@@ -112,29 +117,38 @@ def build_dataset(
         raise UserError(f"{folder} is not a folder of pictures")
     _check_free(out, overwrite)
     report = Report()
-    entries = sorted(_find(folder, metadata, report), key=lambda entry: stable_hash(entry.key))
+    entries = sorted(
+        find_entries(folder, metadata, report.left_out, out, extra), key=lambda entry: stable_hash(entry.key)
+    )
     with _aside(out) as aside:
         writer = _ShardWriter(aside, samples_per_shard, shard_size_bytes)
-        _write_all(entries, writer, report, folder)
+        _write_all(entries, writer, report, folder, text_encoder)
         if not report.sizes:
-            reasons = "; ".join(f"{len(files)} {reason}" for reason, files in report.skipped.items())
-            raise UserError(f"{folder} holds no usable picture ({reasons or 'no ' + ', '.join(PICTURE_SUFFIXES)})")
+            why = report.left_out if report.left_out else f"none of {', '.join(PICTURE_EXTENSIONS)}"
+            raise UserError(f"{folder} holds no usable picture: {why}")
         write_manifests(list(writer.shards), {shard.url: summary for shard, summary in writer.shards.items()})
         _swap(aside, out)
     report.shards, report.bytes_written = len(writer.shards), sum(shard.size_bytes for shard in writer.shards)
     return report
 
 
-def _write_all(entries: "list[_Entry]", writer: "_ShardWriter", report: Report, folder: Path) -> None:
+def _write_all(entries: list[Entry], writer: "_ShardWriter", report: Report, folder: Path, text_encoder: str) -> None:
+    tokenizer = BytePairTokenizer() if text_encoder == "clip" else None
     with tqdm(total=len(entries), unit="picture", desc="building", mininterval=0.5) as progress:
         for entry, outcome in _load_all(entries):
             progress.update()
-            if isinstance(outcome, _Unusable):
-                report.skipped[str(outcome)].append(str(entry.picture.relative_to(folder)))
+            name = str(entry.picture.relative_to(folder))
+            if isinstance(outcome, Unusable):
+                report.left_out.add(str(outcome), name)
                 continue
             size, members = outcome
             report.sizes.append(size)
-            report.without_caption += "txt" not in members
+            report.members.update(members.keys())
+            caption = members.get("txt", b"-").decode().strip()
+            if not caption:
+                report.empty_captions.append(name)
+            if tokenizer and is_cut(tokenizer, CLIP_LENGTH, caption):
+                report.long_captions.append(name)
             writer.write(entry.key, members)
     writer.close_shard()
 
@@ -167,115 +181,14 @@ def _swap(aside: Path, out: Path) -> None:
         path.replace(out / path.name)
 
 
-def _find(folder: Path, metadata: Path | None, report: Report) -> Iterator[_Entry]:
-    """The pictures of the folder with what belongs to them, in order of their paths."""
-    lines = read_metadata(folder, metadata)
-    used: set[str] = set()
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        by_stem: dict[str, list[Path]] = defaultdict(list)
-        for name in sorted(names):
-            path = Path(parent, name)
-            if not name.startswith("."):
-                by_stem[path.stem].append(path)
-        for stem, paths in by_stem.items():
-            pictures = [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES]
-            pictures.sort(key=lambda path: (PICTURE_SUFFIXES.index(path.suffix.lower()), path.name))
-            for other in pictures[1:]:
-                report.skipped[f"of the same name as another picture ({stem})"].append(str(other.relative_to(folder)))
-            if pictures:
-                companions = {
-                    path.suffix.lower()[1:]: path for path in paths if path.suffix.lower() in (".txt", ".json")
-                }
-                key = _key(pictures[0].relative_to(folder), used)
-                yield _Entry(key, pictures[0], companions, lines.pop(Path(os.path.realpath(pictures[0])), {}))
-    for path in lines:
-        report.skipped["in the metadata but not in the folder"].append(str(path))
-
-
-def _key(path: Path, used: set[str]) -> str:
-    """The picture's path without its suffix, as a key of a tar: no dots in the name, and unlike all others."""
-    name = path.stem.replace(".", "_")
-    name = f"sample{name}" if re.fullmatch("__.*__", name) else name
-    key = path.with_name(name).as_posix()
-    number = 1
-    while key in used:
-        number += 1
-        key = path.with_name(f"{name}_{number}").as_posix()
-    used.add(key)
-    return key
-
-
 def _load_all(
-    entries: list[_Entry],
-) -> Iterator[tuple[_Entry, "tuple[tuple[int, int], dict[str, bytes]] | _Unusable"]]:
+    entries: list[Entry],
+) -> Iterator[tuple[Entry, "tuple[tuple[int, int], dict[str, bytes]] | Unusable"]]:
     """Read and check pictures in threads, a few at a time, in order."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(entries), _CHECKED_TOGETHER):
             together = entries[start : start + _CHECKED_TOGETHER]
-            yield from zip(together, pool.map(_load, together), strict=True)
-
-
-def _load(entry: _Entry) -> "tuple[tuple[int, int], dict[str, bytes]] | _Unusable":
-    """(width, height) in px and the members of a sample, or why it is skipped."""
-    try:
-        content = _read(entry.picture)
-        size = _check_picture(content)
-        members = {entry.picture.suffix.lower()[1:]: content, **_description(entry)}
-    except _Unusable as reason:
-        return reason
-    return size, members
-
-
-def _read(path: Path) -> bytes:
-    if not path.exists():
-        raise _Unusable("a link that leads nowhere")
-    return path.read_bytes()
-
-
-def _check_picture(content: bytes) -> tuple[int, int]:
-    """(width, height) in px of a picture that can be decoded to its end."""
-    if not content:
-        raise _Unusable("empty file")
-    try:
-        size = picture_size(io.BytesIO(content))
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _Unusable(f"larger than {MAX_PIXELS / 1e6:.0f} megapixels")
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))  # reads all, computes little
-            image.load()
-    except _Unusable:
-        raise
-    except Exception as error:  # whatever Pillow makes of it, it is no picture to train on
-        reason = re.split(r"[<(]", str(error))[0].strip()  # what follows differs from file to file
-        raise _Unusable(f"unreadable ({reason or type(error).__name__})") from None
-    return size
-
-
-def _description(entry: _Entry) -> dict[str, bytes]:
-    """The .txt and .json of a sample from its own files and, for what they lack, from its metadata line."""
-    metadata = dict(entry.metadata)
-    caption = metadata.pop("text", None)
-    members = {}
-    if "txt" in entry.companions:
-        members["txt"] = _read(entry.companions["txt"])
-        try:
-            members["txt"].decode()
-        except UnicodeDecodeError:
-            raise _Unusable("caption is not UTF-8") from None
-    elif caption is not None:
-        members["txt"] = str(caption).encode()
-    if "json" in entry.companions:
-        members["json"] = _read(entry.companions["json"])
-        try:
-            fields = json.loads(members["json"].decode("utf-8-sig"))
-        except ValueError:
-            raise _Unusable(".json is not JSON") from None
-        if metadata and isinstance(fields, dict):
-            members["json"] = json.dumps(metadata | fields, ensure_ascii=False).encode()
-    elif metadata:
-        members["json"] = json.dumps(metadata, ensure_ascii=False).encode()
-    return members
+            yield from zip(together, pool.map(load_sample, together), strict=True)
 
 
 class _ShardWriter:
@@ -291,8 +204,8 @@ class _ShardWriter:
     def write(self, key: str, members: dict[str, bytes]) -> None:
         if self._tar is None:
             self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (close_shard closes it)
-        for extension, content in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")  # no times or owners: equal folders give equal bytes
+        for member, content in members.items():
+            info = tarfile.TarInfo(f"{key}.{member}")  # no times or owners: equal folders give equal bytes
             info.size = len(content)
             self._tar.addfile(info, io.BytesIO(content))
         self._samples += 1
@@ -312,6 +225,10 @@ class _ShardWriter:
     @property
     def _path(self) -> Path:
         return self._out / f"{len(self.shards):05d}.tar"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
 
 def _nearest_ratio(ratio: float) -> str:
@@ -339,6 +256,13 @@ def main(arguments: list[str] | None = None) -> None:
     limits.add_argument("--shard-size", type=parse_bytes, help="such as 500MB, instead of a number of samples")
     parser.add_argument("--metadata", type=local_path, help="a .jsonl or .csv; default: the metadata files in FOLDER")
     parser.add_argument("--overwrite", action="store_true", help="replace the tars in OUT")
+    parser.add_argument(
+        "--extra", nargs="+", default=(), metavar="KIND",
+        help=f"further pictures beside the pictures: normal for NAME.normal.png; known are {', '.join(SIDE_MEMBERS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text-encoder", choices=TEXT_ENCODERS, default="clip", help="count the captions that are too long for it"
+    )
     given = parser.parse_args(arguments)
     report = build_dataset(
         given.folder,
@@ -347,6 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
         shard_size_bytes=given.shard_size,
         metadata=given.metadata,
         overwrite=given.overwrite,
+        extra=given.extra,
+        text_encoder=given.text_encoder,
     )
     print(report)
 

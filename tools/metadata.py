@@ -5,9 +5,10 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from warpcore.data.picture_files import is_picture
 from warpcore.errors import UserError
 from warpcore.text import decode_text, read_text
 
@@ -16,28 +17,27 @@ FILE_COLUMNS = ("file_name", "filename", "image", "path")
 KEY_COLUMN = "key"
 """img2dataset's: the name of the file without its suffix, unique in the data set."""
 CAPTION_COLUMNS = ("text", "caption")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_metadata(folder: Path, given: Path | None = None) -> dict[Path, dict]:
+def read_metadata(folder: Path, listed: Sequence[Path], given: Path | None = None) -> dict[Path, dict]:
     """Resolved path of a picture -> its fields; the caption stands under "text".
 
-    Reads `given`, or else every metadata file in the folder and its sub-folders. File names in it start at its own
-    folder, or at `folder` where that is how they lead to a file; a key may lie in any sub-folder.
+    Reads `given`, or else every metadata file among the `listed` files of the folder and its sub-folders. File names
+    in it start at its own folder, or at `folder` where that is how they lead to a file; a key may lie in any folder.
 
     Raises:
         UserError: no such file, a line that can't be read, a caption that is not text, or no column with file names.
     """
     if given is not None and not given.is_file():
         raise UserError(f"--metadata {given}: there is no such file")
-    files = [given] if given else sorted(path for name in NAMES for path in folder.rglob(name))
+    files = [given] if given else sorted(path for path in listed if path.name in NAMES)
     found: dict[Path, dict] = {}
     by_key: dict[str, Path] = {}
     for file in files:
         try:
             for place, line in _read_csv(file) if file.suffix.lower() == ".csv" else _read_jsonl(file):
                 if not by_key and KEY_COLUMN in line:
-                    by_key = {path.stem: path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES}
+                    by_key = {path.stem: path for path in listed if is_picture(path)}
                 path = _picture(line, f"{file}, line {place}", file.parent, folder, by_key)
                 found[Path(os.path.realpath(path))] = _with_caption(line, f"{file}, line {place}")
         except csv.Error as error:

@@ -71,7 +71,9 @@ def test_what_is_skipped_is_told_with_the_reason(folder, tmp_path, capsys):
     for line in (
         "kept 5 pictures in 1 tars",
         "3 have no .txt",
-        "skipped 6",
+        "left out 9",
+        "1 no picture (.md): notes.md",
+        "2 hidden (its name begins with a dot): ",
         "1 of the same name as another picture (same): same.png",
         "1 empty file: empty.png",
         "1 unreadable (cannot identify image file): fake.jpg",
@@ -135,7 +137,7 @@ def test_captions_come_from_metadata_where_there_is_no_txt(folder, tmp_path):
     assert samples["nested/c_v1"]["txt"] == b"a square"
     assert samples["nested/c_v1_2"]["txt"] == b"a disc"
     assert json.loads(samples["nested/c_v1_2"]["json"]) == {"score": 2.5}
-    assert [Path(name).name for name in report.skipped["in the metadata but not in the folder"]] == ["gone.png"]
+    assert [Path(name).name for name in report.left_out.files["in the metadata but not in the folder"]] == ["gone.png"]
 
 
 def test_captions_and_names_that_look_like_numbers_stay_as_they_are(tmp_path):
@@ -159,7 +161,7 @@ def test_the_keys_of_img2dataset_name_pictures(tmp_path, name):
     }
     (folder / name).write_text(lines[name])
     report = build_dataset(folder, tmp_path / "out")
-    assert not report.skipped
+    assert not report.left_out
     sample = samples_of(tmp_path / "out")["00000/000000012"]
     assert (sample["txt"], json.loads(sample["json"])) == (b"a bear", {"url": "x", "width": 9})
 
@@ -252,7 +254,7 @@ def test_odd_pictures_are_kept_or_skipped_with_a_reason(tmp_path):
     (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     report = build_dataset(folder, tmp_path / "out")
     assert report.sizes == [(300, 3)]
-    assert {reason: len(files) for reason, files in report.skipped.items()} == {
+    assert {reason: len(files) for reason, files in report.left_out.files.items()} == {
         "unreadable (image file is truncated)": 3,
         "a link that leads nowhere": 2,
         "empty file": 1,

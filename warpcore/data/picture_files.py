@@ -53,32 +53,35 @@ def walk(folder: Path, left_out: LeftOut, without: Path | None = None) -> Iterat
     Each folder is listed once, under its own name rather than that of a link. Left out are hidden files and folders,
     and `without`, where a tool writes to.
     """
-    seen = {os.path.realpath(without)} if without else set()
+    own = None if without is None else os.path.realpath(without)
+    seen = set()
     waiting, links = [folder], []
     while waiting or links:
-        parent = waiting.pop() if waiting else links.pop()
+        parent = waiting.pop() if waiting else links.pop(0)
         real = os.path.realpath(parent)
+        if real == own:
+            continue
         if real in seen:
-            if without is None or real != os.path.realpath(without):
-                left_out.add("a link to a folder that is listed already", parent.relative_to(folder))
+            left_out.add("a link to a folder that is listed already", parent.relative_to(folder))
             continue
         seen.add(real)
         try:
-            entries = sorted(parent.iterdir(), reverse=True)
+            entries = sorted(parent.iterdir())
         except PermissionError:
             left_out.add("a folder that may not be read", parent.relative_to(folder))
             continue
-        files = []
+        files, folders = [], []
         for path in entries:
             is_folder = path.is_dir()
             if path.name.startswith("."):
                 if is_folder or is_picture(path):
                     left_out.add("hidden (its name begins with a dot)", path.relative_to(folder))
             elif is_folder:
-                (links if path.is_symlink() else waiting).append(path)
+                (links if path.is_symlink() else folders).append(path)
             else:
                 files.append(path)
-        yield files[::-1]
+        waiting += reversed(folders)
+        yield files
 
 
 def find_pictures(places: Sequence[Path], left_out: LeftOut, without: Path | None = None) -> list[Path]:

@@ -1,0 +1,145 @@
+"""What a folder of pictures holds: each picture with its caption, its fields and what else belongs to it."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import realpath
+from pathlib import Path
+
+from cascade.members import SIDE_MEMBERS
+from tools.metadata import NAMES as METADATA_NAMES
+from tools.metadata import read_metadata
+from warpcore.data.picture_files import UNREAD_EXTENSIONS, LeftOut, extension, is_picture, no_decoder, walk
+from warpcore.data.samples import PICTURE_EXTENSIONS
+
+CAPTION_EXTENSIONS = ("txt", "caption")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture of the folder, and what belongs to it."""
+
+    key: str
+    picture: Path
+    companions: dict[str, Path]
+    """Its files by the members that they become: "txt", "json", "mask.png", ..."""
+    metadata: dict
+    """Its line in a metadata file."""
+
+
+def find_entries(
+    folder: Path, metadata: Path | None, left_out: LeftOut, without: Path | None = None, extra: Sequence[str] = ()
+) -> Iterator[Entry]:
+    """The pictures of a folder and its sub-folders, also linked ones, with what belongs to them.
+
+    metadata: the file with captions and fields; by default those in the folder. without: a folder that is passed over.
+    extra: kinds of pictures beside the pictures, such as `normal` for NAME.normal.png, besides those that are known.
+    """
+    folders = list(walk(folder, left_out, without))
+    lines = read_metadata(folder, [path for files in folders for path in files], metadata)
+    kinds = dict(member.split(".") for member in SIDE_MEMBERS) | dict.fromkeys(extra, "png")
+    named: set[Path] = set()
+    keys: set[str] = set()
+    for files in folders:
+        beside = _Folder(files, kinds)
+        for picture in beside.pictures(left_out, folder):
+            real = Path(realpath(picture))
+            named.add(real)
+            yield Entry(_key(picture.relative_to(folder), keys), picture, beside.take(picture), lines.get(real, {}))
+        for path in beside.rest():
+            if path != metadata and (metadata or path.name not in METADATA_NAMES):
+                left_out.add(_why_unused(path, kinds), path.relative_to(folder))
+    for path in lines:
+        if path not in named:
+            left_out.add("in the metadata but not in the folder", path)
+
+
+class _Folder:
+    """The files of one folder, of which pictures take what belongs to them.
+
+    kinds: of files beside a picture: `mask` -> the extension that its member has.
+    """
+
+    def __init__(self, files: Sequence[Path], kinds: Mapping[str, str]):
+        self._kinds = kinds
+        self._files: dict[tuple[str, str], Path] = {}
+        """By the name without the last extension, and that extension in lower case."""
+        self._rest = dict.fromkeys(files)
+        for path in files:
+            self._files.setdefault((_plain(path.stem, kinds), extension(path)), path)
+
+    def pictures(self, left_out: LeftOut, folder: Path) -> Iterator[Path]:
+        """One for each name; those that lie beside another, such as masks, are none."""
+        by_name: dict[str, list[Path]] = defaultdict(list)
+        for path in list(self._rest):
+            if is_picture(path) and not side_kind(path, self._kinds):
+                by_name[path.stem].append(path)
+                del self._rest[path]
+        for name, found in by_name.items():
+            found.sort(key=lambda path: (PICTURE_EXTENSIONS.index(extension(path)), path.name))
+            for other in found[1:]:
+                left_out.add(f"of the same name as another picture ({name})", other.relative_to(folder))
+            yield found[0]
+
+    def take(self, picture: Path) -> dict[str, Path]:
+        """What belongs to a picture: NAME.txt or else NAME.jpg.txt, NAME.caption, ...; NAME.json; NAME.mask.png."""
+        names = (picture.stem, picture.name)
+        found = {
+            "txt": self._first((name, kind) for kind in CAPTION_EXTENSIONS for name in names),
+            "json": self._first((name, "json") for name in names),
+        }
+        for kind, own in self._kinds.items():
+            pictures = ("png", *PICTURE_EXTENSIONS)
+            found[f"{kind}.png"] = self._first((f"{picture.stem}.{kind}", one) for one in pictures)
+            if own == "json":
+                found[f"{kind}.json"] = self._first([(f"{picture.stem}.{kind}", "json")])
+        taken = {member: path for member, path in found.items() if path}
+        for path in taken.values():
+            self._rest.pop(path, None)
+        return taken
+
+    def rest(self) -> Iterator[Path]:
+        """Files that no picture took."""
+        return iter(self._rest)
+
+    def _first(self, names: Iterable[tuple[str, str]]) -> Path | None:
+        return next((self._files[name] for name in names if name in self._files), None)
+
+
+def side_kind(path: Path, kinds: Mapping[str, str]) -> str | None:
+    """`mask` for NAME.mask.png: which of the `kinds` of files beside a picture it is; None for others."""
+    kind = Path(path.stem).suffix.lower()[1:]
+    readable = is_picture(path) or extension(path) == "json" == kinds.get(kind)
+    return kind if kind in kinds and readable else None
+
+
+def _plain(name: str, kinds: Mapping[str, str]) -> str:
+    """A name whose kind, if it has one, is in lower case."""
+    base, dot, kind = name.rpartition(".")
+    return f"{base}.{kind.lower()}" if dot and kind.lower() in kinds else name
+
+
+def _why_unused(path: Path, kinds: Mapping[str, str]) -> str:
+    if kind := side_kind(path, kinds):
+        return f"a {kind} without a picture of its name, or a second one"
+    if extension(path) in UNREAD_EXTENSIONS:
+        return no_decoder(path)
+    if extension(path) in CAPTION_EXTENSIONS:
+        return "a caption without a picture, or a second one"
+    if extension(path) == "json":
+        return "a .json without a picture, or a second one"
+    return f"no picture ({path.suffix.lower() or 'no extension'})"
+
+
+def _key(path: Path, used: set[str]) -> str:
+    """The picture's path without its suffix, as a key of a tar: no dots in the name, and unlike all others."""
+    name = path.stem.replace(".", "_")
+    name = f"sample{name}" if re.fullmatch("__.*__", name) else name
+    key = path.with_name(name).as_posix()
+    number = 1
+    while key in used:
+        number += 1
+        key = path.with_name(f"{name}_{number}").as_posix()
+    used.add(key)
+    return key

@@ -1,0 +1,124 @@
+"""The sample that a picture becomes with what belongs to it: read, checked, and in the form that readers look for."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from cascade.poses import read_people
+from tools.picture_folder import Entry
+from warpcore.data.images import MAX_PIXELS, BadPicture, decode_alike, place
+from warpcore.data.index import picture_size
+from warpcore.data.picture_files import extension
+from warpcore.data.samples import FORMATS
+from warpcore.text import EncodingError, decode_text
+
+_LOOKED_AT = 64, 64
+"""(H, W) in px at which masks and their kind are looked at, only to see that they can be."""
+
+
+class Unusable(Exception):
+    """Why a picture is left out."""
+
+
+def load_sample(entry: Entry) -> "tuple[tuple[int, int], dict[str, bytes]] | Unusable":
+    """(width, height) in px and the members of a sample, each checked, or why it is left out."""
+    try:
+        content = _read(entry.picture)
+        size = _check_picture(content)
+        members = {extension(entry.picture): content, **_description(entry), **_beside(entry, size)}
+    except Unusable as reason:
+        return reason
+    return size, members
+
+
+def _read(path: Path) -> bytes:
+    if not path.exists():
+        raise Unusable("a link that leads nowhere")
+    if not path.is_file():
+        raise Unusable("no regular file")  # reading a pipe would never end
+    return path.read_bytes()
+
+
+def _check_picture(content: bytes) -> tuple[int, int]:
+    """(width, height) in px of a picture that can be decoded to its end."""
+    if not content:
+        raise Unusable("empty file")
+    try:
+        size = picture_size(io.BytesIO(content))
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Unusable(f"larger than {MAX_PIXELS / 1e6:.0f} megapixels")
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))  # reads all, computes little
+            image.load()
+    except Unusable:
+        raise
+    except Exception as error:  # whatever Pillow makes of it, it is no picture to train on
+        raise Unusable(f"unreadable ({_reason(error)})") from None
+    return size
+
+
+def _description(entry: Entry) -> dict[str, bytes]:
+    """The .txt and .json of a sample from its own files and, for what they lack, from its metadata line."""
+    metadata = dict(entry.metadata)
+    caption = metadata.pop("text", None)
+    members = {}
+    if "txt" in entry.companions:
+        caption = _text(entry.companions["txt"], "caption")
+    if caption is not None:
+        members["txt"] = str(caption).encode()
+    if "json" in entry.companions:
+        text = _text(entry.companions["json"], ".json")
+        members["json"] = text.encode()
+        try:
+            fields = json.loads(text)
+        except ValueError:
+            raise Unusable(".json is not JSON") from None
+        if metadata and isinstance(fields, dict):
+            members["json"] = json.dumps(metadata | fields, ensure_ascii=False).encode()
+    elif metadata:
+        members["json"] = json.dumps(metadata, ensure_ascii=False).encode()
+    return members
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return decode_text(_read(path), path)
+    except EncodingError:
+        raise Unusable(f"{what} is not UTF-8") from None
+
+
+def _beside(entry: Entry, size: tuple[int, int]) -> dict[str, bytes]:
+    """The masks, depth maps, poses, ... of a sample, whose picture is of `size` (width, height)."""
+    members = {}
+    for member, path in sorted(entry.companions.items()):
+        if member in ("txt", "json"):
+            continue
+        content = _read(path)
+        try:
+            if member.endswith(".json"):
+                read_people(content, size[::-1])
+            else:
+                decode_alike(content, place(size[::-1], _LOOKED_AT))
+                content = content if extension(path) == "png" else _as_png(content)
+        except (BadPicture, ValueError, TypeError, KeyError) as error:
+            raise Unusable(f"its .{member} can't be used ({_reason(error)})") from None
+        members[member] = content
+    return members
+
+
+def _as_png(content: bytes) -> bytes:
+    """The same pixels as a PNG, which is what readers look for."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        upright = ImageOps.exif_transpose(image)
+        upright = upright if upright.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else upright.convert("RGB")
+        png = io.BytesIO()
+        upright.save(png, "PNG", exif=b"")
+    return png.getvalue()
+
+
+def _reason(error: Exception) -> str:
+    """Why something can't be read, without what differs from file to file."""
+    return re.split(r"[<(]|\d+ x", str(error))[0].strip(" :") or type(error).__name__
