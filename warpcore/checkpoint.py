@@ -18,7 +18,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from warpcore.errors import UserError
+from warpcore.files import refuse_links, write_whole
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
 from warpcore.weights import write_weights
@@ -112,8 +113,13 @@ class Checkpoints:
         everyone = self.processes.gather(next(filter(None, found), None))
         return next(filter(None, everyone), None)
 
-    def _fetch(self, update: int, names: Iterable[str]) -> None:
+    def _fetch(self, update: int, names: Collection[str]) -> None:
         """Bring files of the checkpoint that `newest` found to where they are read."""
+        if strange := sorted(set(names) - self._files.keys()):
+            raise CheckpointError(
+                f"the checkpoint of update {update} in {self._place.name} asks for {strange[0]}, which its {MANIFEST} "
+                "does not list"
+            )
         self._place.fetch(update, {name: self._files[name] for name in names})
 
     def _pass_over(self, problems: Mapping[int, str], whole: int) -> None:
@@ -147,7 +153,9 @@ class Checkpoints:
         self._at_rest = False
         if self._first_here:
             self._place.clear(update)
-        writer = FileSystemWriter(partial_folder(self.folder, update))
+        partial = partial_folder(self.folder, update)
+        refuse_links(partial.parent, partial)
+        writer = FileSystemWriter(partial)
         # What several processes have is spread over their files; but if that is a few small things, one file has them
         # all, and not every process needs to read every file.
         sharded = self.processes.mesh is not None and self.processes.mesh.size(0) == 1
@@ -296,6 +304,7 @@ class Checkpoints:
                 copy = self.folder / "backups" / f"{update:08d}" / file.name
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = copy.with_suffix(".partial")
+                refuse_links(copy.parents[1], copy.parent, unfinished)
                 shutil.copy2(file, unfinished)
                 os.replace(unfinished, copy)
         self._place.publish(update, self.keep_last)
@@ -325,16 +334,6 @@ def _cause(error: BaseException) -> BaseException:
 def _reason(error: BaseException) -> str:
     cause = _cause(error)
     return f"{type(cause).__name__}: {cause}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is on the disk, whole, before anything that depends on it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class _TableUnpickler(pickle.Unpickler):

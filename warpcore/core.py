@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from warpcore import evaluation, optim, placement, reports
-from warpcore.checkpoint import Checkpoints, write_whole
+from warpcore.checkpoint import Checkpoints
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
 from warpcore.errors import run_script
 from warpcore.feed import Feed
+from warpcore.files import write_whole
 from warpcore.metrics import Metrics
 from warpcore.offload import OnDemand
 from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes

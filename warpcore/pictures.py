@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from warpcore.files import open_plain
+
 MARGIN_PX = 4
 FONT_SIZE_PX = 12
 MAX_CAPTION_LINES = 4
@@ -84,7 +86,8 @@ def save_png(path: Path | str, picture: np.ndarray, metadata: Mapping[str, str] 
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        Image.fromarray(picture).save(aside, format="PNG", pnginfo=info)
+        with open_plain(aside, "wb") as file:
+            Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

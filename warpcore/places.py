@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Protocol
 
 from warpcore.errors import UserError
+from warpcore.files import open_plain, refuse_links
 from warpcore.locks import lock_file
 from warpcore.processes import Processes
 
 MANIFEST = "manifest.json"
+WRITTEN = ("state", "backups", "samples", "metrics.jsonl", "tensorboard", "wandb", "profile")
+"""What a run writes to in its folder, beside files that it replaces."""
 _UPDATE_NAME = re.compile(r"\d{8}")
 
 logger = logging.getLogger(__name__)
@@ -97,8 +100,10 @@ class LocalPlace:
     def take(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(*(self.folder / name for name in WRITTEN))
             self._lock = lock(self.folder, self.name)
             for leftover in self.folder.glob("state/*.partial"):
+                refuse_links(leftover)
                 shutil.rmtree(leftover)
         except OSError as error:
             raise CheckpointError(f"checkpoint_path: cannot write to {self.folder}: {error}") from error
@@ -188,6 +193,9 @@ def read_manifest(state: Path) -> dict[str, dict] | str:
     try:
         files = json.loads((state / MANIFEST).read_bytes())["files"]
         files = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
+        strange = [name for name in files if name in ("", ".", "..") or re.search(r"[/\\\0]", name)]
+        if strange:  # it would lead out of the checkpoint
+            return f"{MANIFEST} lists {strange[0]!r}, which is not a plain file name"
         missing = [name for name in ("state.json", ".metadata") if name not in files]
         return f"{MANIFEST} does not list {missing[0]}" if missing else files
     except FileNotFoundError:
@@ -208,7 +216,7 @@ def lock(folder: Path, name: str):
 
     name: what it is in messages.
     """
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    file = open_plain(folder / ".lock", "a+")
     try:
         lock_file(file, name, wait=False)
     except BlockingIOError:

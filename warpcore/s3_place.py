@@ -10,6 +10,7 @@ from pathlib import Path
 
 from warpcore.data.s3_files import abort_unfinished, fetch, remove, send, sizes_below
 from warpcore.data.storage import ChangedShardError, StorageError
+from warpcore.files import open_plain
 from warpcore.lease import Lease
 from warpcore.locks import lock_file
 from warpcore.places import (
@@ -62,7 +63,7 @@ class S3Place:
             with self._explained():
                 for path in self.folder.iterdir():
                     if path.name not in _OWN:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         processes.gather(None)  # everywhere, that is done before anything is fetched
         processes.on_main(self._fetch_metrics)
         return first_here
@@ -110,7 +111,7 @@ class S3Place:
         for name, recorded in files.items():
             with self._explained():
                 state.mkdir(parents=True, exist_ok=True)
-                waiting = (state / f".{name}.lock").open("a", encoding="utf-8")
+                waiting = open_plain(state / f".{name}.lock", "a")
             with waiting:
                 lock_file(waiting, self.disk)  # another process of this machine may be fetching it
                 problem = None if (state / name).exists() else self.difference(update, name, recorded)

@@ -197,6 +197,20 @@ def test_a_damaged_checkpoint_on_s3_is_passed_over(bucket, local, remote, caplog
     assert metrics(bucket) == metrics_of(local)
 
 
+@pytest.mark.integration
+def test_a_manifest_on_s3_that_names_a_path_is_damage_and_that_file_stays_as_it_is(bucket, remote, caplog, tmp_path):
+    train_remote(remote | {"updates": 8})
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    manifest = json.loads(get(bucket, "state/00000008/manifest.json"))
+    manifest["files"][str(victim)] = {"bytes": 0, "sha256": "0"}
+    bucket.put("runs/tiny/state/00000008/manifest.json", json.dumps(manifest).encode())
+    bucket.put(f"runs/tiny/state/00000008/{victim}", b"")
+    train_remote(remote | {"updates": 9})
+    assert victim.read_text() == "mine"
+    assert "update 8 is damaged (manifest.json lists" in caplog.text
+
+
 def test_a_place_that_can_not_be_written_is_named(bucket, remote, monkeypatch):
     class NoRightsAnyMore(Denoiser):
         def loss(self, clean, random):

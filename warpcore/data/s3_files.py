@@ -14,6 +14,7 @@ from warpcore.data import s3_requests
 from warpcore.data.s3 import S3Storage
 from warpcore.data.s3_requests import ask, bare_etag, brief, list_objects, open_bucket, split
 from warpcore.data.storage import StorageError, in_parallel
+from warpcore.files import open_plain
 
 LEAST_PART_BYTES = 8 << 20
 MOST_PARTS = 9_000
@@ -54,7 +55,7 @@ def fetch(url: str, path: Path, size_bytes: int) -> str:
     storage, sha256 = S3Storage(), hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with open_plain(partial, "wb") as file:
         for offset in range(0, size_bytes, FETCHED_BYTES):
             span = offset, min(FETCHED_BYTES, size_bytes - offset)
             (block,) = storage.read_ranges(url, [span], (size_bytes, ""))
