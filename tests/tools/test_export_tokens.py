@@ -168,6 +168,17 @@ def test_an_embedding_of_several_vectors_is_a_token_for_each(tmp_path, mini_sett
     assert "is read where a prompt has [my cat][my cat.2][my cat.3]" in caplog.text
 
 
+def test_embeddings_that_onetrainer_bundles_are_tokens(export, lora, tmp_path, mini_settings):  # noqa: F811
+    export("lora-onetrainer", lora("ours"), tmp_path / "x.safetensors")
+    rows = {"<cat>": torch.randn(1, 32), "a.b": torch.randn(2, 32)}
+    bundled = {f"bundle_emb.{name}.clip_g": row for name, row in rows.items()}
+    save_file(load_file(tmp_path / "x.safetensors") | bundled, tmp_path / "x.safetensors")
+    (opened,) = open_loras([f"{tmp_path}/x.safetensors"], mini_settings)
+    assert opened[0].adapters
+    assert opened[0].tokens == ["<cat>", "[a.b]", "[a.b.2]"]
+    assert torch.equal(opened[0].token_initial + opened[0].token_delta, torch.cat([*rows.values()]))
+
+
 def test_what_an_embedding_holds_beyond_its_row_is_refused_by_name(tmp_path, mini_settings):
     for name in ("clip_l", "clip_g_out"):
         save_file({"clip_g": torch.zeros(1, 32), name: torch.zeros(1, 8)}, tmp_path / "x.safetensors")
