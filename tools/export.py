@@ -41,9 +41,13 @@ from cascade.inference import TARGET_KEY, CascadeSettings, metadata_of, weights_
 from cascade.lora_files import Files, lora_files, read_lora, shortcomings, token_files, write_files
 from cascade.lora_formats import Lora
 from modules.tokenizers import BytePairTokenizer, Tokenizer
-from tools.arguments import local_path, refuse_existing
+from tools.arguments import local_path
 from warpcore.config import FileName, Settings, load_config
 from warpcore.errors import UserError, run_script
+from warpcore.outputs import check_new
+
+OTHER_NAME = "name another file"
+"""What to do where a file is there already."""
 
 # ------------------------------------------------------------------ diffusers
 
@@ -118,7 +122,7 @@ def merge_lora(source: Path, target: Path, arguments: list[str]) -> None:
     if opened.tokens:
         tokens = tokens.with_tokens(opened.tokens, opened.token_initial, opened.token_delta * settings.strength)
     beside = token_files(tokens, target)
-    refuse_existing([target, *beside])
+    check_new([target, *beside], OTHER_NAME)
     network = build.stage_c(settings)
     lora.merge_loras(network, [(opened, settings.strength)])
     dtypes = {name: tensor.dtype for name, tensor in build.read_weights(base, "generator_checkpoint_path").items()}
@@ -195,20 +199,20 @@ def main() -> None:
 
 
 def _check_target(form: str, target: Path) -> None:
-    """Raise UserError for a place that can't be written to; see `refuse_existing` for single files."""
+    """Raise UserError for a place that can't be written to; see `check_new` for single files."""
     if form in FOLDERS:
         if not target.is_dir():
-            refuse_existing([target])
+            check_new([target], OTHER_NAME)
         elif any(target.iterdir()):
             raise UserError(f"{target} is not empty: name another folder")
         return
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: {form} writes a safetensors file: name it {target}.safetensors")
-    refuse_existing([target])
+    check_new([target], OTHER_NAME)
 
 
 def _write(files: Files, notes: list[str]) -> None:
-    refuse_existing(files)
+    check_new(files, OTHER_NAME)
     write_files(files)
     _print_sizes(list(files))
     for note in notes:

@@ -102,17 +102,67 @@ def published_controlnet(tmp_path):
         shapes = ControlNet(512, proj_blocks=blocks, bottleneck_mode="simple").half().state_dict()
     state = {name: torch.full(t.shape, i, dtype=t.dtype) for i, (name, t) in enumerate(shapes.items())}
     save_file(state, tmp_path / "published.safetensors")
+    made = ControlNetSettings(controlnet_blocks=blocks, controlnet_filter="IdentityFilter",
+                              controlnet_bottleneck_mode="simple", official_stem=True)  # fmt: skip
+    return tmp_path / "published.safetensors", made
+
+
+def test_a_controlnet_goes_into_the_reference_layout_and_back(export, published_controlnet, tmp_path):
+    source, made = published_controlnet
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    export("controlnet", source, ours, "controlnet_filter_params={models_path: faces}")
+    assert_same(ours, source)
+    assert settings_of_file(ours) == made.model_copy(update={"controlnet_filter_params": {"models_path": "faces"}})
+    export("controlnet-reference", ours, theirs)
+    assert_same(theirs, source)
+    assert metadata_of(theirs) == {"format": "pt"}
+    assert settings_of_file(theirs) == made
+
+
+def test_formats_say_what_their_reader_does_with_dora(export, lora, tmp_path):
+    rows, out = lora("rows", dora=True), tmp_path / "out"
+    comfyui = export("lora-comfyui", rows, out / "comfyui.safetensors")
+    assert "ComfyUI draws DoRA wrongly" in comfyui
+    assert "use lora-merged" in comfyui
+    assert "Decompose Output Axis" in export("lora-onetrainer", rows, out / "onetrainer.safetensors")
+    assert "DoRA" not in export("lora", rows, out / "ours.safetensors")
+    assert "DoRA" not in export("lora-comfyui", lora("plain"), out / "plain.safetensors")
+
+
+# ComfyUI's loader gives each of the projections to one of these blocks of the 3.6B, in this order, and knows only
+# networks with the tensor backbone.0.0.weight (effnet) or backbone.10.blocks.0.weight (large).
+COMFYUI_BLOCKS = [0, 4, 8, 12, 51, 55, 59, 63]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "mode", "width", "words"),
+    [
+        (COMFYUI_BLOCKS, "effnet", 2048, None),
+        (COMFYUI_BLOCKS, None, 2048, None),
+        (COMFYUI_BLOCKS, "large", 2048, None),
+        (
+            [0, 8, 16, 24],
+            "effnet",
+            2048,
+            "it controls the blocks [0, 4, 8, 12, 51, 55, 59, 63] whatever the file says",
+        ),
+        (COMFYUI_BLOCKS[::-1], "effnet", 2048, "and this one is for [63, 59, 55, 51, 12, 8, 4, 0]"),
+        (COMFYUI_BLOCKS, "simple", 2048, "it knows the bottlenecks effnet and large only, not simple"),
+        (COMFYUI_BLOCKS, "effnet", 1536, "its blocks are 2048 wide, not 1536"),
+    ],
+)
+def test_an_exported_controlnet_says_where_comfyui_would_draw_something_else(
+    export, tmp_path, blocks, mode, width, words
+):
     said = {"controlnet_blocks": blocks, "controlnet_bottleneck_mode": mode, "official_stem": True}
-    made = ControlNetSettings(controlnet_filter="CannyFilter", **said)
-    tensors = {
-        "projections.0.0.weight": torch.zeros(8, 8, 1, 1),
-        "projections.0.2.weight": torch.zeros(width, 8, 1, 1),
-    }
-    save_file(tensors, tmp_path / "c.safetensors", metadata=file_metadata(made))
+    about = file_metadata(ControlNetSettings(controlnet_filter="CannyFilter", **said))
+    shapes = {"projections.0.0.weight": (8, 8, 1, 1), "projections.0.2.weight": (width, 8, 1, 1)}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "c.safetensors", metadata=about)
     formats = ["controlnet"] + ["controlnet-reference"] * (width == 2048)
     for form in formats:
-        said = export(form, tmp_path / "c.safetensors", tmp_path / f"{form}.safetensors")
-        assert (words in said) if words else ("ComfyUI" not in said)
+        told = export(form, tmp_path / "c.safetensors", tmp_path / f"{form}.safetensors")
+        assert (words in told) if words else ("ComfyUI" not in told)
 
 
 def test_a_mistake_is_named(export, lora, tmp_path, drawing_cascade):

@@ -14,6 +14,7 @@ def test_what_is_there_is_named_with_the_remedy(tmp_path):
         (["a", "file"], "file is there already: name another"),
         (["link"], "link is there already"),
         (["a", "b", "a"], "a would be written twice"),
+        (["new/a", "new/A"], "new/A would be written twice"),
         (["file/a"], "file/a can't be written: .*file is a file"),
     ):
         with pytest.raises(UserError, match=words):
