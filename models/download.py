@@ -207,10 +207,14 @@ def _page(url: str) -> str:
     return url.split("/resolve/")[0]
 
 
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="SET", help=f"{', '.join(SETS)}; and {', '.join(DTYPES)}")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent, help="default: models/")
+    parser.add_argument("--folder", type=_folder, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")
     options = parser.parse_args(arguments)
     try:

@@ -338,7 +338,9 @@ def use_case(script: Path) -> type[DiffusionTraining]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", type=Path, metavar="SCRIPT", help="the training script, such as train/train_c.py")
+    parser.add_argument(
+        "script", type=local_path, metavar="SCRIPT", help="the training script, such as train/train_c.py"
+    )
     parser.add_argument("config", metavar="CONFIG", help="its config, which names data, networks, sizes")
     parser.add_argument("out", type=local_path, metavar="OUT", help="folder for the cache")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="other values of the config")

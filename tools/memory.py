@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from pathlib import Path
 
 import yaml
 
 from cascade.build import only_shapes
+from tools.arguments import local_path
 from warpcore import optim
 from warpcore.config import Config, load_config, make_config
 from warpcore.core import WarpCore
@@ -31,7 +31,7 @@ LEVELS = (0, 1, 2, 3)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", type=Path, help="the training script, such as train/train_c.py")
+    parser.add_argument("script", type=local_path, help="the training script, such as train/train_c.py")
     parser.add_argument("config", help="its config; keys may follow as key=value")
     parser.add_argument("--gpu-memory", type=float, help="GiB of one GPU: suggest settings that fit")
     parser.add_argument("--processes", type=int, default=1, help="GPUs of the run")

@@ -11,7 +11,6 @@ the least of them is written.
 
 import argparse
 import re
-from pathlib import Path
 
 import yaml
 
@@ -27,8 +26,8 @@ GIB = 2**30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", type=Path, help="the training script, such as train/train_c.py")
-    parser.add_argument("config", type=Path, help="its config; keys may follow as key=value")
+    parser.add_argument("script", type=local_path, help="the training script, such as train/train_c.py")
+    parser.add_argument("config", type=local_path, help="its config; keys may follow as key=value")
     parser.add_argument("tuned", type=local_path, help="the config to write")
     parser.add_argument("--max-memory", type=float, help="GiB to stay under; needed on a CPU, else all of the GPU")
     parser.add_argument("--step-seconds", type=float, help="a micro-batch takes no longer than this")

@@ -33,12 +33,11 @@ from pydantic import (
 from warpcore.data.buckets import parse_ratio
 from warpcore.data.storage import local_path
 from warpcore.errors import UserError
-from warpcore.keys import help_text, holds_paths, parts_of, type_name
+from warpcore.keys import S3Url, help_text, local_paths, parts_of, type_name
 from warpcore.text import read_text
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-S3Url = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*/?$")]
 FileName = Annotated[str, Path]
 """Text that is, or begins with, the name of a file, or is another name."""
 ByteValue = Annotated[int, Field(ge=0, le=255)]
@@ -52,6 +51,11 @@ class Settings(BaseModel):
     """What every configuration shares: frozen, no unknown keys, numbers are numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_home_folders(cls, values: Any) -> Any:
+        return local_paths(cls, values) if isinstance(values, dict) else values
 
     @field_validator("*", mode="before")
     @classmethod
@@ -320,25 +324,15 @@ def make_config(kind: type[AnySettings], values: dict[str, Any]) -> AnySettings:
     Raises:
         ConfigError: one line for each mistake.
     """
-    _check_paths(kind, values)
+    try:
+        values = local_paths(kind, values)  # before all else, as other checks look for files
+    except UserError as error:
+        raise ConfigError(str(error)) from None
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = [_explain(kind, mistake) for mistake in error.errors()]
         raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
-
-
-def _check_paths(kind: type[Settings], values: dict[str, Any]) -> None:
-    """No URL where a path is needed: before all else, as other checks look for files."""
-    for key, field in kind.model_fields.items():
-        value = values.get(key)
-        for one in value if isinstance(value, list) else [value]:
-            on_s3 = S3Url in typing.get_args(field.annotation) and str(one).startswith("s3:")
-            if isinstance(one, str | Path) and holds_paths(field.annotation) and not on_s3:
-                try:
-                    local_path(one)
-                except UserError as error:
-                    raise ConfigError(f"{key}: {error}") from None
 
 
 def dump_config(config: Settings) -> str:

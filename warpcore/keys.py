@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+from warpcore.data.storage import expand_home, local_path
+from warpcore.errors import UserError
+
+S3Url = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*/?$")]
 
 
 def help_text(kind: type[BaseModel]) -> str:
@@ -57,6 +62,31 @@ def type_name(annotation: Any, inner: bool = False) -> str:
     if annotation is types.NoneType:
         return "null"
     return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
+
+
+def local_paths(kind: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """The values with `~` expanded in those of path keys, and no URL where a path is needed. Raises UserError."""
+    known = dict(values)
+    for key, field in kind.model_fields.items():
+        value = values.get(key)
+        if holds_paths(field.annotation) or Path in field.metadata:
+            on_s3 = S3Url in typing.get_args(field.annotation)
+            try:
+                if isinstance(value, list):
+                    known[key] = [_local(one, on_s3) for one in value]
+                elif value is not None:
+                    known[key] = _local(value, on_s3)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from None
+    return known
+
+
+def _local(value: Any, on_s3: bool) -> Any:
+    """A value of a path key; what is no path is left to the checks of types."""
+    if not isinstance(value, str | Path) or (on_s3 and str(value).startswith("s3:")):
+        return value
+    path = local_path(value)
+    return path if isinstance(value, Path) else expand_home(value)
 
 
 def holds_paths(annotation: Any) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from warpcore.data.storage import in_folder_named_tilde
 from warpcore.errors import UserError
 from warpcore.files import open_plain, refuse_links
 from warpcore.locks import lock_file
@@ -98,6 +99,7 @@ class LocalPlace:
         self._lock = None
 
     def take(self) -> None:
+        self._refuse_to_start_again()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             refuse_links(*(self.folder / name for name in WRITTEN))
@@ -107,6 +109,15 @@ class LocalPlace:
                 shutil.rmtree(leftover)
         except OSError as error:
             raise CheckpointError(f"checkpoint_path: cannot write to {self.folder}: {error}") from error
+
+    def _refuse_to_start_again(self) -> None:
+        """Where an earlier version, which did not expand `~`, wrote this run to a folder of that name."""
+        folder, home = self.folder.absolute(), Path.home()
+        if (folder / "state").exists() or not folder.is_relative_to(home):
+            return
+        literal = "~" / folder.relative_to(home)
+        if (literal / "state").is_dir():
+            raise CheckpointError(f"checkpoint_path: {in_folder_named_tilde(str(literal), str(folder))}")
 
     def join(self, processes: Processes) -> bool:
         return processes.is_main

@@ -9,6 +9,7 @@ import errno
 import glob
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,8 +209,39 @@ def is_remote(url: str) -> bool:
     return _scheme(url) != "file"
 
 
+def expand_home(path: str) -> str:
+    """The path with the home folder for `~` or `~user` at its beginning.
+
+    Raises:
+        UserError: there is no such user, or what it names lies in a folder that is called `~`.
+    """
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded == path:
+        raise UserError(f"{path}: {path.split('/')[0]} is no user of this machine; write the path in full")
+    if os.path.exists(path) and not os.path.exists(expanded):
+        raise UserError(in_folder_named_tilde(path, expanded))
+    return expanded
+
+
+def in_folder_named_tilde(path: str, expanded: str) -> str:
+    """The message about files that an earlier version, which did not expand `~`, wrote to a folder of that name."""
+    command = (
+        f"mkdir -p {shlex.quote(os.path.dirname(expanded))} && mv {shlex.quote('./' + path)} {shlex.quote(expanded)}"
+    )
+    return (
+        f"{expanded} is not there, but {os.path.abspath(path)} is, in a folder that is called ~, which an earlier "
+        f"version made. To go on with what it holds: {command}"
+    )
+
+
 def local_path(path: str | Path) -> Path:
-    """A path of this machine; as a path, a URL would be a folder called `s3:`. Raises UserError for a URL."""
+    """A path of this machine, with `~` expanded.
+
+    Raises:
+        UserError: it is a URL, which as a path would be a folder called `s3:`, or as `expand_home`.
+    """
     if re.match(r"\w[\w+.-]+:/", str(path)):
         problem = f"{path} is a URL, but a path of this machine is needed"
         if str(path).startswith("s3:"):
@@ -218,7 +250,7 @@ def local_path(path: str | Path) -> Path:
                 f"first (a run with aws s3 cp --recursive --exclude 'state/*' {path} FOLDER), or copy there afterwards"
             )
         raise UserError(problem)
-    return Path(path)
+    return Path(expand_home(str(path)))
 
 
 def real_url(url: str) -> str:
