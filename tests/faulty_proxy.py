@@ -1,11 +1,12 @@
 """A proxy that treats a share of the requests badly, for tests of what happens when a network does."""
 
 import asyncio
+import re
 import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Self
 
@@ -30,7 +31,8 @@ class FaultyProxy:
     on_fault: called in the middle of every body that breaks off. refused: methods that get a 403. ignored: headers
     that are not passed on, in lower case. part_status: of answers that are a part of an object. on_request: called
     with method and path of every request before it is passed on. not_implemented: headers, in lower case, with which a
-    PUT gets a 501.
+    PUT gets a 501. refused_keys: by access key, status and code of the answer to what is signed with it.
+    requester_pays: requests for objects and listings get a 403 unless they say that the asking account pays.
     """
 
     def __init__(
@@ -45,10 +47,13 @@ class FaultyProxy:
         part_status: int = 206,
         on_request: Callable[[str, str], object] = lambda method, path: None,
         not_implemented: tuple[str, ...] = (),
+        refused_keys: Mapping[str, tuple[int, str]] | None = None,
+        requester_pays: bool = False,
     ):
         self.target, self.share, self.faults = target, share, faults
         self.on_fault, self.refused, self.ignored, self.part_status = on_fault, refused, ignored, part_status
         self.on_request, self.not_implemented = on_request, not_implemented
+        self.refused_keys, self.requester_pays = dict(refused_keys or {}), requester_pays
         self.num_requests = 0
         self.met: Counter[str] = Counter()
         """How often each fault was met."""
@@ -94,6 +99,14 @@ class FaultyProxy:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         content = await request.read()  # or what is left of it would be the next request
         if request.method in self.refused:
+            return web.Response(status=403, body=_DENIED if request.method != "HEAD" else None)
+        signed = request.headers.get("Authorization", "") + request.query_string
+        for key, (status, code) in self.refused_keys.items():
+            if re.search(rf"(Credential|AWSAccessKeyId)={key}\W", f"{signed}&"):
+                body = f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><Message>It is {code}.</Message></Error>"
+                return web.Response(status=status, body=body.encode() if request.method != "HEAD" else None)
+        says_who_pays = "x-amz-request-payer" in (*map(str.lower, request.headers), *map(str.lower, request.query))
+        if self.requester_pays and not says_who_pays and (request.path.count("/") > 1 or request.method != "HEAD"):
             return web.Response(status=403, body=_DENIED if request.method != "HEAD" else None)
         if request.method == "PUT" and any(name in self.not_implemented for name in map(str.lower, request.headers)):
             return web.Response(status=501, body=_DENIED)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import obstore
 from botocore.exceptions import BotoCoreError, ClientError
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError
 
 from warpcore.data import s3_requests
 from warpcore.data.s3 import S3Storage
-from warpcore.data.s3_requests import ask, bare_etag, brief, list_objects, open_bucket, split
+from warpcore.data.s3_errors import brief, refusal_hint, status_of
+from warpcore.data.s3_requests import ask, bare_etag, list_objects, split, with_bucket
 from warpcore.data.storage import StorageError, in_parallel
 from warpcore.files import open_plain
 
@@ -21,7 +22,7 @@ MOST_PARTS = 9_000
 """S3 takes 10,000 parts of a file."""
 FETCHED_BYTES = 64 << 20
 """What of a file is in memory while it is fetched."""
-NOT_IMPLEMENTED, REFUSED = 501, (404, 409, 412)
+NOT_IMPLEMENTED, NOT_AS_EXPECTED = 501, (404, 409, 412)
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +34,14 @@ def send(path: Path, url: str) -> None:
     pause, deadline = 0.1, time.monotonic() + s3_requests.PATIENCE_SECONDS
     while True:
         try:
-            obstore.put(open_bucket(name).sender, key, path, chunk_size=part_bytes)
+            with_bucket(name, lambda bucket: obstore.put(bucket.sender, key, path, chunk_size=part_bytes))
             return
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise StorageError(f"{url} can't be written: {brief(error)}") from None
         except (BaseError, FileNotFoundError) as error:  # the latter is said of the parts of a file, too
             if not path.exists():
                 raise FileNotFoundError(path) from error
-            if time.monotonic() + pause > deadline:
-                raise StorageError(f"{url} can't be written: {brief(error)}") from None
+            hint = refusal_hint(status_of(error), brief(error))
+            if hint or time.monotonic() + pause > deadline:
+                raise StorageError(f"{url} can't be written: {brief(error)}{hint}") from None
         time.sleep(pause)
         pause = min(2 * pause, s3_requests.REQUEST_SECONDS)
 
@@ -72,15 +72,19 @@ def put_if(url: str, content: bytes, etag: str | None) -> str | None:
     """
     name, key = split(url)
     condition = {"IfMatch": f'"{etag}"'} if etag else {"IfNoneMatch": "*"}
-    put = open_bucket(name).client.put_object
+
+    def put(bucket: s3_requests.Bucket) -> dict:
+        return bucket.client.put_object(Bucket=name, Key=key, Body=content, **condition)
+
     try:
-        return bare_etag(put(Bucket=name, Key=key, Body=content, **condition)["ETag"])
+        return bare_etag(with_bucket(name, put)["ETag"])
     except ClientError as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if status in REFUSED:
+        status = status_of(error)
+        if status in NOT_AS_EXPECTED:
             return None
         if status != NOT_IMPLEMENTED:
-            raise StorageError(f"{url} can't be written: {error}") from None
+            hint = refusal_hint(status, str(error))
+            raise StorageError(f"{url} can't be written: {str(error).rstrip('.')}{hint}") from None
     except BotoCoreError as error:
         raise StorageError(f"{url} can't be written: {error}") from None
     return bare_etag(ask(url, "put_object", Key=key, Body=content)["ETag"])

@@ -10,19 +10,20 @@ A process that was forked after its parent used S3 can't use it (obstore would h
 
 import difflib
 import errno
+import logging
 import os
 import re
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -38,9 +39,11 @@ from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionErr
 from obstore.store import S3Store
 from tqdm import tqdm
 
+from warpcore.data.s3_errors import CREDENTIALS, brief, is_refused, reason, refusal_hint, status_of
 from warpcore.data.storage import ChangedShardError, StorageError, Version
 from warpcore.errors import UserError
 
+T = TypeVar("T")
 REQUEST_BYTES = 2 << 20
 """A request asks for no more, so that REQUEST_SECONDS are a limit on how slowly it may be answered."""
 REQUEST_SECONDS = 5
@@ -55,10 +58,11 @@ CALL_ATTEMPTS, CALL_SECONDS = 6, 20
 """Of what boto3 asks, such as a page of a listing."""
 CREDENTIALS_SECONDS = 300
 """How long obstore keeps credentials; botocore renews them well before they expire."""
-_CREDENTIALS = (
-    "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_ENDPOINT_URL for another place than AWS); "
-    "AWS_SKIP_SIGNATURE=true reads a public bucket without any"
-)
+REQUESTER_PAYS = ("requester", "true", "1")
+"""Values of AWS_REQUEST_PAYER with which the account of the credentials pays for requests to the bucket of another."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Refusal(Exception):
@@ -74,8 +78,10 @@ class Bucket:
 
     def __init__(self, name: str):
         core = botocore.session.get_session()
-        session = boto3.Session(botocore_session=core)
+        self.session = session = boto3.Session(botocore_session=core)
         unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
+        requester_pays = os.environ.get("AWS_REQUEST_PAYER", "").lower() in REQUESTER_PAYS
+        self._signed_headers = {"x-amz-request-payer": "requester"} if requester_pays else {}
         config = Config(
             signature_version=UNSIGNED if unsigned else "s3v4",
             retries={"mode": "standard", "total_max_attempts": CALL_ATTEMPTS},
@@ -86,6 +92,8 @@ class Bucket:
             response_checksum_validation="when_required",
         )
         self.name, self.client = name, session.client("s3", config=config)
+        if requester_pays:
+            self.client.meta.events.register("provide-client-params.s3", _requester_pays)
         url, region = self._locate(name)
         client_options = {"allow_http": url.startswith("http:")}
         self._authority = core.get_config_variable("ca_bundle")
@@ -100,6 +108,7 @@ class Bucket:
                 virtual_hosted_style_request=True,  # the URL is the bucket's, in whichever style
                 region=region,
                 skip_signature=unsigned,
+                request_payer=requester_pays,
                 credential_provider=None if unsigned else Boto3CredentialProvider(session, ttl=lifetime),
                 client_options=client_options | {"timeout": timedelta(seconds=seconds)},
                 retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=PATIENCE_SECONDS)},
@@ -119,20 +128,19 @@ class Bucket:
         except PreconditionError as error:
             raise _Refusal(412, brief(error)) from None
         except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise _Refusal(403, brief(error)) from None
+            raise _Refusal(status_of(error) or 403, brief(error)) from None
         except ValueError as error:  # the key is none for obstore
             raise _Refusal(400, brief(error)) from None
         except BaseError as error:
             if "non-partial response" in str(error):
                 self.read = self._read_by_url
                 return self.read(key, start, stop, etag)
-            status = re.search(r"status code: (4\d\d)", str(error))
-            raise _failure(int(status[1]) if status else 0, brief(error)) from None
+            raise _failure(status_of(error), brief(error)) from None
 
     def _read_by_url(self, key: str, start: int, stop: int, _: str) -> tuple[bytes, Version]:
         """The same for endpoints that send a part with status 200, for which obstore has no use (rclone)."""
         url = self.client.generate_presigned_url("get_object", {"Bucket": self.name, "Key": key})
-        request = Request(url, headers={"Range": f"bytes={start}-{stop - 1}"})
+        request = Request(url, headers={"Range": f"bytes={start}-{stop - 1}"} | self._signed_headers)
         deadline, data = time.monotonic() + REQUEST_SECONDS, bytearray()
         try:
             with urlopen(request, timeout=REQUEST_SECONDS, context=self._tls) as answer:
@@ -144,7 +152,8 @@ class Bucket:
                     if time.monotonic() > deadline:
                         raise _Fault(f"no more than {len(data)} bytes in {REQUEST_SECONDS} seconds")
         except HTTPError as error:
-            raise _failure(error.code, str(error)) from None
+            text = ": ".join(filter(None, [str(error), reason(error.read().decode(errors="replace"))]))
+            raise _failure(error.code, text) from None
         except (OSError, HTTPException) as error:
             raise _Fault(str(error)) from None
         return bytes(data), (int(part[1]), bare_etag(answer.headers["ETag"]))
@@ -176,6 +185,11 @@ class Bucket:
         return f"s3://{name}: there is no such bucket at {self.client.meta.endpoint_url}.{hint}"
 
 
+def _requester_pays(params: dict[str, Any], model: Any, **_: Any) -> dict[str, Any]:
+    """The parameters of a call of boto3, for operations that have to say who pays."""
+    return params | ({"RequestPayer": "requester"} if "RequestPayer" in model.input_shape.members else {})
+
+
 _LOCK = threading.Lock()
 _POOL = ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="s3")
 _BUCKETS: dict[str, Bucket] = {}
@@ -190,6 +204,37 @@ def open_bucket(name: str) -> Bucket:
             with _explained(f"s3://{name}"):
                 _BUCKETS[name] = Bucket(name)
     return _BUCKETS[name]
+
+
+def with_bucket(name: str, call: Callable[[Bucket], T]) -> T:
+    """What `call` returns; where its credentials are refused, it is called once more if there are others by now."""
+    bucket = open_bucket(name)
+    try:
+        return call(bucket)
+    except (ClientError, BaseError) as error:
+        fresh = look_again(bucket) if is_refused(status_of(error), str(error)) else None
+        if fresh is None:
+            raise
+    return call(fresh)
+
+
+def look_again(bucket: Bucket) -> Bucket | None:
+    """The bucket with the credentials that are found now; None where they are those that it has.
+
+    boto3 reads files with credentials once; those that a role or a login gives it renews itself.
+    """
+    with _LOCK, _explained(f"s3://{bucket.name}"):
+        if _BUCKETS.get(bucket.name) in (None, bucket):  # else another thread looked meanwhile
+            found = botocore.session.get_session().get_credentials()
+            if _frozen(found) == _frozen(bucket.session.get_credentials()):
+                return None
+            _BUCKETS[bucket.name] = Bucket(bucket.name)
+            logger.warning("s3://%s: refused, going on with the credentials that are there now", bucket.name)
+        return _BUCKETS[bucket.name]
+
+
+def _frozen(credentials: Any) -> Any:
+    return credentials and credentials.get_frozen_credentials()
 
 
 def pool() -> ThreadPoolExecutor:
@@ -213,6 +258,7 @@ def get(url: str, start: int, stop: int, version: Version | None = None) -> tupl
     """
     name, key = split(url)
     bucket, pause, deadline = open_bucket(name), 0.1, time.monotonic() + PATIENCE_SECONDS
+    looked_again = False
     while True:
         try:
             data, found = bucket.read(key, start, stop, version[1] if version else "")
@@ -229,8 +275,10 @@ def get(url: str, start: int, stop: int, version: Version | None = None) -> tupl
                 raise FileNotFoundError(errno.ENOENT, "no such object", url) from None
             if status == 416:  # it ends before `start`
                 return b"", (start, "")
-            if status != 412:  # that is: it changed between two parts of an answer
-                raise StorageError(f"{url} can't be read: {fault}") from None
+            if is_refused(status, fault) and not looked_again:
+                bucket, looked_again = look_again(bucket) or bucket, True
+            elif status != 412:  # that is: it changed between two parts of an answer
+                raise StorageError(f"{url} can't be read: {fault}{refusal_hint(status, fault)}") from None
         except _Fault as passing:
             fault = str(passing)
         if time.monotonic() + pause > deadline:
@@ -248,11 +296,12 @@ def put(url: str, content: bytes) -> None:
     """Replace an object. Raises PermissionError, StorageError."""
     name, key = split(url)
     try:
-        obstore.put(open_bucket(name).sender, key, content)
+        with_bucket(name, lambda bucket: obstore.put(bucket.sender, key, content))
     except (PermissionDeniedError, UnauthenticatedError) as error:
         raise PermissionError(errno.EACCES, brief(error), url) from None
     except BaseError as error:
-        raise StorageError(f"{url} can't be written: {brief(error)}") from None
+        hint = refusal_hint(status_of(error), brief(error))
+        raise StorageError(f"{url} can't be written: {brief(error)}{hint}") from None
 
 
 def ask(url: str, operation: str, **parameters: Any) -> dict[str, Any]:
@@ -262,12 +311,25 @@ def ask(url: str, operation: str, **parameters: Any) -> dict[str, Any]:
         FileNotFoundError, StorageError
     """
     name = split(url)[0]
-    with _explained(url):
-        call = getattr(open_bucket(name).client, operation)
+
+    def call(bucket: Bucket) -> dict[str, Any]:
         for _ in range(CALL_ATTEMPTS - 1):
             with suppress(ResponseParserError):  # half an answer, which boto3 doesn't ask for again
-                return call(Bucket=name, **parameters)
-        return call(Bucket=name, **parameters)
+                return getattr(bucket.client, operation)(Bucket=name, **parameters)
+        return getattr(bucket.client, operation)(Bucket=name, **parameters)
+
+    with _explained(url):
+        try:
+            return with_bucket(name, call)
+        except ClientError as error:
+            if operation == "head_object" and is_refused(status_of(error), str(error)):
+                _say_why(open_bucket(name), **parameters)
+            raise
+
+
+def _say_why(bucket: Bucket, **parameters: Any) -> None:
+    """Raise the reason for which an object is refused: the answer to a HEAD has no body that says it."""
+    bucket.client.get_object(Bucket=bucket.name, Range="bytes=0-0", **parameters)["Body"].close()
 
 
 def list_tars(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
@@ -295,22 +357,17 @@ def _explained(url: str) -> Iterator[None]:
     try:
         yield
     except NoCredentialsError:
-        raise StorageError(f"{url}: there are no credentials. {_CREDENTIALS}") from None
+        raise StorageError(f"{url}: there are no credentials. {CREDENTIALS}") from None
     except ClientError as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        status = status_of(error)
         if status == 404:
             raise FileNotFoundError(errno.ENOENT, "no such object", url) from None
-        hint = f" {_CREDENTIALS}" if status in (401, 403) else ""
-        raise StorageError(f"{url}: {str(error).rstrip('.')}.{hint}") from None
+        text = str(error).rstrip(".")
+        raise StorageError(f"{url}: {text}{refusal_hint(status, text)}") from None
     except (BotoCoreError, ResponseParserError) as error:
         raise StorageError(f"{url}: {error}") from None
     except BaseError as error:
         raise StorageError(f"{url}: {brief(error)}") from None
-
-
-def brief(error: Exception) -> str:
-    """An error of obstore without its XML and its history."""
-    return str(error).split("\n", 1)[0].split("<?xml")[0].strip()
 
 
 def split(url: str) -> tuple[str, str]:
