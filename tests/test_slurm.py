@@ -23,6 +23,8 @@ from tools.make_demo_dataset import make_demo_dataset
 from train.train_c import TrainStageC
 from warpcore.config import make_config
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[1]
 
 

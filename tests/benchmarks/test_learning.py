@@ -88,6 +88,7 @@ def mini():
     return ModelSettings(model_version="mini")
 
 
+@pytest.mark.slow
 def test_the_shipped_cascade_keeps_what_the_scorer_looks_for():
     cases = sentences(60, ALL_PAIRS, seed=5)
     true, texts = [render(scene) for scene, _ in cases], [text for _, text in cases]

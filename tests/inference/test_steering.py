@@ -80,6 +80,7 @@ def enlarge(file: Path, seed: int) -> None:
     save_file(tensors, file, metadata=about)
 
 
+@pytest.mark.integration
 def test_a_lora_of_no_strength_is_none_and_a_run_is_its_base_with_its_lora(draw, lora_run):
     plain = draw("diffusion_target=v")
     files = [f"lora={lora_run}/{name}.safetensors" for name in ("lora_ema", "lora")]
@@ -95,6 +96,7 @@ def test_a_lora_of_no_strength_is_none_and_a_run_is_its_base_with_its_lora(draw,
     assert same(draw("--lora", lora_run, "use_ema=false", "diffusion_target=v"), last)
 
 
+@pytest.mark.integration
 def test_a_lora_draws_what_the_weights_with_it_merged_in_draw(draw, lora_run, monkeypatch, tmp_path):
     merged = tmp_path / "merged.safetensors"
     monkeypatch.setattr("sys.argv", ["export.py", "lora-merged", str(lora_run), str(merged), "strength=0.5"])
@@ -108,6 +110,7 @@ def test_a_lora_draws_what_the_weights_with_it_merged_in_draw(draw, lora_run, mo
     assert not same([taught], with_lora[1:], within=2)
 
 
+@pytest.mark.integration
 def test_several_loras_add_up_in_any_order(draw, lora_run, tmp_path):
     for name in ("a", "b"):  # without the token, which only one of them may have
         tensors = load_file(lora_run / "lora.safetensors")
@@ -123,6 +126,7 @@ def test_several_loras_add_up_in_any_order(draw, lora_run, tmp_path):
     assert same(draw("--lora", b, "--lora", f"{b}:-1"), draw(), within=1)
 
 
+@pytest.mark.integration
 def test_a_token_changes_only_texts_that_hold_it(draw, lora_run, tmp_path):
     tokens = {name: t for name, t in load_file(lora_run / "lora.safetensors").items() if name.startswith("tokens.")}
     lora = Lora({}, ["[dog]"], tokens["tokens.initial"], tokens["tokens.delta"] * 10)
@@ -212,6 +216,7 @@ def test_several_controlnets_add_up_each_with_its_own_picture(draw, controlnet, 
     assert same(draw("--controlnet", second, "--controlnet", first, "--control-image", square), together, within=1)
 
 
+@pytest.mark.integration
 def test_a_run_of_a_controlnet_is_its_base_under_its_control(draw, small_cascade, picture):
     settings = small_cascade | {
         "experiment_id": "edges", "controlnet_blocks": [1, 4], "controlnet_filter": "CannyFilter",
@@ -269,6 +274,7 @@ def test_super_resolution_draws_a_small_picture_at_the_size_asked_for(draw, cont
 # ------------------------------------------------------------------ mistakes
 
 
+@pytest.mark.integration
 def test_a_mistake_with_a_lora_is_named(draw, lora_run, tmp_path, drawing_cascade):
     base = drawing_cascade["generator_checkpoint_path"]
     wider = load_file(lora_run / "lora.safetensors")
@@ -326,6 +332,7 @@ def test_a_mistake_with_a_controlnet_is_named(draw, controlnet, picture, tmp_pat
         assert words in str(error.value), words
 
 
+@pytest.mark.integration
 def test_scripts_without_stage_c_have_no_use_for_a_lora(lora_run, monkeypatch):
     monkeypatch.setattr("sys.argv", ["reconstruct.py", "--run", str(lora_run), "--pictures", "x"])
     with pytest.raises(UserError, match="trained a lora, for which there is no use here"):

@@ -19,6 +19,8 @@ from warpcore.errors import UserError
 from warpcore.outputs import free_folder
 from warpcore.pictures import read_metadata
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def run(small_cascade):

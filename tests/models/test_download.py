@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = Path(__file__).parents[2] / "models" / "download.py"
 NAMES = ["effnet_encoder.safetensors", "previewer.safetensors", "stage_a.safetensors"]
 

@@ -256,6 +256,7 @@ def test_what_a_filter_cannot_do_is_said(pictures, tmp_path):
         as_18_points(np.zeros((19, 3)))
 
 
+@pytest.mark.integration
 def test_workers_import_little_for_a_filter():
     code = (
         "import sys, modules.filters; "

@@ -24,6 +24,8 @@ from warpcore.data.index import read_rows
 from warpcore.data.shards import resolve_sources
 from warpcore.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 ROWS_TOGETHER = 4
 
 

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.faulty_proxy import FaultyProxy
 from tests.s3_server import bucket as bucket
 from tests.s3_server import s3_endpoint as s3_endpoint
@@ -14,6 +16,8 @@ from tests.warpcore.data.tars import catalog_of, write_shard
 from tools.index_dataset import main
 from warpcore.data.catalog import MANIFEST_NAME
 from warpcore.data.index import CACHE_VARIABLE, INDEX_SUFFIX
+
+pytestmark = pytest.mark.integration
 
 TOOL = Path(__file__).parents[2] / "tools/index_dataset.py"
 NUM_TARS = 12

@@ -4,6 +4,8 @@ A new script joins by its name in `SETTINGS`; one that is missing there fails a 
 """
 
 import importlib
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,12 @@ from safetensors.torch import load_file
 
 from cascade import versions
 from tests.many_processes import launch_processes
+from tests.small_cascade import put_cascade
 from tests.warpcore.runs import numbers, read_metrics, write_shard
 from warpcore.config import make_config
 from warpcore.core import WarpCore
+
+pytestmark = pytest.mark.integration
 
 SETTINGS: dict[str, dict] = {
     "train_a": {"discriminator_start": 1, "discriminator_channels": 8, "dead_code_use": 0.5},
@@ -38,25 +43,52 @@ NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""
 
 
+def represented_by(*names: str, of: Iterable[str] = SETTINGS) -> list:
+    """Scripts as parameters of a test; all but the named ones only in `make test-slow`."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in sorted(of)]
+
+
 def use_case(name: str) -> type[WarpCore]:
     module = importlib.import_module(f"train.{name.split()[0]}")
     own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
     return next(kind for kind in own if issubclass(kind, WarpCore))
 
 
+def settings_of(cascade: dict, name: str, run: str) -> dict:
+    """Settings of a short run of a script, with a small cascade."""
+    every = cascade | {
+        "experiment_id": run, "updates": 4, "save_every": 2, "log_every": 1, "seed": 3, "ema_start_iters": 1,
+        "ema_beta": 0.5, "validation_samples": 2, "sample_count": 2, "sample_steps": 2,
+    }  # fmt: skip
+    if name not in NEEDS_GENERATOR:
+        del every["generator_checkpoint_path"]  # that of another network
+    return {key: value for key, value in every.items() if key in use_case(name).Config.model_fields} | SETTINGS[name]
+
+
 @pytest.fixture
 def settings(small_cascade):
-    def make(name: str, run: str, **changes) -> dict:
-        every = small_cascade | {
-            "experiment_id": run, "updates": 4, "save_every": 2, "log_every": 1, "seed": 3, "ema_start_iters": 1,
-            "ema_beta": 0.5, "validation_samples": 2, "sample_count": 2, "sample_steps": 2,
-        }  # fmt: skip
-        if name not in NEEDS_GENERATOR:
-            del every["generator_checkpoint_path"]  # that of another network
-        common = {key: value for key, value in every.items() if key in use_case(name).Config.model_fields}
-        return common | SETTINGS[name] | changes
+    return lambda name, run, **changes: settings_of(small_cascade, name, run) | changes
 
-    return make
+
+@pytest.fixture(scope="module")
+def baseline(cascade_files, tmp_path_factory):
+    """Gives settings and metrics of an undisturbed run of a script, which is trained once; no test may change it."""
+    runs = {}
+
+    def of(name: str) -> tuple[dict, list[dict]]:
+        if name not in runs:
+            folder = tmp_path_factory.mktemp("baseline")
+            with pytest.MonkeyPatch.context() as patch:
+                settings = settings_of(put_cascade(cascade_files, folder, patch), name, "whole")
+                runs[name] = settings, train(name, settings), folder, times(folder)
+        return runs[name][:2]
+
+    yield of
+    assert all(times(folder) == written for *_, folder, written in runs.values()), "a test changed a baseline run"
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def train(name: str, settings: dict, kind: type[WarpCore] | None = None) -> list[dict]:
@@ -76,10 +108,10 @@ def test_every_script_is_tested_here():
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_in_two_halves_is_the_run_in_one(settings, name):
-    whole, halves = settings(name, "whole"), settings(name, "halves")
-    lines = train(name, whole)
+@pytest.mark.parametrize("name", represented_by("train_a", "train_c"))
+def test_a_run_in_two_halves_is_the_run_in_one(small_cascade, baseline, name):
+    whole, lines = baseline(name)
+    halves = whole | {"checkpoint_path": small_cascade["checkpoint_path"]}
     train(name, halves | {"updates": 2})
     assert numbers(train(name, halves)) == numbers(lines)
     assert all(torch.tensor(line["loss"]).isfinite() for line in lines)
@@ -94,31 +126,32 @@ def test_a_run_in_two_halves_is_the_run_in_one(settings, name):
     assert (Path(whole["checkpoint_path"]) / "whole" / "samples").exists() or name == "train_towers"
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in NEEDS_WHOLE_BATCHES])
-def test_accumulation_makes_the_same_updates(settings, name):
-    at_once = train(name, settings(name, "once", ema_start_iters=None))
-    in_parts = train(name, settings(name, "parts", ema_start_iters=None, micro_batch_size=1))
+@pytest.mark.parametrize("name", represented_by("train_c", of=SETTINGS.keys() - NEEDS_WHOLE_BATCHES))
+def test_accumulation_makes_the_same_update(small_cascade, baseline, name):
+    whole, lines = baseline(name)
     # Another micro-batch size is another order of the samples, but for the first epoch of one bucket.
-    for line, other in zip(at_once[:1], in_parts[:1], strict=True):
-        assert line["samples_hash"] == other["samples_hash"]
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    parts = {"checkpoint_path": small_cascade["checkpoint_path"], "micro_batch_size": 1, "updates": 1}
+    (line,) = train(name, whole | parts)
+    assert line["samples_hash"] == lines[0]["samples_hash"]
+    assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_update_that_is_not_finite_changes_nothing(settings, name):
-    given = settings(name, "broken", updates=1, save_every=1)
-    train(name, given)
+@pytest.mark.parametrize("name", represented_by("train_a"))
+def test_an_update_that_is_not_finite_changes_nothing(small_cascade, baseline, name):
+    whole, _ = baseline(name)
+    given = whole | {"checkpoint_path": small_cascade["checkpoint_path"], "updates": 5}
+    shutil.copytree(whole["checkpoint_path"], given["checkpoint_path"])
     before = files(given)
 
     class Broken(use_case(name)):
         def loss(self, inputs, random):
             return super().loss(_poisoned(inputs), random)
 
-    lines = train(name, given | {"updates": 2}, Broken)
-    assert [line["update"] for line in lines] == [1, 2]
-    assert lines[1]["loss"] is None  # as JSON has no other word for it
+    lines = train(name, given, Broken)
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[4]["loss"] is None  # as JSON has no other word for it
     after = files(given)
     for file, tensors in before.items():
         for key, tensor in tensors.items():
@@ -134,8 +167,17 @@ def _poisoned(inputs):
     return parts[0] if isinstance(inputs, torch.Tensor) else tuple(parts)
 
 
-@pytest.mark.parametrize(("name", "use_fsdp"), [*((name, True) for name in SETTINGS), ("train_a", False)])
-def test_two_processes_make_the_updates_of_one(settings, name, use_fsdp, tmp_path):
+@pytest.mark.parametrize("name", represented_by("train_c"))
+def test_two_processes_make_the_updates_of_one(settings, name, tmp_path):
+    check_two_processes(settings, name, tmp_path, use_fsdp=True)
+
+
+@pytest.mark.slow
+def test_two_processes_with_whole_networks_make_the_updates_of_one(settings, tmp_path):
+    check_two_processes(settings, "train_a", tmp_path, use_fsdp=False)
+
+
+def check_two_processes(settings, name: str, tmp_path: Path, use_fsdp: bool) -> None:
     wide = write_shard(tmp_path / "wide.tar", 6, (32, 96), first=100)  # a second bucket, sometimes in the same update
     alone = settings(name, "alone", micro_batch_size=1, batch_size=2, updates=3, save_every=3)
     if name not in NEEDS_WHOLE_BATCHES - {"train_a"}:

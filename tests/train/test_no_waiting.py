@@ -16,7 +16,7 @@ from modules.filters.pidinet import PiDiNet
 from modules.filters.saliency import Saliency
 from tests.caches import make_cache, write_pictures
 from tests.fake_gpu import GPU, FakeGpu, Waits
-from tests.train.test_every_script import SETTINGS, settings, use_case  # noqa: F401
+from tests.train.test_every_script import represented_by, settings, use_case  # noqa: F401
 from warpcore import evaluation
 from warpcore.config import make_config
 from warpcore.meta import AsIfOn
@@ -48,12 +48,14 @@ def train_on_gpu(name: str, settings: dict) -> None:  # noqa: F811
     run.close()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.integration
+@pytest.mark.parametrize("name", represented_by("train_a", "train_c"))
 def test_from_pictures(settings, name):  # noqa: F811
     train_on_gpu(name, settings(name, "update", **FURTHER.get(name, {})))
 
 
-@pytest.mark.parametrize("name", ["train_b", "train_c", "train_c_lora"])
+@pytest.mark.integration
+@pytest.mark.parametrize("name", represented_by("train_c", of=("train_b", "train_c", "train_c_lora")))
 def test_from_a_cache(settings, name, tmp_path):  # noqa: F811
     pictures = write_pictures(tmp_path / "pictures" / "0.tar", 6)
     given = settings(name, "update", webdataset_path=str(pictures), **FURTHER.get(name, {}))

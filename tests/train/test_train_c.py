@@ -14,6 +14,8 @@ from warpcore.config import make_config
 from warpcore.errors import UserError
 from warpcore.random import SampleRandom
 
+pytestmark = pytest.mark.integration
+
 
 def diffusers_network(constructor: dict) -> StableCascadeUNet:
     blocks = constructor["blocks"]

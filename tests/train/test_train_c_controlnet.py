@@ -19,6 +19,8 @@ from train.train_c_controlnet import TrainControlNet
 from warpcore.config import make_config
 from warpcore.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def settings(small_cascade):
@@ -102,6 +104,7 @@ def test_where_a_filter_runs_and_how_long_is_reported(settings, changes, key, ca
     assert f"{key.removeprefix('ms/')} {lines[0][key]:.1f} ms" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_fsdp", [False, True])
 def test_two_processes_make_twenty_updates_of_one(settings, use_fsdp):
     alone = settings | {"experiment_id": "alone", "updates": 20, "micro_batch_size": 2}

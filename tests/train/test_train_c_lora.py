@@ -26,6 +26,8 @@ from warpcore.config import ConfigError, make_config
 from warpcore.errors import UserError
 from warpcore.processes import Processes
 
+pytestmark = pytest.mark.integration
+
 LORA = {"module_filters": [".attn"], "rank": 3}
 
 

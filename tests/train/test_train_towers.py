@@ -39,6 +39,7 @@ def colours(path: Path) -> Path:
     return path
 
 
+@pytest.mark.integration
 def test_pictures_find_their_captions_with_the_towers_that_a_run_leaves(settings):
     status, lines = train_here(settings, TrainTowers, TowersConfig)
     assert status == 0

@@ -65,6 +65,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert not torch.equal(parameter, torch.ones_like(parameter))
 
 
+@pytest.mark.integration
 @pytest.mark.bits
 def test_a_run_resumes_exactly_and_writes_bfloat16(tmp_path):
     data = write_shard(tmp_path / "a.tar", 12)
@@ -79,6 +80,7 @@ def test_a_run_resumes_exactly_and_writes_bfloat16(tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.integration
 def test_what_cannot_be_says_so(tmp_path):
     data = write_shard(tmp_path / "a.tar", 4)
     with pytest.raises(ConfigError, match=r"weights_dtype: bfloat16 needs .* optimizer: adamw"):

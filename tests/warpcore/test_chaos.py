@@ -1,7 +1,11 @@
 """Nothing is lost: the short version of benchmarks/chaos.py."""
 
+import pytest
+
 import tests.many_processes  # noqa: F401  (makes processes start quickly)
 from benchmarks.chaos import COUNTS, DAMAGE, kill_again_and_again, train_on_damaged_data
+
+pytestmark = pytest.mark.slow
 
 
 def test_eight_kills_at_random_moments_on_random_numbers_of_processes_lose_nothing(tmp_path):

@@ -19,6 +19,8 @@ from tests.warpcore.runs import numbers, tiny_settings, train_here, write_shard
 from warpcore.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from warpcore.processes import Processes
 
+pytestmark = pytest.mark.integration
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 FILES = ["__0_0.distcp", ".metadata", "state.json", MANIFEST]
 

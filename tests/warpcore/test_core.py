@@ -25,6 +25,8 @@ from tests.warpcore.runs import (
 from warpcore.core import STOPPED_EARLY
 from warpcore.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory) -> Path:

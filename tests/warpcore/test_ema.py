@@ -184,6 +184,7 @@ def _sharded_run() -> None:
     assert_identical(copies(net.state_dict()), weights)
 
 
+@pytest.mark.integration
 @pytest.mark.bits
 def test_sharded_weights_are_averaged_and_swapped_like_whole_ones():
     run_in_two_processes(_sharded_run)

@@ -9,6 +9,8 @@ import pytest
 from tests.warpcore.runs import finish, read_metrics, start, tiny_settings, torchrun, train_here, write_shard
 from warpcore.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 
 def spoil(shard: Path, *numbers: int) -> None:
     """Make pictures undecodable behind their header, where an index cannot see it."""

@@ -35,6 +35,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(lease, "LOOK_SECONDS", 0.1)
 
 
+@pytest.mark.integration
 def test_of_two_runs_with_one_experiment_id_the_second_refuses(bucket, remote, tmp_path, quick, caplog):
     first = Lease(f"{bucket.url}/runs/tiny/lease.json", "the first")
     first.take()
@@ -49,6 +50,7 @@ def test_of_two_runs_with_one_experiment_id_the_second_refuses(bucket, remote, t
     assert "runs/tiny/lease.json" not in bucket.list_keys()
 
 
+@pytest.mark.integration
 def test_a_run_that_is_gone_is_waited_for_until_its_lease_runs_out(bucket, remote, quick, monkeypatch):
     gone = Lease(f"{bucket.url}/runs/tiny/lease.json", "gone")
     gone._write(None)  # and never again

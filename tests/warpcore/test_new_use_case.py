@@ -1,11 +1,14 @@
 """Adding a use case needs one file: this is a whole one."""
 
+import pytest
 import torch
 from torch import nn
 
 from tests.warpcore.runs import read_metrics, tiny_settings, write_shard
 from warpcore.config import Config, make_config
 from warpcore.core import Losses, Sampled, WarpCore
+
+pytestmark = pytest.mark.integration
 
 # --- the file that a user would write: about 20 lines
 

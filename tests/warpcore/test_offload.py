@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FSDPModule
 from tests.fake_gpu import GPU, FakeGpu
 from tests.modules.test_feed_forward import network
 from tests.modules.test_quantise import INPUTS
-from tests.train.test_every_script import files, settings, train, use_case  # noqa: F401
+from tests.train.test_every_script import files, represented_by, settings, train, use_case  # noqa: F401
 from tests.warpcore.runs import numbers
 from warpcore.config import ConfigError, make_config
 from warpcore.meta import META, BesideTheCPU, PeakMemory
@@ -17,8 +17,11 @@ CPU = torch.device("cpu")
 COMMON = {"grad_accum_steps": 2, "activation_checkpointing": 3}
 
 
+@pytest.mark.integration
 @pytest.mark.bits
-@pytest.mark.parametrize("name", ["train_b", "train_c", "train_c_controlnet", "train_c_lora"])
+@pytest.mark.parametrize(
+    "name", represented_by("train_c_lora", of=("train_b", "train_c", "train_c_controlnet", "train_c_lora"))
+)
 def test_offloaded_encoders_and_activations_change_no_bit(settings, name):  # noqa: F811
     common = COMMON | {"updates": 2} | ({"clip_image_dropout": 0.5} if name != "train_b" else {})
     here, away = settings(name, "here", **common), settings(name, "away", **common)
@@ -27,7 +30,8 @@ def test_offloaded_encoders_and_activations_change_no_bit(settings, name):  # no
     assert all(torch.equal(ours[file][key], t) for file, tensors in theirs.items() for key, t in tensors.items())
 
 
-@pytest.mark.parametrize("name", ["train_c_controlnet", "train_c_lora"])
+@pytest.mark.integration
+@pytest.mark.parametrize("name", represented_by("train_c_lora", of=("train_c_controlnet", "train_c_lora")))
 def test_weights_in_the_memory_of_the_cpu_change_no_update_of_one_process(settings, name):  # noqa: F811
     """In three parts: with offload, without, and with it again."""
     whole, parts = (settings(name, run, **COMMON, updates=3) for run in ("whole", "parts"))

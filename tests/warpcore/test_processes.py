@@ -20,6 +20,8 @@ from warpcore.core import STOPPED_EARLY
 from warpcore.errors import UserError
 from warpcore.processes import start_processes
 
+pytestmark = pytest.mark.integration
+
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SRUN = {
     "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
@@ -43,13 +45,13 @@ def alone(data, tmp_path_factory) -> dict:
 @pytest.mark.parametrize(
     ("count", "changes"),
     [
-        (1, {}),
         (2, {}),
-        (4, {}),
-        (2, {"use_fsdp": True}),
         (4, {"use_fsdp": True, "fsdp_shards": 2}),
-        (4, {"use_fsdp": True, "fsdp_cpu_offload": True}),
-        (1, {"use_fsdp": True, "fsdp_cpu_offload": True}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"use_fsdp": True}, marks=pytest.mark.slow),
+        pytest.param(4, {"use_fsdp": True, "fsdp_cpu_offload": True}, marks=pytest.mark.slow),
+        pytest.param(1, {"use_fsdp": True, "fsdp_cpu_offload": True}, marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_processes_makes_the_same_updates(data, alone, tmp_path, count, changes):
@@ -63,7 +65,7 @@ def test_any_number_of_processes_makes_the_same_updates(data, alone, tmp_path, c
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("changes", [{}, {"use_fsdp": True}])
+@pytest.mark.parametrize("changes", [pytest.param({}, marks=pytest.mark.slow), {"use_fsdp": True}])
 def test_runs_on_equally_many_processes_are_equal_bit_for_bit(data, tmp_path, changes):
     runs = [settings_of(tmp_path / name, data, updates=FIRST_UPDATES, **changes) for name in ("first", "second")]
     for settings in runs:

@@ -3,7 +3,11 @@
 import gzip
 import json
 
+import pytest
+
 from tests.warpcore.runs import tiny_settings, train_here, write_shard
+
+pytestmark = pytest.mark.integration
 
 
 def test_a_trace_of_the_updates_is_written(tmp_path):

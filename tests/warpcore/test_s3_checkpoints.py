@@ -30,6 +30,8 @@ from warpcore.lease import Lease
 from warpcore.processes import Processes
 from warpcore.s3_place import S3Place
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory) -> Path:
@@ -126,7 +128,10 @@ def environment(bucket) -> dict[str, str]:
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("name", ["__0_0.distcp", "generator.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["__0_0.distcp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("generator.safetensors", "manifest.json"))],
+)
 def test_a_run_killed_while_it_sends_a_file_goes_on_from_what_is_whole(
     bucket, undisturbed, environment, tmp_path, name
 ):
@@ -150,6 +155,7 @@ def test_a_run_killed_while_it_sends_a_file_goes_on_from_what_is_whole(
     assert "damaged" not in started.log.read_text()
 
 
+@pytest.mark.slow
 def test_machines_that_share_no_folder_meet_on_s3(bucket, undisturbed, environment, tmp_path):
     settings = undisturbed | {"checkpoint_path": f"{bucket.url}/runs"}
     for updates, count, places in ((4, 2, "ab"), (8, 4, "abab"), (12, 2, "cd")):

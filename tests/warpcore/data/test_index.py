@@ -58,6 +58,7 @@ def test_members_are_found_where_webdataset_wrote_them(tmp_path):
         assert contents(path, row) == {name.lower(): sample[name] for name in sample if name != "__key__"}
 
 
+@pytest.mark.integration
 def test_a_tar_made_by_tar_works_as_it_is(tmp_path):
     folder = tmp_path / "dataset"
     (folder / "sub.dir").mkdir(parents=True)

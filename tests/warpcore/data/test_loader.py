@@ -21,6 +21,8 @@ from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
 from warpcore.signals import STOP_SIGNALS
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def micro_batches(tmp_path):

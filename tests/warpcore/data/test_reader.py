@@ -210,6 +210,7 @@ def test_a_batch_moves_with_all_its_tensors(tmp_path):
     assert moved.captions == batch.captions
 
 
+@pytest.mark.integration
 def test_a_worker_imports_little():
     heavy = "wandb open_clip torchvision transformers pyarrow pydantic boto3 webdataset kornia"
     code = f"import sys, warpcore.data.reader; print(*(set(sys.modules) & set({heavy.split()!r})))"

@@ -12,6 +12,8 @@ from warpcore.data import s3_requests
 from warpcore.data.storage import ChangedShardError
 from warpcore.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def data(tmp_path):

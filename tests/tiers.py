@@ -1,0 +1,63 @@
+"""What the tiers of the suite promise, checked while the tests run (see CONTRIBUTING.md for the tiers).
+
+A test without the marks `integration` and `slow` starts no process and trains nothing; a file takes less than a minute
+for its tests without the mark `slow`.
+"""
+
+import multiprocessing.process
+import os
+import subprocess
+from collections import defaultdict
+
+import pytest
+
+from warpcore.core import WarpCore
+
+MAX_SECONDS_PER_FILE = 60
+"""Wall time of a file's tests without the mark `slow`, with their fixtures."""
+STARTS_A_PROCESS = (
+    (subprocess.Popen, "__init__"), (multiprocessing.process.BaseProcess, "start"), (os, "fork"), (os, "posix_spawn"),
+)  # fmt: skip
+TRAINS = ((WarpCore, "run"), (WarpCore, "setup"))
+
+
+class Tiers:
+    """A plugin of pytest."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        if any(item.get_closest_marker(mark) for mark in ("integration", "slow")):
+            return (yield)
+        with pytest.MonkeyPatch.context() as patch:
+            for names, does in ((STARTS_A_PROCESS, "starts a process"), (TRAINS, "trains")):
+                for owner, name in names:
+                    patch.setattr(owner, name, _refuse(item.nodeid, does))
+            return (yield)
+
+    def pytest_runtest_logreport(self, report):
+        if "slow" not in report.keywords:
+            self.seconds[report.nodeid.partition("::")[0]] += report.duration
+
+    def pytest_sessionfinish(self, session):
+        if self._too_slow() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for file, seconds in self._too_slow().items():
+            remedy = "make its tests faster, or mark those that another test represents `slow`"
+            terminalreporter.write_line(
+                f"FAILED {file} took {seconds:.0f} s, more than {MAX_SECONDS_PER_FILE} s: {remedy}", red=True
+            )
+
+    def _too_slow(self) -> dict[str, float]:
+        return {file: seconds for file, seconds in self.seconds.items() if seconds > MAX_SECONDS_PER_FILE}
+
+
+def _refuse(test: str, does: str):
+    def refused(*args, **kwargs):
+        pytest.fail(f"{test} {does}: mark it with @pytest.mark.integration")
+
+    return refused
