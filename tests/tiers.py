@@ -8,6 +8,7 @@ import multiprocessing.process
 import os
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterable
 
 import pytest
 
@@ -19,6 +20,11 @@ STARTS_A_PROCESS = (
     (subprocess.Popen, "__init__"), (multiprocessing.process.BaseProcess, "start"), (os, "fork"), (os, "posix_spawn"),
 )  # fmt: skip
 TRAINS = ((WarpCore, "run"), (WarpCore, "setup"))
+
+
+def represented_by(*representatives: str, of: Iterable[str]) -> list:
+    """Parameters of a test: the representatives, and others that run only in `make test-slow`."""
+    return [name if name in representatives else pytest.param(name, marks=pytest.mark.slow) for name in sorted(of)]
 
 
 class Tiers:

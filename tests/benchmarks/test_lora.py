@@ -22,6 +22,7 @@ def test_the_counter_sees_what_lives_and_what_is_freed():
     assert memory.peak == 12_008  # z, its gradient and that of x; the sum and its gradient
 
 
+@pytest.mark.slow
 def test_the_3_6B_fits_in_12_gb_and_with_batch_4_in_16():
     others = sum(count_others().values())
     for batch, limit in ((1, 12), (4, 16)):

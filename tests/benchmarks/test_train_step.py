@@ -54,6 +54,7 @@ def test_the_formula_counts_what_pytorch_counts(stage, arguments, px):
     assert update_flops(case, network) == 2 * 3 * forward_flops(network, case.positions)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("trained", ["full", "LoRA", "ControlNet"])
 def test_contenders_make_updates(trained):
     case = Case(StageC, UNIFORM, "small", trained, 256, batch=1)

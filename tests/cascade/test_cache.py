@@ -15,6 +15,7 @@ from tests.faulty_proxy import FaultyProxy
 from tests.s3_server import bucket as bucket
 from tests.s3_server import s3_endpoint as s3_endpoint
 from tests.s3_server import talk_to
+from tests.tiers import represented_by
 from tests.warpcore.runs import load_weights, numbers, read_metrics
 from warpcore.config import make_config
 from warpcore.core import WarpCore
@@ -71,9 +72,7 @@ def assert_same(from_cache: list[dict], from_pictures: list[dict], tolerance: fl
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * tolerance)
 
 
-@pytest.mark.parametrize(
-    "script", ["train_c", *(pytest.param(s, marks=pytest.mark.slow) for s in ("train_b", "train_c_lora"))]
-)
+@pytest.mark.parametrize("script", represented_by("train_c", of=SCRIPTS))
 def test_a_run_from_a_cache_is_the_run_from_pictures(settings, script, tmp_path):
     given, cached = settings(script), {"webdataset_path": str(tmp_path / "cache"), "experiment_id": "cached"}
     if script == "train_b":
@@ -87,9 +86,7 @@ def test_a_run_from_a_cache_is_the_run_from_pictures(settings, script, tmp_path)
     assert len(list(Path(given["checkpoint_path"]).glob("*/samples/00000014.png"))) == 2
 
 
-@pytest.mark.parametrize(
-    "script", ["train_b", *(pytest.param(s, marks=pytest.mark.slow) for s in ("train_c", "train_c_lora"))]
-)
+@pytest.mark.parametrize("script", represented_by("train_b", of=SCRIPTS))
 def test_the_first_crop_is_that_of_the_first_epoch(settings, script, tmp_path):
     """Random crops, and random scales of what Stage B sees, are those of a run from pictures with the same seed."""
     given = settings(script, crop_mode="random", updates=6, save_every=6, validation_samples=0)
@@ -241,7 +238,7 @@ def test_texts_that_change_from_draw_to_draw_are_not_cached(settings, tmp_path, 
     assert_same(cached, train("train_c_lora", given), 1e-5)
 
 
-@pytest.mark.parametrize("script", ["train_c", pytest.param("train_b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", represented_by("train_c", of=("train_b", "train_c")))
 def test_remembered_texts_change_nothing(settings, script, capfd):
     given = settings(script, updates=20, save_every=20, validation_samples=0)
     lines = train(script, given)

@@ -5,7 +5,6 @@ A new script joins by its name in `SETTINGS`; one that is missing there fails a 
 
 import importlib
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from cascade import versions
 from tests.many_processes import launch_processes
 from tests.small_cascade import put_cascade
+from tests.tiers import represented_by
 from tests.warpcore.runs import numbers, read_metrics, write_shard
 from warpcore.config import make_config
 from warpcore.core import WarpCore
@@ -41,11 +41,6 @@ NEEDS_WHOLE_BATCHES = {"train_a", "train_b joint", "train_encoder", "train_tower
 
 NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""
-
-
-def represented_by(*names: str, of: Iterable[str] = SETTINGS) -> list:
-    """Scripts as parameters of a test; all but the named ones only in `make test-slow`."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in sorted(of)]
 
 
 def use_case(name: str) -> type[WarpCore]:
@@ -108,7 +103,7 @@ def test_every_script_is_tested_here():
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("name", represented_by("train_a", "train_c"))
+@pytest.mark.parametrize("name", represented_by("train_a", "train_c", of=SETTINGS))
 def test_a_run_in_two_halves_is_the_run_in_one(small_cascade, baseline, name):
     whole, lines = baseline(name)
     halves = whole | {"checkpoint_path": small_cascade["checkpoint_path"]}
@@ -138,7 +133,7 @@ def test_accumulation_makes_the_same_update(small_cascade, baseline, name):
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("name", represented_by("train_a"))
+@pytest.mark.parametrize("name", represented_by("train_a", of=SETTINGS))
 def test_an_update_that_is_not_finite_changes_nothing(small_cascade, baseline, name):
     whole, _ = baseline(name)
     given = whole | {"checkpoint_path": small_cascade["checkpoint_path"], "updates": 5}
@@ -167,7 +162,7 @@ def _poisoned(inputs):
     return parts[0] if isinstance(inputs, torch.Tensor) else tuple(parts)
 
 
-@pytest.mark.parametrize("name", represented_by("train_c"))
+@pytest.mark.parametrize("name", represented_by("train_c", of=SETTINGS))
 def test_two_processes_make_the_updates_of_one(settings, name, tmp_path):
     check_two_processes(settings, name, tmp_path, use_fsdp=True)
 

@@ -16,7 +16,8 @@ from modules.filters.pidinet import PiDiNet
 from modules.filters.saliency import Saliency
 from tests.caches import make_cache, write_pictures
 from tests.fake_gpu import GPU, FakeGpu, Waits
-from tests.train.test_every_script import represented_by, settings, use_case  # noqa: F401
+from tests.tiers import represented_by
+from tests.train.test_every_script import SETTINGS, settings, use_case  # noqa: F401
 from warpcore import evaluation
 from warpcore.config import make_config
 from warpcore.meta import AsIfOn
@@ -49,7 +50,7 @@ def train_on_gpu(name: str, settings: dict) -> None:  # noqa: F811
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", represented_by("train_a", "train_c"))
+@pytest.mark.parametrize("name", represented_by("train_a", "train_c", of=SETTINGS))
 def test_from_pictures(settings, name):  # noqa: F811
     train_on_gpu(name, settings(name, "update", **FURTHER.get(name, {})))
 

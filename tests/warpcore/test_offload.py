@@ -7,7 +7,8 @@ from torch.distributed.fsdp import FSDPModule
 from tests.fake_gpu import GPU, FakeGpu
 from tests.modules.test_feed_forward import network
 from tests.modules.test_quantise import INPUTS
-from tests.train.test_every_script import files, represented_by, settings, train, use_case  # noqa: F401
+from tests.tiers import represented_by
+from tests.train.test_every_script import files, settings, train, use_case  # noqa: F401
 from tests.warpcore.runs import numbers
 from warpcore.config import ConfigError, make_config
 from warpcore.meta import META, BesideTheCPU, PeakMemory

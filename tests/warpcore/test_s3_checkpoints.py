@@ -20,6 +20,7 @@ from tests.many_processes import launch_processes
 from tests.s3_server import Bucket, talk_to
 from tests.s3_server import bucket as bucket
 from tests.s3_server import s3_endpoint as s3_endpoint
+from tests.tiers import represented_by
 from tests.warpcore.runs import load_weights, numbers, tiny_settings, train_here, write_shard
 from tests.warpcore.test_checkpoint import ALONE, save
 from tests.warpcore.tiny import Denoiser, TinyConfig
@@ -130,7 +131,7 @@ def environment(bucket) -> dict[str, str]:
 @pytest.mark.bits
 @pytest.mark.parametrize(
     "name",
-    ["__0_0.distcp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("generator.safetensors", "manifest.json"))],
+    represented_by("__0_0.distcp", of=("__0_0.distcp", "generator.safetensors", "manifest.json")),
 )
 def test_a_run_killed_while_it_sends_a_file_goes_on_from_what_is_whole(
     bucket, undisturbed, environment, tmp_path, name
