@@ -1,7 +1,10 @@
 PYTHON ?= python3
 PY = .venv/bin/python
+# Files of tests run side by side: a test computes on one thread.
+JOBS ?= 2
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=30
 
-.PHONY: install test quickstart mini lint readme clean
+.PHONY: install test test-fast test-slow test-bits check quickstart mini lint readme clean
 
 install: .venv/ready
 
@@ -12,11 +15,30 @@ install: .venv/ready
 	$(PY) -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-test: install
+# One test for each promise of the engine: under 7 minutes on two cores.
+test: check
+	$(PYTEST) -m "not slow"
+
+# Nothing that starts a process or trains: under 2 minutes.
+test-fast: install
+	$(PYTEST) -m "not integration and not slow"
+
+# Every script on every number of processes, long runs, and equal bits on other CPUs: under 30 minutes.
+test-slow: install
+	$(PYTEST) -m slow
+	$(MAKE) test-bits
+
+# What asks for equal bits, by the instructions of older CPUs, on one thread and on two.
+test-bits: install
+	for instructions in default avx2; do for threads in 1 2; do \
+		echo "equal bits: $$instructions, threads: $$threads"; \
+		ATEN_CPU_CAPABILITY=$$instructions TEST_THREADS=$$threads $(PYTEST) -m "bits and not slow" || exit 1; \
+	done; done
+
+check: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports
-	$(PY) -m pytest
 
 # From nothing to a grid of pictures: a demo data set, a small Stage C trained on it, samples for a prompt file.
 quickstart: demo/ready

@@ -10,6 +10,7 @@ cascade, first with (colour, shape) pairs that it shows, then with pairs that it
 say how far the scorer can be trusted.
 """
 
+import warpcore.openmp
 import argparse
 from pathlib import Path
 

@@ -12,6 +12,7 @@ for LoRA. Contenders take turns in one process, each built anew for its turn; a 
 FLOPs, of which utilisation is told, are counted by the formula in `benchmarks/flops.py`.
 """
 
+import warpcore.openmp
 import argparse
 import gc
 import statistics

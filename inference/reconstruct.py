@@ -7,6 +7,7 @@ What Stage A loses, no drawing will have; what the whole way loses beside it was
 (more is better, in dB) and SSIM (1 is equal) say how much that is.
 """
 
+import warpcore.openmp
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self

@@ -11,6 +11,7 @@ with LoRAs, and under the control of ControlNets.
 Without weights of Stage B, the previewer turns Stage C's latents into small, coarse pictures.
 """
 
+import warpcore.openmp
 import re
 from collections.abc import Sequence
 from itertools import product

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+THREADS = int(os.environ.get("TEST_THREADS", 1))
+"""Small tensors gain nothing from threads, and on a busy machine threads that wait for each other cost a lot. `make
+test-bits` takes two as well."""
 # Processes are forked from a server that has imported the slow things, but has started no thread.
 SLOW_IMPORTS = ["torch._dynamo", "torch.distributed.fsdp", "open_clip", "warpcore.core"]
 multiprocessing.get_context("forkserver").set_forkserver_preload(SLOW_IMPORTS)
@@ -33,7 +36,7 @@ def launch_processes(count: int, function: Callable, *args) -> None:
 
 
 def _launched(rank: int, count: int, port: int, function: Callable, args: tuple) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -42,7 +45,7 @@ def _launched(rank: int, count: int, port: int, function: Callable, args: tuple)
 
 
 def _member(rank: int, meeting: str, function: Callable, args: tuple) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     function(*args)
     # Networks that outlive the process group can abort the interpreter at its exit.

@@ -9,6 +9,7 @@ is whole, so the same command goes on where it was stopped. Held-out data (`vali
 `webdataset_path=HELD_OUT validation_path=null`.
 """
 
+import warpcore.openmp
 import argparse
 import math
 import shutil

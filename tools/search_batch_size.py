@@ -9,6 +9,7 @@ built as in training, and updates made with black pictures at learning rate 0. O
 the least of them is written.
 """
 
+import warpcore.openmp
 import argparse
 import re
 

@@ -6,6 +6,7 @@ A VQGAN (arXiv:2012.09841): pixels, a perceptual distance where its weights are 
 on a patch discriminator say how good a reconstruction is. Codes are averages of the latents that choose them.
 """
 
+import warpcore.openmp
 from pathlib import Path
 from typing import Annotated
 

@@ -4,6 +4,7 @@ python3 train/train_b.py configs/training/mini_b.yaml
 torchrun --nproc-per-node 8 train/train_b.py configs/training/finetune_b_700m.yaml
 """
 
+import warpcore.openmp
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal

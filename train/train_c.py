@@ -4,6 +4,7 @@ python3 train/train_c.py configs/training/quickstart_c.yaml
 torchrun --nproc-per-node 8 train/train_c.py configs/training/finetune_c_3b.yaml
 """
 
+import warpcore.openmp
 from functools import partial
 
 import numpy as np

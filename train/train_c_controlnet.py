@@ -4,6 +4,7 @@ python3 train/train_c_controlnet.py configs/training/quickstart_controlnet.yaml
 torchrun --nproc-per-node 8 train/train_c_controlnet.py configs/training/controlnet_c_3b_canny.yaml
 """
 
+import warpcore.openmp
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Self

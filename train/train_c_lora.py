@@ -6,6 +6,7 @@ python3 train/train_c_lora.py configs/training/finetune_c_3b_lora.yaml
 Stage C is frozen. The run's folder gets `lora.safetensors`, which holds the adapters and the tokens.
 """
 
+import warpcore.openmp
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial

@@ -6,6 +6,7 @@ The encoder squeezes a picture into 16 numbers per patch; what the previewer can
 draw. A little noise on the latents keeps neighbouring ones meaningful, as Stage C will not hit them exactly.
 """
 
+import warpcore.openmp
 from pathlib import Path
 
 import torch.nn.functional as F

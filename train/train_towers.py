@@ -7,6 +7,7 @@ the other captions of the micro-batch pushed away. The run's folder gets `text_t
 `image_tower.safetensors`, with their settings inside.
 """
 
+import warpcore.openmp
 import math
 
 import torch

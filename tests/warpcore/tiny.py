@@ -3,6 +3,8 @@
 Also a script (`python tests/warpcore/tiny.py config.yaml`), so that tests can kill it.
 """
 
+import warpcore.openmp
+
 import torch
 from torch import nn
 
