@@ -1,0 +1,63 @@
+"""Where the present code means something else by a config, old runs go on, or stop and name what goes on."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.legacy.test_legacy import check_lines, go_on
+from warpcore.errors import UserError
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty home folder."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("has_others", [False, True])
+def test_a_run_in_a_folder_named_tilde_is_named_with_the_command_that_goes_on(old_files, home, has_others):
+    if has_others:
+        (home / "runs" / "other").mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        go_on("~/runs/home", "configs/home.yaml")
+    assert str(old_files / "~/runs") in str(error.value)
+    assert not (home / "runs" / "home").exists()
+    command = str(error.value).split("To go on with what it holds: ")[1].splitlines()[0]
+    subprocess.run(command, shell=True, check=True)
+    go_on("~/runs/home", "configs/home.yaml")
+    check_lines(home / "runs" / "home", "~/runs/home")
+
+
+def test_a_validation_and_drawing_that_an_old_save_lacks_are_made_before_the_run_goes_on(old_files):
+    run, picture = Path("runs/tiny"), Path("runs/tiny/samples/00000002.png")
+    before = np.asarray(Image.open(picture))
+    shutil.rmtree(picture.parent)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lacking = [{key: value for key, value in line.items() if "validation" not in key} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lacking))
+    go_on("runs/tiny", "configs/tiny.yaml")
+    check_lines(run, "runs/tiny")
+    assert np.array_equal(np.asarray(Image.open(picture)), before)
+
+
+def test_a_backup_alone_saves_weights_and_state_and_neither_validates_nor_draws(old_files):
+    run = Path("runs/tiny")
+    go_on("runs/tiny", "configs/tiny.yaml", "save_every=4", "backup_every=3", "keep_last=5")
+    assert (run / "state" / "00000003" / "manifest.json").exists()
+    assert (run / "backups" / "00000003" / "generator.safetensors").exists()
+    assert not (run / "samples" / "00000003.png").exists()
+    assert [line["update"] for line in _lines(run) if "validation_loss" in line] == [2, 4]
+
+
+def _lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
