@@ -131,6 +131,8 @@ def sample_fields(config: LoraConfig, from_cache: bool = False) -> dict:
 class MaskField(PictureField):
     """The mask of a sample, white everywhere where it has none: then its picture is what stands at `suffixes`."""
 
+    optional = (MASK, "masked_loss: true")
+
     def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> Tensor:
         if any(member.lower() == MASK for member in sample.members):
             return super().decode(data, geometry, sample)

@@ -39,6 +39,7 @@ from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
 from warpcore.data.filters import Filter
 from warpcore.data.index import index_shard
 from warpcore.data.loader import Loader
+from warpcore.data.optional_members import check_optional, optional_members
 from warpcore.data.plan import Plan
 from warpcore.data.reader import Batch, Reader, variant_member
 from warpcore.data.selection import Selection, survey
@@ -112,6 +113,7 @@ class Caching:
         filters = tuple(Filter.parse(entry) for entry in config.dataset_filters)
         selection = Selection(filters, tuple(dict.fromkeys(members)), config.max_picture_pixels)
         selection.check(self.catalog, captions)
+        check_optional(optional_members(self.fields.values()), self.catalog, None)
         self.reader = Reader(
             captions=captions, crop=config.crop_mode, background=config.background,
             max_pixels=config.max_picture_pixels, extra=self.fields,

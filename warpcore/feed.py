@@ -15,6 +15,7 @@ from warpcore.data.catalog import open_catalog
 from warpcore.data.disk_cache import DiskCache
 from warpcore.data.filters import Filter
 from warpcore.data.loader import Loader
+from warpcore.data.optional_members import check_optional, optional_members
 from warpcore.data.plan import Plan, describe_difference
 from warpcore.data.reader import BadSample, Batch, Reader
 from warpcore.data.samples import PICTURE_FACTS
@@ -85,8 +86,8 @@ class Feed:
         captions = CaptionGetter.parse(config.captions_getter) if needs_captions else None
         self.plan = self._make_plan(bucket_factor, captions, extra, needs_images)
         self._check_plan(saved)
-        if processes.is_main and self.plan.num_rows_on_file <= SURVEYED_ROWS:
-            self._notes.append(f"training data: {self.plan.survey}")
+        notes = processes.on_main(lambda: self._look_at_data(optional_members(extra.values()), bool(saved)))
+        self._notes += notes if processes.is_main else []
         self.reader = Reader(
             captions=captions,
             pictures=needs_images,
@@ -244,6 +245,7 @@ class Feed:
                     f"{each.urls[0]} is of a cache, which holds what was made of pictures, but this run needs the "
                     "pictures themselves. Where a script can train from a cache, name its folder alone"
                 )
+        self.catalog = catalog
         self._read_ranges = read_ranges
         if config.cache_path:
             needed = [version for each in (catalog, held_out) if each for version in each.versions()]
@@ -257,6 +259,7 @@ class Feed:
             filters=[Filter.parse(entry) for entry in config.dataset_filters],
             captions=captions,
             required_members=[field.suffixes for field in extra.values()],
+            counted_members=list(optional_members(extra.values())),
             max_picture_pixels=config.max_picture_pixels,
             seed=config.seed,
             validation=held_out,
@@ -264,6 +267,18 @@ class Feed:
             num_lanes=config.lanes,
             group_rows=config.shard_group_rows,
         )
+
+    def _look_at_data(self, optional: dict[str, str], resumed: bool) -> list[str]:
+        """What to tell of the data at the start; called on the main process."""
+        if self.plan.num_rows_on_file > SURVEYED_ROWS:
+            return check_optional(optional, self.catalog, None, resumed=resumed)
+        found = self.plan.survey
+        told = check_optional(optional, self.catalog, found.members, found.passed, resumed)
+        return [f"training data: {found}", *told]
+
+    def some_captions(self, count: int) -> list[str]:
+        """Captions of the training data: all, or about `count` of more; read by the main process for all."""
+        return self.processes.on_main(lambda: self.reader.captions_of(self.plan.some_samples(count)))
 
     def _check_plan(self, saved: dict | None) -> None:
         difference = describe_difference(saved["fingerprint"], self.plan.fingerprint) if saved else None

@@ -1,5 +1,6 @@
 """The plan: which rows make up which micro-batch. Pure: it reads index rows, never a picture."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from warpcore.data.catalog import Catalog
 from warpcore.data.filters import Filter
 from warpcore.data.lanes import BucketChoice, Lane, Recipe, fresh_state
 from warpcore.data.samples import MicroBatch, Sample
-from warpcore.data.selection import PASS_ROWS, Selection, Survey, as_pieces, cut, hold_out, make_samples, survey
+from warpcore.data.selection import PASS_ROWS, Piece, Selection, Survey, as_pieces, cut, hold_out, make_samples, survey
 from warpcore.data.storage import real_url
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
@@ -27,6 +28,8 @@ ROWS_PER_LANE = 65_536
 """A data set of fewer than twice as many rows has a single lane."""
 GROUP_ROWS_OF_ALL_LANES = 1_048_576
 """What a process that serves every lane holds in memory at most, in index rows (about 150 bytes each)."""
+LOOKED_AT_SHARDS = 16
+"""Of how many shards `some_samples` takes some, besides as many that are the first of their folder."""
 
 
 class Plan:
@@ -43,6 +46,7 @@ class Plan:
         seed: of the run.
         validation: the catalog of `validation_path`.
         validation_samples: so many rows of the data set are kept for validation where there is no `validation`.
+        counted_members: members of which the survey counts how many rows have them.
         num_lanes, group_rows: by default they follow from the number of rows.
 
     Raises:
@@ -64,6 +68,7 @@ class Plan:
         validation_samples: int = 0,
         num_lanes: int | None = None,
         group_rows: int | None = None,
+        counted_members: Sequence[str] = (),
     ):
         if micro_batch_size < 1:
             raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
@@ -82,6 +87,7 @@ class Plan:
         self._unheld = selection
         self._validation = validation
         self._captions = captions
+        self._counted_members = counted_members
         self._validation_samples = validation_samples
         self.num_lanes = num_lanes or default_lanes(catalog.num_rows)
         self._recipe = Recipe(
@@ -100,7 +106,27 @@ class Plan:
     @cached_property
     def survey(self) -> Survey:
         """What a pass over the whole index finds: rows, and why others are rejected. Slow for large data sets."""
-        return survey(self._recipe.catalog, self._recipe.selection)
+        return survey(self._recipe.catalog, self._recipe.selection, self._counted_members)
+
+    def some_samples(self, count: int) -> list[Sample]:
+        """Training samples to look at: all, if `count` is not below the rows of the index, else some of many shards.
+
+        The first shard of every folder is among them, as a small source has a folder of its own.
+        """
+        catalog, selection = self._recipe.catalog, self._recipe.selection
+        numbers = np.arange(len(catalog))
+        if catalog.num_rows > count:
+            folders = {os.path.dirname(url): number for number, url in reversed(list(enumerate(catalog.urls)))}
+            spread = np.linspace(0, len(catalog) - 1, LOOKED_AT_SHARDS).astype(int).tolist()
+            numbers = sorted({*list(folders.values())[:LOOKED_AT_SHARDS], *spread})
+        samples = []
+        for number in numbers:
+            rows = selection.load(catalog, Piece(int(number), 0, min(PASS_ROWS, int(catalog.rows[number]))))
+            share = count if catalog.num_rows <= count else count // len(numbers)
+            chosen = np.linspace(0, len(rows.numbers) - 1, min(share, len(rows.numbers))).astype(int)
+            shards = [catalog.shard(number)] * len(chosen)
+            samples += make_samples(rows.table.take(pa.array(chosen)), shards, [0] * len(chosen))
+        return samples
 
     @property
     def num_rows_on_file(self) -> int:

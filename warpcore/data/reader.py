@@ -7,8 +7,8 @@ import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -115,6 +115,9 @@ class Field(Protocol):
 
     def blank(self, size: tuple[int, int]) -> Any:
         """What stands in for the value where no sample of a micro-batch of bucket `size` (H, W) is readable."""
+
+    # A field that does without its member may have `optional`: that member, and the option of the config that wants
+    # it (see `warpcore.data.optional_members`).
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,14 @@ class Reader:
             with batch.timed(name, "main process" if get_worker_info() is None else "workers"):
                 batch.extra[name] = compute(batch)
         return batch
+
+    def captions_of(self, samples: Sequence[Sample]) -> list[str]:
+        """The captions of those samples that have a usable one."""
+        found = []
+        for contents in replace(self, pictures=False, extra={})._read(samples) if self.captions else ():
+            with suppress(BadCaption, KeyError):  # whoever trains on the sample reports it
+                found.append(self.captions(contents[self.captions.member]))
+        return found
 
     def _read(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
         """For every sample the contents of its members that are asked for, by suffix; absent ones are left out."""

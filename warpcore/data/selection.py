@@ -142,6 +142,8 @@ class Survey:
     rejected: Counter[str] = field(default_factory=Counter)
     ranges: dict[str, str] = field(default_factory=dict)
     """Filtered column -> the values it was seen to have."""
+    members: Counter[str] = field(default_factory=Counter)
+    """How many training rows have each of the members that were asked for."""
 
     def __str__(self) -> str:
         reasons = [f"{count} rejected: {reason}" for reason, count in self.rejected.most_common()]
@@ -149,7 +151,7 @@ class Survey:
         return "; ".join([f"{self.passed} of {self.rows} rows can be drawn", *reasons, *ranges])
 
 
-def survey(catalog: Catalog, selection: Selection) -> Survey:
+def survey(catalog: Catalog, selection: Selection, members: Sequence[str] = ()) -> Survey:
     """Read every index once: a second per million rows and filter, longer where storage is slow."""
     result = Survey()
     limits: dict[str, list] = {}
@@ -158,6 +160,8 @@ def survey(catalog: Catalog, selection: Selection) -> Survey:
         result.rows += piece.stop - piece.start
         rows = selection.load(catalog, piece)
         result.passed += len(rows.numbers)
+        for member in members:
+            result.members[member] += pc.sum(has_member(rows.table, member)).as_py() or 0
         result.rejected += rows.rejected
         for name, column in _columns_of(catalog, piece, names):
             seen = pc.min_max(column).as_py()
