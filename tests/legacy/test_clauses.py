@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
-from tests.legacy.test_legacy import check_lines, go_on
+from tests.legacy.test_legacy import check_lines, go_on, use_case_of
+from warpcore.config import load_config
 from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
@@ -57,6 +59,29 @@ def test_a_backup_alone_saves_weights_and_state_and_neither_validates_nor_draws(
     assert (run / "backups" / "00000003" / "generator.safetensors").exists()
     assert not (run / "samples" / "00000003.png").exists()
     assert [line["update"] for line in _lines(run) if "validation_loss" in line] == [2, 4]
+
+
+def test_masks_that_no_sample_has_stop_a_new_run_and_no_old_one(old_files):
+    with pytest.raises(UserError, match="masked_loss"):
+        begin("lora_masked")
+    go_on("runs/lora_masked", "configs/lora_masked.yaml")
+    check_lines(Path("runs/lora_masked"), "runs/lora_masked")
+
+
+def test_every_layer_of_an_old_lora_is_what_it_was_and_of_a_new_one_is_every_layer(old_files):
+    go_on("runs/lora_everywhere", "configs/lora_everywhere.yaml")
+    old = load_file("runs/lora_everywhere/lora.safetensors")
+    begin("lora_everywhere")
+    new = load_file("runs/new/lora.safetensors")
+    assert old.keys() < new.keys()
+
+
+def begin(name: str) -> None:
+    """A new run with the config of an old one."""
+    place = f"runs/{name}"
+    use_case = use_case_of(place)
+    run = use_case(load_config(use_case.Config, [f"configs/{name}.yaml", "experiment_id=new", "updates=1"]))
+    assert run.run() == 0
 
 
 def _lines(run: Path) -> list[dict]:
