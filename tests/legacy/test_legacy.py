@@ -47,15 +47,15 @@ def check_lines(folder: Path, place: str) -> None:
             assert line[name] == pytest.approx(old[name], rel=1e-5), f"{name} of update {old['update']}"
 
 
-REPRESENTATIVE = ("tiny", "stage_c", "stage_b_x0", "lora", "controlnet", "cached")
-GOES_ON = [
-    pytest.param(place, marks=() if place.removeprefix("runs/") in REPRESENTATIVE else pytest.mark.slow)
-    for place in EXPECTED
-    if place.startswith("runs/")
-]
+REPRESENTATIVE = ("tiny", "stage_c", "stage_b_x0", "lora", "controlnet", "cached", "data", "cache")
 
 
-@pytest.mark.parametrize("place", GOES_ON)
+def variants(names):
+    """The names as parameters; those that another one represents are slow."""
+    return [pytest.param(name, marks=() if Path(name).name in REPRESENTATIVE else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("place", variants(place for place in EXPECTED if place.startswith("runs/")))
 def test_an_old_run_goes_on_as_the_old_commit_would(old_files, place):
     go_on(place, f"configs/{Path(place).name}.yaml")
     check_lines(Path(place), place)
@@ -81,7 +81,7 @@ def test_an_old_run_on_s3_goes_on_as_the_old_commit_would(old_files, s3_endpoint
     assert "data/a.tar.index.parquet" in keys
 
 
-@pytest.mark.parametrize("path", ["data", "quotes", "cache", "cache_bpe"])
+@pytest.mark.parametrize("path", variants(["data", "quotes", "cache", "cache_bpe"]))
 def test_an_old_index_is_used(old_files, path, caplog, monkeypatch):
     indexes = {index: index.read_bytes() for index in Path(path).glob("*.parquet")}
     with caplog.at_level(logging.INFO):
@@ -91,7 +91,7 @@ def test_an_old_index_is_used(old_files, path, caplog, monkeypatch):
     assert {index: index.read_bytes() for index in Path(path).glob("*.parquet")} == indexes
 
 
-@pytest.mark.parametrize("name", old_cascade.DRAWINGS)
+@pytest.mark.parametrize("name", variants(old_cascade.DRAWINGS))
 def test_old_weights_draw_as_before(old_files, name, monkeypatch):
     arguments = [*old_cascade.DRAWINGS[name], *old_cascade.DRAWN, "--output_path", "drawn"]
     monkeypatch.setattr(sys, "argv", ["text_to_image.py", *arguments])

@@ -14,8 +14,10 @@ from warpcore.data.shards import resolve_sources
 from warpcore.data.storage import StorageError, read_ranges, storage_for
 
 CONTENT = b"0123456789"
-REFUSALS = [(400, "ExpiredToken"), (400, "TokenRefreshRequired"), (401, "Unauthorized"), (403, "InvalidAccessKeyId"),
-            (403, "SignatureDoesNotMatch"), (403, "AccessDenied")]  # fmt: skip
+REFUSALS = [(400, "ExpiredToken"), (401, "Unauthorized"), (403, "InvalidAccessKeyId")] + [
+    pytest.param(status, code, marks=pytest.mark.slow)
+    for status, code in ((400, "TokenRefreshRequired"), (403, "SignatureDoesNotMatch"), (403, "AccessDenied"))
+]
 
 
 def _send(url: str) -> None:
