@@ -21,11 +21,17 @@ DEFAULT_SPINS = 300_000
 MEASURE = """
 import sys, time
 import torch
-from benchmarks.train_step import SMALL_C, Case, Technique, make_ours
 from modules.stage_c import StageC
 torch.manual_seed(0)
-case = Case(StageC, SMALL_C, "Stage C 17M", "full", 512, 2)
-update = make_ours(case, Technique(compiled=False), torch.device("cpu")).update
+width = {"c_clip_text": 64, "c_clip_text_pooled": 64, "c_clip_img": 64}
+network = StageC(c_cond=128, c_hidden=[128, 128], nhead=[4, 4], blocks=[[1, 2], [2, 1]], **width).train()
+optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+x, texts = torch.randn(4, 16, 6, 6), {"clip_text": 16, "clip_text_pooled": 1, "clip_img": 1}
+given = {"x": x, "r": torch.rand(4)} | {name: torch.randn(4, count, 64) for name, count in texts.items()}
+def update():
+    network(**given).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 update()
 for line in sys.stdin:
     began = time.perf_counter()

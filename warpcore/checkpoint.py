@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,10 +34,10 @@ from warpcore.errors import UserError
 from warpcore.files import refuse_links, write_whole
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
+from warpcore.quiet import ignore_expected_warnings
 from warpcore.weights import write_weights
 
-# One process without a process group is a way to run, not an oversight.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+ignore_expected_warnings()
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,10 @@ from torch.nn import functional as F
 from warpcore.data.buckets import resized_size
 from warpcore.data.samples import FORMATS
 from warpcore.errors import UserError
+from warpcore.quiet import ignore_expected_warnings
 from warpcore.random import stable_hash
+
+ignore_expected_warnings()
 
 Crop = Literal["center", "random", "smart"]
 CROPS: tuple[str, ...] = get_args(Crop)

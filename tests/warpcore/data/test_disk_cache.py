@@ -164,6 +164,7 @@ def read_at_random(cache, seed, failures):
             failures.put(url)
 
 
+@pytest.mark.integration
 def test_processes_share_a_cache(tmp_path, remote):
     limit = 2 * TAR_BYTES
     cache, context = make_cache(tmp_path, limit), multiprocessing.get_context("spawn")

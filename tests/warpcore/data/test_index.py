@@ -287,6 +287,7 @@ def test_the_order_of_sources_does_not_matter_to_the_catalog(tmp_path):
     assert one.weights.tolist() == other.weights.tolist() == [1.0, 2.0]
 
 
+@pytest.mark.integration
 def test_the_index_tool_indexes_all_whole_tars_and_names_the_others(tmp_path, capsys):
     for number in range(3):
         write_shard(tmp_path / f"{number}.tar", 2)

@@ -145,6 +145,7 @@ def test_a_format_that_the_reader_refuses_is_a_problem_of_its_row(tmp_path):
     assert [bool(problem) for problem in read_rows(catalog.shard(0))["problem"].to_pylist()] == [False, True]
 
 
+@pytest.mark.integration
 def test_the_index_tool_goes_on_after_a_tar_that_can_not_be_read(tmp_path, monkeypatch, capsys):
     write_shard(tmp_path / "a.tar", 2)
     path = write_shard(tmp_path / "b.tar", 2)
