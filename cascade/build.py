@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cascade.config import ModelSettings
-from modules.clip import ClipSettings, ImageTower, TextTower, image_tower, text_tower, tower_file
+from modules.clip import ClipSettings, ImageTower, TextTower, image_tower, text_tower, tower_file, tower_settings
 from modules.effnet import EfficientNetEncoder
 from modules.perceptual import PerceptualDistance
 from modules.previewer import Previewer
 from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
+from modules.tokenizers import Tokenizer
 from warpcore.errors import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -81,9 +82,16 @@ def previewer(settings: ModelSettings, from_scratch: bool = False) -> Previewer:
     return network.to(memory_format=torch.channels_last)
 
 
-def text(settings: ModelSettings) -> TextTower:
-    """The text tower, with its weights."""
-    return _tower(_shape(TextTower, text_tower), *_text_source(settings), "clip_text_model_name")
+def text(settings: ModelSettings, token_ids: str = "clip") -> TextTower:
+    """The text tower, with its weights; `token_ids` as `BytePairTokenizer` knows them."""
+    tower = _tower(_shape(TextTower, text_tower), *_text_source(settings), "clip_text_model_name")
+    tower.tokenizer = tower.settings.tokenizer(token_ids)
+    return tower
+
+
+def text_tokenizer(settings: ModelSettings, token_ids: str) -> Tokenizer:
+    """The tokenizer of the text tower, without its weights."""
+    return _tower(tower_settings, *_text_source(settings), "clip_text_model_name").tokenizer(token_ids)
 
 
 def image(settings: ModelSettings) -> ImageTower:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from cascade import build
+from cascade.cached_captions import with_token_ids
 from warpcore.config import ConfigError
 from warpcore.data.buckets import Buckets
 from warpcore.data.lanes import parse_size
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 CACHE_NAME = "cache.json"
 CACHE_VERSION = 1
 Dtype = Literal["float32", "bfloat16", "float16"]
-CAPTION_SETTINGS = ("captions_getter",)
+CAPTION_SETTINGS = ("captions_getter", "token_ids")
 PICTURE_SETTINGS = ("bucket_sizes", "crop_mode", "background")
 _SAID_AS = {"bucket_sizes": "bucket_sizes (image_size, multi_aspect_ratio)"}
 
@@ -38,8 +39,8 @@ _SAID_AS = {"bucket_sizes": "bucket_sizes (image_size, multi_aspect_ratio)"}
 class Feature:
     """One of the things that frozen networks make of a sample."""
 
-    network: str | None
-    """The one that makes it, as `build.network_file` knows it."""
+    network: str
+    """The one that makes it, or on whose results it depends, as `build.network_file` knows it."""
     settings: tuple[str, ...]
     """What of a configuration it depends on."""
 
@@ -116,9 +117,11 @@ class Origin:
             here, there = self.settings.get(setting), other.settings[setting]
             if here != there:
                 found.append(f"{_SAID_AS.get(setting, setting)} is {here!r} in the cache, {there!r} here")
-        for network in dict.fromkeys(self.makers[name] for name in known if self.makers[name]):
-            here, there = self.networks[network], other.networks[network]
-            if here["sha256"] != there["sha256"]:
+        for network in dict.fromkeys(other.makers[name] for name in known):
+            here, there = self.networks.get(network), other.networks[network]
+            if here is None:
+                found.append(f"the cache does not say which weights the {network} network had")
+            elif here["sha256"] != there["sha256"]:
                 files = [f"{one['file']} (SHA-256 {one['sha256'][:12]}...)" for one in (here, there)]
                 found.append(f"the weights of the {network} network are {files[0]} in the cache, {files[1]} here")
         return found
@@ -140,9 +143,11 @@ def origin_of(
     """
     config, features = training.config, training.features
     networks = {feature.network: build.network_file(config, feature.network)
-                for feature in features.values() if feature.network}  # fmt: skip
+                for feature in features.values()}  # fmt: skip
     names = dict.fromkeys(name for feature in features.values() for name in feature.settings)
     values = {"bucket_sizes": buckets_of(training).sizes}
+    if "token_ids" in names:
+        values["token_ids"] = build.text_tokenizer(config, training.kept["tokenizer"]).name
     return Origin(
         features={name: list(feature.settings) for name, feature in features.items()},
         makers={name: feature.network for name, feature in features.items()},
@@ -175,6 +180,7 @@ def find_cache(training: "DiffusionTraining") -> Origin | None:
     training.check_cacheable()
     here, first = origin_of(training), next(iter(caches.values()))
     for folder, origin in caches.items():
+        origin = with_token_ids(origin, folder, here, training.config.captions_getter)
         wrong = origin.differences(here, training.features)
         if wrong:
             raise ConfigError(

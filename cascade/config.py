@@ -42,14 +42,16 @@ class ModelSettings(FamilySettings):
     clip_image_checkpoint_path: Path | None = None
     """Weights of the image tower as a local file, instead of a download by its name."""
 
-    diffusion_target: Literal["epsilon", "x0", "v", "rectified_flows"] = "epsilon"
-    """What the network predicts: noise (published weights), clean latents, v (learns faster from zero), or straight
-    flow."""
+    diffusion_target: Literal["epsilon", "x0", "v", "rectified_flows"] | None = None
+    """What the network predicts: noise, clean latents, v (learns faster from zero), or straight flow. By default what
+    its weights file says, or noise where it says nothing (published weights)."""
 
 
 class DiffusionConfig(ModelSettings, Config):
     """What the training scripts of Stage B and of Stage C understand."""
 
+    change_target: bool = False
+    """Allow another `diffusion_target` than the weights file to start from says; the network then learns it."""
     caption_dropout: Share = 0.05
     """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
     cache_text: bool = False
@@ -57,7 +59,8 @@ class DiffusionConfig(ModelSettings, Config):
     cache_text_gb: PositiveFloat = 4
     """What they may take there, in units of 10^9 bytes and per process."""
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "p2"
-    """How much the loss of each noise level counts."""
+    """How much the loss of each noise level counts. A formula published for the error of another prediction than
+    `diffusion_target` is converted."""
     adaptive_loss_weight: bool = False
     """The published name of `loss_weight: adaptive`: divide the loss by its own running mean at each noise level."""
     offset_noise: NonNegativeFloat = 0.0

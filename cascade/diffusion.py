@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
-from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
+from warpcore.diffusion.loss_weights import LOSS_WEIGHTS, for_target
 from warpcore.diffusion.noise_conditions import CosineTNoiseCond, RectifiedFlowsNoiseCond
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.diffusion.scalers import LERPScaler, VPScaler
@@ -18,15 +18,23 @@ from warpcore.diffusion.targets import TARGETS, RectifiedFlowsTarget
 from warpcore.random import SampleRandom
 
 
-def make_diffusion(target: str = "epsilon", loss_weight: str = "p2", offset_noise: float = 0.0) -> GDF:
-    """The process that the published weights were trained with, unless another target or loss weight is named."""
+def make_diffusion(
+    target: str = "epsilon", loss_weight: str = "p2", offset_noise: float = 0.0, convert_weight: bool = True
+) -> GDF:
+    """The process that the published weights were trained with, unless another target or loss weight is named.
+
+    convert_weight: a loss weight published for the error of another target is converted; without it, the formula is
+    taken as it is, as early versions of this project did.
+    """
+    weight = LOSS_WEIGHTS[loss_weight]()
+    weight = for_target(weight, target) if convert_weight else weight
     if target == "rectified_flows":  # its noise and signal mix linearly (arXiv:2209.03003)
         return GDF(
             schedule=RectifiedFlowsSchedule(),
             input_scaler=LERPScaler(),
             target=RectifiedFlowsTarget(),
             noise_cond=RectifiedFlowsNoiseCond(),
-            loss_weight=LOSS_WEIGHTS[loss_weight](),
+            loss_weight=weight,
             offset_noise=offset_noise,
         )
     return GDF(
@@ -34,7 +42,7 @@ def make_diffusion(target: str = "epsilon", loss_weight: str = "p2", offset_nois
         input_scaler=VPScaler(),
         target=TARGETS[target](),
         noise_cond=CosineTNoiseCond(),
-        loss_weight=LOSS_WEIGHTS[loss_weight](),
+        loss_weight=weight,
         offset_noise=offset_noise,
     )
 

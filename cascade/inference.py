@@ -67,8 +67,10 @@ class CascadeSettings(ModelSettings):
         for path, target in (("generator_checkpoint_path", TARGET_KEY), ("stage_b_checkpoint_path", "stage_b_target")):
             if path in values:
                 found.pop(target, None)
-        said = target_of((found | values).get("generator_checkpoint_path"))
-        return ({TARGET_KEY: said} if said else {}) | found | values | {"run": runs}
+        merged = found | values | {"run": runs}
+        if merged.get(TARGET_KEY) is None:
+            merged[TARGET_KEY] = target_of(merged.get("generator_checkpoint_path")) or "epsilon"
+        return merged
 
     @property
     def stage_b(self) -> ModelSettings:
@@ -116,6 +118,19 @@ class DrawingSettings(CascadeSettings):
 def target_of(path: Path | str | None) -> str | None:
     """What the network of a weights file predicts, where the file says so."""
     return metadata_of(Path(str(path or ""))).get(TARGET_KEY)
+
+
+def contradictions(path: Path | None, settings: ModelSettings) -> dict[str, tuple[str, str]]:
+    """What a weights file says of itself and the settings say otherwise, by key: (in the file, in the settings)."""
+    about = metadata_of(path) if path is not None else {}
+    here = {key: getattr(settings, key) for key in (TARGET_KEY, "model_version")}
+    return {key: (about[key], value) for key, value in here.items() if about.get(key, value) != value}
+
+
+def warn_of_contradictions(path: Path, settings: ModelSettings) -> None:
+    """Log what a LoRA or ControlNet says of the network that it steers, where that is another one here."""
+    for key, (said, here) in contradictions(path, settings).items():
+        logger.warning("%s says that it was trained with %s %s, and draws with %s here", path, key, said, here)
 
 
 def metadata_of(path: Path) -> dict[str, str]:

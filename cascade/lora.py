@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.config import ModelSettings
-from cascade.inference import weights_in
+from cascade.inference import warn_of_contradictions, weights_in
 from cascade.lora_files import missing_tokens, read_lora
 from cascade.lora_formats import Adapter, Lora, LoraFileError, split
 from modules.clip import TextTower
@@ -212,10 +212,10 @@ def open_loras(files: Sequence[str], settings: ModelSettings, use_ema: bool = Tr
     if not files:
         return []
     network = outline(settings)
-    opened = [
-        (read_lora(weights_in(place, "lora", use_ema), network), strength)
-        for place, strength in map(parse_lora, files)
-    ]
+    found = [(weights_in(place, "lora", use_ema), strength) for place, strength in map(parse_lora, files)]
+    for path, _ in found:
+        warn_of_contradictions(path, settings)
+    opened = [(read_lora(path, network), strength) for path, strength in found]
     known = {token for lora, _ in opened for token in lora.tokens}
     for (lora, _), file in zip(opened, files, strict=True):
         if not known.issuperset(lora.missing_tokens):

@@ -10,7 +10,7 @@ from torch import Tensor
 from cascade import build
 from cascade.controlled import Control, condition_of_file, four_margins
 from cascade.controlnet import load_controlnet
-from cascade.inference import DrawingSettings, weights_in
+from cascade.inference import DrawingSettings, warn_of_contradictions, weights_in
 from cascade.pictures import size_of
 from cascade.sampling import Cascade
 from modules.filters.inpaint import InpaintFilter
@@ -126,6 +126,7 @@ def open_controls(cascade: Cascade, settings: SteeringSettings, size: tuple[int,
         settings.controlnet, *map(settings.each, OF_EACH), strict=True
     ):
         file = weights_in(path, "controlnet", settings.use_ema)
+        warn_of_contradictions(file, settings)
         network, filter = load_controlnet(file, settings, settings.said_of_file)
         inpaints = isinstance(filter, InpaintFilter)
         where = {"mask": settings.control_mask, "margins": settings.control_margins} if inpaints else {}

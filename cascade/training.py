@@ -1,10 +1,13 @@
 """What training scripts of this family share: the diffusion process, and the loss of a denoiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from cascade.cache import Feature, find_cache
+from cascade.beginning import CONVENTIONS, FIRST_CONVENTIONS, check_start_file, same_base, with_target
+from cascade.cache import Feature, Origin, find_cache
 from cascade.conditions import TEXT, TextMemory, text_conditions
 from cascade.config import DiffusionConfig, FamilySettings
 from cascade.diffusion import make_diffusion
@@ -33,6 +36,10 @@ class DiffusionTraining(CascadeTraining):
     """
 
     config: DiffusionConfig
+    start_files: ClassVar[tuple[str, ...]] = ("generator_checkpoint_path",)
+    """Keys of the weights that a new run starts from; what they say of themselves has to fit the config."""
+    frozen_base: ClassVar[bool] = False
+    """Whether the run only steers the network of `generator_checkpoint_path`, which has to stay the same."""
 
     # ------------------------------------------------------------------ hooks
 
@@ -61,13 +68,39 @@ class DiffusionTraining(CascadeTraining):
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
-        loss_weight = "adaptive" if config.adaptive_loss_weight else config.loss_weight
-        self.diffusion = make_diffusion(config.diffusion_target, loss_weight, config.offset_noise)
+        self.kept = dict(CONVENTIONS)
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        about = None
+        if saved is not None:
+            about, self.kept = saved.get("about", {}), FIRST_CONVENTIONS | saved.get("kept", {})
+        self.config = config = with_target(self.config, about)
+        if saved is None:
+            for key in self.start_files:
+                check_start_file(config, key)
+        if self.frozen_base:
+            before = self.kept.get("base")
+            base = self.processes.on_main(lambda: same_base(config.generator_checkpoint_path, before))
+            self.kept["base"] = base or before
+        self.diffusion = make_diffusion(
+            config.diffusion_target,
+            "adaptive" if config.adaptive_loss_weight else config.loss_weight,
+            config.offset_noise,
+            convert_weight=self.kept["loss_weight"] == CONVENTIONS["loss_weight"],
+        )
         self.bookkeeping["diffusion"] = self.diffusion
-        self.cache = self.processes.on_main(lambda: find_cache(self))
-        self.texts = None
-        if config.cache_text or self.cache is not None:  # a cache has the captions' conditions, but for the empty one
-            self.texts = TextMemory(int(config.cache_text_gb * 1e9), lambda text: self.progress.say(text))
+
+    @cached_property
+    def cache(self) -> Origin | None:
+        """What the cache was made with that the data are read from; None where they are pictures."""
+        return self.processes.on_main(lambda: find_cache(self))
+
+    @cached_property
+    def texts(self) -> TextMemory | None:
+        """What remembers the text conditions of captions, if anything does."""
+        if not self.config.cache_text and self.cache is None:  # a cache has them, but for the empty caption
+            return None
+        return TextMemory(int(self.config.cache_text_gb * 1e9), lambda text: self.progress.say(text))
 
     @property
     def needs_images(self) -> bool:
@@ -117,7 +150,7 @@ class DiffusionTraining(CascadeTraining):
         return Losses(raw * diffused.loss_weight, raw, statistics)
 
     def file_metadata(self) -> dict[str, str]:
-        return {"diffusion_target": self.config.diffusion_target}
+        return {"diffusion_target": self.config.diffusion_target, "model_version": self.config.model_version}
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])

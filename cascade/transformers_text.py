@@ -66,7 +66,7 @@ def _hugging_face(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> di
 def tokenizer(tower: TextTower) -> PreTrainedTokenizerFast:
     """A tokenizer of transformers that gives the tower's ids, begin, end and padding included.
 
-    It differs in one thing: a text that spells `<|startoftext|>` or `<|endoftext|>` gets those tokens.
+    A list of words differs in one thing: a text that spells `<|startoftext|>` or `<|endoftext|>` gets those tokens.
 
     Raises:
         UserError: it would give other ids, as settings of the tower (begin_id, end_id, pad_id) are unusual.

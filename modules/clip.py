@@ -8,6 +8,7 @@ that `text_tower(path=...)` is enough to load it again. open_clip is imported wh
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torchvision.transforms.v2.functional as TF
@@ -56,6 +57,10 @@ class ClipSettings:
     """Mean of the RGB channels that the image tower expects to be taken off."""
     image_std: tuple[float, ...] = OPENAI_STD
     """Deviation of the RGB channels that the image tower expects to be divided by."""
+
+    def tokenizer(self, ids: Literal["clip", "open_clip"] = "clip") -> BytePairTokenizer | WordTokenizer:
+        """The tokenizer; `ids` as `BytePairTokenizer` knows them."""
+        return BytePairTokenizer(ids) if self.words is None else WordTokenizer(self.words)
 
     @classmethod
     def published(cls, name: str) -> "ClipSettings":
@@ -107,7 +112,7 @@ class TextTower(_Tower):
     def __init__(self, settings: ClipSettings):
         super().__init__()
         self.settings = settings
-        self.tokenizer = BytePairTokenizer() if settings.words is None else WordTokenizer(settings.words)
+        self.tokenizer = settings.tokenizer()
         config = dict(settings.text_cfg or {})
         if "hf_model_name" in config or config.get("embed_cls") or config.get("no_causal_mask"):
             raise ValueError("only CLIP's own causal text transformer can be a text tower; choose another CLIP model")
@@ -229,18 +234,22 @@ def tower_file(name: str | None = None, path: str | Path | None = None) -> Path:
     return download(name) if path is None else find_file(path)
 
 
+def tower_settings(name: str | None = None, path: str | Path | None = None) -> ClipSettings:
+    """Those of the tower that the same arguments load; errors as there."""
+    if path is None:
+        return ClipSettings.published(name)
+    file = tower_file(name, path)
+    saved = read_settings(file)
+    if saved is not None:
+        return ClipSettings(**saved)
+    if name is None:
+        raise ValueError(f"{file} does not say which CLIP model it holds: give its name too")
+    return ClipSettings.published(name)
+
+
 def _load(tower_class, name, path, settings, device, dtype):
     file = tower_file(name, path)
-    if path is None:
-        settings = settings or ClipSettings.published(name)
-    else:
-        saved = read_settings(file)
-        if settings is None and saved is not None:
-            settings = ClipSettings(**saved)
-        elif settings is None and name is not None:
-            settings = ClipSettings.published(name)
-        elif settings is None:
-            raise ValueError(f"{file} does not say which CLIP model it holds: give its name too")
+    settings = settings or tower_settings(name, path)
     with torch.device("meta"):  # no time and memory for weights that are replaced at once
         tower = tower_class(settings)
     weights = read_tower(file, tower.kind)

@@ -1,32 +1,59 @@
 """Captions to token ids: CLIP's byte-pair tokenizer, a word list for small towers, and further tokens for both.
 
-A tokenizer has `encode`, `begin_id`, `end_id`, `vocab_size`, and `vocabulary`: the tokens that stand for text, with
-their ids. As in CLIP's, a token that ends a word ends with `</w>`.
+A tokenizer has `name`, which changes when a text's ids do, `encode`, `begin_id`, `end_id`, `vocab_size`, and
+`vocabulary`: the tokens that stand for text, with their ids. As in CLIP's, a token that ends a word ends with `</w>`.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal
 
+import regex
 import torch
 from torch import Tensor
 
 from modules.clip_weights import load_open_clip
 
 UNKNOWN_WORD = "<unknown>"
+_SPECIAL = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+_SPECIAL_TEXT = regex.compile("(" + "|".join(map(regex.escape, _SPECIAL)) + ")")
+_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+_RUNS = regex.compile(f"{_SPECIAL_TEXT.pattern[1:-1]}|{_WORDS.pattern}")
 
 
 class BytePairTokenizer:
-    """The tokenizer of the public CLIP models (its vocabulary comes with open_clip)."""
+    """The tokenizer of the public CLIP models (its vocabulary comes with open_clip).
+
+    ids: whose ids a text gets. `clip`: those of transformers' `CLIPTokenizer` (version 5, and the fast one of version
+    4), which made the text conditions of Stable Cascade. `open_clip`: those of open_clip, which first replaces
+    typographic quotes, ligatures and `&amp;` by plain ones; early versions of this project used them.
+    """
 
     begin_id, end_id, vocab_size = 49406, 49407, 49408
+
+    def __init__(self, ids: Literal["clip", "open_clip"] = "clip"):
+        self.name = ids
 
     @property
     def vocabulary(self) -> dict[str, int]:
         return {token: i for token, i in _open_clip_tokenizer().encoder.items() if i < self.begin_id}
 
     def encode(self, text: str) -> list[int]:
-        return _open_clip_tokenizer().encode(text)
+        if self.name == "open_clip":
+            return _open_clip_tokenizer().encode(text)
+        return [i for part in _SPECIAL_TEXT.split(text) for i in self._encode_part(part)]
+
+    def _encode_part(self, text: str) -> list[int]:
+        if text in _SPECIAL:
+            return [_SPECIAL[text]]
+        pairs = _open_clip_tokenizer()
+        # Character by character, which leaves the final sigma what `str.lower` would change.
+        lowered = "".join(character.lower() for character in unicodedata.normalize("NFC", text))
+        words = (word for run in _RUNS.findall(lowered) for word in _WORDS.findall(run))
+        written = ("".join(pairs.byte_encoder[byte] for byte in word.encode()) for word in words)
+        return [pairs.encoder[token] for word in written for token in pairs.bpe(word).split(" ")]
 
 
 class WordTokenizer:
@@ -34,6 +61,8 @@ class WordTokenizer:
 
     Ids: 0 the unknown word, then the words in the order given, then begin and end.
     """
+
+    name = "words"
 
     def __init__(self, words: Sequence[str]):
         self.ids = {word: i for i, word in enumerate([UNKNOWN_WORD, *words])}
@@ -53,7 +82,7 @@ class ExtendedTokenizer:
     """A tokenizer with further tokens, kept whole wherever they stand in a text, in upper or lower case."""
 
     def __init__(self, base: "Tokenizer", tokens: Sequence[str]):
-        self.base, self.begin_id, self.end_id = base, base.begin_id, base.end_id
+        self.base, self.name, self.begin_id, self.end_id = base, base.name, base.begin_id, base.end_id
         self.vocab_size = base.vocab_size + len(tokens)
         self.added = {token.lower(): base.vocab_size + i for i, token in enumerate(tokens)}
         longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
@@ -64,8 +93,12 @@ class ExtendedTokenizer:
         return self.base.vocabulary | self.added
 
     def encode(self, text: str) -> list[int]:
-        pieces = [piece.lower() for piece in self._pattern.split(text)]
-        return [i for p in pieces for i in ([self.added[p]] if p in self.added else self.base.encode(p))]
+        added = self.added
+        return [
+            i
+            for piece in self._pattern.split(text)
+            for i in ([added[piece.lower()]] if piece.lower() in added else self.base.encode(piece))
+        ]
 
 
 Tokenizer = BytePairTokenizer | WordTokenizer | ExtendedTokenizer

@@ -17,7 +17,9 @@ SIZES = ((64, 96), (64, 64), (48, 128), (96, 64))
 """(H, W) in px of the pictures, in turn: two buckets, and something to crop."""
 
 
-def write_pictures(path: Path, count: int, first: int = 0, broken: tuple[int, ...] = ()) -> Path:
+def write_pictures(
+    path: Path, count: int, first: int = 0, broken: tuple[int, ...] = (), caption: str = "picture w{}"
+) -> Path:
     """A tar of random pictures, every other one with a mask; those in `broken` end early."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -28,7 +30,7 @@ def write_pictures(path: Path, count: int, first: int = 0, broken: tuple[int, ..
             members = {"png": picture[: len(picture) // 2] if i in broken else picture}
             if i % 2:
                 members["mask.png"] = _png((draw.random(shape) > 0.5).astype(np.uint8) * 255)
-            members |= {"txt": f"picture w{i % 7}".encode(), "json": json.dumps({"score": i}).encode()}
+            members |= {"txt": caption.format(i % 7).encode(), "json": json.dumps({"score": i}).encode()}
             for extension, content in members.items():
                 info = tarfile.TarInfo(f"{i:05d}.{extension}")
                 info.size = len(content)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from cascade.cache import CACHE_NAME, Dtype, Origin, bucket_name, buckets_of, origin_of
 from cascade.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
+from cascade.cached_captions import with_token_ids
 from cascade.conditions import TextMemory
 from cascade.training import DiffusionTraining
 from tools.arguments import local_path, positive
@@ -159,6 +160,8 @@ class Caching:
             here.write(folder)
 
     def _check_same(self, there: Origin, here: Origin) -> None:
+        if any(self.out.rglob("*.tar")):
+            there = with_token_ids(there, str(self.out), here, self.training.config.captions_getter)
         wrong = there.differences(here, here.features)
         for name in ("dtype", "variants", "seed"):
             if getattr(there, name) != getattr(here, name):

@@ -63,7 +63,11 @@ class TrainStageB(DiffusionTraining):
 
     def encoders(self) -> dict[str, nn.Module]:
         config = self.config
-        return {"stage_a": build.stage_a(config), "encoder": build.encoder(config), "text": build.text(config)}
+        return {
+            "stage_a": build.stage_a(config),
+            "encoder": build.encoder(config),
+            "text": build.text(config, self.kept["tokenizer"]),
+        }
 
     def check_cacheable(self) -> None:
         super().check_cacheable()

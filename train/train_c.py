@@ -32,7 +32,7 @@ class TrainStageC(DiffusionTraining):
         return networks | self.encoders()
 
     def encoders(self) -> dict[str, nn.Module]:
-        networks = {"encoder": build.encoder(self.config), "text": build.text(self.config)}
+        networks = {"encoder": build.encoder(self.config), "text": build.text(self.config, self.kept["tokenizer"])}
         if self.cache is None and self.config.clip_image_dropout < 1:
             networks["image"] = build.image(self.config)
         return networks

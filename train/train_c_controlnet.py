@@ -49,6 +49,8 @@ class ControlNetConfig(ControlNetSettings, StageCConfig):
 class TrainControlNet(TrainStageC):
     Config = ControlNetConfig
     trainable = {"controlnet": {}}
+    start_files = ("generator_checkpoint_path", "controlnet_checkpoint_path")
+    frozen_base = True
     without: np.ndarray | None = None  # drawings without the ControlNet, which stay the same
 
     def build(self) -> dict[str, nn.Module]:

@@ -34,6 +34,8 @@ Inputs = tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor]
 
 class TrainLora(TrainStageC):
     Config = LoraConfig
+    start_files = ("generator_checkpoint_path", "lora_checkpoint_path")
+    frozen_base = True
 
     def __init__(self, config: LoraConfig):
         super().__init__(config)
@@ -65,7 +67,7 @@ class TrainLora(TrainStageC):
         features = super().features
         if self.config.train_tokens or self.config.caption_templates:  # texts differ from draw to draw
             features = {name: one for name, one in features.items() if name not in TEXT}
-        return features | ({"latent_mask": Feature(None, PICTURE_SETTINGS)} if self.config.masked_loss else {})
+        return features | ({"latent_mask": Feature("encoder", PICTURE_SETTINGS)} if self.config.masked_loss else {})
 
     def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         features = super().picture_features(batch, random)
@@ -124,8 +126,7 @@ class TrainLora(TrainStageC):
     def file_metadata(self) -> dict[str, str]:
         config, networks = self.config, self.networks
         about = metadata(lora.lora_of(networks["generator"], networks.get("tokens")))
-        about |= {"model_version": config.model_version, "module_filters": str(config.module_filters)}
-        return super().file_metadata() | about
+        return super().file_metadata() | about | {"module_filters": str(config.module_filters)}
 
 
 if __name__ == "__main__":

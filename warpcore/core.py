@@ -68,7 +68,7 @@ class Sampled:
 class WarpCore:
     """Trains what a subclass describes. `MyUseCase.main()` in a script is all that is needed to run it.
 
-    Hooks to override: `build`, `encode`, `loss`, and where wanted `sample`, `update_state`, `weights`,
+    Hooks to override: `build`, `encode`, `loss`, and where wanted `begin`, `sample`, `update_state`, `weights`,
     `file_metadata`, `extra_fields` and `computed_in_workers`.
     """
 
@@ -90,6 +90,13 @@ class WarpCore:
     def build(self) -> dict[str, nn.Module]:
         """All networks by name, with their weights loaded. Those in `trainable` are trained, the others frozen."""
         raise NotImplementedError
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Settle what a run keeps from its first update on, before its networks are built; may replace `config`.
+
+        saved: values of the checkpoint that is resumed: `about` (its `file_metadata`) and `kept` (its `self.kept`).
+        None in a new run.
+        """
 
     def encode(self, batch: Batch, random: SampleRandom) -> Any:
         """Turn a batch into what `loss` needs, without gradients."""
@@ -136,6 +143,7 @@ class WarpCore:
             torch.set_num_threads(config.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.bookkeeping: dict[str, Any] = {}  # further things with a state_dict of tensors
+        self.kept: dict[str, Any] = {}  # JSON values that a run keeps when it is resumed, see `begin`
         self._profiling = ExitStack()
         self._stop_signal: int | None = None
         self._stop_vote = Vote(self.processes)
@@ -166,7 +174,8 @@ class WarpCore:
         resumed = self.resumed = self.checkpoints.newest()
         saved = self.checkpoints.values(resumed) if resumed is not None else {}
 
-        self.make_networks()
+        self.make_networks(saved if resumed is not None else None)
+        config = self.config
         self.state = RunState(self)
         self.feed = Feed(
             config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.needs_captions,
@@ -199,8 +208,9 @@ class WarpCore:
         if self.processes.is_main and self.update < config.updates:  # or else it tells how the weights were made
             write_whole(config.run_folder / "config.yaml", dump_config(config))
 
-    def make_networks(self) -> None:
-        """Networks, optimizers and averages, as they are before the first update."""
+    def make_networks(self, saved: Mapping[str, Any] | None = None) -> None:
+        """Networks, optimizers and averages, as they are before the first update; `saved` as in `begin`."""
+        self.begin(saved)
         config = self.config
         torch.manual_seed(config.seed)
         self.networks = self.build()
@@ -357,6 +367,7 @@ class WarpCore:
         about = self.file_metadata()
         values |= {
             "about": about,
+            "kept": self.kept,
             "feed": self.feed.state(),
             "nonfinite_updates": self.nonfinite_updates,
             "run_id": self.run_id,

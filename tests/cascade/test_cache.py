@@ -3,6 +3,7 @@
 import importlib
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascade.cache import Origin
+from modules.clip import ClipSettings, TextTower
 from tests.caches import make_cache, write_pictures
 from tests.faulty_proxy import FaultyProxy
 from tests.s3_server import bucket as bucket
@@ -220,6 +222,56 @@ def test_a_cache_made_otherwise_is_refused_by_name(settings, tmp_path, monkeypat
     assert "is not of version" in refusal("train_c", cached)
     (out / "cache.json").write_text("{")
     assert "is not whole" in refusal("train_c", cached)
+
+
+def forget_the_tokenizer(out: Path) -> None:
+    """Make a cache what it was before caches named their tokenizer."""
+    for path in out.rglob("cache.json"):
+        about = json.loads(path.read_text())
+        assert about["settings"].pop("token_ids") == "clip"
+        path.write_text(json.dumps(about))
+
+
+@pytest.mark.integration
+def test_a_cache_of_other_token_ids_is_refused_where_a_caption_has_others(settings, tmp_path):
+    text = TextTower(ClipSettings(embed_dim=40, text_cfg={"width": 48, "heads": 4, "layers": 1, "context_length": 8}))
+    text.save(tmp_path / "pairs.safetensors")
+    for name, caption in (("plain", "a dog w{}"), ("odd", "the dog’s w{}")):
+        write_pictures(tmp_path / name / "0.tar", 4, caption=caption)
+        given = settings(
+            "train_c", clip_text_model_name=str(tmp_path / "pairs.safetensors"), updates=2, save_every=2,
+            webdataset_path=str(tmp_path / name), validation_samples=0, dataset_filters=[], experiment_id=name,
+        )  # fmt: skip
+        cached = given | {"webdataset_path": str(make_cache("train_c", given, tmp_path / f"{name}_cache"))}
+        forget_the_tokenizer(Path(cached["webdataset_path"]))
+        if name == "plain":
+            train("train_c", cached)
+            about = json.loads((tmp_path / f"{name}_cache" / "cache.json").read_text())
+            assert about["settings"]["token_ids"] == "clip", "it is looked at once"
+        else:
+            assert "token_ids is 'open_clip' in the cache, 'clip' here" in refusal("train_c", cached)
+            with pytest.raises(UserError, match="holds another cache: token_ids"):
+                make_cache("train_c", given, tmp_path / f"{name}_cache")
+
+
+def test_a_cache_of_other_weights_is_refused_for_every_feature(settings, tmp_path):
+    """Also for what only depends on a network, such as the size of a mask, and for a network that it does not name."""
+    about = Origin(
+        features={"latent": [], "latent_mask": []}, makers={"latent": "encoder", "latent_mask": None},
+        networks={"encoder": {"file": "a", "sha256": "0"}}, settings={},
+        dtype="float16", variants=1, seed=0, shapes={},
+    )  # fmt: skip
+    run = replace(
+        about,
+        makers={"latent": "encoder", "latent_mask": "encoder"},
+        networks={"encoder": {"file": "b", "sha256": "1"}},
+    )
+    assert "the weights of the encoder network are a" in about.differences(run, ["latent_mask"])[0]
+    unnamed = replace(about, networks={})
+    assert "does not say which weights the encoder network had" in unnamed.differences(run, ["latent_mask"])[0]
+    for script in SCRIPTS:
+        features = use_case(script)(make_config(use_case(script).Config, settings(script))).features
+        assert all(feature.network for feature in features.values()), script
 
 
 @pytest.mark.parametrize(

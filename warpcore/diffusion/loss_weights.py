@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from warpcore.diffusion.buckets import mix_into_buckets
@@ -11,6 +12,9 @@ from warpcore.diffusion.buckets import mix_into_buckets
 
 class LossWeight:
     """Base of all loss weights: shift and clamp around `weight`, which a subclass defines."""
+
+    of: str | None = None
+    """The target (`TARGETS`) whose squared error the formula was published for; None: any."""
 
     def __call__(self, logsnr: Tensor, shift: float = 1.0, clamp_range: Sequence[float] | None = None) -> Tensor:
         """Weights of `logsnr`, both (B,).
@@ -37,12 +41,16 @@ class ConstantLossWeight(LossWeight):
 class SNRLossWeight(LossWeight):
     """SNR: turns the error of x0 into that of epsilon."""
 
+    of = "x0"
+
     def weight(self, logsnr: Tensor) -> Tensor:
         return logsnr.exp()
 
 
 class P2LossWeight(LossWeight):
     """P2 weighting (arXiv:2204.00227, eq. 8): (k + SNR^s)^-gamma, for the error of epsilon."""
+
+    of = "epsilon"
 
     def __init__(self, k: float = 1.0, gamma: float = 1.0, s: float = 1.0):
         self.k, self.gamma, self.s = k, gamma, s
@@ -54,12 +62,16 @@ class P2LossWeight(LossWeight):
 class SNRPlusOneLossWeight(LossWeight):
     """SNR + 1 (arXiv:2202.00512, section 4): turns the error of x0 into that of v."""
 
+    of = "x0"
+
     def weight(self, logsnr: Tensor) -> Tensor:
         return logsnr.exp() + 1
 
 
 class MinSNRLossWeight(LossWeight):
     """min(SNR, max_snr) (arXiv:2303.09556, section 3.4), for the error of x0."""
+
+    of = "x0"
 
     def __init__(self, max_snr: float = 5.0):
         self.max_snr = max_snr
@@ -69,7 +81,9 @@ class MinSNRLossWeight(LossWeight):
 
 
 class MinSNRPlusOneLossWeight(LossWeight):
-    """min(SNR + 1, max_snr)."""
+    """min(SNR + 1, max_snr), for the error of x0."""
+
+    of = "x0"
 
     def __init__(self, max_snr: float = 5.0):
         self.max_snr = max_snr
@@ -80,6 +94,8 @@ class MinSNRPlusOneLossWeight(LossWeight):
 
 class TruncatedSNRLossWeight(LossWeight):
     """max(SNR, min_snr) (arXiv:2202.00512, section 4), for the error of x0."""
+
+    of = "x0"
 
     def __init__(self, min_snr: float = 1.0):
         self.min_snr = min_snr
@@ -100,6 +116,8 @@ class SechLossWeight(LossWeight):
 
 class DebiasedLossWeight(LossWeight):
     """1 / sqrt(SNR) (arXiv:2310.08442), for the error of epsilon."""
+
+    of = "epsilon"
 
     def weight(self, logsnr: Tensor) -> Tensor:
         return (-logsnr / 2).exp()
@@ -133,6 +151,39 @@ class ComposedLossWeight(LossWeight):
         for part in self.div:
             result = result / part.weight(logsnr)
         return result
+
+
+class ConvertedLossWeight(LossWeight):
+    """A weight for the error of its own target, as a weight for the error of another one.
+
+    The squared errors of one prediction, of x0, epsilon, v (in a variance-preserving process) and a straight flow's
+    direction, are in the proportions 1 : SNR : SNR + 1 : (sqrt(SNR) + 1)^2; so min(SNR, 5) becomes min(SNR, 5) / SNR
+    for epsilon and min(SNR, 5) / (SNR + 1) for v (arXiv:2303.09556, section 3.4).
+    """
+
+    _LOG_X0_ERROR = {
+        "x0": torch.zeros_like,
+        "epsilon": lambda logsnr: -logsnr,
+        "v": lambda logsnr: F.logsigmoid(-logsnr),
+        "rectified_flows": lambda logsnr: 2 * F.logsigmoid(-logsnr / 2),
+    }
+    """Logarithm of the squared error of x0 where that of the target is 1."""
+
+    def __init__(self, loss_weight: LossWeight, target: str):
+        self.loss_weight, self.of = loss_weight, target
+
+    def __call__(self, logsnr: Tensor, shift: float = 1.0, clamp_range: Sequence[float] | None = None) -> Tensor:
+        # A shift moves the formula, not the proportion of the errors.
+        here, own = self._LOG_X0_ERROR[self.of](logsnr), self._LOG_X0_ERROR[self.loss_weight.of](logsnr)
+        return self.loss_weight(logsnr, shift, clamp_range) * (here - own).exp()
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        return self(logsnr)
+
+
+def for_target(loss_weight: LossWeight, target: str) -> LossWeight:
+    """The weight, for the error of a target (a key of `TARGETS`)."""
+    return loss_weight if loss_weight.of in (None, target) else ConvertedLossWeight(loss_weight, target)
 
 
 class AdaptiveLossWeight(LossWeight):

@@ -104,7 +104,13 @@ class StableDiffusionNoiseCond(NoiseCond):
 
 
 class DiscreteNoiseCond(NoiseCond):
-    """Another noise condition as the whole number of one of `steps` steps, truncated, in a float tensor."""
+    """Another noise condition as the whole number of one of `steps` steps, truncated, in a float tensor.
+
+    At the end of the range it is the last step, `steps - 1`.
+    """
+
+    _ROUNDING = 1e-3
+    """Of a step. A noise condition of k / steps can come out a rounding below it, and is step k all the same."""
 
     def __init__(
         self, noise_cond: NoiseCond, steps: int = 1000, continuous_range: Sequence[float] = (0.0, 1.0), **kwargs
@@ -116,7 +122,8 @@ class DiscreteNoiseCond(NoiseCond):
 
     def cond(self, logsnr: Tensor) -> Tensor:
         low, high = self.continuous_range
-        return ((self.noise_cond(logsnr) - low) / (high - low) * self.steps).trunc()
+        step = (self.noise_cond(logsnr) - low) / (high - low) * self.steps
+        return (step + self._ROUNDING).trunc().clamp(max=self.steps - 1)
 
 
 NOISE_CONDITIONS = {

@@ -7,8 +7,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from warpcore.diffusion.diffusion import GDF
-from warpcore.diffusion.loss_weights import LOSS_WEIGHTS, AdaptiveLossWeight, ConstantLossWeight
-from warpcore.diffusion.noise_conditions import NOISE_CONDITIONS, CosineTNoiseCond, StableDiffusionNoiseCond
+from warpcore.diffusion.loss_weights import (
+    LOSS_WEIGHTS,
+    AdaptiveLossWeight,
+    ConstantLossWeight,
+    MinSNRLossWeight,
+    for_target,
+)
+from warpcore.diffusion.noise_conditions import (
+    NOISE_CONDITIONS,
+    CosineTNoiseCond,
+    DiscreteNoiseCond,
+    RectifiedFlowsNoiseCond,
+    SigmoidNoiseCond,
+    StableDiffusionNoiseCond,
+)
 from warpcore.diffusion.scalers import SCALERS, LERPScaler, VPScaler
 from warpcore.diffusion.schedules import (
     SCHEDULES,
@@ -176,3 +189,38 @@ def test_a_shift_of_the_loss_weight_acts_on_the_weight_alone():
     assert torch.equal(plain.logsnr, shifted.logsnr)
     torch.testing.assert_close(shifted.loss_weight, 4 * plain.loss_weight)
     assert ConstantLossWeight(2.0)(t).tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in LOSS_WEIGHTS.items() if kind.of is not None])
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_a_loss_weight_weighs_the_same_error_whatever_the_network_predicts(name, target):
+    """One wrong guess of the clean signal costs the same, written as x0, as noise, as v, or as a flow."""
+    scaler = "lerp" if target == "rectified_flows" else "vp"
+    own, here = (TARGETS[one]() for one in (LOSS_WEIGHTS[name].of, target))
+    logsnr = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    x0, epsilon, wrong = torch.randn(3, 33, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, b = SCALERS[scaler]().weights(logsnr, x0)
+    noised, guess = a * x0 + b * epsilon, x0 + 0.1 * wrong
+    noise = (noised - a * guess) / b
+    error_here, error_own = (
+        (one(guess, noise, logsnr, a, b) - one(x0, epsilon, logsnr, a, b)).square().mean(dim=1) for one in (here, own)
+    )
+    weight = for_target(LOSS_WEIGHTS[name](), target)(logsnr)
+    torch.testing.assert_close(error_here * weight, error_own * LOSS_WEIGHTS[name]()(logsnr))
+
+
+def test_min_snr_is_the_published_weight_of_each_target():
+    logsnr = torch.linspace(-6, 6, 25)
+    snr, capped = logsnr.exp(), logsnr.exp().clamp(max=5)
+    for target, expected in {"x0": capped, "epsilon": capped / snr, "v": capped / (snr + 1)}.items():
+        torch.testing.assert_close(for_target(MinSNRLossWeight(), target)(logsnr), expected)
+        assert for_target(MinSNRLossWeight(), target)(torch.tensor([-80.0, 80.0])).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_discrete_noise_condition_finds_every_whole_step(dtype):
+    steps = torch.arange(1000).to(dtype)
+    logsnr = {SigmoidNoiseCond: -(steps / 1000).logit(), RectifiedFlowsNoiseCond: 2 * (steps / 1000).logit()}
+    for kind, of_step in logsnr.items():
+        assert torch.equal(DiscreteNoiseCond(kind())(of_step), steps), kind
+    assert DiscreteNoiseCond(SigmoidNoiseCond())(torch.tensor([-100.0], dtype=dtype)).item() == 999
