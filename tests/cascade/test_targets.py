@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cascade.config import ModelSettings
 from cascade.diffusion import draw_latents, make_diffusion
-
-TARGETS = ModelSettings.model_fields["diffusion_target"].annotation.__args__
+from warpcore.diffusion.targets import TARGETS
 
 
 class Perfect(nn.Module):
