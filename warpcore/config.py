@@ -7,11 +7,9 @@ documentation: `--help` and the README's table are made from it.
 """
 
 import difflib
+import logging
 import os
 import sys
-import types
-import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -30,9 +28,10 @@ from pydantic import (
     model_validator,
 )
 
+from warpcore.arguments import numbers_in, parse_yaml, read_arguments
 from warpcore.data.buckets import parse_ratio
 from warpcore.data.storage import local_path
-from warpcore.errors import UserError
+from warpcore.errors import ConfigError, UserError
 from warpcore.keys import S3Url, help_text, local_paths, parts_of, type_name
 from warpcore.text import read_text
 
@@ -41,10 +40,6 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 FileName = Annotated[str, Path]
 """Text that is, or begins with, the name of a file, or is another name."""
 ByteValue = Annotated[int, Field(ge=0, le=255)]
-
-
-class ConfigError(UserError):
-    """A mistake in a configuration: the message names the key, what was found and what to write."""
 
 
 class Settings(BaseModel):
@@ -59,12 +54,12 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1, so `batch_size: yes` would train with a batch of one.
         kinds = parts_of(cls.model_fields[info.field_name].annotation)
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("a number is needed, not true or false")
-        return value
+        return numbers_in(cls.model_fields[info.field_name].annotation, value)
 
 
 class Config(Settings):
@@ -269,14 +264,16 @@ class Config(Settings):
         return self.output_path / self.experiment_id if self.output_path else self.run_folder / "samples"
 
 
+logger = logging.getLogger(__name__)
+
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> AnySettings:
     """Read `config.yaml [key=value ...]` from the command line (or `arguments`); `--help` lists every key and exits.
 
-    `--key value` is understood too. A key that takes a list may be given one value, or be repeated:
-    `--seeds 1 --seeds 2`.
+    `--key value` is understood too. A key that takes text takes it as it is, other values are YAML. A key that takes a
+    list may be given one value, or be repeated: `--seeds 1 --seeds 2`.
 
     Raises:
         ConfigError: for a missing file, an unknown key, a wrong type or an impossible combination.
@@ -286,36 +283,24 @@ def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> 
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"usage: SCRIPT config.yaml [key=value | --key value ...]\n\n{help_text(kind)}")
         raise SystemExit(0)
-    arguments, values, given = list(arguments), {}, {}
+    arguments, values = list(arguments), {}
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):
         values = _read_yaml(local_path(arguments.pop(0)))
-    for key, text in _pairs(arguments):
-        value = _parse_yaml(text, f"{key}={text}")
-        if _takes_lists(kind, key) and not isinstance(value, list | None):
-            value = given[key] = [*given.get(key, []), value]
-        _assign(values, key, value)
-    return make_config(kind, values)
+    read_arguments(kind, arguments, values)
+    config = make_config(kind, values)
+    if isinstance(config, Config):
+        _name_a_run_of_the_same_number(config)
+    return config
 
 
-def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Keys and values of `key=value`, `--key=value` and `--key value`."""
-    rest = iter(arguments)
-    for argument in rest:
-        key, equals, text = argument.partition("=")
-        if argument.startswith("--"):
-            key = key[2:].replace("-", "_")
-            text = text if equals else next(rest, None)
-        elif not equals:
-            raise ConfigError(f"argument {argument!r}: write a config file first, then key=value or --key value")
-        if not key or text is None:
-            raise ConfigError(f"argument {argument!r}: write key=value or --key value")
-        yield key, text
-
-
-def _takes_lists(kind: type[Settings], key: str) -> bool:
-    """Whether the key's value is a list, or null, and nothing else."""
-    kinds = parts_of(kind.model_fields[key].annotation) - {types.NoneType} if key in kind.model_fields else {None}
-    return all(typing.get_origin(part) is list for part in kinds)
+def _name_a_run_of_the_same_number(config: Config) -> None:
+    """Log a run `7` where `007` would begin another, as the two used to be the same."""
+    name = config.experiment_id
+    number = name.lstrip("0") or "0"
+    there = config.run_folder.with_name(number)
+    if name.isdecimal() and number != name and there.is_dir() and not config.run_folder.is_dir():
+        logger.warning("%s is a run of its own, not %s: to go on with that one, write experiment_id=%s",
+                       name, there, number)  # fmt: skip
 
 
 def make_config(kind: type[AnySettings], values: dict[str, Any]) -> AnySettings:
@@ -343,29 +328,12 @@ def dump_config(config: Settings) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
-    values = _parse_yaml(read_text(path), str(path))
+    values = parse_yaml(read_text(path), str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
     return values
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from None
-
-
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """`a.b=1` sets the key b of the mapping a."""
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{dotted}: {parent} is not a mapping")
-    values[last] = value
 
 
 def _explain(kind: type[Settings], mistake: Any) -> str:
@@ -380,7 +348,7 @@ def _explain(kind: type[Settings], mistake: Any) -> str:
         case "value_error":
             reason = str(mistake["ctx"]["error"])
         case _:
-            reason = mistake["msg"]
+            reason = mistake["msg"] + ("; put it in quotes" if mistake["type"] == "string_type" else "")
     if not key:
         return reason
     wanted = type_name(kind.model_fields[key].annotation) if key in kind.model_fields else ""

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Says what is wrong, where, and what to write instead."""
 
 
+class ConfigError(UserError):
+    """A mistake in a configuration: the message names the key, what was found and what to write."""
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; a `UserError` becomes one clear message and exit status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a caption is no reason to end

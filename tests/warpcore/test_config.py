@@ -182,3 +182,62 @@ def test_a_batch_that_does_not_divide_says_what_would(num_processes, keys, words
 def test_the_two_names_of_a_loss_weight_may_not_contradict_each_other():
     with pytest.raises(ConfigError, match="adaptive_loss_weight contradicts loss_weight: min_snr"):
         make_config(StageCConfig, GIVEN | {"adaptive_loss_weight": True, "loss_weight": "min_snr"})
+
+
+def drawn(*arguments: str) -> TextToImageConfig:
+    return load_config(TextToImageConfig, [*arguments, "generator_checkpoint_path=c.safetensors"])
+
+
+@pytest.mark.parametrize("text", ["007", "1e3", "16:9", "2024-01-01", "no", "1_0"])
+def test_text_of_the_command_line_and_of_a_file_stays_as_it_was_written(text, tmp_path):
+    rest = [f"{key}={value}" for key, value in GIVEN.items() if key != "experiment_id"]
+    if text != "16:9":  # no name of a run
+        assert load_config(Config, [*rest, f"experiment_id={text}"]).experiment_id == text
+    assert drawn("prompts=a", f"negative_prompt={text}").negative_prompt == text
+    assert drawn("--prompts", text, "--prompts", "a dog: [big]").prompts == [text, "a dog: [big]"]
+    assert drawn(f"prompt_file={text}").prompt_file == Path(text)
+    assert load_config(Config, [*rest, "experiment_id=a", f"grad_norm_groups.a={text}"]).grad_norm_groups == {
+        "a": text
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(f"prompts: [{text!r}, 16:9, 007, 2024-01-01]\n")
+    assert drawn(str(path)).prompts == [text, "16:9", "007", "2024-01-01"]
+
+
+def test_a_prompt_in_brackets_is_a_text_or_a_list_and_never_the_other_unseen():
+    for argument in (["--prompts", "[dog]"], ["prompts=[dog]"], ["prompts= [ dog ]"]):
+        with pytest.raises(ConfigError) as error:
+            drawn(*argument)
+        assert """prompts='["[dog]"]'""" in str(error.value)
+        assert """prompts='["dog"]'""" in str(error.value)
+    assert drawn('prompts=["[dog]"]').prompts == ["[dog]"]
+    assert drawn('prompts=["dog"]').prompts == ["dog"]
+    assert drawn("prompts=['a b', c]").prompts == ["a b", "c"]
+    assert drawn("prompts=[dog] on a beach").prompts == ["[dog] on a beach"]
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        drawn("prompts=[dog] and [cat]")
+
+
+def test_numbers_are_understood_wherever_they_stand():
+    source = {"path": "a.tar", "weight": "5e-1"}
+    assert make_config(Config, GIVEN | {"webdataset_path": [source]}).webdataset_path[0]["weight"] == 0.5
+    rest = [f"{key}={value}" for key, value in GIVEN.items()]
+    config = load_config(Config, [*rest, "webdataset_path=[{path: a.tar, weight: 5e-1}]", "lr=1e-4", "updates=010"])
+    assert (config.webdataset_path, config.lr) == ([source | {"weight": 0.5}], 1e-4)
+    assert config.updates == 10
+    assert load_config(Config, [*rest, "webdataset_path={a,b}.tar"]).webdataset_path == "{a,b}.tar"
+    assert load_config(Config, [*rest, "output_path=null", "wandb_project="]).wandb_project is None
+    assert drawn("prompts=a", "--aspect-ratio", "16:9").aspect_ratio == 16 / 9
+
+
+def test_a_number_for_a_text_wants_quotes():
+    assert "experiment_id: found 7, but input should be a valid string; put it in quotes" in refusal(experiment_id=7)
+
+
+def test_a_run_whose_name_is_the_same_number_is_named(tmp_path, caplog):
+    (tmp_path / "7").mkdir()
+    rest = [f"{key}={value}" for key, value in GIVEN.items()]
+    load_config(Config, [*rest, f"checkpoint_path={tmp_path}", "experiment_id=7"])
+    assert not caplog.messages
+    load_config(Config, [*rest, f"checkpoint_path={tmp_path}", "experiment_id=007"])
+    assert f"{tmp_path / '7'}: to go on with that one, write experiment_id=7" in caplog.text
