@@ -86,6 +86,8 @@ class DiffusionConfig(ModelSettings, Config):
 class StageCConfig(DiffusionConfig):
     """What every training script of Stage C understands."""
 
+    unused = frozenset({"stage_a_checkpoint_path"})
+
     clip_image_dropout: Share = 0.9
     """Share of the samples without the image condition; at 1 the image tower is not even loaded."""
     sample_prompts: list[str] = []

@@ -27,6 +27,8 @@ from warpcore.random import SampleRandom, stable_hash
 
 
 class StageAConfig(FamilySettings, Config):
+    unused = frozenset({"captions_getter"})
+
     stage_a_checkpoint_path: Path | None = None
     """Weights to start from; random ones without it."""
     squared_weight: NonNegativeFloat = 1.0

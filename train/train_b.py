@@ -31,6 +31,8 @@ Inputs = tuple[Tensor, Tensor, Sequence[Tensor] | None, Tensor | None]
 
 
 class StageBConfig(DiffusionConfig):
+    unused = frozenset({"previewer_checkpoint_path", "clip_image_model_name", "clip_image_checkpoint_path"})
+
     model_version: Literal["3B", "700M", "mini"] = "3B"
     """Size of Stage B, and with it of the networks around it; `mini` is a toy cascade for 128 px pictures."""
     effnet_scale: tuple[Share, Share] = (0.5, 1.0)

@@ -24,6 +24,8 @@ from warpcore.random import SampleRandom
 
 
 class EncoderConfig(FamilySettings, Config):
+    unused = frozenset({"captions_getter"})
+
     effnet_checkpoint_path: Path | None = None
     """Weights of the encoder to start from; random ones without it."""
     previewer_checkpoint_path: Path | None = None

@@ -23,6 +23,8 @@ from warpcore.transfer import to_device
 
 
 class TowersConfig(Config):
+    unused = frozenset({"output_path"})  # no pictures are drawn
+
     words: list[str]
     """Every word and punctuation mark that captions use; all others count as one unknown word."""
     tower_width: int = 64

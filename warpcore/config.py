@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -34,6 +34,7 @@ from warpcore.data.storage import local_path
 from warpcore.errors import ConfigError, UserError
 from warpcore.keys import S3Url, help_text, local_paths, parts_of, type_name
 from warpcore.text import read_text
+from warpcore.unused_keys import check_unused
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -46,6 +47,9 @@ class Settings(BaseModel):
     """What every configuration shares: frozen, no unknown keys, numbers are numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    unused: ClassVar[frozenset[str]] = frozenset()
+    """Keys of a shared base class that a script has no use for."""
 
     @model_validator(mode="before")
     @classmethod
@@ -314,10 +318,12 @@ def make_config(kind: type[AnySettings], values: dict[str, Any]) -> AnySettings:
     except UserError as error:
         raise ConfigError(str(error)) from None
     try:
-        return kind.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         lines = [_explain(kind, mistake) for mistake in error.errors()]
         raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+    check_unused(config, kind.unused & values.keys())
+    return config
 
 
 def dump_config(config: Settings) -> str:

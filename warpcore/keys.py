@@ -21,9 +21,11 @@ def help_text(kind: type[BaseModel]) -> str:
 
 
 def describe(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, sentence) of every key, required ones without a default."""
+    """(key, type, default, sentence) of every key that is used, required ones without a default."""
     rows = []
     for name, field in kind.model_fields.items():
+        if name in getattr(kind, "unused", ()):
+            continue
         if field.is_required():
             default = ", required"
         else:

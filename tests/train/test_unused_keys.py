@@ -1,0 +1,61 @@
+"""A key that a script has no use for is refused, unless that would stop a run that has begun with it."""
+
+import logging
+
+import pytest
+import yaml
+
+from tests.train.test_every_script import SETTINGS, train, use_case
+from tests.train.test_every_script import settings as settings
+from warpcore.config import ConfigError, make_config
+
+SCRIPTS = [name for name in SETTINGS if " " not in name]
+ONLY_WITH_ANOTHER_KEY = {
+    "cache_size_gb", "cache_text_gb", "clip_image_checkpoint_path", "clip_image_model_name", "max_bad_samples",
+    "on_data_change", "perceptual_weight", "prior_weight", "scratch_path",
+}  # fmt: skip
+VALUES = {"captions_getter": ("json", "lambda j: j['a']")}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_key_without_use_is_named(settings, name, caplog, tmp_path):
+    kind = use_case(name).Config
+    caplog.set_level(logging.INFO)
+    for key in kind.unused:
+        given = settings(name, "run") | {key: VALUES.get(key, "somewhere.safetensors")}
+        with pytest.raises(ConfigError, match=f"{key}: this script has no use for it; remove it"):
+            make_config(kind, given)
+        default = kind.model_fields[key].default
+        assert make_config(kind, given | {key: default}) == make_config(kind, settings(name, "run"))
+        assert f"{key}: this script has no use for it" in caplog.text
+
+
+def test_a_run_that_began_with_a_key_without_use_goes_on_with_it(settings, tmp_path, caplog):
+    given = settings("train_c", "run") | {"stage_a_checkpoint_path": "somewhere.safetensors"}
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(given))
+    make_config(use_case("train_c").Config, given)
+    assert "stage_a_checkpoint_path: this script has no use for it" in caplog.text
+    with pytest.raises(ConfigError, match="stage_a_checkpoint_path"):
+        make_config(use_case("train_c").Config, given | {"stage_a_checkpoint_path": "other.safetensors"})
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_uses_the_keys_that_it_does_not_refuse(settings, name):
+    case, read = use_case(name), set()
+
+    class Recorded(case.Config):
+        def __getattribute__(self, key):
+            read.add(key)
+            return super().__getattribute__(key)
+
+    class Case(case):
+        Config = Recorded
+
+    train(name, settings(name, "run", updates=2), Case)
+    keys = set(case.Config.model_fields)
+    assert keys - read - ONLY_WITH_ANOTHER_KEY <= case.Config.unused
+    assert not case.Config.unused & read

@@ -1,0 +1,41 @@
+"""Keys of a configuration that a script has no use for: refused, unless they change nothing."""
+
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from warpcore.arguments import parse_yaml
+from warpcore.data.storage import complete_url, storage_for
+from warpcore.errors import ConfigError
+from warpcore.text import decode_text
+
+if TYPE_CHECKING:
+    from warpcore.config import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def check_unused(config: "Settings", keys: Collection[str]) -> None:
+    """Raise ConfigError for one of the keys, given in the config, that has neither its default nor the value that the
+    saved config of the same run has; those are logged."""
+    fields = type(config).model_fields
+    given = config.model_dump(mode="json", include=set(keys))
+    usual = {key for key in given if getattr(config, key) == fields[key].get_default(call_default_factory=True)}
+    saved = _saved_config(config) if given.keys() - usual else {}
+    wrong = [key for key in sorted(given.keys() - usual) if key not in saved or saved[key] != given[key]]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: this script has no use for it; remove it from the config")
+    for key in sorted(given):
+        logger.log(logging.INFO if key in usual else logging.WARNING, "%s: this script has no use for it", key)
+
+
+def _saved_config(config: "Settings") -> dict[str, Any]:
+    """What an earlier start of the run has saved; nothing where there is none."""
+    if not hasattr(config, "run_place"):
+        return {}
+    url = complete_url(f"{config.run_place}/config.yaml")
+    try:
+        with storage_for(url).open(url) as file:
+            return parse_yaml(decode_text(file.read(), url), url) or {}
+    except FileNotFoundError:
+        return {}
