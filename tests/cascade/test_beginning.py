@@ -95,7 +95,9 @@ def test_weights_to_start_from_fit_the_run(small_cascade):
     train(TrainLora, again | {"change_target": True})
 
 
-@pytest.mark.parametrize(("script", "steering"), [("train_c_lora", LORA), ("train_c_controlnet", {})])
+@pytest.mark.parametrize(
+    ("script", "steering"), [("train_c_lora", LORA), pytest.param("train_c_controlnet", {}, marks=pytest.mark.slow)]
+)
 def test_what_steers_a_base_is_not_resumed_on_another(small_cascade, tmp_path, script, steering):
     kind = {"train_c_lora": "TrainLora", "train_c_controlnet": "TrainControlNet"}[script]
     kind = getattr(importlib.import_module(f"train.{script}"), kind)
