@@ -60,7 +60,7 @@ def test_a_seed_gives_the_same_picture_whatever_is_drawn_beside_it(draw, stages)
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm", "dpmpp_2m"])
 def test_pictures_have_the_size_asked_for_and_say_how_they_were_made(draw, sampler, capsys):
-    pictures = draw("prompts=[w1]", "size=[64, 90]", f"sampler={sampler}", f"stage_b_sampler={sampler}", "seeds=[7]")
+    pictures = draw('prompts=["w1"]', "size=[64, 90]", f"sampler={sampler}", f"stage_b_sampler={sampler}", "seeds=[7]")
     assert single(pictures).shape == (64, 90, 3)
     about = read_metadata(next(iter(pictures)))
     assert (about["prompt"], about["seed"]) == ("w1", "7")
@@ -84,12 +84,12 @@ def test_the_picture_is_what_the_stages_make_one_after_another(draw, run, drawin
 
 @pytest.mark.bits
 def test_without_stage_b_the_previewer_draws_and_says_so(draw, tmp_path, capsys):
-    whole = single(draw("prompts=[w1]"))
+    whole = single(draw('prompts=["w1"]'))
     assert "previewer" not in capsys.readouterr().out
-    preview = single(draw("prompts=[w1]", "preview=true"))
+    preview = single(draw('prompts=["w1"]', "preview=true"))
     assert "drawn by the previewer, which is coarser than the full cascade.\n" in capsys.readouterr().out
     (tmp_path / "stage_b.safetensors").unlink()
-    assert np.array_equal(single(draw("prompts=[w1]")), preview)
+    assert np.array_equal(single(draw('prompts=["w1"]')), preview)
     assert "there are no weights of Stage B (stage_b_checkpoint_path)" in capsys.readouterr().out
     assert preview.shape == whole.shape
     assert np.abs(whole - preview).max() > 1
@@ -103,20 +103,20 @@ def test_weights_say_what_they_are_whatever_the_config_has_become(draw, run, sma
     assert "the average of the weights ends with update 2" in caplog.text
     config = Path(run) / "config.yaml"
     config.write_text(config.read_text().replace("diffusion_target: epsilon", "diffusion_target: v"))
-    about = json.loads(read_metadata(next(iter(draw("prompts=[w1]"))))["settings"])
+    about = json.loads(read_metadata(next(iter(draw('prompts=["w1"]'))))["settings"])
     assert about.get("diffusion_target", "epsilon") == "epsilon"
     assert about["generator_checkpoint_path"].endswith("generator.safetensors")
     assert "is of update 2 and generator.safetensors of 3: taking the latter" in caplog.text
 
 
 def test_drawings_are_not_written_over_unasked(draw, tmp_path, monkeypatch):
-    first = draw("prompts=[w1]", "preview=true", f"output_path={tmp_path / 'mine'}")
+    first = draw('prompts=["w1"]', "preview=true", f"output_path={tmp_path / 'mine'}")
     before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     again = ["preview=true", "seeds=[5]", f"output_path={tmp_path / 'mine'}"]
     with pytest.raises(UserError, match=r"mine/grid\.png is there already: give another output_path, or write overwr"):
-        draw("prompts=[w2]", *again)
+        draw('prompts=["w2"]', *again)
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
-    draw("prompts=[w2]", "overwrite=true", *again)
+    draw('prompts=["w2"]', "overwrite=true", *again)
     assert (tmp_path / "mine/grid.png").read_bytes() != before[tmp_path / "mine/grid.png"]
     assert not first  # the default folder of this fixture
 
@@ -163,15 +163,15 @@ def test_a_mistake_is_named(draw, tmp_path, picture):
     for words, *arguments in (
         ("nothing to draw",),
         ("prompt_file: nowhere does not exist", "prompt_file=nowhere"),
-        ("is no training run", "prompts=[w1]", f"run={tmp_path}"),
+        ("is no training run", 'prompts=["w1"]', f"run={tmp_path}"),
         ("image: nowhere.png does not exist", "--image", "nowhere.png"),
         ("text.png cannot be read as a picture", "--image", str(tmp_path / "text.png")),
-        ("give image too", "prompts=[w1]", "noise_level=0.5"),
+        ("give image too", 'prompts=["w1"]', "noise_level=0.5"),
         ("noise_level 0 would draw nothing", "--image", str(picture("a.png", 1)), "noise_level=0"),
-        ("b.safetensors does not exist", "prompts=[w1]", f"stage_b_checkpoint_path={tmp_path / 'b.safetensors'}"),
-        ("stage_b_checkpoint_path: ", "prompts=[w1]", f"stage_b_checkpoint_path={tmp_path / 'previewer.safetensors'}"),
-        ("less than 16 px", "prompts=[w1]", "size=[8, 64]"),
-        ("size: found", "prompts=[w1]", "size=[0, 64]"),
+        ("b.safetensors does not exist", 'prompts=["w1"]', f"stage_b_checkpoint_path={tmp_path / 'b.safetensors'}"),
+        ("stage_b_checkpoint_path: ", 'prompts=["w1"]', f"stage_b_checkpoint_path={tmp_path / 'previewer.safetensors'}"),
+        ("less than 16 px", 'prompts=["w1"]', "size=[8, 64]"),
+        ("size: found", 'prompts=["w1"]', "size=[0, 64]"),
     ):  # fmt: skip
         with pytest.raises((ConfigError, UserError)) as error:
             draw(*arguments)
