@@ -169,7 +169,7 @@ def test_a_mistake_is_named(draw, tmp_path, picture):
         ("give image too", 'prompts=["w1"]', "noise_level=0.5"),
         ("noise_level 0 would draw nothing", "--image", str(picture("a.png", 1)), "noise_level=0"),
         ("b.safetensors does not exist", 'prompts=["w1"]', f"stage_b_checkpoint_path={tmp_path / 'b.safetensors'}"),
-        ("stage_b_checkpoint_path: ", 'prompts=["w1"]', f"stage_b_checkpoint_path={tmp_path / 'previewer.safetensors'}"),
+        ("stage_b_checkpoint_path: ", "prompts=w1", f"stage_b_checkpoint_path={tmp_path / 'previewer.safetensors'}"),
         ("less than 16 px", 'prompts=["w1"]', "size=[8, 64]"),
         ("size: found", 'prompts=["w1"]', "size=[0, 64]"),
     ):  # fmt: skip
