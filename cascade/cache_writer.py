@@ -139,6 +139,8 @@ class Record:
     """Reason -> rows that the training would not draw."""
     unreadable: list[str] = field(default_factory=list)
     """Samples that could not be decoded, and why."""
+    cut_captions: int = 0
+    """How many are longer than the text encoder reads."""
     tar_bytes: int = 0
     feature_bytes: dict[str, int] = field(default_factory=dict)
     largest_error: dict[str, float] = field(default_factory=dict)
@@ -168,6 +170,7 @@ class Record:
             rows=sum(record.rows for record in records),
             samples=sum(record.samples for record in records),
             rejected=added("rejected"),
+            cut_captions=sum(record.cut_captions for record in records),
             unreadable=[one for record in records for one in record.unreadable],
             tar_bytes=sum(record.tar_bytes for record in records),
             feature_bytes=added("feature_bytes"),
@@ -273,6 +276,10 @@ def report(record: Record, dtype: str, variants: int, from_pictures: float, from
         lines += [f"    {one}" for one in record.unreadable[:MOST_TOLD]]
         if len(record.unreadable) > MOST_TOLD:
             lines.append(f"    and {len(record.unreadable) - MOST_TOLD} more, listed in the .cache.json of the tars")
+    if record.cut_captions:
+        lines.append(
+            f"  {record.cut_captions} captions are longer than the text encoder reads: their ends are cut off"
+        )
     lines.append(f"stored as {dtype}; largest error, and error in relation to the numbers' size (rms):")
     lines += [
         f"  {name}: {record.largest_error[name]:.2g}, {100 * record.relative_error(name):.2g} %"

@@ -1,9 +1,19 @@
-"""Captions that are longer than what a text encoder reads, and so lose their end."""
+"""What a text encoder reads of captions: long ones lose their end, and tokens in none of them learn nothing."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from modules.tokenizers import Tokenizer
 
+if TYPE_CHECKING:
+    from modules.tokens import Token
+    from warpcore.core import WarpCore
+
 CLIP_LENGTH = 77
 """Tokens that CLIP's text encoders read, the begin and end tokens included."""
+LOOKED_AT = 1024
+"""Captions that a run looks at when it starts; all of a smaller data set."""
 
 
 def is_cut(tokenizer: Tokenizer, length: int, caption: str) -> bool:
@@ -11,3 +21,55 @@ def is_cut(tokenizer: Tokenizer, length: int, caption: str) -> bool:
     room = length - 2
     # A token stands for at least one byte: most captions need not be taken apart.
     return len(caption.lower().encode()) > room and len(tokenizer.encode(caption)) > room
+
+
+def cut_note(tokenizer: Tokenizer, length: int, captions: Sequence[str], what: str) -> list[str]:
+    """How many of `what` lose their end, if any do."""
+    cut = [caption for caption in captions if is_cut(tokenizer, length, caption)]
+    if not cut:
+        return []
+    return [
+        f"{len(cut)} of {len(captions)} {what} are longer than the {length} tokens that the text encoder reads; the "
+        f"rest of each is cut off, as of {cut[0][:60] + '...'!r}"
+    ]
+
+
+def say_of_captions(run: "WarpCore") -> None:
+    """Say how many captions of a run's data, and which of its `sample_prompts`, its text encoder cuts off.
+
+    A use case may have `texts_of`, from (shard, caption) pairs to the texts that its encoder sees, and `token_notes`,
+    which gets those texts.
+    """
+    seen = run.feed.some_captions(LOOKED_AT)
+    tower = run.networks.get("text")
+    if tower is None or not run.processes.is_main:
+        return
+    texts = run.texts_of(seen) if hasattr(run, "texts_of") else [caption for _, caption in seen]
+    whole = run.feed.plan.num_rows_on_file <= LOOKED_AT
+    what = "captions" if whole else "captions that were looked at"
+    notes = cut_note(tower.tokenizer, tower.length, texts, what)
+    notes += cut_note(tower.tokenizer, tower.length, getattr(run.config, "sample_prompts", []), "sample_prompts")
+    notes += run.token_notes(texts, what) if hasattr(run, "token_notes") else []
+    for note in notes:
+        run.progress.say(note)
+
+
+def unused_tokens(
+    tokenizer: Tokenizer,
+    entries: Sequence[tuple[str, str | None]],
+    tokens: Sequence["Token"],
+    texts: Sequence[str],
+    what: str,
+) -> list[str]:
+    """Notes on those entries of `train_tokens` of whose tokens none stands in a text."""
+    used = {i for text in texts for i in tokenizer.encode(text)}
+    notes = []
+    for name, _ in entries:
+        own = [token.id for token in tokens if token.name == name]
+        own = own or [token.id for token in tokens if re.search(name, token.name)]
+        if used.isdisjoint(own):
+            notes.append(
+                f"train_tokens: {name} stands in none of the {len(texts)} {what}, those of the prior included: it "
+                "learns nothing. Write it into captions or caption_templates as it stands here"
+            )
+    return notes

@@ -1,7 +1,7 @@
 """What a training of LoRA understands, and what its samples are: captions out of templates, masks, prior samples."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -112,6 +112,16 @@ def choose_captions(
         caption if is_prior else templates[i].replace("{caption}", caption)
         for caption, is_prior, i in zip(own, prior, chosen, strict=True)
     ]
+
+
+def texts_read(captions: Sequence[tuple[str, str]], prior: Container[str], templates: Sequence[str]) -> list[str]:
+    """The texts that (shard, caption) pairs become: every template occurs, and the prior's captions stay."""
+    if not templates:
+        return [caption for _, caption in captions]
+    own = [caption for shard, caption in captions if shard not in prior] or [""]
+    pairs = ((templates[i % len(templates)], own[i % len(own)]) for i in range(max(len(own), len(templates))))
+    filled = [template.replace("{caption}", caption) for template, caption in pairs]
+    return filled + [caption for shard, caption in captions if shard in prior]
 
 
 def sample_fields(config: LoraConfig, from_cache: bool = False) -> dict:

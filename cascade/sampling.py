@@ -4,6 +4,7 @@ Pictures, their latents and everything between them are lists of tensors on the 
 may have different sizes. A method loads one network, works through them all in batches, and frees it.
 """
 
+import logging
 import resource
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cascade import build
+from cascade.captions import cut_note
 from cascade.conditions import text_conditions
 from cascade.config import ModelSettings
 from cascade.controlled import Control, ControlledStageC
@@ -33,6 +35,8 @@ from warpcore.random import stable_hash
 Network = TypeVar("Network", bound=nn.Module)
 Size = tuple[int, int]
 GIB = 2**30
+
+logger = logging.getLogger(__name__)
 
 
 class Cascade:
@@ -87,6 +91,8 @@ class Cascade:
         """The text conditions of prompts: `clip_text` (N, L, D) and `clip_text_pooled` (N, 1, P)."""
         with self.holding("text tower", build.text) as tower:
             add_tokens(tower, self.loras)
+            for note in cut_note(tower.tokenizer, tower.length, prompts, "prompts"):
+                logger.warning(note)
             chunks = [
                 prompts[i : i + self.settings.batch_size] for i in range(0, len(prompts), self.settings.batch_size)
             ]

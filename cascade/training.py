@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cascade.beginning import CONVENTIONS, FIRST_CONVENTIONS, check_start_file, same_base, with_target
 from cascade.cache import Feature, Origin, find_cache
+from cascade.captions import say_of_captions
 from cascade.conditions import TEXT, TextMemory, text_conditions
 from cascade.config import DiffusionConfig, FamilySettings
 from cascade.diffusion import make_diffusion
@@ -101,6 +102,10 @@ class DiffusionTraining(CascadeTraining):
         if not self.config.cache_text and self.cache is None:  # a cache has them, but for the empty caption
             return None
         return TextMemory(int(self.config.cache_text_gb * 1e9), lambda text: self.progress.say(text))
+
+    def setup(self) -> None:
+        super().setup()
+        say_of_captions(self)
 
     @property
     def needs_images(self) -> bool:

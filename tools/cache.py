@@ -31,6 +31,7 @@ from tqdm import tqdm
 from cascade.cache import CACHE_NAME, Dtype, Origin, bucket_name, buckets_of, origin_of
 from cascade.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
 from cascade.cached_captions import with_token_ids
+from cascade.captions import is_cut
 from cascade.conditions import TextMemory
 from cascade.training import DiffusionTraining
 from tools.arguments import local_path, positive
@@ -249,6 +250,7 @@ class Caching:
                 for batch in islice(batches, len(chunk.micro_batches)):
                     self._check_others()
                     places, variant = batch.state["places"], batch.state["variant"]
+                    record.cut_captions += self._cut_captions(batch) if variant == 0 else 0
                     for event in batch.events:
                         if places[event.place] not in unreadable:
                             record.unreadable.append(f"{event.source}: {event.reason}")
@@ -261,6 +263,14 @@ class Caching:
                 tar.write(chunk, self.work.texts(number, chunk.rows), made)
                 progress.update(len(chunk.rows))
             record.seconds = time.perf_counter() - began
+
+    def _cut_captions(self, batch: Batch) -> int:
+        """How many captions of a batch, but for those of unreadable samples, lose their end in the text tower."""
+        tower, bad = self.training.networks.get("text"), {event.place for event in batch.events}
+        if tower is None:
+            return 0
+        own = (caption for place, caption in enumerate(batch.captions) if place not in bad)
+        return sum(is_cut(tower.tokenizer, tower.length, caption) for caption in own)
 
     def _made(self, batch: Batch, variant: int) -> dict[str, Tensor | list[Tensor]]:
         """The features of a batch, float32 on the CPU, by name; those of captions only with the first crop."""

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from cascade import lora
 from cascade.cache import PICTURE_SETTINGS, Feature, stored
+from cascade.captions import unused_tokens
 from cascade.conditions import TEXT
-from cascade.lora_config import LoraConfig, choose_captions, sample_fields
+from cascade.lora_config import LoraConfig, choose_captions, sample_fields, texts_read
 from cascade.lora_formats import metadata
 from modules.lora import without_adapters
 from modules.tokens import untrained
@@ -94,6 +95,16 @@ class TrainLora(TrainStageC):
         """The batch with captions out of the templates."""
         templates = self.config.caption_templates
         return replace(batch, captions=choose_captions(batch.captions, self.prior(batch), templates, random))
+
+    def texts_of(self, captions: list[tuple[str, str]]) -> list[str]:
+        """What the text tower sees of (shard, caption) pairs."""
+        prior = self.extra_fields().get("prior")
+        return texts_read(captions, prior.shards if prior else (), self.config.caption_templates)
+
+    def token_notes(self, texts: list[str], what: str) -> list[str]:
+        """Which trained tokens stand in no text."""
+        rows, entries = self.networks.get("tokens"), self.config.train_tokens or []
+        return unused_tokens(self.networks["text"].tokenizer, entries, rows.tokens, texts, what) if rows else []
 
     def encode(self, batch: Batch, random: SampleRandom) -> Inputs:
         tokens = self.networks.get("tokens")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade.captions import say_of_captions
 from modules.clip import ClipSettings, ImageTower, TextTower
 from warpcore.config import Config
 from warpcore.core import Losses, WarpCore
@@ -74,6 +75,10 @@ class TrainTowers(WarpCore):
     def build(self) -> dict[str, nn.Module]:
         settings = self.config.clip
         return {"text": TextTower(settings), "image": ImageTower(settings), "temperature": Temperature()}
+
+    def setup(self) -> None:
+        super().setup()
+        say_of_captions(self)
 
     def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask = self.networks["text"].tokenize(batch.captions)

@@ -276,8 +276,10 @@ class Feed:
         told = check_optional(optional, self.catalog, found.members, found.passed, resumed)
         return [f"training data: {found}", *told]
 
-    def some_captions(self, count: int) -> list[str]:
-        """Captions of the training data: all, or about `count` of more; read by the main process for all."""
+    def some_captions(self, count: int) -> list[tuple[str, str]]:
+        """(shard, caption) of the training data: all, or about `count` of more; read by the main process for all."""
+        if self.reader.captions is None:
+            return []
         return self.processes.on_main(lambda: self.reader.captions_of(self.plan.some_samples(count)))
 
     def _check_plan(self, saved: dict | None) -> None:

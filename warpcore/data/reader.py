@@ -243,12 +243,15 @@ class Reader:
                 batch.extra[name] = compute(batch)
         return batch
 
-    def captions_of(self, samples: Sequence[Sample]) -> list[str]:
-        """The captions of those samples that have a usable one."""
+    def captions_of(self, samples: Sequence[Sample]) -> list[tuple[str, str]]:
+        """(shard, caption) of those samples that have a usable caption; none where the run reads no captions."""
+        if self.captions is None:
+            return []
         found = []
-        for contents in replace(self, pictures=False, extra={})._read(samples) if self.captions else ():
-            with suppress(BadCaption, KeyError):  # whoever trains on the sample reports it
-                found.append(self.captions(contents[self.captions.member]))
+        contents = replace(self, pictures=False, extra={})._read(samples)
+        for sample, members in zip(samples, contents, strict=True):
+            with suppress(BadCaption):  # whoever trains on the sample reports it
+                found.append((sample.shard, self.captions(members[self.captions.member])))
         return found
 
     def _read(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
