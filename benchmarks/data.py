@@ -24,10 +24,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import webdataset
 from PIL import Image
 from torch.nn import functional as F
-from torchvision.transforms import functional as vision
 
 from warpcore.data.buckets import Buckets, resized_size
 from warpcore.data.captions import CaptionGetter
@@ -147,6 +145,8 @@ def loader(paths: list[str], num_workers: int, seconds: float) -> float:
 
 def plain(paths: list[str], num_workers: int, seconds: float) -> float:
     """Samples per second of webdataset + torchvision, as the reference implementation puts them together."""
+    import webdataset
+
     samples = (
         webdataset.WebDataset(paths, resampled=True, shardshuffle=False).decode("torchrgb").to_tuple("jpg", "txt")
     )
@@ -157,6 +157,8 @@ def plain(paths: list[str], num_workers: int, seconds: float) -> float:
 
 
 def bucketed(groups: Iterable[list[tuple[torch.Tensor, str]]]) -> Iterator[torch.Tensor]:
+    from torchvision.transforms import functional as vision
+
     waiting: dict[tuple[int, int], list[torch.Tensor]] = {}
     for group in groups:
         for picture, _ in group:

@@ -14,6 +14,7 @@ forward pass, once as much where weights are frozen. What checkpointing computes
 ControlNet's own backbone (2% of an update of the 3.6B): utilisation is of useful work.
 """
 
+import torch
 from torch import nn
 
 from modules.blocks import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
@@ -21,6 +22,16 @@ from modules.stage_c import StageC
 from modules.unet import UNet
 
 TEXT_TOKENS = 77
+DENSE_BFLOAT16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
+"""Peaks of matrix products without sparsity, from the data sheets (H100: SXM). Large products reach 80% of it."""
+
+
+def dense_peak(device: torch.device) -> float | None:
+    """TFLOP/s that the card could do in bfloat16; None for a CPU or a card that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in DENSE_BFLOAT16_TFLOPS.items() if card in name), None)
 
 
 def forward_flops(network: UNet, positions: int, text_tokens: int = TEXT_TOKENS) -> int:

@@ -9,7 +9,8 @@ that are there; beside it, ours with one technique changed at a time. The plain 
 examples: its StableCascadeUNet under autocast, `clip_grad_norm_`, `torch.optim.AdamW` as it is by default, and peft
 for LoRA. Contenders take turns in one process, each built anew for its turn; a row gives medians over all its updates.
 
-FLOPs, of which utilisation is told, are counted by the formula in `benchmarks/flops.py`.
+Utilisation is the FLOPs of an update, counted by the formula in `benchmarks/flops.py`, over the card's dense bfloat16
+peak, from its data sheet.
 """
 
 import warpcore.openmp
@@ -24,8 +25,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.flops import TEXT_TOKENS, forward_flops
-from benchmarks.peers import diffusers_lora, diffusers_network, diffusers_output
+from benchmarks.flops import TEXT_TOKENS, dense_peak, forward_flops
 from cascade.diffusion import latent_size
 from cascade.versions import VERSIONS
 from modules.controlnet import ControlNet
@@ -39,8 +39,7 @@ from warpcore.meta import PeakMemory
 
 GIB = 2**30
 NO_TIME = "no time left: raise --seconds, or choose --cases"
-PEAK_TFLOPS = {"H200": 790, "H100": 790, "A100": 280}
-"""What large bfloat16 matrix products reach, measured (the data sheets say 989 and 312)."""
+PLAIN_LOOP = "diffusers, plain loop"
 SMALL_C = {"c_cond": 384, "c_hidden": [384, 384], "nhead": [6, 6], "blocks": [[1, 2], [2, 1]], "dropout": 0.0}
 SMALL_B = {
     "c_cond": 192, "c_hidden": [64, 128, 256, 256], "nhead": [-1, -1, 4, 4], "blocks": [[1, 1, 2, 1], [1, 2, 1, 1]],
@@ -110,6 +109,9 @@ class Technique:
     fused_feed_forward: bool = True
     fused_optimizer: bool = True
     compiled: bool = True
+    whole: str | None = None
+    """Compile the whole network instead of its blocks, in this mode of `torch.compile`; "reduce-overhead" records CUDA
+    graphs, which pays where launching kernels takes longer than they do."""
     fp8: bool = False
     bfloat16_weights: bool = False
     checkpointing: int | None = None
@@ -131,6 +133,8 @@ def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
     if device.type == "cuda":
         return [
             ours, replace(plain, name="- compile"), *rest,
+            replace(ours, name="whole network compiled", whole="default"),
+            replace(ours, name="+ CUDA graphs", whole="reduce-overhead"),
             replace(ours, name="+ fp8", fp8=True, cases=trained),
             replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained),
         ]  # fmt: skip
@@ -204,7 +208,9 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
         compute.to_fp8(network, device)
     level = case.checkpointing if technique.checkpointing is None else technique.checkpointing
     network.set_activation_checkpointing(level)
-    if technique.compiled:
+    if technique.whole:
+        network.compile(mode=technique.whole)
+    elif technique.compiled:
         compute.compile_blocks(network, device)
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     groups = [{"params": list(named.values()), "param_names": list(named)}]
@@ -217,6 +223,8 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
     never = torch.zeros((), device=device)
 
     def update() -> None:
+        if technique.whole:
+            torch.compiler.cudagraph_mark_step_begin()  # memory of the update before may be written over
         with autocast(device):
             further = {} if control is None else {"cnet": trained(control)}
             loss = (network(**given, **further).float() - target).square().mean()
@@ -231,6 +239,8 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
 
 
 def make_theirs(case: Case, device: torch.device) -> Contender:
+    from benchmarks.peers import diffusers_lora, diffusers_network, diffusers_output
+
     with device:
         network = diffusers_network(case.stage, case.arguments).train()
         given, target = inputs_of(case, device)
@@ -296,7 +306,7 @@ def free(device: torch.device) -> None:
 
 def contenders(case: Case, device: torch.device, levels: bool) -> Iterator[tuple[str, Callable[[], Contender]]]:
     if case.trained != "ControlNet" and not levels:
-        yield "diffusers, plain loop", lambda: make_theirs(case, device)
+        yield PLAIN_LOOP, lambda: make_theirs(case, device)
     for technique in techniques(device, levels):
         if case.trained in technique.cases:
             yield technique.name, lambda technique=technique: make_ours(case, technique, device)
@@ -321,7 +331,7 @@ def measure(
                 took, memory = turn(make, updates, device)
             except torch.OutOfMemoryError:
                 results[name] = "out of memory"
-            except ValueError as error:  # what the machine cannot do says so
+            except (ValueError, ImportError) as error:  # what the machine cannot do, or has not installed
                 results[name] = str(error)
             else:
                 seconds[name] += took
@@ -333,9 +343,8 @@ def measure(
 def show(case: Case, results: dict[str, tuple | str], device: torch.device) -> None:
     with torch.device("meta"):
         flops = update_flops(case, case.stage(**case.arguments))
-    peak = next((t for name, t in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None) if (
-        device.type == "cuda") else None  # fmt: skip
-    theirs = results.get("diffusers, plain loop")
+    peak = dense_peak(device)
+    theirs = results.get(PLAIN_LOOP)
     for name, result in results.items():
         if isinstance(result, str):
             print(f"| {case} | {name} | {result} | | | | | |", flush=True)

@@ -1,0 +1,127 @@
+"""Part `memory` of `benchmarks/gpu.py`: what tools/memory.py counts beside the measured peaks of updates."""
+
+from functools import partial
+
+from benchmarks.gpu_part import Bench, Outcome, Part, Row
+from benchmarks.gpu_scripts import built_on_device, pictures, published_sizes, script_settings, use_case
+from cascade.build import only_shapes
+from tools.search_batch_size import search
+from warpcore.config import Config, make_config
+from warpcore.core import WarpCore
+from warpcore.rehearsal import Needs, OnShapes, Rehearsal, bucket_sizes
+
+GIB, MIB = 2**30, 2**20
+TARGET = 0.10
+"""The plan may be this much above the peak, and never below it."""
+MOST_OFF = 0.30
+"""A plan that is further off than this is a fault, not a shortfall."""
+FITTING = [1, 2, 4, 8, 16, 32, 64]
+"""Micro-batches that are tried for the largest."""
+CPU_LIMIT = 8 * GIB
+
+FULL = {"activation_checkpointing": 0}
+CHECKPOINTED = {"activation_checkpointing": 3}
+CONFIGS: list[tuple[str, str, str, int, dict]] = [
+    ("1B full", "train_c", "1B", 4, FULL),
+    ("1B full, checkpointing 3", "train_c", "1B", 4, CHECKPOINTED),
+    ("1B full, offload encoders", "train_c", "1B", 4, {"offload": ["encoders"]}),
+    ("1B full, offload encoders and activations", "train_c", "1B", 4,
+     CHECKPOINTED | {"offload": ["encoders", "activations"]}),
+    ("1B full, bfloat16 weights", "train_c", "1B", 4, {"weights_dtype": "bfloat16"}),
+    ("1B full, Adafactor", "train_c", "1B", 4, {"optimizer": "adafactor"}),
+    ("1B full, EMA", "train_c", "1B", 4, {"ema_start_iters": 0}),
+    ("1B full, EMA in the CPU's memory", "train_c", "1B", 4, {"ema_start_iters": 0, "ema_device": "cpu"}),
+    ("1B LoRA", "train_c_lora", "1B", 4, FULL),
+    ("3.6B LoRA", "train_c_lora", "3.6B", 3, FULL),
+    ("3.6B LoRA, checkpointing 3", "train_c_lora", "3.6B", 3, CHECKPOINTED),
+    ("1B ControlNet", "train_c_controlnet", "1B", 4, FULL),
+    ("3.6B full, checkpointing 3", "train_c", "3.6B", 4, CHECKPOINTED),
+]  # fmt: skip
+"""(name, script, model version, micro-batch, settings), 1024 px."""
+TINY = ("1B full", "1B full, checkpointing 3", "1B full, offload encoders and activations", "1B LoRA")
+SEARCHED = ("1B full", "1B full, checkpointing 3", "1B LoRA", "3.6B LoRA, checkpointing 3")
+
+
+def prepared(name: str, bench: Bench, batch: int | None = None) -> tuple[type[WarpCore], Config, int]:
+    """Use case, configuration and micro-batch of a config in the table; mini and small with `tiny`."""
+    _, script, version, micro, changes = next(config for config in CONFIGS if config[0] == name)
+    micro = batch or micro
+    size = {"model_version": "mini", "image_size": 128} if bench.tiny else {
+        "model_version": version, "image_size": 1024, "dtype": None,
+        "webdataset_path": str(pictures(bench, 8, 256)),
+    }  # fmt: skip
+    settings = script_settings(bench, script, "memory", bench.device, batch_size=micro, **size, **changes)
+    kind = use_case(script)
+    return built_on_device(kind), make_config(kind.Config, settings), micro
+
+
+def planned(kind: type[WarpCore], config: Config, micro: int, bench: Bench) -> Needs:
+    with only_shapes(), OnShapes(kind, config, bench.device.type) as shapes:
+        return shapes.needs(bucket_sizes(shapes.run)[0], micro)
+
+
+def config_row(name: str, bench: Bench) -> Outcome:
+    with published_sizes(bench):
+        kind, config, micro = prepared(name, bench)
+        needs = planned(kind, config, micro, bench)
+        on_cuda = bench.device.type == "cuda"
+        with Rehearsal(kind, config, None if on_cuda else CPU_LIMIT) as rehearsal:
+            measured = rehearsal.measure(bucket_sizes(rehearsal.run)[0], micro)
+    plan = needs.total if on_cuda else needs.total + needs.on_cpu  # a CPU has one memory
+    cells = {"micro-batch": str(micro), "planned": _size(plan), "in the CPU's memory": _size(needs.on_cpu)}
+    if measured is None:
+        return Outcome([cells | {"measured": "out of memory"}], "out of memory")
+    seconds, peak = measured
+    ratio = plan / peak
+    met = "met" if 1 <= ratio <= 1 + TARGET else "missed"
+    cells |= {"measured": _size(peak), "planned / measured": f"{ratio:.3f}", "ms": f"{seconds * 1000:.0f}",
+              "target": f"1 to {1 + TARGET:.2f}: {met}"}  # fmt: skip
+    failure = "" if abs(ratio - 1) <= MOST_OFF else f"the plan is {ratio:.2f} times the peak"
+    return Outcome([cells], failure)
+
+
+def search_row(name: str, bench: Bench) -> Outcome:
+    """The largest micro-batch that fits, and what the planner says of it and of twice as many."""
+    fitting = FITTING[:3] if bench.tiny else FITTING
+    with published_sizes(bench):
+        kind, config, _ = prepared(name, bench, fitting[-1])
+        with Rehearsal(kind, config, CPU_LIMIT if bench.device.type == "cpu" else None) as rehearsal:
+            size = bucket_sizes(rehearsal.run)[0]
+            found = search(rehearsal, size, fitting, fitting[0], None, "size")
+        totals = [planned(kind, config, micro, bench).total for micro in (found, 2 * found)]
+    cells = {"micro-batch": str(found), "planned": f"{_size(totals[0])} (twice as many: {_size(totals[1])})"}
+    return Outcome([cells])
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def rows(bench: Bench) -> list[Row]:
+    names = [name for name, *_ in CONFIGS if not bench.tiny or name in TINY]
+    found = [Row(name, partial(config_row, name)) for name in names]
+    searched = SEARCHED[:1] if bench.tiny else SEARCHED
+    return found + [Row(f"largest micro-batch: {name}", partial(search_row, name)) for name in searched]
+
+
+PART = Part(
+    name="memory",
+    title="Memory: the planner beside measured peaks",
+    about=f"""
+`tools/memory.py`'s count beside the most that PyTorch's allocator gave out during the second of two updates (on a CPU:
+what tensors take), 1024 px, random weights; text and image towers have the published widths and one layer, in both.
+Target: the plan is within {TARGET:.0%} of the peak and never below it. A row fails if the plan is off by more than
+{MOST_OFF:.0%}. What offloading costs is the difference in ms per update. The largest micro-batches are those that
+`tools/search_batch_size.py` finds.
+""",
+    columns=(
+        "micro-batch",
+        "planned",
+        "measured",
+        "planned / measured",
+        "in the CPU's memory",
+        "ms",
+        "target",
+    ),
+    rows=rows,
+)

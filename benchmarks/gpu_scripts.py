@@ -1,0 +1,182 @@
+"""Runs of the training scripts at small or published sizes with random weights: what the parts of `gpu.py` measure.
+
+Nothing is downloaded: networks get seeded random weights where no file of theirs comes with the repository.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from benchmarks.data import photographs, write_tars
+from benchmarks.gpu_part import Bench, no_waiting
+from cascade import versions
+from modules.stage_c import StageC
+from warpcore.config import make_config
+from warpcore.core import WarpCore
+
+SCRIPTS: dict[str, dict] = {
+    "train_c": {"clip_image_dropout": 0.5},
+    "train_c_lora": {"module_filters": [".attn"], "rank": 4, "clip_image_dropout": 1.0},
+    "train_c_controlnet": {
+        "controlnet_blocks": [0, 2], "controlnet_filter": "CannyFilter", "clip_image_dropout": 1.0,
+        "controlnet_filter_params": {"resize": 64},
+    },
+    "train_b": {},
+    "train_b joint": {"train_encoder": True},
+    "train_a": {"discriminator_start": 1, "discriminator_channels": 8},
+    "train_encoder": {},
+    "train_towers": {
+        "words": ["a", "photograph", "number"], "tower_width": 16, "tower_heads": 2, "text_length": 6,
+        "text_layers": 1, "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
+    },
+}  # fmt: skip
+"""What each script needs beside the common settings; a word after the name is another way to run it."""
+
+
+def use_case(name: str) -> type[WarpCore]:
+    """The use case of a script in `SCRIPTS`."""
+    module = importlib.import_module(f"train.{name.split()[0]}")
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    return next(kind for kind in own if issubclass(kind, WarpCore))
+
+
+def pictures(bench: Bench, count: int, side: int) -> Path:
+    """A folder of tars with `count` photographs of about side^2 px and captions."""
+    folder = bench.scratch / f"{count}_pictures_of_{side}"
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        write_tars(photographs(count, side**2, 1.5 * side**2), partial)
+        partial.rename(folder)
+    return folder
+
+
+def mini_generator(bench: Bench) -> Path:
+    """Weights of a mini Stage C that predicts something: random, also in the layers that start as zeros."""
+    path = bench.scratch / "mini_stage_c.safetensors"
+    if not path.exists():
+        torch.manual_seed(0)
+        network = StageC(**versions.VERSIONS["mini"].stage_c)
+        for parameter in network.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+        save_file(network.state_dict(), path)
+    return path
+
+
+def script_settings(bench: Bench, name: str, run: str, device: torch.device, **changes) -> dict:
+    """Settings of two updates of a script: with the mini cascade in float32, if the changes say nothing else."""
+    every = {
+        "experiment_id": run, "checkpoint_path": str(bench.scratch / "runs"), "model_version": "mini", "updates": 2,
+        "webdataset_path": str(pictures(bench, 8, 64)), "batch_size": 4, "image_size": 64, "num_workers": 0,
+        "log_every": 1, "device": device.type, "lr": 1e-3, "seed": 3, "dtype": "float32", "allow_tf32": False,
+        "crop_mode": "center",
+    }  # fmt: skip
+    if changes.get("model_version", "mini") == "mini":  # fresh networks predict zeros, in every precision
+        stage_b = name.startswith("train_b")
+        every["generator_checkpoint_path"] = str(versions.MINI.folder / "stage_b.safetensors" if stage_b else
+                                                 mini_generator(bench))  # fmt: skip
+    common = {key: value for key, value in every.items() if key in use_case(name).Config.model_fields}
+    return common | SCRIPTS[name] | changes
+
+
+def train(bench: Bench, kind: type[WarpCore], settings: dict, status: int = 0, watched: bool = True) -> list[dict]:
+    """Run a use case from scratch; the lines of its metrics. The second and later updates may not wait for the GPU."""
+
+    class Watched(kind):
+        def _make_update(self, batches, lr):
+            if self.update == 0 or not watched:  # kernels are compiled and chosen in the first one
+                return super()._make_update(batches, lr)
+            with no_waiting(self.device):
+                return super()._make_update(batches, lr)
+
+    Watched.__name__ = kind.__name__
+    torch.compiler.reset()
+    found = Watched(make_config(kind.Config, settings)).run()
+    if found != status:
+        raise RuntimeError(f"the run ended with status {found} instead of {status}")
+    return metrics(settings)
+
+
+def fresh(settings: dict) -> dict:
+    """The settings; what an earlier run of this name left is removed."""
+    shutil.rmtree(Path(settings["checkpoint_path"]) / settings["experiment_id"], ignore_errors=True)
+    return settings
+
+
+def metrics(settings: dict) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    path = Path(settings["checkpoint_path"]) / settings["experiment_id"] / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_cache(bench: Bench, name: str, settings: dict) -> Path:
+    """A cache of the features of a run's data, as tools/cache.py writes it."""
+    from tools.cache import Caching
+
+    out = bench.scratch / f"cache_{name.replace(' ', '_')}_{settings['model_version']}"
+    if not out.exists():
+        kind = use_case(name)
+        config = make_config(kind.Config, settings)
+        partial = out.with_suffix(".partial")
+        with closing(Caching(kind(config), partial, "float32", 1, settings["batch_size"])) as caching:
+            caching.run()
+        partial.rename(out)
+    return out
+
+
+@contextmanager
+def published_sizes(bench: Bench) -> Iterator[None]:
+    """Inside, all sizes but mini find random weights of the networks around the trained one. They have the published
+    sizes, except for the text and image towers, which have the published widths but one layer. With `tiny` nothing
+    changes."""
+    if bench.tiny:
+        yield
+        return
+    from modules.clip import ClipSettings, ImageTower, TextTower
+    from modules.effnet import EfficientNetEncoder
+    from modules.previewer import Previewer
+    from modules.stage_a import StageA
+
+    folder = bench.scratch / "published"
+    if not folder.exists():
+        torch.manual_seed(0)
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(EfficientNetEncoder().state_dict(), partial / "effnet_encoder.safetensors")
+        save_file(StageA().state_dict(), partial / "stage_a.safetensors")
+        save_file(Previewer().state_dict(), partial / "previewer.safetensors")
+        text = {"width": 1280, "heads": 20, "layers": 1, "context_length": 77}
+        TextTower(ClipSettings(1280, text_cfg=text, words=["photograph"])).save(partial / "text.safetensors")
+        image = {"width": 1024, "head_width": 64, "layers": 1, "image_size": 224, "patch_size": 14}
+        ImageTower(ClipSettings(768, vision_cfg=image)).save(partial / "image.safetensors")
+        partial.rename(folder)
+    before = dict(versions.VERSIONS)
+    for name in before.keys() - {"mini"}:
+        versions.VERSIONS[name] = replace(
+            before[name], folder=folder, text_tower=str(folder / "text.safetensors"),
+            image_tower=str(folder / "image.safetensors"),
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        versions.VERSIONS.update(before)
+
+
+def built_on_device(kind: type[WarpCore]) -> type[WarpCore]:
+    """A use case whose random weights are drawn on its device: 3.6 billion take minutes on a CPU."""
+
+    class OnDevice(kind):
+        def build(self):
+            with self.device:
+                return super().build()
+
+    return OnDevice
