@@ -160,30 +160,32 @@ def _run_worker(part: Part, bench: Bench, table: Table, log: Path) -> None:
     worker = context.Process(target=_work, args=(part, bench, table.missing, there, log), daemon=False)
     worker.start()
     there.close()
-    began, died = time.time(), f"{FAIL}: the process of this row died, see {log.name}"
-    try:
-        while table.missing:
-            if not here.poll(max(0.0, bench.seconds_left)):
-                died = f"{FAIL}: stopped after {time.time() - began:.0f} s, at the time limit of the part"
-                raise EOFError
-            name, outcome, status = here.recv()
-            table.add(name, status, outcome.lines, time.time() - began)
-            print(f"{part.name}: {name}: {status}", flush=True)
-            began = time.time()
-    except EOFError:
+    began, ended, died = time.time(), False, ""
+    while table.missing and not ended and not died:
+        if not here.poll(max(0.0, bench.seconds_left)):
+            died = f"{FAIL}: stopped after {time.time() - began:.0f} s, at the time limit of the part"
+            continue
+        try:
+            name, outcome, status, ended = here.recv()
+        except EOFError:
+            died = f"{FAIL}: the process of this row died, see {log.name}"
+            continue
+        table.add(name, status, outcome.lines, time.time() - began)
+        print(f"{part.name}: {name}: {status}", flush=True)
+        began = time.time()
+    if died:
         name = table.missing[0]
         table.add(name, died, [], time.time() - began)
         print(f"{part.name}: {name}: {died}", flush=True)
-    finally:
-        here.close()
-        worker.join(CLOSING_SECONDS if not table.missing else 0.1)
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
+        worker.kill()
+    worker.join(CLOSING_SECONDS)
+    if worker.is_alive():
+        worker.kill()
+        worker.join()
 
 
 def _work(part: Part, bench: Bench, names: list[str], results: Connection, log: Path) -> None:
-    """The worker: measures rows in order and sends (name, outcome, status) of each."""
+    """The worker: measures rows in order and sends (name, outcome, status, whether it ends after this row) of each."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(file, 1)
@@ -194,7 +196,7 @@ def _work(part: Part, bench: Bench, names: list[str], results: Connection, log: 
         print(f"\n==== {name}", flush=True)
         outcome, status = measured(rows[name], bench)
         broken = _gpu_error(bench)
-        results.send((name, outcome, status if not broken else f"{FAIL}: {broken}"))
+        results.send((name, outcome, f"{FAIL}: {broken}" if broken else status, bool(broken)))
         if broken:  # CUDA stays in this state until the process ends: another one measures what is left
             return
 
@@ -234,7 +236,11 @@ def _end_with_parent() -> None:
 def describe_machine(bench: Bench) -> str:
     device = bench.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    size = " Tiny sizes: figures say nothing about a GPU." if bench.tiny else ""
+    size = (
+        " Tiny: mini networks and small pictures stand in for those named; figures say nothing about a GPU."
+        if bench.tiny
+        else ""
+    )
     when = time.strftime("%Y-%m-%d %H:%M")
     return f"{when}, {name}, torch {torch.__version__}, Python {platform.python_version()}.{size}".rstrip(".")
 

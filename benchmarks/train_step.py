@@ -109,9 +109,9 @@ class Technique:
     fused_feed_forward: bool = True
     fused_optimizer: bool = True
     compiled: bool = True
-    whole: str | None = None
-    """Compile the whole network instead of its blocks, in this mode of `torch.compile`; "reduce-overhead" records CUDA
-    graphs, which pays where launching kernels takes longer than they do."""
+    whole: dict | None = None
+    """Compile the whole network instead of its blocks, with these arguments of `torch.compile`. The mode
+    "reduce-overhead" records CUDA graphs, which pays where launching kernels takes longer than they do."""
     fp8: bool = False
     bfloat16_weights: bool = False
     checkpointing: int | None = None
@@ -133,8 +133,8 @@ def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
     if device.type == "cuda":
         return [
             ours, replace(plain, name="- compile"), *rest,
-            replace(ours, name="whole network compiled", whole="default"),
-            replace(ours, name="+ CUDA graphs", whole="reduce-overhead"),
+            replace(ours, name="whole network compiled", whole={}),
+            replace(ours, name="+ CUDA graphs", whole={"mode": "reduce-overhead"}),
             replace(ours, name="+ fp8", fp8=True, cases=trained),
             replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained),
         ]  # fmt: skip
@@ -208,8 +208,8 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
         compute.to_fp8(network, device)
     level = case.checkpointing if technique.checkpointing is None else technique.checkpointing
     network.set_activation_checkpointing(level)
-    if technique.whole:
-        network.compile(mode=technique.whole)
+    if technique.whole is not None:
+        network.compile(**technique.whole)
     elif technique.compiled:
         compute.compile_blocks(network, device)
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
@@ -223,7 +223,7 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
     never = torch.zeros((), device=device)
 
     def update() -> None:
-        if technique.whole:
+        if technique.whole is not None:
             torch.compiler.cudagraph_mark_step_begin()  # memory of the update before may be written over
         with autocast(device):
             further = {} if control is None else {"cnet": trained(control)}
@@ -313,10 +313,19 @@ def contenders(case: Case, device: torch.device, levels: bool) -> Iterator[tuple
 
 
 def measure(
-    case: Case, device: torch.device, turns: int, updates: int, deadline: float, levels: bool
+    case: Case,
+    device: torch.device,
+    turns: int,
+    updates: int,
+    deadline: float,
+    levels: bool = False,
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, tuple | str]:
-    """Median seconds and most bytes by contender, or why there are none."""
-    made = dict(contenders(case, device, levels))
+    """Median seconds and most bytes by contender, or why there are none.
+
+    deadline: `time.monotonic()` after which no turn begins. wanted: by a contender's name, whether it takes part.
+    """
+    made = {name: make for name, make in contenders(case, device, levels) if wanted(name)}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     results: dict[str, tuple | str] = {}
     for _ in range(turns):

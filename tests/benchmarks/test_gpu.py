@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_part
 from benchmarks.gpu_part import FAIL, NOT_HERE, OK, Bench, NotHere, Outcome, Part, Row, run_part, status_of
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,11 @@ def elsewhere(bench: Bench) -> Outcome:
 
 def killed(bench: Bench) -> Outcome:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def poisons(bench: Bench) -> Outcome:
+    gpu_part._gpu_error = lambda bench: "the GPU is in an error state"
+    return Outcome([])
 
 
 def endless(bench: Bench) -> Outcome:
@@ -69,15 +74,16 @@ def lines_of(folder: Path) -> list[list[str]]:
 
 @pytest.mark.integration
 def test_a_row_that_fails_is_marked_costs_no_other_row_and_gives_a_status(tmp_path):
-    table = run_part(part(off, broken, killed, elsewhere, good), bench_in(tmp_path))
+    table = run_part(part(off, broken, killed, elsewhere, poisons, good), bench_in(tmp_path))
     rows = lines_of(tmp_path)
-    assert [row[0] for row in rows] == ["off", "broken", "killed", "elsewhere", "good", "good"]
+    assert [row[0] for row in rows] == ["off", "broken", "killed", "elsewhere", "poisons", "good", "good"]
     assert rows[0][1] == f"{FAIL}: 3 is more than 2"
     assert rows[0][3] == "3"  # a figure that failed its check is still told
     assert rows[1][1] == f"{FAIL}: ValueError: no figure / at all"
     assert rows[2][1].startswith(f"{FAIL}: the process of this row died")
     assert rows[3][1] == f"{NOT_HERE}: it needs a GPU"
-    assert rows[4][1] == OK
+    assert rows[4][1] == f"{FAIL}: the GPU is in an error state"
+    assert rows[5][1] == OK
     assert "Traceback" in (tmp_path / "trial.log").read_text(encoding="utf-8")
     assert status_of([table]) == 1
 

@@ -73,6 +73,21 @@ def test_contenders_make_updates(trained):
         assert memory > sum(p.nbytes for p in parameters)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["full", "LoRA"])
+def test_a_network_that_is_compiled_as_a_whole_makes_the_same_updates(trained):
+    least = UNIFORM | {"c_hidden": [32], "nhead": [2], "blocks": [[1], [1]]}
+    case, weights = Case(StageC, least, "small", trained, 256, batch=1), []
+    for whole in (None, {"backend": "aot_eager"}):
+        torch.manual_seed(0)
+        contender = make_ours(case, Technique(compiled=False, whole=whole), CPU)
+        for _ in range(2):
+            contender.update()
+        weights.append([t.detach() for t in contender.there if isinstance(t, torch.nn.Parameter)])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_on_a_cpu_nothing_is_rounded():
     with autocast(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
