@@ -141,9 +141,6 @@ def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
     return [ours, replace(ours, name="+ compile", compiled=True), *rest]
 
 
-# ---------------------------------------------------------------- FLOPs
-
-
 def update_flops(case: Case, network: UNet) -> int:
     """Useful FLOPs of an update of a case."""
     return case.batch * (3 if case.trained == "full" else 2) * forward_flops(network, case.positions)
