@@ -49,7 +49,12 @@ class Trainer:
         environment.pop("OMP_WAIT_POLICY", None)
         self.seconds: dict[bool, list[float]] = {False: [], True: []}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", MEASURE], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", MEASURE],
+            env=environment,
+            text=True,
+            encoding="utf-8",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def turn(self, updates: int, beside_work: bool) -> None:
