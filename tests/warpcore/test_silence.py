@@ -10,7 +10,9 @@ from tests.warpcore.runs import finish, start, tiny_settings, torchrun, write_sh
 from warpcore.data.loader import Loader
 from warpcore.data.reader import Reader
 
-OWN_LINES = re.compile(r"\s*(\d+%\|.*|training data: .*|update \d+: samples in .*|\S+ is at update \d+.*)?")
+OWN_LINES = re.compile(
+    r"\s*(\d+%\|.*|training data: .*|epoch \d+ is over: .*|update \d+: samples in .*|\S+ is at update \d+.*)?"
+)
 
 
 @pytest.mark.integration
