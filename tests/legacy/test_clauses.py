@@ -76,6 +76,20 @@ def test_every_layer_of_an_old_lora_is_what_it_was_and_of_a_new_one_is_every_lay
     assert old.keys() < new.keys()
 
 
+def test_a_new_run_takes_an_old_cache_unless_a_caption_has_other_token_ids(old_files):
+    begin("cached_bpe")
+    with pytest.raises(UserError, match=r"cache_quotes .*token_ids .*tools/cache\.py"):
+        begin("cached_quotes")
+
+
+def test_a_key_that_an_old_config_has_and_its_script_does_not_use_is_a_message(old_files, caplog):
+    go_on("runs/stage_c", "configs/stage_c.yaml")
+    check_lines(Path("runs/stage_c"), "runs/stage_c")
+    assert "stage_a_checkpoint_path: this script has no use for it" in caplog.text
+    with pytest.raises(UserError, match="stage_a_checkpoint_path"):
+        begin("stage_c")
+
+
 def begin(name: str) -> None:
     """A new run with the config of an old one."""
     place = f"runs/{name}"
