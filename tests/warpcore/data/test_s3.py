@@ -178,6 +178,7 @@ def read_in_child(url, answers):
         answers.put(str(error))
 
 
+@pytest.mark.integration
 def test_a_forked_process_says_that_it_can_not_read_instead_of_hanging(bucket):
     url = bucket.put("x.tar", b"x")
     read_ranges(url, [(0, 1)])
