@@ -76,10 +76,19 @@ def encoder_file(settings: ModelSettings) -> Path:
 
 def previewer(settings: ModelSettings, from_scratch: bool = False) -> Previewer:
     """The previewer that turns Stage C's latents into small pictures, with its weights (or random ones)."""
-    path = settings.previewer_checkpoint_path or settings.version.folder / "previewer.safetensors"
-    path = None if from_scratch else path
+    path = None if from_scratch else previewer_file(settings)
     network = with_weights(lambda: Previewer(**settings.version.previewer), path, "previewer_checkpoint_path")
     return network.to(memory_format=torch.channels_last)
+
+
+def previewer_file(settings: ModelSettings) -> Path:
+    """Where the weights of the previewer are."""
+    return settings.previewer_checkpoint_path or settings.version.folder / "previewer.safetensors"
+
+
+def has_previewer(settings: ModelSettings) -> bool:
+    """Whether they are there, or have to be: a path that was given and leads nowhere is an error of `previewer`."""
+    return settings.previewer_checkpoint_path is not None or _ONLY_SHAPES.get() or previewer_file(settings).is_file()
 
 
 def text(settings: ModelSettings, token_ids: str = "clip") -> TextTower:

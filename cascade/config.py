@@ -91,4 +91,5 @@ class StageCConfig(DiffusionConfig):
     clip_image_dropout: Share = 0.9
     """Share of the samples without the image condition; at 1 the image tower is not even loaded."""
     sample_prompts: list[str] = []
-    """Captions to draw at every save; without them those of held-out samples are taken."""
+    """Captions to draw at every save; without them those of held-out samples, or else of a few training samples, are
+    taken."""

@@ -63,7 +63,7 @@ class LoraConfig(StageCConfig):
     @model_validator(mode="before")
     @classmethod
     def _prior_samples_are_drawn_too(cls, values: dict[str, Any]) -> dict[str, Any]:
-        data, prior = (_listed(values.get(key)) for key in ("webdataset_path", "prior_path"))
+        data, prior = (listed(values.get(key)) for key in ("webdataset_path", "prior_path"))
         if data and prior:  # the saved config of a run holds the joined list: join once
             values = values | {"webdataset_path": data + [entry for entry in prior if entry not in data]}
         return values
@@ -97,7 +97,8 @@ class LoraConfig(StageCConfig):
         )
 
 
-def _listed(paths: Any) -> list:
+def listed(paths: Any) -> list:
+    """The entries of a `webdataset_path`."""
     return paths if isinstance(paths, list) else [] if paths is None else [paths]
 
 

@@ -132,9 +132,7 @@ class TrainStageA(CascadeTraining):
     def weights(self) -> dict[str, dict[str, Tensor]]:
         return {"stage_a": self.networks["stage_a"].state_dict()}
 
-    def sample(self, held_out: Batch | None) -> list[Sampled]:
-        if held_out is None:
-            return []
+    def sample(self, held_out: Batch) -> list[Sampled]:
         images = held_out.images[: self.config.sample_count].to(self.device)
         columns = {"picture": to_uint8(images)}
         for name, from_codes in {"rebuilt": False, "from codes": True}.items():

@@ -117,9 +117,7 @@ class TrainStageB(DiffusionTraining):
         positions = [side // self.networks["generator"].patch_size for side in latents.shape[2:]]
         return enlarge(seen, positions, self.device)
 
-    def sample(self, held_out: Batch | None) -> list[Sampled]:
-        if held_out is None:
-            return []
+    def sample(self, held_out: Batch) -> list[Sampled]:
         config, networks = self.config, self.networks
         count, stage_a = min(config.sample_count, len(held_out.keys)), networks["stage_a"]
         captions = held_out.captions[:count]

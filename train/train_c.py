@@ -28,8 +28,19 @@ class TrainStageC(DiffusionTraining):
     Config = StageCConfig
 
     def build(self) -> dict[str, nn.Module]:
-        networks = {"generator": build.stage_c(self.config), "previewer": build.previewer(self.config)}
+        networks = {"generator": build.stage_c(self.config)}
+        if build.has_previewer(self.config):
+            networks["previewer"] = build.previewer(self.config)
+        else:
+            self.cannot_draw = (
+                "no sample pictures are drawn: there are no weights of the previewer in "
+                f"{build.previewer_file(self.config)} (previewer_checkpoint_path; models/download.py fetches them)"
+            )
         return networks | self.encoders()
+
+    @property
+    def draws_samples(self) -> bool:
+        return not self.config.sample_prompts
 
     def encoders(self) -> dict[str, nn.Module]:
         networks = {"encoder": build.encoder(self.config), "text": build.text(self.config, self.kept["tokenizer"])}
@@ -69,9 +80,7 @@ class TrainStageC(DiffusionTraining):
 
     def sample(self, held_out: Batch | None) -> list[Sampled]:
         config = self.config
-        prompts = (config.sample_prompts or (held_out.captions if held_out else []))[: config.sample_count]
-        if not prompts:
-            return []
+        prompts = (config.sample_prompts or held_out.captions)[: config.sample_count]
         if config.sample_prompts:
             return Sampled.rows(prompts, self.draw(prompts, (config.image_size, config.image_size)))
         if held_out.images is None:

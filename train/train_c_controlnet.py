@@ -51,6 +51,7 @@ class TrainControlNet(TrainStageC):
     trainable = {"controlnet": {}}
     start_files = ("generator_checkpoint_path", "controlnet_checkpoint_path")
     frozen_base = True
+    draws_samples = True  # for their pictures
     without: np.ndarray | None = None  # drawings without the ControlNet, which stay the same
 
     def build(self) -> dict[str, nn.Module]:
@@ -96,10 +97,8 @@ class TrainControlNet(TrainStageC):
     def file_metadata(self) -> dict[str, str]:
         return super().file_metadata() | file_metadata(self.config)
 
-    def sample(self, held_out: Batch | None) -> list[Sampled]:
+    def sample(self, held_out: Batch) -> list[Sampled]:
         """Held-out pictures, their conditions, and drawings without and with the ControlNet, from the same noise."""
-        if held_out is None:
-            return []
         count = min(self.config.sample_count, len(held_out.keys))
         prompts = (self.config.sample_prompts or held_out.captions)[:count]
         made = self.filter.filter_batch(held_out, len(prompts))

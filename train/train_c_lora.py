@@ -20,7 +20,7 @@ from cascade import lora
 from cascade.cache import PICTURE_SETTINGS, Feature, stored
 from cascade.captions import unused_tokens
 from cascade.conditions import TEXT
-from cascade.lora_config import LoraConfig, choose_captions, sample_fields, texts_read
+from cascade.lora_config import LoraConfig, choose_captions, listed, sample_fields, texts_read
 from cascade.lora_formats import metadata
 from modules.lora import without_adapters
 from modules.tokens import untrained
@@ -118,6 +118,12 @@ class TrainLora(TrainStageC):
         latents, conditions, mask, weight = inputs
         losses = self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions), mask=mask)
         return replace(losses, loss=losses.loss * weight)
+
+    def data_to_draw(self) -> list:
+        """What the LoRA is about, not what it should not forget."""
+        config = self.config
+        prior = listed(config.prior_path)
+        return [entry for entry in listed(config.webdataset_path) if entry not in prior]
 
     def sample(self, held_out: Batch | None) -> list[Sampled]:
         return super().sample(held_out and self.captioned(held_out, SampleRandom(held_out.seeds)))

@@ -75,9 +75,7 @@ class TrainEncoder(CascadeTraining):
             "previewer": self.networks["previewer"].state_dict(),
         }
 
-    def sample(self, held_out: Batch | None) -> list[Sampled]:
-        if held_out is None:
-            return []
+    def sample(self, held_out: Batch) -> list[Sampled]:
         images = held_out.images[: self.config.sample_count].to(self.device)
         rebuilt = self.networks["previewer"](self.networks["encoder"](normalise_images(images.float() / 255)))
         columns = {"picture": to_uint8(images), "rebuilt": to_pictures(rebuilt, held_out.size)}

@@ -80,6 +80,10 @@ class WarpCore:
     """Whether the loader reads pictures."""
     needs_captions: ClassVar[bool] = True
     """Whether every sample needs a caption; without them `Batch.captions` are empty."""
+    cannot_draw: str | None = None
+    """Why no sample pictures are drawn, which is told once; set by `build` where a network for them is missing."""
+    draws_samples: bool = True
+    """Whether `sample` is given samples to draw pictures for, of validation or else of the training data."""
     bucket_factor: int = 1
     """Sides of training pictures are multiples of this many pixels."""
     resumed: int | None = None
@@ -107,8 +111,13 @@ class WarpCore:
         raise NotImplementedError
 
     def sample(self, held_out: Batch | None) -> list[Sampled]:
-        """Pictures to look at, the same ones each time. `held_out` are validation samples, when there are any."""
+        """Pictures to look at, the same ones each time. `held_out` are validation samples or, without any, a few of
+        the training data; None where `draws_samples` is false."""
         return []
+
+    def data_to_draw(self) -> Any:
+        """Where those of the training data come from, written like `webdataset_path`."""
+        return self.config.webdataset_path
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         """Change state that is not a gradient, given the statistics of all samples of an update in global order."""
@@ -200,6 +209,8 @@ class WarpCore:
             resume_update=resumed,
         )
         self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
+        if self.cannot_draw:
+            self.progress.say(self.cannot_draw)
         if resumed is not None:
             self.progress.say(f"{config.run_place} is at update {resumed}" + (
                 "" if resumed < config.updates else

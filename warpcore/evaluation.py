@@ -16,7 +16,7 @@ from warpcore.pictures import grid, save_png
 from warpcore.random import stable_hash
 
 if TYPE_CHECKING:
-    from warpcore.core import WarpCore
+    from warpcore.core import Sampled, WarpCore
 
 MOST_COLUMNS = 8
 """Pictures side by side in a sheet of samples."""
@@ -71,7 +71,7 @@ def complete(run: "WarpCore") -> None:
     line = run.processes.decide(run.metrics.last_line())
     if run.feed.plan.has_validation and not any(name.startswith("validation_") for name in line):
         validate(run)
-    if not run.processes.on_main(lambda: _has_samples(run)):
+    if _draws(run) and not run.cannot_draw and not run.processes.on_main(lambda: _has_samples(run)):
         draw(run)
 
 
@@ -115,22 +115,25 @@ def _summed(run: "WarpCore", totals: dict[str, Tensor]) -> dict[str, list[float]
 
 
 def draw(run: "WarpCore") -> None:
-    """Draw pictures with the weights and with their average, from the same noise, side by side."""
-    held_out = run.feed.held_out()
-    with weights_in_use(run, average=False), run.autocast():
-        rows = run.sample(held_out)
-    if not rows:
+    """Draw pictures with the weights and with their average, from the same noise, side by side.
+
+    Where memory is too short for it, a message says so, and the run goes on without pictures.
+    """
+    if run.cannot_draw or not _draws(run):
         return
-    if len(_variants(run)) > 1:
-        with weights_in_use(run, average=True), run.autocast():
-            pairs = list(zip(rows, run.sample(held_out), strict=True))
-        drawn = [
-            name for name in rows[0].pictures
-            if any(not np.array_equal(row.pictures[name], other.pictures[name]) for row, other in pairs)
-        ]  # fmt: skip
-        for row, averaged in pairs:
-            row.pictures |= {f"{name} (EMA)": averaged.pictures[name] for name in drawn}
-    if not run.processes.is_main:
+    try:
+        rows = _drawn_rows(run)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_short_of_memory(error):
+            raise
+        run.cannot_draw = (
+            f"no more sample pictures are drawn: there is too little memory for them ({_first_line(error)})"
+        )
+        run.progress.say(run.cannot_draw)
+        return
+    for note in run.feed.take_notes():
+        run.progress.say(note)
+    if not rows or not run.processes.is_main:
         return
     pictures = [picture for row in rows for picture in row.pictures.values()]
     captions = [f"{name}: {row.caption}" for row in rows for name in row.pictures]
@@ -140,6 +143,40 @@ def draw(run: "WarpCore") -> None:
     save_png(path, sheet, {"update": str(run.update)})
     run.tracker.images(run.update, "samples", sheet, f"update {run.update}")
     run.progress.say(f"update {run.update}: samples in {path}")
+
+
+def _draws(run: "WarpCore") -> bool:
+    """Whether the use case has anything to show."""
+    from warpcore.core import WarpCore
+
+    return type(run).sample is not WarpCore.sample
+
+
+def _drawn_rows(run: "WarpCore") -> list["Sampled"]:
+    """A row of pictures per sample, with the averaged weights' beside those that they change."""
+    held_out = run.feed.to_draw(run.data_to_draw()) if run.draws_samples else None
+    with weights_in_use(run, average=False), run.autocast():
+        rows = run.sample(held_out)
+    if not rows or len(_variants(run)) == 1:
+        return rows
+    with weights_in_use(run, average=True), run.autocast():
+        pairs = list(zip(rows, run.sample(held_out), strict=True))
+    drawn = [
+        name for name in rows[0].pictures
+        if any(not np.array_equal(row.pictures[name], other.pictures[name]) for row, other in pairs)
+    ]  # fmt: skip
+    for row, averaged in pairs:
+        row.pictures |= {f"{name} (EMA)": averaged.pictures[name] for name in drawn}
+    return rows
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    """The allocator of the CPU raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _variants(run: "WarpCore") -> list[tuple[str, bool]]:

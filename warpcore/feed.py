@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from warpcore.config import Config
 from warpcore.data.buckets import Buckets
@@ -82,7 +82,7 @@ class Feed:
         self._marks: deque[_Mark] = deque(maxlen=MARKS)
         self._loader: Loader | None = None
         self._validation_loader: Loader | None = None
-        self._held_out: Batch | None = None
+        self._to_draw: Batch | None = None
         captions = CaptionGetter.parse(config.captions_getter) if needs_captions else None
         self.plan = self._make_plan(bucket_factor, captions, extra, needs_images)
         self._check_plan(saved)
@@ -170,16 +170,26 @@ class Feed:
             self._notes += [f"bad validation sample {event.source}: {event.reason}" for event in batch.events]
             yield batch, counted if i < self._num_own_validation else []
 
-    def held_out(self, num_samples: int = 16) -> Batch | None:
-        """Validation samples of one size, at most `num_samples`, to draw pictures for."""
-        if self._held_out is None:
+    def to_draw(self, training_data: Any, num_samples: int = 16) -> Batch:
+        """Samples of one size, at most `num_samples`, to draw pictures for: of validation, or else of `training_data`.
+
+        training_data: written like `webdataset_path`.
+        """
+        if self._to_draw is None:
             planned = list(islice(self.plan.validation(), num_samples))
             if planned:
                 alike = [sample for each in planned if each.size == planned[0].size for sample in each.samples]
                 chosen = replace(planned[0], samples=tuple(alike[:num_samples]))
-                with _explained("validation data"):
-                    self._held_out = self.reader.__getitems__(chosen).to(self.processes.device)
-        return self._held_out
+            else:
+                catalog = self.processes.on_main(lambda: open_catalog(resolve_sources(training_data)))
+                chosen = self.plan.to_draw(catalog, num_samples)
+                self._notes += [
+                    f"pictures are drawn for {len(chosen.samples)} samples of the training data, the same ones each "
+                    "time, as there are none for validation (validation_samples: 16 holds some out)"
+                ] * self.processes.is_main
+            with _explained("data to draw pictures for"):
+                self._to_draw = self.reader.__getitems__(chosen).to(self.processes.device)
+        return self._to_draw
 
     def take_notes(self) -> list[str]:
         """What people should read about the data (collective), each once."""

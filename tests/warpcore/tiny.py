@@ -45,8 +45,6 @@ class Denoiser(WarpCore):
         self.mean_loss.running_mean.lerp_(statistics["raw"].mean(), 0.1)
 
     def sample(self, held_out):
-        if held_out is None:
-            return []
         clean = self.networks["generator"](held_out.images.float() / 127.5 - 1).clamp(-1, 1)
         pictures = ((clean + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
         return [Sampled(c, {"sample": p}) for c, p in zip(held_out.captions[:4], pictures, strict=False)]

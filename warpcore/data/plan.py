@@ -1,6 +1,7 @@
 """The plan: which rows make up which micro-batch. Pure: it reads index rows, never a picture."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +16,19 @@ from warpcore.data.catalog import Catalog
 from warpcore.data.filters import Filter
 from warpcore.data.lanes import BucketChoice, Lane, Recipe, fresh_state
 from warpcore.data.samples import MicroBatch, Sample
-from warpcore.data.selection import PASS_ROWS, Piece, Selection, Survey, as_pieces, cut, hold_out, make_samples, survey
+from warpcore.data.selection import (
+    PASS_ROWS,
+    Piece,
+    Rows,
+    Selection,
+    Survey,
+    as_pieces,
+    choose_by_hash,
+    cut,
+    hold_out,
+    make_samples,
+    survey,
+)
 from warpcore.data.storage import real_url
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
@@ -241,9 +254,25 @@ class Plan:
             places = np.arange(len(rows.numbers))
             if self._validation is None:
                 places = places[np.isin(rows.numbers, held_out[piece.shard])]
-            shard, name = catalog.shard(piece.shard), catalog.name(piece.shard)
-            seeds = [stable_hash(self._recipe.seed, "validation", name, row) for row in rows.numbers[places].tolist()]
-            yield make_samples(rows.table.take(pa.array(places)), [shard] * len(places), seeds)
+            yield self._samples(catalog, piece.shard, rows, places)
+
+    def _samples(self, catalog: Catalog, shard: int, rows: Rows, places: np.ndarray) -> list[Sample]:
+        """Rows of a shard as samples for validation or drawing: always with the same seeds."""
+        name, numbers = catalog.name(shard), rows.numbers[places].tolist()
+        seeds = [stable_hash(self._recipe.seed, "validation", name, row) for row in numbers]
+        return make_samples(rows.table.take(pa.array(places)), [catalog.shard(shard)] * len(places), seeds)
+
+    def to_draw(self, catalog: Catalog, count: int) -> MicroBatch:
+        """At most `count` rows of a training catalog, of one bucket, chosen by the hash of their keys."""
+        chosen, _ = choose_by_hash(catalog, self._unheld, count)
+        samples: list[Sample] = []
+        for shard, numbers in chosen.items():
+            rows = self._unheld.load(catalog, Piece(shard, 0, int(catalog.rows[shard])))
+            samples += self._samples(catalog, shard, rows, np.flatnonzero(np.isin(rows.numbers, numbers)))
+        sizes = self._recipe.sizes_of(samples)
+        commonest = Counter(sizes).most_common(1)[0][0]
+        alike = [sample for sample, size in zip(samples, sizes, strict=True) if size == commonest]
+        return MicroBatch(0, commonest, tuple(alike), 0, {}, 0)
 
 
 def _shared_shards(catalog: Catalog, validation: Catalog) -> dict[int, np.ndarray]:

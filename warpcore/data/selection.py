@@ -199,13 +199,27 @@ def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) 
 
 
 def hold_out(catalog: Catalog, selection: Selection, count: int, candidates: int = 262_144) -> dict[int, np.ndarray]:
-    """Choose `count` rows by the hash of their keys: shard number -> row numbers, sorted.
-
-    Of a large data set only so many shards (by the hash of their names) are looked at that they hold `candidates`
-    rows, so that the choice costs no pass over all indexes.
+    """Choose `count` rows for validation by the hash of their keys: shard number -> row numbers, sorted.
 
     Raises:
         UserError: no row would be left for training.
+    """
+    chosen, found = choose_by_hash(catalog, selection, count, candidates)
+    if found <= count:
+        raise UserError(
+            f"validation_samples: {count} leaves no row for training: only {found} of {catalog.num_rows} rows "
+            "can be drawn"
+        )
+    return chosen
+
+
+def choose_by_hash(
+    catalog: Catalog, selection: Selection, count: int, candidates: int = 262_144
+) -> tuple[dict[int, np.ndarray], int]:
+    """At most `count` rows by the hash of their keys, shard number -> row numbers, sorted; and of how many.
+
+    Of a large data set only so many shards (by the hash of their names) are looked at that they hold `candidates`
+    rows, so that the choice costs no pass over all indexes.
     """
     hashes: list[tuple[int, int, int]] = []
     looked_at = 0
@@ -217,15 +231,10 @@ def hold_out(catalog: Catalog, selection: Selection, count: int, candidates: int
         rows = selection.load(catalog, piece)
         keys = rows.table["key"].to_pylist()
         hashes += [(stable_hash(key), number, row) for key, row in zip(keys, rows.numbers.tolist(), strict=True)]
-    if len(hashes) <= count:
-        raise UserError(
-            f"validation_samples: {count} leaves no row for training: only {len(hashes)} of {catalog.num_rows} rows "
-            "can be drawn"
-        )
     chosen: dict[int, list[int]] = {}
     for _, number, row in sorted(hashes)[:count]:
         chosen.setdefault(number, []).append(row)
-    return {number: np.array(sorted(rows)) for number, rows in sorted(chosen.items())}
+    return {number: np.array(sorted(rows)) for number, rows in sorted(chosen.items())}, len(hashes)
 
 
 def _any_of(suffixes: Sequence[str]) -> str:
