@@ -1,5 +1,6 @@
 """Worker processes: order, errors, death and the end of them."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -124,6 +125,25 @@ def test_a_killed_worker_is_an_error_and_no_hang(micro_batches):
 
 def hang(url, ranges, version):
     time.sleep(1000)
+
+
+def full_for_a_batch(url, ranges, version):
+    """As PyTorch says it in a worker."""
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)")
+
+
+def full_for_a_semaphore(url, ranges, version):
+    """As the semaphores of `multiprocessing` say it."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("read", [full_for_a_batch, full_for_a_semaphore])
+def test_full_shared_memory_is_named_and_does_not_read_as_a_full_disk(micro_batches, read):
+    told = r"shared memory /dev/shm, .* is full .* no disk is.*--shm-size=8g"
+    loader = Loader(micro_batches, Reader(captions=TXT, read_ranges=read), num_workers=1)
+    with loader, pytest.raises(UserError, match=told):
+        next(iter(loader))
 
 
 def test_closing_does_not_wait_for_a_worker_that_hangs(micro_batches):
