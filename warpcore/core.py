@@ -5,12 +5,10 @@ A use case subclasses `WarpCore` and overrides a handful of hooks; everything el
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,42 +25,13 @@ from warpcore.processes import Vote, choose_dtype, explain, start_processes, sto
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
 from warpcore.random import SampleRandom, stable_hash
+from warpcore.results import Losses, Sampled
 from warpcore.signals import stop_signals
 from warpcore.state import RunState
 from warpcore.statistics import BatchNormStatistics, in_global_order
 from warpcore.tracking import make_tracker
 
 STOPPED_EARLY = 85  # exit status after a stop signal: the run is saved and wants to be started again
-
-
-@dataclass
-class Losses:
-    """What a use case's `loss` returns.
-
-    loss: (B,) per sample, minimised. raw: (B,) before weighting. statistics: per-sample tensors (B, ...) that
-    `update_state` gets. metrics: further numbers per sample (B,) to report, in training and in validation.
-    """
-
-    loss: Tensor
-    raw: Tensor
-    statistics: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Sampled:
-    """One row of the sample grid: a caption and pictures (uint8 H W 3) by column."""
-
-    caption: str
-    pictures: dict[str, np.ndarray]
-
-    @classmethod
-    def rows(cls, captions: Sequence[str], columns: Mapping[str, Sequence[np.ndarray]]) -> list["Sampled"]:
-        """A row for each caption, from columns of as many pictures or more."""
-        return [
-            cls(caption, {name: pictures[i] for name, pictures in columns.items()})
-            for i, caption in enumerate(captions)
-        ]
 
 
 class WarpCore:

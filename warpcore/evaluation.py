@@ -16,7 +16,8 @@ from warpcore.pictures import grid, save_png
 from warpcore.random import stable_hash
 
 if TYPE_CHECKING:
-    from warpcore.core import Sampled, WarpCore
+    from warpcore.core import WarpCore
+    from warpcore.results import Sampled
 
 MOST_COLUMNS = 8
 """Pictures side by side in a sheet of samples."""

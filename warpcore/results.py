@@ -1,0 +1,37 @@
+"""What the hooks of a use case return: losses, and pictures to look at."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass
+class Losses:
+    """What a use case's `loss` returns.
+
+    loss: (B,) per sample, minimised. raw: (B,) before weighting. statistics: per-sample tensors (B, ...) that
+    `update_state` gets. metrics: further numbers per sample (B,) to report, in training and in validation.
+    """
+
+    loss: Tensor
+    raw: Tensor
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Sampled:
+    """One row of the sample grid: a caption and pictures (uint8 H W 3) by column."""
+
+    caption: str
+    pictures: dict[str, np.ndarray]
+
+    @classmethod
+    def rows(cls, captions: Sequence[str], columns: Mapping[str, Sequence[np.ndarray]]) -> list["Sampled"]:
+        """A row for each caption, from columns of as many pictures or more."""
+        return [
+            cls(caption, {name: pictures[i] for name, pictures in columns.items()})
+            for i, caption in enumerate(captions)
+        ]
