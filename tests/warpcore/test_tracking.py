@@ -108,6 +108,7 @@ def test_tensorboard_forgets_what_lies_beyond_the_checkpoint(tmp_path):
     assert shown == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
 
 
+@pytest.mark.integration
 def test_wandb_offline_writes_steps_pictures_config_and_alerts(tmp_path):
     tracker = start(tmp_path, project="demo")
     tracker.log(1, {"loss": 2.0})
@@ -152,6 +153,7 @@ def test_a_resumed_wandb_run_logs_no_step_twice(tmp_path, monkeypatch):
     assert (asked["id"], asked["resume"]) == ("run1", "allow")
 
 
+@pytest.mark.integration
 def test_wandb_without_a_network_goes_on_offline_and_says_so(tmp_path, monkeypatch, caplog):
     import wandb
 
