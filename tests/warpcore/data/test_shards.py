@@ -174,7 +174,7 @@ def test_links_in_a_folder_are_followed_once_and_dead_ones_named(folder):
     ("content", "message"),
     [
         (b"- [a.tar", "sets.yml is not valid YAML"),
-        (b"- caf\xe9.tar", "sets.yml is not valid YAML"),
+        (b"- caf\xe9.tar", "sets.yml is not UTF-8 text"),
         (b"- {path: sets.yml}", "sets.yml names another .yml, sets.yml"),
         (b"- [[sets.yml]]", "names another .yml"),
     ],
