@@ -110,6 +110,8 @@ def load_into(network: nn.Module, rows: TokenRows | None, path: Path, filters: S
         raise LoraFileError(
             f"{path} does not hold what this run trains: {differing[0]} is {where}{_hint(differing, there)}"
         )
+    if lora.missing_tokens:
+        logger.warning("lora_checkpoint_path %s: %s", path, missing_tokens(lora))
     for name, adapter in there.items():
         try:
             _fill(adapter, lora.adapters[name])

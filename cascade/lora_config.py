@@ -42,7 +42,7 @@ class LoraConfig(StageCConfig):
     lora_init: Literal["zero_up", "published"] = "zero_up"
     """What adapters start from. Both change nothing at first; `published`, the reference's, learns in larger steps."""
     lora_checkpoint_path: Path | None = None
-    """A LoRA with the same layers, rank and tokens to start from, in any format."""
+    """A LoRA with the same layers, rank and tokens to start from, in any format; its alpha may be another."""
     train_tokens: list[tuple[str, str | None]] | None = None
     """Tokens to train: `['[fernando]', '^dog</w>']`, a new one that starts as the mean of those that a regular
     expression finds in the vocabulary, or `['^snail', null]`, those that it finds."""

@@ -74,7 +74,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoraFileError(f"there is no LoRA file {path}")
     try:
         if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True), {}
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict):
+                raise ValueError("it holds no tensors by name")
+            return tensors, {}
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # whatever unpickling may raise
@@ -126,10 +129,8 @@ def _with_tokens_beside(lora: Lora, path: Path, about: Mapping[str, str]) -> Lor
 
 
 def _holds_embedding(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with safe_open(file, "pt") as opened:
-        return embeddings.is_embedding(list(opened.keys()))
+    """Whether there is an embedding as we export it, and no file of something else with the name of a token."""
+    return file.is_file() and set(_read_tensors(file)[0]) == {embeddings.TENSOR}
 
 
 def _check(adapters: Mapping[str, Adapter], there: Mapping[str, Place]) -> None:

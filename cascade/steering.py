@@ -26,7 +26,8 @@ class SteeringSettings(DrawingSettings):
     """Keys of scripts that draw with Stage C."""
 
     lora: list[FileName] = []
-    """LoRAs, whose changes add up: FILE or FILE:STRENGTH each, in any format, or folders of runs that made one."""
+    """LoRAs, whose changes add up: FILE or FILE:STRENGTH each, in any format, or folders of runs that made one;
+    embeddings of tokens too."""
     controlnet: list[Path] = []
     """ControlNets that all count: files, or folders of runs that made one."""
     control_image: list[Path] = []
