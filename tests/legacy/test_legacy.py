@@ -2,12 +2,12 @@
 
 import importlib
 import json
-import logging
 import sys
 from pathlib import Path
 
 import boto3
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -17,7 +17,9 @@ from tests.legacy.conftest import HERE
 from tests.s3_server import Bucket, s3_endpoint, talk_to
 from warpcore.config import load_config
 from warpcore.data.catalog import open_catalog
+from warpcore.data.index import read_rows
 from warpcore.data.shards import resolve_sources
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 EXPECTED = json.loads((HERE / "expected.json").read_text())
@@ -55,10 +57,29 @@ def variants(names):
     return [pytest.param(name, marks=() if Path(name).name in REPRESENTATIVE else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("place", variants(place for place in EXPECTED if place.startswith("runs/")))
+NAMED = {"runs/doubled": "a.tar", "runs/repeated_keys": "r.tar"}
+"""Runs on data that mean something else now, and what a run that stops at them names."""
+GOES_ON = [place for place in EXPECTED if place.startswith("runs/") and place not in NAMED]
+
+
+@pytest.mark.parametrize("place", variants(GOES_ON))
 def test_an_old_run_goes_on_as_the_old_commit_would(old_files, place):
     go_on(place, f"configs/{Path(place).name}.yaml")
     check_lines(Path(place), place)
+
+
+@pytest.mark.parametrize("place", NAMED)
+def test_an_old_run_on_data_that_mean_something_else_now_goes_on_or_names_them(old_files, place):
+    config = f"configs/{Path(place).name}.yaml"
+    try:
+        go_on(place, config)
+    except UserError as error:
+        assert NAMED[place] in str(error)
+        assert "on_data_change: new_epoch" in str(error)
+        assert go_on(place, config, "on_data_change=new_epoch").update == 4
+    else:
+        check_lines(Path(place), place)
+    assert [json.loads(line)["update"] for line in Path(place, "metrics.jsonl").open()] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("place", ["runs/stage_c", pytest.param("runs/lora", marks=pytest.mark.slow)])
@@ -82,13 +103,14 @@ def test_an_old_run_on_s3_goes_on_as_the_old_commit_would(old_files, s3_endpoint
 
 
 @pytest.mark.parametrize("path", variants(["data", "quotes", "cache", "cache_bpe"]))
-def test_an_old_index_is_used(old_files, path, caplog, monkeypatch):
-    indexes = {index: index.read_bytes() for index in Path(path).glob("*.parquet")}
-    with caplog.at_level(logging.INFO):
-        catalog = open_catalog(resolve_sources(path))
-    assert len(catalog) == len(list(Path(path).glob("*.tar")))
+def test_an_old_index_is_used_without_a_warning(old_files, path, caplog):
+    old = {name: pq.read_table(f"{name}.index.parquet") for name in map(str, sorted(Path(path).glob("*.tar")))}
+    catalog = open_catalog(resolve_sources(path))
+    assert len(catalog) == len(old)
     assert not caplog.records
-    assert {index: index.read_bytes() for index in Path(path).glob("*.parquet")} == indexes
+    for number, rows in enumerate(old.values()):
+        now = read_rows(catalog.shard(number), rows.column_names)
+        assert now.equals(rows.replace_schema_metadata(None))
 
 
 @pytest.mark.parametrize("name", variants(old_cascade.DRAWINGS))
