@@ -31,7 +31,7 @@ def test_a_script_trains_without_the_packages_that_it_does_not_use(script, missi
         "webdataset_path": str(write_shard(tmp_path / "a.tar", 4, (64, 64))), "batch_size": 2, "image_size": 64,
         "num_workers": 0, "device": "cpu",
     }  # fmt: skip
-    keys = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    keys = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     command = [sys.executable, "-c", BLOCKED_RUN, json.dumps(missing), str(ROOT / "train" / f"{script}.py"), *keys]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300

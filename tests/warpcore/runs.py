@@ -67,7 +67,7 @@ def numbers(lines: list[dict]) -> list[tuple]:
 
 def start(settings: dict, script: Path = TINY, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     """Run a script in a process of its own."""
-    arguments = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    arguments = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(script), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
