@@ -2,7 +2,7 @@
 
     python3 benchmarks/gpu.py smoke --out results
     python3 benchmarks/gpu.py smoke golden steps memory data --out results     # one after the other
-    python3 benchmarks/gpu.py smoke --out results --rows "train_c:"            # rows whose names contain a text
+    python3 benchmarks/gpu.py smoke --out more_results --rows train_b          # rows whose names contain a text
     python3 benchmarks/gpu.py smoke golden steps memory data --out results --tiny   # on a CPU
 
 smoke   every training script, two updates in every mode, compared with the CPU's float32
@@ -11,14 +11,16 @@ steps   speed, utilisation and memory of updates at the published sizes, beside 
 memory  what tools/memory.py counts beside measured peaks; the cost of offloading; the largest micro-batches
 data    whether the loader feeds the device; caches beside pictures; copies; the pause of a checkpoint
 
-A part writes OUT/PART.md, row by row, and OUT/PART.log. The exit status is 1 if a row failed its check or is missing.
-Parts need no network. `smoke` from pictures needs open_clip; fp8 and nf4 need torchao.
+A part writes OUT/PART.md, row by row, and OUT/PART.log, over those of an earlier start. The exit status is 1 if a row
+failed its check or is missing. Data, runs and checkpoints (up to 80 GB in `data`) go to a temporary folder (TMPDIR).
+Nothing needs a network. Beside PyTorch and what the engine needs, smoke, memory and data need open_clip, the plain
+loop in steps diffusers and peft, and single rows torchao, schedulefree or bitsandbytes.
 """
 
 import argparse
 import importlib
-import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -45,13 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python3 benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
     tables = []
-    for name in given.parts:
-        part = load_part(name)
-        bench = Bench(given.out.absolute(), given.tiny, time.time() + (given.seconds or part.seconds), given.device)
-        table = run_part(part, bench, given.rows, command)
-        print(f"{table.path}: {len(table.failed)} failed, {len(table.missing)} missing", flush=True)
-        tables.append(table)
-    shutil.rmtree(given.out / "scratch", ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="warpcore_gpu_") as scratch:
+        for name in given.parts:
+            part = load_part(name)
+            deadline = time.time() + (given.seconds or part.seconds)
+            bench = Bench(given.out.absolute(), given.tiny, deadline, Path(scratch), given.device)
+            table = run_part(part, bench, given.rows, command)
+            print(f"{table.path}: {len(table.failed)} failed, {len(table.missing)} missing", flush=True)
+            tables.append(table)
     return status_of(tables)
 
 

@@ -7,6 +7,7 @@ the traceback of every error.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import platform
@@ -39,6 +40,8 @@ class Bench:
     """Small sizes, few rows: for a CPU."""
     deadline: float
     """`time.time()` at which the part is stopped."""
+    scratch: Path
+    """Folder for data and runs, shared by the rows of all parts; nothing in it is a result."""
     device_name: str = "auto"
 
     @property
@@ -49,13 +52,6 @@ class Bench:
     @property
     def seconds_left(self) -> float:
         return self.deadline - time.time()
-
-    @property
-    def scratch(self) -> Path:
-        """Folder for data and runs, shared by the rows of all parts; nothing in it is a result."""
-        folder = self.out / "scratch"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def needs_cuda(self, what: str) -> None:
         if self.device.type != "cuda":
@@ -88,6 +84,8 @@ class Part:
     rows: Callable[[Bench], list[Row]]
     seconds: float = 500
     """Time limit: a part ends in under nine minutes."""
+    row_seconds: float = 240
+    """Time limit of a row; one that hangs costs no more than this."""
 
 
 @dataclass
@@ -162,8 +160,10 @@ def _run_worker(part: Part, bench: Bench, table: Table, log: Path) -> None:
     there.close()
     began, ended, died = time.time(), False, ""
     while table.missing and not ended and not died:
-        if not here.poll(max(0.0, bench.seconds_left)):
-            died = f"{FAIL}: stopped after {time.time() - began:.0f} s, at the time limit of the part"
+        left = min(bench.seconds_left, began + part.row_seconds - time.time())
+        if not here.poll(max(0.0, left)):
+            whose = "row" if bench.seconds_left > 0 else "part"
+            died = f"{FAIL}: stopped after {time.time() - began:.0f} s, at the time limit of the {whose}"
             continue
         try:
             name, outcome, status, ended = here.recv()
@@ -221,6 +221,7 @@ def _gpu_error(bench: Bench) -> str:
         return ""
     try:
         torch.cuda.synchronize()
+        gc.collect()
         torch.cuda.empty_cache()
         return ""
     except RuntimeError as error:

@@ -191,4 +191,5 @@ and have no rows.
         "target",
     ),
     rows=rows,
+    row_seconds=500,
 )
