@@ -131,7 +131,7 @@ class Record:
     """What became of a shard, or of several."""
 
     source: tuple[int, str] = (0, "")
-    """Size in bytes and etag of the tar of pictures."""
+    """Size in bytes and content hash of the tar of pictures; of older caches, its etag."""
     rows: int = 0
     samples: int = 0
     """How many of the rows have features."""
@@ -188,7 +188,8 @@ class Record:
             return None
         values = json.loads(path.read_text(encoding="utf-8"))
         found = cls(**(values | {"source": tuple(values["source"])}))
-        return found if found.source == (source.size_bytes, source.etag) else None
+        accepted = [(source.size_bytes, identity) for identity in (source.content, source.etag)]
+        return found if found.source in accepted else None
 
 
 class CacheTar:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from warpcore.data.images import BadPicture, decode
-from warpcore.data.index import picture_size
+from warpcore.data.member_headers import picture_size
 from warpcore.errors import UserError
 
 

@@ -242,7 +242,7 @@ class Caching:
 
     def _encode_shard(self, number: int, batches: Iterator[Batch], progress: tqdm) -> None:
         began, shard = time.perf_counter(), self.catalog.shard(number)
-        record = Record((shard.size_bytes, shard.etag), rejected=dict(self.work.select(number).rejected))
+        record = Record((shard.size_bytes, shard.content), rejected=dict(self.work.select(number).rejected))
         with new_tar(self._path(number), record, self.dtype) as tar:
             for chunk in self.work.chunks(number):
                 made: list[dict[str, Tensor]] = [{} for _ in range(len(chunk.rows))]

@@ -20,9 +20,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from tqdm import tqdm
 
 from warpcore.data.catalog import read_summaries, write_manifests
-from warpcore.data.index import CACHE_VARIABLE, Summary, index_shard
+from warpcore.data.index import Summary, index_shard
 from warpcore.data.samples import PICTURE_EXTENSIONS
 from warpcore.data.shards import Shard, resolve_sources
+from warpcore.data.sidecars import CACHE_VARIABLE
 from warpcore.data.storage import complete_url, is_remote, storage_for
 from warpcore.data.tars import BLOCK_BYTES, read_samples
 from warpcore.errors import UserError, run_script

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from cascade.poses import read_people
 from tools.picture_folder import Entry
 from warpcore.data.images import MAX_PIXELS, BadPicture, decode_alike, place
-from warpcore.data.index import picture_size
+from warpcore.data.member_headers import picture_size
 from warpcore.data.picture_files import extension
 from warpcore.data.samples import FORMATS
 from warpcore.text import EncodingError, decode_text

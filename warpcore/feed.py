@@ -1,5 +1,6 @@
 """The data of a run: the plan, the loader, and the position in it that a checkpoint keeps."""
 
+import socket
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,12 @@ from typing import Any, NamedTuple
 from warpcore.config import Config
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
-from warpcore.data.catalog import open_catalog
+from warpcore.data.catalog import Catalog, open_catalog
 from warpcore.data.disk_cache import DiskCache
 from warpcore.data.filters import Filter
 from warpcore.data.loader import Loader
 from warpcore.data.optional_members import check_optional, optional_members
-from warpcore.data.plan import Plan, describe_difference
+from warpcore.data.plan import Plan
 from warpcore.data.reader import BadSample, Batch, Reader
 from warpcore.data.samples import PICTURE_FACTS
 from warpcore.data.shards import resolve_sources
@@ -246,7 +247,8 @@ class Feed:
         config = self.config
         catalog, held_out = (
             # One process reads the indexes, which may be many; the others get the result.
-            path and self.processes.on_main(lambda path=path: open_catalog(resolve_sources(path)))
+            path
+            and self._on_this_machine(self.processes.on_main(lambda path=path: open_catalog(resolve_sources(path))))
             for path in (config.webdataset_path, config.validation_path)
         )
         for each in (catalog, held_out):
@@ -292,8 +294,29 @@ class Feed:
             return []
         return self.processes.on_main(lambda: self.reader.captions_of(self.plan.some_samples(count)))
 
+    def _on_this_machine(self, catalog: Catalog) -> Catalog:
+        """The main process's catalog for the copies of the tars that this machine may have.
+
+        Of the processes of a machine the first one reads what has to be read; the others find it remembered.
+
+        Raises:
+            UserError: on all processes, where the copy of one holds other data.
+        """
+        hosts = self.processes.gather(socket.gethostname())
+        own, is_first = hosts[self.processes.rank], hosts.index(hosts[self.processes.rank]) == self.processes.rank
+        for turn in (True, False) if len(set(hosts)) > 1 else ():
+            fault = None
+            if is_first == turn and own != hosts[0]:
+                try:
+                    catalog = catalog.on_this_machine()
+                except (UserError, OSError) as error:
+                    fault = str(error)
+            if faults := list(filter(None, self.processes.gather(fault))):
+                raise UserError("; ".join(dict.fromkeys(faults)))
+        return catalog
+
     def _check_plan(self, saved: dict | None) -> None:
-        difference = describe_difference(saved["fingerprint"], self.plan.fingerprint) if saved else None
+        difference = self.plan.difference(saved["fingerprint"]) if saved else None
         if difference is None:
             return
         if self.config.on_data_change == "error":

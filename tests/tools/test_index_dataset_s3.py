@@ -15,7 +15,8 @@ from tests.s3_server import talk_to
 from tests.warpcore.data.tars import catalog_of, write_shard
 from tools.index_dataset import main
 from warpcore.data.catalog import MANIFEST_NAME
-from warpcore.data.index import CACHE_VARIABLE, INDEX_SUFFIX
+from warpcore.data.index import INDEX_SUFFIX
+from warpcore.data.sidecars import CACHE_VARIABLE
 
 pytestmark = pytest.mark.integration
 

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -19,13 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from warpcore.data.index import UNREADABLE, Summary, index_locations, index_shard, read_summary, write_beside
+from warpcore.data.identity import remembered
+from warpcore.data.index import UNREADABLE, Summary, index_shard, read_summary
 from warpcore.data.shards import Shard, Source
-from warpcore.data.storage import StorageError, Version, in_parallel, storage_for
+from warpcore.data.sidecars import ABSENT, locations, write_beside
+from warpcore.data.storage import StorageError, Version, in_parallel, is_remote, real_url, storage_for
 from warpcore.errors import UserError
 
 MANIFEST_NAME = "dataset.manifest.parquet"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 MAX_LISTED_SHARDS = 10_000
 """A fingerprint names so many shards at most, so that checkpoints stay small."""
 MANIFEST_WORTHWHILE_SHARDS = 8
@@ -38,6 +41,8 @@ _SCHEMA = pa.schema(
         ("etag", pa.string()),
         ("rows", pa.int64()),
         ("problems", pa.int64()),
+        ("content", pa.string()),
+        ("renumbered", pa.bool_()),
         ("names", pa.dictionary(pa.int32(), pa.string())),  # JSON of the summary's names: nearly always the same
     ]
 )
@@ -62,7 +67,8 @@ class Catalog:
 
     def shard(self, number: int) -> Shard:
         row = self._table.slice(number, 1)
-        return Shard(os.fsdecode(row["url"][0].as_py()), row["size_bytes"][0].as_py(), row["etag"][0].as_py())
+        size, etag, content = (row[name][0].as_py() for name in ("size_bytes", "etag", "content"))
+        return Shard(os.fsdecode(row["url"][0].as_py()), size, etag, content)
 
     def versions(self) -> Iterator[tuple[str, Version]]:
         """URL, and size and etag, of every shard."""
@@ -97,21 +103,64 @@ class Catalog:
         """Extensions that some sample has."""
         return self._names("members")
 
-    def fingerprint(self) -> dict:
-        """JSON-able: what must not change on resume. Beyond MAX_LISTED_SHARDS only a digest stands for the shards."""
-        table = self.identities()
+    @cached_property
+    def contents(self) -> list[tuple[int, str]]:
+        """Size and content hash of every shard: what makes two of them the same data."""
+        return list(zip(*(self._table[name].to_pylist() for name in ("size_bytes", "content")), strict=True))
+
+    def fingerprint(self, *, by_time: bool = False) -> dict:
+        """JSON-able: what must not change on resume. Beyond MAX_LISTED_SHARDS only a digest stands for the shards.
+
+        by_time: as versions before the content hash made it, of etags.
+        """
+        table = self._identities_by_time() if by_time else self.identities()
         text = json.dumps(table, sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         listed = table if len(table) <= MAX_LISTED_SHARDS else None
-        return {"digest": digest, "shards": len(self), "rows": self.num_rows, "table": listed}
+        identity = {} if by_time else {"identity": "content"}
+        return {"digest": digest, "shards": len(self), "rows": self.num_rows, "table": listed} | identity
 
     def identities(self) -> dict[str, str]:
-        """Name -> size, etag and weight of every shard."""
-        columns = (self.urls, *(self._table[name].to_pylist() for name in ("size_bytes", "etag")))
+        """Name -> size, content hash and weight of every shard."""
+        return self._described(f"content {content}" for _, content in self.contents)
+
+    def _identities_by_time(self) -> dict[str, str]:
+        columns = zip(self._table["etag"].to_pylist(), self._table["renumbered"].to_pylist(), strict=True)
+        return self._described(
+            etag + (", its members paired by name now" if renumbered else "") for etag, renumbered in columns
+        )
+
+    def _described(self, identities: Iterable[str]) -> dict[str, str]:
+        columns = (self.urls, self._table["size_bytes"].to_pylist(), identities, self.weights.tolist())
         return {
-            url[self._common :]: f"{size} bytes, {etag}" + (f", weight {weight:g}" if weight != 1 else "")
-            for url, size, etag, weight in zip(*columns, self.weights.tolist(), strict=True)
+            url[self._common :]: f"{size} bytes, {identity}" + (f", weight {weight:g}" if weight != 1 else "")
+            for url, size, identity, weight in zip(*columns, strict=True)
         }
+
+    def on_this_machine(self) -> "Catalog":
+        """The catalog with the etags that the tars have here, where each machine has a copy of its own.
+
+        Raises:
+            UserError: a copy holds other data.
+        """
+        there = {url: version for url, version in self.versions() if not is_remote(url)}
+        here = storage_for("/").stats(list(there))
+        etags = self._table["etag"].to_pylist()
+        for number, url in enumerate(self.urls):
+            if url not in there or here.get(url) == there[url]:
+                continue
+            shard = self.shard(number)
+            copy = Shard(url, *here[url]) if url in here else None
+            summary = copy and (read_summary(copy) or index_shard(copy))
+            if summary is None or (copy.size_bytes, summary.content) != (shard.size_bytes, shard.content):
+                raise UserError(
+                    f"{url} on {socket.gethostname()} "
+                    + ("holds other data than" if copy else "is missing, but is there")
+                    + " on the machine of the main process: copy it again"
+                )
+            etags[number] = copy.etag
+        place = self._table.column_names.index("etag")
+        return Catalog(self._table.set_column(place, "etag", pa.array(etags, pa.string())), self.weights)
 
     @cached_property
     def _common(self) -> int:
@@ -141,6 +190,7 @@ def open_catalog(sources: Sequence[Source]) -> Catalog:
         summaries |= dict(index_shards(unknown))
     if opened + len(unknown) > MANIFEST_WORTHWHILE_SHARDS:
         write_manifests(shards, summaries)
+    shards = _without_doubles([shard for source in sources for shard in source.shards], summaries)
     for source in sources:
         rows = sum(summaries[shard.url].rows for shard in source.shards)
         if rows * source.weight < 1:
@@ -150,6 +200,30 @@ def open_catalog(sources: Sequence[Source]) -> Catalog:
             )
     weights = np.array([weight_of[shard.url] for shard in shards], np.float64)
     return Catalog(_as_table(shards, summaries), weights)
+
+
+def _without_doubles(shards: Sequence[Shard], summaries: dict[str, Summary]) -> list[Shard]:
+    """Every tar once, sorted by URL, though it has several names or copies; what is left out is logged.
+
+    Of a file with several names the one counts that is no link, of copies the first one.
+    """
+    kept: dict[str, Shard] = {}
+    first_of: dict[tuple[int, str], Shard] = {}
+    doubles: list[tuple[Shard, Shard]] = []
+    for shard in sorted(shards, key=lambda shard: real_url(shard.url) != shard.url):
+        first = first_of.setdefault((shard.size_bytes, summaries[shard.url].content), shard)
+        if first is shard:
+            kept[shard.url] = shard
+        else:
+            doubles.append((shard, first))
+    if doubles:
+        examples = [f"{shard.url} is {first.url}" for shard, first in doubles[:3]]
+        logger.warning(
+            "webdataset_path names tars of the same content more than once; %d are read only once: %s%s. To draw rows "
+            "more often, write {path: ..., weight: 2}",
+            len(doubles), "; ".join(examples), "; ..." if len(doubles) > len(examples) else "",
+        )  # fmt: skip
+    return sorted(kept.values(), key=lambda shard: shard.url)
 
 
 def index_shards(shards: Sequence[Shard]) -> Iterator[tuple[str, Summary]]:
@@ -226,14 +300,14 @@ def _others(folder: str, names: Sequence[bytes]) -> pa.Table:
 
 def _read_manifest(folder: str) -> pa.Table:
     """The folder's manifest; empty where there is none that can be used."""
-    for url in index_locations(folder + "/", MANIFEST_NAME):
+    for url in locations(folder + "/", MANIFEST_NAME):
         try:
             with storage_for(url).open(url) as file:
                 table = pq.read_table(file, use_threads=False)
             if json.loads(table.schema.metadata[_METADATA_KEY])["version"] != MANIFEST_VERSION:
                 continue
             return table.cast(_SCHEMA)
-        except FileNotFoundError:
+        except ABSENT:
             continue
         except StorageError:
             raise
@@ -243,16 +317,20 @@ def _read_manifest(folder: str) -> pa.Table:
 
 
 def _lookup(table: pa.Table) -> Callable[[Shard], Summary | None]:
-    names_of_tars = table["url"].to_pylist()
-    states = zip(table["size_bytes"].to_pylist(), table["etag"].to_pylist(), strict=True)
-    counts = zip(table["rows"].to_pylist(), table["problems"].to_pylist(), strict=True)
+    columns = [table[name].to_pylist() for name in ("url", "size_bytes", "etag", "rows", "problems")]
+    rest = [table[name].to_pylist() for name in ("content", "renumbered")]
     texts = table["names"].combine_chunks()
     names = [{kind: tuple(found) for kind, found in json.loads(text).items()} for text in texts.dictionary.to_pylist()]
-    entries = dict(zip(names_of_tars, zip(states, counts, texts.indices.to_pylist(), strict=True), strict=True))
+    entries = dict(zip(columns[0], zip(*columns[1:], *rest, texts.indices.to_pylist(), strict=True), strict=True))
 
     def find(shard: Shard) -> Summary | None:
-        state, (rows, problems), place = entries.get(os.fsencode(shard.url.rpartition("/")[2]), (None, (0, 0), 0))
-        return Summary(rows, problems, **names[place]) if state == (shard.size_bytes, shard.etag) else None
+        entry = entries.get(os.fsencode(shard.url.rpartition("/")[2]))
+        if entry is None:
+            return None
+        size, etag, rows, problems, content, renumbered, place = entry
+        if size != shard.size_bytes or (etag != shard.etag and remembered(shard) != content):
+            return None
+        return Summary(rows, problems, **names[place], content=content, renumbered=renumbered)
 
     return find
 
@@ -270,6 +348,8 @@ def _as_table(shards: Sequence[Shard], summaries: dict[str, Summary]) -> pa.Tabl
         "etag": [shard.etag for shard in shards],
         "rows": [summary.rows for summary in known],
         "problems": [summary.problems for summary in known],
+        "content": [summary.content for summary in known],
+        "renumbered": [summary.renumbered for summary in known],
     }
     names = pa.array([texts[summary.fields, summary.nested, summary.members] for summary in known], pa.string())
     arrays = [pa.array(values, _SCHEMA.field(name).type) for name, values in columns.items()]

@@ -1,49 +1,46 @@
 """The index of a shard: one row per sample, so that planning costs no picture byte.
 
-`NAME.tar.index.parquet` lies beside the tar, or in the cache folder where the tar's place can't be written, or in the
-folder or URL that WARPCORE_INDEX_CACHE names. Columns: key, width and height (px, EXIF rotation applied), problem (why
-the row can't be drawn, or null), the members with offsets and sizes in bytes, and `json.FIELD` for every scalar field
-of the samples' .json.
+`NAME.tar.index.parquet` lies beside the tar, or where `sidecars` puts what can't lie there. Columns: key, width and
+height (px, EXIF rotation applied), problem (why the row can't be drawn, or null), the members with offsets and sizes
+in bytes, and `json.FIELD` for every scalar field of the samples' .json. Its metadata identify the tar by size and
+content hash (see `identity`), and hold the etag it had then, by which an unchanged tar is known without reading it.
 """
 
-import hashlib
 import io
 import json
 import logging
-import os
-import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import ExifTags, Image
 
 from warpcore.data.filters import FIELD_PREFIX
-from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, PICTURE_FACTS, picture_member
+from warpcore.data.identity import new_hash, remember, remembered
+from warpcore.data.member_headers import look
+from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, picture_member
 from warpcore.data.shards import Shard
-from warpcore.data.storage import ChangedShardError, StorageError, complete_url, patiently, storage_for
-from warpcore.data.tars import BadShardError, CutShardError, TarSample, clean, read_samples, whole_ones
-from warpcore.errors import UserError
+from warpcore.data.sidecars import ABSENT, locations, write_beside
+from warpcore.data.storage import ChangedShardError, StorageError, storage_for
+from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSample, clean, read_samples, whole_ones
 
 INDEX_SUFFIX = ".index.parquet"
-CACHE_VARIABLE = "WARPCORE_INDEX_CACHE"
 CUT_SHORT = "is cut short"
 """The end of the problem of a row that stands for all that a tar is missing."""
-"""Environment variable with a folder or URL: indexes are written there instead of beside the tars."""
-INDEX_VERSION = 2
+DOTTED_NAME = "dots in the name of a picture"
+"""The start of the problem of a row whose picture is taken for another kind of member."""
+INDEX_VERSION = 3
 ROW_GROUP_ROWS = 16_384
 MAX_FIELDS = 256
 """A .json with more different keys than this over a shard is taken to hold data under them, not fields."""
 MEMBER_COLUMNS = ["member_names", "member_offsets", "member_sizes"]
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
-"""What pyarrow and we raise on a damaged parquet file: an index that is made anew."""
+"""What pyarrow and we raise on a damaged parquet file: an index that is written again."""
 _METADATA_KEY = b"warpcore.index"
-_ROTATED_ORIENTATIONS = (5, 6, 7, 8)
 _INT64 = range(-(2**63), 2**63)
 
 logger = logging.getLogger(__name__)
@@ -61,20 +58,28 @@ class Summary:
     nested: tuple[str, ...]
     """.json keys that hold lists or mappings."""
     members: tuple[str, ...]
+    content: str
+    """Content hash of the tar."""
+    renumbered: bool = False
+    """Whether an index of version 2 had other rows."""
 
 
-def index_shard(shard: Shard) -> Summary:
-    """Read the headers of a tar, of its pictures and its .json members, and write its index.
+def index_shard(shard: Shard, *, replace: bool = False) -> Summary:
+    """Read the headers of a tar, of its pictures and its texts, and write its index.
+
+    An index that is there of the same content stays as it is, unless `replace`; that the tar was looked at is
+    remembered.
 
     Raises:
         BadShardError: the tar is damaged, or holds no picture that is whole.
         ChangedShardError: it changed meanwhile.
-        OSError: it can't be read, or the index can't be written for another reason than a read-only place.
+        OSError: it can't be read.
+        UserError: the index can be written nowhere.
     """
-    storage = storage_for(shard.url)
+    storage, content_hash = storage_for(shard.url), new_hash()
     with storage.open(shard.url) as file:
         try:
-            samples = read_samples(file, shard.url, shard.size_bytes, partial(_look, file))
+            samples = read_samples(file, shard.url, shard.size_bytes, partial(look, file, content_hash), content_hash)
         except CutShardError as cut:
             samples = _before(cut, shard.url)
     _check_pictures(samples, shard.url)
@@ -88,25 +93,36 @@ def index_shard(shard: Shard) -> Summary:
         fields=tuple(name.removeprefix(FIELD_PREFIX) for name in fields),
         nested=tuple(nested),
         members=tuple(sorted({name for sample in samples for name in sample.members})),
+        content=content_hash.hexdigest(),
+        renumbered=any(sample.renumbered for sample in samples),
     )
+    present = [] if replace else list(_present_indexes(shard))
+    if any(_is_of(saved, shard, summary.content) for saved in present):
+        remember(shard, summary.content)
+        return summary
+    _tell_difference(shard, present, summary)
+    _warn_of_replaced(samples, shard.url)
     _write(shard, rows, summary)
     return summary
 
 
 def read_summary(shard: Shard) -> Summary | None:
-    """The summary in a shard's index, None where there is no index of this very tar."""
+    """The summary in a shard's index; None where no index is known to be of this very tar."""
+    stale = []
     for url in index_locations(shard.url):
         try:
             with storage_for(url).open(url) as file:
                 return _summary_of(pq.read_schema(file), shard, url)
-        except FileNotFoundError:
+        except ABSENT:
             continue
         except _StaleIndexError as reason:
-            logger.warning("%s; the tar will be indexed again", reason)
+            stale.append(str(reason))
         except StorageError:
             raise
         except UNREADABLE as error:
-            logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
+            stale.append(f"{url} can't be read ({error})")
+    for reason in filter(None, stale):
+        logger.warning("%s; the tar will be indexed again", reason)
     return None
 
 
@@ -117,7 +133,7 @@ def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, st
             try:
                 with storage_for(url).open(url) as file:
                     return _read_slice(file, shard, url, columns, start, stop)
-            except (FileNotFoundError, _StaleIndexError):
+            except (*ABSENT, _StaleIndexError):
                 continue
             except StorageError:
                 raise
@@ -125,51 +141,80 @@ def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, st
                 logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
         if storage_for(shard.url).stat(shard.url) != (shard.size_bytes, shard.etag):
             raise ChangedShardError(shard.url)
-        index_shard(shard)
+        summary = index_shard(shard, replace=True)
+        if shard.content not in (None, summary.content):
+            raise ChangedShardError(shard.url)
     raise BadShardError(f"{shard.url}: its index can't be kept at {' or '.join(index_locations(shard.url))}")
 
 
-def index_locations(url: str, suffix: str = INDEX_SUFFIX) -> list[str]:
-    """Where a shard's index may lie, best first; or what else belongs to a URL, with another suffix."""
-    places = [url + suffix, cache_location(url, suffix)]
-    return places[::-1] if os.environ.get(CACHE_VARIABLE) else places
-
-
-def cache_location(url: str, suffix: str) -> str:
-    """The place in $WARPCORE_INDEX_CACHE, else in $XDG_CACHE_HOME/warpcore, for what does not lie beside `url`."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = complete_url(os.environ.get(CACHE_VARIABLE) or str(Path(folder, "warpcore", "index")))
-    name = hashlib.blake2b(url.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    return f"{root.rstrip('/')}/{name}-{url.rsplit('/', 1)[-1][-100:]}{suffix}"
-
-
-def write_beside(url: str, suffix: str, content: bytes) -> str:
-    """Write `url + suffix`, or its place in the cache folder where that is read-only. Returns where it lies."""
-    location = cache_location(url, suffix)
-    if not os.environ.get(CACHE_VARIABLE):
-        try:
-            storage_for(url).write(url + suffix, content)
-            return url + suffix
-        except PermissionError:
-            pass
-    storage_for(location).write(location, content)
-    return location
+def index_locations(url: str) -> list[str]:
+    """Where a shard's index may lie, best first."""
+    return locations(url, INDEX_SUFFIX)
 
 
 class _StaleIndexError(Exception):
-    """The index belongs to another state of the tar, or to another version of Warpcore."""
+    """The index belongs to another state of the tar, or to another version of Warpcore. The message may be empty."""
 
 
 def _summary_of(schema: pa.Schema, shard: Shard, url: str) -> Summary:
     saved = json.loads((schema.metadata or {})[_METADATA_KEY])
+    if saved["size_bytes"] != shard.size_bytes:
+        changed = f"{saved['size_bytes']} -> {shard.size_bytes} bytes"
+        raise _StaleIndexError(f"{shard.url} changed since it was indexed ({changed})")
+    if saved["version"] < INDEX_VERSION:
+        raise _StaleIndexError()  # `index_shard` says what that changes
     if saved["version"] != INDEX_VERSION:
         raise _StaleIndexError(f"{url} has version {saved['version']} instead of {INDEX_VERSION}")
-    if (saved["size_bytes"], saved["etag"]) != (shard.size_bytes, shard.etag):
-        changed = f"{saved['size_bytes']} bytes, {saved['etag']} -> {shard.size_bytes} bytes, {shard.etag}"
-        raise _StaleIndexError(f"{shard.url} changed since it was indexed ({changed})")
     summary = saved["summary"]
+    if shard.content is not None:
+        is_same = summary["content"] == shard.content
+    else:
+        is_same = saved["etag"] == shard.etag or remembered(shard) == summary["content"]
+    if not is_same:
+        raise _StaleIndexError()
     names = {name: tuple(summary[name]) for name in ("fields", "nested", "members")}
-    return Summary(rows=summary["rows"], problems=summary["problems"], **names)
+    return Summary(**(summary | names))
+
+
+def _present_indexes(shard: Shard) -> Iterator[dict]:
+    """The metadata of every index that is there, of whatever version and state of the tar."""
+    for url in index_locations(shard.url):
+        try:
+            with storage_for(url).open(url) as file:
+                yield json.loads(pq.read_schema(file).metadata[_METADATA_KEY])
+        except ABSENT:
+            continue
+        except StorageError:
+            raise
+        except UNREADABLE as error:
+            logger.info("%s can't be read (%s)", url, error)
+
+
+def _is_of(saved: dict, shard: Shard, content: str) -> bool:
+    """Whether an index is of the content of a tar whose etag is another one now."""
+    known = saved["version"] == INDEX_VERSION and saved["etag"] != shard.etag
+    return known and (saved["size_bytes"], saved["summary"]["content"]) == (shard.size_bytes, content)
+
+
+def _tell_difference(shard: Shard, present: list[dict], summary: Summary) -> None:
+    of_this_size = [saved for saved in present if saved["size_bytes"] == shard.size_bytes]
+    if summary.renumbered and any(saved["version"] < INDEX_VERSION for saved in of_this_size):
+        logger.warning(
+            "%s: names repeat in it, and an earlier version put other members together; it is indexed again", shard.url
+        )
+    if any(saved["version"] == INDEX_VERSION for saved in of_this_size):
+        logger.warning("%s changed since it was indexed; it is indexed again", shard.url)
+
+
+def _warn_of_replaced(samples: list[TarSample], url: str) -> None:
+    names = [name for sample in samples for name in sample.replaced]
+    if names:
+        logger.warning(
+            "%s: of names that stand in it more than once, the last member counts, as for tar (%d: %s)",
+            url, len(names), ", ".join(names[:3]),
+        )  # fmt: skip
+    if refused := [sample for sample in samples if sample.problem and sample.problem.startswith(SHARED_KEY)]:
+        logger.warning("%s: %d samples can't be used: %s", url, len(refused), refused[0].problem)
 
 
 def _read_slice(
@@ -240,95 +285,24 @@ def _size_or_problem(sample: TarSample) -> tuple[int, int, str | None]:
         return 0, 0, sample.problem
     extension = _measured_member(sample)
     if extension is None:
-        return 0, 0, "no picture" + (f": {_LINKS}" if set(sample.links) & set(PICTURE_EXTENSIONS) else "")
+        return 0, 0, _why_no_picture(sample)
     return sample.seen[extension]
+
+
+def _why_no_picture(sample: TarSample) -> str:
+    dotted = [name for name in sample.members if name.rpartition(".")[2] in PICTURE_EXTENSIONS]
+    if dotted:
+        several = f", as are {len(dotted) - 1} more of this key" if len(dotted) > 1 else ""
+        return (
+            f"{DOTTED_NAME}: {sample.key}.{dotted[0]} is read as the member .{dotted[0]} of the key {sample.key!r}"
+            f"{several}"
+        )
+    return "no picture" + (f": {_LINKS}" if set(sample.links) & set(PICTURE_EXTENSIONS) else "")
 
 
 def _measured_member(sample: TarSample) -> str | None:
     """The extension of its picture, or of what stands for it."""
     return picture_member(sample.members) or (PICTURE_FACTS if PICTURE_FACTS in sample.members else None)
-
-
-def _look(file: BinaryIO, extension: str, offset: int, size: int) -> Any:
-    """What the index needs of a member: (width, height, problem) of a picture or its facts, the content of a .json."""
-    if extension in PICTURE_EXTENSIONS:
-        return _measure(file, extension, offset, size)
-    if extension == PICTURE_FACTS:
-        return _told(_read_json(file, offset, size))
-    return _read_json(file, offset, size) if extension == "json" else None
-
-
-def _told(facts: dict[str, Any]) -> tuple[int, int, str | None]:
-    """(width, height, problem) of a picture that is not there."""
-    width, height, problem = (facts.get(name) for name in ("width", "height", "problem"))
-    if not (isinstance(width, int) and isinstance(height, int)):
-        return 0, 0, f"its .{PICTURE_FACTS} has no width and height"
-    return width, height, None if problem is None else str(problem)
-
-
-def _measure(file: BinaryIO, extension: str, offset: int, size: int) -> tuple[int, int, str | None]:
-    window = _Window(file, offset, size)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return *picture_size(io.BufferedReader(window)), None
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a decoder makes of hostile bytes says only that the picture is unusable
-        if window.fault is not None:
-            raise window.fault from None
-        return 0, 0, f"undecodable .{extension}: {str(error).split('<')[0].strip() or type(error).__name__}"
-
-
-def picture_size(file: BinaryIO | str | Path) -> tuple[int, int]:
-    """(width, height) in px from the header of a picture, its EXIF rotation applied.
-
-    Raises whatever Pillow raises for content that is no picture.
-    """
-    Image.MAX_IMAGE_PIXELS = None  # a header takes no memory; whoever decodes has a limit of his own
-    with Image.open(file, formats=FORMATS) as image:
-        # The method of PNG files decodes the whole picture in search of the tag.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-        width, height = image.size
-    return (height, width) if orientation in _ROTATED_ORIENTATIONS else (width, height)
-
-
-def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    def read() -> bytes:
-        file.seek(offset)
-        return file.read(size)
-
-    return patiently(read)
-
-
-class _Window(io.RawIOBase):
-    """A member's bytes as a file of their own."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int):
-        self._file, self._offset, self._size, self._position = file, offset, size, 0
-        self.fault: OSError | UserError | None = None
-        """Why the file could not be read, as decoders may hide it."""
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        self._position = max(0, position + (0, self._position, self._size)[whence])
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), max(0, self._size - self._position))
-        try:
-            piece = _read_at(self._file, self._offset + self._position, size)
-        except (OSError, UserError) as error:
-            self.fault = error
-            raise
-        buffer[: len(piece)] = piece
-        self._position += len(piece)
-        return len(piece)
 
 
 def _gather_fields(samples: list[TarSample]) -> tuple[dict[str, list], list[str]]:
@@ -347,16 +321,6 @@ def _gather_fields(samples: list[TarSample]) -> tuple[dict[str, list], list[str]
         for name in kept
     }
     return fields, sorted(clean(name) for name, _ in nested.most_common(MAX_FIELDS))
-
-
-def _read_json(file: BinaryIO, offset: int, size: int) -> dict[str, Any]:
-    """A sample's .json; a broken one counts as empty here: it is a bad sample only where its caption is read."""
-    text = _read_at(file, offset, size)
-    try:
-        content = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _typed_column(values: list, name: str) -> pa.Array:

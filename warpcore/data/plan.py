@@ -171,7 +171,18 @@ class Plan:
             "validation_samples": self._validation_samples,
             "shards": catalog.fingerprint(),
             "validation_shards": held.fingerprint() if held else {},
-        }
+        } | ({"copies_of_validation": copies} if held and (copies := _copies(catalog, held)) else {})
+
+    def difference(self, saved: dict) -> str | None:
+        """What differs from the fingerprint in a checkpoint, as an error message; None where nothing does.
+
+        One of an earlier version, which has etags in the place of content hashes, is compared with the present etags.
+        """
+        current = dict(self.fingerprint)
+        for name, catalog in (("shards", self._recipe.catalog), ("validation_shards", self._validation)):
+            if catalog is not None and saved.get(name) and "identity" not in saved[name]:
+                current[name] = catalog.fingerprint(by_time=True)
+        return describe_difference(saved, current)
 
     def micro_batches(
         self, *, rank: int = 0, num_processes: int = 1, start: int = 0, lane_states: dict[int, dict] | None = None
@@ -276,13 +287,19 @@ class Plan:
 
 
 def _shared_shards(catalog: Catalog, validation: Catalog) -> dict[int, np.ndarray]:
-    """All rows of the shards that stand in validation_path too: shard number -> row numbers."""
-    files = {real_url(url) for url in validation.urls}
-    return {
-        number: np.arange(rows)
-        for number, (url, rows) in enumerate(zip(catalog.urls, catalog.rows.tolist(), strict=True))
-        if real_url(url) in files
-    }
+    """All rows of the shards that validation_path names too, or copies of: shard number -> row numbers."""
+    held = set(validation.contents)
+    return {number: np.arange(catalog.rows[number]) for number, one in enumerate(catalog.contents) if one in held}
+
+
+def _copies(catalog: Catalog, validation: Catalog) -> list[str]:
+    """The names of the shards that are copies of some in validation_path, at other places."""
+    files, held = {real_url(url) for url in validation.urls}, set(validation.contents)
+    return [
+        catalog.name(number)
+        for number, (url, content) in enumerate(zip(catalog.urls, catalog.contents, strict=True))
+        if content in held and real_url(url) not in files
+    ]
 
 
 def default_lanes(num_rows: int) -> int:

@@ -13,9 +13,10 @@ from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog
 from warpcore.data.expressions import near_names
 from warpcore.data.filters import Filter
-from warpcore.data.index import CUT_SHORT, MEMBER_COLUMNS, has_member, read_rows
+from warpcore.data.index import CUT_SHORT, DOTTED_NAME, MEMBER_COLUMNS, has_member, read_rows
 from warpcore.data.samples import Sample
 from warpcore.data.shards import Shard
+from warpcore.data.tars import SHARED_KEY
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
@@ -57,6 +58,15 @@ class Rows:
     """(rows,) int64: their places in the shard."""
     rejected: Counter[str]
     """Reason -> how many rows of the piece can't be drawn."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Of some of the reasons, one row that it rejects, and what to do."""
+
+
+NAMING_PROBLEMS = {
+    SHARED_KEY: "rename one of them",
+    DOTTED_NAME: "rename such pictures without dots, or make tars of their folder with tools/build_dataset.py",
+}
+"""Problems of rows that begin so, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,13 @@ class Selection:
         cut_off = _as_bool(pc.ends_with(found["problem"], CUT_SHORT).fill_null(False))
         for tar in pc.unique(found["problem"].filter(pa.array(cut_off))).to_pylist():
             keep(_as_bool(pc.not_equal(found["problem"], tar).fill_null(True)), tar)
+        examples = {}
+        for problem, remedy in NAMING_PROBLEMS.items():
+            passed = _as_bool(pc.invert(pc.starts_with(found["problem"], problem).fill_null(False)))
+            if not passed.all():
+                first = found["problem"][int(np.argmin(passed))].as_py()
+                examples[problem] = f"such as {first.removeprefix(problem + ': ')} in {shard.url}; {remedy}"
+            keep(passed, problem)
         keep(_as_bool(found["problem"].is_null()), "undecodable picture")
         if self.max_picture_pixels is not None:
             pixels = found["width"].to_numpy().astype(np.int64) * found["height"].to_numpy()
@@ -105,7 +122,7 @@ class Selection:
             rejected[str(condition)] -= verdict.num_missing
             keep(verdict.passed, str(condition))
         keep(~np.isin(numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
-        return Rows(found.select(BASE_COLUMNS), numbers, +rejected)
+        return Rows(found.select(BASE_COLUMNS), numbers, +rejected, examples)
 
     def check(self, catalog: Catalog, captions: CaptionGetter | None = None) -> None:
         """Raise UserError where a filter, a caption or a required member asks for what no sample has."""
@@ -144,9 +161,14 @@ class Survey:
     """Filtered column -> the values it was seen to have."""
     members: Counter[str] = field(default_factory=Counter)
     """How many training rows have each of the members that were asked for."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Of some of the reasons, the first row that was rejected, and what to do."""
 
     def __str__(self) -> str:
-        reasons = [f"{count} rejected: {reason}" for reason, count in self.rejected.most_common()]
+        reasons = [
+            f"{count} rejected: {reason}" + (f" ({self.examples[reason]})" if reason in self.examples else "")
+            for reason, count in self.rejected.most_common()
+        ]
         ranges = [f"{name} is {seen}" for name, seen in self.ranges.items()]
         return "; ".join([f"{self.passed} of {self.rows} rows can be drawn", *reasons, *ranges])
 
@@ -163,6 +185,7 @@ def survey(catalog: Catalog, selection: Selection, members: Sequence[str] = ()) 
         for member in members:
             result.members[member] += pc.sum(has_member(rows.table, member)).as_py() or 0
         result.rejected += rows.rejected
+        result.examples = rows.examples | result.examples
         for name, column in _columns_of(catalog, piece, names):
             seen = pc.min_max(column).as_py()
             limits.setdefault(name, []).extend(value for value in seen.values() if value is not None)

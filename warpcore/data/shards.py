@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Shard:
     size_bytes: int
     etag: str
     """Changes with the content: the ETag on S3, the time of the last change for a local file."""
+    content: str | None = field(default=None, compare=False)
+    """Hash of what indexing reads of it, where that is known: what makes it the same data as another tar."""
 
 
 @dataclass(frozen=True, slots=True)

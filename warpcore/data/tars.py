@@ -26,6 +26,10 @@ class CutShardError(BadShardError):
         self.samples = samples
 
 
+SHARED_KEY = "two samples share a key"
+"""The start of the problem of a row whose members can't be told from those of another one."""
+
+
 @dataclass(slots=True)
 class TarSample:
     """The members of one key: extension (lower case, no leading dot) -> (offset, size) in the tar."""
@@ -38,37 +42,90 @@ class TarSample:
     """What `look` made of the members, by extension."""
     problem: str | None = None
     """Why it can't be used, whatever its members are."""
+    spelled: dict[str, str] = field(default_factory=dict)
+    """Extensions as the tar has them, of those that are not in lower case."""
+    replaced: list[str] = field(default_factory=list)
+    """Names of members that stand in the tar more than once."""
+    renumbered: bool = False
+    """Whether indexes of version 2 made other rows of its members."""
+
+    def add(self, extension: str, spelled: str, span: tuple[int, int] | None) -> None:
+        """Add a member, or put it in the place of the one of its name; a link has no span."""
+        self.members.pop(extension, None)
+        if extension in self.links:
+            self.links.remove(extension)
+        if spelled != extension:
+            self.spelled[extension] = spelled
+        if span is None:
+            self.links.append(extension)
+        else:
+            self.members[extension] = span
+
+    def has(self, extension: str) -> bool:
+        return extension in self.members or extension in self.links
 
 
 def read_samples(
-    file: BinaryIO, url: str, size_bytes: int, look: Callable[[str, int, int], Any] | None = None
+    file: BinaryIO,
+    url: str,
+    size_bytes: int,
+    look: Callable[[str, int, int], Any] | None = None,
+    content_hash: Any = None,
 ) -> list[TarSample]:
     """The samples of an open tar, in the order in which their keys first appear.
 
-    Members of one key need not be neighbours. An extension that the key already has starts a new sample of that key.
-    `look` is called with extension, offset and size of every member on the way, so that one pass does for all.
+    Which members belong together:
+      * Members of one key belong together wherever they stand: a tar made without --sort=name has them scattered.
+      * Of a name that repeats, the last one counts, as for `tar -x`; `./a.txt` and `a.txt` are one name.
+      * Names that differ only in the case of their extension, such as `a.jpg` and `a.JPG`, are of two samples with
+        the key `a`. What else has that key may be of either, so both are refused: their `problem` names the two.
+
+    `look` is called with extension, offset and size of every member on the way, so that one pass does for all;
+    `content_hash` is updated with name, offset and size of each.
 
     Raises:
         BadShardError: not a tar, compressed, sparse, damaged, or several tars in one file.
         CutShardError: it is cut short.
     """
     samples: list[TarSample] = []
-    latest: dict[str, TarSample] = {}
+    of_key: dict[str, list[TarSample]] = {}
     for name, offset, size in _members(file, url, size_bytes, samples):
+        if content_hash is not None:
+            content_hash.update(f"{name}\0{offset}\0{size}\0".encode())
         match = _KEY_AND_EXTENSION.fullmatch(name)
         if not match or re.fullmatch(r"__[^/]*__", match[1]):
             continue
-        key, extension = match[1], match[2].lower()
-        sample = latest.get(key)
-        if sample is None or extension in sample.members or extension in sample.links:
-            sample = latest[key] = TarSample(key)
-            samples.append(sample)
-        if offset is None:
-            sample.links.append(extension)
-        else:
-            sample.members[extension] = (offset, size)
+        key, spelled = match[1], match[2]
+        extension = spelled.lower()
+        same_key = of_key.setdefault(key.removeprefix("./"), [])
+        sample = _sample_for(key, extension, spelled, same_key, samples)
+        sample.add(extension, spelled, None if offset is None else (offset, size))
+        if offset is not None:
             sample.seen[extension] = look and look(extension, offset, size)
     return samples
+
+
+def _sample_for(
+    key: str, extension: str, spelled: str, same_key: list[TarSample], samples: list[TarSample]
+) -> TarSample:
+    """The sample that a member belongs to; a new one is added to `same_key` and `samples`."""
+    for sample in same_key:
+        if not sample.has(extension):
+            sample.renumbered |= key != sample.key
+            return sample
+        if sample.spelled.get(extension, extension) == spelled:
+            sample.renumbered = True
+            sample.replaced.append(f"{key}.{spelled}")
+            return sample
+    new = TarSample(key)
+    if same_key:
+        other = same_key[0].spelled.get(extension, extension)
+        for sample in (*same_key, new):
+            sample.problem = f"{SHARED_KEY}: {key}.{other} and {key}.{spelled}"
+            sample.renumbered = True
+    same_key.append(new)
+    samples.append(new)
+    return new
 
 
 def clean(text: str) -> str:

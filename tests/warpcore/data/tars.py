@@ -39,6 +39,7 @@ def write_shard(path: Path, count: int, first: int = 0, sizes: tuple[tuple[int, 
         members.append((f"{number:06d}.jpg", picture(width, height)))
         members.append((f"{number:06d}.json", json.dumps({"score": number / 10, "parity": number % 2}).encode()))
         members.append((f"{number:06d}.txt", f"caption {number}".encode()))
+    members.append((f".{path.name}", b""))  # tars of other names are other data
     return write_tar(path, members)
 
 

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import logging
@@ -6,7 +7,9 @@ import pickle
 import shutil
 import subprocess
 import tarfile
+import tempfile
 import zlib
+from pathlib import Path
 
 import pytest
 import webdataset
@@ -74,13 +77,12 @@ def test_a_tar_made_by_tar_works_as_it_is(tmp_path):
     assert members == {"dataset/a": ["jpg", "json"], "dataset/sub.dir/b": ["c.jpg", "c.json"]}
 
 
-def test_members_of_a_key_need_not_be_neighbours_and_a_second_picture_is_a_second_sample(tmp_path):
+def test_members_of_a_key_need_not_be_neighbours_and_a_second_picture_of_a_name_replaces_the_first(tmp_path):
     members = [("a.json", b"{}"), ("b.json", b"{}"), ("a.jpg", picture()), ("b.jpg", picture()), ("a.jpg", picture(9))]
     rows = rows_of(write_tar(tmp_path / "x.tar", members))
     assert [(row["key"], sorted(row["member_names"]), row["width"]) for row in rows] == [
-        ("a", ["jpg", "json"], 16),
+        ("a", ["jpg", "json"], 9),
         ("b", ["jpg", "json"], 16),
-        ("a", ["jpg"], 9),
     ]
 
 
@@ -240,16 +242,65 @@ def test_the_index_of_a_read_only_place_goes_to_the_cache(tmp_path, monkeypatch)
     assert read_summary(shard).rows == len(read_rows(shard)) == 2
 
 
-def test_a_full_disk_is_raised_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+def full(*names: str):
+    """An `os.replace` for a disk without room for files whose path holds one of the names."""
+    replace = os.replace
+
+    def refuse(source, target):
+        if any(name in str(target) for name in names):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    return refuse
+
+
+def test_an_index_that_a_full_disk_has_no_room_for_goes_to_the_cache_and_the_disk_is_named(
+    tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "data").mkdir()
+    path = write_shard(tmp_path / "data" / "x.tar", 2)
+    monkeypatch.setattr(os, "replace", full("/data/"))
+    assert catalog_of(path).num_rows == 2
+    assert os.listdir(tmp_path / "data") == ["x.tar"], "nothing half written is left"
+    assert (
+        f"{tmp_path / 'data'}: No space left on device; what belongs there is kept in {tmp_path}/cache" in caplog.text
+    )
+    assert read_summary(shard_of(path)).rows == 2
+
+
+def test_where_no_index_can_be_written_every_place_and_the_remedy_are_named(tmp_path, monkeypatch):
     path = write_shard(tmp_path / "x.tar", 2)
-
-    def full(source, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "replace", full("/"))
+    with pytest.raises(UserError, match=rf"{tmp_path}: No space left.*{tmp_path}/cache.*set WARPCORE_INDEX_CACHE"):
         index_shard(shard_of(path))
-    assert os.listdir(tmp_path) == ["x.tar"]
+    assert os.listdir(tmp_path / "cache/warpcore/index") == []
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null/home"])
+def test_read_only_data_can_be_used_without_a_home_that_can_be_written(tmp_path, monkeypatch, home):
+    path = write_shard(tmp_path / "x.tar", 2)
+    write = index.storage_for("/").__class__.write
+
+    def refuse(self, url, content):
+        if os.path.dirname(url) == str(tmp_path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        write(self, url, content)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(index.storage_for("/").__class__, "write", refuse)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        monkeypatch.setenv("HOME", home)
+    shard = shard_of(path)
+    index_shard(shard)
+    assert len(list(tmp_path.glob("temporary/warpcore-*/warpcore/index/*.parquet"))) == 1
+    assert read_summary(shard).rows == len(read_rows(shard)) == 2
 
 
 def test_start_up_reads_the_manifest_and_no_index(tmp_path, monkeypatch):

@@ -357,7 +357,7 @@ def test_a_difference_to_the_checkpoint_is_named(folder, catalog, tmp_path):
     assert filtered == """dataset_filters changed: [] -> ["['score', 'lambda s: s > 1']"]"""
     assert "bucket_sizes changed" in describe_difference(saved, fingerprint(buckets=many_buckets()))
     weighted = describe_difference(saved, fingerprint({"path": str(tmp_path / "copy"), "weight": 2}))
-    assert weighted.startswith("shard 0.tar changed: 10240 bytes, mtime-")
+    assert weighted.startswith("shard 0.tar changed: 10240 bytes, content ")
     assert weighted.endswith(", weight 2; 3 more shards changed")
     write_shard(tmp_path / "copy/1.tar", 9)
     (tmp_path / "copy/0.tar").unlink()

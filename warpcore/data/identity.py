@@ -1,0 +1,73 @@
+"""What makes two tars the same data: their size, and a hash of what indexing reads of them.
+
+A file's time of change, like the ETag of S3, says only when to look again: data that was copied, or rebuilt from the
+same files, is the same data. What was looked at is remembered per machine, so that the next start reads no tar for it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from typing import Any
+
+from warpcore.data.shards import Shard
+from warpcore.data.sidecars import ABSENT, cache_locations
+
+HASHED_BYTES = 8192
+"""The hash covers this much of the start of every member, which is the buffer that indexing reads of a picture."""
+LOOKED_NAME = "looked-at.jsonl"
+"""One line per tar of a folder that was looked at on this machine: name, size, etag and content hash."""
+
+logger = logging.getLogger(__name__)
+_Looked = dict[str, tuple[int, str, str]]
+_of_files: dict[str, _Looked] = {}
+
+
+def new_hash() -> Any:
+    """The hash of a tar: of name, offset and size of its members, of the whole of texts, of the start of others."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def remembered(shard: Shard) -> str | None:
+    """The content hash of a tar that was looked at on this machine, None where it was not, or changed since."""
+    folder, _, name = shard.url.rpartition("/")
+    for location in cache_locations(folder + "/", LOOKED_NAME):
+        size, etag, content = _looked_at(location).get(name, (None, None, None))
+        if (size, etag) == (shard.size_bytes, shard.etag):
+            return content
+    return None
+
+
+def remember(shard: Shard, content: str) -> None:
+    """Note that this machine looked at a tar and found this content hash."""
+    folder, _, name = shard.url.rpartition("/")
+    line = json.dumps([name, shard.size_bytes, shard.etag, content]) + "\n"
+    refusals = []
+    for location in cache_locations(folder + "/", LOOKED_NAME):
+        _looked_at(location)[name] = (shard.size_bytes, shard.etag, content)
+        try:
+            os.makedirs(os.path.dirname(location), exist_ok=True)
+            with open(location, "a", encoding="ascii") as file:
+                file.write(line)
+            return
+        except OSError as error:
+            refusals.append(f"{location}: {error.strerror}")
+    logger.warning("%s is read again at the next start: %s", shard.url, "; ".join(refusals))
+
+
+def _looked_at(location: str) -> _Looked:
+    if location not in _of_files:
+        _of_files[location] = {}
+        try:
+            with open(location, encoding="ascii") as file:
+                lines = file.read().splitlines()
+        except ABSENT:
+            return _of_files[location]
+        for line in lines:
+            try:
+                name, size, etag, content = json.loads(line)
+            except ValueError:  # cut off while it was written: that tar is looked at again
+                logger.info("%s: a damaged line is passed over", location)
+                continue
+            _of_files[location][name] = (size, etag, content)
+    return _of_files[location]

@@ -1,0 +1,114 @@
+"""What indexing reads of a tar's members: the sizes of pictures, from their headers, and the content of texts."""
+
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import ExifTags, Image
+
+from warpcore.data.identity import HASHED_BYTES
+from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, PICTURE_FACTS
+from warpcore.data.storage import patiently
+from warpcore.errors import UserError
+
+TEXT_EXTENSIONS = ("txt", "json", PICTURE_FACTS)
+"""Members that are read whole."""
+_ROTATED_ORIENTATIONS = (5, 6, 7, 8)
+
+
+def look(file: BinaryIO, content_hash: Any, extension: str, offset: int, size: int) -> Any:
+    """What the index needs of a member: (width, height, problem) of a picture or its facts, the content of a .json.
+
+    `content_hash` is updated with what it is identified by.
+    """
+    start = _read_at(file, offset, size if extension in TEXT_EXTENSIONS else min(size, HASHED_BYTES))
+    content_hash.update(start)
+    if extension in PICTURE_EXTENSIONS:
+        return _measure(_Window(file, offset, size, start), extension)
+    if extension == PICTURE_FACTS:
+        return _told(_as_json(start))
+    return _as_json(start) if extension == "json" else None
+
+
+def _told(facts: dict[str, Any]) -> tuple[int, int, str | None]:
+    """(width, height, problem) of a picture that is not there."""
+    width, height, problem = (facts.get(name) for name in ("width", "height", "problem"))
+    if not (isinstance(width, int) and isinstance(height, int)):
+        return 0, 0, f"its .{PICTURE_FACTS} has no width and height"
+    return width, height, None if problem is None else str(problem)
+
+
+def _measure(window: "_Window", extension: str) -> tuple[int, int, str | None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return *picture_size(io.BufferedReader(window)), None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a decoder makes of hostile bytes says only that the picture is unusable
+        if window.fault is not None:
+            raise window.fault from None
+        return 0, 0, f"undecodable .{extension}: {str(error).split('<')[0].strip() or type(error).__name__}"
+
+
+def picture_size(file: BinaryIO | str | Path) -> tuple[int, int]:
+    """(width, height) in px from the header of a picture, its EXIF rotation applied.
+
+    Raises whatever Pillow raises for content that is no picture.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # a header takes no memory; whoever decodes has a limit of his own
+    with Image.open(file, formats=FORMATS) as image:
+        # The method of PNG files decodes the whole picture in search of the tag.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        width, height = image.size
+    return (height, width) if orientation in _ROTATED_ORIENTATIONS else (width, height)
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    def read() -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    return patiently(read)
+
+
+class _Window(io.RawIOBase):
+    """A member's bytes as a file of their own; its start was read already."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int, start: bytes):
+        self._file, self._offset, self._size, self._start, self._position = file, offset, size, start, 0
+        self.fault: OSError | UserError | None = None
+        """Why the file could not be read, as decoders may hide it."""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, position + (0, self._position, self._size)[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), max(0, self._size - self._position))
+        try:
+            piece = self._start[self._position : self._position + size]
+            piece = piece or _read_at(self._file, self._offset + self._position, size)
+        except (OSError, UserError) as error:
+            self.fault = error
+            raise
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+
+def _as_json(text: bytes) -> dict[str, Any]:
+    """A sample's .json; a broken one counts as empty here: it is a bad sample only where its caption is read."""
+    try:
+        content = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
