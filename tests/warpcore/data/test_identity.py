@@ -1,0 +1,102 @@
+import json
+import os
+import shutil
+
+import pytest
+
+from tests.warpcore.data.tars import catalog_of, picture, write_shard, write_tar
+from warpcore.data import identity
+from warpcore.data.buckets import Buckets
+from warpcore.data.catalog import Catalog
+from warpcore.data.index import INDEX_SUFFIX
+from warpcore.data.plan import Plan
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def plan_of(catalog: Catalog, **settings) -> Plan:
+    return Plan(catalog, micro_batch_size=1, buckets=Buckets.for_image_size(64, [], 32), **settings)
+
+
+def saved(plan: Plan) -> dict:
+    return json.loads(json.dumps(plan.fingerprint))
+
+
+def test_copied_and_touched_data_are_the_same_data_and_are_looked_at_once(tmp_path, monkeypatch, caplog):
+    (tmp_path / "one").mkdir()
+    for number in range(2):
+        write_shard(tmp_path / "one" / f"{number}.tar", 3)
+    before = saved(plan_of(catalog_of(tmp_path / "one")))
+    shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+    index = tmp_path / "two" / f"0.tar{INDEX_SUFFIX}"
+    content = index.read_bytes()
+    assert plan_of(catalog_of(tmp_path / "two")).difference(before) is None
+    os.utime(tmp_path / "two" / "0.tar", (1, 1))
+    assert plan_of(catalog_of(tmp_path / "two")).difference(before) is None
+    assert index.read_bytes() == content, "the index that came with the data stays"
+    assert not caplog.records
+    identity._of_files.clear()  # as another process begins
+    monkeypatch.setattr("warpcore.data.catalog.index_shard", lambda shard: pytest.fail("a tar was read again"))
+    assert plan_of(catalog_of(tmp_path / "two")).difference(before) is None
+
+
+def test_a_caption_of_equal_length_that_changed_is_noticed(tmp_path, caplog):
+    path = tmp_path / "x.tar"
+    write_tar(path, [("0.jpg", picture()), ("0.txt", b"a cat")])
+    before = saved(plan_of(catalog_of(path)))
+    write_tar(path, [("0.jpg", picture()), ("0.txt", b"a dog")])
+    os.utime(path, (1, 1))
+    assert plan_of(catalog_of(path)).difference(before).startswith("shard x.tar changed")
+    assert "x.tar changed since it was indexed" in caplog.text
+
+
+def test_a_fingerprint_with_times_of_change_is_compared_with_the_present_times(tmp_path):
+    path = write_shard(tmp_path / "x.tar", 3)
+    plan = plan_of(catalog_of(path))
+    status = path.stat()
+    old = saved(plan) | {"shards": catalog_of(path).fingerprint(by_time=True)}
+    assert old["shards"]["table"] == {"x.tar": f"{status.st_size} bytes, mtime-{status.st_mtime_ns}"}
+    assert plan.difference(old) is None
+    os.utime(path, (1, 1))
+    assert "mtime-" in plan_of(catalog_of(path)).difference(old)
+
+
+def test_a_run_that_began_with_other_pairs_of_members_is_told(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", picture()), ("0.txt", b"old"), ("0.txt", b"new")])
+    status = path.stat()
+    plan = plan_of(catalog_of(path))
+    table = {"x.tar": f"{status.st_size} bytes, mtime-{status.st_mtime_ns}"}
+    old = saved(plan) | {"shards": {"digest": "", "shards": 1, "rows": 2, "table": table}}
+    assert "its members paired by name now" in plan.difference(old)
+
+
+def test_each_machine_checks_its_own_copy_by_content(tmp_path):
+    path = write_shard(tmp_path / "x.tar", 3)
+    of_main_process = catalog_of(path)
+    os.utime(path, (1, 1))
+    here = of_main_process.on_this_machine()
+    assert here.shard(0).etag == "mtime-1000000000"
+    assert here.fingerprint() == of_main_process.fingerprint()
+    write_shard(path, 3, first=5)
+    with pytest.raises(Exception, match="holds other data than on the machine of the main process"):
+        of_main_process.on_this_machine()
+
+
+@pytest.mark.parametrize("how", ["link", "copy"])
+def test_a_tar_with_two_names_is_read_once_and_never_trained_on_when_held_out(tmp_path, caplog, how):
+    for folder in ("v2", "other"):
+        (tmp_path / folder).mkdir()
+    write_shard(tmp_path / "v2" / "0.tar", 3)
+    write_shard(tmp_path / "other" / "1.tar", 4, first=10)
+    if how == "link":
+        (tmp_path / "latest").symlink_to(tmp_path / "v2")
+    else:
+        shutil.copytree(tmp_path / "v2", tmp_path / "latest", copy_function=shutil.copyfile)
+    catalog = catalog_of(tmp_path / "v2", tmp_path / "latest")
+    assert catalog.urls == [str(tmp_path / "v2" / "0.tar")]
+    assert "latest/0.tar is" in caplog.text
+    plan = plan_of(catalog_of(tmp_path / "v2", tmp_path / "other"), validation=catalog_of(tmp_path / "latest"))
+    assert plan.num_rows == 4
