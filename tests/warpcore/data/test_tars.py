@@ -81,6 +81,7 @@ def test_a_picture_never_gets_the_caption_of_another_one_of_its_key(tmp_path):
     assert [row["width"] for row in read_rows(catalog_of(path).shard(0)).to_pylist()] == [24, 16]
 
 
+@pytest.mark.integration
 def test_a_caption_that_tar_replaced_is_the_one_that_counts(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("0000.jpg", picture()), ("0000.txt", b"old"), ("1.jpg", picture())])
     (tmp_path / "0000.txt").write_bytes(b"new")
