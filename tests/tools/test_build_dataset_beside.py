@@ -16,7 +16,7 @@ from tests.tools.test_build_dataset import samples_of
 from tests.warpcore.data.tars import picture
 from tools.build_dataset import build_dataset, main
 from warpcore.data.picture_files import PICTURE_EXTENSIONS
-from warpcore.data.samples import picture_member
+from warpcore.data.samples import COMMON_KINDS, picture_member
 from warpcore.errors import UserError
 
 POSE = json.dumps({"people": [{"pose_keypoints_2d": [1, 2, 1] * 18}]}).encode()
@@ -66,6 +66,8 @@ def test_every_member_that_a_reader_looks_at_is_known():
     looked_at = {name for kind in FILTERS.values() for name in (filter_fields(kind()) if _plain(kind) else ())}
     assert looked_at | {MASK} == set(SIDE_MEMBERS)
     assert MaskField((MASK,)).suffixes[0] in SIDE_MEMBERS
+    pictures = {member for member in SIDE_MEMBERS if not member.endswith(".json")}
+    assert pictures == set(COMMON_KINDS), "or a few masks in a tar would be taken for hidden pictures"
 
 
 def _plain(kind) -> bool:

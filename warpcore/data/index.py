@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from warpcore.data.dotted_names import DOTTED_NAME, as_read, dotted, hidden_pictures
 from warpcore.data.filters import FIELD_PREFIX
 from warpcore.data.identity import new_hash, remember, remembered
 from warpcore.data.member_headers import look
@@ -31,13 +32,13 @@ from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSamp
 INDEX_SUFFIX = ".index.parquet"
 CUT_SHORT = "is cut short"
 """The end of the problem of a row that stands for all that a tar is missing."""
-DOTTED_NAME = "dots in the name of a picture"
-"""The start of the problem of a row whose picture is taken for another kind of member."""
 INDEX_VERSION = 3
 ROW_GROUP_ROWS = 16_384
 MAX_FIELDS = 256
 """A .json with more different keys than this over a shard is taken to hold data under them, not fields."""
 MEMBER_COLUMNS = ["member_names", "member_offsets", "member_sizes"]
+HIDDEN_COLUMN = "hidden_pictures"
+"""Members that are pictures of other names, see `dotted_names`; only where there are any."""
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 """What pyarrow and we raise on a damaged parquet file: an index that is written again."""
 _METADATA_KEY = b"warpcore.index"
@@ -274,6 +275,9 @@ def _make_table(samples: list[TarSample], url: str) -> tuple[pa.Table, list[str]
     for place, name in enumerate(MEMBER_COLUMNS[1:]):
         values = [[member[place] for member in sample.members.values()] for sample in samples]
         columns[name] = pa.array(values, pa.list_(pa.int64()))
+    hidden = hidden_pictures(samples)
+    if any(hidden):
+        columns[HIDDEN_COLUMN] = pa.array(hidden, pa.list_(pa.string()))
     fields, nested = _gather_fields(samples)
     columns |= {FIELD_PREFIX + name: _typed_column(values, f"{url}: {name!r}") for name, values in fields.items()}
     return pa.table(columns), nested
@@ -290,13 +294,8 @@ def _size_or_problem(sample: TarSample) -> tuple[int, int, str | None]:
 
 
 def _why_no_picture(sample: TarSample) -> str:
-    dotted = [name for name in sample.members if name.rpartition(".")[2] in PICTURE_EXTENSIONS]
-    if dotted:
-        several = f", as are {len(dotted) - 1} more of this key" if len(dotted) > 1 else ""
-        return (
-            f"{DOTTED_NAME}: {sample.key}.{dotted[0]} is read as the member .{dotted[0]} of the key {sample.key!r}"
-            f"{several}"
-        )
+    if names := dotted(sample):
+        return f"{DOTTED_NAME}: {as_read(sample.key, names)}"
     return "no picture" + (f": {_LINKS}" if set(sample.links) & set(PICTURE_EXTENSIONS) else "")
 
 

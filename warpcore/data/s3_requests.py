@@ -40,7 +40,7 @@ from obstore.store import S3Store
 from tqdm import tqdm
 
 from warpcore.data.s3_errors import CREDENTIALS, brief, is_refused, reason, refusal_hint, status_of
-from warpcore.data.storage import ChangedShardError, StorageError, Version
+from warpcore.data.storage import TAR_ENDINGS, ChangedShardError, StorageError, Version
 from warpcore.errors import UserError
 
 T = TypeVar("T")
@@ -333,8 +333,8 @@ def _say_why(bucket: Bucket, **parameters: Any) -> None:
 
 
 def list_tars(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
-    """(URL, size in bytes, etag) of every `.tar` whose key starts with the prefix."""
-    return (one for one in list_objects(bucket, prefix) if one[0].endswith(".tar"))
+    """(URL, size in bytes, etag) of every tar, compressed or not, whose key starts with the prefix."""
+    return (one for one in list_objects(bucket, prefix) if one[0].endswith(TAR_ENDINGS))
 
 
 def list_objects(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:

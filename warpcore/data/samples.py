@@ -12,6 +12,9 @@ PICTURE_FACTS = "picture.json"
 """Extension of what stands for a picture that a tar does not hold, such as one of cached latents: its true `width` and
 `height` in px, and perhaps a `problem` why it can't be drawn."""
 
+COMMON_KINDS = ("mask.png", "depth.png", "seg.png")
+"""Pictures beside the picture of a sample that are known to be no picture of another sample, however few have them."""
+
 # Formats that hold pixels and nothing else: Pillow would hand an EPS to Ghostscript, a program that it can run.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI")
 

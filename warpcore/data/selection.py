@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog
+from warpcore.data.dotted_names import DOTTED_NAME, as_read
 from warpcore.data.expressions import near_names
 from warpcore.data.filters import Filter
-from warpcore.data.index import CUT_SHORT, DOTTED_NAME, MEMBER_COLUMNS, has_member, read_rows
+from warpcore.data.index import CUT_SHORT, HIDDEN_COLUMN, MEMBER_COLUMNS, has_member, read_rows
 from warpcore.data.samples import Sample
 from warpcore.data.shards import Shard
 from warpcore.data.tars import SHARED_KEY
@@ -57,7 +58,7 @@ class Rows:
     numbers: np.ndarray
     """(rows,) int64: their places in the shard."""
     rejected: Counter[str]
-    """Reason -> how many rows of the piece can't be drawn."""
+    """Reason -> how many rows of the piece can't be drawn, or pictures that dots in their names hide in other rows."""
     examples: dict[str, str] = field(default_factory=dict)
     """Of some of the reasons, one row that it rejects, and what to do."""
 
@@ -103,8 +104,14 @@ class Selection:
             passed = _as_bool(pc.invert(pc.starts_with(found["problem"], problem).fill_null(False)))
             if not passed.all():
                 first = found["problem"][int(np.argmin(passed))].as_py()
-                examples[problem] = f"such as {first.removeprefix(problem + ': ')} in {shard.url}; {remedy}"
+                examples[problem] = _example(first.removeprefix(problem + ": "), shard, remedy)
             keep(passed, problem)
+        if HIDDEN_COLUMN in found.column_names:
+            hidden = found.filter(found[HIDDEN_COLUMN].is_valid())
+            rejected[DOTTED_NAME] += sum(map(len, hidden[HIDDEN_COLUMN].to_pylist()))
+            for row in hidden.slice(0, 1).to_pylist():
+                example = as_read(row["key"], row[HIDDEN_COLUMN])
+                examples.setdefault(DOTTED_NAME, _example(example, shard, NAMING_PROBLEMS[DOTTED_NAME]))
         keep(_as_bool(found["problem"].is_null()), "undecodable picture")
         if self.max_picture_pixels is not None:
             pixels = found["width"].to_numpy().astype(np.int64) * found["height"].to_numpy()
@@ -146,7 +153,7 @@ class Selection:
         if any(condition.takes_mapping and not condition.expression.only_keys for condition in self.filters):
             return None
         wanted = [name for condition in self.filters for name in condition.column_names]
-        return list(dict.fromkeys([*BASE_COLUMNS, "problem", *wanted]))
+        return list(dict.fromkeys([*BASE_COLUMNS, "problem", HIDDEN_COLUMN, *wanted]))
 
 
 @dataclass
@@ -258,6 +265,10 @@ def choose_by_hash(
     for _, number, row in sorted(hashes)[:count]:
         chosen.setdefault(number, []).append(row)
     return {number: np.array(sorted(rows)) for number, rows in sorted(chosen.items())}, len(hashes)
+
+
+def _example(what: str, shard: Shard, remedy: str) -> str:
+    return f"such as {what} in {shard.url}; {remedy}"
 
 
 def _any_of(suffixes: Sequence[str]) -> str:

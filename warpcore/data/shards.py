@@ -1,6 +1,7 @@
 """`webdataset_path`: from what a user writes to the list of tars it means."""
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from warpcore.data.storage import complete_url, is_remote, read_ranges, storage_for
+from warpcore.data.storage import COMPRESSED_ENDINGS, TAR_ENDINGS, complete_url, is_remote, read_ranges, storage_for
 from warpcore.errors import UserError
 from warpcore.text import decode_text
 
@@ -21,7 +22,8 @@ MAX_BRACE_EXPANSIONS = 10_000_000
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+logger = logging.getLogger(__name__)
 
 
 class MissingShardError(UserError, FileNotFoundError):
@@ -85,7 +87,7 @@ def named_folders(webdataset_path: Any) -> list[str]:
     for _, text, folder in _entries(webdataset_path, str(Path.cwd())):
         fixed = re.split(r"[*?\[{]", text, maxsplit=1)[0]
         url = _literal(fixed, folder)
-        is_part = fixed != text or url.endswith((".tar", *_COMPRESSED))
+        is_part = fixed != text or url.endswith(TAR_ENDINGS)
         folders.append(url.rpartition("/")[0] if is_part and not fixed.endswith("/") else url.rstrip("/"))
     return list(dict.fromkeys(folders))
 
@@ -169,18 +171,34 @@ def _found(text: str, folder: str, known: dict[str, tuple[int, str]]) -> list[Sh
     """What a path means without its braces: a tar or folder of this very name, or else what matches it as a glob."""
     url = _literal(text, folder)
     storage = storage_for(url)
-    if url.endswith(_COMPRESSED):
+    if url.endswith(COMPRESSED_ENDINGS):
         raise UserError(f"webdataset_path: {url} is compressed, so its samples can't be read singly; decompress it")
     if storage.is_folder(url):
-        shards = [Shard(*entry) for entry in storage.tars(url)]
+        shards = _not_compressed(storage.tars(url), url)
         if not shards:
             raise UserError(f"webdataset_path: {url} holds no .tar; tools/build_dataset.py makes tars from pictures")
         return shards
     if url in known:
         return [Shard(url, *known[url])]
     if _GLOB_CHARACTERS.search(text):
-        return [Shard(*entry) for entry in storage.glob(_literal(text, glob.escape(folder)))]
+        return _not_compressed(storage.glob(_literal(text, glob.escape(folder))), url)
     return []
+
+
+def _not_compressed(found: list[tuple[str, int, str]], url: str) -> list[Shard]:
+    """The tars without compressed ones, which are named.
+
+    Raises:
+        UserError: all are compressed.
+    """
+    compressed = [entry[0] for entry in found if entry[0].endswith(COMPRESSED_ENDINGS)]
+    if compressed:
+        names = ", ".join(compressed[:3]) + (", ..." if len(compressed) > 3 else "")
+        told = f"{len(compressed)} compressed ({names}), so their samples can't be read singly; decompress them"
+        if len(compressed) == len(found):
+            raise UserError(f"webdataset_path: {url} holds no .tar but {told}")
+        logger.warning("webdataset_path: of the tars of %s, these are left out: %s", url, told)
+    return [Shard(*entry) for entry in found if not entry[0].endswith(COMPRESSED_ENDINGS)]
 
 
 def _near(url: str) -> str:

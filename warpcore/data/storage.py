@@ -27,6 +27,13 @@ READ_ATTEMPTS = 3
 PARALLEL_CALLS = 32
 
 
+COMPRESSED_ENDINGS = (
+    ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.zstd", ".tar.lz4",
+    ".tar.lz", ".tar.lzma", ".tar.Z",
+)  # fmt: skip
+TAR_ENDINGS = (".tar", *COMPRESSED_ENDINGS)
+
+
 class ChangedShardError(UserError):
     """The tar is not the one any more that the run was planned with."""
 
@@ -49,7 +56,7 @@ class Storage(Protocol):
     """What a place that holds tars can do. A URL here is complete; `etag` changes when the content does."""
 
     def tars(self, folder: str) -> list[tuple[str, int, str]]:
-        """(URL, size in bytes, etag) of every `.tar` below the folder, sorted by URL."""
+        """(URL, size in bytes, etag) of every tar below the folder, sorted by URL; also of compressed ones."""
 
     def glob(self, pattern: str) -> list[tuple[str, int, str]]:
         """The same for those that match `*`, `?`, `[...]` and `**`."""
@@ -94,12 +101,12 @@ class LocalStorage:
                     continue
                 if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     yield from self._walk(entry.path, (*above, here))
-                elif entry.name.endswith(".tar"):
+                elif entry.name.endswith(TAR_ENDINGS):
                     yield entry.path, *_stat_of_tar(entry.path)
 
     def glob(self, pattern: str) -> list[tuple[str, int, str]]:
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
-        return [(path, *_stat_of_tar(path)) for path in paths if path.endswith(".tar")]
+        return [(path, *_stat_of_tar(path)) for path in paths if path.endswith(TAR_ENDINGS)]
 
     def is_folder(self, url: str) -> bool:
         return os.path.isdir(url)
@@ -157,6 +164,8 @@ def _stat_of_tar(path: str) -> Version:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ELOOP):
             raise
+        if path.endswith(COMPRESSED_ENDINGS):  # it is left out in any case
+            return 0, ""
         raise UserError(f"{path} is a link that leads nowhere; restore what it leads to, or remove it") from None
 
 

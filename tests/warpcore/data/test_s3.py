@@ -35,6 +35,16 @@ def state_of(url):
 # Paths
 
 
+def test_compressed_tars_of_a_prefix_are_counted_and_named(bucket, caplog):
+    for key in ("set/1.tar", "set/2.tar.gz", "only/1.tgz"):
+        bucket.put(key, b"x")
+    root = f"s3://{bucket.name}"
+    assert [shard.url for shard in resolve_sources(f"{root}/set")[0].shards] == [f"{root}/set/1.tar"]
+    assert f"1 compressed ({root}/set/2.tar.gz)" in caplog.text
+    with pytest.raises(UserError, match=r"holds no \.tar but 1 compressed \(.*only/1\.tgz\).*decompress"):
+        resolve_sources(f"{root}/only")
+
+
 PATHS = ["", "more", "more/", "00001.tar", "*.tar", "**/*.tar", "{00000..00002}.tar", "[!0]*.tar", "?0001.tar"]
 PATHS += ["*/*.tar", "{00000,more/00003}.tar", "sets.yml", "é +%#?.tar"]
 

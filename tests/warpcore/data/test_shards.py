@@ -101,6 +101,27 @@ def test_a_folder_without_tars_and_a_compressed_tar_are_explained(folder):
         resolve_sources("data.tar.gz")
 
 
+@pytest.mark.parametrize("path", ["data", "data/*"])
+def test_compressed_tars_beside_others_are_counted_and_named_with_the_remedy(folder, caplog, path):
+    for name in ("00004.tar.gz", "00005.tgz", "00006.tar.bz2", "00007.tar.xz", "00008.tar.zst"):
+        (folder / "data" / name).write_bytes(b"")
+    (folder / "data" / "gone.tar.gz").symlink_to("nowhere")
+    found = names(path, folder)[0][1]
+    assert found == (ALL if path == "data" else ALL[:3])
+    (record,) = caplog.records
+    assert f"6 compressed ({folder}/data/00004.tar.gz, {folder}/data/00005.tgz, {folder}/data/0" in record.message
+    assert record.message.endswith("...), so their samples can't be read singly; decompress them")
+
+
+@pytest.mark.parametrize("path", ["only", "only/*"])
+def test_where_there_are_only_compressed_tars_the_error_says_so(folder, path):
+    (folder / "only").mkdir()
+    (folder / "only" / "1.tar.zst").write_bytes(b"")
+    told = rf"holds no \.tar but 1 compressed \({folder}/only/1\.tar\.zst\), .*decompress them"
+    with pytest.raises(UserError, match=told):
+        resolve_sources(path)
+
+
 def test_a_missing_tar_is_a_file_not_found_error_too(folder):
     with pytest.raises(FileNotFoundError):
         resolve_sources("nowhere.tar")

@@ -109,3 +109,28 @@ def test_a_picture_that_dots_in_its_name_hide_is_named_counted_and_explained(tmp
     assert "1 of 3 rows can be drawn; 2 rejected: dots in the name of a picture" in survey
     assert "Screenshot 2026-01-01 at 09.11.05.jpg is read as the member .11.05.jpg" in survey
     assert "build_dataset.py" in survey
+
+
+def survey_of(path) -> str:
+    return str(Plan(catalog_of(path), micro_batch_size=1, buckets=Buckets.for_image_size(64, [], 32)).survey)
+
+
+def test_pictures_that_dots_merge_into_the_row_of_another_one_are_named_and_counted(tmp_path):
+    names = ["photo.jpg", "photo.edit.jpg", "photo.2.jpg", "a.b.jpg", "a.c.jpg", "plain.jpg"]
+    survey = survey_of(write_tar(tmp_path / "x.tar", [(name, picture()) for name in names]))
+    assert "2 of 3 rows can be drawn; 3 rejected: dots in the name of a picture" in survey
+    assert "a.b.jpg is read as the member .b.jpg of the key 'a', as are 1 more of this key" in survey
+    survey = survey_of(write_tar(tmp_path / "y.tar", [(name, picture()) for name in names[:3]]))
+    assert "1 of 1 rows can be drawn; 2 rejected: dots in the name of a picture" in survey
+    assert "photo.edit.jpg is read as the member .edit.jpg of the key 'photo', as are 1 more of this key" in survey
+
+
+def test_members_of_their_own_kind_beside_a_picture_are_no_hidden_pictures(tmp_path):
+    names = [f"{number}.{kind}" for number in range(40) for kind in ("jpg", "condition.png")]
+    names += ["3.mask.png", "4.depth.png", "5.seg.png", "6.pose.json"]
+    survey = survey_of(write_tar(tmp_path / "x.tar", [(name, picture()) for name in names]))
+    assert "rejected" not in survey
+    names += ["0.a.jpg", "1.a.jpg"]
+    assert "2 rejected: dots in the name" in survey_of(
+        write_tar(tmp_path / "y.tar", [(name, picture()) for name in names])
+    )
