@@ -28,6 +28,7 @@ from warpcore.data.selection import BASE_COLUMNS, Piece, Rows, Selection, make_s
 from warpcore.data.shards import Shard
 from warpcore.data.storage import read_ranges, storage_for
 from warpcore.errors import UserError
+from warpcore.files import naming
 
 CHUNK_ROWS = 512
 """So many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
@@ -231,7 +232,8 @@ class CacheTar:
     def _add(self, name: str, content: bytes) -> None:
         about = tarfile.TarInfo(name)  # no times or owners: equal content gives equal bytes
         about.size = len(content)
-        self._file.addfile(about, io.BytesIO(content))
+        with naming(self._file.name):
+            self._file.addfile(about, io.BytesIO(content))
 
 
 @contextmanager
@@ -243,8 +245,9 @@ def new_tar(path: Path, record: Record, dtype: str) -> Iterator[CacheTar]:
         with aside.open("wb") as content:
             with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as file:
                 yield CacheTar(file, record, dtype)
-            content.flush()
-            os.fsync(content.fileno())
+            with naming(aside):
+                content.flush()
+                os.fsync(content.fileno())
         record.tar_bytes = aside.stat().st_size
         # The record first: a tar without one is written again.
         path.unlink(missing_ok=True)

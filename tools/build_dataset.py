@@ -39,6 +39,7 @@ from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
 from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
+from warpcore.files import naming
 from warpcore.random import stable_hash
 
 TEXT_ENCODERS = ("clip", "none")
@@ -202,6 +203,10 @@ class _ShardWriter:
         self._samples = 0
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
+        with naming(self._path):
+            self._add(key, members)
+
+    def _add(self, key: str, members: dict[str, bytes]) -> None:
         if self._tar is None:
             self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (close_shard closes it)
         for member, content in members.items():
@@ -216,7 +221,8 @@ class _ShardWriter:
     def close_shard(self) -> None:
         if self._tar is None:
             return
-        self._tar.close()
+        with naming(self._path):
+            self._tar.close()
         url = str(self._path.resolve())
         shard = Shard(url, *storage_for(url).stat(url))
         self.shards[shard] = index_shard(shard)

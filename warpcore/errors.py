@@ -26,5 +26,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: the disk is full: {error}. Make room and start the same command again", file=sys.stderr)
+        disk = f"the disk that holds {error.filename}" if error.filename is not None else "a disk"
+        print(
+            f"error: {disk} is full ({error.strerror}). Make room there and start the same command again",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None

@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +23,24 @@ def open_plain(path: Path, mode: str) -> IO:
         if error.errno != errno.ELOOP:
             raise
         raise _refusal(path) from None
+
+
+@contextmanager
+def writing(path: Path, mode: str) -> Iterator[IO]:
+    """`open_plain` for a `with` statement, whose errors name the file."""
+    with naming(path), open_plain(path, mode) as file:
+        yield file
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Errors inside that name no file, as those of a full disk do not, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _open_no_link(name: str, flags: int) -> int:
@@ -43,7 +63,7 @@ def _refusal(path: Path) -> UserError:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is on the disk, whole, before anything that depends on it."""
     partial = path.with_name(path.name + ".partial")
-    with open_plain(partial, "w") as file:
+    with writing(partial, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from warpcore.files import open_plain
+from warpcore.files import writing
 from warpcore.processes import Processes
 
 MAX_LINE_BYTES = 2**20
@@ -36,7 +36,7 @@ class Metrics:
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= update]
         partial = self.path.with_suffix(".partial")
-        with open_plain(partial, "w") as file:
+        with writing(partial, "w") as file:
             file.writelines(line + "\n" for line in kept)
         os.replace(partial, self.path)
 
@@ -57,7 +57,7 @@ class Metrics:
         if not (self.processes.is_main and values):
             return
         last = self.last_line()
-        with open_plain(self.path, "r+" if self.path.exists() else "w") as file:
+        with writing(self.path, "r+" if self.path.exists() else "w") as file:
             end = file.seek(0, os.SEEK_END)
             if last.get("update") == update:
                 file.seek(end - len("}\n"))
@@ -107,7 +107,7 @@ class Metrics:
                 line["samples_hash"] = f"{value % 2**64:016x}"
         self._interval_started = now
         if self.processes.is_main and lines:
-            with open_plain(self.path, "a") as file:
+            with writing(self.path, "a") as file:
                 file.writelines(json.dumps(_finite(line)) + "\n" for line in lines)
         return lines
 

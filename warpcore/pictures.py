@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from warpcore.files import open_plain
+from warpcore.files import writing
 
 MARGIN_PX = 4
 FONT_SIZE_PX = 12
@@ -86,7 +86,7 @@ def save_png(path: Path | str, picture: np.ndarray, metadata: Mapping[str, str] 
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open_plain(aside, "wb") as file:
+        with writing(aside, "wb") as file:
             Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
         os.replace(aside, path)
     finally:

@@ -23,7 +23,7 @@ _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
-_reported_full: set[str] = set()
+_reported: set[str] = set()
 
 
 def locations(url: str, suffix: str) -> list[str]:
@@ -56,7 +56,7 @@ def write_beside(url: str, suffix: str, content: bytes) -> str:
                 raise
             refusals.append(f"{os.path.dirname(location)}: {error.strerror or error}")
             continue
-        _report_full_disk(refusals, location)
+        _report(refusals, location)
         return location
     raise UserError(
         f"{os.path.basename(url + suffix)} can be written nowhere ({'; '.join(refusals)}). Make room there, or set "
@@ -64,11 +64,13 @@ def write_beside(url: str, suffix: str, content: bytes) -> str:
     )
 
 
-def _report_full_disk(refusals: list[str], location: str) -> None:
+def _report(refusals: list[str], location: str) -> None:
+    """Tell once of a full disk, and of a user's cache that can't be written either."""
     full = [refusal for refusal in refusals if any(refusal.endswith(os.strerror(number)) for number in _FULL)]
-    for refusal in set(full) - _reported_full:
-        logger.warning("%s; what belongs there is kept in %s", refusal, os.path.dirname(location))
-    _reported_full.update(full)
+    told = [refusal for refusal in (refusals if len(refusals) > 1 else full) if refusal not in _reported]
+    if told:
+        logger.warning("%s; what belongs there is kept in %s", "; ".join(told), os.path.dirname(location))
+    _reported.update(told)
 
 
 def _within(root: str, url: str, suffix: str) -> str:

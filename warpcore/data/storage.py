@@ -18,6 +18,7 @@ from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from warpcore.errors import UserError
+from warpcore.files import naming
 
 T = TypeVar("T")
 Version = tuple[int, str]
@@ -138,7 +139,7 @@ class LocalStorage:
         aside = os.path.join(os.path.dirname(url), f".{os.path.basename(url)[-100:]}.{os.getpid()}.part")
         try:
             os.makedirs(os.path.dirname(url), exist_ok=True)
-            with open(aside, "wb") as file:
+            with naming(aside), open(aside, "wb") as file:
                 file.write(content)
             os.replace(aside, url)
         except OSError as error:
