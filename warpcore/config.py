@@ -357,5 +357,7 @@ def _explain(kind: type[Settings], mistake: Any) -> str:
             reason = mistake["msg"] + ("; put it in quotes" if mistake["type"] == "string_type" else "")
     if not key:
         return reason
+    if mistake["input"] is None and len(location) == 1 and kind.model_fields[key].default in ([], {}):
+        return f"{key}: found null; write {kind.model_fields[key].default} for none"
     wanted = type_name(kind.model_fields[key].annotation) if key in kind.model_fields else ""
     return f"{key}: found {mistake['input']!r}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"

@@ -234,6 +234,11 @@ def test_a_number_for_a_text_wants_quotes():
     assert "experiment_id: found 7, but input should be a valid string; put it in quotes" in refusal(experiment_id=7)
 
 
+def test_null_for_a_list_or_a_mapping_says_how_to_write_none():
+    assert "dataset_filters: found null; write [] for none" in refusal(dataset_filters=None)
+    assert "grad_norm_groups: found null; write {} for none" in refusal(grad_norm_groups=None)
+
+
 def test_a_run_whose_name_is_the_same_number_is_named(tmp_path, caplog):
     (tmp_path / "7").mkdir()
     rest = [f"{key}={value}" for key, value in GIVEN.items()]
