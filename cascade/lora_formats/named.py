@@ -100,7 +100,7 @@ def from_named(tensors: Mapping[str, Tensor], there: Mapping[str, Place], config
         if config and part == "down":
             alphas[place] = peft.alpha_of(config, layer, len(tensor))
     if others:
-        raise LoraFileError(_refusal(others, of_lora=bool(found) or bool(config)))
+        raise LoraFileError(_refusal(others, there, of_lora=bool(found) or bool(config)))
     return Lora(fused({place: _adapter(place, own, alphas.get(place), config) for place, own in found.items()}))
 
 
@@ -121,12 +121,14 @@ def _names(place: str) -> list[str]:
     return [*own, f"{layer}.in_proj.{PARTS.index(part)}"] if part else own
 
 
-def _refusal(others: list[str], of_lora: bool) -> str:
+def _refusal(others: list[str], there: Mapping[str, Place], of_lora: bool) -> str:
     for pattern, what in _NOT_READ.items():
         if name := next((name for name in others if re.match(pattern, name)), None):
             return f"it holds {name}, {what}: only LoRA and DoRA of Stage C are read"
     if of_lora:
         return f"it holds {others[0]}, which belongs to no adapter (as `bias` and `modules_to_save` of peft do not)"
+    if any(name.removesuffix(".weight") in there for name in others):
+        return "it is no LoRA, but whole weights of Stage C, which generator_checkpoint_path takes"
     return f"it is no LoRA: its tensors are named like {others[0]!r}"
 
 

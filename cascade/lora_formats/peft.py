@@ -28,9 +28,11 @@ def to_peft(lora: Lora) -> tuple[dict[str, Tensor], dict]:
     for name, adapter in adapters.items():
         kernel = adapter.down.dim() == 4
         if adapter.is_depthwise:
-            raise LoraFileError(f"{name} is a depthwise convolution, which peft adapts differently")
+            raise LoraFileError(f"{name} is a depthwise convolution, which peft adapts differently: use lora-merged")
         if adapter.by_columns:
-            raise LoraFileError(f"{name} is adapted with DoRA by input columns, peft's DoRA goes by rows")
+            raise LoraFileError(
+                f"{name} is adapted with DoRA by input columns, peft's DoRA goes by rows: use lora-merged"
+            )
         tensors |= {
             f"base_model.model.{name}.lora_A.weight": adapter.down,
             f"base_model.model.{name}.lora_B.weight": adapter.up[:, :, None, None] if kernel else adapter.up,

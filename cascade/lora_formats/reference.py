@@ -35,14 +35,20 @@ def to_reference(lora: Lora, there: Mapping[str, Place], token_ids: Mapping[str,
     tensors: dict[str, Tensor] = {}
     adapters = fused(lora.adapters)
     if single := next((place for place in adapters if place not in there), None):
-        raise LoraFileError(f"{single} alone is adapted, the reference's file knows whole layers only")
+        raise LoraFileError(
+            f"{single} alone is adapted, the reference's file knows whole layers only: use lora-merged"
+        )
     for number, place in enumerate(walked(adapters)):
         adapter = adapters[place]
         if adapter.magnitude is not None:
-            raise LoraFileError(f"{place} is adapted with DoRA, which the reference's file cannot express")
+            raise LoraFileError(
+                f"{place} is adapted with DoRA, which the reference's file cannot express: use lora-merged"
+            )
         down = adapter.down if adapter.down.dim() == 2 else adapter.down[:, :, 0, 0]
         if adapter.down.dim() == 4 and not torch.equal(_constant_kernels(down, adapter.down.shape), adapter.down):
-            raise LoraFileError(f"{place}: the reference's file holds one number per kernel, this one differs inside")
+            raise LoraFileError(
+                f"{place}: the reference's file holds one number per kernel, this one differs inside: use lora-merged"
+            )
         tensors |= {f"weights.{number}.lora_down": down, f"weights.{number}.lora_up": adapter.up * adapter.plain_alpha}
     if lora.tokens:
         ids = torch.tensor([token_ids[token] for token in lora.tokens])

@@ -284,7 +284,7 @@ def test_a_mistake_with_a_lora_is_named(draw, lora_run, tmp_path, drawing_cascad
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     for words, *arguments in (
         ("there is no LoRA file nowhere", "lora=nowhere:0.5"),
-        ("it is no LoRA: its tensors are named like", f"lora={base}"),
+        ("it is no LoRA, but whole weights of Stage C, which generator_checkpoint_path takes", f"lora={base}"),
         ("another network: down_blocks", f"lora={tmp_path}/wider.safetensors"),
         ("tokens [dog] are 9 wide, this text tower is 48", f"lora={tmp_path}/token.safetensors"),
         ("the token [dog] is in two of the LoRAs", f"lora={lora_run}", "--lora", lora_run),
