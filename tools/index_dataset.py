@@ -19,17 +19,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from warpcore.data.catalog import read_summaries, write_manifests
+from warpcore.data.catalog import read_summaries, told_of_older_indexes, write_manifests
+from warpcore.data.identity import HASHED_BYTES
 from warpcore.data.index import Summary, index_shard
-from warpcore.data.samples import PICTURE_EXTENSIONS
+from warpcore.data.member_headers import TEXT_EXTENSIONS
 from warpcore.data.shards import Shard, resolve_sources
 from warpcore.data.sidecars import CACHE_VARIABLE
 from warpcore.data.storage import complete_url, is_remote, storage_for
 from warpcore.data.tars import BLOCK_BYTES, read_samples
 from warpcore.errors import UserError, run_script
 
-PICTURE_HEADER_BYTES = 8192
-"""What is read of a picture to learn its size, mostly."""
 REMOTE_BLOCK_BYTES = 512 << 10
 """What is read at least, wherever something is read, of a tar that is not here."""
 MOST_TOLD = 20
@@ -47,7 +46,9 @@ def index_dataset(paths: Sequence[str], num_workers: int) -> None:
     print(f"{len(shards)} tars, {_bytes(sum(shard.size_bytes for shard in shards))}; {len(missing)} to index")
     failures: list[str] = []
     if missing:
-        print(f"about {_bytes(_estimate(missing))} will be read: the headers of tars and pictures, and .json members")
+        print(f"about {_bytes(_estimate(missing))} will be read: headers, texts, and the start of all other members")
+        if told := told_of_older_indexes(missing):
+            print(told)
         found, failures = _index(missing, num_workers)
         known |= found
     whole = {shard: summary for shard, summary in known.items() if summary is not None}
@@ -68,9 +69,8 @@ def _estimate(shards: Sequence[Shard]) -> int:
         except (UserError, OSError):  # it will be told when it is indexed
             continue
         members = [(name, size) for sample in samples for name, (_, size) in sample.members.items()]
-        pictures = [size for name, size in members if name in PICTURE_EXTENSIONS]
-        read = BLOCK_BYTES * len(members) + sum(size for name, size in members if name == "json")
-        read += sum(min(size, PICTURE_HEADER_BYTES) for size in pictures)
+        read = BLOCK_BYTES * len(members)
+        read += sum(size if name in TEXT_EXTENSIONS else min(size, HASHED_BYTES) for name, size in members)
         if is_remote(shard.url):
             read = REMOTE_BLOCK_BYTES * len(members)
         share = min(1.0, read / shard.size_bytes)

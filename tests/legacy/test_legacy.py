@@ -117,11 +117,16 @@ def test_an_old_run_on_s3_goes_on_as_the_old_commit_would(old_files, s3_endpoint
 
 
 @pytest.mark.parametrize("path", variants(["data", "quotes", "cache", "cache_bpe"]))
-def test_an_old_index_is_used_without_a_warning(old_files, path, caplog):
+def test_old_indexes_are_replaced_with_one_message_and_keep_their_rows(old_files, path, caplog):
     old = {name: pq.read_table(f"{name}.index.parquet") for name in map(str, sorted(Path(path).glob("*.tar")))}
     catalog = open_catalog(resolve_sources(path))
     assert len(catalog) == len(old)
-    assert not caplog.records
+    (record,) = caplog.records
+    told = f"{len(old)} of {len(old)} tars have an index of an earlier version, without a hash of their content"
+    assert record.message.startswith(told)
+    assert "tools/index_dataset.py" in record.message
+    assert len(open_catalog(resolve_sources(path))) == len(old)
+    assert len(caplog.records) == 1, "the next start finds the new indexes"
     for number, rows in enumerate(old.values()):
         now = read_rows(catalog.shard(number), rows.column_names)
         assert now.equals(rows.replace_schema_metadata(None))

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from warpcore.data.identity import remembered
-from warpcore.data.index import UNREADABLE, Summary, index_shard, read_summary
+from warpcore.data.index import UNREADABLE, Summary, has_older_index, index_shard, read_summary
 from warpcore.data.shards import Shard, Source
 from warpcore.data.sidecars import ABSENT, locations, write_beside
 from warpcore.data.storage import StorageError, Version, in_parallel, is_remote, real_url, storage_for
@@ -230,11 +230,24 @@ def index_shards(shards: Sequence[Shard]) -> Iterator[tuple[str, Summary]]:
     """Index shards one after the other; shows how far it is, because it may take a while."""
     size = sum(shard.size_bytes for shard in shards)
     logger.info("indexing %d tars (%.2f GB)", len(shards), size / 1e9)
+    if told := told_of_older_indexes(shards):
+        logger.warning("%s (tools/index_dataset.py does it with several processes)", told)
     what = "indexing (tools/index_dataset.py does it with several processes)"
     with tqdm(desc=what, total=size, unit="B", unit_scale=True, delay=2, mininterval=2) as progress:
         for shard in shards:
             yield shard.url, index_shard(shard)
             progress.update(shard.size_bytes)
+
+
+def told_of_older_indexes(shards: Sequence[Shard]) -> str | None:
+    """What to tell of tars that are indexed again because an earlier version did."""
+    older = sum(in_parallel(has_older_index, [(shard,) for shard in shards]))
+    if not older:
+        return None
+    return (
+        f"{older} of {len(shards)} tars have an index of an earlier version, without a hash of their content: they "
+        "are read and indexed again, once"
+    )
 
 
 def write_manifests(shards: Sequence[Shard], summaries: dict[str, Summary]) -> list[str]:

@@ -163,7 +163,7 @@ def _summary_of(schema: pa.Schema, shard: Shard, url: str) -> Summary:
         changed = f"{saved['size_bytes']} -> {shard.size_bytes} bytes"
         raise _StaleIndexError(f"{shard.url} changed since it was indexed ({changed})")
     if saved["version"] < INDEX_VERSION:
-        raise _StaleIndexError()  # `index_shard` says what that changes
+        raise _StaleIndexError()  # told once for all tars, see `catalog.told_of_older_indexes`
     if saved["version"] != INDEX_VERSION:
         raise _StaleIndexError(f"{url} has version {saved['version']} instead of {INDEX_VERSION}")
     summary = saved["summary"]
@@ -189,6 +189,12 @@ def _present_indexes(shard: Shard) -> Iterator[dict]:
             raise
         except UNREADABLE as error:
             logger.info("%s can't be read (%s)", url, error)
+
+
+def has_older_index(shard: Shard) -> bool:
+    """Whether an earlier version indexed the tar."""
+    present = _present_indexes(shard)
+    return any(saved["version"] < INDEX_VERSION and saved["size_bytes"] == shard.size_bytes for saved in present)
 
 
 def _is_of(saved: dict, shard: Shard, content: str) -> bool:

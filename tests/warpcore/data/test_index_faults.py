@@ -155,3 +155,15 @@ def test_the_index_tool_goes_on_after_a_tar_that_can_not_be_read(tmp_path, monke
     with pytest.raises(UserError, match=r"1 tars can't be used:\n.*b\.tar"):
         index_main([str(tmp_path), "--workers", "1"])
     assert "2 samples" in capsys.readouterr().out
+
+
+@pytest.mark.integration
+def test_the_index_tool_estimates_what_indexing_reads(tmp_path, monkeypatch, capsys):
+    members = []
+    for number in range(20):
+        noise = os.urandom(30_000)
+        members += [(f"{number}.jpg", picture()), (f"{number}.latent.npy", noise), (f"{number}.txt", noise[:10_000])]
+    path = write_tar(tmp_path / "x.tar", members)
+    index_main([str(path), "--workers", "1"])
+    in_kb = (20 * (3 * 512 + len(picture()) + 8192 + 10_000)) / 1000
+    assert f"about {in_kb:.1f} kB will be read" in capsys.readouterr().out
