@@ -9,6 +9,7 @@ content hash (see `identity`), and hold the etag it had then, by which an unchan
 import io
 import json
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -78,7 +79,8 @@ def index_shard(shard: Shard, *, replace: bool = False) -> Summary:
         UserError: the index can be written nowhere.
     """
     storage, content_hash = storage_for(shard.url), new_hash()
-    with storage.open(shard.url) as file:
+    with storage.open(shard.url) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow about broken headers: a picture's problem says it
         try:
             samples = read_samples(file, shard.url, shard.size_bytes, partial(look, file, content_hash), content_hash)
         except CutShardError as cut:

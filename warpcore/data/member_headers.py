@@ -2,7 +2,6 @@
 
 import io
 import json
-import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,9 +41,7 @@ def _told(facts: dict[str, Any]) -> tuple[int, int, str | None]:
 
 def _measure(window: "_Window", extension: str) -> tuple[int, int, str | None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return *picture_size(io.BufferedReader(window)), None
+        return *picture_size(io.BufferedReader(window)), None
     except MemoryError:
         raise
     except Exception as error:  # whatever a decoder makes of hostile bytes says only that the picture is unusable

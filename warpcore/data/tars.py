@@ -91,7 +91,7 @@ def read_samples(
     of_key: dict[str, list[TarSample]] = {}
     for name, offset, size in _members(file, url, size_bytes, samples):
         if content_hash is not None:
-            content_hash.update(f"{name}\0{offset}\0{size}\0".encode())
+            content_hash.update(f"{name}\0{offset}\0{size}\0".encode(errors="surrogateescape"))
         match = _KEY_AND_EXTENSION.fullmatch(name)
         if not match or re.fullmatch(r"__[^/]*__", match[1]):
             continue

@@ -8,8 +8,9 @@ from tests.warpcore.data.tars import catalog_of, picture, write_shard, write_tar
 from warpcore.data import identity
 from warpcore.data.buckets import Buckets
 from warpcore.data.catalog import Catalog
-from warpcore.data.index import INDEX_SUFFIX
+from warpcore.data.index import INDEX_SUFFIX, index_shard
 from warpcore.data.plan import Plan
+from warpcore.data.shards import resolve_sources
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +101,12 @@ def test_a_tar_with_two_names_is_read_once_and_never_trained_on_when_held_out(tm
     assert "latest/0.tar is" in caplog.text
     plan = plan_of(catalog_of(tmp_path / "v2", tmp_path / "other"), validation=catalog_of(tmp_path / "latest"))
     assert plan.num_rows == 4
+
+
+def test_names_that_are_not_utf_8_count_in_the_hash(tmp_path):
+    contents = []
+    for name in (b"caf\xe9", b"caf\xe8"):
+        key = os.fsdecode(name)
+        tar = write_tar(tmp_path / f"{name[-1]}.tar", [(f"{key}.jpg", picture()), (f"{key}.txt", b"coffee")])
+        contents.append(index_shard(resolve_sources(str(tar))[0].shards[0]).content)
+    assert contents[0] != contents[1]
