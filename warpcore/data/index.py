@@ -85,6 +85,7 @@ def index_shard(shard: Shard, *, replace: bool = False) -> Summary:
             samples = read_samples(file, shard.url, shard.size_bytes, partial(look, file, content_hash), content_hash)
         except CutShardError as cut:
             samples = _before(cut, shard.url)
+    _refuse_ambiguous(samples)
     _check_pictures(samples, shard.url)
     rows, nested = _make_table(samples, shard.url)
     if storage.stat(shard.url) != (shard.size_bytes, shard.etag):
@@ -254,6 +255,20 @@ def _before(cut: CutShardError, url: str) -> list[TarSample]:
         raise BadShardError(str(cut)) from None
     logger.warning("%s Until then, those are used", cut)
     return [*whole, TarSample("(cut short)", problem=f"{url} {CUT_SHORT}")]
+
+
+def _refuse_ambiguous(samples: list[TarSample]) -> None:
+    """Where a key has two pictures and two captions, say, it is unclear which belong together."""
+    for sample in samples:
+        repeated = [name for name in sample.replaced if _extension(name) not in PICTURE_EXTENSIONS]
+        pictures = [name for name in PICTURE_EXTENSIONS if name in sample.members]
+        if repeated and len(pictures) > 1 and sample.problem is None:
+            first, second = (f"{sample.key}.{name}" for name in pictures[:2])
+            sample.problem = f"{SHARED_KEY}: {first} and {second}, with two {repeated[0]}"
+
+
+def _extension(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _check_pictures(samples: list[TarSample], url: str) -> None:

@@ -81,6 +81,16 @@ def test_a_picture_never_gets_the_caption_of_another_one_of_its_key(tmp_path):
     assert [row["width"] for row in read_rows(catalog_of(path).shard(0)).to_pylist()] == [24, 16]
 
 
+def test_of_pictures_of_two_kinds_none_gets_the_caption_of_the_other(tmp_path):
+    members = [("0.jpg", picture(16)), ("0.txt", b"of the .jpg"), ("1.jpg", picture()), ("1.txt", b"one"),
+               ("0.png", picture(24)), ("0.txt", b"of the .png"), ("2.jpg", picture()), ("2.png", picture()),
+               ("2.txt", b"two"), ("2.jpg", picture())]  # fmt: skip
+    path = write_tar(tmp_path / "x.tar", members)
+    assert captions_of(path) == {"1": b"one", "2": b"two"}
+    problems = {row["key"]: row["problem"] for row in read_rows(catalog_of(path).shard(0)).to_pylist()}
+    assert problems["0"] == "two samples share a key: 0.jpg and 0.png, with two 0.txt"
+
+
 @pytest.mark.integration
 def test_a_caption_that_tar_replaced_is_the_one_that_counts(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("0000.jpg", picture()), ("0000.txt", b"old"), ("1.jpg", picture())])
