@@ -178,6 +178,7 @@ class WarpCore:
             resume_update=resumed,
         )
         self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
+        self.cannot_draw = self.processes.first_of(self.cannot_draw)  # a file may be missing on one machine alone
         if self.cannot_draw:
             self.progress.say(self.cannot_draw)
         if resumed is not None:

@@ -69,7 +69,7 @@ def complete(run: "WarpCore") -> None:
     """Make what an earlier start, which ended after the save that this one goes on from, could not make any more."""
     if not run.update or not run.config.is_evaluated(run.update):
         return
-    line = run.processes.decide(run.metrics.last_line())
+    line = run.processes.on_main(run.metrics.last_line)  # the others may come before it has cut off a half line
     if run.feed.plan.has_validation and not any(name.startswith("validation_") for name in line):
         validate(run)
     if _draws(run) and not run.cannot_draw and not run.processes.on_main(lambda: _has_samples(run)):
@@ -122,14 +122,16 @@ def draw(run: "WarpCore") -> None:
     """
     if run.cannot_draw or not _draws(run):
         return
+    rows, shortage = [], None
     try:
         rows = _drawn_rows(run)
     except (MemoryError, RuntimeError) as error:
         if not _is_short_of_memory(error):
             raise
-        run.cannot_draw = (
-            f"no more sample pictures are drawn: there is too little memory for them ({_first_line(error)})"
-        )
+        shortage = f"no more sample pictures are drawn: there is too little memory for them ({_first_line(error)})"
+    # One process alone may be short of memory; all of them have to agree on whether they draw the next time.
+    run.cannot_draw = run.processes.first_of(shortage)
+    if run.cannot_draw:
         run.progress.say(run.cannot_draw)
         return
     for note in run.feed.take_notes():

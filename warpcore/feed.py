@@ -316,7 +316,10 @@ class Feed:
         return catalog
 
     def _check_plan(self, saved: dict | None) -> None:
-        difference = self.plan.difference(saved["fingerprint"]) if saved else None
+        if saved is None:
+            return
+        # The main process decides: on another machine, copies of the tars have other times of change.
+        difference = self.processes.on_main(lambda: self.plan.difference(saved["fingerprint"]))
         if difference is None:
             return
         if self.config.on_data_change == "error":

@@ -57,6 +57,10 @@ class Processes:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def first_of(self, value):
+        """The `value` of the first process that has one which is not None, on every process."""
+        return next((one for one in self.gather(value) if one is not None), None)
+
     def decide(self, value):
         """The main process's `value`, on every process."""
         return self.on_main(lambda: value)

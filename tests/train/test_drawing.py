@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.many_processes import launch_processes
 from tests.train.test_every_script import SETTINGS, settings, use_case  # noqa: F401
-from tests.warpcore.runs import tiny_settings, train_here, write_shard
+from tests.warpcore.runs import read_metrics, tiny_settings, train_here, write_shard
 from tests.warpcore.tiny import Denoiser
 from warpcore.config import make_config
 from warpcore.errors import UserError
@@ -85,6 +86,23 @@ def test_too_little_memory_to_draw_is_told_once_and_never_ends_the_run(shortage,
     settings = tiny_settings(tmp_path, write_shard(tmp_path / "a.tar", 6), updates=4, save_every=1)  # noqa: F811
     assert train_here(settings, TooLarge)[0] == 0
     assert capfd.readouterr().err.count("no more sample pictures are drawn: there is too little memory") == 1
+
+
+class TooLargeForOne(Denoiser):
+    """In which the second process alone is short of memory."""
+
+    def sample(self, held_out):
+        if self.processes.rank == 1:
+            raise MemoryError
+        return super().sample(held_out)
+
+
+def test_memory_that_is_too_short_on_one_process_stops_drawing_on_all(tmp_path):
+    data = write_shard(tmp_path / "a.tar", 6)
+    settings = tiny_settings(tmp_path, data, updates=3, save_every=1, process_timeout_seconds=20)  # noqa: F811
+    launch_processes(2, train_here, settings, TooLargeForOne)
+    assert len(read_metrics(settings)) == 3
+    assert samples_of(settings) == []
 
 
 def test_a_previewer_that_was_not_downloaded_is_told_once_and_never_ends_the_run(settings, tmp_path, capfd):  # noqa: F811

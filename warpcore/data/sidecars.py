@@ -86,7 +86,7 @@ def _local_roots() -> list[str]:
 def _roots_of(cache_folder: str | None, home: str | None, temporary: str) -> tuple[str, ...]:
     """The cache folders of this machine, best first; none that belongs to another user."""
     roots = [Path(temporary, f"warpcore-{os.getuid()}")]
-    if roots[0].exists() and roots[0].stat().st_uid != os.getuid():
+    if os.path.lexists(roots[0]) and roots[0].lstat().st_uid != os.getuid():
         logger.warning("%s belongs to another user: it is not used", roots.pop())
     try:
         roots.insert(0, Path(cache_folder) if cache_folder else Path(home or Path.home(), ".cache"))
