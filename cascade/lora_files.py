@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from cascade.lora_formats import embeddings, named, ours, peft, reference
-from cascade.lora_formats.adapters import Adapter, Lora, LoraFileError
+from cascade.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens
 from modules.lora import Place, places
 from modules.tokenizers import Tokenizer
 from modules.tokens import TokenRows, is_new
@@ -64,6 +64,7 @@ def read_lora(
         _check(lora.adapters, there)
         if lora.token_delta is not None and len(lora.token_delta) != len(lora.tokens):
             raise LoraFileError(f"it has {len(lora.token_delta)} rows of tokens, and names {len(lora.tokens)} of them")
+        named_tokens(about)
     except LoraFileError as error:
         raise LoraFileError(f"{path}: {error}") from None
     return _with_tokens_beside(lora, path, about)
@@ -115,7 +116,7 @@ def _embedding(file: Path, name: str | None = None) -> Lora:
 
 def _with_tokens_beside(lora: Lora, path: Path, about: Mapping[str, str]) -> Lora:
     """The LoRA with the tokens that its metadata names, where they were exported beside it."""
-    for token in json.loads(about.get("tokens", "[]")):
+    for token in named_tokens(about):
         if token in lora.tokens:
             continue
         name = embeddings.file_name(token)

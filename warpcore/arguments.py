@@ -1,6 +1,8 @@
 """Text from a command line or a YAML file becomes values, each typed by the key that it is for."""
 
+import json
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator
@@ -91,13 +93,20 @@ def _one_value(kinds: set, key: str, text: str) -> Any:
 
 
 def _list(kinds: set, key: str, text: str) -> Any:
+    of_texts = any(parts_of(typing.get_args(one)[0]) == {str} for one in _lists(kinds))
     word = _BARE_WORD.fullmatch(text.strip())
-    if word and any(parts_of(typing.get_args(one)[0]) == {str} for one in _lists(kinds)):
+    if word and of_texts:
         raise ConfigError(
             f"{key}={text}: a list, or a text in brackets? Write {key}='[\"[{word[1]}]\"]' for the text [{word[1]}], "
             f"{key}='[\"{word[1]}\"]' for the text {word[1]}"
         )
-    return parse_yaml(text, f"{key}={text}")
+    try:
+        return parse_yaml(text, f"{key}={text}")
+    except ConfigError as error:
+        if not of_texts:
+            raise
+        one = json.dumps([text], ensure_ascii=False)
+        raise ConfigError(f"{error}. If it is one text and no list, write {key}={shlex.quote(one)}") from None
 
 
 def numbers_in(annotation: Any, value: Any) -> Any:

@@ -92,7 +92,7 @@ class WarpCore:
         """Change state that is not a gradient, given the statistics of all samples of an update in global order."""
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts to write as files for people, by file name."""
+        """State dicts to export as weights files, by file name."""
         return {name: self.networks[name].state_dict() for name in self.trainable}
 
     def file_metadata(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend: scripts print its message without a traceback and exit with 2."""
+"""The one kind of error that is the user's to fix: scripts print its message without a traceback and exit with 2."""
 
 import errno
 import io

@@ -42,7 +42,7 @@ def weights_in_use(run: "WarpCore", average: bool) -> Iterator[None]:
 
 
 def weights_to_publish(run: "WarpCore") -> dict[str, dict[str, Tensor]]:
-    """State dicts for people by file name, and as NAME_ema their averages', on the CPU of the main process."""
+    """State dicts to export by file name, and as NAME_ema their averages', on the CPU of the main process."""
     weights = {}
     for suffix, average in [("", False), ("_ema", True)][: 1 + bool(run.averages)]:
         with weights_in_use(run, average):

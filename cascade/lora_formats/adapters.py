@@ -1,5 +1,6 @@
 """What a LoRA holds, whatever file it came from: adapters by the names of their places, and trained tokens."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,21 @@ from warpcore.errors import UserError
 
 class LoraFileError(UserError):
     """A LoRA file is missing, unreadable, made for another network, or cannot be put into a format."""
+
+
+def named_tokens(about: Mapping[str, str]) -> list[str]:
+    """The trained tokens that a file's metadata name.
+
+    Raises LoraFileError where they are no list of texts.
+    """
+    text = about.get("tokens", "[]")
+    try:
+        tokens = json.loads(text)
+    except ValueError:
+        tokens = None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise LoraFileError(f"its metadata say tokens: {text[:60]}, which is not a JSON list of texts")
+    return tokens
 
 
 @dataclass(frozen=True)

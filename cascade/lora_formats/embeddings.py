@@ -4,7 +4,6 @@ An embedding is a file with the tensor `clip_g` (T, D), whose name is what promp
 is the tensor `bundle_emb.NAME.clip_g`. Strengths do not apply to an embedding: what it was before training is unknown.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cascade.lora_formats.adapters import Lora, LoraFileError
+from cascade.lora_formats.adapters import Lora, LoraFileError, named_tokens
 from modules.tokens import is_new
 
 TENSOR = "clip_g"
@@ -83,7 +82,7 @@ def from_embedding(tensors: Mapping[str, Tensor], about: Mapping[str, str], name
 def without_bundled(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> tuple[dict[str, Tensor], Lora]:
     """The tensors of a LoRA without those of OneTrainer's embeddings, and the tokens that these are."""
     tokens, others = Lora({}), {}
-    names = {_placeholder(token): token for token in json.loads(about.get("tokens", "[]"))}
+    names = {_placeholder(token): token for token in named_tokens(about)}
     for name, tensor in tensors.items():
         match = _BUNDLED.fullmatch(name)
         if match is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from cascade.lora_formats.adapters import Adapter, Lora, LoraFileError, pair, split_part
+from cascade.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens, pair, split_part
 
 _NAME = re.compile(r"(?P<layer>.+)\.lora(?:\.(?P<part>[qkv]))?\.(?P<tensor>down|up|magnitude)")
 _TOKENS = ("tokens.initial", "tokens.delta")
@@ -68,5 +68,5 @@ def from_ours(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Lora:
         return lora
     if initial is None or delta is None or len(initial) != len(delta):
         raise LoraFileError(f"its tokens are not whole: {' and '.join(_TOKENS)} have a row for each")
-    names = json.loads(about.get("tokens", "[]"))  # behind those of the rows, tokens that the file lacks
+    names = named_tokens(about)  # behind those of the rows, tokens that the file lacks
     return lora.with_tokens(names[: len(initial)], initial, delta)

@@ -358,6 +358,10 @@ def test_what_is_no_lora_is_refused(tmp_path):
     save_file(tensors, tmp_path / "half.safetensors")
     with pytest.raises(LoraFileError, match=r"down_blocks.0.2.attention.attn has no up: the file is not whole"):
         read_lora(tmp_path / "half.safetensors", network)
+    for said in ("[dog]", "[1]", "{}"):
+        save_file(to_tensors(lora), tmp_path / "tokens.safetensors", metadata={"tokens": said})
+        with pytest.raises(LoraFileError, match=r"tokens\.safetensors: its metadata say tokens: .* no.* a JSON list"):
+            read_lora(tmp_path / "tokens.safetensors", network)
     with pytest.raises(LoraFileError, match="no LoRA format 'onnx'"):
         write_lora(lora, tmp_path / "x", "onnx")
 

@@ -214,8 +214,9 @@ def test_a_prompt_in_brackets_is_a_text_or_a_list_and_never_the_other_unseen():
     assert drawn('prompts=["dog"]').prompts == ["dog"]
     assert drawn("prompts=['a b', c]").prompts == ["a b", "c"]
     assert drawn("prompts=[dog] on a beach").prompts == ["[dog] on a beach"]
-    with pytest.raises(ConfigError, match="is not valid YAML"):
+    with pytest.raises(ConfigError, match="is not valid YAML") as error:
         drawn("prompts=[dog] and [cat]")
+    assert """write prompts='["[dog] and [cat]"]'""" in str(error.value)
 
 
 def test_numbers_are_understood_wherever_they_stand():
