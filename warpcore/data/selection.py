@@ -118,7 +118,12 @@ class Selection:
             keep(pixels <= self.max_picture_pixels, f"more than {self.max_picture_pixels} pixels (max_picture_pixels)")
         for suffixes in self.required_members:
             held = [_as_bool(has_member(found, suffix)) for suffix in suffixes]
-            keep(np.logical_or.reduce(held), f"no {_any_of(suffixes)}")
+            passed, reason = np.logical_or.reduce(held), f"no {_any_of(suffixes)}"
+            if near := _near_member(found.filter(pa.array(~passed)), suffixes):
+                key, name = near
+                remedy = f"rename it to .{suffixes[0]}, or make tars of the folder with tools/build_dataset.py"
+                examples[reason] = _example(f"{key}, which has a .{name} instead,", shard, remedy)
+            keep(passed, reason)
         for condition in self.filters:
             try:
                 verdict = condition.evaluate(found)
@@ -269,6 +274,13 @@ def choose_by_hash(
 
 def _example(what: str, shard: Shard, remedy: str) -> str:
     return f"such as {what} in {shard.url}; {remedy}"
+
+
+def _near_member(rows: pa.Table, suffixes: Sequence[str]) -> tuple[str, str] | None:
+    """(key, extension) of a member that misses an extension in `suffixes` only by what is before it: `.jpg.txt`."""
+    extensions = pc.unique(pc.list_flatten(rows["member_names"])).to_pylist()
+    name = next((name for name in extensions if name.endswith(tuple(f".{suffix}" for suffix in suffixes))), None)
+    return name and (rows.filter(has_member(rows, name))["key"][0].as_py(), name)
 
 
 def _any_of(suffixes: Sequence[str]) -> str:

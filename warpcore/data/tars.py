@@ -1,5 +1,6 @@
 """What a tar holds: the samples, and where the bytes of their members are. From its headers alone."""
 
+import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from warpcore.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 512
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -89,11 +92,14 @@ def read_samples(
     """
     samples: list[TarSample] = []
     of_key: dict[str, list[TarSample]] = {}
+    folder_links = []
     for name, offset, size in _members(file, url, size_bytes, samples):
         if content_hash is not None:
             content_hash.update(f"{name}\0{offset}\0{size}\0".encode(errors="surrogateescape"))
         match = _KEY_AND_EXTENSION.fullmatch(name)
         if not match or re.fullmatch(r"__[^/]*__", match[1]):
+            if offset is None and "." not in name.rpartition("/")[2]:
+                folder_links.append(name)
             continue
         key, spelled = match[1], match[2]
         extension = spelled.lower()
@@ -102,6 +108,11 @@ def read_samples(
         sample.add(extension, spelled, None if offset is None else (offset, size))
         if offset is not None:
             sample.seen[extension] = look and look(extension, offset, size)
+    if folder_links:
+        logger.warning(
+            "%s: what links lead to is not in the tar (%d: %s); build it with tar --dereference",
+            url, len(folder_links), ", ".join(folder_links[:3]),
+        )  # fmt: skip
     return samples
 
 

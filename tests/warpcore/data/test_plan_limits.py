@@ -69,6 +69,14 @@ def test_a_required_member_may_have_several_names(tmp_path):
         plan_of(catalog, required_members=[("depth.png", "depth.")])
 
 
+def test_a_caption_that_has_the_name_of_the_picture_with_its_extension_is_named(tmp_path):
+    members = [(f"{n}.jpg", picture()) for n in range(3)] + [("0.txt", b"a"), ("1.jpg.txt", b"a")]
+    plan = plan_of(catalog_of(write_tar(tmp_path / "x.tar", members)), required_members=[("txt",)])
+    survey = str(plan.survey)
+    assert "2 rejected: no .txt (such as 1, which has a .jpg.txt instead, in" in survey
+    assert "rename it to .txt, or make tars of the folder with tools/build_dataset.py" in survey
+
+
 def test_a_picture_over_the_limit_is_rejected_and_counted(tmp_path):
     catalog = catalog_of(write_shard(tmp_path / "x.tar", 4, sizes=((16, 12), (100, 100))))
     plan = plan_of(catalog, max_picture_pixels=9_999)
@@ -101,6 +109,16 @@ def test_the_fingerprint_of_many_shards_is_short_and_still_tells(tmp_path, monke
     write_shard(tmp_path / "0.tar", 5)
     told = describe_difference(saved, plan_of(catalog_of(tmp_path)).fingerprint)
     assert told.startswith("shards changed: 3 shards with 6 rows -> 3 shards with 9 rows")
+
+
+def test_a_linked_folder_in_a_tar_is_named(tmp_path, caplog):
+    (tmp_path / "a.jpg").write_bytes(picture())
+    (tmp_path / "linked").symlink_to(tmp_path)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.jpg", "linked"):
+            tar.add(tmp_path / name, f"pictures/{name}")
+    catalog_of(tmp_path / "x.tar")
+    assert "x.tar: what links lead to is not in the tar (1: pictures/linked); build it with tar --deref" in caplog.text
 
 
 def test_a_tar_with_links_says_so(tmp_path):
