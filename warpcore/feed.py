@@ -182,7 +182,7 @@ class Feed:
                 alike = [sample for each in planned if each.size == planned[0].size for sample in each.samples]
                 chosen = replace(planned[0], samples=tuple(alike[:num_samples]))
             else:
-                catalog = self.processes.on_main(lambda: open_catalog(resolve_sources(training_data)))
+                catalog = self._open_catalog(training_data)
                 chosen = self.plan.to_draw(catalog, num_samples)
                 self._notes += [
                     f"pictures are drawn for {len(chosen.samples)} samples of the training data, the same ones each "
@@ -246,10 +246,7 @@ class Feed:
     def _make_plan(self, bucket_factor: int, captions: CaptionGetter | None, extra: dict, needs_images: bool) -> Plan:
         config = self.config
         catalog, held_out = (
-            # One process reads the indexes, which may be many; the others get the result.
-            path
-            and self._on_this_machine(self.processes.on_main(lambda path=path: open_catalog(resolve_sources(path))))
-            for path in (config.webdataset_path, config.validation_path)
+            path and self._open_catalog(path) for path in (config.webdataset_path, config.validation_path)
         )
         for each in (catalog, held_out):
             if needs_images and each and PICTURE_FACTS in each.members:
@@ -293,6 +290,10 @@ class Feed:
         if self.reader.captions is None:
             return []
         return self.processes.on_main(lambda: self.reader.captions_of(self.plan.some_samples(count)))
+
+    def _open_catalog(self, path: Any) -> Catalog:
+        """One process reads the indexes, which may be many; the others get the result."""
+        return self._on_this_machine(self.processes.on_main(lambda: open_catalog(resolve_sources(path))))
 
     def _on_this_machine(self, catalog: Catalog) -> Catalog:
         """The main process's catalog for the copies of the tars that this machine may have.

@@ -1,12 +1,16 @@
 """What the engine does with bad samples: named, counted in global order, and too many of them stop the run."""
 
 import io
+import os
+import socket
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.warpcore.runs import finish, read_metrics, start, tiny_settings, torchrun, train_here, write_shard
+from tests.many_processes import launch_processes
+from tests.warpcore.runs import finish, numbers, read_metrics, start, tiny_settings, torchrun, train_here, write_shard
+from warpcore.data import storage
 from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
@@ -58,3 +62,28 @@ def test_a_bad_validation_picture_counts_nowhere(tmp_path, capfd):
     # The noise of a sample belongs to its row, so the two readable ones weigh the same in both.
     assert validation_loss("spoiled") == pytest.approx(validation_loss("whole"), rel=1e-6)
     assert "bad validation sample" in capfd.readouterr().err
+
+
+def train_on_two_machines(settings: dict) -> None:
+    """The second process is on a machine whose copies of the tars have other times of change."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            patch.setattr(socket, "gethostname", lambda: "second")
+            patch.setattr(storage, "_size_and_etag", lambda status: (status.st_size, f"copy-{status.st_mtime_ns}"))
+        train_here(settings)
+
+
+def test_machines_with_copies_of_their_own_train_validate_draw_and_resume_together(tmp_path):
+    held_out = str(write_shard(tmp_path / "held_out.tar", 3, first=50))
+    data, together = write_shard(tmp_path / "a.tar", 10), []
+    for name, validation, run in [
+        ("held_out", held_out, train_on_two_machines),
+        ("drawn", None, train_on_two_machines),
+        ("one", None, train_here),
+    ]:
+        settings = tiny_settings(tmp_path / name, data, validation_path=validation, save_every=2)
+        for updates in (4, 6):
+            launch_processes(2, run, settings | {"updates": updates})
+        assert (tmp_path / name / "tiny" / "samples" / "00000006.png").exists()
+        together.append(numbers(read_metrics(settings)))
+    assert together[1] == together[2]
