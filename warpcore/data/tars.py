@@ -1,6 +1,7 @@
 """What a tar holds: the samples, and where the bytes of their members are. From its headers alone."""
 
 import logging
+import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ class TarSample:
     def add(self, extension: str, spelled: str, span: tuple[int, int] | None) -> None:
         """Add a member, or put it in the place of the one of its name; a link has no span."""
         self.members.pop(extension, None)
+        self.seen.pop(extension, None)
         if extension in self.links:
             self.links.remove(extension)
         if spelled != extension:
@@ -79,7 +81,7 @@ def read_samples(
 
     Which members belong together:
       * Members of one key belong together wherever they stand: a tar made without --sort=name has them scattered.
-      * Of a name that repeats, the last one counts, as for `tar -x`; `./a.txt` and `a.txt` are one name.
+      * Of a name that repeats, the last one counts, as for `tar -x`; `./a.txt`, `/a.txt` and `a.txt` are one name.
       * Names that differ only in the case of their extension, such as `a.jpg` and `a.JPG`, are of two samples with
         the key `a`. What else has that key may be of either, so both are refused: their `problem` names the two.
 
@@ -103,7 +105,7 @@ def read_samples(
             continue
         key, spelled = match[1], match[2]
         extension = spelled.lower()
-        same_key = of_key.setdefault(key.removeprefix("./"), [])
+        same_key = of_key.setdefault(posixpath.normpath(key).lstrip("/"), [])
         sample = _sample_for(key, extension, spelled, same_key, samples)
         sample.add(extension, spelled, None if offset is None else (offset, size))
         if offset is not None:

@@ -1,4 +1,5 @@
 import io
+import posixpath
 import subprocess
 import tarfile
 
@@ -23,7 +24,7 @@ def extracted(content: bytes) -> dict[str, dict[str, bytes]]:
     files: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         for member in tar:
-            files[member.name.removeprefix("./")] = tar.extractfile(member).read()
+            files[posixpath.normpath(member.name).lstrip("/")] = tar.extractfile(member).read()
     samples: dict[str, dict[str, bytes]] = {}
     shared = set()
     for name, data in files.items():
@@ -35,7 +36,10 @@ def extracted(content: bytes) -> dict[str, dict[str, bytes]]:
 
 
 NAMES = st.builds(
-    "{}{}.{}".format, st.sampled_from(["", "./"]), st.sampled_from("ab"), st.sampled_from(["jpg", "JPG", "txt", "png"])
+    "{}{}.{}".format,
+    st.sampled_from(["", "./", "/", ".//", "d/", "d//", "d/./"]),
+    st.sampled_from("ab"),
+    st.sampled_from(["jpg", "JPG", "txt", "png"]),
 )
 
 
@@ -50,7 +54,7 @@ def test_members_belong_together_as_tar_extracts_them(names):
     data = content.getvalue()
     samples = read_samples(io.BytesIO(data), "x.tar", len(data))
     found = {
-        sample.key.removeprefix("./"): {
+        posixpath.normpath(sample.key).lstrip("/"): {
             extension: data[offset : offset + size] for extension, (offset, size) in sample.members.items()
         }
         for sample in samples
@@ -144,3 +148,14 @@ def test_members_of_their_own_kind_beside_a_picture_are_no_hidden_pictures(tmp_p
     assert "2 rejected: dots in the name" in survey_of(
         write_tar(tmp_path / "y.tar", [(name, picture()) for name in names])
     )
+
+
+def test_a_json_that_a_link_replaces_gives_no_fields(tmp_path):
+    path = tmp_path / "x.tar"
+    write_tar(path, [("0.jpg", picture()), ("0.json", b'{"score": 1}'), ("1.json", b'{"score": 2}')])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("0.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "1.json"
+        tar.addfile(link)
+    rows = read_rows(catalog_of(path).shard(0)).to_pylist()
+    assert [row["json.score"] for row in rows] == [None, 2]
