@@ -59,15 +59,21 @@ def _looked_at(location: str) -> _Looked:
     if location not in _of_files:
         _of_files[location] = {}
         try:
-            with open(location, encoding="ascii") as file:
+            with open(location, encoding="ascii", errors="replace") as file:
                 lines = file.read().splitlines()
         except ABSENT:
+            return _of_files[location]
+        except OSError as error:
+            logger.warning("%s can't be read (%s): what it remembers is looked at again", location, error.strerror)
             return _of_files[location]
         for line in lines:
             try:
                 name, size, etag, content = json.loads(line)
-            except ValueError:  # cut off while it was written: that tar is looked at again
+                _of_files[location][name] = (size, etag, content)
+            except (
+                ValueError,
+                TypeError,
+                RecursionError,
+            ):  # cut off while it was written: that tar is looked at again
                 logger.info("%s: a damaged line is passed over", location)
-                continue
-            _of_files[location][name] = (size, etag, content)
     return _of_files[location]

@@ -181,11 +181,13 @@ def _summary_of(schema: pa.Schema, shard: Shard, url: str) -> Summary:
 
 
 def _present_indexes(shard: Shard) -> Iterator[dict]:
-    """The metadata of every index that is there, of whatever version and state of the tar."""
+    """Version, size, etag and content of every index that is there, of whatever version and state of the tar."""
     for url in index_locations(shard.url):
         try:
             with storage_for(url).open(url) as file:
-                yield json.loads(pq.read_schema(file).metadata[_METADATA_KEY])
+                saved = json.loads(pq.read_schema(file).metadata[_METADATA_KEY])
+            known = {"version": int(saved["version"]), "size_bytes": saved["size_bytes"], "etag": saved["etag"]}
+            yield known | {"content": saved["summary"].get("content")}
         except ABSENT:
             continue
         except StorageError:
@@ -203,7 +205,7 @@ def has_older_index(shard: Shard) -> bool:
 def _is_of(saved: dict, shard: Shard, content: str) -> bool:
     """Whether an index is of the content of a tar whose etag is another one now."""
     known = saved["version"] == INDEX_VERSION and saved["etag"] != shard.etag
-    return known and (saved["size_bytes"], saved["summary"]["content"]) == (shard.size_bytes, content)
+    return known and (saved["size_bytes"], saved["content"]) == (shard.size_bytes, content)
 
 
 def _tell_difference(shard: Shard, present: list[dict], summary: Summary) -> None:

@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import shlex
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,9 @@ class LocalStorage:
         return [os.path.join(folder, near) for near in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
 
     def open(self, url: str) -> BinaryIO:
+        mode = os.stat(url).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe would wait forever
+            raise UserError(f"{url} is a pipe, a socket or a device; a file is needed")
         return open(url, "rb")
 
     def write(self, url: str, content: bytes) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from warpcore.data.catalog import Catalog
 from warpcore.data.index import INDEX_SUFFIX, index_shard
 from warpcore.data.plan import Plan
 from warpcore.data.shards import resolve_sources
+from warpcore.data.sidecars import cache_locations
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +112,23 @@ def test_names_that_are_not_utf_8_count_in_the_hash(tmp_path):
         tar = write_tar(tmp_path / f"{name[-1]}.tar", [(f"{key}.jpg", picture()), (f"{key}.txt", b"coffee")])
         contents.append(index_shard(resolve_sources(str(tar))[0].shards[0]).content)
     assert contents[0] != contents[1]
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"5\n", b"[[], 1, 2, 3]\n", b"\xff\xfe\n", b"[" * 50_000 + b"\n", None], ids=lambda each: str(each)[:9]
+)
+def test_a_damaged_note_of_what_was_looked_at_costs_a_look_and_no_more(tmp_path, damaged):
+    path = write_shard(tmp_path / "x.tar", 3)
+    shard = catalog_of(path).shard(0)
+    place = Path(cache_locations(f"{tmp_path}/", identity.LOOKED_NAME)[0])
+    if damaged is None:
+        place.mkdir(parents=True)
+    else:
+        place.parent.mkdir(parents=True)
+        place.write_bytes(damaged)
+    identity._of_files.clear()
+    assert identity.remembered(shard) is None
+    if damaged is not None:
+        identity.remember(shard, "content")
+        identity._of_files.clear()
+        assert identity.remembered(shard) == "content"

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import struct
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -167,3 +168,19 @@ def test_the_index_tool_estimates_what_indexing_reads(tmp_path, monkeypatch, cap
     index_main([str(path), "--workers", "1"])
     in_kb = (20 * (3 * 512 + len(picture()) + 8192 + 10_000)) / 1000
     assert f"about {in_kb:.1f} kB will be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metadata", [b"{}", b"[]", b"5", b'{"size_bytes": SIZE, "version": 3}'])
+def test_an_index_whose_metadata_are_of_another_kind_is_written_again(tmp_path, metadata):
+    tar = write_shard(tmp_path / "x.tar", 3)
+    rows = read_rows(catalog_of(tar).shard(0))
+    path = Path(f"{tar}.index.parquet")
+    metadata = metadata.replace(b"SIZE", str(tar.stat().st_size).encode())
+    pq.write_table(pq.read_table(path).replace_schema_metadata({b"warpcore.index": metadata}), path)
+    assert read_rows(catalog_of(tar).shard(0)) == rows
+
+
+def test_a_pipe_with_the_name_of_a_tar_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=r"x\.tar is a pipe"):
+        catalog_of(tmp_path)
