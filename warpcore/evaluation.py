@@ -1,5 +1,6 @@
 """What a run shows of itself beside its losses: validation loss, sample pictures, and the weights it publishes."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -100,11 +101,13 @@ def validate(run: "WarpCore") -> None:
                     value = value.double().cpu()[counted]
                     totals[name] = totals.get(name, 0) + torch.stack([value.sum(), value.new_tensor(len(value))])
         for name, total in _summed(run, totals).items():
-            means[f"validation_{name}{suffix}"] = total[0] / total[1]
+            means[f"validation_{name}{suffix}"] = total[0] / total[1] if total[1] else math.nan
     run.metrics.extend(run.update, means)
     run.tracker.log(run.update, means)
     for note in run.feed.take_notes():
         run.progress.say(note)
+    if any(map(math.isnan, means.values())):
+        run.progress.say(f"update {run.update}: the validation loss is no number")
 
 
 def _summed(run: "WarpCore", totals: dict[str, Tensor]) -> dict[str, list[float]]:

@@ -173,3 +173,10 @@ def test_backups_are_kept_at_updates_that_save_every_leaves_out_and_neither_vali
     train_here(settings)  # from update 9, where nothing is to be made first
     assert [line["update"] for line in read_metrics(settings) if "validation_loss" in line] == [4, 8, 12]
     assert not (folder / "samples" / "00000009.png").exists()
+
+
+def test_validation_samples_that_can_not_be_read_leave_no_number_and_a_run_that_goes_on(data):
+    settings = settings_of(data, "run")
+    spoil(data.parents[1] / "held_out.tar", 50, 51, 52)
+    assert train_here(settings)[0] == 0
+    assert [line["validation_loss"] for line in read_metrics(settings) if "validation_loss" in line] == [None] * 3
