@@ -20,6 +20,8 @@ _FLOAT = re.compile(
     r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
 )
 _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+MAX_VALUES = 1_000_000
+"""More than this are no configuration that someone wrote."""
 _BARE_WORD = re.compile(r"\[\s*([^][{},\"'\s]+)\s*\]")
 
 
@@ -33,6 +35,15 @@ class _Loader(yaml.SafeLoader):
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Refuses a key that stands in a mapping twice, of which YAML would take the last one unseen."""
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.composer.ComposerError(None, None, f"{key.value} stands there twice", key.start_mark)
+            seen.update([key.value] if isinstance(key, yaml.ScalarNode) else [])
+        return node
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -45,9 +56,25 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: it is not YAML.
     """
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        if _count(value, {}) > MAX_VALUES:
+            raise ConfigError(f"{where} stands for more than {MAX_VALUES} values, by aliases of aliases")
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply, or holds itself") from None
+    return value
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """How many values it holds, those of an alias each time; `known` by id."""
+    if not isinstance(value, list | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(
+            _count(one, known) for one in (value.values() if isinstance(value, dict) else value)
+        )
+    return known[id(value)]
 
 
 def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -60,8 +60,10 @@ class Settings(BaseModel):
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1, so `batch_size: yes` would train with a batch of one.
-        kinds = parts_of(cls.model_fields[info.field_name].annotation)
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+        kinds, ones = parts_of(cls.model_fields[info.field_name].annotation), [value]
+        if isinstance(value, list):
+            kinds, ones = set().union(*(parts_of(part) for kind in kinds for part in get_args(kind))), value
+        if any(isinstance(one, bool) for one in ones) and bool not in kinds and kinds & {int, float}:
             raise ValueError("a number is needed, not true or false")
         return numbers_in(cls.model_fields[info.field_name].annotation, value)
 

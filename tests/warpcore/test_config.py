@@ -10,6 +10,7 @@ import yaml
 from cascade.config import StageCConfig
 from inference.reconstruct import ReconstructConfig
 from inference.text_to_image import TextToImageConfig
+from warpcore.arguments import parse_yaml
 from warpcore.config import Config, ConfigError, dump_config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.feed import split_batch
@@ -247,3 +248,31 @@ def test_a_run_whose_name_is_the_same_number_is_named(tmp_path, caplog):
     assert not caplog.messages
     load_config(Config, [*rest, f"checkpoint_path={tmp_path}", "experiment_id=007"])
     assert f"{tmp_path / '7'}: to go on with that one, write experiment_id=7" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lr: 1e-4\nlr: 2e-4\n", "lr stands there twice"),
+        ("validation_path: &a [*a]\n", "holds itself"),
+        ("lr: &a {lr: *a}\n", "holds itself"),
+        ("lr: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: &a [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '*a'] * 9)}]\n" for n in range(9)),
+         "aliases of aliases"),
+    ],
+)  # fmt: skip
+def test_a_config_that_says_a_thing_twice_or_never_ends_is_refused(tmp_path, text, told):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(GIVEN) + text)
+    with pytest.raises(ConfigError, match=told):
+        load_config(Config, [str(path)])
+
+
+def test_what_a_config_merges_may_be_overridden():
+    values = parse_yaml("base: &b {lr: 1}\nmiddle: &m {<<: *b, lr: 2}\nlast: {<<: *m, lr: 3}\n", "text")
+    assert values == {"base": {"lr": 1}, "middle": {"lr": 2}, "last": {"lr": 3}}
+
+
+@pytest.mark.parametrize(("key", "value"), [("background", [255, 255, True]), ("betas", [False, 0.9])])
+def test_true_and_false_are_no_numbers_in_lists_either(key, value):
+    assert "a number is needed, not true or false" in refusal(**{key: value})
