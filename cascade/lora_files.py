@@ -145,6 +145,9 @@ def _check(adapters: Mapping[str, Adapter], there: Mapping[str, Place]) -> None:
                 f"it was made for another network: {name} is {made_for} in the file (rank {adapter.rank}) and {shape} "
                 "here. Check model_version"
             )
+        parts = (adapter.up, adapter.down, adapter.magnitude)
+        if not all(part.isfinite().all() for part in parts if part is not None):
+            raise LoraFileError(f"{name} holds numbers that are not finite: its training went wrong, or it is damaged")
         lengths = (1, shape[1]) if adapter.by_columns else (shape[0],)
         if adapter.magnitude is not None and tuple(adapter.magnitude.shape) != lengths:
             raise LoraFileError(f"{name} has {adapter.magnitude.numel()} lengths of DoRA for a weight of {shape}")

@@ -57,8 +57,8 @@ def find_tokens(tokenizer: Tokenizer, entries: Sequence[tuple[str, str | None]])
 
 
 def _check_new(name: str, tokenizer: Tokenizer, found: dict[str, Token]) -> None:
-    if name in found or name.lower() in tokenizer.vocabulary:
-        raise ValueError(f"{name!r} is there already; choose another name for the new token")
+    if name.lower() in {other.lower() for other in found} or name.lower() in tokenizer.vocabulary:
+        raise ValueError(f"{name!r} is there already, in upper or lower case; choose another name for the new token")
     if re.search(r"\s", name) or len(name) < 3:
         raise ValueError(f"{name!r} cannot stay whole in a text: write one word in brackets, such as '[fernando]'")
 

@@ -372,3 +372,15 @@ def test_new_tokens_count_on_from_clips_vocabulary(tmp_path):
     write_lora(lora, tmp_path / "r.safetensors", "reference", golden_model("stage_c_small")[0], BytePairTokenizer())
     ids = load_file(tmp_path / "r.safetensors")["embeddings.indices"].tolist()
     assert ids == [49408, BytePairTokenizer().encode("snail")[0], 49409]
+
+
+@pytest.mark.parametrize("part", ["up", "down"])
+def test_numbers_that_are_not_finite_are_refused_by_name(part, tmp_path):
+    lora = lora_of(adapted("attention"))
+    name = next(iter(lora.adapters))
+    lora.adapters[name] = replace(
+        lora.adapters[name], **{part: getattr(lora.adapters[name], part).detach() * torch.nan}
+    )
+    write_lora(lora, tmp_path / "x.safetensors")
+    with pytest.raises(LoraFileError, match=f"x.safetensors: {re.escape(name)} holds numbers that are not finite"):
+        read_lora(tmp_path / "x.safetensors", golden_model("stage_c_small")[0])

@@ -128,6 +128,7 @@ def test_tokens_that_cannot_be_are_refused(entry, said):
         find_tokens(WordTokenizer(WORDS), [entry])
 
 
-def test_a_token_is_not_made_twice():
-    with pytest.raises(ValueError, match="there already"):
-        find_tokens(WordTokenizer(WORDS), [("[a]", None), ("[a]", None)])
+@pytest.mark.parametrize("again", ["[dog]", "[Dog]"])
+def test_a_token_is_not_made_twice(again):
+    with pytest.raises(ValueError, match="there already, in upper or lower case"):
+        find_tokens(WordTokenizer(WORDS), [("[dog]", None), (again, None)])
