@@ -38,10 +38,10 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Refuses a key that stands in a mapping twice, of which YAML would take the last one unseen."""
         node, seen = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 raise yaml.composer.ComposerError(None, None, f"{key.value} stands there twice", key.start_mark)
-            seen.update([key.value] if isinstance(key, yaml.ScalarNode) else [])
+            seen.add(key.value)
         return node
 
 

@@ -254,6 +254,7 @@ def test_a_run_whose_name_is_the_same_number_is_named(tmp_path, caplog):
     ("text", "told"),
     [
         ("lr: 1e-4\nlr: 2e-4\n", "lr stands there twice"),
+        ("[a, b]: 1\n", "unhashable key"),
         ("validation_path: &a [*a]\n", "holds itself"),
         ("lr: &a {lr: *a}\n", "holds itself"),
         ("lr: " + "[" * 5000 + "]" * 5000, "nested too deeply"),

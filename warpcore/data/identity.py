@@ -70,10 +70,6 @@ def _looked_at(location: str) -> _Looked:
             try:
                 name, size, etag, content = json.loads(line)
                 _of_files[location][name] = (size, etag, content)
-            except (
-                ValueError,
-                TypeError,
-                RecursionError,
-            ):  # cut off while it was written: that tar is looked at again
+            except (ValueError, TypeError, RecursionError):  # cut off while it was written: the tar is looked at again
                 logger.info("%s: a damaged line is passed over", location)
     return _of_files[location]
