@@ -127,7 +127,8 @@ def merge_lora(source: Path, target: Path, arguments: list[str]) -> None:
     lora.merge_loras(network, [(opened, settings.strength)])
     dtypes = {name: tensor.dtype for name, tensor in build.read_weights(base, "generator_checkpoint_path").items()}
     merged = {name: tensor.to(dtypes[name]) for name, tensor in network.state_dict().items()}
-    _write({target: (merged, {TARGET_KEY: settings.diffusion_target})} | beside, shortcomings(opened, "merged"))
+    about = {TARGET_KEY: settings.diffusion_target, "model_version": settings.model_version}
+    _write({target: (merged, about)} | beside, shortcomings(opened, "merged"))
 
 
 def _tokenizer(settings: CascadeSettings) -> Tokenizer:

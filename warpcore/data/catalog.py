@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from warpcore.data.identity import remembered
+from warpcore.data.identity import remembered, same_blocks
 from warpcore.data.index import UNREADABLE, Summary, has_older_index, index_shard, read_summary
 from warpcore.data.shards import Shard, Source
 from warpcore.data.sidecars import ABSENT, locations, write_beside
@@ -207,13 +207,13 @@ def _without_doubles(shards: Sequence[Shard], summaries: dict[str, Summary]) -> 
 
     Of a file with several names the one counts that is no link, of copies the first one.
     """
-    kept: dict[str, Shard] = {}
-    first_of: dict[tuple[int, str], Shard] = {}
+    alike: dict[tuple[int, str], list[Shard]] = defaultdict(list)
     doubles: list[tuple[Shard, Shard]] = []
     for shard in sorted(shards, key=lambda shard: real_url(shard.url) != shard.url):
-        first = first_of.setdefault((shard.size_bytes, summaries[shard.url].content), shard)
-        if first is shard:
-            kept[shard.url] = shard
+        others = alike[shard.size_bytes, summaries[shard.url].content]
+        first = next((other for other in others if same_blocks(shard, other)), None)
+        if first is None:
+            others.append(shard)
         else:
             doubles.append((shard, first))
     if doubles:
@@ -223,7 +223,7 @@ def _without_doubles(shards: Sequence[Shard], summaries: dict[str, Summary]) -> 
             "more often, write {path: ..., weight: 2}",
             len(doubles), "; ".join(examples), "; ..." if len(doubles) > len(examples) else "",
         )  # fmt: skip
-    return sorted(kept.values(), key=lambda shard: shard.url)
+    return sorted((shard for others in alike.values() for shard in others), key=lambda shard: shard.url)
 
 
 def index_shards(shards: Sequence[Shard]) -> Iterator[tuple[str, Summary]]:

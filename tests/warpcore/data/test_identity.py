@@ -1,9 +1,12 @@
+import io
 import json
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.warpcore.data.tars import catalog_of, picture, write_shard, write_tar
 from warpcore.data import identity
@@ -132,3 +135,18 @@ def test_a_damaged_note_of_what_was_looked_at_costs_a_look_and_no_more(tmp_path,
         identity.remember(shard, "content")
         identity._of_files.clear()
         assert identity.remembered(shard) == "content"
+
+
+def test_tars_that_differ_only_behind_the_start_of_their_pictures_are_two(tmp_path, caplog):
+    """Uncompressed pictures store their rows from the bottom: here those are white in both."""
+    for name, top in (("a", 0), ("b", 200)):
+        pixels = np.full((128, 128, 3), 255, np.uint8)
+        pixels[:32] = top
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "BMP")
+        write_tar(tmp_path / f"{name}.tar", [("0.bmp", content.getvalue()), ("0.txt", b"a scan")])
+    shutil.copy(tmp_path / "b.tar", tmp_path / "c.tar")
+    catalog = catalog_of(tmp_path)
+    assert len(set(catalog.contents)) == 1, "this test wants tars with equal hashes"
+    assert [url.rpartition("/")[2] for url in catalog.urls] == ["a.tar", "b.tar"]
+    assert "c.tar is" in caplog.text
