@@ -29,7 +29,7 @@ def test_the_scorer_knows_the_subject_its_colour_and_its_place():
 def test_the_subject_is_a_dozen_pictures_that_are_always_the_same(tmp_path):
     for name in ("one", "two"):
         main([str(tmp_path / name)])
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    files = sorted(path.name for path in (tmp_path / "one").glob("[!.]*"))
     assert files == sorted(f"{i:02d}.{extension}" for i in range(12) for extension in ("jpg", "txt"))
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
     captions = {(tmp_path / "one" / name).read_text().strip() for name in files if name.endswith(".txt")}

@@ -96,6 +96,7 @@ def test_the_first_crop_is_that_of_the_first_epoch(settings, script, tmp_path):
     assert_same(train(script, given, webdataset_path=str(out), experiment_id="cached"), train(script, given), 1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_costs_little(settings, tmp_path, capsys):
     given = settings("train_c", updates=4, save_every=4, validation_samples=0)
     from_pictures = train("train_c", given)
@@ -106,6 +107,7 @@ def test_half_precision_costs_little(settings, tmp_path, capsys):
         assert_same(train("train_c", given, webdataset_path=str(out), experiment_id=dtype), from_pictures, tolerance)
 
 
+@pytest.mark.slow
 def test_each_draw_takes_one_of_the_crops_by_its_seed(settings, tmp_path):
     given = settings("train_c", crop_mode="random", updates=14, validation_samples=0)
     out = make_cache("train_c", given, tmp_path / "cache", "--variants", "3", "--dtype", "float32")
@@ -290,6 +292,7 @@ def test_texts_that_change_from_draw_to_draw_are_not_cached(settings, tmp_path, 
     assert_same(cached, train("train_c_lora", given), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", represented_by("train_c", of=("train_b", "train_c")))
 def test_remembered_texts_change_nothing(settings, script, capfd):
     given = settings(script, updates=20, save_every=20, validation_samples=0)

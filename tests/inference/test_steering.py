@@ -110,6 +110,7 @@ def test_a_lora_draws_what_the_weights_with_it_merged_in_draw(draw, lora_run, mo
     assert not same([taught], with_lora[1:], within=2)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_several_loras_add_up_in_any_order(draw, lora_run, tmp_path):
     for name in ("a", "b"):  # without the token, which only one of them may have
@@ -203,6 +204,7 @@ def test_a_controlnet_counts_by_its_strength_in_its_part_of_the_sampling(draw, c
     assert not same(draw(*with_control, "control_ready=true"), controlled[:1], within=2)
 
 
+@pytest.mark.slow
 def test_several_controlnets_add_up_each_with_its_own_picture(draw, controlnet, picture):
     first, second = controlnet("CannyFilter", 0, CANNY), controlnet("CannyFilter", 1, CANNY)
     square, flat = picture("square.png"), picture("flat.png", inside=0)
@@ -249,6 +251,7 @@ def test_inpainting_paints_where_the_mask_says_and_keeps_the_rest(draw, controln
     assert (condition[~hole] == original[~hole]).all()
 
 
+@pytest.mark.slow
 def test_outpainting_adds_margins_to_the_picture(draw, controlnet, picture):
     given = ("--controlnet", controlnet("InpaintFilter"), "--control-image", picture("flat.png", 64, 64, 90, 90))
     (wide,) = draw(*given, "control_margins=[0.5, 0, 0.5, 0]")
@@ -260,6 +263,7 @@ def test_outpainting_adds_margins_to_the_picture(draw, controlnet, picture):
     assert np.abs(around[:10] - 90).max() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), [("SRFilter", None), ("SREffnetFilter", "simple")])
 def test_super_resolution_draws_a_small_picture_at_the_size_asked_for(draw, controlnet, picture, name, mode):
     file = controlnet(name, params={"scale_factor": 0.5}, mode=mode)

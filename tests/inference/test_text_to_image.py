@@ -12,6 +12,7 @@ from cascade.inference import DrawingSettings
 from cascade.pictures import read_picture, to_pictures
 from cascade.sampling import Cascade
 from inference.text_to_image import main
+from tests.tiers import represented_by
 from train.train_c import TrainStageC
 from warpcore.checkpoint import CheckpointError
 from warpcore.config import ConfigError, make_config
@@ -58,7 +59,7 @@ def test_a_seed_gives_the_same_picture_whatever_is_drawn_beside_it(draw, stages)
     assert np.abs(alone - other).max() > 1
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", represented_by("ddpm", of=("ddpm", "ddim", "lcm", "dpmpp_2m")))
 def test_pictures_have_the_size_asked_for_and_say_how_they_were_made(draw, sampler, capsys):
     pictures = draw('prompts=["w1"]', "size=[64, 90]", f"sampler={sampler}", f"stage_b_sampler={sampler}", "seeds=[7]")
     assert single(pictures).shape == (64, 90, 3)

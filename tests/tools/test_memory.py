@@ -38,7 +38,17 @@ OFFLOAD = {"offload": ["encoders", "activations"], "activation_checkpointing": 3
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [*((name, {}) for name in SETTINGS), ("train_b", OFFLOAD), ("train_c_controlnet", OFFLOAD)]
+    ("name", "changes"),
+    [
+        pytest.param(
+            name, changes, marks=[] if (name, changes) == ("train_c_controlnet", OFFLOAD) else pytest.mark.slow
+        )
+        for name, changes in [
+            *((name, {}) for name in SETTINGS),
+            ("train_b", OFFLOAD),
+            ("train_c_controlnet", OFFLOAD),
+        ]
+    ],
 )
 def test_counted_activations_are_those_of_a_real_update(settings, name, changes):  # noqa: F811
     use_case = load_use_case(TRAIN / f"{name.split()[0]}.py")
@@ -57,6 +67,7 @@ def test_counted_activations_are_those_of_a_real_update(settings, name, changes)
     assert counted.total + counted.on_cpu == pytest.approx(living + peak, rel=0.10)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_c.py")
     config = make_config(use_case.Config, settings("train_c", "levels", batch_size=8))
@@ -71,6 +82,7 @@ def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: 
         assert shapes.needs(size, 4, accumulation=2).activations < 0.7 * totals[0]
 
 
+@pytest.mark.slow
 def test_sharding_divides_what_lives_between_updates_and_not_the_activations(settings):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_c.py")
     counted = []
@@ -100,6 +112,7 @@ def test_offloaded_weights_leave_the_device_and_are_counted_in_the_memory_of_the
     assert away.frozen == whole.frozen - blocks
 
 
+@pytest.mark.slow
 def test_what_is_suggested_costs_more_the_less_memory_there_is(settings, capsys):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_c.py")
     plan = memory.Plan(use_case, make_config(use_case.Config, settings("train_c", "less", batch_size=2)), "cuda")
@@ -113,6 +126,7 @@ def test_what_is_suggested_costs_more_the_less_memory_there_is(settings, capsys)
     assert all(line.startswith(start) for line, start in zip(suggested, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_what_a_network_does_not_offer_is_neither_counted_nor_suggested(settings, capsys):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_encoder.py")
     plan = memory.Plan(use_case, make_config(use_case.Config, settings("train_encoder", "less", batch_size=2)), "cuda")
@@ -127,6 +141,7 @@ def test_what_a_network_does_not_offer_is_neither_counted_nor_suggested(settings
         plan.shapes({"use_fsdp": True, "fsdp_cpu_offload": True, "fsdp_shards": 8})
 
 
+@pytest.mark.slow
 def test_a_published_size_is_counted_without_its_weights(tmp_path, capsys, monkeypatch):
     config = yaml.safe_load((TRAIN.parent / "configs/training/finetune_c_1b.yaml").read_text())
     config |= {"batch_size": 4, "multi_aspect_ratio": [1], "clip_image_dropout": 1.0, "grad_accum_steps": 1}

@@ -124,6 +124,7 @@ def _member(settings: dict, mini: versions.Version) -> None:
     assert TrainControlNet(make_config(TrainControlNet.Config, settings)).run() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.bits
 def test_less_memory_is_the_same_update(settings):
     lines = [train(settings | {"experiment_id": f"level{n}", "activation_checkpointing": n})[0] for n in (0, 3)]

@@ -143,7 +143,11 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(small_cascade):
 
 @pytest.mark.parametrize(
     ("use_fsdp", "changes"),
-    [(True, {}), (False, {}), (True, EVERYTHING | {"frozen_weights": "bfloat16", "lora_dropout": 0.0})],
+    [
+        pytest.param(True, {}, marks=pytest.mark.slow),
+        pytest.param(False, {}, marks=pytest.mark.slow),
+        (True, EVERYTHING | {"frozen_weights": "bfloat16", "lora_dropout": 0.0}),
+    ],
     ids=["sharded", "replicated", "sharded, bfloat16 weights, DoRA, tokens"],
 )
 def test_two_processes_make_the_updates_of_one(small_cascade, use_fsdp, changes):

@@ -159,6 +159,7 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
+@pytest.mark.slow
 @pytest.mark.bits
 def test_two_processes_agree_on_the_newest_whole_checkpoint(tmp_path):
     """Only the second process reads the damaged file."""

@@ -13,6 +13,7 @@ from warpcore.errors import UserError
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 def test_losses_of_compiled_blocks_agree():

@@ -28,6 +28,10 @@ from warpcore.errors import UserError
 pytestmark = pytest.mark.integration
 
 
+SLOWLY = {"seconds_per_micro_batch": 0.2}
+"""So that a signal meets the run before its end, on a busy machine too."""
+
+
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory) -> Path:
     return write_shard(tmp_path_factory.mktemp("data") / "a.tar", 10)
@@ -54,10 +58,10 @@ def test_runs_with_the_same_seed_are_identical_and_others_are_not(shard, tmp_pat
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("killed_at", [1, 9])
+@pytest.mark.parametrize("killed_at", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_a_run_killed_at_any_update_goes_on_bit_for_bit(shard, uninterrupted, tmp_path, killed_at):
     settings = tiny_settings(tmp_path, shard, validation_samples=3)
-    process = start(settings)
+    process = start(settings | SLOWLY)
     signal_at(process, settings, killed_at, signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
     status, output = finish(start(settings))
@@ -67,10 +71,10 @@ def test_a_run_killed_at_any_update_goes_on_bit_for_bit(shard, uninterrupted, tm
 
 @pytest.mark.bits
 @pytest.mark.integration
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_stop_signal_finishes_the_update_saves_and_asks_to_be_started_again(shard, uninterrupted, tmp_path, number):
     settings = tiny_settings(tmp_path, shard, validation_samples=3, save_every=100)
-    process = start(settings)
+    process = start(settings | SLOWLY)
     signal_at(process, settings, 3, number)
     status, output = finish(process)
     assert status == STOPPED_EARLY, output
@@ -80,7 +84,7 @@ def test_a_stop_signal_finishes_the_update_saves_and_asks_to_be_started_again(sh
     assert losses == [dict(line)["loss"] for line in uninterrupted]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_hang_up_that_is_ignored_at_the_start_as_under_nohup_does_not_stop_the_run(shard, tmp_path):
     settings = tiny_settings(tmp_path, shard, updates=40, save_every=100)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the process inherits it
@@ -93,6 +97,7 @@ def test_a_hang_up_that_is_ignored_at_the_start_as_under_nohup_does_not_stop_the
     assert status == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.bits
 @pytest.mark.parametrize("optimizer", ["schedulefree", "muon", "adafactor"])
 def test_every_optimizer_resumes_exactly(shard, tmp_path, optimizer):
@@ -120,7 +125,11 @@ def test_accumulation_does_not_change_the_updates(shard, tmp_path):
 
 @pytest.mark.parametrize(
     ("use_fsdp", "changes"),
-    [(False, {}), (True, {"optimizer": "schedulefree"}), (True, {"dtype": "bfloat16", "optimizer": "muon"})],
+    [
+        (False, {}),
+        pytest.param(True, {"optimizer": "schedulefree"}, marks=pytest.mark.slow),
+        pytest.param(True, {"dtype": "bfloat16", "optimizer": "muon"}, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_make_the_updates_of_one(shard, tmp_path, use_fsdp, changes):
     """With resuming in between, from two processes to one."""

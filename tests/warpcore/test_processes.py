@@ -155,6 +155,7 @@ Dying.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--standalone",), ("--master-port", "29507")])
 def test_torchrun_starts_a_run_again_that_lost_a_process(tmp_path, options):
     script = tmp_path / "dying.py"

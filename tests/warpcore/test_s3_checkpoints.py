@@ -100,6 +100,7 @@ def test_a_run_goes_on_from_s3_on_a_machine_that_has_nothing(bucket, local, remo
     assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
 
 
+@pytest.mark.slow
 @pytest.mark.bits
 def test_faults_of_the_network_change_nothing(bucket, local, remote, monkeypatch):
     faults = tuple(fault for fault in FAULTS if fault != "trickle")  # boto3 would wait for what is so small

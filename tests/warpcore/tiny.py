@@ -4,6 +4,7 @@ Also a script (`python tests/warpcore/tiny.py config.yaml`), so that tests can k
 """
 
 import warpcore.openmp
+import time
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ class TinyConfig(Config):
     """Channels of the network."""
     dropout: float = 0.1
     """Dropout of the network."""
+    seconds_per_micro_batch: float = 0.0
+    """How long a micro-batch takes at least (for tests that want to meet one)."""
     break_update: int = 0
     """From this micro-batch on, the loss is not a number (for tests)."""
 
@@ -32,6 +35,7 @@ class Denoiser(WarpCore):
         return {"generator": nn.Sequential(*body)}
 
     def encode(self, batch, random):
+        time.sleep(self.config.seconds_per_micro_batch)
         self.broken = 0 < self.config.break_update <= batch.number
         return batch.images.float() / 127.5 - 1
 

@@ -165,6 +165,7 @@ def test_workers_outlive_the_signals_that_ask_the_run_to_finish(micro_batches):
         assert len(list(batches)) == 19
 
 
+@pytest.mark.slow
 def test_workers_outlive_those_signals_while_they_start(micro_batches):
     with Loader(micro_batches, Reader(captions=TXT), num_workers=2) as loader:
         batches = iter(loader)
@@ -179,6 +180,7 @@ def test_a_reader_that_cannot_travel_is_an_error_before_any_process_starts(micro
         Loader(micro_batches, Reader(read_ranges=lambda url, ranges, version: []), num_workers=1)
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_main_guard_and_ends_though_nobody_closed_the_loader(micro_batches, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
