@@ -45,7 +45,7 @@ quickstart: demo/ready
 	$(PY) train/train_c.py configs/training/quickstart_c.yaml
 	$(PY) inference/text_to_image.py configs/inference/quickstart.yaml
 
-# The demo set is made again when what makes it changed; runs on the old one would refuse the new one.
+# The demo set is recreated when what makes it changed; runs on the old one would refuse the new one.
 demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subject.py tools/build_dataset.py | install
 	rm -rf demo runs/quickstart_c runs/quickstart_lora runs/quickstart_controlnet runs/mini_*
 	$(PY) tools/make_demo_dataset.py demo/pictures
@@ -54,7 +54,7 @@ demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subj
 	$(PY) tools/build_dataset.py demo/subject demo/subject_shards
 	touch $@
 
-# The whole mini cascade from nothing, in about 25 minutes on two cores: towers, Stage A, encoder and previewer, Stage B (whose weights
+# The whole mini cascade from scratch, in about 25 minutes on two cores: towers, Stage A, encoder and previewer, Stage B (whose weights
 # become those in models/mini), and Stage C.
 mini: demo/ready
 	rm -rf runs/mini_towers runs/mini_a runs/mini_encoder runs/mini_b runs/quickstart_c

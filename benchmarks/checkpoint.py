@@ -3,7 +3,7 @@
     python3 benchmarks/checkpoint.py [--millions 1 10 50]
 
 A stack of matrices is trained with AdamW and an average of the weights, so that a checkpoint holds 16 bytes for each
-parameter, and 8 more go into the two files for people. The pause is what the training loop waits for: gathering the
+parameter, and 8 more go into the two exported files. The pause is what the training loop waits for: gathering the
 weights for those files, and a copy of everything else; hashing and writing go on beside training, which they slow down
 on a machine without cores to spare. Both are given as a share of the time between two saves of the default save_every.
 """

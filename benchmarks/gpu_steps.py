@@ -135,7 +135,7 @@ def profile_row(bench: Bench) -> Outcome:
     if on_cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
-    with profile(activities=activities) as recorded:
+    with profile(activities=activities, acc_events=True) as recorded:
         for _ in range(PROFILED_UPDATES if on_cuda else 1):
             contender.update()
         if on_cuda:

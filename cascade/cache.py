@@ -110,7 +110,7 @@ class Origin:
         }
 
     def differences(self, other: "Origin", names: Collection[str]) -> list[str]:
-        """What that these features depend on differs from another cache or run, in words."""
+        """What that these features depend on differs from another cache or run, as a message."""
         found = [f"it has no {name}, but {', '.join(self.features)}" for name in names if name not in self.features]
         known = [name for name in names if name in self.features]
         for setting in dict.fromkeys(setting for name in known for setting in other.features[name]):
@@ -127,7 +127,7 @@ class Origin:
         return found
 
 
-_REMAKE = "make the cache anew with tools/cache.py"
+_REMAKE = "recreate the cache with tools/cache.py"
 
 
 def origin_of(

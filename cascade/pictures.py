@@ -1,4 +1,4 @@
-"""Between the tensors of the networks, pictures for people, and files."""
+"""Between the tensors of the networks, pictures to look at, and files."""
 
 from pathlib import Path
 

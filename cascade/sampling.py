@@ -80,7 +80,7 @@ class Cascade:
                 torch.cuda.empty_cache()
 
     def peak_memory(self) -> str:
-        """What was needed at most so far, in words: of the GPU for each network, else of the whole process."""
+        """What was needed at most so far, as text: of the GPU for each network, else of the whole process."""
         if self._peaks:
             parts = ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in self._peaks.items())
             return f"peak memory of the GPU in GiB: {parts}"

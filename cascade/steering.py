@@ -109,7 +109,7 @@ class SteeringSettings(DrawingSettings):
 
 
 class Steered(NamedTuple):
-    """A ControlNet's residuals, its condition (3, H, W) as a picture for people, and if it inpaints as (4, H, W)."""
+    """A ControlNet's residuals, its condition (3, H, W) as a picture to look at, and if it inpaints as (4, H, W)."""
 
     control: Control
     picture: Tensor

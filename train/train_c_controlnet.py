@@ -70,7 +70,7 @@ class TrainControlNet(TrainStageC):
         return networks | {"controlnet": controlnet}
 
     def check_cacheable(self) -> None:
-        raise UserError("a ControlNet's condition is made of pictures, anew in each epoch: a cache has none")
+        raise UserError("a ControlNet's condition is made of pictures again in each epoch: a cache has none")
 
     def extra_fields(self) -> dict:
         return filter_fields(self.filter)

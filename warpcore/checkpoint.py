@@ -97,7 +97,7 @@ class Checkpoints:
             told = "; ".join(f"update {update}: {problem}" for update, problem in problems.items())
             raise CheckpointError(
                 f"no checkpoint of this run is whole ({told}). Restore one, or remove {self._place.name}/state to "
-                "begin the run anew"
+                "begin the run from scratch"
             )
         return None
 
@@ -144,7 +144,7 @@ class Checkpoints:
             update: the number of the last finished update.
             tensors: everything needed to go on, by name; may be sharded.
             values: the rest of it, as JSON.
-            weights: files for people, by name: full state dicts on the CPU, needed on the main process only.
+            weights: exported weights, by file name: full state dicts on the CPU, needed on the main process only.
             metadata: what those files say about themselves.
             backup: also keep a copy of `weights` for good.
         """
@@ -269,7 +269,7 @@ class Checkpoints:
         raise CheckpointError(
             f"could not save update {update} in {self._place.name}: {problem}\n"
             + (f"The checkpoint of update {self._whole} is whole" if self._whole else "No checkpoint is there yet")
-            + ": once that is mended, start again with the same command."
+            + ": once that is fixed, start again with the same command."
         )
 
     def _problem_of_saving(self, error: BaseException) -> str:

@@ -98,7 +98,7 @@ class EMA:
         self.update = update
 
     def restart(self, update: int) -> None:
-        """Begins anew as a copy of the weights after `update`: a run that had no average so far."""
+        """Begins again as a copy of the weights after `update`: a run that had no average so far."""
         self._follow()
         self.update = update
 

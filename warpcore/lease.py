@@ -1,6 +1,6 @@
 """An object on S3 that says which run writes below a prefix, so that no second one does.
 
-The run that holds it writes it anew every RENEW_SECONDS. One that has not been written for LEASE_SECONDS, by the clock
+The run that holds it renews it every RENEW_SECONDS. One that has not been written for LEASE_SECONDS, by the clock
 of the endpoint (ours may jump), has run out: its run is gone. A step of a Slurm job that went back into the queue need
 not wait for that: the same step of an earlier start of its job is gone.
 """

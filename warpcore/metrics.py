@@ -31,7 +31,7 @@ class Metrics:
         self._lines: list[dict] = []
 
     def resume(self, update: int) -> None:
-        """Forget every line after `update`: those updates will be made again."""
+        """Forget every line after `update`: those updates will be repeated."""
         if not self.processes.is_main or not self.path.exists():
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= update]

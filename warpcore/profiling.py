@@ -35,5 +35,6 @@ def profiled(folder: Path, device: torch.device) -> Iterator[profile]:
         on_trace_ready=write,
         record_shapes=True,
         profile_memory=True,
+        acc_events=True,  # there is one cycle: nothing to clear, and no warning of it
     ) as recorder:
         yield recorder

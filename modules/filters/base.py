@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Filtered(NamedTuple):
     """What a filter makes of pictures.
 
-    condition: (B, channels, h, w) float32, for the ControlNet. picture: (B, 3, H, W) float32 in [0, 1], for people.
+    condition: (B, channels, h, w) float32, for the ControlNet. picture: (B, 3, H, W) float32 in [0, 1], to look at.
     """
 
     condition: Tensor

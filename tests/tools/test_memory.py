@@ -24,7 +24,7 @@ def measured_peak(rehearsal: Rehearsal, size: tuple[int, int], count: int) -> in
     """The most bytes that PyTorch's allocator gave out during an update, beyond those before it."""
     rehearsal.update(size, count)
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         rehearsal.update(size, count)
     alive = peak = 0
     for event in sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns()):

@@ -2,7 +2,7 @@
 
 A cached tar is a sparse file in which everything that was read stands at its own place, beside a list of what that is.
 A range counts as cached when the list has it and its checksum is right: what was half written when a process or the
-machine stopped is read anew.
+machine stopped is read again.
 
 What the plan needs last makes room first. That is what it does not need at all: tars of other data sets or versions,
 the least recently used first. Then, as an epoch draws every row once, it is what was drawn just now: when only tars of

@@ -1,8 +1,8 @@
 """Lanes: the independent streams of micro-batches that a plan consists of.
 
-A lane owns pieces of the data set. In each epoch it orders them anew, takes them in groups of bounded size, shuffles
-across a group, and deals its rows to buckets; a bucket that is full is a micro-batch. Rows that wait for company are
-carried into the next group and epoch. Everything follows from the recipe and a small state.
+A lane owns pieces of the data set. In each epoch it orders them again, takes them in groups of bounded size, shuffles
+across a group, and deals its rows to buckets; a bucket that is full is a micro-batch. Rows of incomplete micro-batches
+are carried into the next group and epoch. Everything follows from the recipe and a small state.
 """
 
 import heapq

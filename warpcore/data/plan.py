@@ -308,7 +308,7 @@ def default_lanes(num_rows: int) -> int:
 
 
 def describe_difference(saved: dict, current: dict) -> str | None:
-    """What differs between the fingerprints of a checkpoint and of this run, in words; None where nothing does."""
+    """What differs between the fingerprints of a checkpoint and of this run, as a message; None where nothing does."""
     differences = []
     for name in sorted(saved.keys() | current.keys()):
         before, now = saved.get(name), current.get(name)
