@@ -36,7 +36,9 @@ def lora(drawing_cascade, tmp_path):
     """Makes our file of a LoRA of the small cascade, with or without tokens."""
 
     def lora(name: str, tokens: bool = False, filters: tuple[str, ...] = (".attn",), **settings):
-        network = randomised(outline(ModelSettings(model_version="mini")).to_empty(device="cpu"), 1)
+        network = outline(ModelSettings(model_version="mini")).to_empty(device="cpu")
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
         add_adapters(network, filters, LoraSettings(**{"rank": 4, "alpha": 4} | settings))
         rows = train_tokens(text_tower(path=tmp_path / "text.safetensors"), TOKENS) if tokens else None
         if rows:
