@@ -55,7 +55,9 @@ def test_the_formula_counts_what_pytorch_counts(stage, arguments, px):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("trained", ["full", "LoRA", "ControlNet"])
+@pytest.mark.parametrize(
+    "trained", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("LoRA", "ControlNet"))]
+)
 def test_contenders_make_updates(trained):
     case = Case(StageC, UNIFORM, "small", trained, 256, batch=1)
     made = {"ours": lambda: make_ours(case, Technique(compiled=False), CPU)}

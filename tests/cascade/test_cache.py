@@ -136,6 +136,7 @@ def test_each_draw_takes_one_of_the_crops_by_its_seed(settings, tmp_path):
     assert all(crops[: len(crops) // 2] == crops[len(crops) // 2 :] for crops in seen.values())
 
 
+@pytest.mark.slow
 @pytest.mark.bits
 def test_a_cache_needs_no_index_and_works_on_s3(settings, tmp_path, bucket):
     given = settings("train_c", updates=4, save_every=4, validation_samples=0)
@@ -167,6 +168,7 @@ def test_a_storage_that_does_not_answer_is_not_told_as_a_damaged_cache(bucket, m
     assert "Could not connect to the endpoint" in told(cache)
 
 
+@pytest.mark.slow
 def test_a_damaged_member_is_a_bad_sample(settings, tmp_path, capfd):
     given = settings("train_c", updates=8, save_every=8, validation_samples=0)
     out = make_cache("train_c", given, tmp_path / "cache")

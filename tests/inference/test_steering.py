@@ -127,6 +127,7 @@ def test_several_loras_add_up_in_any_order(draw, lora_run, tmp_path):
     assert same(draw("--lora", b, "--lora", f"{b}:-1"), draw(), within=1)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_token_changes_only_texts_that_hold_it(draw, lora_run, tmp_path):
     tokens = {name: t for name, t in load_file(lora_run / "lora.safetensors").items() if name.startswith("tokens.")}
@@ -218,6 +219,7 @@ def test_several_controlnets_add_up_each_with_its_own_picture(draw, controlnet, 
     assert same(draw("--controlnet", second, "--controlnet", first, "--control-image", square), together, within=1)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_run_of_a_controlnet_is_its_base_under_its_control(draw, small_cascade, picture):
     settings = small_cascade | {

@@ -8,7 +8,13 @@ from modules.effnet import IMAGE_MEAN, EfficientNetEncoder, normalise_images
 from tests.golden import load_case, load_manifest, resolve, weights_of
 from tests.modules.test_stage_c import golden_model, small_inputs
 
-CASES = ["effnet_1_channel", "effnet_3_channels", "effnet_4_channels", "simple", "large"]
+CASES = [
+    "effnet_1_channel",
+    "effnet_3_channels",
+    "effnet_4_channels",
+    "simple",
+    pytest.param("large", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -132,6 +132,7 @@ def test_checkpointing_levels_keep_less_and_give_the_same_gradients(case):
         model.set_activation_checkpointing(4)
 
 
+@pytest.mark.slow
 def test_stage_c_compiles_whole_and_block_by_block():
     spec, _ = load_case("stage_c_small")
     model = StageC(**{**spec["constructor"], "blocks": [[1, 1], [1, 1]], "dropout": 0.0})

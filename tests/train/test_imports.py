@@ -24,7 +24,10 @@ BLOCKED_RUN = (
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("script", "missing"), [("train_a", [*UNUSED, "open_clip"]), ("train_c", UNUSED)])
+@pytest.mark.parametrize(
+    ("script", "missing"),
+    [("train_a", [*UNUSED, "open_clip"]), pytest.param("train_c", UNUSED, marks=pytest.mark.slow)],
+)
 def test_a_script_trains_without_the_packages_that_it_does_not_use(script, missing, tmp_path):
     settings = {
         "experiment_id": "bare", "checkpoint_path": str(tmp_path), "model_version": "mini", "updates": 1,

@@ -141,6 +141,7 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(small_cascade):
     assert about["model_version"] == "mini"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("use_fsdp", "changes"),
     [

@@ -72,6 +72,7 @@ def test_lora_checkpoint_path_of_another_alpha_starts_at_the_strength_of_the_fil
         assert (was.up @ was.down).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_dot_adapts_every_layer_and_an_earlier_run_keeps_its_layers(small_cascade, monkeypatch, caplog):
     settings = small_cascade | LORA | {"module_filters": ["."], "save_every": 1}

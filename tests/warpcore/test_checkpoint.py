@@ -174,6 +174,7 @@ def test_two_processes_agree_on_the_newest_whole_checkpoint(tmp_path):
     assert Difference.between(damaged, whole) == Difference(0, 0.0, 0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_manifest_names_the_files_of_all_processes(tmp_path):
     settings = settings_of(tmp_path, write_data(tmp_path / "data", 60), updates=4, use_fsdp=True, fsdp_shards=2)
     train(settings, 4)

@@ -36,7 +36,7 @@ def test_a_bad_picture_is_named_and_the_run_goes_on(tmp_path, capfd):
     assert "a.tar/00003.png" in told
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_too_many_bad_pictures_in_a_row_stop_all_processes_at_the_same_update(tmp_path, num_processes):
     spoil(write_shard(tmp_path / "a.tar", 8), *range(8))
     settings = tiny_settings(tmp_path, tmp_path / "a.tar", micro_batch_size=2, max_bad_samples=6)
@@ -73,6 +73,7 @@ def train_on_two_machines(settings: dict) -> None:
         train_here(settings)
 
 
+@pytest.mark.slow
 def test_machines_with_copies_of_their_own_train_validate_draw_and_resume_together(tmp_path):
     held_out = str(write_shard(tmp_path / "held_out.tar", 3, first=50))
     data, together = write_shard(tmp_path / "a.tar", 10), []

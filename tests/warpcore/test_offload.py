@@ -31,6 +31,7 @@ def test_offloaded_encoders_and_activations_change_no_bit(settings, name):  # no
     assert all(torch.equal(ours[file][key], t) for file, tensors in theirs.items() for key, t in tensors.items())
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize("name", represented_by("train_c_lora", of=("train_c_controlnet", "train_c_lora")))
 def test_weights_in_the_memory_of_the_cpu_change_no_update_of_one_process(settings, name):  # noqa: F811

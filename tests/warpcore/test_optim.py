@@ -329,6 +329,7 @@ def _check_muon(mesh):
         assert (parameter.full_tensor() - expected).norm() <= 0.05 * expected.norm(), shape
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.bits
 def test_two_processes_with_sharded_weights_step_like_one():

@@ -64,6 +64,7 @@ def test_any_number_of_processes_makes_the_same_updates(data, alone, tmp_path, c
     assert found.weights < (1e-5 if changes or count > 1 else 1e-30)
 
 
+@pytest.mark.slow
 @pytest.mark.bits
 @pytest.mark.parametrize("changes", [pytest.param({}, marks=pytest.mark.slow), {"use_fsdp": True}])
 def test_runs_on_equally_many_processes_are_equal_bit_for_bit(data, tmp_path, changes):
@@ -73,6 +74,7 @@ def test_runs_on_equally_many_processes_are_equal_bit_for_bit(data, tmp_path, ch
     assert Difference.between(*runs) == Difference(0, 0.0, 0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_processes_stop_together_when_one_is_asked_to(data, alone, tmp_path):
     settings = settings_of(tmp_path, data, updates=100_000)
     started = Started(settings, 2)

@@ -248,6 +248,7 @@ def test_a_run_that_lost_its_place_is_told_so_and_nothing_of_disks(bucket, tmp_p
     other.release()
 
 
+@pytest.mark.slow
 def test_a_scratch_folder_that_can_not_be_written_is_no_damage(bucket, tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", ALONE, url=f"{bucket.url}/run")
     save(checkpoints, 4)
@@ -281,6 +282,7 @@ class _Threads(Processes):
         assert self.answered.wait(60)
 
 
+@pytest.mark.slow
 def test_an_old_scratch_folder_is_empty_before_any_process_of_its_machine_goes_on(bucket, tmp_path, monkeypatch):
     (tmp_path / "b" / "state" / "00000004").mkdir(parents=True)
     remove = shutil.rmtree

@@ -107,7 +107,7 @@ def removed(tar: Path) -> None:
 @pytest.mark.parametrize(
     ("disturb", "told"), [(replaced, "changed while it was in use"), (removed, "any more.*a.tar")]
 )
-@pytest.mark.parametrize("update", [1, 6])
+@pytest.mark.parametrize("update", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_training_data_that_changes_ends_the_run_with_its_last_complete_update_saved(data, disturb, told, update):
     settings, before = settings_of(data, "run", ema_start_iters=7), os.stat(data)
     with pytest.raises(UserError, match=told):
@@ -140,7 +140,7 @@ def _expect_end(settings: dict) -> None:
         train_here(settings, OneProcessCannotRead)
 
 
-@pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("log_every", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_a_fault_that_one_process_meets_ends_all_at_the_same_saved_update(data, log_every):
     settings = settings_of(data, "run", save_every=100, log_every=log_every) | {"micro_batch_size": 1}
     launch_processes(2, _expect_end, settings)

@@ -16,7 +16,9 @@ OWN_LINES = re.compile(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("launcher", [(), torchrun(2)], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param((), marks=pytest.mark.slow), torchrun(2)], ids=["one process", "two processes"]
+)
 def test_a_run_and_its_resumption_write_only_their_own_lines(launcher, tmp_path):
     settings = tiny_settings(
         tmp_path / "runs", write_shard(tmp_path / "a.tar", 10), validation_samples=2, num_workers=1, updates=2

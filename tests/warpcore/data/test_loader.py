@@ -83,7 +83,10 @@ def fail_strangely(url, ranges, version):
 
 @pytest.mark.parametrize(
     ("read", "kind", "message"),
-    [(fail, PermissionError, r"not yours: .*x\.tar"), (fail_strangely, RuntimeError, "Strange: this and that")],
+    [
+        (fail, PermissionError, r"not yours: .*x\.tar"),
+        pytest.param(fail_strangely, RuntimeError, "Strange: this and that", marks=pytest.mark.slow),
+    ],
 )
 def test_an_exception_in_a_worker_is_raised_as_it_is(micro_batches, read, kind, message):
     with (
@@ -138,7 +141,7 @@ def full_for_a_semaphore(url, ranges, version):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("read", [full_for_a_batch, full_for_a_semaphore])
+@pytest.mark.parametrize("read", [full_for_a_batch, pytest.param(full_for_a_semaphore, marks=pytest.mark.slow)])
 def test_full_shared_memory_is_named_and_does_not_read_as_a_full_disk(micro_batches, read):
     told = r"shared memory /dev/shm, .* is full .* no disk is.*--shm-size=8g"
     loader = Loader(micro_batches, Reader(captions=TXT, read_ranges=read), num_workers=1)
@@ -155,6 +158,7 @@ def test_closing_does_not_wait_for_a_worker_that_hangs(micro_batches):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_workers_outlive_the_signals_that_ask_the_run_to_finish(micro_batches):
     with Loader(micro_batches, Reader(captions=TXT), num_workers=1) as loader:
         batches = iter(loader)
