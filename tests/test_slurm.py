@@ -99,7 +99,7 @@ def test_stage_c_on_two_nodes_is_signalled_goes_back_into_the_queue_and_nothing_
     wait_until(lambda: job(environment, number)["JobState"] in ("COMPLETED", "FAILED"), 240, folder)
     ended, log = job(environment, number), (tmp_path / "log.txt").read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
-    assert "asked to stop: saving update" in log
+    assert "before the run stops" in log
     assert "Traceback" not in log
     assert "see if it is gone" not in log  # the job knows its own lease
 

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def uninterrupted(shard, tmp_path_factory) -> list[tuple]:
     return numbers(read_metrics(settings))
 
 
+def start_with_hang_ups(handling: signal.Handlers, settings: dict) -> subprocess.Popen:
+    """Start a run that inherits how SIGHUP is handled: the tests may run under `nohup`, which ignores it."""
+    before = signal.signal(signal.SIGHUP, handling)
+    try:
+        return start(settings)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.bits
 def test_runs_with_the_same_seed_are_identical_and_others_are_not(shard, tmp_path):
     first, second, other = (
@@ -74,7 +84,7 @@ def test_a_run_killed_at_any_update_goes_on_bit_for_bit(shard, uninterrupted, tm
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_stop_signal_finishes_the_update_saves_and_asks_to_be_started_again(shard, uninterrupted, tmp_path, number):
     settings = tiny_settings(tmp_path, shard, validation_samples=3, save_every=100)
-    process = start(settings | SLOWLY)
+    process = start_with_hang_ups(signal.SIG_DFL, settings | SLOWLY)
     signal_at(process, settings, 3, number)
     status, output = finish(process)
     assert status == STOPPED_EARLY, output
@@ -87,11 +97,7 @@ def test_a_stop_signal_finishes_the_update_saves_and_asks_to_be_started_again(sh
 @pytest.mark.slow
 def test_a_hang_up_that_is_ignored_at_the_start_as_under_nohup_does_not_stop_the_run(shard, tmp_path):
     settings = tiny_settings(tmp_path, shard, updates=40, save_every=100)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the process inherits it
-    try:
-        process = start(settings)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = start_with_hang_ups(signal.SIG_IGN, settings)
     signal_at(process, settings, 1, signal.SIGHUP)
     status, output = finish(process)
     assert status == 0, output
