@@ -152,13 +152,8 @@ class S3Place:
 
     def bring_files(self) -> None:
         self.check()
-        for path in sorted(self.folder.rglob("*")):
+        for path in self._files():
             name = path.relative_to(self.folder)
-            unfinished = path.suffix == ".partial" or path.name.startswith(".")  # written aside, by another thread
-            if path.is_symlink() or not path.is_file() or unfinished:
-                continue
-            if name.parts[0] in ("state", *_OWN):
-                continue
             try:
                 status = path.stat()
                 version = status.st_size, status.st_mtime_ns
@@ -168,6 +163,17 @@ class S3Place:
             except FileNotFoundError:  # it was there for a moment only
                 continue
         shutil.rmtree(self.folder / "backups", ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        """What belongs on S3 beside the checkpoints, which another thread may be removing from the folder."""
+        found = []
+        for folder, folders, names in os.walk(self.folder, onerror=_unless_gone):
+            if Path(folder) == self.folder:
+                folders[:] = [name for name in folders if name not in ("state", *_OWN)]
+                names = [name for name in names if name not in _OWN]
+            paths = (Path(folder, name) for name in names)
+            found += [path for path in paths if not path.is_symlink() and path.is_file() and not _is_unfinished(path)]
+        return sorted(found)
 
     def has(self, name: str) -> bool:
         return "" in sizes_below(f"{self.url}/{name}")
@@ -185,6 +191,17 @@ class S3Place:
 
     def _state(self, update: int) -> str:
         return f"{self.url}/state/{update:08d}"
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether it is being written, by another thread."""
+    return path.suffix == ".partial" or path.name.startswith(".")
+
+
+def _unless_gone(error: OSError) -> None:
+    """Of a folder that is listed: one that was removed meanwhile holds nothing."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _mark(folder: Path) -> str:

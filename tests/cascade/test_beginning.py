@@ -116,6 +116,7 @@ def test_what_steers_a_base_is_not_resumed_on_another(small_cascade, tmp_path, s
     assert "experiment_id" in message
 
 
+@pytest.mark.slow
 def test_a_run_that_began_before_conventions_changed_keeps_its_own(small_cascade, tmp_path):
     """Token ids and loss weights: in every later start, with what is computed in between."""
 

@@ -51,6 +51,7 @@ def test_the_config_keeps_its_comments():
     assert written.startswith("# why\n")
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_search_at_the_command_line_writes_a_config_that_trains(tmp_path):
     data = write_shard(tmp_path / "a.tar", 8)

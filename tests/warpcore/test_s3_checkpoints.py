@@ -339,3 +339,25 @@ def test_an_older_checkpoint_on_s3_that_can_not_be_removed_stays_and_the_save_is
 def test_an_url_that_is_none_is_refused(remote, url):
     with pytest.raises(ConfigError, match="s3://bucket/prefix"):
         make_config(TinyConfig, remote | {"checkpoint_path": url})
+
+
+def test_a_folder_that_is_removed_while_files_are_sent_is_passed_over(bucket, tmp_path, monkeypatch):
+    folder = tmp_path / "scratch"
+    for name in ("state/00000004.partial", "samples"):
+        (folder / name).mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    place = S3Place(folder, f"{bucket.url}/runs")
+    place.take()
+    list_folder = os.scandir
+
+    def removed_meanwhile(path="."):
+        if Path(path) != folder and Path(path).is_relative_to(folder):
+            Path(path).rename(tmp_path / f"removed {Path(path).name}")
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", removed_meanwhile)
+    try:
+        place.bring_files()
+    finally:
+        place.leave()
+    assert "runs/metrics.jsonl" in bucket.list_keys()

@@ -37,6 +37,7 @@ def test_a_run_through_faults_has_the_samples_and_losses_of_the_run_from_the_fol
     assert all(line["samples_hash"] for line in local)
 
 
+@pytest.mark.slow
 @pytest.mark.bits
 def test_workers_read_from_s3_too_and_the_next_run_from_the_cache(bucket, data, tmp_path, monkeypatch):
     url = bucket.upload(data, "set/")
