@@ -8,8 +8,8 @@ loop begins before (`benchmarks/busy.py` measures both). What the environment sa
 
 import os
 
-SPIN_COUNT = 1000
-"""Of GNU OpenMP, which PyTorch brings on Linux: some 50 microseconds, about what falling asleep and waking up take."""
+SPIN_COUNT = 10_000
+"""Of GNU OpenMP, which PyTorch brings on Linux. Fewer help beside other work and cost time on a quiet machine."""
 BLOCK_TIME_MS = 0
 """Of LLVM's and Intel's OpenMP, which count in milliseconds (200 by default)."""
 

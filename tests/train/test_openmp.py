@@ -23,7 +23,7 @@ def test_a_script_sets_how_threads_wait_before_any_other_import(script):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)]
+    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)]
 )
 def test_processes_inherit_it_and_the_environment_wins(given, spins):
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_", "KMP_"))}
