@@ -3,16 +3,15 @@
 import logging
 import posixpath
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from warpcore.data.tar_headers import BLOCK_BYTES, TarHeaderError, check_header, read_members
 from warpcore.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 512
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # webdataset's rule: the key is the path up to the first dot of the file's name; hidden files are no samples.
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
@@ -152,21 +151,21 @@ def _members(
     """(name, offset, size) of every regular file, no offset for links; the end of the archive is checked."""
     _check_start(file, url, size_bytes)
     try:
-        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
-            for member in tar:
-                tar.members = []  # tarfile would keep every member it has seen
-                if member.sparse is not None:
-                    raise BadShardError(f"{url}: {member.name} is stored sparsely; build the tar without --sparse")
-                end = member.offset_data + member.size
-                if member.isreg() and end > size_bytes:
-                    raise _truncated(url, f"{member.name} should end at byte {end}", size_bytes, samples)
-                if member.isreg():
-                    yield clean(member.name), member.offset_data, member.size
-                elif member.islnk() or member.issym():
-                    yield clean(member.name), None, 0
-            _check_end(file, url, size_bytes, tar.offset, samples)
-    except tarfile.TarError as error:
-        raise _truncated(url, f"its headers can't be read ({error})", size_bytes, samples) from None
+        for member in read_members(file):
+            if member.is_sparse:
+                raise BadShardError(f"{url}: {member.name} is stored sparsely; build the tar without --sparse")
+            end = member.offset + member.size
+            if end > size_bytes and not member.is_link:
+                raise _truncated(url, f"{member.name} should end at byte {end}", size_bytes, samples)
+            yield clean(member.name), None if member.is_link else member.offset, 0 if member.is_link else member.size
+        _check_end(file, url)
+    except TarHeaderError as error:
+        if error.cut:
+            what = "the mark of its end is missing" if error.offset >= size_bytes else str(error)
+            raise _truncated(url, what, size_bytes, samples) from None
+        raise BadShardError(
+            f"{url} is damaged: {error} of {size_bytes}, after {_count(samples)}. {_REBUILD}"
+        ) from None
 
 
 def _check_start(file: BinaryIO, url: str, size_bytes: int) -> None:
@@ -178,26 +177,18 @@ def _check_start(file: BinaryIO, url: str, size_bytes: int) -> None:
             raise BadShardError(f"{url} is compressed with {name}, so its samples can't be read singly; decompress it")
     if start != bytes(BLOCK_BYTES):
         try:
-            tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise BadShardError(f"{url} is not a tar: its first header is invalid ({error})") from None
-    file.seek(0)
+            check_header(start)
+        except TarHeaderError as error:
+            raise BadShardError(f"{url} is not a tar: {error}") from None
 
 
-def _check_end(file: BinaryIO, url: str, size_bytes: int, offset: int, samples: list[TarSample]) -> None:
-    """A whole tar ends with blocks of zeros; where tarfile stops at anything else, something is lost or hidden."""
-    file.seek(offset)
-    block = file.read(BLOCK_BYTES)
-    if len(block) < BLOCK_BYTES:
-        raise _truncated(url, "the mark of its end is missing", size_bytes, samples)
-    if block != bytes(BLOCK_BYTES):
-        raise BadShardError(
-            f"{url} is damaged: no valid header at byte {offset} of {size_bytes}, after {_count(samples)}. {_REBUILD}"
-        )
+def _check_end(file: BinaryIO, url: str) -> None:
+    """A whole tar ends with blocks of zeros; where anything else follows, samples are hidden."""
+    end = file.tell() - BLOCK_BYTES
     while piece := file.read(1 << 20):
         if piece.count(0) != len(piece):
             raise BadShardError(
-                f"{url} goes on after its end at byte {offset}: joined tars hide samples; give each its own file"
+                f"{url} goes on after its end at byte {end}: joined tars hide samples; give each its own file"
             )
 
 
