@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade import build
-from cascade.diffusion import latent_size
-from cascade.drawing import finish, sketch
-from cascade.inference import DrawingSettings
-from cascade.lora_formats import Lora
-from cascade.pictures import to_pictures
-from cascade.sampling import Cascade, Size
+from families.cascade import build
+from families.cascade.diffusion import latent_size
+from families.cascade.drawing import finish, sketch
+from families.cascade.inference import DrawingSettings
+from families.cascade.lora_formats import Lora
+from families.cascade.pictures import to_pictures
+from families.cascade.sampling import Cascade, Size
 
 SIDE_PX = 128
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.drawing import SIDE_PX, Drawing
 from benchmarks.scorer import sentences
-from cascade import build
-from cascade.controlled import Control
-from cascade.controlnet import load_controlnet
+from families.cascade import build
+from families.cascade.controlled import Control
+from families.cascade.controlnet import load_controlnet
 from modules.filters.canny import CannyFilter
 from tools.demo_scenes import SEEN_PAIRS, render
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.data import photographs, write_tars
 from benchmarks.gpu_part import Bench, no_waiting
-from cascade import versions
+from families.cascade import versions
 from modules.stage_c import StageC
 from warpcore.config import make_config
 from warpcore.core import WarpCore

@@ -117,8 +117,8 @@ def validated_and_drawn(name: str, bench: Bench) -> Outcome:
 
 def drawn(bench: Bench) -> Outcome:
     """A picture of the whole cascade (Stage C, B and A), on the device beside the CPU's."""
-    from cascade.drawing import finish, sketch
-    from cascade.sampling import Cascade
+    from families.cascade.drawing import finish, sketch
+    from families.cascade.sampling import Cascade
     from inference.text_to_image import TextToImageConfig
     from warpcore.config import make_config
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cascade.versions import VERSIONS
+from families.cascade.versions import VERSIONS
 from modules.blocks import AttnBlock
 from modules.clip import ClipSettings, ImageTower, TextTower
 from modules.effnet import EfficientNetEncoder

@@ -5,7 +5,7 @@ from diffusers import StableCascadeUNet
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from cascade.diffusers_folder import unet_config
+from families.cascade.diffusers_folder import unet_config
 from modules.unet import UNet
 
 NAMES = {"x": "sample", "r": "timestep_ratio", "clip": "clip_text_pooled"}

@@ -13,9 +13,9 @@ import torch
 from diffusers import StableCascadeDecoderPipeline, StableCascadePriorPipeline
 
 from benchmarks.drawing import SIDE_PX
-from cascade.drawing import finish, sketch
-from cascade.inference import DrawingSettings
-from cascade.sampling import Cascade
+from families.cascade.drawing import finish, sketch
+from families.cascade.inference import DrawingSettings
+from families.cascade.sampling import Cascade
 from warpcore.config import make_config
 from warpcore.random import SampleRandom, stable_hash
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 
-from cascade.pictures import nearness
+from families.cascade.pictures import nearness
 from tools.demo_scenes import COLOURS, POSITIONS, SHAPES, Scene, captioned_scene, describe, shape_mask
 
 ATTRIBUTES = ("colour", "position", "shape", "count")

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.drawing import Drawing
 from benchmarks.scorer import ATTRIBUTES, accuracy, find, sentences
-from cascade.lora import open_loras
+from families.cascade.lora import open_loras
 from tools.demo_scenes import COLOURS, POSITIONS, SEEN_PAIRS, SHAPES, SUBJECT
 from tools.make_demo_subject import SHOWN, sentence
 

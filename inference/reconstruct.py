@@ -15,10 +15,10 @@ from typing import Self
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from cascade.diffusion import latent_size
-from cascade.inference import DrawingSettings
-from cascade.pictures import nearness, pad, read_picture, size_of, to_pictures
-from cascade.sampling import Cascade
+from families.cascade.diffusion import latent_size
+from families.cascade.inference import DrawingSettings
+from families.cascade.pictures import nearness, pad, read_picture, size_of, to_pictures
+from families.cascade.sampling import Cascade
 from warpcore.config import load_config
 from warpcore.data.picture_files import LeftOut, find_pictures
 from warpcore.errors import UserError, run_script

@@ -21,12 +21,12 @@ from typing import Any, Literal, Self
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor
 
-from cascade.controlled import pasted
-from cascade.drawing import finish, sketch
-from cascade.lora import open_loras
-from cascade.pictures import read_picture, size_of, to_pictures
-from cascade.sampling import Cascade
-from cascade.steering import Steered, SteeringSettings, open_controls
+from families.cascade.controlled import pasted
+from families.cascade.drawing import finish, sketch
+from families.cascade.lora import open_loras
+from families.cascade.pictures import read_picture, size_of, to_pictures
+from families.cascade.sampling import Cascade
+from families.cascade.steering import Steered, SteeringSettings, open_controls
 from warpcore.config import ConfigError, Share, load_config
 from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS

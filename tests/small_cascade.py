@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cascade import versions
+from families.cascade import versions
 from modules.clip import ClipSettings, ImageTower, TextTower
 from modules.effnet import EfficientNetEncoder
 from modules.previewer import Previewer

@@ -14,7 +14,7 @@ from warpcore.errors import UserError
 from warpcore.text import EncodingError, read_text
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("benchmarks", "cascade", "inference", "models", "modules", "tools", "train", "warpcore")
+FOLDERS = ("benchmarks", "families", "inference", "models", "modules", "tools", "train", "warpcore")
 NO_FILES_OF_TEXT = ("tarfile", "os", "Image")
 TEXT_MODE = re.compile(r"[rwax]t?\+?t?")
 

@@ -28,12 +28,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from cascade.cache import CACHE_NAME, Dtype, Origin, bucket_name, buckets_of, origin_of
-from cascade.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
-from cascade.cached_captions import with_token_ids
-from cascade.captions import is_cut
-from cascade.conditions import TextMemory
-from cascade.training import DiffusionTraining
+from families.cascade.cache import CACHE_NAME, Dtype, Origin, bucket_name, buckets_of, origin_of
+from families.cascade.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
+from families.cascade.cached_captions import with_token_ids
+from families.cascade.captions import is_cut
+from families.cascade.conditions import TextMemory
+from families.cascade.training import DiffusionTraining
 from tools.arguments import local_path, positive
 from warpcore.config import load_config
 from warpcore.data.captions import CaptionGetter

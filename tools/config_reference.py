@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from cascade.config import DiffusionConfig, ModelSettings, StageCConfig
+from families.cascade.config import DiffusionConfig, ModelSettings, StageCConfig
 from warpcore.config import Config, Settings
 from warpcore.errors import UserError, run_script
 from warpcore.keys import describe

@@ -35,11 +35,11 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from cascade import build, lora
-from cascade.controlnet import comfyui_notes, file_metadata, published_layout, settings_of_file
-from cascade.inference import TARGET_KEY, CascadeSettings, metadata_of, weights_in
-from cascade.lora_files import Files, lora_files, read_lora, shortcomings, token_files, write_files
-from cascade.lora_formats import Lora
+from families.cascade import build, lora
+from families.cascade.controlnet import comfyui_notes, file_metadata, published_layout, settings_of_file
+from families.cascade.inference import TARGET_KEY, CascadeSettings, metadata_of, weights_in
+from families.cascade.lora_files import Files, lora_files, read_lora, shortcomings, token_files, write_files
+from families.cascade.lora_formats import Lora
 from modules.tokenizers import BytePairTokenizer, Tokenizer
 from tools.arguments import local_path
 from warpcore.config import FileName, Settings, load_config
@@ -60,7 +60,7 @@ class ExportSettings(CascadeSettings):
 
 
 def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
-    from cascade.diffusers_folder import write_folder
+    from families.cascade.diffusers_folder import write_folder
 
     key = "run" if source.is_dir() else "generator_checkpoint_path"
     settings = load_config(ExportSettings, [f"--{key}", str(source), *arguments])
@@ -71,7 +71,7 @@ def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
 
 
 def from_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
-    from cascade.diffusers_folder import read_folder
+    from families.cascade.diffusers_folder import read_folder
 
     if arguments:
         raise UserError(f"from-diffusers takes a source and a target, and no {arguments[0]}")

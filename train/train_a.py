@@ -14,11 +14,11 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from cascade import build
-from cascade.codebook import CodebookAverages, codebook_statistics
-from cascade.config import FamilySettings
-from cascade.pictures import nearness, to_pictures, to_uint8
-from cascade.training import CascadeTraining, per_sample
+from families.cascade import build
+from families.cascade.codebook import CodebookAverages, codebook_statistics
+from families.cascade.config import FamilySettings
+from families.cascade.pictures import nearness, to_pictures, to_uint8
+from families.cascade.training import CascadeTraining, per_sample
 from modules.discriminator import PatchDiscriminator
 from warpcore.config import Config, Share
 from warpcore.core import Losses, Sampled

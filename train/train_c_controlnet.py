@@ -14,8 +14,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from cascade.config import StageCConfig
-from cascade.controlnet import (
+from families.cascade.config import StageCConfig
+from families.cascade.controlnet import (
     ControlNetSettings,
     check_side,
     file_metadata,
@@ -23,7 +23,7 @@ from cascade.controlnet import (
     make_controlnet,
     make_filter,
 )
-from cascade.pictures import to_pictures, to_uint8
+from families.cascade.pictures import to_pictures, to_uint8
 from train.train_c import TrainStageC
 from warpcore.core import Losses, Sampled
 from warpcore.data.buckets import Buckets

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade import lora
-from cascade.cache import PICTURE_SETTINGS, Feature, stored
-from cascade.captions import unused_tokens
-from cascade.conditions import TEXT
-from cascade.lora_config import LoraConfig, choose_captions, listed, sample_fields, texts_read
-from cascade.lora_formats import metadata
+from families.cascade import lora
+from families.cascade.cache import PICTURE_SETTINGS, Feature, stored
+from families.cascade.captions import unused_tokens
+from families.cascade.conditions import TEXT
+from families.cascade.lora_config import LoraConfig, choose_captions, listed, sample_fields, texts_read
+from families.cascade.lora_formats import metadata
 from modules.lora import without_adapters
 from modules.tokens import untrained
 from train.train_c import TrainStageC

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade import build
-from cascade.config import FamilySettings
-from cascade.pictures import to_pictures, to_uint8
-from cascade.training import CascadeTraining, per_sample
+from families.cascade import build
+from families.cascade.config import FamilySettings
+from families.cascade.pictures import to_pictures, to_uint8
+from families.cascade.training import CascadeTraining, per_sample
 from modules.effnet import normalise_images
 from warpcore.config import Config
 from warpcore.core import Losses, Sampled

@@ -10,9 +10,9 @@ import torch
 from benchmarks.drawing import Drawing
 from benchmarks.learning import LEAST_PSNR
 from benchmarks.scorer import ATTRIBUTES, accuracy, distance, find, score, sentences
-from cascade import build
-from cascade.config import ModelSettings
-from cascade.inference import DrawingSettings
+from families.cascade import build
+from families.cascade.config import ModelSettings
+from families.cascade.inference import DrawingSettings
 from tools.demo_scenes import (
     COLOURS,
     POSITIONS,

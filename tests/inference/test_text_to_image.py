@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade.inference import DrawingSettings
-from cascade.pictures import read_picture, to_pictures
-from cascade.sampling import Cascade
+from families.cascade.inference import DrawingSettings
+from families.cascade.pictures import read_picture, to_pictures
+from families.cascade.sampling import Cascade
 from inference.text_to_image import main
 from tests.tiers import represented_by
 from train.train_c import TrainStageC

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cascade import versions
+from families.cascade import versions
 from modules.clip import ClipSettings, TextTower
 
 WEIGHTS = Path("weights")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascade.controlnet import filter_fields
-from cascade.lora_config import MaskField
-from cascade.members import MASK, SIDE_MEMBERS
+from families.cascade.controlnet import filter_fields
+from families.cascade.lora_config import MaskField
+from families.cascade.members import MASK, SIDE_MEMBERS
 from modules.filters import FILTERS
 from tests.tools.test_build_dataset import samples_of
 from tests.warpcore.data.tars import picture

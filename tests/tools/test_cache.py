@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import ProcessExitedException
 
-from cascade import cache_writer, versions
+from families.cascade import cache_writer, versions
 from tests.caches import make_cache, write_pictures
 from tests.many_processes import launch_processes
 from tools import cache

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cascade.diffusers_folder import unet_config
-from cascade.inference import DrawingSettings
-from cascade.sampling import Cascade
-from cascade.transformers_text import tokenizer
-from cascade.versions import VERSIONS
+from families.cascade.diffusers_folder import unet_config
+from families.cascade.inference import DrawingSettings
+from families.cascade.sampling import Cascade
+from families.cascade.transformers_text import tokenizer
+from families.cascade.versions import VERSIONS
 from modules.clip import ClipSettings, TextTower, text_tower
 from modules.stage_b import StageB
 from modules.stage_c import StageC

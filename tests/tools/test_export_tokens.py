@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cascade.config import ModelSettings
-from cascade.inference import metadata_of
-from cascade.lora import open_loras
-from cascade.lora_files import lora_files, write_lora
-from cascade.lora_formats import Lora, LoraFileError
+from families.cascade.config import ModelSettings
+from families.cascade.inference import metadata_of
+from families.cascade.lora import open_loras
+from families.cascade.lora_files import lora_files, write_lora
+from families.cascade.lora_formats import Lora, LoraFileError
 from tests.tools.test_export_steering import export, lora  # noqa: F401 (fixtures)
 from warpcore.errors import UserError
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascade import versions
+from families.cascade import versions
 from tests.many_processes import launch_processes
 from tests.small_cascade import put_cascade
 from tests.tiers import represented_by

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade import versions
-from cascade.config import ModelSettings
-from cascade.controlnet import load_controlnet
+from families.cascade import versions
+from families.cascade.config import ModelSettings
+from families.cascade.controlnet import load_controlnet
 from tests.golden import load_case, weights_of
 from tests.many_processes import launch_processes
 from tests.warpcore.runs import load_weights, read_metrics

@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_sing
 from PIL import Image
 from safetensors import safe_open
 
-from cascade import lora, versions
+from families.cascade import lora, versions
 from modules.lora import adapters
 from tests.golden import load_case, weights_of
 from tests.many_processes import launch_processes

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import modules.lora
-from cascade.lora import load_into, lora_of, outline
-from cascade.lora_files import read_lora, write_lora
+from families.cascade.lora import load_into, lora_of, outline
+from families.cascade.lora_files import read_lora, write_lora
 from modules.lora import LoraSettings, add_adapters
 from tests.modules.test_lora import randomised
 from tests.modules.test_stage_c import golden_model, small_inputs

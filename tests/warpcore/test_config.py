@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cascade.config import StageCConfig
+from families.cascade.config import StageCConfig
 from inference.reconstruct import ReconstructConfig
 from inference.text_to_image import TextToImageConfig
 from warpcore.arguments import parse_yaml

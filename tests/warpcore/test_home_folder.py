@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade.controlnet import make_filter
+from families.cascade.controlnet import make_filter
 from inference.reconstruct import ReconstructConfig
 from inference.text_to_image import TextToImageConfig
 from tests.warpcore.runs import tiny_settings, train_here, write_shard

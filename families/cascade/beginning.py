@@ -1,0 +1,82 @@
+"""What a run begins with and keeps when it is resumed: its target, its base, and ways to compute that have changed.
+
+What weights files say of themselves is obeyed where the config is silent; where it says otherwise, that is an error.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from families.cascade.config import DiffusionConfig
+from families.cascade.inference import TARGET_KEY, contradictions, target_of
+from warpcore.config import ConfigError
+
+CONVENTIONS = {"tokenizer": "clip", "loss_weight": "converted"}
+"""Ways to compute, as new runs have them."""
+FIRST_CONVENTIONS = {"tokenizer": "open_clip", "loss_weight": "as it is"}
+"""Ways to compute of runs whose checkpoints don't name any."""
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
+"""How much of a large file is read to know it again: even a short finetuning changes all of its tensors."""
+
+
+def with_target(config: DiffusionConfig, about: Mapping[str, str] | None) -> DiffusionConfig:
+    """The config with a `diffusion_target`: of the checkpoint that is resumed, else of the weights file to start from.
+
+    about: what the files of the checkpoint say of themselves, None in a new run.
+
+    Raises:
+        ConfigError: a new run's config contradicts its files.
+    """
+    given, base = config.diffusion_target, config.generator_checkpoint_path
+    if about is not None:
+        return config.model_copy(update={TARGET_KEY: given or about.get(TARGET_KEY, "epsilon")})
+    said = target_of(base)
+    if given and said and given != said and not config.change_target:
+        raise ConfigError(
+            f"diffusion_target: {given} contradicts {base}, which says that its network predicts {said}. Leave the "
+            "key out, or write change_target: true to teach the network the other"
+        )
+    return config.model_copy(update={TARGET_KEY: given or said or "epsilon"})
+
+
+def check_start_file(config: DiffusionConfig, key: str) -> None:
+    """Raise ConfigError where the weights that a key of the config names were trained for another kind of network."""
+    path = getattr(config, key, None)
+    wrong = contradictions(path, config)
+    if config.change_target:
+        wrong.pop(TARGET_KEY, None)
+    if wrong:
+        raise ConfigError(
+            f"{key}: {path} says that it was trained with "
+            + ", ".join(f"{name} {said}, not {here}" for name, (said, here) in wrong.items())
+            + ": take another file, or write what it says"
+        )
+
+
+def same_base(path: Path | None, before: Mapping[str, str] | None) -> dict[str, str] | None:
+    """What tells the weights of a frozen base from others: its file's name and a hash; None without a file.
+
+    Raises:
+        ConfigError: the run was trained on other weights, those of `before`.
+    """
+    if path is None or not path.is_file():
+        return None
+    here = {"file": str(path), "hash": _hash(path)}
+    if before is not None and before["hash"] != here["hash"]:
+        raise ConfigError(
+            f"generator_checkpoint_path: this run was trained on {before['file']} ({before['hash'][:12]}...), but "
+            f"{path} holds other weights ({here['hash'][:12]}...). Name the weights that it was trained on, or choose "
+            "another experiment_id"
+        )
+    return here
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of a file's size and of blocks spread over it."""
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for block in range(_BLOCKS):
+            file.seek(max(0, size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
+            found.update(file.read(_BLOCK_BYTES))
+    return found.hexdigest()

@@ -1,0 +1,107 @@
+"""Conditions of Stage C: what the towers make of captions and pictures."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from families.cascade.cache import stored
+from families.cascade.config import StageCConfig
+from modules.clip import ImageTower, TextTower
+from warpcore.data.reader import Batch
+from warpcore.random import SampleRandom
+from warpcore.transfer import to_device
+
+TEXT = ("clip_text", "clip_text_pooled")
+Texts = Callable[[Sequence[str]], dict[str, Tensor]]
+"""Gives the text conditions of captions."""
+
+
+def text_conditions(tower: TextTower, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """`clip_text` (B, L, D) and `clip_text_pooled` (B, 1, P) of captions."""
+    ids, mask = (to_device(tensor, device) for tensor in tower.tokenize(list(captions)))
+    hidden, pooled = tower.encode(ids, mask)
+    return {"clip_text": hidden, "clip_text_pooled": pooled[:, None]}
+
+
+def prompt_conditions(tower: TextTower, prompts: Sequence[str], width: int, device: torch.device) -> dict[str, Tensor]:
+    """All conditions of Stage C for prompts; the image condition, `width` wide, is absent (zeros)."""
+    conditions = text_conditions(tower, prompts, device)
+    return conditions | {"clip_img": torch.zeros(len(prompts), 1, width, device=device)}
+
+
+def training_text(texts: Texts, batch: Batch, random: SampleRandom, dropout: float) -> dict[str, Tensor]:
+    """The text conditions of a training batch; a share of its captions, chosen at random, is replaced by an empty one.
+
+    Gives those conditions that the batch brings along from a cache, else all.
+    """
+    known = {name: value for name in TEXT if (value := stored(batch, name)) is not None}
+    if not known:
+        kept = random.on_cpu.uniform("caption dropout") >= dropout
+        return texts([caption if keep else "" for caption, keep in zip(batch.captions, kept.tolist(), strict=True)])
+    kept, empty = random.uniform("caption dropout") >= dropout, texts([""])
+    return {name: torch.where(kept[:, None, None], value.to(empty[name].dtype), empty[name])
+            for name, value in known.items()}  # fmt: skip
+
+
+def training_conditions(
+    texts: Texts, image: ImageTower | None, width: int, batch: Batch, random: SampleRandom, config: StageCConfig
+) -> dict[str, Tensor]:
+    """All conditions of Stage C for a training batch; each of a sample's conditions is dropped at random.
+
+    Args:
+        image: None where every image condition is dropped, or comes from a cache.
+        width: of the image condition.
+    """
+    conditions = training_text(texts, batch, random, config.caption_dropout)
+    conditions["clip_img"] = torch.zeros(len(batch.keys), 1, width, device=random.device)
+    shown = random.on_cpu.uniform("image condition dropout") >= config.clip_image_dropout
+    known = stored(batch, "clip_img")
+    if (image is not None or known is not None) and shown.any():
+        rows = to_device(shown.nonzero().flatten(), random.device)
+        seen = image.encode(batch.images[rows].float() / 255) if known is None else known[rows]
+        conditions["clip_img"][rows, 0] = seen.to(conditions["clip_img"].dtype)
+    return conditions
+
+
+class TextMemory:
+    """Text conditions that are computed once per caption and then kept in the CPU's memory.
+
+    limit_bytes: what they may take. Captions beyond are computed whenever they occur. say: gets a message then.
+    """
+
+    def __init__(self, limit_bytes: int, say: Callable[[str], None]):
+        self.limit_bytes, self.say = limit_bytes, say
+        self.size_bytes, self.full = 0, False
+        self._known: dict[str, dict[str, Tensor]] = {}
+
+    def conditions(self, tower: TextTower, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """As `text_conditions`.
+
+        If one caption is new, the tower sees them all: matrices of another size can differ in the last bit.
+        """
+        if any(caption not in self._known for caption in captions):
+            made = text_conditions(tower, captions, device)
+            self._remember(captions, made)
+            return made
+        rows = [self._known[caption] for caption in captions]
+        return {name: to_device(torch.stack([row[name] for row in rows]), device) for name in TEXT}
+
+    def _remember(self, captions: Sequence[str], made: dict[str, Tensor]) -> None:
+        if self.full:
+            return
+        made = {name: made[name].detach().cpu() for name in TEXT}
+        for place, caption in enumerate(captions):
+            if caption not in self._known:
+                row = {name: made[name][place].clone() for name in TEXT}
+                row_bytes = sum(tensor.nbytes for tensor in row.values())
+                if self.size_bytes + row_bytes > self.limit_bytes:
+                    self.full = True
+                    self.say(
+                        f"cache_text: the text conditions of {len(self._known)} captions take "
+                        f"{self.size_bytes / 1e9:.3g} GB (cache_text_gb); those of further captions are computed each "
+                        "time. Raise cache_text_gb, or store them on disk with tools/cache.py"
+                    )
+                    return
+                self._known[caption] = row
+                self.size_bytes += row_bytes

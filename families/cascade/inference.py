@@ -1,0 +1,205 @@
+"""Configuration keys of scripts that use a whole cascade, published or out of training runs."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from safetensors import SafetensorError, safe_open
+
+from families.cascade.config import ModelSettings
+from warpcore.config import Share
+from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.errors import UserError
+
+TARGET_KEY = "diffusion_target"
+"""Where a weights file says what its network predicts."""
+STAGE_B_OF = {"3.6B": "3B", "1B": "700M", "mini": "mini"}
+"""The size of Stage B that belongs to a size of Stage C."""
+KEY_OF_WEIGHTS = {
+    "stage_a": "stage_a_checkpoint_path",
+    "encoder": "effnet_checkpoint_path",
+    "effnet_encoder": "effnet_checkpoint_path",
+    "previewer": "previewer_checkpoint_path",
+    "text_tower": "clip_text_model_name",
+    "image_tower": "clip_image_model_name",
+}
+"""The key that takes the weights a run leaves under this name; `generator` is Stage B's or Stage C's."""
+STEERING = ("lora", "controlnet")
+"""Weights that steer a frozen Stage C. The keys that take lists of them have the same names."""
+
+logger = logging.getLogger(__name__)
+
+
+class CascadeSettings(ModelSettings):
+    """The networks of a whole cascade. Keys of `ModelSettings` are those of Stage C and what stands around it."""
+
+    run: list[Path] = []
+    """Folder of a training run, or several: the weights that they trained and their model settings are used."""
+    use_ema: bool = True
+    """With `run`: take the averaged weights, where there are some."""
+    stage_b_version: Literal["3B", "700M", "mini"] | None = None
+    """Size of Stage B; by default the one that belongs to `model_version`."""
+    stage_b_checkpoint_path: Path | None = None
+    """Weights of Stage B; by default where `models/download.py` puts them."""
+    stage_b_target: Literal["epsilon", "x0", "v", "rectified_flows"] | None = None
+    """What Stage B predicts; by default what its weights file says, else noise (`epsilon`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_say_what_they_are(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What is not given comes from the runs, the last one first, and from what the weights file says of itself."""
+        runs = values.get("run") or []
+        runs = [runs] if isinstance(runs, str | Path) else runs
+        of_runs = [settings_of_run(Path(str(run)), values.get("use_ema", True)) for run in runs]
+        found = {key: value for of_run in of_runs for key, value in of_run.items()}
+        for key in found.keys() & STEERING:
+            if key not in cls.model_fields:
+                raise ValueError(f"run: one of {', '.join(map(str, runs))} trained a {key}, for which there is no use "
+                                 "here: name the run of its Stage C instead")  # fmt: skip
+            given = values.get(key) or []
+            found[key] = [place for of_run in of_runs for place in of_run.get(key, [])]
+            values = values | {key: found[key] + (given if isinstance(given, list) else [given])}
+        of_stage_c = [of_run for of_run in of_runs if "generator_checkpoint_path" in of_run]
+        if of_stage_c:  # the sizes of others are those that usually go with theirs
+            found["model_version"] = of_stage_c[-1]["model_version"]
+        for path, target in (("generator_checkpoint_path", TARGET_KEY), ("stage_b_checkpoint_path", "stage_b_target")):
+            if path in values:
+                found.pop(target, None)
+        merged = found | values | {"run": runs}
+        if merged.get(TARGET_KEY) is None:
+            merged[TARGET_KEY] = target_of(merged.get("generator_checkpoint_path")) or "epsilon"
+        return merged
+
+    @property
+    def stage_b(self) -> ModelSettings:
+        """The settings of Stage B, named as its training script names them; no weights where none are to be found."""
+        version = self.stage_b_version or STAGE_B_OF[self.model_version]
+        settings = self.model_copy(update={"model_version": version, "generator_checkpoint_path": None})
+        files = [settings.version.folder / name for name in settings.version.stage_b_files]
+        path = self.stage_b_checkpoint_path or next((file for file in files if file.is_file()), None)
+        target = self.stage_b_target or target_of(path) or "epsilon"
+        return settings.model_copy(update={"generator_checkpoint_path": path, "diffusion_target": target})
+
+
+class DrawingSettings(CascadeSettings):
+    """How Stage B draws, and where everything is computed."""
+
+    stage_b_steps: PositiveInt = 10
+    """Sampling steps of Stage B."""
+    stage_b_guidance: float | None = 1.1
+    """Classifier-free guidance of Stage B; null computes none."""
+    stage_b_sampler: Literal[tuple(SAMPLERS)] = "ddpm"
+    """Sampler of Stage B."""
+    stage_b_shift: PositiveFloat = 1.0
+    """Moves the noise schedule of Stage B towards more noise (> 1)."""
+    guidance_rescale: Share = 0.7
+    """Share of the guided prediction that is scaled back to the contrast of the unguided one; 0 for none."""
+    batch_size: PositiveInt = 8
+    """Pictures that go through a network at once."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to compute."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision; by default bfloat16 on CUDA, else float32."""
+
+    @property
+    def stage_b_sampling(self) -> dict[str, Any]:
+        """The arguments of `draw_latents` for Stage B."""
+        return {
+            "steps": self.stage_b_steps,
+            "guidance": self.stage_b_guidance,
+            "guidance_rescale": self.guidance_rescale,
+            "sampler": self.stage_b_sampler,
+            "shift": self.stage_b_shift,
+        }
+
+
+def target_of(path: Path | str | None) -> str | None:
+    """What the network of a weights file predicts, where the file says so."""
+    return metadata_of(Path(str(path or ""))).get(TARGET_KEY)
+
+
+def contradictions(path: Path | None, settings: ModelSettings) -> dict[str, tuple[str, str]]:
+    """What a weights file says of itself and the settings say otherwise, by key: (in the file, in the settings)."""
+    about = metadata_of(path) if path is not None else {}
+    here = {key: getattr(settings, key) for key in (TARGET_KEY, "model_version")}
+    return {key: (about[key], value) for key, value in here.items() if about.get(key, value) != value}
+
+
+def warn_of_contradictions(path: Path, settings: ModelSettings) -> None:
+    """Log what a LoRA or ControlNet says of the network that it steers, where that is another one here."""
+    for key, (said, here) in contradictions(path, settings).items():
+        logger.warning("%s says that it was trained with %s %s, and draws with %s here", path, key, said, here)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing where there is none."""
+    return _header(path)[1] if path.suffix == ".safetensors" and path.is_file() else {}
+
+
+def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
+    """The keys of `CascadeSettings` that say what a training run made, and of which networks.
+
+    Raises:
+        ValueError: the folder is none of a run, or holds no weights yet.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"run: {folder} is no training run: it holds no config.yaml")
+    of_run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
+    version, target = kept.get("model_version"), kept.pop(TARGET_KEY, None)
+    base = kept.pop("generator_checkpoint_path", None)
+    names = (*KEY_OF_WEIGHTS, *STEERING, "generator")
+    trained = {name: file for name in names if (file := _weights(folder, name, use_ema))}
+    if not trained:
+        raise ValueError(
+            f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
+        )
+    # What weights say of themselves counts, whatever the config has become.
+    target = next(filter(None, map(target_of, trained.values())), target)
+    if steering := {name: [str(trained[name])] for name in STEERING if name in trained}:
+        return kept | steering | {"generator_checkpoint_path": base, TARGET_KEY: target}
+    kept |= {KEY_OF_WEIGHTS[name]: str(file) for name, file in trained.items() if name != "generator"}
+    generator = trained.get("generator")
+    if generator is None:
+        return kept
+    if "effnet_mapper.0.weight" not in _header(generator)[0]:
+        return kept | {"generator_checkpoint_path": str(generator), TARGET_KEY: target}
+    of_stage_b = {"stage_b_checkpoint_path": str(generator), "stage_b_version": version, "stage_b_target": target}
+    stage_c = next((stage_c for stage_c, stage_b in STAGE_B_OF.items() if stage_b == version), version)
+    return kept | of_stage_b | {"model_version": stage_c}
+
+
+def weights_in(place: Path, name: str, use_ema: bool = True) -> Path:
+    """The weights `name` of a training run, where `place` is the folder of one; else `place` itself.
+
+    Raises:
+        UserError: the run trained something else, or nothing yet.
+    """
+    if not (place / "config.yaml").is_file():
+        return place
+    found = _weights(place, name, use_ema)
+    if found is None:
+        raise UserError(f"{name}: the training run {place} holds no {name}.safetensors")
+    return found
+
+
+def _weights(folder: Path, name: str, use_ema: bool) -> Path | None:
+    plain, average = folder / f"{name}.safetensors", folder / f"{name}_ema.safetensors"
+    if not (use_ema and average.is_file()):
+        return plain if plain.is_file() else None
+    made, averaged = (int(metadata_of(file).get("update", 0)) for file in (plain, average))
+    if averaged < made:
+        logger.warning("%s is of update %d and %s of %d: taking the latter", average, averaged, plain.name, made)
+        return plain
+    return average
+
+
+def _header(path: Path) -> tuple[set[str], dict[str, str]]:
+    """Names of the tensors in a safetensors file, and what it says of itself."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys()), file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as weights: {error}") from error

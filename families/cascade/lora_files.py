@@ -1,0 +1,247 @@
+"""LoRA files on disk: reading any of the formats of `cascade.lora_formats` for a network, and writing each."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from families.cascade.lora_formats import embeddings, named, ours, peft, reference
+from families.cascade.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens
+from modules.lora import Place, places
+from modules.tokenizers import Tokenizer
+from modules.tokens import TokenRows, is_new
+from warpcore.weights import write_weights
+
+FORMATS = ("warpcore", "reference", *named.PREFIXES, "peft")
+Files = dict[Path, tuple[Mapping[str, Tensor], Mapping[str, str]] | str]
+"""Files to write: tensors and metadata, or a text."""
+
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_lora(
+    path: Path, network: nn.Module, filters: Sequence[str] = (".attn",), rows: TokenRows | None = None
+) -> Lora:
+    """Read a LoRA in any of the formats for a network, whose names and shapes it has to fit, or embeddings.
+
+    Args:
+        path: a .safetensors or PyTorch file, a folder of peft's, or a folder of embeddings.
+        network: may be on the meta device.
+        filters, rows: what a numbered file of the reference does not say: `module_filters` of its training, and the
+            tokens that its `train_tokens` stand for.
+
+    Tokens that were exported as embeddings beside the file come with it.
+
+    Raises:
+        LoraFileError: it is missing, not whole, something else, made for another network, or holds what is not read.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / peft.TENSORS).exists():
+        return _read_embeddings(path)
+    tensors, about = _read_tensors(path / peft.TENSORS if path.is_dir() else path)
+    there = places(network) | places(network, split_qkv=True)
+    try:
+        if ours.is_ours(list(tensors)):
+            lora = ours.from_ours(tensors, about)
+        elif reference.FIRST_TENSOR in tensors:
+            lora = reference.from_reference(tensors, about, there, filters, rows)
+        elif embeddings.is_embedding(list(tensors)):
+            return embeddings.from_embedding(tensors, about, path.stem)
+        else:
+            others, tokens = embeddings.without_bundled(tensors, about)
+            lora = named.from_named(others, there, _peft_config(path))
+            if tokens.tokens:
+                lora = lora.with_tokens(tokens.tokens, tokens.token_initial, tokens.token_delta)
+        if not lora.adapters and not lora.tokens:
+            raise LoraFileError("it is no LoRA: it holds no tensors")
+        _check(lora.adapters, there)
+        if lora.token_delta is not None and len(lora.token_delta) != len(lora.tokens):
+            raise LoraFileError(f"it has {len(lora.token_delta)} rows of tokens, and names {len(lora.tokens)} of them")
+        named_tokens(about)
+    except LoraFileError as error:
+        raise LoraFileError(f"{path}: {error}") from None
+    return _with_tokens_beside(lora, path, about)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise LoraFileError(f"there is no LoRA file {path}")
+    try:
+        if path.suffix != ".safetensors":
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict):
+                raise ValueError("it holds no tensors by name")
+            return tensors, {}
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # whatever unpickling may raise
+        raise LoraFileError(f"{path} cannot be read as a LoRA: {error}") from error
+
+
+def _peft_config(path: Path) -> dict:
+    if not path.is_dir():
+        return {}
+    try:
+        return json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoraFileError(f"{peft.CONFIG} cannot be read: {error}") from None
+
+
+def _read_embeddings(folder: Path) -> Lora:
+    lora = Lora({})
+    for file in sorted(folder.glob("*.safetensors")):
+        tokens = _embedding(file)
+        lora = lora.with_tokens(tokens.tokens, tokens.token_initial, tokens.token_delta)
+    if not lora.tokens:
+        raise LoraFileError(f"{folder} is neither a folder of peft's ({peft.TENSORS}) nor one of embeddings")
+    return lora
+
+
+def _embedding(file: Path, name: str | None = None) -> Lora:
+    tensors, about = _read_tensors(file)
+    if not embeddings.is_embedding(list(tensors)):
+        raise LoraFileError(f"{file} is no embedding: it has no {embeddings.TENSOR}")
+    try:
+        return embeddings.from_embedding(tensors, about if name is None else about | {"token": name}, file.stem)
+    except LoraFileError as error:
+        raise LoraFileError(f"{file}: {error}") from None
+
+
+def _with_tokens_beside(lora: Lora, path: Path, about: Mapping[str, str]) -> Lora:
+    """The LoRA with the tokens that its metadata names, where they were exported beside it."""
+    for token in named_tokens(about):
+        if token in lora.tokens:
+            continue
+        name = embeddings.file_name(token)
+        found = next(filter(_holds_embedding, (embeddings_folder(path) / name, path.with_name(name))), None)
+        if found is None:
+            lora.missing_tokens.append(token)
+        else:
+            read = _embedding(found, token)
+            lora = lora.with_tokens(read.tokens, read.token_initial, read.token_delta)
+    return lora
+
+
+def _holds_embedding(file: Path) -> bool:
+    """Whether there is an embedding as we export it, and no file of something else with the name of a token."""
+    return file.is_file() and set(_read_tensors(file)[0]) == {embeddings.TENSOR}
+
+
+def _check(adapters: Mapping[str, Adapter], there: Mapping[str, Place]) -> None:
+    for name, adapter in adapters.items():
+        if name not in there:
+            raise LoraFileError(f"it was made for another network: this one has no layer {name}")
+        shape = tuple(there[name].weight.shape)
+        made_for = (adapter.up.shape[0], *adapter.down.shape[1:])
+        if made_for != shape or adapter.down.shape[0] != adapter.rank:
+            raise LoraFileError(
+                f"it was made for another network: {name} is {made_for} in the file (rank {adapter.rank}) and {shape} "
+                "here. Check model_version"
+            )
+        parts = (adapter.up, adapter.down, adapter.magnitude)
+        if not all(part.isfinite().all() for part in parts if part is not None):
+            raise LoraFileError(f"{name} holds numbers that are not finite: its training went wrong, or it is damaged")
+        lengths = (1, shape[1]) if adapter.by_columns else (shape[0],)
+        if adapter.magnitude is not None and tuple(adapter.magnitude.shape) != lengths:
+            raise LoraFileError(f"{name} has {adapter.magnitude.numel()} lengths of DoRA for a weight of {shape}")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def embeddings_folder(path: Path) -> Path:
+    """Where the tokens of a file go that cannot hold them: `dog.safetensors` -> `dog_embeddings`."""
+    return path.with_name(f"{path.stem}_embeddings")
+
+
+def token_files(lora: Lora, path: Path) -> Files:
+    """Each token as an embedding, in the folder beside the file at `path`."""
+    return {embeddings_folder(path) / name: file for name, file in embeddings.embedding_files(lora).items()}
+
+
+def lora_files(
+    lora: Lora, path: Path, kind: str = "warpcore", network: nn.Module | None = None,
+    tokenizer: Tokenizer | None = None, about: Mapping[str, str] | None = None,
+) -> Files:  # fmt: skip
+    """The files of a LoRA in one of `FORMATS`, which nothing has been written of yet.
+
+    Args:
+        path: the file; for `peft` the folder.
+        network, tokenizer: needed for `reference`: its order of layers, and the ids of the tokens.
+        about: further metadata.
+
+    Raises:
+        LoraFileError: the format cannot express something of it.
+    """
+    path, about = Path(path), dict(about or {}) | ours.metadata(lora)
+    match kind:
+        case "warpcore":
+            return {path: (ours.to_tensors(lora), about)}
+        case "reference":
+            tensors = reference.to_reference(lora, places(network), _token_ids(lora, tokenizer))
+            return {path: (tensors, about | {"layers": reference.layers_in_order(lora)})}
+        case "comfyui" | "kohya":
+            of_kohya = {f"ss_network_{key}": about[said] for key, said in (("dim", "rank"), ("alpha", "alpha"))}
+            about |= {"ss_network_module": "networks.lora"} | of_kohya
+            return {path: (named.to_named(lora, kind), about)} | token_files(lora, path)
+        case "onetrainer":
+            return {path: (named.to_named(lora, kind) | embeddings.bundled(lora), about)}
+        case "peft":
+            tensors, config = peft.to_peft(lora)
+            return {path / peft.TENSORS: (tensors, about), path / peft.CONFIG: json.dumps(config, indent=1) + "\n"}
+    raise LoraFileError(f"there is no LoRA format {kind!r}; write one of {', '.join(FORMATS)}")
+
+
+def write_files(files: Files) -> None:
+    for file, content in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            file.write_text(content, encoding="utf-8")
+            continue
+        tensors, about = content
+        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        write_weights(file, own, {"format": "pt"} | dict(about))
+
+
+def write_lora(lora: Lora, path: Path, kind: str = "warpcore", *arguments, **keywords) -> list[Path]:
+    """Write the `lora_files` of a LoRA, over what may be there; returns their paths."""
+    files = lora_files(lora, path, kind, *arguments, **keywords)
+    write_files(files)
+    return list(files)
+
+
+def shortcomings(lora: Lora, kind: str) -> list[str]:
+    """What to know of a LoRA in a format, beyond what the format refuses."""
+    notes = []
+    by_rows = any(a.magnitude is not None and not a.by_columns for a in lora.adapters.values())
+    if by_rows and kind == "comfyui":
+        notes.append(
+            "ComfyUI draws DoRA wrongly, as it divides by lengths of the weights without the LoRA: use lora-merged"
+        )
+    if by_rows and kind == "onetrainer":
+        notes.append("OneTrainer reads this DoRA with Decompose Output Axis switched on")
+    if lora.tokens and kind == "peft":
+        notes.append(f"The tokens {', '.join(lora.tokens)} stay behind: peft's folder has no place for them")
+    if lora.missing_tokens:
+        notes.append(missing_tokens(lora))
+    return notes
+
+
+def missing_tokens(lora: Lora) -> str:
+    named = ", ".join(lora.missing_tokens)
+    return f"The LoRA was trained with the tokens {named}, which are neither in its file nor in embeddings beside it"
+
+
+def _token_ids(lora: Lora, tokenizer: Tokenizer | None) -> dict[str, int]:
+    """New tokens are counted from the end of the vocabulary."""
+    if not lora.tokens:
+        return {}
+    new = [token for token in lora.tokens if is_new(token)]
+    return tokenizer.vocabulary | {token: tokenizer.vocab_size + i for i, token in enumerate(new)}

@@ -1,0 +1,89 @@
+"""The folder of peft, for `PeftModel.from_pretrained` on diffusers' `StableCascadeUNet`: its names, its config."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from families.cascade.lora_formats.adapters import Lora, LoraFileError, split, split_part
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start (`init_lora_weights`) that also change the frozen weights, so that adapters alone say too little."""
+
+
+def diffusers_name(place: str) -> str:
+    """`down_blocks.0.2.attention.attn.q` -> `down_blocks.0.2.attention.to_q`."""
+    layer, part = split_part(place)
+    return f"{layer.removesuffix('.attn')}.to_{part}" if part else layer.replace(".attn.out_proj", ".to_out.0")
+
+
+def to_peft(lora: Lora) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the `adapter_config.json`.
+
+    Raises LoraFileError for a depthwise convolution, whose adapter peft builds differently, and DoRA by columns.
+    """
+    adapters = {diffusers_name(place): adapter for place, adapter in split(lora.adapters).items()}
+    tensors = {}
+    for name, adapter in adapters.items():
+        kernel = adapter.down.dim() == 4
+        if adapter.is_depthwise:
+            raise LoraFileError(f"{name} is a depthwise convolution, which peft adapts differently: use lora-merged")
+        if adapter.by_columns:
+            raise LoraFileError(
+                f"{name} is adapted with DoRA by input columns, peft's DoRA goes by rows: use lora-merged"
+            )
+        tensors |= {
+            f"base_model.model.{name}.lora_A.weight": adapter.down,
+            f"base_model.model.{name}.lora_B.weight": adapter.up[:, :, None, None] if kernel else adapter.up,
+        }
+        if adapter.magnitude is not None:
+            magnitude = adapter.magnitude.view(1, -1, 1, 1) if kernel else adapter.magnitude
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude
+    stabilised = all(adapter.rank_stabilised for adapter in adapters.values())
+    ranks = {name: adapter.rank for name, adapter in adapters.items()}
+    alphas = {name: adapter.alpha if stabilised else adapter.plain_alpha for name, adapter in adapters.items()}
+    return tensors, {
+        "peft_type": "LORA",
+        "r": next(iter(ranks.values())),
+        "lora_alpha": next(iter(alphas.values())),
+        "rank_pattern": ranks if len(set(ranks.values())) > 1 else {},
+        "alpha_pattern": alphas if len(set(alphas.values())) > 1 else {},
+        "target_modules": list(adapters),
+        "use_rslora": stabilised,
+        "use_dora": any(adapter.magnitude is not None for adapter in adapters.values()),
+        "inference_mode": True,
+    }
+
+
+# ---------------------------------------------------------------- reading
+
+
+def check(config: Mapping) -> None:
+    """Raises LoraFileError for a config of something else than LoRA, or of parts that are not read."""
+    kind, start, bias = (config.get(key) for key in ("peft_type", "init_lora_weights", "bias"))
+    if kind not in (None, "LORA"):
+        raise LoraFileError(f"its {CONFIG} says peft_type {kind}: only LORA is read")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise LoraFileError(f"init_lora_weights {start} changed the base too: convert it to a plain LoRA with peft")
+    if bias not in (None, "none"):
+        raise LoraFileError(f"it was trained with bias {bias}: the trained biases have no place here")
+    for key in ("modules_to_save", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices"):
+        if config.get(key):
+            raise LoraFileError(f"it was trained with {key}: {config[key]}, which has no place here")
+
+
+def alpha_of(config: Mapping, layer: str, rank: int) -> float:
+    """The alpha of a layer: a pattern is a regular expression on the end of a name, after a dot.
+
+    Raises LoraFileError where the config speaks of another rank.
+    """
+    said = _matching(config.get("rank_pattern"), layer, config.get("r", rank))
+    if said != rank:
+        raise LoraFileError(f"{layer} has rank {rank}, but {CONFIG} says {said}")
+    return _matching(config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
+
+
+def _matching(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
+    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+    return next(found, default)

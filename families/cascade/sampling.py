@@ -1,0 +1,242 @@
+"""Drawing with a whole cascade: Stage C, then Stage B, then Stage A, one network in memory at a time.
+
+Pictures, their latents and everything between them are lists of tensors on the CPU, one for each picture, so that they
+may have different sizes. A method loads one network, works through them all in batches, and frees it.
+"""
+
+import logging
+import resource
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from families.cascade import build
+from families.cascade.captions import cut_note
+from families.cascade.conditions import text_conditions
+from families.cascade.config import ModelSettings
+from families.cascade.controlled import Control, ControlledStageC
+from families.cascade.diffusion import draw_latents, latent_size, make_diffusion
+from families.cascade.inference import DrawingSettings
+from families.cascade.lora import add_tokens, merge_loras
+from families.cascade.lora_formats import Lora
+from families.cascade.pictures import pad
+from modules.effnet import normalise_images
+from warpcore.errors import UserError
+from warpcore.processes import choose_device, choose_dtype
+from warpcore.random import stable_hash
+
+Network = TypeVar("Network", bound=nn.Module)
+Size = tuple[int, int]
+GIB = 2**30
+
+logger = logging.getLogger(__name__)
+
+
+class Cascade:
+    """The networks of a cascade, each on the device only while it works.
+
+    loras: see `cascade.lora.open_loras`; Stage C gets their changes, and the text tower their tokens.
+    """
+
+    def __init__(self, settings: DrawingSettings, loras: Sequence[tuple[Lora, float]] = ()):
+        self.settings, self.loras = settings, loras
+        self.device = choose_device(settings.device)
+        self.dtype = choose_dtype(settings.dtype, self.device)
+        self._peaks: dict[str, int] = {}
+
+    @property
+    def picture_factor(self) -> int:
+        """Stage B draws pictures whose sides are multiples of this many pixels; of others, it draws a little more."""
+        return self._stage_a_compression * self.settings.stage_b.version.stage_b.get("patch_size", 2)
+
+    @property
+    def _stage_a_compression(self) -> int:
+        return 2 ** self.settings.version.stage_a.get("levels", 2)
+
+    @contextmanager
+    def holding(
+        self, name: str, make: Callable[[ModelSettings], Network], settings: ModelSettings | None = None
+    ) -> Iterator[Network]:
+        """A network, built by `make`, on the device; its memory is free afterwards."""
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        network = make(settings or self.settings).to(self.device, self.dtype).eval().requires_grad_(False)
+        try:
+            with torch.inference_mode():
+                yield network
+        finally:
+            network.to("meta")  # a name that a caller keeps for it would keep its weights too
+            if on_cuda:
+                peak = torch.cuda.max_memory_allocated(self.device)
+                self._peaks[name] = max(peak, self._peaks.get(name, 0))
+                torch.cuda.empty_cache()
+
+    def peak_memory(self) -> str:
+        """What was needed at most so far, as text: of the GPU for each network, else of the whole process."""
+        if self._peaks:
+            parts = ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in self._peaks.items())
+            return f"peak memory of the GPU in GiB: {parts}"
+        unit = 1 if sys.platform == "darwin" else 1024
+        return f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB"
+
+    def read(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The text conditions of prompts: `clip_text` (N, L, D) and `clip_text_pooled` (N, 1, P)."""
+        with self.holding("text tower", build.text) as tower:
+            add_tokens(tower, self.loras)
+            for note in cut_note(tower.tokenizer, tower.length, prompts, "prompts"):
+                logger.warning(note)
+            chunks = [
+                prompts[i : i + self.settings.batch_size] for i in range(0, len(prompts), self.settings.batch_size)
+            ]
+            parts = [text_conditions(tower, chunk, self.device) for chunk in chunks]
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+    def look(self, picture: Tensor) -> Tensor:
+        """The image condition (1, 1, W) of a picture (3, H, W) in [0, 1]."""
+        with self.holding("image tower", build.image) as tower:
+            return tower.encode(picture[None].to(self.device))[:, None].cpu()
+
+    def encode(self, pictures: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:
+        """Stage C's latents (C, h, w), of the `sizes` (h, w) asked for, of pictures (3, H, W) in [0, 1]."""
+        with self.holding("encoder", build.encoder) as encoder:
+            resized = [_resize(picture, [side * encoder.compression for side in size])
+                       for picture, size in zip(pictures, sizes, strict=True)]  # fmt: skip
+            return self._work("encoder", sizes, lambda rows: encoder(normalise_images(self._batch(resized, rows))))
+
+    def draw_c(
+        self,
+        conditions: Mapping[str, Tensor],
+        unconditional: Mapping[str, Tensor],
+        size: Size,
+        seeds: Sequence[int],
+        start: Tensor | None = None,
+        controls: Sequence[Control] = (),
+        control_guided: bool = False,
+        **sampling,
+    ) -> list[Tensor]:
+        """Draw Stage C's latents (C, h, w) for pictures of `size` (H, W).
+
+        Args:
+            conditions: of Stage C, (N, ...) each, or (1, ...) for all; without `clip_img`, there is no picture to see.
+            unconditional: the same names, for guidance.
+            start: latents (C, h, w) to begin with, see `draw_latents`; **sampling are its other arguments.
+            controls: of ControlNets. control_guided: the other side of guidance is without them.
+        """
+        version, diffusion = self.settings.version, make_diffusion(self.settings.diffusion_target)
+        with self.holding("Stage C", partial(build.stage_c, dtype=self.dtype)) as generator:
+            merge_loras(generator, self.loras)
+            shape = (generator.c_in, *latent_size(*size, version.compression, generator.patch_size))
+            nothing = {"clip_img": torch.zeros(1, 1, generator.clip_img_mapper.in_features)}
+            network, controlled = generator, ({}, {})
+            if controls:
+                network = ControlledStageC(generator, controls, diffusion, sampling.get("shift", 1.0))
+                controlled = {"control": torch.ones(1)}, {"control": torch.full((1,), float(not control_guided))}
+
+            def draw(rows: list[int]) -> Tensor:
+                first, second = (
+                    self._rows(nothing | {**side} | control, rows)
+                    for side, control in zip((conditions, unconditional), controlled, strict=True)
+                )
+                begin = None if start is None else start.to(self.device).expand(len(rows), *shape)
+                return draw_latents(
+                    diffusion, network, first, second, shape, [seeds[i] for i in rows], start=begin, **sampling
+                )
+
+            return self._work("Stage C", [size] * len(seeds), draw)
+
+    def preview(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """Small pictures (3, 8 h, 8 w) in [0, 1] of Stage C's latents (C, h, w)."""
+        with self.holding("previewer", build.previewer) as previewer:
+            return self._work(
+                "previewer", _sizes(latents), lambda rows: previewer(self._batch(latents, rows)).clamp(0, 1)
+            )
+
+    def draw_b(
+        self,
+        latents: Sequence[Tensor],
+        pooled: Tensor,
+        unconditional_pooled: Tensor,
+        sizes: Sequence[Size],
+        seeds: Sequence[int],
+    ) -> list[Tensor]:
+        """Draw Stage A's latents (C, h, w), a little larger where Stage B's patches want it.
+
+        Args:
+            latents: Stage C's (C, h, w), or the encoder's.
+            pooled: `clip_text_pooled` (N, 1, P), or (1, 1, P) for all.
+            unconditional_pooled: the same for guidance, which sees no latents at all.
+            sizes: of the pictures, (H, W) in pixels.
+        """
+        settings = self.settings.stage_b
+        diffusion = make_diffusion(settings.diffusion_target)
+        compression = self._stage_a_compression
+        make = partial(build.stage_b, dtype=self.dtype, key="stage_b_checkpoint_path")
+        with self.holding("Stage B", make, settings) as generator:
+            least = compression * generator.patch_size * 2 ** (len(generator.down_blocks) - 1)
+            if min(min(size) for size in sizes) < least:
+                raise UserError(f"size: Stage B cannot draw a picture whose height or width is less than {least} px")
+
+            def draw(rows: list[int]) -> Tensor:
+                effnet = self._batch(latents, rows, torch.float32)
+                first = self._rows({"clip": pooled}, rows) | {"effnet": effnet}
+                second = self._rows({"clip": unconditional_pooled}, rows) | {"effnet": torch.zeros_like(effnet)}
+                return draw_latents(
+                    diffusion, generator, first, second,
+                    (generator.c_in, *latent_size(*sizes[rows[0]], compression, generator.patch_size)),
+                    [stable_hash(seeds[i], "Stage B") for i in rows],  # other noise than that of Stage C
+                    **self.settings.stage_b_sampling,
+                )  # fmt: skip
+
+            return self._work("Stage B", [*zip(sizes, _sizes(latents), strict=True)], draw)
+
+    def decode(self, latents: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:
+        """Pictures (3, H, W) of `sizes` (H, W), in [0, 1], of Stage A's latents (C, h, w)."""
+        with self.holding("Stage A", build.stage_a) as stage_a:
+            found = self._work("Stage A", _sizes(latents), lambda rows: stage_a.decode(self._batch(latents, rows)))
+        return [picture[:, :height, :width].clamp(0, 1) for picture, (height, width) in zip(found, sizes, strict=True)]
+
+    def rebuild(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """What Stage A alone makes of pictures (3, H, W) in [0, 1]."""
+        with self.holding("Stage A", build.stage_a) as stage_a:
+            whole = [pad(picture, stage_a.compression) for picture in pictures]
+            found = self._work(
+                "Stage A", _sizes(whole), lambda rows: stage_a.decode(stage_a.encode(self._batch(whole, rows)))
+            )
+        sizes = _sizes(pictures)
+        return [picture[:, :height, :width].clamp(0, 1) for picture, (height, width) in zip(found, sizes, strict=True)]
+
+    def _work(self, name: str, kinds: Sequence[Hashable], work: Callable[[list[int]], Tensor]) -> list[Tensor]:
+        """What `work` makes of batches of rows of one kind, in the order of rows, in float32 on the CPU."""
+        groups: dict[Hashable, list[int]] = {}
+        for row, kind in enumerate(kinds):
+            groups.setdefault(kind, []).append(row)
+        most = self.settings.batch_size
+        batches = [rows[i : i + most] for rows in groups.values() for i in range(0, len(rows), most)]
+        made: dict[int, Tensor] = {}
+        for rows in tqdm(batches, desc=name, unit="batch"):
+            made |= zip(rows, work(rows).float().cpu(), strict=True)
+        return [made[row] for row in range(len(kinds))]
+
+    def _batch(self, tensors: Sequence[Tensor], rows: list[int], dtype: torch.dtype | None = None) -> Tensor:
+        return torch.stack([tensors[row] for row in rows]).to(self.device, dtype or self.dtype)
+
+    def _rows(self, conditions: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+        """Those of the conditions (N, ...) on the device; what is the same for all, (1, ...), stays so."""
+        return {name: (all_ if len(all_) == 1 else all_[rows]).to(self.device) for name, all_ in conditions.items()}
+
+
+def _sizes(tensors: Sequence[Tensor]) -> list[Size]:
+    return [tuple(tensor.shape[-2:]) for tensor in tensors]
+
+
+def _resize(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """(3, H, W) -> (3, *size)."""
+    return F.interpolate(picture[None], tuple(size), mode="bilinear", antialias=True)[0]

@@ -1,0 +1,165 @@
+"""What training scripts of this family share: the diffusion process, and the loss of a denoiser."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from families.cascade.beginning import CONVENTIONS, FIRST_CONVENTIONS, check_start_file, same_base, with_target
+from families.cascade.cache import Feature, Origin, find_cache
+from families.cascade.captions import say_of_captions
+from families.cascade.conditions import TEXT, TextMemory, text_conditions
+from families.cascade.config import DiffusionConfig, FamilySettings
+from families.cascade.diffusion import make_diffusion
+from warpcore.config import ConfigError
+from warpcore.core import Losses, WarpCore
+from warpcore.data.reader import Batch
+from warpcore.random import SampleRandom
+
+
+class CascadeTraining(WarpCore):
+    """Trains a network on pictures whose sides the encoder of the family divides."""
+
+    config: FamilySettings
+
+    @property
+    def bucket_factor(self) -> int:
+        return self.config.version.bucket_factor
+
+
+class DiffusionTraining(CascadeTraining):
+    """Trains a denoiser of latents.
+
+    What its frozen networks make of a sample, its features, may come from a cache (`families/cascade/cache.py`); then
+    no pictures are read. Hooks to override for that: `features`, `encoders`, `picture_features`, `check_cacheable`.
+    """
+
+    config: DiffusionConfig
+    start_files: ClassVar[tuple[str, ...]] = ("generator_checkpoint_path",)
+    """Keys of the weights that a new run starts from; what they say of themselves has to fit the config."""
+    frozen_base: ClassVar[bool] = False
+    """Whether the run only steers the network of `generator_checkpoint_path`, which has to stay the same."""
+
+    # ------------------------------------------------------------------ hooks
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        """What can be cached, by name."""
+        raise NotImplementedError
+
+    def check_cacheable(self) -> None:
+        """Raise UserError where this configuration can't train from a cache."""
+        if self.config.bucketeer_random_ratio:
+            raise ConfigError(
+                "bucketeer_random_ratio draws another size for a picture in each epoch, but a cache holds one: set it "
+                "to 0"
+            )
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The networks, with their weights, that make the features."""
+        raise NotImplementedError
+
+    def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor | Sequence[Tensor]]:
+        """What the networks make of pictures: (B, ...), or a list of B, by name."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------
+
+    def __init__(self, config: DiffusionConfig):
+        super().__init__(config)
+        self.kept = dict(CONVENTIONS)
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        about = None
+        if saved is not None:
+            about, self.kept = saved.get("about", {}), FIRST_CONVENTIONS | saved.get("kept", {})
+        self.config = config = with_target(self.config, about)
+        if saved is None:
+            for key in self.start_files:
+                check_start_file(config, key)
+        if self.frozen_base:
+            before = self.kept.get("base")
+            base = self.processes.on_main(lambda: same_base(config.generator_checkpoint_path, before))
+            self.kept["base"] = base or before
+        self.diffusion = make_diffusion(
+            config.diffusion_target,
+            "adaptive" if config.adaptive_loss_weight else config.loss_weight,
+            config.offset_noise,
+            convert_weight=self.kept["loss_weight"] == CONVENTIONS["loss_weight"],
+        )
+        self.bookkeeping["diffusion"] = self.diffusion
+
+    @cached_property
+    def cache(self) -> Origin | None:
+        """What the cache was made with that the data are read from; None where they are pictures."""
+        return self.processes.on_main(lambda: find_cache(self))
+
+    @cached_property
+    def texts(self) -> TextMemory | None:
+        """What remembers the text conditions of captions, if anything does."""
+        if not self.config.cache_text and self.cache is None:  # a cache has them, but for the empty caption
+            return None
+        return TextMemory(int(self.config.cache_text_gb * 1e9), lambda text: self.progress.say(text))
+
+    def setup(self) -> None:
+        super().setup()
+        say_of_captions(self)
+
+    @property
+    def needs_images(self) -> bool:
+        return self.cache is None
+
+    def extra_fields(self) -> dict:
+        return {} if self.cache is None else self.cache.fields(self.features)
+
+    def caption_features(self, batch: Batch) -> dict[str, Tensor]:
+        """What the text tower makes of captions: (B, ...) by name."""
+        made = text_conditions(self.networks["text"], batch.captions, self.device)
+        return {name: made[name] for name in TEXT if name in self.features}
+
+    def text_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What the text tower makes of captions, now or earlier."""
+        tower = self.networks["text"]
+        if self.texts is None:
+            return text_conditions(tower, captions, self.device)
+        return self.texts.conditions(tower, captions, self.device)
+
+    def denoising_loss(
+        self,
+        latents: Tensor,
+        random: SampleRandom,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Losses:
+        """The loss of predicting the target of noised latents.
+
+        Args:
+            latents: (B, C, H, W).
+            predict: the network: noised latents (B, C, H, W) and noise conditions (B,) -> predictions (B, C, H, W).
+            noise: like the latents; independent normal numbers without it.
+            mask: (B, 1, H, W), how much each position counts; all alike without it.
+        """
+        noise = random.normal("noise", *latents.shape[1:]) if noise is None else noise
+        offset = random.normal("offset noise", latents.shape[1], 1, 1) if self.config.offset_noise else None
+        diffused = self.diffusion.diffuse(
+            latents, noise, random.uniform("timestep"), offset=offset, shift=self.config.shift
+        )
+        squared = (predict(diffused.noised, diffused.noise_cond).float() - diffused.target).square()
+        if mask is not None:  # normalised, so that a small masked area does not learn more slowly
+            squared = squared * mask / mask.mean(dim=(2, 3), keepdim=True).clamp(min=1e-6)
+        raw = squared.mean(dim=(1, 2, 3))
+        statistics = {"logsnr": diffused.logsnr, "raw": raw} if self.diffusion.state_dict() else {}
+        return Losses(raw * diffused.loss_weight, raw, statistics)
+
+    def file_metadata(self) -> dict[str, str]:
+        return {"diffusion_target": self.config.diffusion_target, "model_version": self.config.model_version}
+
+    def update_state(self, statistics: dict[str, Tensor]) -> None:
+        self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """The means (B,) of (B, ...)."""
+    return values.flatten(1).mean(dim=1)
