@@ -17,6 +17,7 @@ import yaml
 
 from tools.arguments import local_path
 from warpcore.config import ConfigError, load_config
+from warpcore.config_files import bases_from
 from warpcore.errors import UserError, run_script
 from warpcore.outputs import check_new
 from warpcore.rehearsal import Rehearsal, bucket_sizes, load_use_case
@@ -52,7 +53,11 @@ def main() -> None:
             guess = chosen[size]
     least = min(chosen.values())
     print("\n" + ", ".join(f"{h} x {w}: {n}" for (h, w), n in chosen.items()) + f"; micro_batch_size: {least}")
-    options.tuned.write_text(with_micro_batch(read_text(options.config), least, keys), encoding="utf-8")
+    inherited = [f"base={bases}"] if (bases := bases_from(options.config, options.tuned.parent)) else []
+    if bases and config.grad_accum_steps is not None:
+        inherited.append("grad_accum_steps=null")  # it follows from the two sizes
+    text = with_micro_batch(read_text(options.config), least, [*inherited, *keys])
+    options.tuned.write_text(text, encoding="utf-8")
     load_config(use_case.Config, [str(options.tuned)])
     print(f"written to {options.tuned}")
 

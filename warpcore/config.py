@@ -10,7 +10,9 @@ import difflib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
@@ -28,12 +30,12 @@ from pydantic import (
     model_validator,
 )
 
-from warpcore.arguments import numbers_in, parse_yaml, read_arguments
+from warpcore.arguments import numbers_in, pairs, read_arguments
+from warpcore.config_files import BASE, read_config
 from warpcore.data.buckets import parse_ratio
 from warpcore.data.storage import local_path
 from warpcore.errors import ConfigError, UserError
 from warpcore.keys import S3Url, help_text, local_paths, parts_of, type_name
-from warpcore.text import read_text
 from warpcore.unused_keys import check_unused
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -278,6 +280,7 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> AnySettings:
     """Read `config.yaml [key=value ...]` from the command line (or `arguments`); `--help` lists every key and exits.
 
+    The file may start from others, see `warpcore.config_files`; what the command line says wins over all files.
     `--key value` is understood too. A key that takes text takes it as it is, other values are YAML. A key that takes a
     list may be given one value, or be repeated: `--seeds 1 --seeds 2`.
 
@@ -289,11 +292,15 @@ def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> 
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"usage: SCRIPT config.yaml [key=value | --key value ...]\n\n{help_text(kind)}")
         raise SystemExit(0)
-    arguments, values = list(arguments), {}
+    arguments, values, files = list(arguments), {}, {}
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):
-        values = _read_yaml(local_path(arguments.pop(0)))
+        values, files = read_config(local_path(arguments.pop(0)))
     read_arguments(kind, arguments, values)
-    config = make_config(kind, values)
+    if BASE in values:
+        raise ConfigError(f"{BASE}: only a config file may start from others: write this line into one")
+    for key, _ in pairs(arguments):
+        files.pop(key.partition(".")[0], None)
+    config = make_config(kind, values, files)
     if isinstance(config, Config):
         _name_a_run_of_the_same_number(config)
     return config
@@ -309,8 +316,12 @@ def _name_a_run_of_the_same_number(config: Config) -> None:
                        name, there, number)  # fmt: skip
 
 
-def make_config(kind: type[AnySettings], values: dict[str, Any]) -> AnySettings:
+def make_config(
+    kind: type[AnySettings], values: dict[str, Any], files: Mapping[str, Path] = MappingProxyType({})
+) -> AnySettings:
     """Check `values` against the keys of `kind`.
+
+    files: the config file in which a key stands, for the messages.
 
     Raises:
         ConfigError: one line for each mistake.
@@ -322,9 +333,9 @@ def make_config(kind: type[AnySettings], values: dict[str, Any]) -> AnySettings:
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, mistake) for mistake in error.errors()]
+        lines = [_explain(kind, mistake, files) for mistake in error.errors()]
         raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
-    check_unused(config, kind.unused & values.keys())
+    check_unused(config, kind.unused & values.keys(), files)
     return config
 
 
@@ -333,24 +344,14 @@ def dump_config(config: Settings) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    values = parse_yaml(read_text(path), str(path))
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
-    return values
-
-
-def _explain(kind: type[Settings], mistake: Any) -> str:
+def _explain(kind: type[Settings], mistake: Any, files: Mapping[str, Path]) -> str:
     location = [str(part) for part in mistake["loc"]]
     key = location[0] if location else ""
+    where = f" in {files[key]}" if key in files else ""
     match mistake["type"]:
         case "extra_forbidden":
             near = difflib.get_close_matches(key, kind.model_fields, n=1)
-            return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
+            return f"{key}: unknown key{where}" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
         case "missing" if len(location) == 1:
             return f"{key}: this key is required. {kind.model_fields[key].description or ''}"
         case "value_error":
@@ -360,6 +361,6 @@ def _explain(kind: type[Settings], mistake: Any) -> str:
     if not key:
         return reason
     if mistake["input"] is None and len(location) == 1 and kind.model_fields[key].default in ([], {}):
-        return f"{key}: found null; write {kind.model_fields[key].default} for none"
+        return f"{key}: found null{where}; write {kind.model_fields[key].default} for none"
     wanted = type_name(kind.model_fields[key].annotation) if key in kind.model_fields else ""
-    return f"{key}: found {mistake['input']!r}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"
+    return f"{key}: found {mistake['input']!r}{where}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"

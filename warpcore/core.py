@@ -19,6 +19,7 @@ from warpcore.data.reader import Batch
 from warpcore.errors import run_script
 from warpcore.feed import Feed
 from warpcore.files import write_whole
+from warpcore.keys import changed_keys
 from warpcore.metrics import Metrics
 from warpcore.offload import OnDemand
 from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes
@@ -178,6 +179,7 @@ class WarpCore:
             resume_update=resumed,
         )
         self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
+        self.progress.say(f"keys that are not at their defaults:\n{changed_keys(config)}")
         self.cannot_draw = self.processes.first_of(self.cannot_draw)  # a file may be missing on one machine alone
         if self.cannot_draw:
             self.progress.say(self.cannot_draw)

@@ -1,8 +1,10 @@
 """The keys of a configuration as text: for `--help`, the README and messages."""
 
+import math
 import types
 import typing
 from pathlib import Path
+from textwrap import shorten, wrap
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -11,6 +13,8 @@ from pydantic import BaseModel, Field
 from warpcore.data.storage import expand_home, local_path
 from warpcore.errors import UserError
 
+MAX_SHOWN = 60
+"""Characters of a value in the list of keys that is printed at the start."""
 S3Url = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*/?$")]
 
 
@@ -18,6 +22,18 @@ def help_text(kind: type[BaseModel]) -> str:
     """Every key with its type, default and sentence."""
     lines = [f"{name} ({of_type}{default})\n    {text}" for name, of_type, default, text in describe(kind)]
     return "\n".join(lines)
+
+
+def changed_keys(config: BaseModel) -> str:
+    """The keys whose values are not their defaults, as `key: value, ...` in lines of at most 119 characters.
+
+    Long values are cut: the run's `config.yaml` has all of them.
+    """
+    told = []
+    for key, value in config.model_dump(mode="json", exclude_defaults=True).items():
+        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+        told.append(f"{key}: {shorten(text.splitlines()[0], MAX_SHOWN, placeholder=' ...')}")
+    return "\n".join(wrap(", ".join(told), 119, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 
 def describe(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:

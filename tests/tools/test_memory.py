@@ -143,7 +143,7 @@ def test_what_a_network_does_not_offer_is_neither_counted_nor_suggested(settings
 
 @pytest.mark.slow
 def test_a_published_size_is_counted_without_its_weights(tmp_path, capsys, monkeypatch):
-    config = yaml.safe_load((TRAIN.parent / "configs/training/finetune_c_1b.yaml").read_text())
+    config = {"base": str(TRAIN.parent / "configs/training/finetune_c_1b.yaml")}
     config |= {"batch_size": 4, "multi_aspect_ratio": [1], "clip_image_dropout": 1.0, "grad_accum_steps": 1}
     config |= {"activation_checkpointing": 3, "ema_start_iters": 1, "optimizer": "adamw"}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))

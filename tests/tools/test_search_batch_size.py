@@ -9,6 +9,7 @@ import yaml
 
 from tests.warpcore.runs import TINY, tiny_settings, train_here, write_shard
 from tools.search_batch_size import search, with_micro_batch
+from warpcore.config_files import read_config
 from warpcore.errors import UserError
 
 
@@ -56,16 +57,25 @@ def test_the_config_keeps_its_comments():
 def test_a_search_at_the_command_line_writes_a_config_that_trains(tmp_path):
     data = write_shard(tmp_path / "a.tar", 8)
     given = tiny_settings(tmp_path, data, updates=1, batch_size=8, multi_aspect_ratio=[1, 4])
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(given))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(given | {"grad_accum_steps": 1}))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "c.yaml").write_text("base: ../base.yaml\nseed: 3\n")
     script = Path(__file__).parents[2] / "tools" / "search_batch_size.py"
-    command = [sys.executable, str(script), str(TINY), str(tmp_path / "c.yaml"), str(tmp_path / "tuned.yaml")]
+    command = [
+        sys.executable,
+        str(script),
+        str(TINY),
+        str(tmp_path / "configs" / "c.yaml"),
+        str(tmp_path / "tuned.yaml"),
+    ]
     environment = {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
     refused = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert refused.returncode == 2
     assert "--max-memory" in refused.stderr
     done = subprocess.run([*command, "--max-memory", "0.0003"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    tuned = yaml.safe_load((tmp_path / "tuned.yaml").read_text())
+    tuned, _ = read_config(tmp_path / "tuned.yaml")
+    assert tuned["seed"] == 3
     assert 1 <= tuned["micro_batch_size"] < 8
     assert "too much memory" in done.stdout
     assert train_here(tuned)[0] == 0

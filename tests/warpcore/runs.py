@@ -65,11 +65,13 @@ def numbers(lines: list[dict]) -> list[tuple]:
     return [tuple(sorted((k, v) for k, v in line.items() if not is_time(k))) for line in lines]
 
 
-def start(settings: dict, script: Path = TINY, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Run a script in a process of its own."""
-    arguments = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+def start(
+    settings: dict, script: Path = TINY, launcher: tuple[str, ...] = (), arguments: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    """Run a script in a process of its own; `arguments` come before the settings."""
+    keys = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script), *arguments]
+    command = [sys.executable, *launcher, str(script), *arguments, *keys]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 

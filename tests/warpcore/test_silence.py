@@ -11,7 +11,8 @@ from warpcore.data.loader import Loader
 from warpcore.data.reader import Reader
 
 OWN_LINES = re.compile(
-    r"\s*(\d+%\|.*|training data: .*|epoch \d+ is over: .*|update \d+: samples in .*|\S+ is at update \d+.*)?"
+    r"\s*(\d+%\|.*|training data: .*|epoch \d+ is over: .*|update \d+: samples in .*|\S+ is at update \d+.*"
+    r"|keys that are not at their defaults:|  \S.*)?"
 )
 
 
