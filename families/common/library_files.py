@@ -1,0 +1,115 @@
+"""Networks in the files of diffusers and transformers: a folder with `config.json`, or one safetensors file.
+
+Nothing is unpickled, and nothing is downloaded: paths are local.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from warpcore.errors import UserError
+
+CONFIG, CONFIG_KEY = "config.json", "config"
+"""The file of a folder, and the key of a single file's metadata, that say how the network is built."""
+FILE_NAMES = ("diffusion_pytorch_model", "model")
+VARIANTS = ("", ".fp16", ".bf16")
+
+
+def component_folder(path: Path, subfolder: str) -> Path:
+    """The folder of a network, in a pipeline's folder or given by itself."""
+    return path / subfolder if (path / subfolder / CONFIG).is_file() else path
+
+
+def read_config(path: Path, key: str) -> dict[str, Any] | None:
+    """The constructor numbers that a folder, or a single file's metadata, gives; None where it gives none.
+
+    Args:
+        key: the config key that named the path, which an error names.
+
+    Raises:
+        UserError: the path is missing, or the config is no JSON object.
+    """
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist")
+    text = None
+    if path.is_file():
+        text = (_open(path, key).metadata() or {}).get(CONFIG_KEY)
+    elif (path / CONFIG).is_file():
+        text = (path / CONFIG).read_text(encoding="utf-8")
+    if text is None:
+        return None
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{key}: the config of {path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{key}: the config of {path} is no JSON object")
+    return config
+
+
+def constructor_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what diffusers and transformers note beside the numbers (`_class_name`, ...)."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a folder's one or several.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    tensors = {}
+    for file in [path] if path.is_file() else weights_files(path, key):
+        opened = _open(file, key)
+        tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+def weights_files(folder: Path, key: str) -> list[Path]:
+    """The safetensors files of a network's folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    for name in FILE_NAMES:
+        for variant in VARIANTS:
+            index = folder / f"{name}.safetensors.index{variant}.json"
+            if index.is_file():
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                return [folder / Path(name).name for name in sorted(names)]
+            if (file := folder / f"{name}{variant}.safetensors").is_file():
+                return [file]
+    hint = "only .bin or .ckpt files, which are not read: convert them to safetensors" if any(
+        folder.glob("*.bin")) or any(folder.glob("*.ckpt")) else "no weights"  # fmt: skip
+    raise UserError(f"{key}: {folder} holds {hint} ({' or '.join(f'{name}.safetensors' for name in FILE_NAMES)})")
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, key: str, dtype: torch.dtype) -> None:
+    """Give a network, which may be on the meta device, the weights of a file, strictly.
+
+    Raises:
+        UserError: a name or a shape differs.
+    """
+    own = network.state_dict()
+    wrong = [f"{name} is missing in the file" for name in own if name not in tensors]
+    wrong += [f"{name} is only in the file" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(tensor.shape)} in the network"
+        for name, tensor in own.items() if name in tensors and tensors[name].shape != tensor.shape
+    ]  # fmt: skip
+    if wrong:
+        raise UserError(f"{key}: {path} was made for another network: {wrong[0]} ({len(wrong)} differences)")
+    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    network.load_state_dict(converted, strict=True, assign=True)
+
+
+def _open(file: Path, key: str):
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{key}: {file} cannot be read as safetensors: {error}") from None

@@ -1,0 +1,56 @@
+"""The precision of a frozen network, which is its own: it follows neither the run's dtype nor its autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, Self
+
+import torch
+from torch import nn
+
+from modules.quantise import quantise
+from warpcore.errors import UserError
+
+Precision = Literal["float32", "bfloat16", "float16", "nf4"]
+"""How a frozen network is kept; `nf4` in four bits (QLoRA, arXiv:2305.14314), computing in bfloat16."""
+
+
+def freeze(
+    network: nn.Module, precision: Precision | torch.dtype, key: str, device: torch.device | str = "cpu"
+) -> None:
+    """Freeze a network in a precision.
+
+    Args:
+        key: the config key that chose the precision, which an error names.
+        device: where its matrices go, one by one, to be put into four bits.
+
+    Raises:
+        UserError: `nf4` without torchao.
+    """
+    network.requires_grad_(False)
+    dtype = torch.bfloat16 if precision == "nf4" else precision
+    # Not the network's own `to`: diffusers' warns of every change of dtype.
+    nn.Module.to(network, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if precision != "nf4":
+        return
+    try:
+        quantise(network, device)
+    except ImportError as error:
+        raise UserError(f"{key}: nf4 needs torchao: pip install torchao") from error
+
+
+class FrozenNetwork(nn.Module):
+    """A frozen network that moves between devices but keeps its precision: `to(torch.bfloat16)` does not change it."""
+
+    def to(self, *args, **kwargs) -> Self:
+        device, _, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        kept = {} if memory_format is None else {"memory_format": memory_format}
+        return super().to(device=device, non_blocking=non_blocking, **kept)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    def in_own_precision(self) -> AbstractContextManager:
+        """Inside, the run's autocast does not apply."""
+        kind = self.device.type
+        return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)

@@ -1,0 +1,230 @@
+"""CLIP text encoders (arXiv:2103.00020) of transformers: Stable Diffusion's one, or SDXL's two (arXiv:2307.01952)."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from families.common.library_files import component_folder, constructor_numbers, fill, read_config, read_tensors
+from families.common.precision import FrozenNetwork, Precision, freeze
+from warpcore.errors import UserError
+from warpcore.transfer import to_device
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+LENGTH = 77
+"""L of CLIP: tokens per text, the begin and the end token included."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HiddenState:
+    """Which hidden states of an encoder are the condition."""
+
+    skip_layers: int = 0
+    """Layers left out at the end: 1 is the second-to-last hidden state ("clip skip 2")."""
+    final_norm: bool = True
+    """Whether the encoder's final layer norm is applied."""
+
+
+LAST = HiddenState()
+"""Stable Diffusion 1.5."""
+PENULTIMATE = HiddenState(skip_layers=1, final_norm=False)
+"""Both encoders of SDXL."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as an encoder reads them."""
+
+    ids: Tensor
+    """(B, L) int64, on the CPU."""
+    mask: Tensor
+    """(B, L) bool: true from the begin token to the end token."""
+
+
+@dataclass(frozen=True)
+class TextConditions:
+    """What texts are to the network that is trained."""
+
+    hidden: Tensor
+    """(B, L, D), padded positions included, as published networks read them; of several encoders beside each other."""
+    pooled: Tensor | None
+    """(B, P): the projected state of the end token; None where the last encoder has no projection."""
+    mask: Tensor
+    """(B, L) bool: where a text has tokens."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: tokens of each text, the begin and the end token included."""
+        return self.mask.sum(dim=1)
+
+
+class ClipTextEncoder(FrozenNetwork):
+    """A frozen CLIP text encoder and its tokenizer, in its own precision."""
+
+    forward_methods = ("encode",)
+
+    def __init__(
+        self, config: Mapping[str, Any], tokenizer: Path, hidden: HiddenState = LAST, key: str = "text_encoder"
+    ):
+        """With random weights in float32, on the current default device.
+
+        Args:
+            config: of transformers' CLIPTextModel. One that names CLIPTextModelWithProjection in `architectures` gives
+                pooled vectors too.
+            tokenizer: the folder of its CLIPTokenizer.
+            key: the config key that an error names.
+
+        Raises:
+            UserError: the tokenizer is missing, or has ids that the encoder does not.
+        """
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        self.projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        settings = CLIPTextConfig(**constructor_numbers(config))
+        self.model = (CLIPTextModelWithProjection if self.projects else CLIPTextModel)(settings).eval()
+        self.key, self.hidden = key, hidden
+        self.length = min(LENGTH, settings.max_position_embeddings)
+        self.tokenizer = _read_tokenizer(Path(tokenizer), key)
+        tokens = len(self.tokenizer)
+        if tokens > settings.vocab_size:
+            raise UserError(
+                f"{key}: the tokenizer in {tokenizer} has {tokens} tokens, the encoder {settings.vocab_size}"
+            )
+        if not 0 <= hidden.skip_layers < settings.num_hidden_layers:
+            raise UserError(f"{key}: {hidden.skip_layers} layers cannot be left out of {settings.num_hidden_layers}")
+        self.model.requires_grad_(False)
+        self._warned = False
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        tokenizer: Path | None = None,
+        hidden: HiddenState = LAST,
+        precision: Precision = "float32",
+        device: torch.device | str = "cpu",
+        key: str = "text_encoder",
+        number: int = 1,
+    ) -> "ClipTextEncoder":
+        """With the weights of a transformers folder, or of a pipeline's that has it as `text_encoder`.
+
+        Args:
+            tokenizer: by default the folder `tokenizer` beside the encoder's, or its own.
+            device: where matrices go to be put into four bits (`nf4`).
+            number: which of a pipeline's encoders; 2 is `text_encoder_2`.
+
+        Raises:
+            UserError: files are missing or made for another network.
+        """
+        suffix = "" if number == 1 else f"_{number}"
+        path = component_folder(Path(path), f"text_encoder{suffix}")
+        config = read_config(path, key)
+        if config is None:
+            raise UserError(f"{key}: {path} has no config.json: name the folder of a text encoder of transformers")
+        beside = path.with_name(f"tokenizer{suffix}")
+        with torch.device("meta"):
+            encoder = cls(config, tokenizer or (beside if beside.is_dir() else path), hidden, key)
+        own = encoder.model.state_dict().keys()
+        tensors = {_own_name(name, own): tensor for name, tensor in read_tensors(path, key).items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+        dtype = getattr(torch, "bfloat16" if precision == "nf4" else precision)
+        fill(encoder.model, tensors, path, key, dtype)
+        _make_positions(encoder.model)
+        freeze(encoder.model, precision, key, device)
+        return encoder
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids, cut and padded to L. That texts are too long is logged once."""
+        whole = self.tokenizer(list(texts), truncation=True, max_length=self.length + 1).input_ids
+        too_long = sum(len(ids) > self.length for ids in whole)
+        if too_long and not self._warned:
+            self._warned = True
+            logger.warning("%s: %d of %d texts are cut to %d tokens", self.key, too_long, len(texts), self.length)
+        read = self.tokenizer(
+            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        return Tokens(read.input_ids, read.attention_mask.bool())
+
+    @torch.no_grad()
+    def encode(self, tokens: Tokens) -> TextConditions:
+        """The conditions of tokens, in the precision of the encoder. Padded positions are seen, as in diffusers."""
+        with self.in_own_precision():
+            output = self.model(to_device(tokens.ids, self.device), output_hidden_states=True)
+            hidden = output.hidden_states[-1 - self.hidden.skip_layers]
+            if self.hidden.final_norm:
+                transformer = self.model.text_model if self.projects else self.model
+                hidden = transformer.final_layer_norm(hidden)
+        pooled = output.text_embeds if self.projects else None
+        return TextConditions(hidden, pooled, to_device(tokens.mask, self.device))
+
+    def forward(self, texts: Sequence[str]) -> TextConditions:
+        """The conditions of texts."""
+        return self.encode(self.tokenize(texts))
+
+
+class ClipTextEncoders(FrozenNetwork):
+    """One or several encoders as one: hidden states beside each other, the pooled vector of the last.
+
+    zeros_for_empty: the conditions of the empty text are zeros, as SDXL's published pipeline takes them for guidance
+        (`force_zeros_for_empty_prompt`), instead of those that the encoders give.
+    """
+
+    forward_methods = ("encode",)
+
+    def __init__(self, encoders: Sequence[ClipTextEncoder], zeros_for_empty: bool = False):
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.zeros_for_empty = zeros_for_empty
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of texts for each encoder."""
+        return [encoder.tokenize(texts) for encoder in self.encoders]
+
+    @torch.no_grad()
+    def encode(self, tokens: Sequence[Tokens]) -> TextConditions:
+        """The conditions of the tokens of each encoder, in the precision of the last."""
+        parts = [encoder.encode(own) for encoder, own in zip(self.encoders, tokens, strict=True)]
+        dtype = parts[-1].hidden.dtype
+        hidden = torch.cat([part.hidden.to(dtype) for part in parts], dim=-1)
+        pooled, mask = parts[-1].pooled, torch.stack([part.mask for part in parts]).any(dim=0)
+        if self.zeros_for_empty:
+            said = (mask.sum(dim=1) > 2).to(dtype)  # more than the begin and the end token
+            hidden = hidden * said[:, None, None]
+            pooled = None if pooled is None else pooled * said[:, None]
+        return TextConditions(hidden, pooled, mask)
+
+    def forward(self, texts: Sequence[str]) -> TextConditions:
+        """The conditions of texts."""
+        return self.encode(self.tokenize(texts))
+
+
+def _read_tokenizer(folder: Path, key: str) -> "CLIPTokenizer":
+    from transformers import CLIPTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{key}: {folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {error}") from None
+
+
+def _own_name(name: str, own: Sequence[str]) -> str:
+    """transformers 5 dropped the prefix `text_model.` of CLIPTextModel, which published files have."""
+    bare = name.removeprefix("text_model.")
+    return bare if name not in own and (bare in own or bare.endswith("position_ids")) else name
+
+
+def _make_positions(model: nn.Module) -> None:
+    """Buffers that no file holds, which a network from the meta device does not have yet."""
+    for module in model.modules():
+        if "position_ids" in module._non_persistent_buffers_set:
+            module.position_ids = torch.arange(module.position_ids.shape[-1]).expand(1, -1)
