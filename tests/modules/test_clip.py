@@ -49,9 +49,8 @@ def golden_tower(case: str) -> tuple[TextTower, dict, dict]:
     return tower, spec, tensors
 
 
-@pytest.mark.parametrize("case", ["clip_text_gelu", "clip_text_quick_gelu"])
-def test_text_tower_computes_the_golden_conditions(case):
-    tower, spec, tensors = golden_tower(case)
+def test_text_tower_computes_the_golden_conditions():
+    tower, spec, tensors = golden_tower("clip_text_gelu")
     for call in spec["calls"]:
         name, outputs, atol = call["name"], call["outputs"], call["result_stats"]["suggested_atol"]
         if name.startswith("added_token"):

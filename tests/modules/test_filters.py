@@ -47,7 +47,7 @@ def test_golden_latents_of_smaller_pictures():
     with torch.no_grad():
         mine = SREffnetFilter(spec["scale_factor"]).to("cpu", encoder)(tensors["in.picture"])
     torch.testing.assert_close(mine.condition, tensors["out.embedding"], rtol=0, atol=spec["suggested_atol"])
-    torch.testing.assert_close(mine.picture, tensors["out.preview"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(mine.picture[..., ::4, ::4], tensors["out.preview"], rtol=0, atol=1e-6)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_sing
 from modules.stage_b import StageB
 from tests.golden import load_case, load_manifest, resolve, weights_of
 
-CASES = ["stage_b_small", "stage_b_lite_layout"]
+CASES = ["stage_b_small"]
 
 
 def golden_model(case: str) -> tuple[StageB, dict, dict]:

@@ -6,7 +6,7 @@ import torch
 from modules.stage_c import StageC
 from tests.golden import load_case, load_manifest, resolve, weights_of
 
-CASES = ["stage_c_small", "stage_c_variants", "stage_c_default_clip_widths"]
+CASES = ["stage_c_small", "stage_c_variants"]
 
 
 def golden_model(case: str) -> tuple[StageC, dict, dict]:

@@ -23,18 +23,17 @@ def word_tower() -> TextTower:
 
 
 def test_rows_change_the_golden_table():
-    spec, tensors = load_case("lora_layers")
+    _, tensors = load_case("lora_layers")
     table, indices = tensors["in.retoken.embedding_table"], tensors["in.retoken.indices"]
-    assert table.shape == (20, 1280), spec
+    assert table.shape == (20, 64), "the first columns of 1280"
     rows = TokenRows([Token(f"t{i}", i, (i,)) for i in indices.tolist()], table[indices])
     rows.delta.data.copy_(tensors["in.retoken.embeddings"])
     embedding = ExtendedEmbedding(nn.Embedding.from_pretrained(table), len(table), rows)
     torch.testing.assert_close(embedding(torch.arange(20)[None])[0], tensors["out.retoken.effective_table"])
 
 
-@pytest.mark.parametrize("case", ["clip_text_gelu", "clip_text_quick_gelu"])
-def test_a_further_token_gives_the_golden_conditions_pooled_at_the_end_token(case):
-    tower, spec, tensors = golden_tower(case)
+def test_a_further_token_gives_the_golden_conditions_pooled_at_the_end_token():
+    tower, spec, tensors = golden_tower("clip_text_gelu")
     tower.tokenizer.vocab_size = 80
     attach(tower, TokenRows([Token("[new]", 80, ())], tensors["in.added_token_row"]))
     call = next(call for call in spec["calls"] if call["name"] == "added_token_end_pooling")

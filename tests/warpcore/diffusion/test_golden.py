@@ -127,7 +127,7 @@ def networks():
 
 
 def sampled(call: dict, networks: dict[str, UNet], roundings: int = 0) -> dict[str, Tensor]:
-    """What each step of the loop gives, (steps, B, C, H, W); r as if the variance were some roundings larger."""
+    """What its first and last step give, (2, B, C, H, W); r as if the variance were some roundings larger."""
     _, tensors = load_case("gdf_sample")
     gdf = build(call["object"], tensors)
     if roundings:
@@ -140,8 +140,9 @@ def sampled(call: dict, networks: dict[str, UNet], roundings: int = 0) -> dict[s
         kwargs["noise"] = lambda step: draws[step]
     unconditional, x_init = kwargs.pop("unconditional_inputs"), kwargs.pop("x_init")
     steps = gdf.sample(network, conditions, x_init, unconditional=unconditional, cfg_rescale_over_batch=True, **kwargs)
-    names = ("x0_after_each_step", "x_after_each_step", "pred_of_each_step")
-    return {name: torch.stack(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)}
+    x0, x, _ = zip(*steps, strict=True)
+    kept = {"x0_after_first_and_last_step": x0, "x_after_first_and_last_step": x}
+    return {name: torch.stack([values[0], values[-1]]) for name, values in kept.items()}
 
 
 def largest(difference: Tensor) -> Tensor:
