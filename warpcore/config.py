@@ -117,6 +117,9 @@ class Config(Settings):
     offload: list[Literal["encoders", "activations"]] = []
     """What waits in the CPU's memory while it is not used: `encoders`, the frozen networks; `activations`, what
     activation checkpointing keeps."""
+    processes: PositiveInt | Literal["all"] | None = None
+    """Start that many processes on this machine (`all`: one for each GPU), without torchrun. By default, as many as
+    torchrun or Slurm has started, or one. A run goes on with any number, however it is started."""
     process_timeout_seconds: PositiveFloat = 1800
     """A process that waits longer than this for the others (one hangs, or a machine is gone) ends with an error."""
     activation_checkpointing: Literal[0, 1, 2, 3] = 0

@@ -20,6 +20,7 @@ from warpcore.errors import run_script
 from warpcore.feed import Feed
 from warpcore.files import write_whole
 from warpcore.keys import changed_keys
+from warpcore.launch import launch
 from warpcore.metrics import Metrics
 from warpcore.offload import OnDemand
 from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes
@@ -27,12 +28,10 @@ from warpcore.profiling import profiled
 from warpcore.progress import Progress
 from warpcore.random import SampleRandom, stable_hash
 from warpcore.results import Losses, Sampled
-from warpcore.signals import stop_signals
+from warpcore.signals import STOPPED_EARLY, stop_signals
 from warpcore.state import RunState
 from warpcore.statistics import BatchNormStatistics, in_global_order
 from warpcore.tracking import make_tracker
-
-STOPPED_EARLY = 85  # exit status after a stop signal: the run is saved and wants to be started again
 
 
 class WarpCore:
@@ -130,7 +129,13 @@ class WarpCore:
     @classmethod
     def main(cls) -> None:
         """Run from the command line: `SCRIPT config.yaml [key=value ...]`."""
-        run_script(lambda: cls(load_config(cls.Config)).run())
+
+        def start() -> int:
+            config = load_config(cls.Config)
+            status = launch(config.processes, config.device)
+            return cls(config).run() if status is None else status
+
+        run_script(start)
 
     def run(self) -> int:
         """Train until the last update or a signal; returns the exit status."""

@@ -136,7 +136,7 @@ def start_processes(
         UserError: launch variables that are only half set, a device that is not there, shards that do not divide, or
             the others can't be met.
     """
-    rank, count, local_rank = _launch()
+    rank, count, local_rank = launched()
     if rank >= count:
         raise UserError(f"process {rank} of {count}: ranks go from 0 to {count - 1}; launch with torchrun or srun")
     place = choose_device(device, local_rank)
@@ -243,7 +243,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
 
-def _launch() -> tuple[int, int, int]:
+def launched() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) from torchrun's variables, else Slurm's, else (0, 1, 0).
 
     Several processes then find each other at MASTER_ADDR and MASTER_PORT.

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """From whoever ends the job, Slurm, Ctrl-C and a terminal that closes. They may reach every process of a run."""
+STOPPED_EARLY = 85
+"""Exit status after one of them: the run is saved and is to be started again."""
 
 
 @contextmanager

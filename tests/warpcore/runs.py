@@ -82,12 +82,11 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
 
 def signal_at(process: subprocess.Popen, settings: dict, update: int, number: signal.Signals) -> None:
     """Send a signal once the run has written the line of `update`."""
-    for _ in range(2000):
-        lines = read_metrics(settings) if process.poll() is None else []
+    deadline = time.monotonic() + 120
+    while not (lines := read_metrics(settings)) or lines[-1]["update"] < update:
         if process.poll() is not None:
             raise AssertionError(f"the run ended before update {update}: {process.communicate()[0]}")
-        if lines and lines[-1]["update"] >= update:
-            break
+        assert time.monotonic() < deadline, f"update {update} is not reached"
         time.sleep(0.01)
     process.send_signal(number)
 
