@@ -110,7 +110,7 @@ def draw_latents(
         conditions,
         x,
         unconditional=unconditional,
-        sampler=SAMPLERS[sampler](diffusion),
+        sampler=SAMPLERS[sampler](diffusion.input_scaler),
         timesteps=max(1, round(steps * noise_level)),
         t_start=noise_level,
         cfg=guidance,

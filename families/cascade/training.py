@@ -143,15 +143,10 @@ class DiffusionTraining(CascadeTraining):
         """
         noise = random.normal("noise", *latents.shape[1:]) if noise is None else noise
         offset = random.normal("offset noise", latents.shape[1], 1, 1) if self.config.offset_noise else None
-        diffused = self.diffusion.diffuse(
-            latents, noise, random.uniform("timestep"), offset=offset, shift=self.config.shift
+        loss, raw, logsnr = self.diffusion.loss(
+            predict, latents, noise, random.uniform("timestep"), offset=offset, mask=mask, shift=self.config.shift
         )
-        squared = (predict(diffused.noised, diffused.noise_cond).float() - diffused.target).square()
-        if mask is not None:  # normalised, so that a small masked area does not learn more slowly
-            squared = squared * mask / mask.mean(dim=(2, 3), keepdim=True).clamp(min=1e-6)
-        raw = squared.mean(dim=(1, 2, 3))
-        statistics = {"logsnr": diffused.logsnr, "raw": raw} if self.diffusion.state_dict() else {}
-        return Losses(raw * diffused.loss_weight, raw, statistics)
+        return Losses(loss, raw, {"logsnr": logsnr, "raw": raw} if self.diffusion.state_dict() else {})
 
     def file_metadata(self) -> dict[str, str]:
         return {"diffusion_target": self.config.diffusion_target, "model_version": self.config.model_version}

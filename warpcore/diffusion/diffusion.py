@@ -1,4 +1,4 @@
-"""Continuous-time diffusion out of exchangeable parts: noise a clean signal, find it again, sample."""
+"""Diffusion out of exchangeable parts: noise a clean signal, the loss of finding it again, sampling."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from warpcore.diffusion.guidance import Conditions, Guidance, expand_conditions, pair_conditions
-from warpcore.diffusion.loss_weights import LossWeight
+from warpcore.diffusion.loss_weights import ZERO_SNR_ERROR, LossWeight
 from warpcore.diffusion.noise_conditions import NoiseCond
 from warpcore.diffusion.samplers import DDIMSampler, Sampler
 from warpcore.diffusion.scalers import Scaler
 from warpcore.diffusion.schedules import Schedule
-from warpcore.diffusion.targets import Target
+from warpcore.diffusion.targets import EpsilonTarget, Target
+from warpcore.diffusion.times import equal_times, falling
+from warpcore.errors import UserError
 
 
 class Diffused(NamedTuple):
@@ -27,10 +29,21 @@ class Diffused(NamedTuple):
     loss_weight: Tensor  # (B,)
 
 
+class DenoisingLoss(NamedTuple):
+    """What a micro-batch costs, per sample."""
+
+    loss: Tensor  # (B,) weighted, which is minimised
+    raw: Tensor  # (B,) before weighting
+    logsnr: Tensor  # (B,)
+
+
 class GDF:
     """Generic diffusion framework: a schedule, a scaler, a target, a noise condition and a loss weight.
 
     `offset_noise` is the deviation of noise that is constant over each channel, added to the noise of training.
+
+    Raises:
+        UserError: the network is to predict noise, of a schedule that ends in nothing else.
     """
 
     def __init__(
@@ -42,6 +55,8 @@ class GDF:
         loss_weight: LossWeight,
         offset_noise: float = 0.0,
     ):
+        if schedule.zero_terminal_snr and isinstance(target, EpsilonTarget):
+            raise UserError(f"{ZERO_SNR_ERROR}; write another target, such as v")
         self.schedule = schedule
         self.input_scaler = input_scaler
         self.target = target
@@ -70,7 +85,7 @@ class GDF:
             x0: (B, C, ...) clean signal.
             epsilon: (B, C, ...) standard normal draws.
             uniform: (B,) uniform draws in [0, 1), which the schedule turns into times; or give `t`.
-            t: (B,) times from 0 (clean) to 1 (noise).
+            t: (B,) times from 0 (clean) to 1 (noise); whole numbers are timesteps of a discrete schedule.
             offset: (B, C, 1, ...) standard normal draws; needed exactly when `offset_noise` is not 0.
             shift: of the schedule.
             loss_shift: of the loss weight.
@@ -82,7 +97,8 @@ class GDF:
         if offset is not None:
             epsilon = epsilon + self.offset_noise * offset
         t = self.schedule.training_t(uniform) if t is None else t
-        logsnr = self.schedule(t, shift=shift).to(x0.device)
+        precision = t.dtype if t.is_floating_point() else torch.promote_types(x0.dtype, torch.float32)
+        logsnr = self.schedule(t, shift=shift).to(x0.device, precision)
         a, b = self.input_scaler.weights(logsnr, x0)
         return Diffused(
             noised=a * x0 + b * epsilon,
@@ -92,6 +108,31 @@ class GDF:
             noise_cond=self.noise_cond(logsnr),
             loss_weight=self.loss_weight(logsnr, shift=loss_shift),
         )
+
+    def loss(
+        self,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        x0: Tensor,
+        epsilon: Tensor,
+        uniform: Tensor,
+        *,
+        offset: Tensor | None = None,
+        mask: Tensor | None = None,
+        shift: float = 1.0,
+    ) -> DenoisingLoss:
+        """The loss of each sample: the mean squared error of the target over all dimensions, times the loss weight.
+
+        Args:
+            predict: the network: noised signal (B, ...) and noise condition (B,) -> prediction (B, ...).
+            mask: broadcasts to x0; how much each position counts, relative to the mean over its sample.
+            x0, epsilon, uniform, offset, shift: see `diffuse`.
+        """
+        diffused = self.diffuse(x0, epsilon, uniform, offset=offset, shift=shift)
+        squared = (predict(diffused.noised, diffused.noise_cond).float() - diffused.target).square()
+        if mask is not None:  # normalised, so that a small masked area does not learn more slowly
+            squared = squared * mask / _sample_mean(mask, keepdim=True).clamp(min=1e-6)
+        raw = _sample_mean(squared)
+        return DenoisingLoss(raw * diffused.loss_weight, raw, diffused.logsnr)
 
     def undiffuse(self, x: Tensor, logsnr: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise (x0, epsilon) in a noised batch by the prediction of the denoiser; `logsnr` is (B,)."""
@@ -108,6 +149,7 @@ class GDF:
         unconditional: Conditions | None = None,
         sampler: Sampler | None = None,
         schedule: Schedule | None = None,
+        times: Sequence[float] | Tensor | None = None,
         timesteps: int = 20,
         t_start: float = 1.0,
         t_end: float = 0.0,
@@ -119,40 +161,46 @@ class GDF:
         cfg_rescale_over_batch: bool = False,
         noise: Callable[[int], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (x0, x, prediction) after each of `timesteps` steps from `t_start` to `t_end`: the signal found, the
-        next less noisy sample, the (guided) prediction, each (B, ...).
+        """Yield (x0, x, prediction) after each step along `times`: the signal found, the next less noisy sample, the
+        (guided) prediction, each (B, ...).
 
         Args:
             model: called as model(x, r, **conditions), r being the noise condition (B,).
             conditions: tensors, None, or lists of those, by name; a tensor holds B samples, or one for all.
-            x_init: (B, ...) the sample at `t_start`: normal draws at 1, a noised picture below.
+            x_init: (B, ...) the sample at the first time: normal draws at 1, a noised picture below.
             unconditional: the same names, for guidance; zeros if not given.
             sampler: DDIM if not given.
             schedule: another one than that of training.
+            times: where the steps begin, and where the last one ends; falling times of the schedule (see
+                `warpcore.diffusion.times`). Without them, `timesteps` equal steps from `t_start` to `t_end`.
             shift: of the schedule, in addition to its own.
             cfg, cfg_t_start, cfg_t_stop, cfg_rho, cfg_rescale_over_batch: see `Guidance`; no guidance, and one forward
                 of B instead of 2 B, with cfg None.
             noise: gives normal draws like `x_init` for the number of a step (from 0); random samplers need it.
         """
-        if timesteps < 1 or not 0 <= t_end < t_start <= 1:
-            raise ValueError(
-                f"sampling needs timesteps >= 1 and 0 <= t_end < t_start <= 1, not {timesteps=}, {t_start=}, {t_end=}"
+        schedule = schedule or self.schedule
+        if times is None:
+            # The window of guidance is not asked with the float32 time, which may miss its end by a rounding.
+            fractions = equal_times(timesteps, t_start, t_end)
+            times = torch.linspace(
+                t_start, t_end, timesteps + 1, dtype=torch.promote_types(x_init.dtype, torch.float32)
             )
+        else:
+            times = falling(times)
+            fractions = schedule.fraction(times).tolist()
         guidance = None
         if cfg is not None:
             guidance = Guidance(cfg, cfg_rho, cfg_t_start, cfg_t_stop, cfg_rescale_over_batch)
             pairs = pair_conditions(conditions, unconditional, len(x_init))
         conditions = expand_conditions(conditions, len(x_init))
-        sampler = sampler or DDIMSampler(self)
+        sampler = sampler or DDIMSampler(self.input_scaler)
         x = x_init.to(torch.promote_types(x_init.dtype, torch.float32))
-        times = torch.linspace(t_start, t_end, timesteps + 1, dtype=x.dtype)
-        logsnrs = (schedule or self.schedule)(times, shift=shift).to(x.device)[:, None].expand(-1, len(x))
+        logsnrs = schedule(times, shift=shift).to(x)[:, None].expand(-1, len(x))
         previous = None
-        for step in range(timesteps):
+        for step in range(len(times) - 1):
             logsnr, logsnr_next = logsnrs[step], logsnrs[step + 1]
             r = self.noise_cond(logsnr)
-            # Not the float32 time, which may miss the end of a guidance window by a rounding.
-            scale = guidance and guidance.scale_at(t_start + (t_end - t_start) * step / timesteps)
+            scale = guidance and guidance.scale_at(fractions[step])
             if scale is None:
                 pred = model(x, r, **conditions).to(x.dtype)
             else:
@@ -198,3 +246,8 @@ class GDF:
     def _adaptive_parts(self) -> dict:
         parts = {"schedule": self.schedule, "loss_weight": self.loss_weight}
         return {name: part for name, part in parts.items() if hasattr(part, "update_buckets")}
+
+
+def _sample_mean(values: Tensor, keepdim: bool = False) -> Tensor:
+    """The mean (B,) of each sample (B, ...) over all its dimensions."""
+    return values.mean(dim=tuple(range(1, values.dim())), keepdim=keepdim)

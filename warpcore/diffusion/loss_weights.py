@@ -1,4 +1,8 @@
-"""Loss weights: how much the loss of a sample counts, for given logSNR (B,). Called as `weight(logsnr, shift=1)`."""
+"""Loss weights: how much the loss of a sample counts, for given logSNR (B,). Called as `weight(logsnr, shift=1)`.
+
+A formula that was published for the squared error of one target is converted to that of another, so that the same
+wrong guess of the clean signal costs the same.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from warpcore.diffusion.buckets import mix_into_buckets
+from warpcore.diffusion.targets import TARGETS
+from warpcore.errors import UserError
+
+ZERO_SNR_ERROR = (
+    "zero terminal SNR: the last timestep is pure noise, from which a network that predicts noise (target epsilon) "
+    "learns and tells nothing"
+)
 
 
 class LossWeight:
@@ -15,6 +26,9 @@ class LossWeight:
 
     of: str | None = None
     """The target (`TARGETS`) whose squared error the formula was published for; None: any."""
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Those that `loss_weight_for` accepts: for others the weight would be constant, grow without bounds towards pure
+    noise, or have no published form."""
 
     def __call__(self, logsnr: Tensor, shift: float = 1.0, clamp_range: Sequence[float] | None = None) -> Tensor:
         """Weights of `logsnr`, both (B,).
@@ -42,6 +56,7 @@ class SNRLossWeight(LossWeight):
     """SNR: turns the error of x0 into that of epsilon."""
 
     of = "x0"
+    targets = ("x0", "v")
 
     def weight(self, logsnr: Tensor) -> Tensor:
         return logsnr.exp()
@@ -51,6 +66,7 @@ class P2LossWeight(LossWeight):
     """P2 weighting (arXiv:2204.00227, eq. 8): (k + SNR^s)^-gamma, for the error of epsilon."""
 
     of = "epsilon"
+    targets = ("epsilon", "x0", "v")
 
     def __init__(self, k: float = 1.0, gamma: float = 1.0, s: float = 1.0):
         self.k, self.gamma, self.s = k, gamma, s
@@ -63,6 +79,7 @@ class SNRPlusOneLossWeight(LossWeight):
     """SNR + 1 (arXiv:2202.00512, section 4): turns the error of x0 into that of v."""
 
     of = "x0"
+    targets = ("x0",)
 
     def weight(self, logsnr: Tensor) -> Tensor:
         return logsnr.exp() + 1
@@ -72,6 +89,7 @@ class MinSNRLossWeight(LossWeight):
     """min(SNR, max_snr) (arXiv:2303.09556, section 3.4), for the error of x0."""
 
     of = "x0"
+    targets = ("epsilon", "x0", "v")
 
     def __init__(self, max_snr: float = 5.0):
         self.max_snr = max_snr
@@ -84,6 +102,7 @@ class MinSNRPlusOneLossWeight(LossWeight):
     """min(SNR + 1, max_snr), for the error of x0."""
 
     of = "x0"
+    targets = ("x0", "v")
 
     def __init__(self, max_snr: float = 5.0):
         self.max_snr = max_snr
@@ -96,6 +115,7 @@ class TruncatedSNRLossWeight(LossWeight):
     """max(SNR, min_snr) (arXiv:2202.00512, section 4), for the error of x0."""
 
     of = "x0"
+    targets = ("x0", "v")
 
     def __init__(self, min_snr: float = 1.0):
         self.min_snr = min_snr
@@ -115,11 +135,17 @@ class SechLossWeight(LossWeight):
 
 
 class DebiasedLossWeight(LossWeight):
-    """1 / sqrt(SNR) (arXiv:2310.08442), for the error of epsilon."""
+    """1 / sqrt(min(SNR, max_snr)) (arXiv:2310.08442), for the error of epsilon; many trainers take 1000 as max_snr."""
 
     of = "epsilon"
+    targets = ("epsilon", "x0", "v")
+
+    def __init__(self, max_snr: float = math.inf):
+        self.max_snr = max_snr
 
     def weight(self, logsnr: Tensor) -> Tensor:
+        if self.max_snr < math.inf:
+            logsnr = logsnr.clamp(max=math.log(self.max_snr))
         return (-logsnr / 2).exp()
 
 
@@ -241,3 +267,30 @@ LOSS_WEIGHTS = {
     "sigmoid": SigmoidLossWeight,
     "adaptive": AdaptiveLossWeight,
 }
+
+
+def loss_weight_for(name: str, target: str, *, zero_terminal_snr: bool = False, **settings) -> LossWeight:
+    """The weight of a name in `LOSS_WEIGHTS`, for the error of a target in `TARGETS`.
+
+    settings: of the formula, such as max_snr=5.
+    zero_terminal_snr: the last timestep is pure noise. The weights are finite there, too.
+
+    Raises:
+        UserError: an unknown name, or a pair that makes no sense; the message names those that do.
+    """
+    if target not in TARGETS:
+        raise UserError(f"target: {target!r} is unknown; write one of {', '.join(TARGETS)}")
+    if name not in LOSS_WEIGHTS:
+        raise UserError(f"loss_weight: {name!r} is unknown; write one of {', '.join(LOSS_WEIGHTS)}")
+    targets = LOSS_WEIGHTS[name].targets
+    if zero_terminal_snr and target == "epsilon":
+        raise UserError(
+            f"{ZERO_SNR_ERROR}; write one of the targets {', '.join(one for one in targets if one != target)}"
+        )
+    if target not in targets:
+        sensible = [other for other, kind in LOSS_WEIGHTS.items() if target in kind.targets]
+        raise UserError(
+            f"loss_weight: {name} makes no sense for the target {target}; write one of the loss weights "
+            f"{', '.join(sensible)}, or one of the targets {', '.join(targets)}"
+        )
+    return for_target(LOSS_WEIGHTS[name](**settings), target)

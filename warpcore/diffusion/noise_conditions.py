@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from warpcore.diffusion.schedules import cosine_variance_at_zero, stable_diffusion_variances
+from warpcore.diffusion.tables import TableSchedule
 
 
 class NoiseCond:
@@ -86,6 +87,30 @@ class RectifiedFlowsNoiseCond(NoiseCond):
         return (logsnr / 2).sigmoid()
 
 
+class FlowTimestepNoiseCond(NoiseCond):
+    """The weight of the noise on a straight path, from 0 to `steps`: the time of Stable Diffusion 3 and its kin."""
+
+    def __init__(self, steps: float = 1000, **kwargs):
+        self.steps = steps
+        super().__init__(**kwargs)
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        return (-logsnr / 2).sigmoid() * self.steps
+
+
+class TimestepNoiseCond(NoiseCond):
+    """The timestep of a table nearest to this logSNR, int64; with `fractional`, a float between two timesteps."""
+
+    def __init__(self, schedule: TableSchedule, fractional: bool = False, **kwargs):
+        self.schedule = schedule
+        self.fractional = fractional
+        super().__init__(**kwargs)
+
+    def cond(self, logsnr: Tensor) -> Tensor:
+        timestep = self.schedule.timestep(logsnr)
+        return timestep if self.fractional else timestep.round().long()
+
+
 class StableDiffusionNoiseCond(NoiseCond):
     """The t at which `StableDiffusionSchedule` has this logSNR."""
 
@@ -133,5 +158,6 @@ NOISE_CONDITIONS = {
     "logsnr": LogSNRNoiseCond,
     "edm_sigma": EDMSigmaNoiseCond,
     "rectified_flows": RectifiedFlowsNoiseCond,
+    "flow_timestep": FlowTimestepNoiseCond,
     "stable_diffusion": StableDiffusionNoiseCond,
 }

@@ -23,6 +23,9 @@ class Schedule:
         discrete_steps: round t to this many equally spaced values; an integer t is then the number of a step.
     """
 
+    zero_terminal_snr: bool = False
+    """Whether t = 1 is noise without any signal, so that the signal can't be told from the noise there."""
+
     def __init__(self, *, shift: float = 1.0, force_limits: bool = True, discrete_steps: int | None = None):
         self.shift = shift
         self.discrete_steps = discrete_steps
@@ -32,13 +35,17 @@ class Schedule:
 
     def __call__(self, t: Tensor, shift: float = 1.0) -> Tensor:
         """logSNR of `t`, both (B,)."""
-        if self.discrete_steps is not None:
-            step = (t * (self.discrete_steps - 1)).round() if t.is_floating_point() else t
-            t = step / (self.discrete_steps - 1)
-        logsnr = self.log_snr(t.clamp(0, 1))
+        logsnr = self.log_snr(self.fraction(t).clamp(0, 1))
         if shift * self.shift != 1:
             logsnr = logsnr + 2 * math.log(1 / (shift * self.shift))
         return logsnr if self.limits is None else logsnr.clamp(*self.limits)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """`t` (B,) from 0 (clean) to 1 (noise), where it may be the number of a discrete step."""
+        if self.discrete_steps is None:
+            return t
+        step = (t * (self.discrete_steps - 1)).round() if t.is_floating_point() else t
+        return step / (self.discrete_steps - 1)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Unshifted logSNR of t in [0, 1], both (B,)."""
@@ -127,11 +134,19 @@ class SqrtSchedule(_VarianceSchedule):
 
 
 class RectifiedFlowsSchedule(Schedule):
-    """Straight path (1 - t) * x0 + t * epsilon (arXiv:2209.03003, eq. 1 with time reversed)."""
+    """Straight path (1 - t) * x0 + t * epsilon (arXiv:2209.03003, eq. 1 with time reversed).
 
-    def __init__(self, logsnr_range: Sequence[float] = (-15.0, 15.0), **kwargs):
+    Times of training are from `min_sigma` to 1 - `min_sigma`.
+    """
+
+    def __init__(self, logsnr_range: Sequence[float] = (-15.0, 15.0), min_sigma: float = 0.0, **kwargs):
         self.logsnr_range = tuple(logsnr_range)
+        self.min_sigma = min_sigma
         super().__init__(**kwargs)
+
+    def training_t(self, uniform: Tensor) -> Tensor:
+        t = super().training_t(uniform)
+        return t * (1 - 2 * self.min_sigma) + self.min_sigma if self.min_sigma else t
 
     def log_snr(self, t: Tensor) -> Tensor:
         return (2 * ((1 - t).log() - t.log())).clamp(*self.logsnr_range)

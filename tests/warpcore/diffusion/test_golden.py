@@ -37,6 +37,8 @@ def build(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Like `resolve`, and an `object` description becomes an object of our class of that name."""
     if isinstance(value, dict) and "class" in value:
         args, kwargs = build(value.get("args", []), tensors), build(value.get("kwargs", {}), tensors)
+        if issubclass(CLASSES[value["class"]], samplers.Sampler):  # the reference hands over the whole process
+            args = [args[0].input_scaler, *args[1:]]
         return CLASSES[value["class"]](*args, **kwargs)
     if isinstance(value, dict) and "tensor" not in value:
         return {key: build(item, tensors) for key, item in value.items()}

@@ -42,7 +42,9 @@ def error(sampler: str, timesteps: int, scaler: str, target: str) -> float:
     diffusion = gdf(scaler, target)
     model = GaussianDenoiser(diffusion)
     x_init = torch.tensor([[1.0]], dtype=torch.float64)
-    *_, (_, x, _) = diffusion.sample(model, {}, x_init, sampler=SAMPLERS[sampler](diffusion), timesteps=timesteps)
+    *_, (_, x, _) = diffusion.sample(
+        model, {}, x_init, sampler=SAMPLERS[sampler](diffusion.input_scaler), timesteps=timesteps
+    )
     return abs(x.item() - model.deviation(0.0) / model.deviation(1.0))
 
 
@@ -75,7 +77,7 @@ def test_dpm_solver_agrees_with_diffusers(target):
     theirs.set_timesteps(steps)
     logsnr = diffusion.schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     theirs.sigmas = (-logsnr / 2).exp()
-    mine, previous = DPMSolverPP2MSampler(diffusion), None
+    mine, previous = DPMSolverPP2MSampler(diffusion.input_scaler), None
     for timestep, now, later in zip(theirs.timesteps, logsnr[:-1, None], logsnr[1:, None], strict=True):
         pred = model(x, now)
         x0, epsilon = diffusion.undiffuse(x, now, pred)
@@ -96,7 +98,7 @@ def test_stretched_limits_and_plateaus_of_a_schedule_keep_samples_finite(sampler
             lambda x, r: -x.tanh(),
             {},
             torch.randn(2, 3, generator=noise),
-            sampler=SAMPLERS[sampler](diffusion),
+            sampler=SAMPLERS[sampler](diffusion.input_scaler),
             timesteps=25,
             shift=shift,
             noise=lambda step, noise=noise: torch.randn(2, 3, generator=noise),
@@ -111,7 +113,7 @@ def test_ancestral_samples_have_the_deviation_of_the_data():
         GaussianDenoiser(diffusion),
         {},
         draws[150],
-        sampler=DDPMSampler(diffusion),
+        sampler=DDPMSampler(diffusion.input_scaler),
         timesteps=150,
         noise=lambda step: draws[step],
     )
@@ -125,9 +127,13 @@ def test_only_random_samplers_draw_noise():
     def no_noise(step):
         raise AssertionError("drew noise")
 
-    for sampler in (DDIMSampler(diffusion), DPMSolverPP2MSampler(diffusion)):
+    for sampler in (DDIMSampler(diffusion.input_scaler), DPMSolverPP2MSampler(diffusion.input_scaler)):
         diffusion.sample_x0(model, {}, x, sampler=sampler, noise=no_noise)
-    for sampler in (DDIMSampler(diffusion, eta=0.5), DDPMSampler(diffusion), LCMSampler(diffusion)):
+    for sampler in (
+        DDIMSampler(diffusion.input_scaler, eta=0.5),
+        DDPMSampler(diffusion.input_scaler),
+        LCMSampler(diffusion.input_scaler),
+    ):
         with pytest.raises(ValueError, match=f"{type(sampler).__name__} is random: pass `noise`"):
             diffusion.sample_x0(model, {}, x, sampler=sampler)
 
@@ -138,7 +144,7 @@ def test_a_picture_is_noised_and_sampled_from_the_middle():
     picture = torch.full((1, 1), 0.7, dtype=torch.float64)
     x_init = diffusion.diffuse(picture, epsilon, t=torch.tensor([0.4], dtype=torch.float64)).noised
     *_, (_, x, _) = diffusion.sample(
-        model, {}, x_init, t_start=0.4, t_end=0.1, timesteps=40, sampler=DPMSolverPP2MSampler(diffusion)
+        model, {}, x_init, t_start=0.4, t_end=0.1, timesteps=40, sampler=DPMSolverPP2MSampler(diffusion.input_scaler)
     )
     assert x.item() == pytest.approx(x_init.item() * model.deviation(0.1) / model.deviation(0.4), rel=1e-3)
 
@@ -259,6 +265,6 @@ def test_a_scale_of_one_is_the_conditional_prediction():
 def test_samplers_take_the_scaler_of_their_diffusion():
     diffusion = gdf("lerp", "rectified_flows")
     x0, epsilon = torch.ones(1, 1), torch.full((1, 1), 3.0)
-    x = DDIMSampler(diffusion).step(x0, x0, epsilon, torch.tensor([-1.0]), torch.tensor([0.0]))
+    x = DDIMSampler(diffusion.input_scaler).step(x0, x0, epsilon, torch.tensor([-1.0]), torch.tensor([0.0]))
     assert x.item() == pytest.approx(2.0)
     assert VPScaler()(torch.zeros(1))[0].item() == pytest.approx(0.5**0.5)

@@ -1,0 +1,88 @@
+"""Lists of times that samplers step along: where each step begins, and where the last one ends.
+
+Those of discrete schedules are timesteps, int64, from noise to clean. They end at -1, the clean signal; pipelines of
+Stable Diffusion 1.5 end at timestep 0 instead (`set_alpha_to_one: false`). Spacings: arXiv:2305.08891, table 2.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from warpcore.diffusion.tables import TableSchedule
+from warpcore.errors import UserError
+
+
+def equal_times(steps: int, start: float = 1.0, end: float = 0.0) -> list[float]:
+    """(steps + 1) times from `start` to `end`, of a continuous schedule.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if steps < 1 or not 0 <= end < start <= 1:
+        raise ValueError(
+            f"sampling needs timesteps >= 1 and 0 <= t_end < t_start <= 1, not timesteps={steps}, t_start={start}, "
+            f"t_end={end}"
+        )
+    return [start + (end - start) * step / steps for step in range(steps + 1)]
+
+
+def leading_timesteps(steps: int, total: int = 1000, *, offset: int = 0, end: int = -1) -> Tensor:
+    """(steps + 1,) from `offset` upwards in equal whole steps, as DDPM, DDIM and Stable Diffusion (offset 1) do."""
+    _check_steps(steps, total)
+    return _with_end(torch.arange(steps).flip(0) * (total // steps) + offset, end)
+
+
+def trailing_timesteps(steps: int, total: int = 1000, *, end: int = -1) -> Tensor:
+    """(steps + 1,) from the last timestep downwards, for schedules with zero terminal SNR."""
+    _check_steps(steps, total)
+    rounded = [round(total - step * total / steps) - 1 for step in range(steps)]
+    return _with_end(torch.tensor(rounded), end)
+
+
+def linspace_timesteps(steps: int, total: int = 1000, *, end: int = -1) -> Tensor:
+    """(steps + 1,) from the last timestep to the first, both included."""
+    _check_steps(steps, total)
+    rounded = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
+    return _with_end(rounded.flip(0), end)
+
+
+def karras_times(schedule: TableSchedule, steps: int, *, first: int = -1, last: int = 0, rho: float = 7.0) -> Tensor:
+    """(steps + 1,) float64 times of a schedule, between whose sigmas sigma^(1/rho) falls evenly (arXiv:2206.00364,
+    eq. 5), and the clean signal.
+
+    first, last: timesteps of the largest and of the smallest sigma; -1 is the last of the table.
+
+    Raises:
+        UserError: the first timestep is pure noise, whose sigma is infinite.
+    """
+    _check_steps(steps, schedule.steps)
+    logsnr = schedule.logsnr[[first, last]]
+    if logsnr.isinf().any():
+        raise UserError("Karras sigmas need a finite largest one, but the schedule ends in pure noise (zero terminal "
+                        "SNR); take trailing timesteps")  # fmt: skip
+    high, low = (-logsnr / (2 * rho)).exp()  # sigma^(1/rho)
+    sigmas = torch.lerp(high, low, torch.linspace(0, 1, steps, dtype=torch.float64)) ** rho
+    times = schedule.timestep(-2 * sigmas.log()) / (schedule.steps - 1)
+    return torch.cat([times, times.new_tensor([-1.0])])
+
+
+def falling(times: Sequence[float] | Tensor) -> Tensor:
+    """The times (steps + 1,) as a tensor on the CPU.
+
+    Raises:
+        ValueError: they are fewer than two, or don't fall.
+    """
+    times = torch.as_tensor(times).cpu()
+    if times.dim() != 1 or len(times) < 2 or not (times.diff() < 0).all():
+        raise ValueError(f"sampling needs two or more times that fall, from noise to clean, not {times.tolist()}")
+    return times
+
+
+def _with_end(timesteps: Tensor, end: int) -> Tensor:
+    return torch.cat([timesteps, timesteps.new_tensor([end])])
+
+
+def _check_steps(steps: int, total: int) -> None:
+    if not 1 <= steps <= total:
+        raise UserError(f"sampling steps: {steps} of {total} timesteps; write a number from 1 to {total}")
