@@ -4,7 +4,7 @@ from functools import partial
 
 from benchmarks.gpu_part import Bench, Outcome, Part, Row
 from benchmarks.gpu_scripts import built_on_device, pictures, published_sizes, script_settings, use_case
-from families.cascade.build import only_shapes
+from families.common.weights import only_shapes
 from tools.search_batch_size import search
 from warpcore.config import Config, make_config
 from warpcore.core import WarpCore

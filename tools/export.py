@@ -37,9 +37,11 @@ from pydantic import NonNegativeInt
 
 from families.cascade import build, lora
 from families.cascade.controlnet import comfyui_notes, file_metadata, published_layout, settings_of_file
-from families.cascade.inference import TARGET_KEY, CascadeSettings, metadata_of, weights_in
+from families.cascade.inference import TARGET_KEY, CascadeSettings
 from families.cascade.lora_files import Files, lora_files, read_lora, shortcomings, token_files, write_files
 from families.cascade.lora_formats import Lora
+from families.common.weight_files import metadata_of, weights_in
+from families.common.weights import read_weights
 from modules.tokenizers import BytePairTokenizer, Tokenizer
 from tools.arguments import local_path
 from warpcore.config import FileName, Settings, load_config
@@ -125,7 +127,7 @@ def merge_lora(source: Path, target: Path, arguments: list[str]) -> None:
     check_new([target, *beside], OTHER_NAME)
     network = build.stage_c(settings)
     lora.merge_loras(network, [(opened, settings.strength)])
-    dtypes = {name: tensor.dtype for name, tensor in build.read_weights(base, "generator_checkpoint_path").items()}
+    dtypes = {name: tensor.dtype for name, tensor in read_weights(base, "generator_checkpoint_path").items()}
     merged = {name: tensor.to(dtypes[name]) for name, tensor in network.state_dict().items()}
     about = {TARGET_KEY: settings.diffusion_target, "model_version": settings.model_version}
     _write({target: (merged, about)} | beside, shortcomings(opened, "merged"))
@@ -159,7 +161,7 @@ def export_controlnet(for_reference: bool, source: Path, target: Path, arguments
     if for_reference:
         (state, notes), about = published_layout(file), {}
     else:
-        state, notes = build.read_weights(file, "controlnet"), []
+        state, notes = read_weights(file, "controlnet"), []
         about = file_metadata(settings_of_file(file, said))
     _write({target: (state, about)}, notes + comfyui_notes(settings_of_file(file, said), state))
 

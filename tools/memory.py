@@ -14,7 +14,7 @@ from functools import cached_property
 
 import yaml
 
-from families.cascade.build import only_shapes
+from families.common.weights import only_shapes
 from tools.arguments import local_path
 from warpcore import optim
 from warpcore.config import Config, load_config, make_config

@@ -1,16 +1,13 @@
 """Build the networks of the cascade and load their weights, strictly."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from families.cascade.config import ModelSettings
+from families.common.weights import WeightsError, are_only_shapes, existing_file, with_weights
 from modules.clip import ClipSettings, ImageTower, TextTower, image_tower, text_tower, tower_file, tower_settings
 from modules.effnet import EfficientNetEncoder
 from modules.perceptual import PerceptualDistance
@@ -19,17 +16,9 @@ from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 from modules.tokenizers import Tokenizer
-from warpcore.errors import UserError
 
-Network = TypeVar("Network", bound=nn.Module)
 Tower = TypeVar("Tower", TextTower, ImageTower)
 Made = TypeVar("Made")
-
-_ONLY_SHAPES = ContextVar("only shapes", default=False)
-
-
-class WeightsError(UserError):
-    """A weights file is missing, unreadable, or made for another network."""
 
 
 def stage_c(settings: ModelSettings, dtype: torch.dtype = torch.float32) -> StageC:
@@ -88,7 +77,7 @@ def previewer_file(settings: ModelSettings) -> Path:
 
 def has_previewer(settings: ModelSettings) -> bool:
     """Whether they are there, or have to be: a path that was given and leads nowhere is an error of `previewer`."""
-    return settings.previewer_checkpoint_path is not None or _ONLY_SHAPES.get() or previewer_file(settings).is_file()
+    return settings.previewer_checkpoint_path is not None or are_only_shapes() or previewer_file(settings).is_file()
 
 
 def text(settings: ModelSettings, token_ids: str = "clip") -> TextTower:
@@ -116,92 +105,14 @@ def network_file(settings: ModelSettings, network: str) -> Path:
     """
     match network:
         case "encoder":
-            return _existing(encoder_file(settings), "effnet_checkpoint_path")
+            return existing_file(encoder_file(settings), "effnet_checkpoint_path")
         case "stage_a":
-            return _existing(stage_a_file(settings), "stage_a_checkpoint_path")
+            return existing_file(stage_a_file(settings), "stage_a_checkpoint_path")
         case "text":
             return _tower(tower_file, *_text_source(settings), "clip_text_model_name")
         case "image":
             return _tower(tower_file, *_image_source(settings), "clip_image_model_name")
     raise ValueError(f"{network!r} makes neither latents nor conditions")
-
-
-@contextmanager
-def only_shapes() -> Iterator[None]:
-    """Inside, networks are made on the meta device, without weights; no file of theirs has to be there, but those that
-    alone say what size a tower has."""
-    before = _ONLY_SHAPES.set(True)
-    try:
-        yield
-    finally:
-        _ONLY_SHAPES.reset(before)
-
-
-def with_weights(
-    build: Callable[[], Network],
-    path: Path | None,
-    key: str,
-    only: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Network:
-    """Build a network; with a file on the meta device first, so that its random weights cost no time and memory.
-
-    only: the file may hold more than the network's weights.
-    """
-    if _ONLY_SHAPES.get():
-        with torch.device("meta"):
-            return build().to(dtype)
-    if path is None:
-        return build().to(dtype)
-    state = read_weights(path, key)
-    with torch.device("meta"):
-        network = build()
-    if only:
-        state = {name: tensor for name, tensor in state.items() if name in network.state_dict()}
-    _check_names(network.state_dict(), state, path, key)
-    converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    network.load_state_dict(converted, assign=True)
-    return network
-
-
-def read_weights(path: Path, key: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a PyTorch file read without running any code in it.
-
-    Raises:
-        WeightsError: the file is missing or unreadable.
-    """
-    _existing(path, key)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(f"{key}: {path} cannot be read as weights: {error}") from error
-    return state.get("state_dict", state)
-
-
-def _existing(path: Path, key: str) -> Path:
-    if not path.is_file():
-        raise WeightsError(
-            f"{key}: {path} does not exist. Official weights come with `python3 models/download.py essential`; "
-            "those of the mini cascade with the repository"
-        )
-    return path
-
-
-def _check_names(here: dict[str, Tensor], file: dict[str, Tensor], path: Path, key: str) -> None:
-    wrong = [f"{name} is missing in the file" for name in here if name not in file]
-    wrong += [f"{name} is only in the file" for name in file if name not in here]
-    wrong += [
-        f"{name} is {tuple(file[name].shape)} in the file, {tuple(tensor.shape)} in the network"
-        for name, tensor in here.items()
-        if name in file and file[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise WeightsError(
-            f"{key}: {path} was made for another network: {wrong[0]} ({len(wrong)} differences). "
-            "Check model_version and the file"
-        )
 
 
 def _text_source(settings: ModelSettings) -> tuple[str | None, Path | None]:
@@ -222,7 +133,7 @@ def _shape(kind: type[Tower], load: Callable[[str | None, Path | None], Tower]) 
     """What makes a tower: with its weights by `load`, or inside `only_shapes` from a public name alone."""
 
     def make(name: str | None, path: Path | None) -> Tower:
-        if name is None or not _ONLY_SHAPES.get():
+        if name is None or not are_only_shapes():
             return load(name, path)
         with torch.device("meta"):
             return kind(ClipSettings.published(name))

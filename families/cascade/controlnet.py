@@ -13,9 +13,9 @@ from pydantic import NonNegativeInt, create_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from families.cascade import build
 from families.cascade.config import ModelSettings
 from families.cascade.poses import PoseField
+from families.common.weights import WeightsError, read_weights, with_weights
 from modules.controlnet import BOTTLENECK_MODES, ControlNet
 from modules.effnet import EFFICIENTNET_V2_S
 from modules.filters import FILTERS, Filter
@@ -139,7 +139,7 @@ def make_controlnet(
         "patch_size": model.version.patch_size,
         "official_stem": settings.official_stem,
     }
-    network = build.with_weights(lambda: ControlNet(**arguments), path, "controlnet_checkpoint_path")
+    network = with_weights(lambda: ControlNet(**arguments), path, "controlnet_checkpoint_path")
     return network.to(memory_format=torch.channels_last)
 
 
@@ -192,13 +192,13 @@ def settings_of_file(path: Path, said: Mapping[str, Any] | None = None) -> Contr
             about = (file.metadata() or {}).get(METADATA_KEY)
             if about is not None:
                 return make_config(ControlNetSettings, json.loads(about) | said)
-    state = build.read_weights(path, "controlnet")  # says what is wrong with a broken file
+    state = read_weights(path, "controlnet")  # says what is wrong with a broken file
     stem = state.get("backbone.0.0.weight", state.get("backbone.0.weight"))
     modes = {"effnet": "backbone.0.0.weight", "large": "backbone.3.blocks.0.weight", "simple": "backbone.2.weight"}
     mode = next((mode for mode, name in modes.items() if name in state), None)
     count = sum(name.startswith("projections.") and name.endswith(".2.weight") for name in state)
     if stem is None or mode is None or not count:
-        raise build.WeightsError(f"controlnet: {path} holds no ControlNet: its tensors have other names")
+        raise WeightsError(f"controlnet: {path} holds no ControlNet: its tensors have other names")
     found = {
         "controlnet_filter": _PUBLISHED_FILTERS.get((stem.shape[1], mode)),
         "controlnet_blocks": _PUBLISHED_BLOCKS.get(count),
@@ -206,7 +206,7 @@ def settings_of_file(path: Path, said: Mapping[str, Any] | None = None) -> Contr
         "official_stem": True,
     } | said
     if unsaid := [key for key, value in found.items() if value is None]:
-        raise build.WeightsError(
+        raise WeightsError(
             f"controlnet: {path} does not say how it was made, and is none of the published ones ({stem.shape[1]} "
             f"channels, {count} blocks): give {' and '.join(unsaid)} as in its training config"
         )
@@ -219,11 +219,11 @@ def published_layout(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     Raises:
         WeightsError: the reference implementation has no place for it.
     """
-    settings, state = settings_of_file(path), build.read_weights(path, "controlnet")
+    settings, state = settings_of_file(path), read_weights(path, "controlnet")
     width, features, *patch = state["projections.0.2.weight"].shape[:2] + state["projections.0.0.weight"].shape[2:]
     stem = state.get("backbone.0.0.weight")
     if width != 2048 or patch != [1, 1] or (stem is not None and features != 1280):
-        raise build.WeightsError(
+        raise WeightsError(
             f"controlnet: {path} cannot be published there: the reference implementation controls Stage C 3.6B only, "
             f"whose blocks are 2048 wide, not {width}"
         )

@@ -31,6 +31,7 @@ from families.cascade import build
 from families.cascade.diffusion import make_diffusion
 from families.cascade.inference import TARGET_KEY, CascadeSettings
 from families.cascade.transformers_text import text_encoder, text_tower, tokenizer
+from families.common.weights import read_weights
 from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
@@ -192,7 +193,7 @@ def read_component(folder: Path) -> dict[str, Tensor]:
 
 
 def _unet(network: type[nn.Module], arguments: Mapping[str, Any], path: Path, key: str) -> StableCascadeUNet:
-    state = convert_stable_cascade_unet_single_file_to_diffusers(build.read_weights(path, key))
+    state = convert_stable_cascade_unet_single_file_to_diffusers(read_weights(path, key))
     with torch.device("meta"):
         unet = StableCascadeUNet(**unet_config(network, arguments))
     return _filled(unet, state, path, key)
@@ -236,7 +237,7 @@ def _official_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _paella(settings: CascadeSettings) -> PaellaVQModel:
     path = build.stage_a_file(settings)
-    state = build.read_weights(path, "stage_a_checkpoint_path")
+    state = read_weights(path, "stage_a_checkpoint_path")
     bound = inspect.signature(StageA).bind(**settings.version.stage_a)
     bound.apply_defaults()
     with torch.device("meta"):

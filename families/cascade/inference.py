@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import PositiveFloat, PositiveInt, model_validator
-from safetensors import SafetensorError, safe_open
 
 from families.cascade.config import ModelSettings
+from families.common.weight_files import RUN_CONFIG, metadata_of, read_header, weights_of_run
 from warpcore.config import Share
 from warpcore.diffusion.samplers import SAMPLERS
-from warpcore.errors import UserError
 
 TARGET_KEY = "diffusion_target"
 """Where a weights file says what its network predicts."""
@@ -133,25 +132,20 @@ def warn_of_contradictions(path: Path, settings: ModelSettings) -> None:
         logger.warning("%s says that it was trained with %s %s, and draws with %s here", path, key, said, here)
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; nothing where there is none."""
-    return _header(path)[1] if path.suffix == ".safetensors" and path.is_file() else {}
-
-
 def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     """The keys of `CascadeSettings` that say what a training run made, and of which networks.
 
     Raises:
         ValueError: the folder is none of a run, or holds no weights yet.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / RUN_CONFIG).is_file():
         raise ValueError(f"run: {folder} is no training run: it holds no config.yaml")
-    of_run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    of_run = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
     kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
     version, target = kept.get("model_version"), kept.pop(TARGET_KEY, None)
     base = kept.pop("generator_checkpoint_path", None)
     names = (*KEY_OF_WEIGHTS, *STEERING, "generator")
-    trained = {name: file for name in names if (file := _weights(folder, name, use_ema))}
+    trained = {name: file for name in names if (file := weights_of_run(folder, name, use_ema))}
     if not trained:
         raise ValueError(
             f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
@@ -164,42 +158,8 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     generator = trained.get("generator")
     if generator is None:
         return kept
-    if "effnet_mapper.0.weight" not in _header(generator)[0]:
+    if "effnet_mapper.0.weight" not in read_header(generator).names:
         return kept | {"generator_checkpoint_path": str(generator), TARGET_KEY: target}
     of_stage_b = {"stage_b_checkpoint_path": str(generator), "stage_b_version": version, "stage_b_target": target}
     stage_c = next((stage_c for stage_c, stage_b in STAGE_B_OF.items() if stage_b == version), version)
     return kept | of_stage_b | {"model_version": stage_c}
-
-
-def weights_in(place: Path, name: str, use_ema: bool = True) -> Path:
-    """The weights `name` of a training run, where `place` is the folder of one; else `place` itself.
-
-    Raises:
-        UserError: the run trained something else, or nothing yet.
-    """
-    if not (place / "config.yaml").is_file():
-        return place
-    found = _weights(place, name, use_ema)
-    if found is None:
-        raise UserError(f"{name}: the training run {place} holds no {name}.safetensors")
-    return found
-
-
-def _weights(folder: Path, name: str, use_ema: bool) -> Path | None:
-    plain, average = folder / f"{name}.safetensors", folder / f"{name}_ema.safetensors"
-    if not (use_ema and average.is_file()):
-        return plain if plain.is_file() else None
-    made, averaged = (int(metadata_of(file).get("update", 0)) for file in (plain, average))
-    if averaged < made:
-        logger.warning("%s is of update %d and %s of %d: taking the latter", average, averaged, plain.name, made)
-        return plain
-    return average
-
-
-def _header(path: Path) -> tuple[set[str], dict[str, str]]:
-    """Names of the tensors in a safetensors file, and what it says of itself."""
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys()), file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as weights: {error}") from error

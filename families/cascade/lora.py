@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from families.cascade.config import ModelSettings
-from families.cascade.inference import warn_of_contradictions, weights_in
+from families.cascade.inference import warn_of_contradictions
 from families.cascade.lora_files import missing_tokens, read_lora
 from families.cascade.lora_formats import Adapter, Lora, LoraFileError, split
+from families.common.weight_files import weights_in
 from modules.clip import TextTower
 from modules.lora import EVERY_LAYER, LoraSettings, LowRank, adapters, add_adapters, places
 from modules.quantise import quantise

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from families.common.weights import check_names
 from warpcore.errors import UserError
 
 CONFIG, CONFIG_KEY = "config.json", "config"
@@ -95,15 +96,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, key: str
     Raises:
         UserError: a name or a shape differs.
     """
-    own = network.state_dict()
-    wrong = [f"{name} is missing in the file" for name in own if name not in tensors]
-    wrong += [f"{name} is only in the file" for name in tensors if name not in own]
-    wrong += [
-        f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(tensor.shape)} in the network"
-        for name, tensor in own.items() if name in tensors and tensors[name].shape != tensor.shape
-    ]  # fmt: skip
-    if wrong:
-        raise UserError(f"{key}: {path} was made for another network: {wrong[0]} ({len(wrong)} differences)")
+    check_names(network.state_dict(), tensors, path, key)
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     network.load_state_dict(converted, strict=True, assign=True)
 

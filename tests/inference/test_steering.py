@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from families.cascade import build
 from families.cascade.config import ModelSettings
 from families.cascade.controlnet import ControlNetSettings, file_metadata, make_controlnet, make_filter
-from families.cascade.inference import metadata_of
 from families.cascade.lora_files import write_lora
 from families.cascade.lora_formats import Lora
+from families.common.weight_files import metadata_of
 from inference.reconstruct import main as reconstruct
 from inference.text_to_image import main
 from modules.previewer import Previewer

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families.cascade.config import ModelSettings
-from families.cascade.inference import metadata_of
 from families.cascade.lora import open_loras
 from families.cascade.lora_files import lora_files, write_lora
 from families.cascade.lora_formats import Lora, LoraFileError
+from families.common.weight_files import metadata_of
 from tests.tools.test_export_steering import export, lora  # noqa: F401 (fixtures)
 from warpcore.errors import UserError
 

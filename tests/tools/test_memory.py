@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
-from families.cascade.build import only_shapes
+from families.common.weights import only_shapes
 from tests.golden import load_manifest
 from tests.train.test_every_script import SETTINGS, settings  # noqa: F401
 from tools import memory

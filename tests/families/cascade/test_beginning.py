@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from families.cascade.beginning import FIRST_CONVENTIONS
-from families.cascade.inference import metadata_of
+from families.common.weight_files import metadata_of
 from modules.clip import ClipSettings, TextTower
 from tests.warpcore.runs import read_metrics
 from train.train_c import TrainStageC

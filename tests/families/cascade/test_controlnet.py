@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from families.cascade.build import WeightsError
 from families.cascade.config import ModelSettings
 from families.cascade.controlnet import (
     ControlNetSettings,
@@ -19,6 +18,7 @@ from families.cascade.controlnet import (
     published_layout,
     settings_of_file,
 )
+from families.common.weights import WeightsError
 from modules.filters import Filter, Filtered
 from modules.filters.canny import CannyFilter
 from tests.golden import load_manifest
@@ -112,7 +112,7 @@ def test_a_file_says_how_its_controlnet_was_made(tmp_path):
     condition = torch.rand(1, 1, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(condition)[5], network(condition)[5])
-    with pytest.raises(WeightsError, match=r"c\.safetensors was made for another network: .*Check model_version"):
+    with pytest.raises(WeightsError, match=r"c\.safetensors was made for another network: .*Check the file"):
         load_controlnet(tmp_path / "c.safetensors", ModelSettings(model_version="3.6B"))
     with pytest.raises(UserError, match=r"reference implementation controls Stage C 3\.6B only"):
         published_layout(tmp_path / "c.safetensors")
@@ -131,7 +131,7 @@ def test_published_files_are_known_by_their_shapes_and_go_back_to_their_layout(n
     manifest = load_manifest(f"controlnet_{name}")
     # The shapes, without the memory.
     state = {key: torch.empty(entry["shape"], device="meta") for key, entry in manifest["tensors"].items()}
-    monkeypatch.setattr("families.cascade.build.read_weights", lambda path, key: state)
+    monkeypatch.setattr("families.cascade.controlnet.read_weights", lambda path, key: state)
     found = settings_of_file(tmp_path / f"{name}.pt")
     kind, mode, blocks = PUBLISHED[name]
     assert (found.controlnet_filter, found.controlnet_bottleneck_mode) == (kind, mode)
@@ -143,7 +143,7 @@ def test_published_files_are_known_by_their_shapes_and_go_back_to_their_layout(n
 def test_a_padded_stem_is_mentioned_in_the_published_layout(tmp_path, monkeypatch):
     manifest = load_manifest("controlnet_canny")
     shapes = {key: torch.empty(entry["shape"], device="meta") for key, entry in manifest["tensors"].items()}
-    monkeypatch.setattr("families.cascade.build.read_weights", lambda path, key: shapes)
+    monkeypatch.setattr("families.cascade.controlnet.read_weights", lambda path, key: shapes)
     monkeypatch.setattr("families.cascade.controlnet.settings_of_file", lambda path: settings())
     _, notes = published_layout(tmp_path / "ours.safetensors")
     assert "shifted by one pixel" in notes[0]

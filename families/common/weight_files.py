@@ -1,0 +1,65 @@
+"""What weights files and runs say of themselves; only headers are read."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from warpcore.errors import UserError
+
+RUN_CONFIG = "config.yaml"
+"""The file of a run's folder that holds its settings."""
+
+logger = logging.getLogger(__name__)
+
+
+class Header(NamedTuple):
+    """The header of a safetensors file: the names of its tensors, and its metadata."""
+
+    names: frozenset[str]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file.
+
+    Raises:
+        UserError: the file cannot be read as weights.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return Header(frozenset(file.keys()), file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as weights: {error}") from error
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty where there is no such file, or it is in another format."""
+    return read_header(path).metadata if path.suffix == ".safetensors" and path.is_file() else {}
+
+
+def weights_of_run(folder: Path, name: str, use_ema: bool) -> Path | None:
+    """The exported weights `name` of a run, or None: its average where `use_ema` asks for it and it is not older."""
+    plain, average = folder / f"{name}.safetensors", folder / f"{name}_ema.safetensors"
+    if not (use_ema and average.is_file()):
+        return plain if plain.is_file() else None
+    made, averaged = (int(metadata_of(file).get("update", 0)) for file in (plain, average))
+    if averaged < made:
+        logger.warning("%s is of update %d and %s of %d: taking the latter", average, averaged, plain.name, made)
+        return plain
+    return average
+
+
+def weights_in(place: Path, name: str, use_ema: bool = True) -> Path:
+    """The exported weights `name` of a run where `place` is a run's folder, else `place` itself.
+
+    Raises:
+        UserError: the run trained something else, or has not saved yet.
+    """
+    if not (place / RUN_CONFIG).is_file():
+        return place
+    found = weights_of_run(place, name, use_ema)
+    if found is None:
+        raise UserError(f"{name}: the training run {place} holds no {name}.safetensors")
+    return found

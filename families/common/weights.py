@@ -1,0 +1,116 @@
+"""Networks with the weights of a file, strictly: every name and shape has to be that of the network."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from warpcore.errors import UserError
+
+Network = TypeVar("Network", bound=nn.Module)
+
+_ONLY_SHAPES = ContextVar("only shapes", default=False)
+
+
+class WeightsError(UserError):
+    """A weights file is missing, unreadable, or made for another network."""
+
+
+@contextmanager
+def only_shapes() -> Iterator[None]:
+    """Inside, networks are built on the meta device, without weights; their files need not be there, except those
+    that alone say which size a network has."""
+    before = _ONLY_SHAPES.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_SHAPES.reset(before)
+
+
+def are_only_shapes() -> bool:
+    """Whether `only_shapes` holds."""
+    return _ONLY_SHAPES.get()
+
+
+def with_weights(
+    build: Callable[[], Network],
+    path: Path | None,
+    key: str,
+    only: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Network:
+    """Build a network; with a file on the meta device first, so that its random weights cost no time and memory.
+
+    Args:
+        path: its weights; None leaves them random.
+        key: the config key that named the path, which an error names.
+        only: the file may hold more than the network's weights.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, or made for another network.
+    """
+    if are_only_shapes():
+        with torch.device("meta"):
+            return build().to(dtype)
+    if path is None:
+        return build().to(dtype)
+    state = read_weights(path, key)
+    with torch.device("meta"):
+        network = build()
+    if only:
+        state = {name: tensor for name, tensor in state.items() if name in network.state_dict()}
+    check_names(network.state_dict(), state, path, key)
+    converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    network.load_state_dict(converted, assign=True)
+    return network
+
+
+def read_weights(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a PyTorch file read without running any code in it.
+
+    Raises:
+        WeightsError: the file is missing or unreadable.
+    """
+    existing_file(path, key)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken archive may raise
+        raise WeightsError(f"{key}: {path} cannot be read as weights: {error}") from error
+    return state.get("state_dict", state)
+
+
+def existing_file(path: Path, key: str) -> Path:
+    """The path.
+
+    Raises:
+        WeightsError: there is no such file.
+    """
+    if not path.is_file():
+        raise WeightsError(
+            f"{key}: {path} does not exist. `python3 models/download.py` lists and fetches published weights; "
+            "those of mini sizes come with the repository"
+        )
+    return path
+
+
+def check_names(network: Mapping[str, Tensor], file: Mapping[str, Tensor], path: Path, key: str) -> None:
+    """Raise WeightsError where names or shapes of a file's tensors are not those of a network's state."""
+    wrong = [f"{name} is missing in the file" for name in network if name not in file]
+    wrong += [f"{name} is only in the file" for name in file if name not in network]
+    wrong += [
+        f"{name} is {tuple(file[name].shape)} in the file, {tuple(tensor.shape)} in the network"
+        for name, tensor in network.items()
+        if name in file and file[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{key}: {path} was made for another network: {wrong[0]} ({len(wrong)} differences). Check the file, and "
+            "the keys that choose the network's size"
+        )
