@@ -29,6 +29,16 @@ from warpcore.pictures import grid, save_png
 class ReconstructConfig(DrawingSettings):
     """Keys of this script, beside those of the networks; it needs none of Stage C."""
 
+    unused = frozenset(
+        {
+            "generator_checkpoint_path",
+            "previewer_checkpoint_path",
+            "clip_image_model_name",
+            "clip_image_checkpoint_path",
+            "diffusion_target",
+        }
+    )
+
     pictures: list[Path]
     """Files, or folders of files, with their sub-folders."""
     most_pictures: PositiveInt = 64

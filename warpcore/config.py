@@ -70,10 +70,9 @@ class Settings(BaseModel):
         return numbers_in(cls.model_fields[info.field_name].annotation, value)
 
 
-class Config(Settings):
-    """The keys that every training script understands, whatever it trains."""
+class RunKeys(Settings):
+    """The run."""
 
-    # --- the run
     experiment_id: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
     """Name of the run: everything is written under `checkpoint_path/experiment_id`, and a second start resumes it."""
     checkpoint_path: S3Url | Path
@@ -127,7 +126,10 @@ class Config(Settings):
     num_threads: PositiveInt | None = None
     """CPU threads of the main process; by default PyTorch's choice."""
 
-    # --- optimisation
+
+class OptimisationKeys(Settings):
+    """Optimisation."""
+
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -155,7 +157,10 @@ class Config(Settings):
     grad_accum_steps: PositiveInt | None = None
     """Forward passes per update and process; follows from the two sizes when both are given."""
 
-    # --- average of the weights
+
+class AverageKeys(Settings):
+    """Average of the weights."""
+
     ema_start_iters: NonNegativeInt | None = None
     """First update of the exponential moving average; without this key there is none."""
     ema_iters: PositiveInt = 1
@@ -165,7 +170,10 @@ class Config(Settings):
     ema_device: Literal["same", "cpu"] = "same"
     """Keep the average beside the weights, or in the CPU's memory."""
 
-    # --- data
+
+class DataKeys(Settings):
+    """Data."""
+
     webdataset_path: str | list[str | dict[str, Any]]
     """Training data: a tar, folder, glob, brace range, URL or .yml, or a list of them ({path: ..., weight: 2})."""
     validation_path: str | list[str | dict[str, Any]] | None = None
@@ -201,7 +209,15 @@ class Config(Settings):
     cache_size_gb: PositiveFloat = 100
     """What that folder may hold, in units of 10^9 bytes."""
 
-    # --- what is reported
+    @field_validator("multi_aspect_ratio", mode="before")
+    @classmethod
+    def _ratios(cls, value: Any) -> Any:
+        return [parse_ratio(ratio) for ratio in value] if isinstance(value, list) else value
+
+
+class ReportKeys(Settings):
+    """What is reported."""
+
     log_every: PositiveInt = 10
     """Metrics are fetched from the device and written every so many updates."""
     grad_norm_groups: dict[str, str] = {}
@@ -216,10 +232,9 @@ class Config(Settings):
     """Write a trace of a few updates (for chrome://tracing or Perfetto), and on CUDA a memory snapshot, into `profile`
     in the run's folder."""
 
-    @field_validator("multi_aspect_ratio", mode="before")
-    @classmethod
-    def _ratios(cls, value: Any) -> Any:
-        return [parse_ratio(ratio) for ratio in value] if isinstance(value, list) else value
+
+class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # the last one's keys come first
+    """The keys that every training script understands, whatever it trains."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -293,7 +308,7 @@ def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> 
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"usage: SCRIPT config.yaml [key=value | --key value ...]\n\n{help_text(kind)}")
+        print(f"usage: {sys.argv[0]} config.yaml [key=value | --key value ...]\n{help_text(kind)}")
         raise SystemExit(0)
     arguments, values, files = list(arguments), {}, {}
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):

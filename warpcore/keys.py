@@ -1,5 +1,6 @@
 """The keys of a configuration as text: for `--help`, the README and messages."""
 
+import inspect
 import math
 import types
 import typing
@@ -19,9 +20,31 @@ S3Url = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*/?$")]
 
 
 def help_text(kind: type[BaseModel]) -> str:
-    """Every key with its type, default and sentence."""
-    lines = [f"{name} ({of_type}{default})\n    {text}" for name, of_type, default, text in describe(kind)]
+    """Every key that the script uses with its type, default and sentence, in sections."""
+    lines = []
+    for title, rows in sections(kind):
+        lines += ["", title.upper()]
+        lines += [f"{name} ({of_type}{default})\n    {text}" for name, of_type, default, text in rows]
     return "\n".join(lines)
+
+
+def sections(kind: type[BaseModel]) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
+    """The rows of `describe` below titles.
+
+    A section holds the keys that one class, `kind` or a base, is the first to have; its title is the first line of
+    that class's docstring.
+    """
+    owners = {}
+    for owner in kind.__mro__:  # a base comes after what overrides its keys
+        owners |= dict.fromkeys(inspect.get_annotations(owner), owner)
+    found: dict[type, list[tuple[str, str, str, str]]] = {}
+    for row in describe(kind):
+        found.setdefault(owners[row[0]], []).append(row)
+    return [(_title(owner), rows) for owner, rows in found.items()]
+
+
+def _title(owner: type[BaseModel]) -> str:
+    return (owner.__doc__ or "Keys of this script.").partition("\n")[0].removesuffix(".")
 
 
 def changed_keys(config: BaseModel) -> str:

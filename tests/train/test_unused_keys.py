@@ -12,8 +12,9 @@ from warpcore.config import ConfigError, make_config
 SCRIPTS = [name for name in SETTINGS if " " not in name]
 ONLY_WITH_ANOTHER_KEY = {
     "cache_size_gb", "cache_text_gb", "clip_image_checkpoint_path", "clip_image_model_name", "max_bad_samples",
-    "on_data_change", "perceptual_weight", "prior_weight", "scratch_path",
+    "on_data_change", "perceptual_weight", "prior_weight", "scratch_path", "processes",
 }  # fmt: skip
+"""`processes` is used before a run begins."""
 VALUES = {"captions_getter": ("json", "lambda j: j['a']")}
 
 

@@ -1,0 +1,89 @@
+"""What `--help` of every script shows: its own keys and no other; a key without use is refused."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from warpcore.config import Config, ConfigError, Settings, load_config
+from warpcore.keys import describe
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("train", "inference", "tools")
+    for path in (ROOT / folder).glob("*.py")
+    if re.search(r"load_config\(\w+Config\)|\.main\(\)", path.read_text())
+)
+"""Those that have keys of their own; the other tools take the keys of the script that they are given."""
+TRAINING = (
+    "experiment_id checkpoint_path output_path model_version wandb_project wandb_entity lr batch_size image_size "
+    "multi_aspect_ratio grad_accum_steps updates backup_every save_every warmup_updates use_fsdp webdataset_path "
+    "effnet_checkpoint_path generator_checkpoint_path dataset_filters captions_getter bucketeer_random_ratio "
+    "adaptive_loss_weight ema_start_iters ema_iters ema_beta clip_text_model_name dtype allow_tf32"
+)
+PUBLISHED = {
+    "train_b": f"{TRAINING} stage_a_checkpoint_path shift",
+    "train_c": f"{TRAINING} previewer_checkpoint_path clip_image_model_name",
+    "train_c_controlnet": f"{TRAINING} previewer_checkpoint_path offset_noise controlnet_blocks controlnet_filter "
+    "controlnet_filter_params controlnet_bottleneck_mode",
+    "train_c_lora": f"{TRAINING} previewer_checkpoint_path module_filters rank train_tokens",
+}
+"""The keys of the published training configs, by the script that takes their place."""
+
+
+def config_of(script: Path) -> type[Settings]:
+    """The class of keys that a script defines or, without one, that of its use case."""
+    module = importlib.import_module(".".join(script.with_suffix("").parts))
+    own = [kind for kind in vars(module).values() if getattr(kind, "__module__", "") == module.__name__]
+    cases = [kind.Config for kind in own if hasattr(kind, "Config")]
+    return (cases or [kind for kind in own if isinstance(kind, type) and issubclass(kind, Settings)])[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_shows_the_keys_of_the_script_in_sections(script, capsys):
+    kind = config_of(script)
+    with pytest.raises(SystemExit) as ended:
+        load_config(kind, ["--help"])
+    assert ended.value.code == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    assert blocks[0].startswith("usage: ")
+    shown = {}
+    for block in "\n\n".join(blocks[1:]).split("\n\n"):
+        title, *lines = block.splitlines()
+        assert title == title.upper()
+        keys = [line for line in lines if not line.startswith("    ")]
+        shown |= {re.match(r"(\w+) \((.+)", key)[1]: (key, title) for key in keys if re.match(r"\w+ \(", key)}
+    assert shown.keys() == kind.model_fields.keys() - kind.unused
+    for name, of_type, default, sentence in describe(kind):
+        assert shown[name][0] == f"{name} ({of_type}{default})"
+        assert default
+        assert sentence.endswith(".")
+    if issubclass(kind, Config):
+        titles = {title for _, title in shown.values()}
+        assert {"THE RUN", "OPTIMISATION", "AVERAGE OF THE WEIGHTS", "DATA", "WHAT IS REPORTED"} <= titles
+        assert shown["lr"][1] == "OPTIMISATION"
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if config_of(path).unused], ids=str)
+def test_a_key_without_use_is_refused_and_its_file_is_named(script, tmp_path):
+    kind = config_of(script)
+    needed = [f"{name}=1" for name, field in kind.model_fields.items() if field.is_required()]
+    further = {"run": "[]", "stage_a_only": "true", "generator_checkpoint_path": "a.safetensors"}
+    needed += [f"{name}={further[name]}" for name in further.keys() & kind.model_fields.keys() - kind.unused]
+    for key in kind.unused:
+        value = {"captions_getter": "[json, identity]", "diffusion_target": "v"}.get(key, "somewhere.safetensors")
+        (tmp_path / "c.yaml").write_text(f"{key}: {value}\n")
+        with pytest.raises(ConfigError, match=f"{key}: this script has no use for it; remove it from .*c.yaml"):
+            load_config(kind, [str(tmp_path / "c.yaml"), *needed])
+
+
+def test_every_script_with_keys_is_found():
+    assert {path.stem for path in SCRIPTS} >= {*PUBLISHED, "train_a", "train_encoder", "train_towers", "reconstruct"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_keys_of_the_published_configs_are_known_and_used(name):
+    kind = config_of(Path("train", f"{name}.py"))
+    assert set(PUBLISHED[name].split()) <= kind.model_fields.keys() - kind.unused
