@@ -4,7 +4,7 @@ PY = .venv/bin/python
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=30
 
-.PHONY: install test test-fast test-slow test-bits check quickstart mini lint readme clean
+.PHONY: install test test-fast test-slow test-bits check quickstart mini lint docs clean
 
 install: .venv/ready
 
@@ -76,9 +76,9 @@ lint: install
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# The configuration tables of the README, from the config classes.
-readme: install
-	$(PY) tools/config_reference.py README.md
+# The tables of keys in docs/configuration.md, from the config classes.
+docs: install
+	$(PY) tools/config_reference.py docs/configuration.md
 
 clean:
 	rm -rf demo runs

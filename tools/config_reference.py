@@ -1,54 +1,91 @@
-"""Write the configuration tables of the README from the config classes, so that they cannot go stale.
+"""Write the tables of keys in docs/configuration.md from the config classes of the scripts.
 
-python3 tools/config_reference.py README.md
+python3 tools/config_reference.py docs/configuration.md
+
+A key stands in one table: that of all the scripts which take it with the same type, default and meaning.
 """
 
-import sys
+import argparse
+from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
 
-from families.cascade.config import DiffusionConfig, ModelSettings, StageCConfig
-from warpcore.config import Config, Settings
+from tools.arguments import local_path
+from warpcore.config import Settings
 from warpcore.errors import UserError, run_script
 from warpcore.keys import describe
+from warpcore.rehearsal import load_use_case
 
-START, END = "<!-- config reference: made by tools/config_reference.py -->", "<!-- end of config reference -->"
-SCRIPTS = {
-    "train/train_c_lora.py": "LoraConfig",
-    "train/train_c_controlnet.py": "ControlNetConfig",
-    "train/train_b.py": "StageBConfig",
-    "train/train_a.py": "StageAConfig",
-    "train/train_encoder.py": "EncoderConfig",
-    "train/train_towers.py": "TowersConfig",
-    "inference/text_to_image.py": "TextToImageConfig",
-    "inference/reconstruct.py": "ReconstructConfig",
-}
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- tables of keys: written by `make docs` -->", "<!-- end of the tables of keys -->"
+Row = tuple[str, str, str, str]
+"""Key, type, default and sentence."""
 
 
 def main() -> None:
-    readme = Path(sys.argv[1])
-    readme.write_text(with_reference(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("page", type=local_path, help="the page, which holds the two marks of the tables")
+    page = parser.parse_args().page
+    page.write_text(with_reference(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_reference(text: str) -> str:
-    """`text` with everything between the two marks replaced by the current tables."""
+    """`text` with everything between the two marks replaced by the current tables.
+
+    Raises:
+        UserError: the marks are missing.
+    """
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
         raise UserError(f"no place for the tables: write the two lines {START} and {END} where they belong")
-    parts = ["#### Every training script", _table(Config), "#### Networks", _table(ModelSettings)]
-    parts += ["#### Stage B and Stage C", _table(DiffusionConfig, Config, ModelSettings)]
-    parts += ["#### `train/train_c.py`", _table(StageCConfig, DiffusionConfig)]
-    for script, name in SCRIPTS.items():
-        kind = getattr(import_module(script.removesuffix(".py").replace("/", ".")), name)
-        parts += [f"#### `{script}`", _table(kind, Config, ModelSettings, DiffusionConfig, StageCConfig)]
-    return before + START + "\n" + "\n\n".join(parts) + "\n" + END + after
+    return "\n\n".join([before + START, *_sections(), END + after])
 
 
-def _table(kind: type[Settings], *without: type[Settings]) -> str:
-    """The keys of `kind` that stand in none of `without`."""
-    known = {name for other in without if issubclass(kind, other) for name in other.model_fields}
-    rows = [row for row in describe(kind) if row[0] not in known]
+def scripts() -> list[str]:
+    """The scripts that take a config, such as `train/train_c.py`."""
+    paths = [path for folder in ("train", "inference") for path in sorted((ROOT / folder).glob("*.py"))]
+    return [path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"]
+
+
+def settings_of(script: str) -> type[Settings]:
+    """The class that holds a script's keys."""
+    if script.startswith("train/"):
+        return load_use_case(ROOT / script).Config
+    module = import_module(script.removesuffix(".py").replace("/", "."))
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    return [kind for kind in own if issubclass(kind, Settings)][-1]
+
+
+def _sections() -> list[str]:
+    """A heading and a table for every group of scripts, the largest groups first."""
+    taken_by: dict[Row, list[str]] = defaultdict(list)
+    for script in scripts():
+        for row in describe(settings_of(script)):
+            taken_by[row].append(script)
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row, takers in taken_by.items():
+        groups[tuple(takers)].append(row)
+    order = sorted(groups, key=lambda group: (len(group) == 1, -len(group), group))
+    return [part for group in order for part in (f"## {_title(group)}", _table(groups[group]))]
+
+
+def _title(group: tuple[str, ...]) -> str:
+    every = {
+        folder: [script for script in scripts() if script.startswith(folder)] for folder in ("train", "inference")
+    }
+    parts = []
+    for folder, its_scripts in every.items():
+        named = [script for script in its_scripts if script in group]
+        if len(named) > 1 and named == its_scripts:
+            parts.append(f"every script in `{folder}/`")
+        else:
+            parts += [f"`{script}`" for script in named]
+    title = ", ".join(parts)
+    return title[0].upper() + title[1:]
+
+
+def _table(rows: list[Row]) -> str:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, kind, default, text in rows:
         default = default.removeprefix(", ").removeprefix("default ")
