@@ -62,9 +62,9 @@ class Stack(WarpCore):
         error = (y - x).square().mean(dim=(1, 2))
         return Losses(error, error)
 
-    def _make_update(self, batches, lr):
+    def make_update(self, batches):
         began = time.perf_counter()
-        super()._make_update(batches, lr)
+        super().make_update(batches)
         pending = self.checkpoints._pending
         kind = self.updates_alone if pending is None or pending.done() else self.updates_beside_a_save
         kind.append(time.perf_counter() - began)

@@ -92,11 +92,11 @@ def train(bench: Bench, kind: type[WarpCore], settings: dict, status: int = 0, w
     """Run a use case from scratch; the lines of its metrics. The second and later updates may not wait for the GPU."""
 
     class Watched(kind):
-        def _make_update(self, batches, lr):
+        def make_update(self, batches):
             if self.update == 0 or not watched:  # kernels are compiled and chosen in the first one
-                return super()._make_update(batches, lr)
+                return super().make_update(batches)
             with no_waiting(self.device):
-                return super()._make_update(batches, lr)
+                return super().make_update(batches)
 
     Watched.__name__ = kind.__name__
     torch.compiler.reset()

@@ -90,8 +90,8 @@ def stopped_and_resumed(bench: Bench) -> Outcome:
     kind = use_case("train_c")
 
     class Stopped(kind):
-        def _make_update(self, batches, lr):
-            super()._make_update(batches, lr)
+        def make_update(self, batches):
+            super().make_update(batches)
             if self.update == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 

@@ -87,7 +87,13 @@ class TrainStageB(DiffusionTraining):
     def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor | list[Tensor]]:
         pictures = batch.images.float() / 255
         latents = self.networks["stage_a"].encode(pictures.to(self.dtype)).float()
-        return {"stage_a": latents} | ({} if self.config.train_encoder else {"effnet": self._seen(pictures, random)})
+        if self.config.train_encoder:
+            return {"stage_a": latents}
+        factors = self._factors(len(pictures), random)
+        return {
+            "stage_a": latents,
+            "effnet": encode_scaled(self.networks["encoder"], pictures, factors, self.dtype),
+        }
 
     def encode(self, batch: Batch, random: SampleRandom) -> Inputs:
         text = training_text(self.text_conditions, batch, random, self.config.caption_dropout)["clip_text_pooled"]
@@ -98,19 +104,22 @@ class TrainStageB(DiffusionTraining):
 
     def loss(self, inputs: Inputs, random: SampleRandom) -> Losses:
         latents, text, effnet, pictures = inputs
-        effnet = self._enlarged(self._seen(pictures, random) if effnet is None else effnet, latents)
+        if effnet is None:  # the encoder is trained
+            factors = self._factors(len(pictures), random)
+            effnet = encode_scaled(self.networks["encoder"], pictures, factors, self.dtype)
+        effnet = self._enlarged(effnet, latents)
         shown = random.uniform("effnet dropout") >= self.config.effnet_dropout
         conditions = {"effnet": effnet * shown[:, None, None, None], "clip": text}
         noise = pyramid_noise(random, latents.shape[1], latents.shape[2:], size_range=(1, 16))
         return self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions), noise)
 
-    def _seen(self, pictures: Tensor, random: SampleRandom) -> list[Tensor]:
-        """The encoder's latents (16, h, w) of pictures scaled down, each by its own factor."""
+    def _factors(self, count: int, random: SampleRandom) -> list[float]:
+        """By how much each of a micro-batch's pictures is scaled down before the encoder sees it."""
         low, high = self.config.effnet_scale
         factors = low + (high - low) * random.on_cpu.uniform("effnet scale")
         if self.config.train_encoder:  # its batch norms want to see the micro-batch as a whole
-            factors = factors[:1].expand(len(pictures))
-        return encode_scaled(self.networks["encoder"], pictures, factors.tolist(), self.dtype)
+            factors = factors[:1].expand(count)
+        return factors.tolist()
 
     def _enlarged(self, seen: Sequence[Tensor], latents: Tensor) -> Tensor:
         """Those latents at the positions (B, 16, H, W) that Stage B has for its own."""

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 train/train_c_controlnet.py configs/training/control
 
 import warpcore.openmp
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -92,7 +93,8 @@ class TrainControlNet(TrainStageC):
 
     def loss(self, inputs: tuple[Tensor, dict[str, Tensor], Tensor], random: SampleRandom) -> Losses:
         latents, conditions, control = inputs
-        return super().loss((latents, conditions | {"cnet": self.networks["controlnet"](control)}), random)
+        conditions["cnet"] = self.networks["controlnet"](control)
+        return self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions))
 
     def file_metadata(self) -> dict[str, str]:
         return super().file_metadata() | file_metadata(self.config)

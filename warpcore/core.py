@@ -5,8 +5,8 @@ A use case subclasses `WarpCore` and overrides a handful of hooks; everything el
 
 import json
 import uuid
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from warpcore import evaluation, optim, placement, reports
 from warpcore.checkpoint import Checkpoints
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
-from warpcore.errors import run_script
+from warpcore.errors import clear_errors
 from warpcore.feed import Feed
 from warpcore.files import write_whole
 from warpcore.keys import changed_keys
@@ -30,7 +30,7 @@ from warpcore.random import SampleRandom, stable_hash
 from warpcore.results import Losses, Sampled
 from warpcore.signals import STOPPED_EARLY, stop_signals
 from warpcore.state import RunState
-from warpcore.statistics import BatchNormStatistics, in_global_order
+from warpcore.statistics import UpdateStatistics
 from warpcore.tracking import make_tracker
 
 
@@ -122,33 +122,67 @@ class WarpCore:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.bookkeeping: dict[str, Any] = {}  # further things with a state_dict of tensors
         self.kept: dict[str, Any] = {}  # JSON values that a run keeps when it is resumed, see `begin`
-        self._profiling = ExitStack()
+        self._profiling, self._profile = ExitStack(), None
         self._stop_signal: int | None = None
         self._stop_vote = Vote(self.processes)
 
     @classmethod
     def main(cls) -> None:
         """Run from the command line: `SCRIPT config.yaml [key=value ...]`."""
-
-        def start() -> int:
+        with clear_errors():
             config = load_config(cls.Config)
             status = launch(config.processes, config.device)
-            return cls(config).run() if status is None else status
-
-        run_script(start)
+            raise SystemExit(cls(config).run() if status is None else status)
 
     def run(self) -> int:
         """Train until the last update or a signal; returns the exit status."""
-        with stop_signals(self._request_stop):
-            try:
-                self.setup()
-                self.train()
-                return STOPPED_EARLY if self.update < self.config.updates else 0
-            except RuntimeError as error:
-                explain(error)
-                raise
-            finally:
-                self.close()
+        with stop_signals(self._request_stop), self._closing():
+            self.setup()
+            evaluation.complete(self)
+            batches, fault = self.feed.batches(), None
+            self._start_profiling()
+            self.feed.mark(self.update)
+            while fault is None and self.update < self.config.updates and not self._stopping():
+                self.make_update(batches)
+                self.update += 1
+                fault = self._after_update()
+            self._end(fault or reports.undo_unread(self))
+        return STOPPED_EARLY if self.update < self.config.updates else 0
+
+    def make_update(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step over `accumulation` micro-batches; where a number is not finite, it changes nothing."""
+        config, accumulation, update = self.config, self.feed.accumulation, self.update + 1
+        losses, samples_hash = [], 0
+        for name in self.trainable:
+            self.networks[name].train()
+        for step in range(accumulation):
+            batch = next(batches)
+            samples_hash += sum(stable_hash(key, seed) for key, seed in zip(batch.keys, batch.seeds, strict=True))
+            # A network's own randomness (dropout) belongs to the micro-batch, not to the process or the moment.
+            torch.manual_seed(stable_hash(config.seed, "network", batch.number))
+            self._synchronise_gradients(step == accumulation - 1)
+            with self.autocast():
+                result = self.loss(*self.encoded(batch))
+            (result.loss.mean() * (batch.weight / accumulation)).backward()
+            losses.append(_means(result, batch.weight))
+            self.statistics.add(result.statistics, batch.weight)
+
+        norm = optim.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
+        norms = {f"grad_norm/{name}": value for name, value in optim.gradient_norms(self.gradient_groups).items()}
+        mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        usable = torch.isfinite(norm) & torch.isfinite(mean["loss"]) & (self.feed.fault is None)
+        finite = self.processes.all_true(usable)
+        lr = self._learning_rate(update)
+        optim.set_lr(self.optimizers, lr)
+        optim.step(self.optimizers, ~finite)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.statistics.apply(self.update_state, self.state.without_gradients, finite)
+        for average in self.averages.values():
+            average.step(update, finite)
+        norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in norms.items()}
+        times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
+        self.metrics.add(update, samples_hash, **mean, **norms, **times, lr=lr, data_wait=self.feed.take_data_wait())
 
     def setup(self) -> None:
         """Everything before the first update: networks, optimizers, data, and the state of an earlier start."""
@@ -202,7 +236,7 @@ class WarpCore:
         config = self.config
         torch.manual_seed(config.seed)
         self.networks = self.build()
-        self.batch_norms = {name: BatchNormStatistics(self.networks[name]) for name in self.trainable}
+        self.statistics = UpdateStatistics(self.processes, {name: self.networks[name] for name in self.trainable})
         self.on_demand: dict[str, OnDemand] = {}
         for name in self.networks:
             placement.place(self, name)
@@ -216,80 +250,51 @@ class WarpCore:
         optim.train_mode(self.optimizers)
         self.averages = placement.averages(self)
 
-    def train(self) -> None:
-        """The loop. A save comes before everything that can fail: validation, drawing, trackers."""
-        config, fault = self.config, None
-        evaluation.complete(self)
-        batches = self.feed.batches()
-        profile = self._profile()
+    def _after_update(self) -> Exception | None:
+        """What follows an update: reports, and a save before all that can fail (validation, drawing, trackers).
+
+        Returns the error that the run has to end with, where its data could not be read.
+        """
+        config, save = self.config, self.config.is_saved(self.update)
+        if self._profile is not None:
+            self._profile.step()
         self.feed.mark(self.update)
-        while self.update < config.updates and not self._stopping():
-            lr = self._learning_rate(self.update + 1)
-            self._make_update(batches, lr)
-            self.update += 1
-            if profile is not None:
-                profile.step()
-            self.metrics.add(self.update, lr=lr, data_wait=self.feed.take_data_wait())
-            self.feed.mark(self.update)
-            evaluated, save = config.is_evaluated(self.update), config.is_saved(self.update)
-            if save or self.update % config.log_every == 0:
-                fault = reports.undo_unread(self)
-                if fault:
-                    break
-                reports.report(self, save)
-            if evaluated:
-                evaluation.evaluate(self)
-            self.checkpoints.check()
-        fault = fault or reports.undo_unread(self)
+        evaluated = config.is_evaluated(self.update)
+        if save or self.update % config.log_every == 0:
+            fault = reports.undo_unread(self)
+            if fault is not None:
+                return fault
+            reports.report(self, save)
+        if evaluated:
+            evaluation.evaluate(self)
+        self.checkpoints.check()
+        return None
+
+    def _end(self, fault: Exception | None) -> None:
+        """Save what is not saved yet, and raise `fault`."""
         if self.saved_update != self.update:  # asked to stop
             self.progress.say(f"saving update {self.update} before the run stops")
             reports.report(self, save=True)
         self.checkpoints.wait()
-        if fault:
+        if fault is not None:
             raise fault
 
-    def _make_update(self, batches, lr: float) -> None:
-        """One optimizer step over `accumulation` micro-batches."""
-        config, accumulation = self.config, self.feed.accumulation
-        losses, statistics, batch_norms, samples_hash = [], [], {name: [] for name in self.batch_norms}, 0
-        for network in self.trainable:
-            self.networks[network].train()
-        for step in range(accumulation):
-            batch = next(batches)
-            samples_hash += sum(stable_hash(key, seed) for key, seed in zip(batch.keys, batch.seeds, strict=True))
-            # A network's own randomness (dropout) belongs to the micro-batch, not to the process or the moment.
-            torch.manual_seed(stable_hash(config.seed, "network", batch.number))
-            self._synchronise_gradients(step == accumulation - 1)
-            result = self.forward(batch)
-            (result.loss.mean() * (batch.weight / accumulation)).backward()
-            losses.append(_means(result, batch.weight))
-            # A micro-batch that weighs nothing (no picture of it was readable) teaches nothing either.
-            counted = slice(None) if batch.weight else slice(0)
-            statistics.append({name: value.detach()[counted] for name, value in result.statistics.items()})
-            for name, norms in self.batch_norms.items():
-                batch_norms[name].append(norms.take(batch.weight))
+    def _start_profiling(self) -> None:
+        """Record a few updates, if the config asks for it, on the main process."""
+        if self.config.profile and self.processes.is_main:
+            folder = self.config.run_folder / "profile"
+            self._profile = self._profiling.enter_context(profiled(folder, self.device))
 
-        norm = optim.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
-        group_norms = optim.gradient_norms(self.gradient_groups)
-        mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
-        usable = torch.isfinite(norm) & torch.isfinite(mean["loss"]) & (self.feed.fault is None)
-        finite = self.processes.all_true(usable)
-        optim.set_lr(self.optimizers, lr)
-        optim.step(self.optimizers, ~finite)
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        self._update_states(statistics, batch_norms, finite)
-        for average in self.averages.values():
-            average.step(self.update + 1, finite)
-        group_norms = {f"grad_norm/{name}": value.to(self.device) for name, value in group_norms.items()}
-        times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
-        self.metrics.add(self.update + 1, samples_hash, **mean, grad_norm=norm, **group_norms, **times)
-
-    def _profile(self) -> torch.profiler.profile | None:
-        """What records a few updates, if the config asks for it, on the main process."""
-        if not (self.config.profile and self.processes.is_main):
-            return None
-        return self._profiling.enter_context(profiled(self.config.run_folder / "profile", self.device))
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Afterwards everything is let go of, whatever happened inside."""
+        try:
+            yield
+        except RuntimeError as error:
+            explain(error)
+            raise
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let go of everything; safe at any moment."""
@@ -310,26 +315,16 @@ class WarpCore:
         """Computes in the configured dtype."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
-    def forward(self, batch: Batch) -> Losses:
-        """Encode a batch and compute its losses, with the random numbers of its samples."""
+    def encoded(self, batch: Batch) -> tuple[Any, SampleRandom]:
+        """What `loss` takes of a batch, with the random numbers of its samples. To be called inside `autocast`."""
         random = SampleRandom(batch.seeds, self.device)
-        with self.autocast():
-            with torch.no_grad():
-                inputs = self.encode(batch, random)
-            return self.loss(inputs, random)
+        with torch.no_grad():
+            return self.encode(batch, random), random
 
-    def _update_states(
-        self, statistics: list[dict[str, Tensor]], batch_norms: dict[str, list], finite: Tensor
-    ) -> None:
-        """Change what no gradient changes; an update that is skipped leaves it as it was."""
-        before = {name: tensor.clone() for name, tensor in self.state.without_gradients().items()}
-        for name, norms in self.batch_norms.items():
-            norms.apply(in_global_order(self.processes, batch_norms[name]))
-        statistics = in_global_order(self.processes, statistics)
-        if statistics[0]:
-            self.update_state({name: torch.cat([s[name] for s in statistics]) for name in statistics[0]})
-        for name, tensor in self.state.without_gradients().items():
-            tensor.copy_(torch.where(finite.to(tensor.device), tensor, before[name]))
+    def forward(self, batch: Batch) -> Losses:
+        """The losses of a batch, as in an update."""
+        with self.autocast():
+            return self.loss(*self.encoded(batch))
 
     def _learning_rate(self, update: int) -> float:
         config = self.config

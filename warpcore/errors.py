@@ -3,7 +3,8 @@
 import errno
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -15,11 +16,18 @@ class ConfigError(UserError):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one clear message and exit status 2."""
+    """Run a script's `main` and exit with its status; see `clear_errors`."""
+    with clear_errors():
+        raise SystemExit(main())
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """A `UserError`, or a full disk, becomes one clear message and exit status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a caption is no reason to end
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        raise SystemExit(main())
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -15,6 +15,7 @@ from warpcore import compute
 from warpcore.ema import EMA
 from warpcore.errors import UserError
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
+from warpcore.statistics import has_batch_norms
 
 if TYPE_CHECKING:
     from warpcore.core import WarpCore
@@ -34,7 +35,7 @@ def place(run: "WarpCore", name: str) -> None:
     if name in run.trainable and run.processes.mesh is not None:
         # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
         # Batch norms want their weights in float32; gradients are added up in float32, as in one process.
-        whole = run.dtype == float32 or run.batch_norms[name].norms
+        whole = run.dtype == float32 or has_batch_norms(network)
         policy = MixedPrecisionPolicy(
             param_dtype=None if whole else run.dtype,
             reduce_dtype=float32,
@@ -51,7 +52,7 @@ def place(run: "WarpCore", name: str) -> None:
 
 def _prepare(run: "WarpCore", name: str, network: nn.Module) -> None:
     if run.config.weights_dtype == "bfloat16":
-        if run.batch_norms[name].norms:
+        if has_batch_norms(network):
             raise UserError(f"weights_dtype: {name} has batch norms, which want float32; remove the key")
         compute.keep_in_bfloat16(network)
     if run.config.fp8:

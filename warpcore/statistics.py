@@ -1,10 +1,51 @@
 """State that is not a gradient changes once per update, from all its micro-batches in their global order."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from warpcore.processes import Processes
+
+
+class UpdateStatistics:
+    """What the micro-batches of an update tell of state that is not a gradient, until `apply` changes that state."""
+
+    def __init__(self, processes: Processes, networks: Mapping[str, nn.Module]):
+        self.processes = processes
+        self._norms = {name: BatchNormStatistics(network) for name, network in networks.items()}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._of_batch_norms: dict[str, list[dict[str, Tensor]]] = {name: [] for name in self._norms}
+        self._of_losses: list[dict[str, Tensor]] = []
+
+    def add(self, statistics: Mapping[str, Tensor], weight: float) -> None:
+        """Take those of a micro-batch, which was just computed: (B, ...) by name, and its batch norms'."""
+        counted = slice(None) if weight else slice(0)  # of a micro-batch without a readable picture nothing counts
+        self._of_losses.append({name: value.detach()[counted] for name, value in statistics.items()})
+        for name, norms in self._norms.items():
+            self._of_batch_norms[name].append(norms.take(weight))
+
+    def apply(
+        self, update_state: Callable[[dict[str, Tensor]], None], state: Callable[[], dict[str, Tensor]], finite: Tensor
+    ) -> None:
+        """Change the state once, from the whole update; where `finite` is false it stays as it was.
+
+        Args:
+            update_state: gets the statistics of all samples in global order, where there are any.
+            state: gives all tensors that change here, not copied.
+        """
+        before = {name: tensor.clone() for name, tensor in state().items()}
+        for name, norms in self._norms.items():
+            norms.apply(in_global_order(self.processes, self._of_batch_norms[name]))
+        statistics = in_global_order(self.processes, self._of_losses)
+        if statistics[0]:
+            update_state({name: torch.cat([s[name] for s in statistics]) for name in statistics[0]})
+        for name, tensor in state().items():
+            tensor.copy_(torch.where(finite.to(tensor.device), tensor, before[name]))
+        self._clear()
 
 
 class BatchNormStatistics:
@@ -72,6 +113,11 @@ def _pool(statistics_M3C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = (means * counts).sum(0) / count  # not a number where nothing was counted
     squares = variances * (counts - 1).clamp(min=0) + (means - mean) ** 2 * counts
     return mean, squares.sum(0) / (count - 1).clamp(min=1), count
+
+
+def has_batch_norms(network: nn.Module) -> bool:
+    """Whether running statistics of batch norms are part of a network."""
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
 def in_global_order(processes: Processes, own: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

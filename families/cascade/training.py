@@ -136,16 +136,18 @@ class DiffusionTraining(CascadeTraining):
         """The loss of predicting the target of noised latents.
 
         Args:
-            latents: (B, C, H, W).
-            predict: the network: noised latents (B, C, H, W) and noise conditions (B,) -> predictions (B, C, H, W).
+            latents: (B, C, *positions), such as (B, C, H, W) or (B, C, T, H, W).
+            predict: the network: noised latents (like the latents) and noise conditions (B,) -> predictions.
             noise: like the latents; independent normal numbers without it.
-            mask: (B, 1, H, W), how much each position counts; all alike without it.
+            mask: (B, 1, *positions), how much each position counts; all alike without it.
         """
         noise = random.normal("noise", *latents.shape[1:]) if noise is None else noise
-        offset = random.normal("offset noise", latents.shape[1], 1, 1) if self.config.offset_noise else None
-        loss, raw, logsnr = self.diffusion.loss(
-            predict, latents, noise, random.uniform("timestep"), offset=offset, mask=mask, shift=self.config.shift
+        each_channel = (latents.shape[1], *(1 for _ in latents.shape[2:]))
+        offset = random.normal("offset noise", *each_channel) if self.config.offset_noise else None
+        diffused = self.diffusion.diffuse(
+            latents, noise, random.uniform("timestep"), offset=offset, shift=self.config.shift
         )
+        loss, raw, logsnr = self.diffusion.loss(diffused, predict(diffused.noised, diffused.noise_cond), mask)
         return Losses(loss, raw, {"logsnr": logsnr, "raw": raw} if self.diffusion.state_dict() else {})
 
     def file_metadata(self) -> dict[str, str]:

@@ -39,9 +39,9 @@ def train_on_gpu(name: str, settings: dict) -> None:  # noqa: F811
     with FakeGpu() as gpu:
         run.setup()
         batch = next(run.feed.batches())
-        run._make_update(iter([batch]), 0.1)
+        run.make_update(iter([batch]))
         with gpu.watched():
-            run._make_update(iter([batch]), 0.1)
+            run.make_update(iter([batch]))
         run.metrics.flush()
         evaluation.validate(run)
         evaluation.draw(run)

@@ -109,26 +109,14 @@ class GDF:
             loss_weight=self.loss_weight(logsnr, shift=loss_shift),
         )
 
-    def loss(
-        self,
-        predict: Callable[[Tensor, Tensor], Tensor],
-        x0: Tensor,
-        epsilon: Tensor,
-        uniform: Tensor,
-        *,
-        offset: Tensor | None = None,
-        mask: Tensor | None = None,
-        shift: float = 1.0,
-    ) -> DenoisingLoss:
+    def loss(self, diffused: Diffused, prediction: Tensor, mask: Tensor | None = None) -> DenoisingLoss:
         """The loss of each sample: the mean squared error of the target over all dimensions, times the loss weight.
 
         Args:
-            predict: the network: noised signal (B, ...) and noise condition (B,) -> prediction (B, ...).
-            mask: broadcasts to x0; how much each position counts, relative to the mean over its sample.
-            x0, epsilon, uniform, offset, shift: see `diffuse`.
+            prediction: (B, ...) what the network says of `diffused.noised` and `diffused.noise_cond`.
+            mask: broadcasts to it; how much each position counts, relative to the mean over its sample.
         """
-        diffused = self.diffuse(x0, epsilon, uniform, offset=offset, shift=shift)
-        squared = (predict(diffused.noised, diffused.noise_cond).float() - diffused.target).square()
+        squared = (prediction.float() - diffused.target).square()
         if mask is not None:  # normalised, so that a small masked area does not learn more slowly
             squared = squared * mask / _sample_mean(mask, keepdim=True).clamp(min=1e-6)
         raw = _sample_mean(squared)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.golden import load_case, resolve
-from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.diffusion import GDF, DenoisingLoss
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS, AdaptiveLossWeight, loss_weight_for
 from warpcore.diffusion.noise_conditions import LogSNRNoiseCond, TimestepNoiseCond
 from warpcore.diffusion.processes import discrete_process, flow_process
@@ -181,7 +181,7 @@ def test_a_pair_of_weight_and_target_gives_finite_losses_or_is_refused_with_thos
     process = GDF(table, VPScaler(), TARGETS[target](), TimestepNoiseCond(table), weight)
     x0, noise = torch.randn(2, 1000, 2, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(1000) + 0.5) / 1000
-    loss, raw, logsnr = process.loss(lambda x, t: torch.zeros_like(x), x0, noise, uniform)
+    loss, raw, logsnr = process.loss(process.diffuse(x0, noise, uniform), torch.zeros_like(x0))
     assert loss.isfinite().all()
     assert raw.isfinite().all()
     torch.testing.assert_close(
@@ -251,8 +251,13 @@ def test_a_sample_has_the_loss_that_it_has_alone_and_flattened(shape, target, ma
     uniform, mask = torch.rand(shape[0], generator=generator), torch.rand(shape, generator=generator) + 0.1
     shifts = torch.randn(*shape[:2], *[1] * (len(shape) - 2), generator=generator)
     process = discrete_process("linear", target, offset_noise=0.1 if offset else 0.0)
-    given = {"mask": mask if masked else None, "offset": shifts if offset else None}
-    whole = process.loss(lambda noised, t: guess, x0, noise, uniform, **given)
+
+    def loss_of(rows: slice) -> DenoisingLoss:
+        offsets = shifts[rows] if offset else None
+        diffused = process.diffuse(x0[rows], noise[rows], uniform[rows], offset=offsets)
+        return process.loss(diffused, guess[rows], mask[rows] if masked else None)
+
+    whole = loss_of(slice(None))
     for i in range(shape[0]):
         a, b = (weight.item() for weight in VPScaler()(whole.logsnr[i]))
         epsilon = noise[i] + 0.1 * shifts[i] if offset else noise[i]
@@ -260,9 +265,6 @@ def test_a_sample_has_the_loss_that_it_has_alone_and_flattened(shape, target, ma
         squared = (guess[i] - answer[target]).square()
         expected = (squared * mask[i]).mean() / mask[i].mean() if masked else squared.mean()
         torch.testing.assert_close(whole.raw[i], expected, atol=1e-5, rtol=1e-4)
-        alone = {key: None if value is None else value[i : i + 1] for key, value in given.items()}
-        one = process.loss(
-            lambda noised, t, i=i: guess[i : i + 1], x0[i : i + 1], noise[i : i + 1], uniform[i : i + 1], **alone
-        )
+        one = loss_of(slice(i, i + 1))
         torch.testing.assert_close(one.loss[0], whole.loss[i], atol=1e-6, rtol=1e-5)
     assert whole.loss.shape == whole.raw.shape == (shape[0],)
