@@ -23,6 +23,7 @@ from families.common.library_files import (
     read_tensors,
 )
 from families.common.precision import FrozenNetwork, freeze
+from families.common.weights import are_only_shapes
 from warpcore.errors import UserError
 from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
@@ -144,6 +145,8 @@ class Autoencoder(FrozenNetwork):
             )
         with torch.device("meta"):
             autoencoder = cls(config, key=key, **options)
+        if are_only_shapes():
+            return autoencoder
         tensors = {_current_name(name): tensor for name, tensor in read_tensors(path, key).items()}
         fill(autoencoder.model, tensors, path, key, next(autoencoder.parameters()).dtype)
         autoencoder.model.requires_grad_(False)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families.common.autoencoders import Autoencoder, LatentScale
+from families.common.weights import only_shapes
 from warpcore.errors import UserError
 from warpcore.random import SampleRandom
 from warpcore.weights import write_weights
@@ -132,3 +133,10 @@ def test_what_does_not_fit_is_one_clear_error(folder, tmp_path):
         with pytest.raises(UserError, match=error):
             load()
     assert Autoencoder.load(folder, config | {"force_upcast": False}, precision="float16").precision == "float16"
+
+
+def test_only_shapes_reads_no_weights(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with only_shapes():
+        network = Autoencoder.load(folder)
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}

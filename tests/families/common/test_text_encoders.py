@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from families.common.text_encoders import LAST, PENULTIMATE, ClipTextEncoder, ClipTextEncoders, HiddenState
+from families.common.weights import only_shapes
 from tests.families.common.tiny_clip import write_encoder, write_tokenizer, write_two_encoders
 from warpcore.errors import UserError
 
@@ -141,3 +142,10 @@ def test_what_does_not_fit_is_one_clear_error(folder, tmp_path):
     )
     with pytest.raises(UserError, match=r"another network: text_projection\.weight is missing in the file"):
         ClipTextEncoder.load(folder, number=2)
+
+
+def test_only_shapes_reads_no_weights(folder):
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    with only_shapes():
+        network = ClipTextEncoder.load(folder)
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
