@@ -43,8 +43,9 @@ def trailing_timesteps(steps: int, total: int = 1000, *, end: int = -1) -> Tenso
 def linspace_timesteps(steps: int, total: int = 1000, *, end: int = -1) -> Tensor:
     """(steps + 1,) from the last timestep to the first, both included."""
     _check_steps(steps, total)
-    rounded = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
-    return _with_end(rounded.flip(0), end)
+    spacing = (total - 1) / max(steps - 1, 1)  # halves are rounded as numpy's linspace does
+    rounded = [round(step * spacing) for step in range(steps)]
+    return _with_end(torch.tensor(rounded).flip(0), end)
 
 
 def karras_times(schedule: TableSchedule, steps: int, *, first: int = -1, last: int = 0, rho: float = 7.0) -> Tensor:

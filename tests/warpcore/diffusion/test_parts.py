@@ -31,9 +31,11 @@ from warpcore.diffusion.schedules import (
     LinearSchedule,
     StableDiffusionSchedule,
 )
+from warpcore.diffusion.tables import make_table
 from warpcore.diffusion.targets import TARGETS, EpsilonTarget
 
 ALL_SCHEDULES = {name: make() for name, make in SCHEDULES.items()} | {
+    "table": make_table(),
     "interpolated": InterpolatedSchedule(CosineSchedule(), LinearSchedule(), shifts=(1.0, 0.5)),
 }
 
