@@ -118,7 +118,7 @@ class Caching:
         check_optional(optional_members(self.fields.values()), self.catalog, None)
         self.reader = Reader(
             captions=captions, crop=config.crop_mode, background=config.background,
-            max_pixels=config.max_picture_pixels, extra=self.fields,
+            max_pixels=config.max_picture_pixels, extra=self.fields, geometry=True,
         )  # fmt: skip
         member = captions.member if captions else None
         return Work(self.catalog, selection, buckets_of(training), member, config.seed, self.variants, self.batch_size)
@@ -246,10 +246,12 @@ class Caching:
         with new_tar(self._path(number), record, self.dtype) as tar:
             for chunk in self.work.chunks(number):
                 made: list[dict[str, Tensor]] = [{} for _ in range(len(chunk.rows))]
+                crops: list[dict[int, list[int]]] = [{} for _ in range(len(chunk.rows))]
                 unreadable: set[int] = set()
                 for batch in islice(batches, len(chunk.micro_batches)):
                     self._check_others()
                     places, variant = batch.state["places"], batch.state["variant"]
+                    corners = batch.geometry.crop.tolist()
                     record.cut_captions += self._cut_captions(batch) if variant == 0 else 0
                     for event in batch.events:
                         if places[event.place] not in unreadable:
@@ -258,9 +260,10 @@ class Caching:
                     features = self._made(batch, variant)
                     for i, place in enumerate(places):
                         made[place] |= {variant_member(name, variant): rows[i] for name, rows in features.items()}
+                        crops[place][variant] = corners[i]
                 for place in unreadable:
                     made[place] = {}
-                tar.write(chunk, self.work.texts(number, chunk.rows), made)
+                tar.write(chunk, self.work.texts(number, chunk.rows), made, crops)
                 progress.update(len(chunk.rows))
             record.seconds = time.perf_counter() - began
 

@@ -182,6 +182,9 @@ class DataKeys(Settings):
     """Without `validation_path`: how many training samples (chosen by a hash of their key) are held out instead."""
     dataset_filters: list[tuple[str | list[str], str]] = []
     """Pairs of column(s) and expression, e.g. `[['width', 'height'], 'lambda w, h: w*h >= 589824']`: all must hold."""
+    columns: list[str] = []
+    """Index columns that arrive in each batch as tensors for the use case, e.g. `[aesthetic_score, fps]`: numbers and
+    truth values of the .json, `width`, `height`. Every sample has to have them."""
     captions_getter: tuple[str, str] = ("txt", "identity")
     """Member and expression that give the caption, e.g. `['json', 'lambda j: j["caption"]']`."""
     image_size: PositiveInt = 1024

@@ -38,7 +38,7 @@ class WarpCore:
     """Trains what a subclass describes. `MyUseCase.main()` in a script is all that is needed to run it.
 
     Hooks to override: `build`, `encode`, `loss`, and where wanted `begin`, `sample`, `update_state`, `weights`,
-    `file_metadata`, `extra_fields` and `computed_in_workers`.
+    `file_metadata`, `extra_fields`, `index_columns` and `computed_in_workers`.
     """
 
     Config: ClassVar[type[Config]] = Config
@@ -49,6 +49,8 @@ class WarpCore:
     """Whether the loader reads pictures."""
     needs_captions: ClassVar[bool] = True
     """Whether every sample needs a caption; without them `Batch.captions` are empty."""
+    needs_geometry: ClassVar[bool] = False
+    """Whether `Batch.geometry` is wanted: true size, size before the crop, and place of the crop of every picture."""
     cannot_draw: str | None = None
     """Why no sample pictures are drawn, which is told once; set by `build` where a network for them is missing."""
     draws_samples: bool = True
@@ -102,6 +104,10 @@ class WarpCore:
     def extra_fields(self) -> dict:
         """Further members of each sample to read: name -> `warpcore.data.reader` field."""
         return {}
+
+    def index_columns(self) -> list[str]:
+        """Columns of the index for `Batch.columns`; every sample has to have them."""
+        return self.config.columns
 
     def computed_in_workers(self) -> dict:
         """What the loader's workers compute of each batch, for `Batch.extra`: name -> picklable function of it."""
@@ -197,7 +203,7 @@ class WarpCore:
         self.state = RunState(self)
         self.feed = Feed(
             config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.needs_captions,
-            self.extra_fields(), self.computed_in_workers(),
+            self.extra_fields(), self.computed_in_workers(), self.index_columns(), self.needs_geometry,
         )  # fmt: skip
         if resumed is not None:
             self.state.load(resumed, saved)

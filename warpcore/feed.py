@@ -2,7 +2,7 @@
 
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +13,7 @@ from warpcore.config import Config
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog, open_catalog
+from warpcore.data.columns import check_missing, column_types, tensor_types
 from warpcore.data.disk_cache import DiskCache
 from warpcore.data.filters import Filter
 from warpcore.data.loader import Loader
@@ -51,6 +52,8 @@ class Feed:
         needs_images: whether pictures are read at all.
         extra: further members of each sample to read.
         computed: functions of a batch, for the workers to call.
+        columns: index columns for `Batch.columns`.
+        needs_geometry: whether `Batch.geometry` is wanted.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Feed:
         needs_captions: bool,
         extra: dict,
         computed: dict,
+        columns: Sequence[str] = (),
+        needs_geometry: bool = False,
     ):
         self.config, self.processes = config, processes
         self._notes: list[str] = []
@@ -85,6 +90,7 @@ class Feed:
         self._validation_loader: Loader | None = None
         self._to_draw: Batch | None = None
         captions = CaptionGetter.parse(config.captions_getter) if needs_captions else None
+        self._columns = tuple(dict.fromkeys(columns))
         self.plan = self._make_plan(bucket_factor, captions, extra, needs_images)
         self._check_plan(saved)
         notes = processes.on_main(lambda: self._look_at_data(optional_members(extra.values()), bool(saved)))
@@ -97,6 +103,8 @@ class Feed:
             max_pixels=config.max_picture_pixels,
             extra=extra,
             computed=computed,
+            columns=tensor_types(self._types, self._columns),
+            geometry=needs_geometry,
             read_ranges=self._read_ranges,
         )
 
@@ -255,6 +263,7 @@ class Feed:
                     "pictures themselves. Where a script can train from a cache, name its folder alone"
                 )
         self.catalog = catalog
+        self._types = self.processes.on_main(lambda: column_types(catalog, self._columns))
         self._read_ranges = read_ranges
         if config.cache_path:
             needed = [version for each in (catalog, held_out) if each for version in each.versions()]
@@ -269,6 +278,7 @@ class Feed:
             captions=captions,
             required_members=[field.suffixes for field in extra.values()],
             counted_members=list(optional_members(extra.values())),
+            columns=self._types,
             max_picture_pixels=config.max_picture_pixels,
             seed=config.seed,
             validation=held_out,
@@ -282,6 +292,10 @@ class Feed:
         if self.plan.num_rows_on_file > SURVEYED_ROWS:
             return check_optional(optional, self.catalog, None, resumed=resumed)
         found = self.plan.survey
+        check_missing(found.missing, found.passed, "training")
+        if self._types and self.plan.has_validation:
+            held_out = self.plan.validation_survey
+            check_missing(held_out.missing, held_out.passed, "validation")
         told = check_optional(optional, self.catalog, found.members, found.passed, resumed)
         return [f"training data: {found}", *told]
 

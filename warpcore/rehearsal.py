@@ -18,6 +18,8 @@ from warpcore import optim
 from warpcore.config import Config
 from warpcore.core import WarpCore
 from warpcore.data.buckets import Buckets
+from warpcore.data.geometry import CropGeometry
+from warpcore.data.images import place
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.meta import META, AsIfOn, BesideTheCPU, PeakMemory
@@ -75,6 +77,8 @@ def made_up_batch(run: WarpCore, size: tuple[int, int], count: int) -> Batch:
     batch = Batch(
         number=0, size=size, lane=0, epoch=0, state={}, images=images if run.needs_images else None,
         captions=[""] * count, keys=[str(i) for i in range(count)], seeds=list(range(count)), weight=1.0, extra=extra,
+        columns={name: torch.zeros(count, dtype=torch.int64) for name in run.index_columns()},
+        geometry=CropGeometry.of([place(size, size)] * count) if run.needs_geometry else None,
     )  # fmt: skip
     for name, function in run.computed_in_workers().items():
         batch.extra[name] = function(batch)

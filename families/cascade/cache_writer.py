@@ -199,11 +199,23 @@ class CacheTar:
     def __init__(self, file: tarfile.TarFile, record: Record, dtype: str):
         self._file, self.record, self._dtype = file, record, dtype
 
-    def write(self, chunk: Chunk, texts: list[dict[str, bytes]], made: list[dict[str, Tensor]]) -> None:
-        """Write rows; `made` holds, by member, the float32 features of each, nothing of those that have none."""
+    def write(
+        self,
+        chunk: Chunk,
+        texts: list[dict[str, bytes]],
+        made: list[dict[str, Tensor]],
+        crops: list[dict[int, list[int]]],
+    ) -> None:
+        """Write rows.
+
+        made: by member, the float32 features of each row, nothing of those that have none. crops: by variant, the
+        [top, left] of each row's crops.
+        """
         columns = (chunk.rows[name].to_pylist() for name in ("key", "width", "height", "problem"))
-        for key, width, height, problem, text, features in zip(*columns, texts, made, strict=True):
+        for key, width, height, problem, text, features, places in zip(*columns, texts, made, crops, strict=True):
             facts = {"width": width, "height": height} | ({"problem": problem} if problem else {})
+            if features:
+                facts["crops"] = [place for _, place in sorted(places.items())]
             self._add(f"{key}.{PICTURE_FACTS}", json.dumps(facts).encode())
             for member, content in text.items():
                 self._add(f"{key}.{member}", content)

@@ -17,9 +17,8 @@ import pyarrow as pa
 
 from warpcore.data.catalog import Catalog
 from warpcore.data.hashing import splitmix64
-from warpcore.data.index import read_rows
 from warpcore.data.samples import MicroBatch, Sample
-from warpcore.data.selection import BASE_COLUMNS, Piece, Selection, as_pieces, cut, make_samples, survey
+from warpcore.data.selection import Piece, Selection, as_pieces, cut, make_samples, survey
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
@@ -261,7 +260,7 @@ class Lane:
             of_shard = [draw for draw in draws if draw.shard == shard]
             rows = [draw.row for draw in of_shard]
             first = min(rows)
-            table = read_rows(self.recipe.catalog.shard(shard), BASE_COLUMNS, first, max(rows) + 1)
+            table = self.recipe.selection.read(self.recipe.catalog.shard(shard), first, max(rows) + 1)
             table = table.take(pa.array([row - first for row in rows]))
             samples |= zip(of_shard, self.recipe.to_samples(table, of_shard), strict=True)
         return [(draw, samples[draw]) for draw in draws]

@@ -2,11 +2,12 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
 from math import gcd
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +61,7 @@ class Plan:
         validation: the catalog of `validation_path`.
         validation_samples: so many rows of the data set are kept for validation where there is no `validation`.
         counted_members: members of which the survey counts how many rows have them.
+        columns: index columns whose values samples bring along, as `column_types` gives them.
         num_lanes, group_rows: by default they follow from the number of rows.
 
     Raises:
@@ -82,6 +84,7 @@ class Plan:
         num_lanes: int | None = None,
         group_rows: int | None = None,
         counted_members: Sequence[str] = (),
+        columns: Mapping[str, pa.DataType] = MappingProxyType({}),
     ):
         if micro_batch_size < 1:
             raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
@@ -89,7 +92,7 @@ class Plan:
             raise UserError("give validation_path or validation_samples, not both")
         wanted = [*([captions.member] if captions else []), *required_members]
         members = dict.fromkeys((one,) if isinstance(one, str) else tuple(one) for one in wanted)
-        selection = Selection(tuple(filters), tuple(members), max_picture_pixels)
+        selection = Selection(tuple(filters), tuple(members), max_picture_pixels, columns=dict(columns))
         selection.check(catalog, captions)
         if validation is not None:
             selection.check(validation, captions)
@@ -120,6 +123,11 @@ class Plan:
     def survey(self) -> Survey:
         """What a pass over the whole index finds: rows, and why others are rejected. Slow for large data sets."""
         return survey(self._recipe.catalog, self._recipe.selection, self._counted_members)
+
+    @cached_property
+    def validation_survey(self) -> Survey:
+        """The same of the rows of `validation_path`; of a data set without one, of all its rows."""
+        return survey(self._validation or self._recipe.catalog, self._unheld)
 
     def some_samples(self, count: int) -> list[Sample]:
         """Training samples to look at: all, if `count` is not below the rows of the index, else some of many shards.

@@ -20,11 +20,11 @@ from torch.utils.data import get_worker_info
 
 from warpcore.data import images
 from warpcore.data.captions import BadCaption, CaptionGetter
+from warpcore.data.geometry import CropGeometry, drawn_variant, stored_geometry
 from warpcore.data.images import BadPicture, Crop, Geometry
-from warpcore.data.samples import MicroBatch, Sample, picture_member
+from warpcore.data.samples import PICTURE_FACTS, MicroBatch, Sample, picture_member
 from warpcore.data.storage import in_parallel, read_ranges
 from warpcore.errors import UserError
-from warpcore.random import stable_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,10 @@ class Batch:
     extra: dict[str, Tensor | list] = field(default_factory=dict)
     """Further members that a use case asked for, by name: (B, ...) where they stack, else a list of B. And what
     `Reader.computed` made."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    """The index columns that the run asks for, by name: (B,) bool, int64 or float32."""
+    geometry: CropGeometry | None = None
+    """True sizes and crops, where the use case asks for them (`needs_geometry`)."""
     milliseconds: dict[str, float] = field(default_factory=dict)
     """How long what was `timed` took per sample, by what it was and where."""
 
@@ -89,12 +93,15 @@ class Batch:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor in it."""
-        yield from (value for value in (self.images, *self.extra.values()) if isinstance(value, Tensor))
+        values = (self.images, *self.extra.values(), *self.columns.values(), self.geometry and self.geometry.values)
+        yield from (value for value in values if isinstance(value, Tensor))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         extra = {name: function(value) if isinstance(value, Tensor) else value for name, value in self.extra.items()}
         pictures = None if self.images is None else function(self.images)
-        return dataclasses.replace(self, images=pictures, extra=extra)
+        columns = {name: function(value) for name, value in self.columns.items()}
+        geometry = self.geometry and CropGeometry(function(self.geometry.values))
+        return dataclasses.replace(self, images=pictures, extra=extra, columns=columns, geometry=geometry)
 
 
 class BadMember(Exception):
@@ -160,7 +167,7 @@ class TensorField:
 
     def suffixes_of(self, sample: Sample) -> tuple[str, ...]:
         """The member of the variant that is drawn."""
-        return (variant_member(self.name, stable_hash(sample.seed, "variant") % self.variants),)
+        return (variant_member(self.name, drawn_variant(sample, self.variants)),)
 
     def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> Tensor:
         try:
@@ -201,6 +208,10 @@ class Reader:
     """Further members, by the name that they get in `Batch.extra`."""
     computed: Mapping[str, Callable[[Batch], Any]] = field(default_factory=dict)
     """Functions of the batch, on the CPU, whose results go to `Batch.extra` by these names too."""
+    columns: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """Index columns for `Batch.columns`, and what they become; samples bring their values."""
+    geometry: bool = False
+    """Whether `Batch.geometry` is wanted. Without pictures, what stands for them has to hold it, as in a cache."""
     read_ranges: ReadRanges = read_ranges
 
     def __post_init__(self):
@@ -237,6 +248,11 @@ class Reader:
             events=events,
             notes=micro_batch.notes,
             extra={name: _stacked([item.extra[name] for item in items]) for name in self.extra},
+            columns={
+                name: torch.tensor([item.sample.columns[name] for item in items], dtype=kind)
+                for name, kind in self.columns.items()
+            },
+            geometry=CropGeometry.of([item.geometry for item in items]) if self.geometry else None,
         )
         for name, compute in self.computed.items():
             with batch.timed(name, "main process" if get_worker_info() is None else "workers"):
@@ -248,7 +264,7 @@ class Reader:
         if self.captions is None:
             return []
         found = []
-        contents = replace(self, pictures=False, extra={})._read(samples)
+        contents = replace(self, pictures=False, extra={}, geometry=False)._read(samples)
         for sample, members in zip(samples, contents, strict=True):
             with suppress(BadCaption):  # whoever trains on the sample reports it
                 found.append((sample.shard, self.captions(members[self.captions.member])))
@@ -274,7 +290,7 @@ class Reader:
         """The suffixes to read, of those that a sample has."""
         asked = [self.captions.member] if self.captions else []
         asked += [suffix for one in self.extra.values() for suffix in _first(_wanted(one, sample), members)]
-        asked += [picture_member(members) or ""] if self.pictures else []
+        asked += [picture_member(members) or ""] if self.pictures else [PICTURE_FACTS] if self.geometry else []
         return {suffix for suffix in asked if suffix in members}
 
     def _decode(
@@ -297,6 +313,8 @@ class Reader:
                 raise _BadContent(suffix, str(error)) from error
             target[:] = picture.pixels
             geometry = picture.geometry
+        elif self.geometry:
+            geometry = stored_geometry(_content([PICTURE_FACTS], contents, sample)[1], sample, size)
         extra = {}
         for name, one in self.extra.items():
             suffix, content = _content(_wanted(one, sample), contents, sample)
@@ -304,7 +322,7 @@ class Reader:
                 extra[name] = one.decode(content, geometry, sample)
             except (BadPicture, BadMember) as error:
                 raise _BadContent(suffix, str(error)) from error
-        return _Item(sample, caption, extra)
+        return _Item(sample, caption, extra, geometry)
 
     def _without_gaps(
         self, items: list["_Item | None"], micro_batch: MicroBatch, pixels: Tensor | None
@@ -315,7 +333,11 @@ class Reader:
             if pixels is not None:
                 pixels.zero_()
             extra = {name: one.blank(micro_batch.size) for name, one in self.extra.items()}
-            return [_Item(sample, "", extra) for sample in micro_batch.samples]
+            size = micro_batch.size
+            return [
+                _Item(sample, "", extra, images.place((sample.height, sample.width), size))
+                for sample in micro_batch.samples
+            ]
         filled = []
         for place, item in enumerate(items):
             origin = next((other for other in readable if other >= place), readable[0])
@@ -329,6 +351,7 @@ class _Item(NamedTuple):
     sample: Sample
     caption: str
     extra: dict[str, Any]
+    geometry: Geometry | None
 
 
 class _BadContent(Exception):

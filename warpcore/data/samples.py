@@ -1,7 +1,7 @@
 """What travels from the plan to the workers: which rows a micro-batch holds and where their bytes are."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # In order of preference, where one sample holds several pictures: the first one present is *the* picture.
 PICTURE_EXTENSIONS = (
@@ -10,7 +10,8 @@ PICTURE_EXTENSIONS = (
 
 PICTURE_FACTS = "picture.json"
 """Extension of what stands for a picture that a tar does not hold, such as one of cached latents: its true `width` and
-`height` in px, and perhaps a `problem` why it can't be drawn."""
+`height` in px, perhaps a `problem` why it can't be drawn, and `crops`: of each variant the [top, left] of its crop in
+px of the resized picture."""
 
 COMMON_KINDS = ("mask.png", "depth.png", "seg.png")
 """Pictures beside the picture of a sample that are known to be no picture of another sample, however few have them."""
@@ -35,6 +36,8 @@ class Sample:
     """63 bits, from (run seed, epoch, row, repeat): all randomness of the sample starts here."""
     version: tuple[int, str] | None = None
     """(size in bytes, etag) of the tar that was planned with; bytes of another one are refused. None: any will do."""
+    columns: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Values of the index columns that the run asks for."""
 
 
 @dataclass(frozen=True, slots=True)

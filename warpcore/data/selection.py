@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog
+from warpcore.data.columns import PREFIX, values_of, with_columns
 from warpcore.data.dotted_names import DOTTED_NAME, as_read
 from warpcore.data.expressions import near_names
-from warpcore.data.filters import Filter
+from warpcore.data.filters import Filter, column_name
 from warpcore.data.index import CUT_SHORT, HIDDEN_COLUMN, MEMBER_COLUMNS, has_member, read_rows
 from warpcore.data.samples import Sample
 from warpcore.data.shards import Shard
@@ -54,7 +55,7 @@ class Rows:
     """The rows of a piece that can be drawn."""
 
     table: pa.Table
-    """BASE_COLUMNS."""
+    """BASE_COLUMNS, and those that the selection names."""
     numbers: np.ndarray
     """(rows,) int64: their places in the shard."""
     rejected: Counter[str]
@@ -80,6 +81,8 @@ class Selection:
     max_picture_pixels: int | None = None
     held_out: dict[int, np.ndarray] = field(default_factory=dict)
     """Shard number -> rows kept for validation."""
+    columns: dict[str, pa.DataType] = field(default_factory=dict)
+    """Index columns whose values samples bring along, and their types."""
 
     def load(self, catalog: Catalog, piece: Piece) -> Rows:
         """Read the rows of a piece and keep those that meet the conditions, each rejection counted once."""
@@ -134,7 +137,13 @@ class Selection:
             rejected[str(condition)] -= verdict.num_missing
             keep(verdict.passed, str(condition))
         keep(~np.isin(numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
-        return Rows(found.select(BASE_COLUMNS), numbers, +rejected, examples)
+        table = with_columns(found.select(BASE_COLUMNS), found, self.columns, shard.url)
+        return Rows(table, numbers, +rejected, examples)
+
+    def read(self, shard: Shard, start: int, stop: int) -> pa.Table:
+        """Rows of a shard as `load` gives them, whether they meet the conditions or not."""
+        found = read_rows(shard, [*BASE_COLUMNS, *map(column_name, self.columns)], start, stop)
+        return with_columns(found.select(BASE_COLUMNS), found, self.columns, shard.url)
 
     def check(self, catalog: Catalog, captions: CaptionGetter | None = None) -> None:
         """Raise UserError where a filter, a caption or a required member asks for what no sample has."""
@@ -158,6 +167,7 @@ class Selection:
         if any(condition.takes_mapping and not condition.expression.only_keys for condition in self.filters):
             return None
         wanted = [name for condition in self.filters for name in condition.column_names]
+        wanted += map(column_name, self.columns)
         return list(dict.fromkeys([*BASE_COLUMNS, "problem", HIDDEN_COLUMN, *wanted]))
 
 
@@ -173,6 +183,8 @@ class Survey:
     """Filtered column -> the values it was seen to have."""
     members: Counter[str] = field(default_factory=Counter)
     """How many training rows have each of the members that were asked for."""
+    missing: Counter[str] = field(default_factory=Counter)
+    """How many training rows lack each of the columns that the selection names."""
     examples: dict[str, str] = field(default_factory=dict)
     """Of some of the reasons, the first row that was rejected, and what to do."""
 
@@ -196,6 +208,8 @@ def survey(catalog: Catalog, selection: Selection, members: Sequence[str] = ()) 
         result.passed += len(rows.numbers)
         for member in members:
             result.members[member] += pc.sum(has_member(rows.table, member)).as_py() or 0
+        for name in selection.columns:
+            result.missing[name] += rows.table[PREFIX + name].null_count
         result.rejected += rows.rejected
         result.examples = rows.examples | result.examples
         for name, column in _columns_of(catalog, piece, names):
@@ -220,7 +234,11 @@ def _range(values: list) -> str:
 
 
 def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) -> list[Sample]:
-    """A sample per row of a table with BASE_COLUMNS."""
+    """A sample per row of a table as `Selection.load` gives it.
+
+    Raises:
+        UserError: a row lacks one of the columns that were asked for.
+    """
     columns = [rows[name].to_pylist() for name in ("key", "width", "height")]
     names, offsets, sizes = (rows[name].to_pylist() for name in MEMBER_COLUMNS)
     members = [
@@ -228,8 +246,10 @@ def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) 
         for keys, starts, lengths in zip(names, offsets, sizes, strict=True)
     ]
     return [
-        Sample(shard.url, key, held, width, height, seed, (shard.size_bytes, shard.etag))
-        for shard, key, width, height, held, seed in zip(shards, *columns, members, seeds, strict=True)
+        Sample(shard.url, key, held, width, height, seed, (shard.size_bytes, shard.etag), values)
+        for shard, key, width, height, held, seed, values in zip(
+            shards, *columns, members, seeds, values_of(rows, shards), strict=True
+        )
     ]
 
 

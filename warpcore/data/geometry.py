@@ -1,0 +1,69 @@
+"""How the pictures of a batch were resized and cropped: computed as they are decoded, or read from a cache."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from warpcore.data.buckets import resized_size
+from warpcore.data.images import Geometry
+from warpcore.data.samples import Sample
+from warpcore.errors import UserError
+from warpcore.random import stable_hash
+
+
+@dataclass(frozen=True, slots=True)
+class CropGeometry:
+    """How the pictures of a batch came to their bucket, as SDXL's size and crop conditions want it (arXiv 2307.01952,
+    section 2.2)."""
+
+    values: torch.Tensor
+    """int64 (B, 4, 2): `source`, `resized`, `crop` and `size` of each sample, in px."""
+
+    @classmethod
+    def of(cls, geometries: Sequence[Geometry]) -> Self:
+        rows = [(one.source, one.resized, (one.top, one.left), one.size) for one in geometries]
+        return cls(torch.tensor(rows, dtype=torch.int64))
+
+    @property
+    def source(self) -> torch.Tensor:
+        """(B, 2): height and width of the whole picture, its EXIF rotation applied."""
+        return self.values[:, 0]
+
+    @property
+    def resized(self) -> torch.Tensor:
+        """(B, 2): height and width after resizing, before the crop."""
+        return self.values[:, 1]
+
+    @property
+    def crop(self) -> torch.Tensor:
+        """(B, 2): top and left of the crop in the resized picture."""
+        return self.values[:, 2]
+
+    @property
+    def size(self) -> torch.Tensor:
+        """(B, 2): height and width of the crop, which is the bucket."""
+        return self.values[:, 3]
+
+
+def stored_geometry(facts: bytes, sample: Sample, size: tuple[int, int]) -> Geometry:
+    """How the picture of a sample whose features were stored came to the bucket `size` (H, W).
+
+    Raises:
+        UserError: that was not stored.
+    """
+    crops = json.loads(facts).get("crops")
+    if not crops:
+        raise UserError(
+            f"{sample.shard} does not say how its pictures were cropped, which this run wants to know: it was made by "
+            "an earlier version; recreate the cache with tools/cache.py"
+        )
+    source, (top, left) = (sample.height, sample.width), crops[drawn_variant(sample, len(crops))]
+    return Geometry(source, resized_size(*source, size), top, left, size)
+
+
+def drawn_variant(sample: Sample, variants: int) -> int:
+    """Which of the variants of stored features a draw of a sample takes."""
+    return stable_hash(sample.seed, "variant") % variants
