@@ -21,6 +21,7 @@ from warpcore.config import Config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
 from warpcore.feed import split_batch
+from warpcore.networks import Checkpointing
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 
 GIB = 2**30
@@ -74,7 +75,7 @@ class Plan:
         """Of activation checkpointing, those that all trained networks offer."""
         with self.shapes({}) as shapes:
             trained = [shapes.run.networks[name] for name in shapes.run.trainable]
-            return LEVELS if all(hasattr(network, "set_activation_checkpointing") for network in trained) else (0,)
+            return LEVELS if all(isinstance(network, Checkpointing) for network in trained) else (0,)
 
     def show(self, buckets: bool) -> None:
         """Print what the config needs, and what it would with other levels of activation checkpointing."""

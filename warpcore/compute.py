@@ -7,12 +7,13 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from warpcore.errors import UserError
+from warpcore.networks import Compiling, blocks
 
 COMPILED_VARIANTS = 64
 """Of one block: kinds of layers, widths, training and evaluation. Beyond PyTorch's 8, the rest would stay plain."""
 
 
-def compile_blocks(network: nn.Module, device: torch.device) -> None:
+def compile_blocks(network: Compiling, device: torch.device) -> None:
     """Compile what a network offers to (`compile_blocks`), each variant when it is first used.
 
     Raises:
@@ -45,7 +46,7 @@ def to_fp8(network: nn.Module, device: torch.device, emulate: bool = False) -> l
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise UserError("fp8: needs torchao: pip install torchao") from error
-    inside = {layer for block in getattr(network, "blocks", ()) for layer in block.modules()}
+    inside = {layer for block in blocks(network) for layer in block.modules()}
     names = [
         name for name, layer in network.named_modules()
         if type(layer) is nn.Linear and layer in inside and not any(side % 16 for side in layer.weight.shape)

@@ -22,6 +22,7 @@ from warpcore.files import write_whole
 from warpcore.keys import changed_keys
 from warpcore.launch import launch
 from warpcore.metrics import Metrics
+from warpcore.networks import check_networks
 from warpcore.offload import OnDemand
 from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes
 from warpcore.profiling import profiled
@@ -242,6 +243,7 @@ class WarpCore:
         config = self.config
         torch.manual_seed(config.seed)
         self.networks = self.build()
+        check_networks(self.networks, self.trainable, config)
         self.statistics = UpdateStatistics(self.processes, {name: self.networks[name] for name in self.trainable})
         self.on_demand: dict[str, OnDemand] = {}
         for name in self.networks:

@@ -5,10 +5,13 @@ Copies go through pinned memory and run in the order of the device's other work,
 
 from collections.abc import Callable
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from warpcore.networks import blocks, forward_methods
 
 
 class OnDemand:
@@ -28,7 +31,7 @@ class OnDemand:
             self._home = [tensor.pin_memory() for tensor in self._home]
         self.nbytes = sum(tensor.nbytes for tensor in self._home)
         self._put(self._home)
-        for name in ("forward", *getattr(network, "forward_methods", ())):
+        for name in ("forward", *forward_methods(network)):
             setattr(network, name, self._bringing(getattr(network, name)))
 
     def _bringing(self, method: Callable) -> Callable:
@@ -61,7 +64,7 @@ def keep_inputs_on_cpu(network: nn.Module) -> None:
 
     That is the first input of a block, and all that grows with the number of blocks: other inputs are shared by many.
     """
-    for block in network.blocks:
+    for block in blocks(network):
         block.forward = _sending(block)
 
 
@@ -69,13 +72,14 @@ def _sending(block: nn.Module) -> Callable:
     forward = block.forward
 
     @wraps(forward)
-    def send(x: Tensor, *others: Tensor | None) -> Tensor:
+    def send(*inputs: Any, **named: Any) -> Any:
         if not block.checkpointed:
-            return forward(x, *others)
+            return forward(*inputs, **named)
+        x = next(value for value in (*inputs, *named.values()) if isinstance(value, Tensor))
         # The graph keeps these functions, which must not keep x.
         pack = partial(_pack, x.untyped_storage()._cdata)
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            return forward(x, *others)
+            return forward(*inputs, **named)
 
     return send
 

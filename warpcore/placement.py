@@ -14,6 +14,7 @@ from torch.distributed.fsdp import (
 from warpcore import compute
 from warpcore.ema import EMA
 from warpcore.errors import UserError
+from warpcore.networks import Compiling, HasBlocks, blocks, forward_methods, keeps_inputs
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
 from warpcore.statistics import has_batch_norms
 
@@ -28,9 +29,9 @@ def place(run: "WarpCore", name: str) -> None:
         _prepare(run, name, network)
     else:
         network.eval().requires_grad_(False).to(run.dtype)
-    if run.config.compile and hasattr(network, "compile_blocks"):
+    if run.config.compile and isinstance(network, Compiling):
         compute.compile_blocks(network, run.device)
-    if "activations" in run.config.offload and _offers_checkpointing(network) and hasattr(network, "blocks"):
+    if "activations" in run.config.offload and keeps_inputs(network):
         keep_inputs_on_cpu(network)
     if name in run.trainable and run.processes.mesh is not None:
         # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
@@ -42,7 +43,7 @@ def place(run: "WarpCore", name: str) -> None:
             cast_forward_inputs=False,
         )
         _shard(run, network, policy)
-    elif run.processes.mesh is not None and run.config.use_fsdp and hasattr(network, "blocks"):
+    elif run.processes.mesh is not None and run.config.use_fsdp and isinstance(network, HasBlocks):
         _shard(run, network, MixedPrecisionPolicy(cast_forward_inputs=False))
     elif name not in run.trainable and "encoders" in run.config.offload:
         run.on_demand[name] = OnDemand(network, run.device)
@@ -58,13 +59,7 @@ def _prepare(run: "WarpCore", name: str, network: nn.Module) -> None:
     if run.config.fp8:
         compute.to_fp8(network, run.device)
     if run.config.activation_checkpointing:
-        if not _offers_checkpointing(network):
-            raise UserError(f"activation_checkpointing: {name} does not offer it; remove the key")
         network.set_activation_checkpointing(run.config.activation_checkpointing)
-
-
-def _offers_checkpointing(network: nn.Module) -> bool:
-    return hasattr(network, "set_activation_checkpointing")
 
 
 def _shard(run: "WarpCore", network: nn.Module, policy: MixedPrecisionPolicy) -> None:
@@ -76,9 +71,9 @@ def _shard(run: "WarpCore", network: nn.Module, policy: MixedPrecisionPolicy) ->
         parameter.data = parameter.data.contiguous()
     on_cpu = CPUOffloadPolicy(pin_memory=run.device.type == "cuda")
     offload = on_cpu if run.config.fsdp_cpu_offload else OffloadPolicy()
-    for part in (*getattr(network, "blocks", ()), network):
+    for part in (*blocks(network), network):
         fully_shard(part, mesh=run.processes.mesh, mp_policy=policy, offload_policy=offload)
-    for method in getattr(network, "forward_methods", ()):
+    for method in forward_methods(network):
         register_fsdp_forward_method(network, method)
 
 

@@ -23,6 +23,7 @@ from warpcore.data.images import place
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.meta import META, AsIfOn, BesideTheCPU, PeakMemory
+from warpcore.networks import Checkpointing, HasBlocks, blocks
 
 
 def load_use_case(path: Path) -> type[WarpCore]:
@@ -185,12 +186,12 @@ class OnShapes:
         return on_device, on_cpu
 
     def _is_sharded(self, name: str) -> bool:
-        return self.sharded and (name in self.run.trainable or hasattr(self.run.networks[name], "blocks"))
+        return self.sharded and (name in self.run.trainable or isinstance(self.run.networks[name], HasBlocks))
 
     def set_checkpointing(self, level: int) -> None:
         """Change `activation_checkpointing` of every network that offers it."""
         for network in self.run.networks.values():
-            if hasattr(network, "set_activation_checkpointing"):
+            if isinstance(network, Checkpointing):
                 network.set_activation_checkpointing(level)
 
     def _activations(self, size: tuple[int, int], micro_batch: int, accumulation: int) -> tuple[int, int]:
@@ -242,8 +243,8 @@ class OnShapes:
         before and after they are added up.
         """
         networks = [network for name, network in self.run.networks.items() if self._is_sharded(name)]
-        blocks = [_count(block) for network in networks for block in getattr(network, "blocks", ())]
-        largest, outside = max(blocks, default=0), sum(map(_count, networks)) - sum(blocks)
+        sizes = [_count(block) for network in networks for block in blocks(network)]
+        largest, outside = max(sizes, default=0), sum(map(_count, networks)) - sum(sizes)
         travelling = 3 * 4 * largest if self.config.fsdp_cpu_offload else 0
         return (2 * 2 * largest + outside) * torch.finfo(self.run.dtype).bits // 8 + travelling
 

@@ -1,0 +1,111 @@
+"""What the engine can ask of a network beyond `nn.Module`, and which config keys ask for it.
+
+`Network` is the whole of it. A network may lack parts: `check_networks`, called once at the start of a run, refuses a
+config that needs what is missing; where nothing needs it, the network is trained, or used, as one piece.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from warpcore.config import Config
+from warpcore.errors import UserError
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """Has blocks, the parts that most of its weights and activations are in.
+
+    FSDP shards, gathers and frees them one at a time; `fp8` converts the linear layers in them; `offload: activations`
+    keeps the inputs of those that are checkpointed in the CPU's memory.
+    """
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """All blocks, in any order, without any inside of another. They need not be alike.
+
+        A block is called as a module (never one of its methods), its first tensor is what it transforms. Where the
+        network is `Checkpointing`, `block.checkpointed` says whether its activations are computed again.
+        """
+
+
+@runtime_checkable
+class Checkpointing(Protocol):
+    """Can compute activations again in the backward pass instead of keeping them (`activation_checkpointing`)."""
+
+    def set_activation_checkpointing(self, level: int) -> None:
+        """0: keep all. 1 and 2: compute again what saves the most memory for its time. 3: every block.
+
+        Outputs and gradients are the same at every level. May be called again with another level. The docs page of a
+        family says what its levels are.
+        """
+
+
+@runtime_checkable
+class Compiling(Protocol):
+    """Can compile itself, part by part (`compile`)."""
+
+    def compile_blocks(self) -> None:
+        """Let `torch.compile` fuse what each block computes. Called once, before the network is sharded; names of
+        parameters, hooks and activation checkpointing stay as they are."""
+
+
+@runtime_checkable
+class Network(HasBlocks, Checkpointing, Compiling, Protocol):
+    """All that training can ask of a network. Those of diffusers get it from the adapter in `families/common`."""
+
+
+@runtime_checkable
+class CalledByMethods(Protocol):
+    """Is called not by `forward` alone, which sharding and `offload: encoders` have to know."""
+
+    forward_methods: Sequence[str]
+    """Names of the other methods that use weights when called from outside, such as `encode`."""
+
+
+def blocks(network: nn.Module) -> tuple[nn.Module, ...]:
+    """The blocks of a network; none where it has no such parts."""
+    return tuple(network.blocks) if isinstance(network, HasBlocks) else ()
+
+
+def forward_methods(network: nn.Module) -> tuple[str, ...]:
+    """Names of the methods beside `forward` by which a network is called."""
+    return tuple(network.forward_methods) if isinstance(network, CalledByMethods) else ()
+
+
+def keeps_inputs(network: nn.Module) -> bool:
+    """Whether a network can have checkpointed blocks, whose inputs wait for the backward pass."""
+    return isinstance(network, Checkpointing) and isinstance(network, HasBlocks)
+
+
+def check_networks(networks: Mapping[str, nn.Module], trained: Collection[str], config: Config) -> None:
+    """Check that networks have what a config needs of them.
+
+    Args:
+        networks: by name. trained: the names of those that are trained.
+
+    Raises:
+        UserError: names the network, what it lacks, and the key that needs it.
+    """
+    if config.activation_checkpointing:
+        for name in trained:
+            if not isinstance(networks[name], Checkpointing):
+                raise _lacks("activation_checkpointing", name, networks[name], "set_activation_checkpointing(level)")
+    if config.fp8:
+        for name in trained:
+            if not blocks(networks[name]):
+                raise _lacks("fp8", name, networks[name], "blocks with linear layers")
+    name = next(iter(trained))
+    if config.compile and not any(isinstance(network, Compiling) for network in networks.values()):
+        raise _lacks("compile", name, networks[name], "compile_blocks()", "and so does every other network of the run")
+    if "activations" in config.offload and not any(map(keeps_inputs, networks.values())):
+        raise _lacks("offload: activations", name, networks[name], "blocks", "and so does every other network")
+
+
+def _lacks(key: str, name: str, network: nn.Module, what: str, more: str = "") -> UserError:
+    also = f", {more}" if more else ""
+    return UserError(
+        f"{key}: the network {name} ({type(network).__name__}) lacks {what}{also}. Remove the key, or give the "
+        "network what warpcore/networks.py describes"
+    )
