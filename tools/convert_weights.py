@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tools.arguments import local_path
 from warpcore.errors import UserError, run_script
 from warpcore.outputs import check_new
-from warpcore.weights import write_weights
+from warpcore.weights import converted, dtype_name, write_weights
 
 
 def convert(source: Path, target: Path, dtype: torch.dtype, overwrite: bool = False) -> None:
@@ -31,12 +31,9 @@ def convert(source: Path, target: Path, dtype: torch.dtype, overwrite: bool = Fa
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except SafetensorError as error:
         raise UserError(f"{source} is no whole safetensors file: {error}") from None
-    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    for name, tensor in converted.items():
-        if tensors[name].isfinite().all() and not tensor.isfinite().all():
-            raise UserError(f"{name} has numbers too large for {dtype}: choose bfloat16 or float32")
+    tensors = converted(tensors, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, converted, metadata)
+    write_weights(target, tensors, (metadata or {}) | {"dtype": dtype_name(tensors)})
 
 
 def main() -> None:

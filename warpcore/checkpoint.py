@@ -35,7 +35,7 @@ from warpcore.files import refuse_links, write_whole
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
 from warpcore.quiet import ignore_expected_warnings
-from warpcore.weights import write_weights
+from warpcore.weights import export_weights
 
 ignore_expected_warnings()
 
@@ -48,15 +48,24 @@ class Checkpoints:
     Args:
         folder: the run's; with `url`, a place on each machine's disk where files wait to be sent.
         url: of the run on S3.
+        export_dtype: of the exported weights; None: as they are trained.
 
     Raises:
         CheckpointError, LeaseError: another process writes this experiment.
     """
 
-    def __init__(self, folder: Path, processes: Processes, keep_last: int = 2, url: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes,
+        keep_last: int = 2,
+        url: str | None = None,
+        export_dtype: torch.dtype | None = None,
+    ):
         self.folder = folder
         self.processes = processes
         self.keep_last = keep_last
+        self.export_dtype = export_dtype
         self._place = _place(folder, url)
         self._whole: int | None = None
         self._files: Mapping[str, Mapping] = {}
@@ -298,7 +307,7 @@ class Checkpoints:
         write_whole(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
         for name, state in weights.items():
             file = self.folder / f"{name}.safetensors"
-            write_weights(file, state, about)
+            export_weights(file, state, about, self.export_dtype)
             if backup:
                 copy = self.folder / "backups" / f"{update:08d}" / file.name
                 copy.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ A use case subclasses `Config`, adds its keys, and calls `load_config(MyConfig)`
 documentation: `--help` and the README's table are made from it.
 """
 
-import difflib
 import logging
 import os
 import sys
@@ -35,7 +34,8 @@ from warpcore.config_files import BASE, read_config
 from warpcore.data.buckets import parse_ratio
 from warpcore.data.storage import local_path
 from warpcore.errors import ConfigError, UserError
-from warpcore.keys import S3Url, help_text, local_paths, parts_of, type_name
+from warpcore.keys import S3Url, help_text, local_paths, parts_of
+from warpcore.mistakes import explain
 from warpcore.unused_keys import check_unused
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -89,6 +89,13 @@ class RunKeys(Settings):
     """A checkpoint, sample pictures and the validation loss every so many updates."""
     backup_every: PositiveInt | None = None
     """A checkpoint, and a copy of the weights that is never deleted, every so many updates."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the exported weights files, averages included; by default that in which the weights are trained.
+    What a run resumes from is always exact."""
+    export_every: PositiveInt | None = None
+    """Export weights files only with the checkpoints of updates that are multiples of this, with backups and with the
+    last update; between them, and where a signal stops the run, the files stay those of the export before. By default
+    every checkpoint exports them."""
     keep_last: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
     on_data_change: Literal["error", "new_epoch"] = "error"
@@ -245,6 +252,11 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
             raise ValueError("validation_path and validation_samples exclude each other: remove one")
         if isinstance(self.checkpoint_path, Path) and str(self.checkpoint_path).startswith("s3:"):
             raise ValueError(f"checkpoint_path: {self.checkpoint_path} is not of the form s3://bucket/prefix")
+        if self.export_every is not None and self.export_every % self.save_every:
+            raise ValueError(
+                f"export_every: {self.export_every} is no multiple of save_every {self.save_every}, and only with "
+                "checkpoints are weights exported: write one"
+            )
         if self.weights_dtype == "bfloat16" and (self.dtype == "float32" or self.optimizer != "adamw"):
             raise ValueError("weights_dtype: bfloat16 needs dtype: bfloat16 and optimizer: adamw: remove other values")
         if not self.use_fsdp and (self.fsdp_shards or self.fsdp_cpu_offload):
@@ -283,6 +295,11 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
     def is_evaluated(self, update: int) -> bool:
         """Whether the validation and sample pictures come with that checkpoint."""
         return update == self.updates or update % self.save_every == 0
+
+    def is_exported(self, update: int) -> bool:
+        """Whether weights files come with a checkpoint of this update, if there is one."""
+        every = self.export_every
+        return every is None or update == self.updates or update % every == 0 or self.is_backup(update)
 
     def is_backup(self, update: int) -> bool:
         """Whether its weights are kept for good."""
@@ -354,7 +371,7 @@ def make_config(
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, mistake, files) for mistake in error.errors()]
+        lines = [explain(kind, mistake, files) for mistake in error.errors()]
         raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
     check_unused(config, kind.unused & values.keys(), files)
     return config
@@ -363,25 +380,3 @@ def make_config(
 def dump_config(config: Settings) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _explain(kind: type[Settings], mistake: Any, files: Mapping[str, Path]) -> str:
-    location = [str(part) for part in mistake["loc"]]
-    key = location[0] if location else ""
-    where = f" in {files[key]}" if key in files else ""
-    match mistake["type"]:
-        case "extra_forbidden":
-            near = difflib.get_close_matches(key, kind.model_fields, n=1)
-            return f"{key}: unknown key{where}" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
-        case "missing" if len(location) == 1:
-            return f"{key}: this key is required. {kind.model_fields[key].description or ''}"
-        case "value_error":
-            reason = str(mistake["ctx"]["error"])
-        case _:
-            reason = mistake["msg"] + ("; put it in quotes" if mistake["type"] == "string_type" else "")
-    if not key:
-        return reason
-    if mistake["input"] is None and len(location) == 1 and kind.model_fields[key].default in ([], {}):
-        return f"{key}: found null{where}; write {kind.model_fields[key].default} for none"
-    wanted = type_name(kind.model_fields[key].annotation) if key in kind.model_fields else ""
-    return f"{key}: found {mistake['input']!r}{where}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"

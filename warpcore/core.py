@@ -195,7 +195,10 @@ class WarpCore:
         """Everything before the first update: networks, optimizers, data, and the state of an earlier start."""
         config = self.config
         self.update = 0
-        self.checkpoints = Checkpoints(config.run_folder, self.processes, config.keep_last, config.run_url)
+        export_dtype = getattr(torch, config.export_dtype) if config.export_dtype else None
+        self.checkpoints = Checkpoints(
+            config.run_folder, self.processes, config.keep_last, config.run_url, export_dtype
+        )
         resumed = self.resumed = self.checkpoints.newest()
         saved = self.checkpoints.values(resumed) if resumed is not None else {}
 
@@ -353,7 +356,7 @@ class WarpCore:
 
     def _save(self) -> None:
         config = self.config
-        weights = evaluation.weights_to_publish(self)
+        weights = evaluation.weights_to_publish(self) if config.is_exported(self.update) else {}
         tensors, values = self.state.save()
         about = self.file_metadata()
         values |= {
