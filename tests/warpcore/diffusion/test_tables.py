@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.fake_gpu import GPU, FakeGpu
 from tests.golden import load_case, resolve
 from warpcore.diffusion.diffusion import GDF, DenoisingLoss
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS, AdaptiveLossWeight, loss_weight_for
@@ -147,6 +148,15 @@ def test_every_timestep_is_found_again_on_a_device_that_has_float32_alone():
         steps = torch.arange(1000)
         assert torch.equal(table.timestep(table(steps)), steps.float())
         assert table(torch.tensor([-1])).item() == math.inf
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_noising_by_a_table_waits_for_no_gpu(zero):
+    process = discrete_process("scaled_linear", "v", "min_snr", zero_terminal_snr=zero)
+    with FakeGpu() as gpu, gpu.watched():
+        x0, uniform = torch.zeros(3, 4, 2, 2, device=GPU), torch.zeros(3, device=GPU)
+        diffused = process.diffuse(x0, x0, uniform)
+        assert {tensor.device for tensor in (*diffused, *process.loss(diffused, x0))} == {GPU}
 
 
 def test_between_two_timesteps_a_table_is_linear_in_logsnr():
