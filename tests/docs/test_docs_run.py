@@ -1,0 +1,55 @@
+"""The quick commands that the pages show do what they promise: blocks marked `sh run` are run as they stand.
+
+They run in a copy of the repository, after a quickstart in small: fewer pictures and two updates.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.commands import commands
+from tests.docs.pages import ROOT, blocks
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+FOLDERS = ("train", "inference", "tools", "families", "warpcore", "modules", "configs", "models/mini", "benchmarks")
+QUICKSTART = """
+python3 tools/make_demo_dataset.py demo/pictures --num_pictures 96
+python3 tools/build_dataset.py demo/pictures demo/shards
+python3 train/train_c.py configs/training/quickstart_c.yaml batch_size=16 validation_samples=8
+"""
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the repository's own files, where a short quickstart has run."""
+    folder = tmp_path_factory.mktemp("docs") / "warpcore"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for words in commands(QUICKSTART):
+        run(words, folder)
+    return folder
+
+
+def run(words: list[str], folder: Path) -> None:
+    """Run a command; trainings make two updates."""
+    if words[1].startswith("train/"):
+        words = [*words, "updates=2", "save_every=2", "num_workers=0"]
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("sh") if block.note == "run"], ids=str)
+def test_a_block_runs(block, clone):
+    for words in commands(block.text):
+        run(words, clone)
