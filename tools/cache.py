@@ -28,12 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from families.cascade.cache import CACHE_NAME, Dtype, Origin, bucket_name, buckets_of, origin_of
-from families.cascade.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
-from families.cascade.cached_captions import with_token_ids
-from families.cascade.captions import is_cut
-from families.cascade.conditions import TextMemory
 from families.cascade.training import DiffusionTraining
+from families.common.cache import buckets_of, origin_of
+from families.common.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
+from families.common.cached_captions import with_token_ids
+from families.common.captions import is_cut
+from families.common.features import CACHE_NAME, Dtype, Origin, bucket_name
+from families.common.text_memory import TextMemory
 from tools.arguments import local_path, positive
 from warpcore.config import load_config
 from warpcore.data.captions import CaptionGetter
@@ -316,7 +317,7 @@ class Caching:
         origin = Origin.read(str(self.out))
         from_cache = Reader(captions=self.reader.captions, pictures=False, extra=origin.fields(self.training.features))
         from_pictures = self._seconds(self.catalog.shard(number), self.reader)
-        self.training.texts = TextMemory(1 << 30, print)  # as a run from a cache has
+        self.training.texts = TextMemory(self.training.encode_texts, 1 << 30, print)  # as a run from a cache has
         return from_pictures, self._seconds(shard_at(self._path(number)), from_cache)
 
     def _seconds(self, shard: Shard, reader: Reader) -> float:

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families.cascade import lora
-from families.cascade.cache import PICTURE_SETTINGS, Feature, stored
-from families.cascade.captions import unused_tokens
 from families.cascade.conditions import TEXT
 from families.cascade.lora_config import LoraConfig, choose_captions, listed, sample_fields, texts_read
 from families.cascade.lora_formats import metadata
+from families.common.captions import unused_tokens
+from families.common.features import PICTURE_SETTINGS, Feature, stored
 from modules.lora import without_adapters
 from modules.tokens import untrained
 from train.train_c import TrainStageC

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from families.cascade.captions import say_of_captions
+from families.common.captions import say_of_captions
 from modules.clip import ClipSettings, ImageTower, TextTower
 from warpcore.config import Config
 from warpcore.core import Losses, WarpCore

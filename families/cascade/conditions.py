@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from families.cascade.cache import stored
 from families.cascade.config import StageCConfig
+from families.common.features import stored
 from modules.clip import ImageTower, TextTower
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
@@ -62,46 +62,3 @@ def training_conditions(
         seen = image.encode(batch.images[rows].float() / 255) if known is None else known[rows]
         conditions["clip_img"][rows, 0] = seen.to(conditions["clip_img"].dtype)
     return conditions
-
-
-class TextMemory:
-    """Text conditions that are computed once per caption and then kept in the CPU's memory.
-
-    limit_bytes: what they may take. Captions beyond are computed whenever they occur. say: gets a message then.
-    """
-
-    def __init__(self, limit_bytes: int, say: Callable[[str], None]):
-        self.limit_bytes, self.say = limit_bytes, say
-        self.size_bytes, self.full = 0, False
-        self._known: dict[str, dict[str, Tensor]] = {}
-
-    def conditions(self, tower: TextTower, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """As `text_conditions`.
-
-        If one caption is new, the tower sees them all: matrices of another size can differ in the last bit.
-        """
-        if any(caption not in self._known for caption in captions):
-            made = text_conditions(tower, captions, device)
-            self._remember(captions, made)
-            return made
-        rows = [self._known[caption] for caption in captions]
-        return {name: to_device(torch.stack([row[name] for row in rows]), device) for name in TEXT}
-
-    def _remember(self, captions: Sequence[str], made: dict[str, Tensor]) -> None:
-        if self.full:
-            return
-        made = {name: made[name].detach().cpu() for name in TEXT}
-        for place, caption in enumerate(captions):
-            if caption not in self._known:
-                row = {name: made[name][place].clone() for name in TEXT}
-                row_bytes = sum(tensor.nbytes for tensor in row.values())
-                if self.size_bytes + row_bytes > self.limit_bytes:
-                    self.full = True
-                    self.say(
-                        f"cache_text: the text conditions of {len(self._known)} captions take "
-                        f"{self.size_bytes / 1e9:.3g} GB (cache_text_gb); those of further captions are computed each "
-                        "time. Raise cache_text_gb, or store them on disk with tools/cache.py"
-                    )
-                    return
-                self._known[caption] = row
-                self.size_bytes += row_bytes

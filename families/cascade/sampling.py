@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from families.cascade import build
-from families.cascade.captions import cut_note
 from families.cascade.conditions import text_conditions
 from families.cascade.config import ModelSettings
 from families.cascade.controlled import Control, ControlledStageC
@@ -27,6 +26,7 @@ from families.cascade.inference import DrawingSettings
 from families.cascade.lora import add_tokens, merge_loras
 from families.cascade.lora_formats import Lora
 from families.cascade.pictures import pad
+from families.common.captions import cut_note
 from modules.effnet import normalise_images
 from warpcore.errors import UserError
 from warpcore.processes import choose_device, choose_dtype

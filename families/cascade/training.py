@@ -2,16 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from families.cascade import build
 from families.cascade.beginning import CONVENTIONS, FIRST_CONVENTIONS, check_start_file, same_base, with_target
-from families.cascade.cache import Feature, Origin, find_cache
-from families.cascade.captions import say_of_captions
-from families.cascade.conditions import TEXT, TextMemory, text_conditions
+from families.cascade.conditions import TEXT, text_conditions
 from families.cascade.config import DiffusionConfig, FamilySettings
 from families.cascade.diffusion import make_diffusion
+from families.common.cache import find_cache
+from families.common.cached_captions import TOKEN_IDS
+from families.common.captions import say_of_captions
+from families.common.features import Feature, Origin
+from families.common.text_memory import TextMemory
 from warpcore.config import ConfigError
 from warpcore.core import Losses, WarpCore
 from warpcore.data.reader import Batch
@@ -31,7 +36,7 @@ class CascadeTraining(WarpCore):
 class DiffusionTraining(CascadeTraining):
     """Trains a denoiser of latents.
 
-    What its frozen networks make of a sample, its features, may come from a cache (`families/cascade/cache.py`); then
+    What its frozen networks make of a sample, its features, may come from a cache (`families/common/cache.py`); then
     no pictures are read. Hooks to override for that: `features`, `encoders`, `picture_features`, `check_cacheable`.
     """
 
@@ -55,6 +60,16 @@ class DiffusionTraining(CascadeTraining):
                 "bucketeer_random_ratio draws another size for a picture in each epoch, but a cache holds one: set it "
                 "to 0"
             )
+
+    def network_file(self, network: str) -> Path:
+        """The weights of a network that makes features."""
+        return build.network_file(self.config, network)
+
+    def feature_setting(self, name: str) -> Any:
+        """A setting that features depend on."""
+        if name == TOKEN_IDS:
+            return build.text_tokenizer(self.config, self.kept["tokenizer"]).name
+        return getattr(self.config, name, None)
 
     def encoders(self) -> dict[str, nn.Module]:
         """The networks, with their weights, that make the features."""
@@ -100,7 +115,8 @@ class DiffusionTraining(CascadeTraining):
         """What remembers the text conditions of captions, if anything does."""
         if not self.config.cache_text and self.cache is None:  # a cache has them, but for the empty caption
             return None
-        return TextMemory(int(self.config.cache_text_gb * 1e9), lambda text: self.progress.say(text))
+        limit_bytes = int(self.config.cache_text_gb * 1e9)
+        return TextMemory(self.encode_texts, limit_bytes, lambda text: self.progress.say(text))
 
     def setup(self) -> None:
         super().setup()
@@ -115,15 +131,15 @@ class DiffusionTraining(CascadeTraining):
 
     def caption_features(self, batch: Batch) -> dict[str, Tensor]:
         """What the text tower makes of captions: (B, ...) by name."""
-        made = text_conditions(self.networks["text"], batch.captions, self.device)
+        made = self.encode_texts(batch.captions)
         return {name: made[name] for name in TEXT if name in self.features}
 
     def text_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the text tower makes of captions, now or earlier."""
-        tower = self.networks["text"]
-        if self.texts is None:
-            return text_conditions(tower, captions, self.device)
-        return self.texts.conditions(tower, captions, self.device)
+        return self.encode_texts(captions) if self.texts is None else self.texts.conditions(captions, self.device)
+
+    def encode_texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        return text_conditions(self.networks["text"], captions, self.device)
 
     def denoising_loss(
         self,

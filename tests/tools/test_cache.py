@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import ProcessExitedException
 
-from families.cascade import cache_writer, versions
+from families.cascade import versions
+from families.common import cache_writer
 from tests.caches import make_cache, write_pictures
 from tests.many_processes import launch_processes
 from tools import cache

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from families.cascade.captions import is_cut
 from families.cascade.lora_config import texts_read
+from families.common.captions import is_cut
 from modules.tokenizers import WordTokenizer, tokenize
 from tests.caches import make_cache
 from train.train_c import TrainStageC
@@ -70,7 +70,7 @@ def test_captions_longer_than_the_text_encoder_reads_are_counted_at_the_start(sm
 
 @pytest.mark.integration
 def test_of_a_large_data_set_some_captions_of_every_folder_are_looked_at(small_cascade, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("families.cascade.captions.LOOKED_AT", 8)
+    monkeypatch.setattr("families.common.captions.LOOKED_AT", 8)
     for folder, caption in (("own", LONG), ("prior", SHORT)):
         (tmp_path / folder).mkdir()
         for number in range(2):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from families.cascade.cache import Origin
+from families.common.features import Origin
 from modules.clip import ClipSettings, TextTower
 from tests.caches import make_cache, write_pictures
 from tests.faulty_proxy import FaultyProxy
@@ -225,7 +225,7 @@ def test_a_cache_made_otherwise_is_refused_by_name(settings, tmp_path, monkeypat
     (out / "cache.json").write_text(json.dumps(marker | {"version": 0}))
     assert "is not of version" in refusal("train_c", cached)
     (out / "cache.json").write_text("{")
-    assert "is not whole" in refusal("train_c", cached)
+    assert "is incomplete" in refusal("train_c", cached)
 
 
 def forget_the_tokenizer(out: Path) -> None:

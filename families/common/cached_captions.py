@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from families.common.features import Origin
 from modules.tokenizers import BytePairTokenizer
 from warpcore.data.captions import BadCaption, CaptionGetter
 from warpcore.data.catalog import open_catalog
@@ -14,9 +14,6 @@ from warpcore.data.index import MEMBER_COLUMNS, read_rows
 from warpcore.data.shards import resolve_sources
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
-
-if TYPE_CHECKING:
-    from families.cascade.cache import Origin
 
 TOKEN_IDS = "token_ids"
 """The setting of a cache that names its tokenizer."""
@@ -27,7 +24,7 @@ _PLAIN = re.compile(r"[ !-%'-;=-~]*")
 logger = logging.getLogger(__name__)
 
 
-def with_token_ids(origin: "Origin", folder: str, here: "Origin", captions_getter: tuple[str, str]) -> "Origin":
+def with_token_ids(origin: Origin, folder: str, here: Origin, captions_getter: tuple[str, str]) -> Origin:
     """The origin of the cache in a folder, with the token ids of a run where all its captions have them either way.
 
     A cache that names none was made with the ids of open_clip; where that makes no difference, it is written into it.
