@@ -36,6 +36,7 @@ from warpcore.data.storage import local_path
 from warpcore.errors import ConfigError, UserError
 from warpcore.keys import S3Url, help_text, local_paths, parts_of
 from warpcore.mistakes import explain
+from warpcore.parameter_groups import ParameterGroup
 from warpcore.unused_keys import check_unused
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -149,6 +150,9 @@ class OptimisationKeys(Settings):
     """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, or Muon."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices and kernels; vectors (norms, biases) are not decayed."""
+    parameter_groups: list[ParameterGroup] = []
+    """Other settings for parameters by name, or frozen ones, e.g. `[{pattern: '*.norm*', lr_scale: 0.1, weight_decay:
+    0}, {pattern: 'down_blocks.*', frozen: true}]`: shell patterns for whole names, the first that matches counts."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """Decay of the two moments of Adam's family."""
     eps: PositiveFloat = 1e-7

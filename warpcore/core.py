@@ -24,6 +24,7 @@ from warpcore.launch import launch
 from warpcore.metrics import Metrics
 from warpcore.networks import check_networks
 from warpcore.offload import OnDemand
+from warpcore.parameter_groups import freeze, optimizer_groups
 from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
@@ -246,6 +247,7 @@ class WarpCore:
         config = self.config
         torch.manual_seed(config.seed)
         self.networks = self.build()
+        freeze({name: self.networks[name] for name in self.trainable}, config.parameter_groups)
         check_networks(self.networks, self.trainable, config)
         self.statistics = UpdateStatistics(self.processes, {name: self.networks[name] for name in self.trainable})
         self.on_demand: dict[str, OnDemand] = {}
@@ -255,7 +257,7 @@ class WarpCore:
         self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
         self.gradient_groups = optim.gradient_groups(self.parameters.items(), config.grad_norm_groups)
         self.optimizers = optim.build_optimizers(
-            config.optimizer, placement.parameter_groups(self),
+            config.optimizer, optimizer_groups(self.trainable, self.parameters, config.parameter_groups),
             lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
         )  # fmt: skip
         optim.train_mode(self.optimizers)

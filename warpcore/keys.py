@@ -5,7 +5,7 @@ import math
 import types
 import typing
 from pathlib import Path
-from textwrap import shorten, wrap
+from textwrap import wrap
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -55,7 +55,8 @@ def changed_keys(config: BaseModel) -> str:
     told = []
     for key, value in config.model_dump(mode="json", exclude_defaults=True).items():
         text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
-        told.append(f"{key}: {shorten(text.splitlines()[0], MAX_SHOWN, placeholder=' ...')}")
+        text = text.splitlines()[0]
+        told.append(f"{key}: {text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + '...'}")
     return "\n".join(wrap(", ".join(told), 119, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 

@@ -16,6 +16,10 @@ def explain(kind: type[BaseModel], mistake: Any, files: Mapping[str, Path]) -> s
     key = location[0] if location else ""
     where = f" in {files[key]}" if key in files else ""
     match mistake["type"]:
+        case "extra_forbidden" if len(location) > 1:
+            return f"{'.'.join(location)}: unknown key{where}"
+        case "missing" if len(location) > 1 and isinstance(mistake["loc"][-1], str):
+            return f"{'.'.join(location)}: this key is required{where}"
         case "extra_forbidden":
             near = difflib.get_close_matches(key, kind.model_fields, n=1)
             return f"{key}: unknown key{where}" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")

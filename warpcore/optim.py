@@ -55,16 +55,17 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """The optimizers of a run: one, or two for `muon`.
 
-    Weight decay applies to matrices and kernels (two dimensions longer than 1), not to norms, biases and scales.
-    `muon` takes the 2-D weights of hidden layers (no embeddings), with rates matched to AdamW's (arXiv:2502.16982,
-    section 2.2), and AdamW the rest. For `adafactor`, `lr` is the largest step relative to a tensor's RMS, and `betas`
-    and `eps` have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode` before sampling. bfloat16
-    parameters are stepped with stochastic rounding, by `adamw` alone.
+    Weight decay applies to matrices and kernels (two dimensions longer than 1), and to norms, biases and scales only
+    where their group has its own. `muon` takes the 2-D weights of hidden layers (no embeddings), with rates matched to
+    AdamW's (arXiv:2502.16982, section 2.2), AdamW the rest. For `adafactor`, `lr` is the largest step relative to a
+    tensor's RMS, and `betas` and `eps` have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode`
+    before sampling. bfloat16 parameters are stepped with stochastic rounding, by `adamw` alone.
 
     Args:
         name: one of `OPTIMIZERS`.
         groups: torch parameter groups: "params", "param_names" (unique over all groups), and optionally "lr_scale", a
-            factor on the learning rate (see `set_lr`).
+            factor on the learning rate (see `set_lr`), "weight_decay", then for vectors too, and "pattern", what the
+            group is known by in a checkpoint.
 
     Raises:
         UserError: unknown name, package not installed, or an optimizer that can't take the sharded or bfloat16
@@ -77,7 +78,7 @@ def build_optimizers(
     names = [parameter_name for group in groups for parameter_name in group["param_names"]]
     assert len(set(names)) == len(names), "parameter names must be unique over all groups"
     matrices, vectors = _split(groups, lambda _, parameter: parameter.ndim >= 2)
-    undecayed = [{**group, "weight_decay": 0.0} for group in vectors]
+    undecayed = [{**group, "weight_decay": group.get("weight_decay", 0.0)} for group in vectors]
     settings = {"lr": lr, "weight_decay": weight_decay}
     if any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
         if name != "adamw":
@@ -246,10 +247,10 @@ def load_optimizer_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, 
     """
     optimizers = list(optimizers)
     saved, here = rest["optimizers"], _class_names(optimizers)
-    if saved != here or [len(groups) for groups in rest["groups"]] != [len(o.param_groups) for o in optimizers]:
+    if saved != here or _patterns(rest["groups"]) != _patterns(optimizer.param_groups for optimizer in optimizers):
         raise UserError(
             f"optimizer state: the checkpoint holds {' + '.join(saved)}, this run uses {' + '.join(here)} with other "
-            "parameter groups; resume with the optimizer and network that were saved"
+            "parameter groups; resume with the optimizer and network that were saved, and the same parameter_groups"
         )
     stored = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     for key, own in allocate_optimizer_state(optimizers, stored).items():
@@ -301,6 +302,11 @@ def _groups(optimizers: Iterable[Optimizer]) -> list[dict]:
 
 def _progress(group: dict) -> dict:
     return {key: value for key, value in group.items() if key not in _SETTINGS}
+
+
+def _patterns(groups: Iterable[list[dict]]) -> list[list[str | None]]:
+    """What the groups of each optimizer are known by."""
+    return [[group.get("pattern") for group in own] for own in groups]
 
 
 def _class_names(optimizers: list[Optimizer]) -> list[str]:

@@ -77,15 +77,6 @@ def _shard(run: "WarpCore", network: nn.Module, policy: MixedPrecisionPolicy) ->
         register_fsdp_forward_method(network, method)
 
 
-def parameter_groups(run: "WarpCore") -> list[dict]:
-    """A group of the optimizer for each network that is trained."""
-    groups = []
-    for network, settings in run.trainable.items():
-        named = {name: p for name, p in run.parameters.items() if name.startswith(f"{network}.")}
-        groups.append({"params": list(named.values()), "param_names": list(named), **settings})
-    return groups
-
-
 def averages(run: "WarpCore") -> dict[str, EMA]:
     """The averages of the networks that are trained, if the config asks for them."""
     config = run.config
