@@ -4,7 +4,6 @@ A cache is a folder of tars that mirror those of the pictures, row by row and na
 same samples in the same order from either.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from families.common.cached_captions import with_token_ids
 from families.common.features import CACHE_NAME, REMAKE, Dtype, Feature, Origin
+from families.common.file_hashes import sha256
 from warpcore.config import ConfigError
 from warpcore.data.buckets import Buckets
 from warpcore.data.shards import named_folders
@@ -100,9 +100,3 @@ def buckets_of(training: Cacheable) -> Buckets:
     """The picture sizes that a training has."""
     config = training.config
     return Buckets.for_image_size(config.image_size, config.multi_aspect_ratio or [], training.bucket_factor)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, as `sha256sum` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""SHA-256 of weights files, remembered on this machine by their size and time of change, as hashing 10 GB takes long."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from warpcore.data.sidecars import ABSENT, cache_locations
+
+SUFFIX = ".sha256.json"
+SETTLED_SECONDS = 2.0
+"""A file that changed more recently is not remembered: it may change again within the resolution of its time."""
+
+logger = logging.getLogger(__name__)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, as `sha256sum` prints it; read again only where the file changed."""
+    places = cache_locations(str(path.resolve()), SUFFIX)
+    version = _version(path)
+    for place in places:
+        if known := _remembered(place, version):
+            return known
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if _version(path) == version and time.time() - version[1] / 1e9 > SETTLED_SECONDS:
+        _remember(places, version, found)
+    return found
+
+
+def _version(path: Path) -> list[int]:
+    """Size in bytes, time of change in ns, and inode."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _remembered(place: str, version: list[int]) -> str | None:
+    try:
+        with open(place, encoding="ascii") as file:
+            known = json.load(file)
+        return known["sha256"] if known["version"] == version else None
+    except ABSENT:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        logger.info("%s can't be read (%s): the file is hashed again", place, error)
+        return None
+
+
+def _remember(places: list[str], version: list[int], found: str) -> None:
+    refusals = []
+    for place in places:
+        aside = f"{place}.{os.getpid()}"
+        try:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            with open(aside, "w", encoding="ascii") as file:
+                json.dump({"version": version, "sha256": found}, file)
+            os.replace(aside, place)
+            return
+        except OSError as error:
+            refusals.append(f"{place}: {error.strerror}")
+    logger.warning("weights are hashed again at the next start: %s", "; ".join(refusals))
