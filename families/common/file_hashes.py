@@ -1,4 +1,4 @@
-"""SHA-256 of weights files, remembered on this machine by their size and time of change, as hashing 10 GB takes long."""
+"""SHA-256 of weights files, remembered on this machine by their size and time of change: hashing 10 GB takes long."""
 
 import hashlib
 import json
