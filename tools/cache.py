@@ -39,6 +39,7 @@ from tools.arguments import local_path, positive
 from warpcore.config import load_config
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
+from warpcore.data.columns import column_types
 from warpcore.data.filters import Filter
 from warpcore.data.index import index_shard
 from warpcore.data.loader import Loader
@@ -111,18 +112,29 @@ class Caching:
     def _work(self) -> Work:
         config, training = self.training.config, self.training
         captions = CaptionGetter.parse(config.captions_getter) if training.needs_captions else None
-        members = [(captions.member,)] if captions else []
+        members = [(member,) for member in captions.members] if captions else []
         members += [field.suffixes for field in self.fields.values()]
         filters = tuple(Filter.parse(entry) for entry in config.dataset_filters)
-        selection = Selection(filters, tuple(dict.fromkeys(members)), config.max_picture_pixels)
+        columns = captions.columns if captions else ()
+        selection = Selection(
+            filters, tuple(dict.fromkeys(members)), config.max_picture_pixels,
+            columns=column_types(self.catalog, columns), required_columns=columns,
+        )  # fmt: skip
         selection.check(self.catalog, captions)
         check_optional(optional_members(self.fields.values()), self.catalog, None)
         self.reader = Reader(
             captions=captions, crop=config.crop_mode, background=config.background,
             max_pixels=config.max_picture_pixels, extra=self.fields, geometry=True,
         )  # fmt: skip
-        member = captions.member if captions else None
-        return Work(self.catalog, selection, buckets_of(training), member, config.seed, self.variants, self.batch_size)
+        return Work(
+            self.catalog,
+            selection,
+            buckets_of(training),
+            captions.members if captions else (),
+            config.seed,
+            self.variants,
+            self.batch_size,
+        )
 
     # ------------------------------------------------------------------ before the work
 
@@ -326,6 +338,7 @@ class Caching:
             open_catalog([Source(1.0, [shard])]), micro_batch_size=self.batch_size, buckets=self.work.buckets,
             filters=self.work.selection.filters, captions=reader.captions,
             required_members=[field.suffixes for field in reader.extra.values()], seed=config.seed,
+            columns=self.work.selection.columns,
         )  # fmt: skip
         samples, began = 0, None
         with Loader(plan.micro_batches(), reader, num_workers=config.num_workers, device=training.device) as loader:

@@ -196,8 +196,9 @@ class DataKeys(Settings):
     columns: list[str] = []
     """Index columns that arrive in each batch as tensors for the use case, e.g. `[aesthetic_score, fps]`: numbers and
     truth values of the .json, `width`, `height`. Every sample has to have them."""
-    captions_getter: tuple[str, str] = ("txt", "identity")
-    """Member and expression that give the caption, e.g. `['json', 'lambda j: j["caption"]']`."""
+    captions_getter: tuple[str | list[str], str] = ("txt", "identity")
+    """Member(s) and expression that give the caption, e.g. `['json', 'lambda j: j["caption"]']`. Several may be index
+    columns too, `json.FIELD`, `width`, `height` or `key`: `[['txt', 'json.style'], 'lambda t, s: t + ", " + s']`."""
     image_size: PositiveInt = 1024
     """Side of a square picture in pixels; other aspect ratios get the same area."""
     multi_aspect_ratio: list[float] | None = None

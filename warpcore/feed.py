@@ -263,7 +263,8 @@ class Feed:
                     "pictures themselves. Where a script can train from a cache, name its folder alone"
                 )
         self.catalog = catalog
-        self._types = self.processes.on_main(lambda: column_types(catalog, self._columns))
+        asked = [*self._columns, *(captions.columns if captions else ())]
+        self._types = self.processes.on_main(lambda: column_types(catalog, asked))
         self._read_ranges = read_ranges
         if config.cache_path:
             needed = [version for each in (catalog, held_out) if each for version in each.versions()]

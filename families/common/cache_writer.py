@@ -21,10 +21,10 @@ from torch import Tensor
 
 from warpcore.data.buckets import Buckets
 from warpcore.data.catalog import Catalog
-from warpcore.data.index import index_shard, read_rows
+from warpcore.data.index import index_shard
 from warpcore.data.lanes import draw_seed
 from warpcore.data.samples import PICTURE_FACTS, MicroBatch
-from warpcore.data.selection import BASE_COLUMNS, Piece, Rows, Selection, make_samples
+from warpcore.data.selection import Piece, Rows, Selection, make_samples
 from warpcore.data.shards import Shard
 from warpcore.data.storage import read_ranges, storage_for
 from warpcore.errors import UserError
@@ -58,7 +58,7 @@ class Work:
     catalog: Catalog
     selection: Selection
     buckets: Buckets
-    caption_member: str | None
+    caption_members: tuple[str, ...]
     seed: int
     variants: int
     batch_size: int
@@ -66,7 +66,7 @@ class Work:
     def chunks(self, number: int) -> Iterator[Chunk]:
         """The rows of a shard."""
         shard, rows = self.catalog.shard(number), int(self.catalog.rows[number])
-        table = read_rows(shard, [*BASE_COLUMNS, "problem"], 0, rows)
+        table = self.selection.read(shard, 0, rows, also=["problem"])
         drawn = self.select(number).numbers
         for start in range(0, rows, CHUNK_ROWS):
             places = drawn[(drawn >= start) & (drawn < start + CHUNK_ROWS)] - start
@@ -80,7 +80,7 @@ class Work:
 
     def copied(self, members: Mapping[str, tuple[int, int]]) -> list[str]:
         """Which members of a sample a cache holds too: its caption and its fields."""
-        kept = (".txt", ".json", f".{self.caption_member}")
+        kept = (".txt", ".json", *(f".{member}" for member in self.caption_members))
         return [name for name in members if f".{name}".endswith(kept) and name != PICTURE_FACTS]
 
     def texts(self, number: int, rows: pa.Table) -> list[dict[str, bytes]]:

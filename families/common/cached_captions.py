@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -10,7 +10,8 @@ from families.common.features import Origin
 from modules.tokenizers import BytePairTokenizer
 from warpcore.data.captions import BadCaption, CaptionGetter
 from warpcore.data.catalog import open_catalog
-from warpcore.data.index import MEMBER_COLUMNS, read_rows
+from warpcore.data.columns import column_types
+from warpcore.data.selection import Piece, Selection, make_samples
 from warpcore.data.shards import resolve_sources
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
@@ -24,7 +25,7 @@ _PLAIN = re.compile(r"[ !-%'-;=-~]*")
 logger = logging.getLogger(__name__)
 
 
-def with_token_ids(origin: Origin, folder: str, here: Origin, captions_getter: tuple[str, str]) -> Origin:
+def with_token_ids(origin: Origin, folder: str, here: Origin, captions_getter: Sequence) -> Origin:
     """The origin of the cache in a folder, with the token ids of a run where all its captions have them either way.
 
     A cache that names none was made with the ids of open_clip; where that makes no difference, it is written into it.
@@ -50,20 +51,20 @@ def with_token_ids(origin: Origin, folder: str, here: Origin, captions_getter: t
     return found
 
 
-def captions_in(folder: str, captions_getter: tuple[str, str]) -> Iterator[str]:
+def captions_in(folder: str, captions_getter: Sequence) -> Iterator[str]:
     """The captions of a folder of tars, given as a complete URL."""
     getter = CaptionGetter.parse(captions_getter)
     catalog = open_catalog(resolve_sources(folder))
+    selection = Selection(columns=column_types(catalog, getter.columns), required_columns=getter.columns)
     for number in range(len(catalog)):
-        shard = catalog.shard(number)
-        rows = read_rows(shard, MEMBER_COLUMNS, 0, int(catalog.rows[number]))
-        members = zip(*(rows[column].to_pylist() for column in MEMBER_COLUMNS), strict=True)
-        spans = [
-            (offset, size)
-            for row in members
-            for name, offset, size in zip(*row, strict=True)
-            if name.lower() == getter.member
-        ]
-        for content in read_ranges(shard.url, spans, (shard.size_bytes, shard.etag)):
+        shard, rows = catalog.shard(number), selection.load(catalog, Piece(number, 0, int(catalog.rows[number]))).table
+        samples = make_samples(rows, [shard] * len(rows), [0] * len(rows))
+        spans = [(place, name, span) for place, one in enumerate(samples) for name, span in one.members.items()
+                 if name in getter.members]  # fmt: skip
+        contents: list[dict[str, bytes]] = [{} for _ in samples]
+        blocks = read_ranges(shard.url, [span for _, _, span in spans], (shard.size_bytes, shard.etag))
+        for (place, name, _), content in zip(spans, blocks, strict=True):
+            contents[place][name] = content
+        for sample, content in zip(samples, contents, strict=True):
             with suppress(BadCaption):  # such a sample is not drawn
-                yield getter(content)
+                yield getter(content, sample.columns)

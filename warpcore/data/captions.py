@@ -1,11 +1,18 @@
 """What a sample's caption is: `captions_getter`. Workers import this, so it stays light."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from warpcore.data.expressions import Expression, compile_expression
 from warpcore.errors import UserError
+
+COLUMN_PREFIX = "json."
+"""`json.title` is the index column of the field `title`, read without opening the .json."""
+MEASURED = ("width", "height", "key")
+"""Other names of index columns; every other name is a member of the sample."""
 
 
 class BadCaption(ValueError):
@@ -14,46 +21,101 @@ class BadCaption(ValueError):
 
 @dataclass(frozen=True)
 class CaptionGetter:
-    """`captions_getter: ['json', 'lambda j: j["caption"]']`: from the bytes of a member to the caption. Picklable."""
+    """From members and index columns of a sample to its caption. Picklable.
 
-    member: str
+    `['json', 'lambda j: j["caption"]']` reads the member `.json`; `[['txt', 'json.style', 'width'], 'lambda t, s, w:
+    ...']` the member `.txt`, and the index columns of the field `style` and of the picture's width.
+    """
+
+    names: tuple[str, ...]
+    """Members and columns, in the order of the expression's arguments."""
     expression: Expression
 
     @classmethod
     def parse(cls, entry: Any) -> "CaptionGetter":
-        """From the config's `[member, expression]`."""
-        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[0], str):
+        """From the config's `[name or list of names, expression]`."""
+        names = [entry[0]] if isinstance(entry, list | tuple) and entry and isinstance(entry[0], str) else None
+        if isinstance(entry, list | tuple) and entry and isinstance(entry[0], list | tuple):
+            names = list(entry[0])
+        if not names or len(entry) != 2 or not all(isinstance(name, str) for name in names):
             raise UserError(
-                f"captions_getter: expected [member, expression], such as ['txt', identity], found {entry!r}"
+                "captions_getter: expected [member, expression], such as ['txt', identity], or [[members and "
+                f"columns], expression], such as [['txt', 'json.style'], 'lambda t, s: t + s']; found {entry!r}"
             )
         expression = compile_expression(entry[1])
-        if expression.num_arguments != 1:
-            raise UserError(f"captions_getter: {expression.text!r} takes {expression.num_arguments} values, not 1")
-        return cls(entry[0].lower().lstrip("."), expression)
+        if expression.num_arguments != len(names):
+            raise UserError(
+                f"captions_getter: {expression.text!r} takes {expression.num_arguments} values, not {len(names)}"
+            )
+        return cls(tuple(name if _is_column(name) else name.lower().lstrip(".") for name in names), expression)
 
-    def __call__(self, content: bytes) -> str:
-        """The caption in the content of the member, without surrounding white space.
+    @cached_property
+    def members(self) -> tuple[str, ...]:
+        """Extensions of the members that it reads."""
+        return tuple(dict.fromkeys(name for name in self.names if not _is_column(name)))
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Index columns that it reads, by the names that filters know them by: `style`, `width`."""
+        return tuple(dict.fromkeys(name.removeprefix(COLUMN_PREFIX) for name in self.names if _is_column(name)))
+
+    @property
+    def setting(self) -> list:
+        """As it stands in a config, where one name needs no list."""
+        return [self.names[0] if len(self.names) == 1 else list(self.names), self.expression.text]
+
+    def keys_of(self, member: str) -> list[str]:
+        """The keys that the expression takes from a member that is JSON."""
+        places = [place for place, name in enumerate(self.names) if name == member]
+        return list(dict.fromkeys(key for place in places for key in self.expression.keys_of(place)))
+
+    def __call__(self, contents: Mapping[str, bytes], columns: Mapping[str, Any] | None = None) -> str:
+        """The caption, without surrounding white space.
+
+        Args:
+            contents: of the members, by extension.
+            columns: values of the index columns.
 
         Raises:
-            BadCaption: not UTF-8, not JSON, the expression fails on it, or its result is not text.
+            BadCaption: a member is absent, not UTF-8 or not JSON, the expression fails, or its result is not text.
         """
+        values = [
+            (columns or {})[name.removeprefix(COLUMN_PREFIX)] if _is_column(name) else _value(name, contents)
+            for name in self.names
+        ]
         try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadCaption(f"the .{self.member} is not UTF-8 text: {error}") from None
-        value: Any = text.strip()
-        if self.member.split(".")[-1] == "json":
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise BadCaption(f"the .{self.member} is not JSON: {error}") from None
-        try:
-            caption = self.expression(value)
+            caption = self.expression(*values)
         except KeyError as error:
-            known = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise BadCaption(f"the .{self.member} has no key {error}; it has: {known}") from None
+            raise BadCaption(self._absent_key(error, values)) from None
         except Exception as error:
             raise BadCaption(f"captions_getter {self.expression.text!r}: {type(error).__name__}: {error}") from None
         if not isinstance(caption, str):
             raise BadCaption(f"the caption is not text but {type(caption).__name__}: {str(caption)[:80]!r}")
         return caption.strip()
+
+    def _absent_key(self, error: KeyError, values: list) -> str:
+        mappings = [(name, value) for name, value in zip(self.names, values, strict=True) if isinstance(value, dict)]
+        asked = [(name, value) for name, value in mappings if error.args[0] in self.keys_of(name)] or mappings
+        name, value = next(((n, v) for n, v in asked if error.args[0] not in v), (self.names[0], values[0]))
+        known = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        return f"the .{name} has no key {error}; it has: {known}"
+
+
+def _is_column(name: str) -> bool:
+    return name in MEASURED or name.startswith(COLUMN_PREFIX)
+
+
+def _value(member: str, contents: Mapping[str, bytes]) -> Any:
+    """The text of a member, or what its JSON holds."""
+    if member not in contents:
+        raise BadCaption(f"the sample has no .{member}")
+    try:
+        text = contents[member].decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadCaption(f"the .{member} is not UTF-8 text: {error}") from None
+    if member.split(".")[-1] != "json":
+        return text.strip()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadCaption(f"the .{member} is not JSON: {error}") from None

@@ -33,7 +33,8 @@ def column_types(catalog: Catalog, names: Iterable[str]) -> dict[str, pa.DataTyp
         if name not in known:
             kind = "holds lists or mappings" if name in catalog.nested else "is a field of no sample's .json"
             raise UserError(
-                f"columns: {name!r} {kind}.{near_names(name, known)} The samples have: {', '.join(sorted(known))}"
+                f"columns, captions_getter: {name!r} {kind}.{near_names(name, known)} The samples have: "
+                f"{', '.join(sorted(known))}"
             )
     spread = np.unique(np.linspace(0, len(catalog) - 1, LOOKED_AT_SHARDS).astype(int)) if names else ()
     found: dict[str, set[pa.DataType]] = {name: set() for name in names}

@@ -58,12 +58,20 @@ class Expression:
         source = "lambda value: value" if text.strip() == "identity" else text.strip()
         self.function, checker = _compile(source)
         self.num_arguments = len(checker.parameters)
-        self.keys: tuple[str, ...] = tuple(sorted(checker.keys))
-        """Constant text keys that the first argument is subscripted with: `lambda j: j["caption"]` -> ("caption",)."""
+        self._keys = [tuple(sorted(checker.keys[name])) for name in checker.parameters]
         self.tested_keys: frozenset = frozenset(checker.tested_keys)
         """Constants that are looked for in the first argument: `lambda j: "tags" not in j` -> {"tags"}."""
         self.only_keys: bool = not checker.uses_whole_argument
         """True where the first argument is used through those keys alone."""
+
+    def keys_of(self, place: int) -> tuple[str, ...]:
+        """Constant text keys that an argument is subscripted with: `lambda j: j["caption"]` -> ("caption",)."""
+        return self._keys[place]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those of the first argument."""
+        return self.keys_of(0)
 
     def __call__(self, *values: Any) -> Any:
         return self.function(*values)
@@ -132,7 +140,7 @@ class _Checker(ast.NodeTransformer):
     def __init__(self, source: str):
         self.source = source
         self.parameters: list[str] = []
-        self.keys: set[str] = set()
+        self.keys: dict[str, set[str]] = {}
         self.tested_keys: set = set()
         self.uses_whole_argument = False
         self._depth = 0
@@ -150,6 +158,7 @@ class _Checker(ast.NodeTransformer):
                 self.refuse(node, f"an argument can't be called {name!r}")
         if not self.parameters:
             self.refuse(node, "the lambda takes no argument")
+        self.keys = {name: set() for name in self.parameters}
         node.body = self.visit(node.body)
         return node
 
@@ -246,9 +255,9 @@ class _Checker(ast.NodeTransformer):
             inner = part.operand if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.USub) else part
             if inner is not None and not (isinstance(inner, ast.Constant) and type(inner.value) in (int, str)):
                 self.refuse(node, "a subscript is a constant number or text")
-        is_first = isinstance(node.value, ast.Name) and node.value.id == self.parameters[0]
-        if is_first and isinstance(index, ast.Constant) and isinstance(index.value, str):
-            self.keys.add(index.value)
+        is_argument = isinstance(node.value, ast.Name) and node.value.id in self.parameters
+        if is_argument and isinstance(index, ast.Constant) and isinstance(index.value, str):
+            self.keys[node.value.id].add(index.value)
         else:
             node.value = self.visit(node.value)
         return node

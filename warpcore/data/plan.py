@@ -90,9 +90,15 @@ class Plan:
             raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
         if validation is not None and validation_samples:
             raise UserError("give validation_path or validation_samples, not both")
-        wanted = [*([captions.member] if captions else []), *required_members]
+        wanted = [*(captions.members if captions else []), *required_members]
         members = dict.fromkeys((one,) if isinstance(one, str) else tuple(one) for one in wanted)
-        selection = Selection(tuple(filters), tuple(members), max_picture_pixels, columns=dict(columns))
+        selection = Selection(
+            tuple(filters),
+            tuple(members),
+            max_picture_pixels,
+            columns=dict(columns),
+            required_columns=captions.columns if captions else (),
+        )
         selection.check(catalog, captions)
         if validation is not None:
             selection.check(validation, captions)
@@ -171,7 +177,7 @@ class Plan:
             "lanes": self.num_lanes,
             "shard_group_rows": recipe.group_rows,
             "dataset_filters": [str(condition) for condition in recipe.selection.filters],
-            "captions_getter": [self._captions.member, self._captions.expression.text] if self._captions else None,
+            "captions_getter": self._captions.setting if self._captions else None,
             "required_members": [list(suffixes) for suffixes in recipe.selection.required_members],
             "max_picture_pixels": recipe.selection.max_picture_pixels,
             "bucket_sizes": [list(size) for size in buckets.sizes],

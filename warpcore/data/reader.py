@@ -267,7 +267,7 @@ class Reader:
         contents = replace(self, pictures=False, extra={}, geometry=False)._read(samples)
         for sample, members in zip(samples, contents, strict=True):
             with suppress(BadCaption):  # whoever trains on the sample reports it
-                found.append((sample.shard, self.captions(members[self.captions.member])))
+                found.append((sample.shard, self.captions(members, sample.columns)))
         return found
 
     def _read(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
@@ -288,7 +288,7 @@ class Reader:
 
     def _suffixes(self, sample: Sample, members: Mapping[str, Any]) -> set[str]:
         """The suffixes to read, of those that a sample has."""
-        asked = [self.captions.member] if self.captions else []
+        asked = [*self.captions.members] if self.captions else []
         asked += [suffix for one in self.extra.values() for suffix in _first(_wanted(one, sample), members)]
         asked += [picture_member(members) or ""] if self.pictures else [PICTURE_FACTS] if self.geometry else []
         return {suffix for suffix in asked if suffix in members}
@@ -299,11 +299,12 @@ class Reader:
         """One sample; its pixels go into `target` (H, W, 3). Raises _BadContent."""
         caption = ""
         if self.captions:
-            suffix, content = _content([self.captions.member], contents, sample)
+            for member in self.captions.members:
+                _content([member], contents, sample)
             try:
-                caption = self.captions(content)
+                caption = self.captions(contents, sample.columns)
             except BadCaption as error:
-                raise _BadContent(suffix, str(error)) from error
+                raise _BadContent(next(iter(self.captions.members), "json"), str(error)) from error
         geometry = None
         if target is not None:
             suffix, content = _content([picture_member(contents) or "jpg"], contents, sample)

@@ -83,6 +83,8 @@ class Selection:
     """Shard number -> rows kept for validation."""
     columns: dict[str, pa.DataType] = field(default_factory=dict)
     """Index columns whose values samples bring along, and their types."""
+    required_columns: tuple[str, ...] = ()
+    """Those of them without which a row is rejected."""
 
     def load(self, catalog: Catalog, piece: Piece) -> Rows:
         """Read the rows of a piece and keep those that meet the conditions, each rejection counted once."""
@@ -127,6 +129,10 @@ class Selection:
                 remedy = f"rename it to .{suffixes[0]}, or make tars of the folder with tools/build_dataset.py"
                 examples[reason] = _example(f"{key}, which has a .{name} instead,", shard, remedy)
             keep(passed, reason)
+        for name in self.required_columns:
+            column = column_name(name)
+            held = _as_bool(found[column].is_valid()) if column in found.column_names else np.zeros(len(found), bool)
+            keep(held, f"no {name} in the index (captions_getter)")
         for condition in self.filters:
             try:
                 verdict = condition.evaluate(found)
@@ -140,10 +146,10 @@ class Selection:
         table = with_columns(found.select(BASE_COLUMNS), found, self.columns, shard.url)
         return Rows(table, numbers, +rejected, examples)
 
-    def read(self, shard: Shard, start: int, stop: int) -> pa.Table:
-        """Rows of a shard as `load` gives them, whether they meet the conditions or not."""
-        found = read_rows(shard, [*BASE_COLUMNS, *map(column_name, self.columns)], start, stop)
-        return with_columns(found.select(BASE_COLUMNS), found, self.columns, shard.url)
+    def read(self, shard: Shard, start: int, stop: int, also: Sequence[str] = ()) -> pa.Table:
+        """Rows of a shard as `load` gives them, whether they meet the conditions or not; `also` more of the index."""
+        found = read_rows(shard, [*BASE_COLUMNS, *also, *map(column_name, self.columns)], start, stop)
+        return with_columns(found.select([*BASE_COLUMNS, *also]), found, self.columns, shard.url)
 
     def check(self, catalog: Catalog, captions: CaptionGetter | None = None) -> None:
         """Raise UserError where a filter, a caption or a required member asks for what no sample has."""
@@ -153,9 +159,9 @@ class Selection:
             if catalog.members.isdisjoint(suffixes):
                 near, held = near_names(suffixes[0], catalog.members), ", ".join(sorted(catalog.members))
                 raise UserError(f"no sample has a {_any_of(suffixes)}.{near} The samples have: {held}")
-        if captions is not None and captions.member == "json":
+        if captions is not None:
             known = catalog.fields | catalog.nested
-            for key in captions.expression.keys:
+            for key in captions.keys_of("json"):
                 if key not in known:
                     near, held = near_names(key, known), ", ".join(sorted(known)) or "no .json fields"
                     raise UserError(

@@ -31,6 +31,7 @@ def test_a_cache_keeps_columns_and_crops(small_cascade, tmp_path, crop_mode):
     settings = small_cascade | {
         "webdataset_path": str(tmp_path / "pictures"), "multi_aspect_ratio": [1, 2], "batch_size": 2, "updates": 4,
         "crop_mode": crop_mode, "columns": ["score", "width"], "seed": 3,
+        "captions_getter": [["txt", "json.score", "json"], 'lambda t, s, j: t + " w" + str(s) + str(j["score"])'],
     }  # fmt: skip
     cache = make_cache("train_c", settings, tmp_path / "cache", "--variants", "2")
     from_pictures = batches(settings, 8)  # two epochs, whose crops are the two variants
@@ -41,6 +42,8 @@ def test_a_cache_keeps_columns_and_crops(small_cascade, tmp_path, crop_mode):
             crops.setdefault(key, []).append(batch.geometry.crop[place].tolist())
     for batch, other in zip(from_cache, from_pictures, strict=True):
         assert batch.keys == other.keys
+        assert batch.captions == other.captions
+        assert all(caption.count(" w") == 2 for caption in batch.captions)
         assert batch.images is None
         assert all(torch.equal(batch.columns[name], other.columns[name]) for name in ("score", "width"))
         for name in ("source", "resized", "size"):

@@ -10,6 +10,7 @@ from tests.warpcore.data.tars import catalog_of, picture, write_tar
 from tests.warpcore.runs import numbers, tiny_settings, train_here
 from tests.warpcore.tiny import Denoiser
 from warpcore.data.buckets import Buckets
+from warpcore.data.captions import CaptionGetter
 from warpcore.data.columns import column_types, tensor_types
 from warpcore.data.loader import Loader
 from warpcore.data.plan import Plan
@@ -111,6 +112,43 @@ def test_values_come_from_worker_processes(catalog):
 def test_a_column_that_cannot_be_had_is_named(catalog, name, message):
     with pytest.raises(UserError, match=message):
         tensor_types(column_types(catalog, [name]), [name])
+
+
+def test_captions_read_members_and_columns(catalog):
+    getter = CaptionGetter.parse([["json.title", "json", "width", "txt"],
+                                  'lambda c, j, w, t: t + c + str(w) + str(j["class"])'])  # fmt: skip
+    types = column_types(catalog, getter.columns)
+    plan = Plan(catalog, micro_batch_size=4, buckets=Buckets(16 * 16, 4), captions=getter, columns=types)
+    batch = Reader(captions=getter).__getitems__(next(plan.micro_batches()))
+    classes = [FIELDS[key]["class"] for key in batch.keys]
+    assert batch.captions == [f"at{number}{16 + number}{number}" for number in classes]
+    assert plan.fingerprint["captions_getter"] == [["json.title", "json", "width", "txt"], getter.expression.text]
+    assert plan.survey.passed == len(FIELDS)
+
+
+def test_rows_without_what_their_caption_needs_are_counted(tmp_path):
+    members = []
+    for number in range(6):
+        members.append((f"{number}.jpg", picture()))
+        members += [(f"{number}.txt", b"a")] * (number != 0)
+        fields = {} if number == 1 else {"style": "oil"}
+        members.append((f"{number}.json", json.dumps(fields).encode()))
+    catalog = catalog_of(write_tar(tmp_path / "a.tar", members))
+    getter = CaptionGetter.parse([["txt", "json.style"], "lambda t, s: t + s"])
+    columns = column_types(catalog, getter.columns)
+    plan = Plan(catalog, micro_batch_size=2, buckets=Buckets(16 * 16, 4), captions=getter, columns=columns)
+    assert plan.survey.rejected == {"no .txt": 1, "no style in the index (captions_getter)": 1}
+    reader, micro_batch = Reader(captions=getter), next(plan.micro_batches())
+    assert reader.__getitems__(micro_batch).captions == ["aoil", "aoil"]
+    del micro_batch.samples[0].members["txt"]
+    (event,) = reader.__getitems__(micro_batch).events
+    assert event.source.endswith(f"/{micro_batch.samples[0].key}.txt")
+    assert event.reason.startswith("the sample has no .txt; it has: j")
+    other = CaptionGetter.parse([["txt", "json"], 'lambda t, j: t + j["styles"]'])
+    with pytest.raises(UserError, match=r"no sample has 'styles'\. Did you mean 'style'\?"):
+        Plan(catalog, micro_batch_size=2, buckets=Buckets(16 * 16, 4), captions=other)
+    with pytest.raises(UserError, match=r"'styl' is a field of no sample's \.json\. Did you mean 'style'"):
+        column_types(catalog, ["styl"])
 
 
 class Sees(Denoiser):

@@ -227,9 +227,39 @@ def test_a_filter_of_the_wrong_shape_is_explained():
 
 
 def test_captions_come_from_text_and_json():
-    assert CaptionGetter.parse(["txt", "identity"])("\ufeffein Bär\n".encode()) == "ein Bär"
-    getter = CaptionGetter.parse(["json", 'lambda j: j["caption"]'])
-    assert pickle.loads(pickle.dumps(getter))(json.dumps({"caption": "a bear"}).encode()) == "a bear"
+    assert CaptionGetter.parse(["txt", "identity"])({"txt": "\ufeffein Bär\n".encode()}) == "ein Bär"
+    getter = pickle.loads(pickle.dumps(CaptionGetter.parse(["json", 'lambda j: j["caption"]'])))
+    assert getter({"json": json.dumps({"caption": "a bear"}).encode()}) == "a bear"
+    assert getter.setting == ["json", 'lambda j: j["caption"]']
+
+
+def test_captions_come_from_several_members_and_columns():
+    entry = [[".TXT", "json", "json.style", "width"], 'lambda t, j, s, w: t + j["end"] + s * (w >= 640)']
+    getter = pickle.loads(pickle.dumps(CaptionGetter.parse(entry)))
+    assert (getter.members, getter.columns) == (("txt", "json"), ("style", "width"))
+    assert getter.keys_of("json") == ["end"]
+    contents = {"txt": b"a bear", "json": b'{"end": ", "}'}
+    assert getter(contents, {"style": "oil", "width": 640}) == "a bear, oil"
+    assert getter(contents, {"style": "oil", "width": 639}) == "a bear,"
+    with pytest.raises(BadCaption, match=r"the sample has no \.txt"):
+        getter({"json": b"{}"}, {"style": "oil", "width": 1})
+    with pytest.raises(BadCaption, match=r"the \.json has no key 'end'; it has: other"):
+        getter(contents | {"json": b'{"other": 1}'}, {"style": "oil", "width": 1})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ([["txt", "json"], "lambda t: t"], "takes 1 values, not 2"),
+        (["txt", "lambda t, j: t"], "takes 2 values, not 1"),
+        ([[], "identity"], r"expected \[member, expression\].*found \[\[\]"),
+        ([["txt", 3], "lambda t, n: t"], r"found \[\['txt', 3\]"),
+        ([["txt", "json"], "lambda t, j: j.__class__"], "attributes can't be read"),
+    ],
+)
+def test_a_caption_entry_of_the_wrong_shape_is_explained(entry, message):
+    with pytest.raises(UserError, match=message):
+        CaptionGetter.parse(entry)
 
 
 @pytest.mark.parametrize(
@@ -244,4 +274,4 @@ def test_captions_come_from_text_and_json():
 )
 def test_an_unusable_caption_says_why(entry, content, reason):
     with pytest.raises(BadCaption, match=reason):
-        CaptionGetter.parse(entry)(content)
+        CaptionGetter.parse(entry)({entry[0]: content})
