@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from families.cascade import build
-from families.cascade.diffusion import latent_size
 from families.cascade.drawing import finish, sketch
 from families.cascade.inference import DrawingSettings
 from families.cascade.lora_formats import Lora
-from families.cascade.pictures import to_pictures
-from families.cascade.sampling import Cascade, Size
+from families.cascade.sampling import Cascade
+from families.common.pictures import to_pictures
+from families.common.pipeline import Size
+from families.common.sampling import latent_size
 
 SIDE_PX = 128
 

@@ -119,12 +119,12 @@ def drawn(bench: Bench) -> Outcome:
     """A picture of the whole cascade (Stage C, B and A), on the device beside the CPU's."""
     from families.cascade.drawing import finish, sketch
     from families.cascade.sampling import Cascade
-    from inference.text_to_image import TextToImageConfig
+    from families.cascade.text_to_image import CascadeTextToImageConfig
     from warpcore.config import make_config
 
     found = {}
     for device in (torch.device("cpu"), bench.device):
-        config = make_config(TextToImageConfig, {
+        config = make_config(CascadeTextToImageConfig, {
             "model_version": "mini", "generator_checkpoint_path": str(mini_generator(bench)), "prompts": ["a circle"],
             "image_size": 64, "steps": 2, "stage_b_steps": 2, "device": device.type, "dtype": "float32",
         })  # fmt: skip

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 
-from families.cascade.pictures import nearness
+from families.common.pictures import image_metrics
 from tools.demo_scenes import COLOURS, POSITIONS, SHAPES, Scene, captioned_scene, describe, shape_mask
 
 ATTRIBUTES = ("colour", "position", "shape", "count")
@@ -124,7 +124,7 @@ def sentences(number: int, pairs: Sequence[tuple[str, str]], seed: int) -> list[
 def distance(made: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """PSNR in dB and SSIM of a picture, enlarged to the true one's size where it is smaller."""
     made = cv2.resize(made, true.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    found = nearness(*(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255 for picture in (made, true)))
+    found = image_metrics(*(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255 for picture in (made, true)))
     return found["psnr"].item(), found["ssim"].item()
 
 

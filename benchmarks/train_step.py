@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.flops import TEXT_TOKENS, dense_peak, forward_flops
-from families.cascade.diffusion import latent_size
 from families.cascade.versions import VERSIONS
+from families.common.sampling import latent_size
 from modules.controlnet import ControlNet
 from modules.feed_forward import FeedForward
 from modules.lora import LoraSettings, add_adapters

@@ -104,15 +104,15 @@ def test_a_config_may_be_of_any_unicode_encoding(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
-    from inference.text_to_image import TextToImageConfig
+    from families.cascade.text_to_image import CascadeTextToImageConfig
 
     settings = {"prompt_file": tmp_path / "prompts.txt", "generator_checkpoint_path": "stage_c.safetensors"}
     for encoding in ("utf-8-sig", "utf-16"):
         (tmp_path / "prompts.txt").write_bytes("a naïve dog\n# a comment\na cat\n".encode(encoding))
-        assert make_config(TextToImageConfig, settings).all_prompts == ["a naïve dog", "a cat"]
+        assert make_config(CascadeTextToImageConfig, settings).all_prompts == ["a naïve dog", "a cat"]
     (tmp_path / "prompts.txt").write_bytes("a naïve dog".encode("latin-1"))
     with pytest.raises(UserError, match=r"prompts\.txt is not UTF-8 text: byte 4"):
-        _ = make_config(TextToImageConfig, settings).all_prompts
+        _ = make_config(CascadeTextToImageConfig, settings).all_prompts
 
 
 def test_a_list_of_tars_may_have_a_byte_order_mark(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from families.registry import families
 from warpcore.config import Config, ConfigError, Settings, load_config
 from warpcore.keys import describe
 
@@ -14,7 +15,7 @@ SCRIPTS = sorted(
     path.relative_to(ROOT)
     for folder in ("train", "inference", "tools")
     for path in (ROOT / folder).glob("*.py")
-    if re.search(r"load_config\(\w+Config\)|\.main\(\)", path.read_text())
+    if re.search(r"load_task\(|\.main\(\)", path.read_text())
 )
 """Those that have keys of their own; the other tools take the keys of the script that they are given."""
 TRAINING = (
@@ -34,11 +35,12 @@ PUBLISHED = {
 
 
 def config_of(script: Path) -> type[Settings]:
-    """The class of keys that a script defines or, without one, that of its use case."""
+    """The class of keys of a use case, or of a task of the first family that has it."""
     module = importlib.import_module(".".join(script.with_suffix("").parts))
+    if script.parts[0] == "inference":
+        return next(config for family in families() if (config := family.config_of(module.TASK)) is not None)
     own = [kind for kind in vars(module).values() if getattr(kind, "__module__", "") == module.__name__]
-    cases = [kind.Config for kind in own if hasattr(kind, "Config")]
-    return (cases or [kind for kind in own if isinstance(kind, type) and issubclass(kind, Settings)])[0]
+    return next(kind.Config for kind in own if hasattr(kind, "Config"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)

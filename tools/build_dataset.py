@@ -25,8 +25,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from families.cascade.members import SIDE_MEMBERS
 from families.common.captions import CLIP_LENGTH, is_cut
+from families.common.members import SIDE_MEMBERS
 from modules.tokenizers import BytePairTokenizer
 from tools.arguments import local_path, positive
 from tools.picture_folder import Entry, find_entries

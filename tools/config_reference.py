@@ -10,6 +10,7 @@ from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
 
+from families.registry import families
 from tools.arguments import local_path
 from warpcore.config import Settings
 from warpcore.errors import UserError, run_script
@@ -48,20 +49,20 @@ def scripts() -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"]
 
 
-def settings_of(script: str) -> type[Settings]:
-    """The class that holds a script's keys."""
+def settings_of(script: str) -> list[type[Settings]]:
+    """The classes that hold a script's keys: of inference scripts, one for each family that can do its task."""
     if script.startswith("train/"):
-        return load_use_case(ROOT / script).Config
-    module = import_module(script.removesuffix(".py").replace("/", "."))
-    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
-    return [kind for kind in own if issubclass(kind, Settings)][-1]
+        return [load_use_case(ROOT / script).Config]
+    task = import_module(script.removesuffix(".py").replace("/", ".")).TASK
+    return [config for family in families() if (config := family.config_of(task)) is not None]
 
 
 def _sections() -> list[str]:
     """A heading and a table for every group of scripts, the largest groups first."""
     taken_by: dict[Row, list[str]] = defaultdict(list)
     for script in scripts():
-        for row in describe(settings_of(script)):
+        rows = [row for kind in settings_of(script) for row in describe(kind)]
+        for row in dict.fromkeys(rows):
             taken_by[row].append(script)
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row, takers in taken_by.items():

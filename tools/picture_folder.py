@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
 
-from families.cascade.members import SIDE_MEMBERS
+from families.common.members import SIDE_MEMBERS
 from tools.metadata import NAMES as METADATA_NAMES
 from tools.metadata import read_metadata
 from warpcore.data.picture_files import UNREAD_EXTENSIONS, LeftOut, extension, is_picture, no_decoder, walk

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from families.cascade.poses import read_people
+from families.common.poses import read_people
 from tools.picture_folder import Entry
 from warpcore.data.images import MAX_PIXELS, BadPicture, decode_alike, place
 from warpcore.data.member_headers import picture_size

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from families.cascade import build
 from families.cascade.codebook import CodebookAverages, codebook_statistics
 from families.cascade.config import FamilySettings
-from families.cascade.pictures import nearness, to_pictures, to_uint8
 from families.cascade.training import CascadeTraining, per_sample
+from families.common.pictures import image_metrics, to_pictures, to_uint8
 from modules.discriminator import PatchDiscriminator
 from warpcore.config import Config, Share
 from warpcore.core import Losses, Sampled
@@ -104,7 +104,7 @@ class TrainStageA(CascadeTraining):
         for suffix, from_codes in {"": False, "_from_codes": True}.items():
             chosen = torch.full((len(pictures),), from_codes, device=self.device)
             rebuilt, _, codes = self.networks["stage_a"](pictures, chosen)
-            metrics |= {name + suffix: value for name, value in nearness(rebuilt, pictures).items()}
+            metrics |= {name + suffix: value for name, value in image_metrics(rebuilt, pictures).items()}
             squared = per_sample((rebuilt.float() - pictures).square())
         used = torch.zeros_like(self.codebook.use).index_fill_(0, codes.indices.flatten(), 1.0)
         metrics["share_of_codes_used"] = used.mean().expand(len(pictures))

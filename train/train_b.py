@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from families.cascade import build
 from families.cascade.conditions import text_conditions, training_text
 from families.cascade.config import DiffusionConfig
-from families.cascade.diffusion import draw_latents, pyramid_noise
-from families.cascade.pictures import to_pictures, to_uint8
+from families.cascade.diffusion import pyramid_noise
 from families.cascade.scaled import encode_scaled, enlarge
 from families.cascade.training import DiffusionTraining
 from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
+from families.common.pictures import to_pictures, to_uint8
+from families.common.sampling import draw_latents
 from modules.effnet import normalise_images
 from warpcore.config import ConfigError, Share
 from warpcore.core import Losses, Sampled

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from families.cascade import build
 from families.cascade.conditions import TEXT, prompt_conditions, training_conditions
 from families.cascade.config import StageCConfig
-from families.cascade.diffusion import draw_latents, latent_size
-from families.cascade.pictures import to_pictures, to_uint8
 from families.cascade.training import DiffusionTraining
 from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
+from families.common.pictures import to_pictures, to_uint8
+from families.common.sampling import draw_latents, latent_size
 from modules.effnet import normalise_images
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch

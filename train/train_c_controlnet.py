@@ -24,7 +24,7 @@ from families.cascade.controlnet import (
     make_controlnet,
     make_filter,
 )
-from families.cascade.pictures import to_pictures, to_uint8
+from families.common.pictures import to_pictures, to_uint8
 from train.train_c import TrainStageC
 from warpcore.core import Losses, Sampled
 from warpcore.data.buckets import Buckets

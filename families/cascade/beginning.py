@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from families.cascade.config import DiffusionConfig
-from families.cascade.inference import TARGET_KEY, contradictions, target_of
+from families.cascade.files import TARGET_KEY
+from families.cascade.inference import contradictions, target_of
 from warpcore.config import ConfigError
 
 CONVENTIONS = {"tokenizer": "clip", "loss_weight": "converted"}

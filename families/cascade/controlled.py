@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from families.cascade.pictures import read_picture, size_of
-from families.cascade.poses import read_people
+from families.common.pictures import read_picture, size_of
+from families.common.poses import read_people
 from modules.blocks import resize
 from modules.filters import Filter, Filtered
 from modules.filters.inpaint import InpaintFilter

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from families.cascade.config import ModelSettings
-from families.cascade.poses import PoseField
+from families.common.poses import PoseField
 from families.common.weights import WeightsError, read_weights, with_weights
 from modules.controlnet import BOTTLENECK_MODES, ControlNet
 from modules.effnet import EFFICIENTNET_V2_S

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from families.cascade import build
 from families.cascade.diffusion import make_diffusion
-from families.cascade.inference import TARGET_KEY, CascadeSettings
+from families.cascade.files import TARGET_KEY
+from families.cascade.inference import CascadeSettings
 from families.cascade.transformers_text import text_encoder, text_tower, tokenizer
 from families.common.weights import read_weights
 from modules.stage_a import StageA

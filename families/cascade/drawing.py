@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from families.cascade.diffusion import latent_size
-from families.cascade.sampling import Cascade, Size
+from families.cascade.sampling import Cascade
+from families.common.pipeline import Size
+from families.common.sampling import latent_size
 
 
 class Sketch(NamedTuple):

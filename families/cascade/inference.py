@@ -8,36 +8,23 @@ import yaml
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from families.cascade.config import ModelSettings
+from families.cascade.files import STAGE_B_TENSOR, STEERING, TARGET_KEY, WEIGHT_KEYS
+from families.common.inference import ComputeSettings, RunSettings
 from families.common.weight_files import RUN_CONFIG, metadata_of, read_header, weights_of_run
 from warpcore.config import Share
 from warpcore.diffusion.samplers import SAMPLERS
 
-TARGET_KEY = "diffusion_target"
-"""Where a weights file says what its network predicts."""
 STAGE_B_OF = {"3.6B": "3B", "1B": "700M", "mini": "mini"}
 """The size of Stage B that belongs to a size of Stage C."""
-KEY_OF_WEIGHTS = {
-    "stage_a": "stage_a_checkpoint_path",
-    "encoder": "effnet_checkpoint_path",
-    "effnet_encoder": "effnet_checkpoint_path",
-    "previewer": "previewer_checkpoint_path",
-    "text_tower": "clip_text_model_name",
-    "image_tower": "clip_image_model_name",
-}
-"""The key that takes the weights a run leaves under this name; `generator` is Stage B's or Stage C's."""
-STEERING = ("lora", "controlnet")
-"""Weights that steer a frozen Stage C. The keys that take lists of them have the same names."""
-
 logger = logging.getLogger(__name__)
 
 
-class CascadeSettings(ModelSettings):
-    """The networks of a whole cascade. Keys of `ModelSettings` are those of Stage C and what stands around it."""
+class CascadeSettings(RunSettings, ModelSettings):
+    """The networks of a whole cascade.
 
-    run: list[Path] = []
-    """Folder of a training run, or several: the weights that they trained and their model settings are used."""
-    use_ema: bool = True
-    """With `run`: take the averaged weights, where there are some."""
+    Keys of `ModelSettings` are those of Stage C and what stands around it.
+    """
+
     stage_b_version: Literal["3B", "700M", "mini"] | None = None
     """Size of Stage B; by default the one that belongs to `model_version`."""
     stage_b_checkpoint_path: Path | None = None
@@ -82,8 +69,8 @@ class CascadeSettings(ModelSettings):
         return settings.model_copy(update={"generator_checkpoint_path": path, "diffusion_target": target})
 
 
-class DrawingSettings(CascadeSettings):
-    """How Stage B draws, and where everything is computed."""
+class DrawingSettings(CascadeSettings, ComputeSettings):
+    """How Stage B draws."""
 
     stage_b_steps: PositiveInt = 10
     """Sampling steps of Stage B."""
@@ -95,12 +82,6 @@ class DrawingSettings(CascadeSettings):
     """Moves the noise schedule of Stage B towards more noise (> 1)."""
     guidance_rescale: Share = 0.7
     """Share of the guided prediction that is scaled back to the contrast of the unguided one; 0 for none."""
-    batch_size: PositiveInt = 8
-    """Pictures that go through a network at once."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where to compute."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision; by default bfloat16 on CUDA, else float32."""
 
     @property
     def stage_b_sampling(self) -> dict[str, Any]:
@@ -144,8 +125,7 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
     version, target = kept.get("model_version"), kept.pop(TARGET_KEY, None)
     base = kept.pop("generator_checkpoint_path", None)
-    names = (*KEY_OF_WEIGHTS, *STEERING, "generator")
-    trained = {name: file for name in names if (file := weights_of_run(folder, name, use_ema))}
+    trained = {name: file for name in WEIGHT_KEYS if (file := weights_of_run(folder, name, use_ema))}
     if not trained:
         raise ValueError(
             f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
@@ -154,11 +134,11 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     target = next(filter(None, map(target_of, trained.values())), target)
     if steering := {name: [str(trained[name])] for name in STEERING if name in trained}:
         return kept | steering | {"generator_checkpoint_path": base, TARGET_KEY: target}
-    kept |= {KEY_OF_WEIGHTS[name]: str(file) for name, file in trained.items() if name != "generator"}
+    kept |= {WEIGHT_KEYS[name]: str(file) for name, file in trained.items() if name != "generator"}
     generator = trained.get("generator")
     if generator is None:
         return kept
-    if "effnet_mapper.0.weight" not in read_header(generator).names:
+    if STAGE_B_TENSOR not in read_header(generator).names:
         return kept | {"generator_checkpoint_path": str(generator), TARGET_KEY: target}
     of_stage_b = {"stage_b_checkpoint_path": str(generator), "stage_b_version": version, "stage_b_target": target}
     stage_c = next((stage_c for stage_c, stage_b in STAGE_B_OF.items() if stage_b == version), version)

@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 from torch import Tensor
 
 from families.cascade.config import StageCConfig
-from families.cascade.members import MASK
+from families.common.members import MASK
 from modules.lora import LoraSettings
 from modules.tokens import is_new
 from warpcore.config import ShareBelowOne

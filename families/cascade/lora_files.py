@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from families.cascade.lora_formats import embeddings, named, ours, peft, reference
 from families.cascade.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens
+from families.common.exports import Files, write_files
 from modules.lora import Place, places
 from modules.tokenizers import Tokenizer
 from modules.tokens import TokenRows, is_new
-from warpcore.weights import write_weights
 
 FORMATS = ("warpcore", "reference", *named.PREFIXES, "peft")
-Files = dict[Path, tuple[Mapping[str, Tensor], Mapping[str, str]] | str]
-"""Files to write: tensors and metadata, or a text."""
 
 logger = logging.getLogger(__name__)
 
@@ -197,17 +195,6 @@ def lora_files(
             tensors, config = peft.to_peft(lora)
             return {path / peft.TENSORS: (tensors, about), path / peft.CONFIG: json.dumps(config, indent=1) + "\n"}
     raise LoraFileError(f"there is no LoRA format {kind!r}; write one of {', '.join(FORMATS)}")
-
-
-def write_files(files: Files) -> None:
-    for file, content in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            file.write_text(content, encoding="utf-8")
-            continue
-        tensors, about = content
-        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        write_weights(file, own, {"format": "pt"} | dict(about))
 
 
 def write_lora(lora: Lora, path: Path, kind: str = "warpcore", *arguments, **keywords) -> list[Path]:

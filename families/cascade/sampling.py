@@ -1,55 +1,40 @@
-"""Drawing with a whole cascade: Stage C, then Stage B, then Stage A, one network in memory at a time.
-
-Pictures, their latents and everything between them are lists of tensors on the CPU, one for each picture, so that they
-may have different sizes. A method loads one network, works through them all in batches, and frees it.
-"""
+"""Drawing with a whole cascade: Stage C, then Stage B, then Stage A, one network in memory at a time."""
 
 import logging
-import resource
-import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from families.cascade import build
 from families.cascade.conditions import text_conditions
-from families.cascade.config import ModelSettings
 from families.cascade.controlled import Control, ControlledStageC
-from families.cascade.diffusion import draw_latents, latent_size, make_diffusion
+from families.cascade.diffusion import make_diffusion
 from families.cascade.inference import DrawingSettings
 from families.cascade.lora import add_tokens, merge_loras
 from families.cascade.lora_formats import Lora
-from families.cascade.pictures import pad
 from families.common.captions import cut_note
+from families.common.pictures import pad
+from families.common.pipeline import Pipeline, Size, sizes_of
+from families.common.sampling import draw_latents, latent_size
 from modules.effnet import normalise_images
 from warpcore.errors import UserError
-from warpcore.processes import choose_device, choose_dtype
 from warpcore.random import stable_hash
-
-Network = TypeVar("Network", bound=nn.Module)
-Size = tuple[int, int]
-GIB = 2**30
 
 logger = logging.getLogger(__name__)
 
 
-class Cascade:
+class Cascade(Pipeline):
     """The networks of a cascade, each on the device only while it works.
 
     loras: see `cascade.lora.open_loras`; Stage C gets their changes, and the text tower their tokens.
     """
 
     def __init__(self, settings: DrawingSettings, loras: Sequence[tuple[Lora, float]] = ()):
-        self.settings, self.loras = settings, loras
-        self.device = choose_device(settings.device)
-        self.dtype = choose_dtype(settings.dtype, self.device)
-        self._peaks: dict[str, int] = {}
+        super().__init__(settings)
+        self.loras = loras
 
     @property
     def picture_factor(self) -> int:
@@ -59,33 +44,6 @@ class Cascade:
     @property
     def _stage_a_compression(self) -> int:
         return 2 ** self.settings.version.stage_a.get("levels", 2)
-
-    @contextmanager
-    def holding(
-        self, name: str, make: Callable[[ModelSettings], Network], settings: ModelSettings | None = None
-    ) -> Iterator[Network]:
-        """A network, built by `make`, on the device; its memory is free afterwards."""
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        network = make(settings or self.settings).to(self.device, self.dtype).eval().requires_grad_(False)
-        try:
-            with torch.inference_mode():
-                yield network
-        finally:
-            network.to("meta")  # a name that a caller keeps for it would keep its weights too
-            if on_cuda:
-                peak = torch.cuda.max_memory_allocated(self.device)
-                self._peaks[name] = max(peak, self._peaks.get(name, 0))
-                torch.cuda.empty_cache()
-
-    def peak_memory(self) -> str:
-        """What was needed at most so far, as text: of the GPU for each network, else of the whole process."""
-        if self._peaks:
-            parts = ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in self._peaks.items())
-            return f"peak memory of the GPU in GiB: {parts}"
-        unit = 1 if sys.platform == "darwin" else 1024
-        return f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB"
 
     def read(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The text conditions of prompts: `clip_text` (N, L, D) and `clip_text_pooled` (N, 1, P)."""
@@ -109,7 +67,7 @@ class Cascade:
         with self.holding("encoder", build.encoder) as encoder:
             resized = [_resize(picture, [side * encoder.compression for side in size])
                        for picture, size in zip(pictures, sizes, strict=True)]  # fmt: skip
-            return self._work("encoder", sizes, lambda rows: encoder(normalise_images(self._batch(resized, rows))))
+            return self.in_batches("encoder", sizes, lambda rows: encoder(normalise_images(self.batch(resized, rows))))
 
     def draw_c(
         self,
@@ -142,7 +100,7 @@ class Cascade:
 
             def draw(rows: list[int]) -> Tensor:
                 first, second = (
-                    self._rows(nothing | {**side} | control, rows)
+                    self.rows(nothing | {**side} | control, rows)
                     for side, control in zip((conditions, unconditional), controlled, strict=True)
                 )
                 begin = None if start is None else start.to(self.device).expand(len(rows), *shape)
@@ -150,13 +108,13 @@ class Cascade:
                     diffusion, network, first, second, shape, [seeds[i] for i in rows], start=begin, **sampling
                 )
 
-            return self._work("Stage C", [size] * len(seeds), draw)
+            return self.in_batches("Stage C", [size] * len(seeds), draw)
 
     def preview(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """Small pictures (3, 8 h, 8 w) in [0, 1] of Stage C's latents (C, h, w)."""
         with self.holding("previewer", build.previewer) as previewer:
-            return self._work(
-                "previewer", _sizes(latents), lambda rows: previewer(self._batch(latents, rows)).clamp(0, 1)
+            return self.in_batches(
+                "previewer", sizes_of(latents), lambda rows: previewer(self.batch(latents, rows)).clamp(0, 1)
             )
 
     def draw_b(
@@ -185,9 +143,9 @@ class Cascade:
                 raise UserError(f"size: Stage B cannot draw a picture whose height or width is less than {least} px")
 
             def draw(rows: list[int]) -> Tensor:
-                effnet = self._batch(latents, rows, torch.float32)
-                first = self._rows({"clip": pooled}, rows) | {"effnet": effnet}
-                second = self._rows({"clip": unconditional_pooled}, rows) | {"effnet": torch.zeros_like(effnet)}
+                effnet = self.batch(latents, rows, torch.float32)
+                first = self.rows({"clip": pooled}, rows) | {"effnet": effnet}
+                second = self.rows({"clip": unconditional_pooled}, rows) | {"effnet": torch.zeros_like(effnet)}
                 return draw_latents(
                     diffusion, generator, first, second,
                     (generator.c_in, *latent_size(*sizes[rows[0]], compression, generator.patch_size)),
@@ -195,46 +153,25 @@ class Cascade:
                     **self.settings.stage_b_sampling,
                 )  # fmt: skip
 
-            return self._work("Stage B", [*zip(sizes, _sizes(latents), strict=True)], draw)
+            return self.in_batches("Stage B", [*zip(sizes, sizes_of(latents), strict=True)], draw)
 
     def decode(self, latents: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:
         """Pictures (3, H, W) of `sizes` (H, W), in [0, 1], of Stage A's latents (C, h, w)."""
         with self.holding("Stage A", build.stage_a) as stage_a:
-            found = self._work("Stage A", _sizes(latents), lambda rows: stage_a.decode(self._batch(latents, rows)))
+            found = self.in_batches(
+                "Stage A", sizes_of(latents), lambda rows: stage_a.decode(self.batch(latents, rows))
+            )
         return [picture[:, :height, :width].clamp(0, 1) for picture, (height, width) in zip(found, sizes, strict=True)]
 
     def rebuild(self, pictures: Sequence[Tensor]) -> list[Tensor]:
         """What Stage A alone makes of pictures (3, H, W) in [0, 1]."""
         with self.holding("Stage A", build.stage_a) as stage_a:
             whole = [pad(picture, stage_a.compression) for picture in pictures]
-            found = self._work(
-                "Stage A", _sizes(whole), lambda rows: stage_a.decode(stage_a.encode(self._batch(whole, rows)))
+            found = self.in_batches(
+                "Stage A", sizes_of(whole), lambda rows: stage_a.decode(stage_a.encode(self.batch(whole, rows)))
             )
-        sizes = _sizes(pictures)
+        sizes = sizes_of(pictures)
         return [picture[:, :height, :width].clamp(0, 1) for picture, (height, width) in zip(found, sizes, strict=True)]
-
-    def _work(self, name: str, kinds: Sequence[Hashable], work: Callable[[list[int]], Tensor]) -> list[Tensor]:
-        """What `work` makes of batches of rows of one kind, in the order of rows, in float32 on the CPU."""
-        groups: dict[Hashable, list[int]] = {}
-        for row, kind in enumerate(kinds):
-            groups.setdefault(kind, []).append(row)
-        most = self.settings.batch_size
-        batches = [rows[i : i + most] for rows in groups.values() for i in range(0, len(rows), most)]
-        made: dict[int, Tensor] = {}
-        for rows in tqdm(batches, desc=name, unit="batch"):
-            made |= zip(rows, work(rows).float().cpu(), strict=True)
-        return [made[row] for row in range(len(kinds))]
-
-    def _batch(self, tensors: Sequence[Tensor], rows: list[int], dtype: torch.dtype | None = None) -> Tensor:
-        return torch.stack([tensors[row] for row in rows]).to(self.device, dtype or self.dtype)
-
-    def _rows(self, conditions: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-        """Those of the conditions (N, ...) on the device; what is the same for all, (1, ...), stays so."""
-        return {name: (all_ if len(all_) == 1 else all_[rows]).to(self.device) for name, all_ in conditions.items()}
-
-
-def _sizes(tensors: Sequence[Tensor]) -> list[Size]:
-    return [tuple(tensor.shape[-2:]) for tensor in tensors]
 
 
 def _resize(picture: Tensor, size: Sequence[int]) -> Tensor:

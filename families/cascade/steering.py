@@ -11,8 +11,8 @@ from families.cascade import build
 from families.cascade.controlled import Control, condition_of_file, four_margins
 from families.cascade.controlnet import load_controlnet
 from families.cascade.inference import DrawingSettings, warn_of_contradictions
-from families.cascade.pictures import size_of
 from families.cascade.sampling import Cascade
+from families.common.pictures import size_of
 from families.common.weight_files import weights_in
 from modules.filters.inpaint import InpaintFilter
 from warpcore.config import ConfigError, FileName, Share

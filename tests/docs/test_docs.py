@@ -30,7 +30,7 @@ def _in_the_repository(monkeypatch):
 
 @cache
 def known_keys() -> set[str]:
-    return {"base", *(key for script in scripts() for key in settings_of(script).model_fields)}
+    return {"base", *(key for script in scripts() for kind in settings_of(script) for key in kind.model_fields)}
 
 
 @cache
@@ -85,7 +85,7 @@ def test_a_command_that_could_not_start_is_found(command, tmp_path):
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_a_config_loads_in_the_script_that_it_is_for(block, tmp_path):
-    kind = settings_of(block.note or "train/train_c.py")
+    kind = settings_of(block.note or "train/train_c.py")[0]
     keys = yaml.safe_load(block.text)
     required = {key: value for key, value in REQUIRED.items() if key in kind.model_fields and key not in keys}
     for path in (ROOT / "configs" / "training").glob("*.yaml"):

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from inference.reconstruct import ReconstructConfig
-from inference.text_to_image import TextToImageConfig
+from families.cascade.reconstruction import CascadeReconstructConfig
+from families.cascade.text_to_image import CascadeTextToImageConfig
 from warpcore.config import make_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "inference").glob("*.yaml"))
 NEEDED = {
-    "text_to_image": (TextToImageConfig, {"prompts": ["a"], "generator_checkpoint_path": "c.safetensors"}),
-    "reconstruct": (ReconstructConfig, {"pictures": ["a"], "stage_b_checkpoint_path": "b.safetensors"}),
+    "text_to_image": (CascadeTextToImageConfig, {"prompts": ["a"], "generator_checkpoint_path": "c.safetensors"}),
+    "reconstruct": (CascadeReconstructConfig, {"pictures": ["a"], "stage_b_checkpoint_path": "b.safetensors"}),
 }
 """A script's keys, and those that it wants from the command line or from weights on the disk."""
 

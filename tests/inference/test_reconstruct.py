@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from families.cascade.pictures import read_picture
 from families.cascade.sampling import Cascade
+from families.common.pictures import read_picture
 from inference.reconstruct import main
 from warpcore.errors import UserError
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from families.cascade.inference import DrawingSettings
-from families.cascade.pictures import read_picture, to_pictures
 from families.cascade.sampling import Cascade
+from families.common.pictures import read_picture, to_pictures
 from inference.text_to_image import main
 from tests.tiers import represented_by
 from train.train_c import TrainStageC

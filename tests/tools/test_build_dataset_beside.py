@@ -10,7 +10,7 @@ from PIL import Image
 
 from families.cascade.controlnet import filter_fields
 from families.cascade.lora_config import MaskField
-from families.cascade.members import MASK, SIDE_MEMBERS
+from families.common.members import MASK, SIDE_MEMBERS
 from modules.filters import FILTERS
 from tests.tools.test_build_dataset import samples_of
 from tests.warpcore.data.tars import picture

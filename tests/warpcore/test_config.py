@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from families.cascade.config import StageCConfig
-from inference.reconstruct import ReconstructConfig
-from inference.text_to_image import TextToImageConfig
+from families.cascade.reconstruction import CascadeReconstructConfig
+from families.cascade.text_to_image import CascadeTextToImageConfig
 from warpcore.arguments import parse_yaml
 from warpcore.config import Config, ConfigError, dump_config, load_config, make_config
 from warpcore.core import WarpCore
@@ -93,8 +93,8 @@ def test_a_mistake_names_the_key_what_was_found_and_what_to_write(changes, words
     [
         *((Config, key) for key in ("output_path", "scratch_path", "cache_path")),
         *((StageCConfig, key) for key in ("generator_checkpoint_path", "clip_text_model_name")),
-        *((TextToImageConfig, key) for key in ("run", "lora", "controlnet", "image", "output_path")),
-        (ReconstructConfig, "pictures"),
+        *((CascadeTextToImageConfig, key) for key in ("run", "lora", "controlnet", "image", "output_path")),
+        (CascadeReconstructConfig, "pictures"),
     ],
 )
 @pytest.mark.parametrize("url", ["s3://bucket/a.safetensors", "file:///a", Path("s3://bucket/b")])
@@ -185,8 +185,8 @@ def test_the_two_names_of_a_loss_weight_may_not_contradict_each_other():
         make_config(StageCConfig, GIVEN | {"adaptive_loss_weight": True, "loss_weight": "min_snr"})
 
 
-def drawn(*arguments: str) -> TextToImageConfig:
-    return load_config(TextToImageConfig, [*arguments, "generator_checkpoint_path=c.safetensors"])
+def drawn(*arguments: str) -> CascadeTextToImageConfig:
+    return load_config(CascadeTextToImageConfig, [*arguments, "generator_checkpoint_path=c.safetensors"])
 
 
 @pytest.mark.parametrize("text", ["007", "1e3", "16:9", "2024-01-01", "no", "1_0"])

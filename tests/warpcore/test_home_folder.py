@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from families.cascade.controlnet import make_filter
-from inference.reconstruct import ReconstructConfig
-from inference.text_to_image import TextToImageConfig
+from families.cascade.reconstruction import CascadeReconstructConfig
+from families.cascade.text_to_image import CascadeTextToImageConfig
 from tests.warpcore.runs import tiny_settings, train_here, write_shard
 from tests.warpcore.tiny import TinyConfig
 from tools.arguments import local_path
@@ -34,7 +34,8 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 CONFIGURATIONS = (
-    StageAConfig, StageBConfig, ControlNetConfig, LoraConfig, EncoderConfig, TextToImageConfig, ReconstructConfig
+    StageAConfig, StageBConfig, ControlNetConfig, LoraConfig, EncoderConfig, CascadeTextToImageConfig,
+    CascadeReconstructConfig,
 )  # fmt: skip
 PATH_KEYS = sorted({name for kind in CONFIGURATIONS for name, field in kind.model_fields.items()
                     if name.endswith(("_path", "_file", "_model_name"))})  # fmt: skip

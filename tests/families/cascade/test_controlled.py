@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from families.cascade.controlled import Control, ControlledStageC, condition_of_file, pasted
-from families.cascade.diffusion import draw_latents, make_diffusion
-from families.cascade.pictures import read_picture
-from families.cascade.poses import PoseField, read_people
+from families.cascade.diffusion import make_diffusion
+from families.common.pictures import read_picture
+from families.common.poses import PoseField, read_people
+from families.common.sampling import draw_latents
 from modules.filters.canny import CannyFilter
 from modules.filters.inpaint import InpaintFilter
 from modules.filters.pose import PoseFilter, draw_people

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from families.cascade.diffusion import draw_latents, latent_size, make_diffusion
+from families.cascade.diffusion import make_diffusion
+from families.common.sampling import draw_latents, latent_size
 from tests.golden import load_case
 from warpcore.random import SampleRandom
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from families.cascade.diffusion import draw_latents, make_diffusion
+from families.cascade.diffusion import make_diffusion
+from families.common.sampling import draw_latents
 from warpcore.diffusion.targets import TARGETS
 
 

@@ -25,7 +25,7 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None = None) -> np.ndarr
     return to_uint8((images.clamp(0, 1) * 255).round().byte())
 
 
-def nearness(made: Tensor, true: Tensor) -> dict[str, Tensor]:
+def image_metrics(made: Tensor, true: Tensor) -> dict[str, Tensor]:
     """`psnr` (B,) in dB and `ssim` (B,) of pictures (B, 3, H, W); colours are in [0, 1]."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 

@@ -1,0 +1,76 @@
+"""What a family tells tools and inference scripts about itself, so that these need not name it.
+
+Each family folder has a `family.py` with one object, `FAMILY`, of a subclass of `Family`. Importing it is quick: what
+builds networks or imports diffusers, transformers or peft is imported inside its methods.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from families.common.weight_files import Header
+from warpcore.config import Settings
+
+TEXT_TO_IMAGE = "text to image"
+"""The task of `inference/text_to_image.py`: a class as `families.common.text_to_image.TextToImage`."""
+RECONSTRUCTION = "reconstruction"
+"""The task of `inference/reconstruct.py`: a class as `families.common.reconstruction.Reconstruction`."""
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A format that `tools/export.py` writes."""
+
+    name: str
+    source: str
+    """What it reads, as the help says it."""
+    target: str
+    """What it writes, as the help says it."""
+    write: Callable[[Path, Path, list[str]], None]
+    """Writes the target of a source, given further `key=value` arguments; see `families.common.exports`."""
+    writes_folder: bool = False
+    """Whether the target is a folder, and not a safetensors file."""
+
+
+class Family:
+    """A model family; override what it has."""
+
+    name: ClassVar[str]
+    """The name of its folder."""
+    title: ClassVar[str]
+    """Its name in messages."""
+    weight_keys: ClassVar[Mapping[str, str]] = {"generator": "generator_checkpoint_path"}
+    """The names of the weights files that its runs export (without `.safetensors`), and for each the config key of
+    inference scripts that takes it."""
+    formats: ClassVar[Sequence[ExportFormat]] = ()
+    """The formats that it exports; names are shared where two families export the same format."""
+    format_notes: ClassVar[str] = ""
+    """What the help of `tools/export.py` says beneath its formats."""
+
+    def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
+        """Whether a run is this family's.
+
+        Args:
+            config: the run's saved keys.
+            weights: the headers of its exported files, by the names in `weight_keys`; none before its first save.
+        """
+        return any(map(self.has_weights, weights.values()))
+
+    def has_weights(self, header: Header) -> bool:
+        """Whether a safetensors file holds weights of this family, by the names of its tensors or its metadata."""
+        return False
+
+    def has_model_folder(self, index: Mapping[str, Any]) -> bool:
+        """Whether a model folder is this family's, given its `model_index.json` or `config.json`."""
+        return False
+
+    def task(self, name: str) -> type | None:
+        """The class that does a task for this family, of those named above; None where it has none. It has a `Config`,
+        a subclass of `Settings`, and is made of one."""
+        return None
+
+    def config_of(self, name: str) -> type[Settings] | None:
+        """The keys of a task, None where the family has none."""
+        task = self.task(name)
+        return None if task is None else task.Config

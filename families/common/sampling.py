@@ -1,0 +1,61 @@
+"""Drawing latents from the noise of seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.random import SampleRandom
+
+
+def latent_size(height: int, width: int, compression: float, patch_size: int = 1) -> tuple[int, int]:
+    """(H, W) of the latents of a picture of `height` x `width` px, `compression` px per position; multiples of the
+    patch size of the network that draws them."""
+    return tuple(math.ceil(math.ceil(side / compression) / patch_size) * patch_size for side in (height, width))
+
+
+def draw_latents(
+    diffusion: GDF,
+    network: nn.Module,
+    conditions: Mapping[str, Tensor],
+    unconditional: Mapping[str, Tensor] | None,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float | None,
+    guidance_rescale: float = 0.7,
+    sampler: str = "ddpm",
+    shift: float = 1.0,
+    start: Tensor | None = None,
+    noise_level: float = 1.0,
+) -> Tensor:
+    """Draw latents (B, *shape) from the noise that `seeds` stand for: the same seed, the same noise, in any batch.
+
+    With `start`, clean latents (B, *shape), drawing begins at them with noise of `noise_level` (1 is hardly anything
+    but noise), and makes that share of the steps.
+    """
+    given = (value for value in conditions.values() if isinstance(value, Tensor))
+    device = next(chain(given, network.parameters())).device  # weights may be offloaded to another
+    random = SampleRandom(seeds, device)
+    x = random.normal("initial noise", *shape)
+    if start is not None:
+        t = torch.full((len(x),), noise_level, device=device)
+        x = diffusion.diffuse(start, x, t=t, shift=shift).noised
+    return diffusion.sample_x0(
+        network,
+        conditions,
+        x,
+        unconditional=unconditional,
+        sampler=SAMPLERS[sampler](diffusion.input_scaler),
+        timesteps=max(1, round(steps * noise_level)),
+        t_start=noise_level,
+        cfg=guidance,
+        cfg_rho=guidance_rescale,
+        shift=shift,
+        noise=lambda step: random.normal(f"noise of step {step}", *shape),
+    )

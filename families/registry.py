@@ -1,0 +1,168 @@
+"""Finds the family of a run, a weights file or a model folder, and of the arguments of a script.
+
+A family is a folder in one of `PACKAGES` with a `family.py`; there is no list of them. A `family.py` is imported when
+somebody asks, what it needs for its networks only when they are built.
+"""
+
+import importlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from families.common.family import ExportFormat, Family
+from families.common.weight_files import RUN_CONFIG, read_header
+from warpcore.arguments import pairs, parse_yaml
+from warpcore.config import Settings, load_config
+from warpcore.config_files import read_config
+from warpcore.data.storage import local_path
+from warpcore.errors import UserError
+from warpcore.keys import help_text
+from warpcore.text import read_text
+
+PACKAGES = ["families"]
+"""Packages whose sub-packages with a `family.py` are families."""
+FAMILY_KEY = "family"
+"""Where a weights file may name its family in its metadata."""
+INDEXES = ("model_index.json", "config.json")
+"""Files of a model folder that say what it holds."""
+
+
+def families() -> list[Family]:
+    """All families, by name."""
+    found = []
+    for package in PACKAGES:
+        for place in importlib.import_module(package).__path__:
+            names = sorted(path.parent.name for path in Path(place).glob("*/family.py"))
+            found += [importlib.import_module(f"{package}.{name}.family") for name in names]
+    return [module.FAMILY for module in found if hasattr(module, "FAMILY")]
+
+
+def family_of(path: Path) -> Family:
+    """The family of a run's folder, a safetensors file, or a model folder; only headers are read.
+
+    Raises:
+        UserError: it is none of these, or of a family that nobody knows.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    owners = [family for family in families() if _owns(family, path)]
+    if not owners:
+        raise UserError(f"{path} is {_what(path)} of no family that is known here ({_titles(families())})")
+    if len(owners) > 1:
+        raise UserError(f"{path} could be of several families: {_titles(owners)}")
+    return owners[0]
+
+
+def _owns(family: Family, path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".safetensors" and _has_weights(family, path)
+    if (path / RUN_CONFIG).is_file():
+        config = parse_yaml(read_text(path / RUN_CONFIG), str(path / RUN_CONFIG)) or {}
+        files = {name: path / f"{name}.safetensors" for name in family.weight_keys}
+        weights = {name: read_header(file) for name, file in files.items() if file.is_file()}
+        return family.has_run(config, weights)
+    return any(family.has_model_folder(index) for index in _indexes(path))
+
+
+def _has_weights(family: Family, file: Path) -> bool:
+    header = read_header(file)
+    named = header.metadata.get(FAMILY_KEY)
+    return named == family.name if named else family.has_weights(header)
+
+
+def _indexes(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the folder and those directly inside say that they hold."""
+    for name in INDEXES:
+        for file in sorted((*folder.glob(name), *folder.glob(f"*/{name}"))):
+            index = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(index, dict):
+                yield index
+
+
+def _what(path: Path) -> str:
+    if path.is_file():
+        return "a file"
+    return "a training run" if (path / RUN_CONFIG).is_file() else f"a folder without {RUN_CONFIG}, {INDEXES[0]}"
+
+
+def _titles(of: Collection[Family]) -> str:
+    return ", ".join(family.title for family in of)
+
+
+# ------------------------------------------------------------------ inference scripts
+
+
+def load_task(task: str, arguments: Sequence[str]) -> tuple[type, Settings]:
+    """The class that does a task for the family that a script's arguments are about, and its config.
+
+    The family follows from the runs, weights files and model folders that the arguments name; where they name none,
+    from the keys. `--help` without any of them lists the keys of all families.
+
+    Raises:
+        UserError: no family, or several, can be meant.
+    """
+    able = [family for family in families() if family.task(task) is not None]
+    meant = able if len(able) == 1 else _meant(able, task, arguments)
+    if len(meant) == 1:
+        return meant[0].task(task), load_config(meant[0].config_of(task), list(arguments))
+    if {"-h", "--help"} & {*arguments}:
+        for family in meant:
+            print(f"{family.title}:\n\n{help_text(family.config_of(task))}\n")
+        raise SystemExit(0)
+    raise UserError(
+        f"these keys do not tell which family is meant ({_titles(able)}): name a run (run=FOLDER), or a weights file"
+    )
+
+
+def _meant(able: Sequence[Family], task: str, arguments: Sequence[str]) -> list[Family]:
+    """The families that arguments can be about."""
+    values = _values([one for one in arguments if one not in ("-h", "--help")])
+    keys = {"run", *(key for family in able for key in family.weight_keys.values())}
+    named = [Path(str(one)) for key in keys & values.keys() for one in _listed(values[key]) if one is not None]
+    if owners := {family.name for path in named if path.exists() for family in [family_of(path)]}:
+        return [family for family in able if family.name in owners]
+    return [family for family in able if values.keys() <= family.config_of(task).model_fields.keys()]
+
+
+def _values(arguments: Sequence[str]) -> dict[str, Any]:
+    """What a config file and the arguments behind it say, not yet typed by a family's keys."""
+    arguments, values = list(arguments), {}
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):
+        values, _ = read_config(local_path(arguments.pop(0)))
+    for key, text in pairs(arguments):
+        values[key] = parse_yaml(text, key) if text.startswith("[") else text
+    return values
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+# ------------------------------------------------------------------ exports
+
+
+def export_formats() -> dict[str, list[tuple[Family, ExportFormat]]]:
+    """The formats of all families, by name, each with the families that have it."""
+    found: dict[str, list[tuple[Family, ExportFormat]]] = {}
+    for family in families():
+        for form in family.formats:
+            found.setdefault(form.name, []).append((family, form))
+    return found
+
+
+def export_format(name: str, source: Path) -> ExportFormat:
+    """The format of the family whose run, file or folder `source` is.
+
+    Raises:
+        UserError: several families have a format of this name, and the source is of none of them.
+    """
+    having = export_formats()[name]
+    if len(having) == 1:
+        return having[0][1]
+    owner = family_of(source)
+    for family, form in having:
+        if family.name == owner.name:
+            return form
+    raise UserError(f"{source} is of {owner.title}, which has no format {name}: take one of "
+                    + ", ".join(form.name for form in owner.formats))  # fmt: skip
