@@ -41,8 +41,9 @@ def compared(name: str, changes: dict, tolerance: float, bench: Bench, needs: tu
     for package in needs:
         if find_spec(package) is None:
             raise NotHere(f"the package {package} is not installed")
-    if changes.get("fp8"):
-        bench.needs_cuda("fp8")
+    graphs = changes.get("compile") == "graphs"
+    if changes.get("fp8") or graphs:
+        bench.needs_cuda("compile: graphs" if graphs else "fp8")
     reference = script_settings(bench, name, "reference", torch.device("cpu"))
     reference |= {key: value for key, value in changes.items() if key not in NOT_OF_THE_LOSS}
     reference["optimizer"] = "adamw" if changes.get("optimizer") == "adamw8bit" else changes.get("optimizer", "adamw")
@@ -51,7 +52,8 @@ def compared(name: str, changes: dict, tolerance: float, bench: Bench, needs: tu
         _REFERENCES[key] = train(bench, use_case(name), fresh(reference))
     settings = script_settings(bench, name, "measured", bench.device, **changes)
     # Weights that live in the CPU's memory are updated there, and every update waits for their gradients.
-    lines = train(bench, use_case(name), fresh(settings), watched=not changes.get("fsdp_cpu_offload"))
+    # Graphs are recorded in the second update.
+    lines = train(bench, use_case(name), fresh(settings), watched=not (changes.get("fsdp_cpu_offload") or graphs))
     return losses_beside(lines, _REFERENCES[key], tolerance)
 
 
@@ -150,6 +152,8 @@ def rows(bench: Bench) -> list[Row]:
         add(name, "float32", {}, FLOAT32)
     add("train_c", "bfloat16 weights", AUTOCAST | {"weights_dtype": "bfloat16"})
     add("train_c", "compile", AUTOCAST | {"compile": True})
+    graphs = AUTOCAST | {"compile": "graphs", "updates": 4}  # warm up, record, replay twice
+    add("train_c", "compile: graphs", graphs)
     for level in (3,) if bench.tiny else (1, 2, 3):
         add("train_c", f"checkpointing {level}", AUTOCAST | {"activation_checkpointing": level})
     for optimizer, needs in (
@@ -175,6 +179,10 @@ def rows(bench: Bench) -> list[Row]:
             add(name, "compile", AUTOCAST | {"compile": True})
         add("train_c", "compile, checkpointing 3", AUTOCAST | {"compile": True, "activation_checkpointing": 3})
         add("train_c", "compile, fp8", AUTOCAST | {"compile": True, "fp8": True}, FEW_BITS, needs=("torchao",))
+        for name in ("train_c_lora", "train_c_controlnet", "train_b"):
+            add(name, "compile: graphs", graphs)
+        add("train_c", "compile: graphs, two micro-batches", graphs | {"grad_accum_steps": 2})
+        add("train_c", "compile: graphs, checkpointing 3", graphs | {"activation_checkpointing": 3})
         add("train_b", "checkpointing 3", AUTOCAST | {"activation_checkpointing": 3})
         add("train_b", "offload encoders and activations", AUTOCAST | everything)
         add("train_b", "FSDP2, one process, weights in the CPU's memory", AUTOCAST | sharded)

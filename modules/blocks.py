@@ -6,6 +6,8 @@ a view with channels-last strides and returns one.
 """
 
 import math
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -241,7 +243,23 @@ def set_activation_checkpointing(blocks: list[Block], level: int) -> None:
         block.checkpointed = True
 
 
-def compile_blocks(blocks: list[Block]) -> None:
-    """Let `torch.compile` fuse what each block computes; checkpointing, hooks and names stay outside of it."""
+def compile_blocks(blocks: list[Block], graphs: bool = False) -> None:
+    """Let `torch.compile` fuse what each block computes; checkpointing, hooks and names stay outside of it.
+
+    graphs: with gradients, replay it as CUDA graphs, one for each shape of inputs. Who calls has to mark where a step
+    begins (`torch.compiler.cudagraph_mark_step_begin`), since outputs are written over in the next.
+    """
     for block in blocks:
-        block.compute = torch.compile(block.compute)
+        fused = torch.compile(block.compute)
+        block.compute = _graphs_in_training(block.compute, fused) if graphs else fused
+
+
+def _graphs_in_training(compute: Callable[..., Tensor], fused: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`compute` as CUDA graphs while gradients are wanted, else `fused`: sampling keeps what an earlier step gave."""
+    recorded = torch.compile(compute, mode="reduce-overhead", dynamic=False)
+
+    @wraps(compute)
+    def call(*inputs: Tensor | None, **named: Tensor | None) -> Tensor:
+        return (recorded if torch.is_grad_enabled() else fused)(*inputs, **named)
+
+    return call

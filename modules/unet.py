@@ -166,9 +166,9 @@ class UNet(nn.Module):
         """0 keeps all activations, 3 computes all again in the backward pass: see `modules.blocks`."""
         set_activation_checkpointing(self.blocks, level)
 
-    def compile_blocks(self) -> None:
-        """Let `torch.compile` fuse what the blocks compute."""
-        compile_blocks(self.blocks)
+    def compile_blocks(self, graphs: bool = False) -> None:
+        """Let `torch.compile` fuse what the blocks compute; with `graphs`, training replays it as CUDA graphs."""
+        compile_blocks(self.blocks, graphs)
 
     def gen_r_embedding(self, r: Tensor) -> Tensor:
         """The embedding of one time condition (B,) -> (B, c_r), in float32."""

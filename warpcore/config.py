@@ -110,8 +110,11 @@ class RunKeys(Settings):
     their gradients (`optimizer: adamw`)."""
     fp8: bool = False
     """Multiply the linear layers of trained blocks in fp8 (needs torchao and an Ada, Hopper or later GPU)."""
-    compile: bool = False
-    """Compile the blocks of the networks: a minute or more at the start, then faster updates with less memory."""
+    compile: bool | Literal["blocks", "graphs"] = False
+    """Compile the blocks of the networks (`true` or `blocks`): a minute or more at the start, then faster updates with
+    less memory. `graphs` also records what trained blocks compute as CUDA graphs, for small networks, whose kernels
+    take less time than launching them: on one NVIDIA GPU, without offloading, and with memory for a graph of each
+    bucket. Not yet tried on a GPU."""
     allow_tf32: bool = True
     """Let CUDA multiply float32 matrices in TF32."""
     use_fsdp: bool = False

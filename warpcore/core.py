@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from warpcore import evaluation, optim, placement, reports
+from warpcore import compute, evaluation, optim, placement, reports
 from warpcore.checkpoint import Checkpoints
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
@@ -123,6 +123,7 @@ class WarpCore:
             config.device, config.use_fsdp, config.fsdp_shards, config.process_timeout_seconds, config.fsdp_cpu_offload
         )
         self.device = self.processes.device
+        compute.check_graphs(config, self.device, sharded=self.processes.mesh is not None)
         of_weights = "bfloat16" if config.weights_dtype == "bfloat16" else None
         self.dtype = choose_dtype(config.dtype or of_weights, self.device)
         if config.num_threads:
@@ -169,6 +170,8 @@ class WarpCore:
             # A network's own randomness (dropout) belongs to the micro-batch, not to the process or the moment.
             torch.manual_seed(stable_hash(config.seed, "network", batch.number))
             self._synchronise_gradients(step == accumulation - 1)
+            if config.compile == "graphs":
+                compute.begin_graphs(self.parameters.values(), accumulated=step == 1)
             with self.autocast():
                 result = self.loss(*self.encoded(batch))
             (result.loss.mean() * (batch.weight / accumulation)).backward()

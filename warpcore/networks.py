@@ -46,9 +46,10 @@ class Checkpointing(Protocol):
 class Compiling(Protocol):
     """Can compile itself, part by part (`compile`)."""
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, graphs: bool = False) -> None:
         """Let `torch.compile` fuse what each block computes. Called once, before the network is sharded; names of
-        parameters, hooks and activation checkpointing stay as they are."""
+        parameters, hooks and activation checkpointing stay as they are. `graphs` (`compile: graphs`): record CUDA
+        graphs of what it computes with gradients, one for each shape."""
 
 
 @runtime_checkable

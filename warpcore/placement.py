@@ -30,7 +30,9 @@ def place(run: "WarpCore", name: str) -> None:
     else:
         network.eval().requires_grad_(False).to(run.dtype)
     if run.config.compile and isinstance(network, Compiling):
-        compute.compile_blocks(network, run.device)
+        # Frozen networks may compute what outlives a micro-batch, such as remembered texts.
+        graphs = run.config.compile == "graphs" and name in run.trainable
+        compute.compile_blocks(network, run.device, graphs)
     if "activations" in run.config.offload and keeps_inputs(network):
         keep_inputs_on_cpu(network)
     if name in run.trainable and run.processes.mesh is not None:

@@ -109,9 +109,9 @@ class LibraryNetwork:
         """Choose which blocks compute their activations again in the backward pass: see the class."""
         set_activation_checkpointing(self.blocks, level)
 
-    def compile_blocks(self) -> None:
-        """Let `torch.compile` fuse what the blocks compute."""
-        compile_blocks(self.blocks)
+    def compile_blocks(self, graphs: bool = False) -> None:
+        """Let `torch.compile` fuse what the blocks compute; with `graphs`, training replays it as CUDA graphs."""
+        compile_blocks(self.blocks, graphs)
 
 
 def adapt(network: nn.Module, blocks: Sequence[str] | None = None) -> nn.Module:
