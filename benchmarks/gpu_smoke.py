@@ -175,11 +175,11 @@ def rows(bench: Bench) -> list[Row]:
     if not bench.tiny:
         for name in ("train_c_lora", "train_c_controlnet", "train_b"):
             add(name, "bfloat16 weights", AUTOCAST | {"weights_dtype": "bfloat16"})
-        for name in ("train_c_lora", "train_c_controlnet", "train_b", "train_a", "train_encoder"):
+        for name in ("train_c_lora", "train_c_controlnet", "train_b"):
             add(name, "compile", AUTOCAST | {"compile": True})
         add("train_c", "compile, checkpointing 3", AUTOCAST | {"compile": True, "activation_checkpointing": 3})
         add("train_c", "compile, fp8", AUTOCAST | {"compile": True, "fp8": True}, FEW_BITS, needs=("torchao",))
-        for name in ("train_c_lora", "train_c_controlnet", "train_b"):
+        for name in ("train_c_lora", "train_b"):
             add(name, "compile: graphs", graphs)
         add("train_c", "compile: graphs, two micro-batches", graphs | {"grad_accum_steps": 2})
         add("train_c", "compile: graphs, checkpointing 3", graphs | {"activation_checkpointing": 3})

@@ -100,6 +100,10 @@ def check_networks(networks: Mapping[str, nn.Module], trained: Collection[str], 
     name = next(iter(trained))
     if config.compile and not any(isinstance(network, Compiling) for network in networks.values()):
         raise _lacks("compile", name, networks[name], "compile_blocks()", "and so does every other network of the run")
+    if config.compile == "graphs" and not any(isinstance(networks[name], Compiling) for name in trained):
+        raise _lacks(
+            "compile: graphs", name, networks[name], "compile_blocks()", "which trained networks need for graphs"
+        )
     if "activations" in config.offload and not any(map(keeps_inputs, networks.values())):
         raise _lacks("offload: activations", name, networks[name], "blocks", "and so does every other network")
 

@@ -38,7 +38,7 @@ class Whole(Checkpointed):
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, graphs: bool = False) -> None:
         pass
 
 
@@ -64,6 +64,9 @@ def test_a_plain_network_is_enough_where_nothing_needs_more(tmp_path):
 def test_one_network_that_compiles_is_enough_and_every_trained_one_is_checkpointed(tmp_path):
     networks = {"generator": nn.Linear(2, 2), "frozen": Whole()}
     check_networks(networks, ["generator"], config_with(tmp_path, {"compile": True}))
+    with pytest.raises(UserError, match=r"compile: graphs: the network generator .* lacks compile_blocks\(\)"):
+        check_networks(networks, ["generator"], config_with(tmp_path, {"compile": "graphs"}))
+    check_networks(networks, ["frozen"], config_with(tmp_path, {"compile": "graphs"}))
     with pytest.raises(UserError, match="network generator"):
         check_networks(networks, ["frozen", "generator"], config_with(tmp_path, {"activation_checkpointing": 1}))
 
