@@ -130,7 +130,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _side_path(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    if not isinstance(layer, Conv):
+    if not isinstance(layer, nn.Conv2d) or isinstance(layer, PointwiseConv):
         return F.linear(F.linear(x, _matrix(down)), up)
     x = x.permute(0, 3, 1, 2)
     if layer.groups > 1:  # a grouped kernel is small, and no product of smaller ones
@@ -162,6 +162,14 @@ class AdaptedDepthwiseConv(_Adapted, DepthwiseConv):
     pass
 
 
+class AdaptedConv2d(nn.Conv2d):
+    """PyTorch's own convolution, on (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x).permute(0, 2, 3, 1)
+        return self.lora(x.permute(0, 2, 3, 1), output, self, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
 class AdaptedAttention(MultiheadAttention):
     """`lora` changes the fused projection: an adapter of all its rows, or one for each of some of q, k and v."""
 
@@ -186,6 +194,7 @@ class AdaptedAttention(MultiheadAttention):
 
 ADAPTED = {
     nn.Linear: AdaptedLinear,
+    nn.Conv2d: AdaptedConv2d,
     PointwiseConv: AdaptedPointwiseConv,
     Conv: AdaptedConv,
     DepthwiseConv: AdaptedDepthwiseConv,

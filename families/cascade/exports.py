@@ -12,6 +12,7 @@ from families.cascade.inference import CascadeSettings
 from families.cascade.lora_files import lora_files, read_lora, shortcomings, token_files
 from families.cascade.lora_formats import Lora
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
+from families.common.lora import merge_loras
 from families.common.weight_files import metadata_of, weights_in
 from families.common.weights import read_weights
 from modules.tokenizers import BytePairTokenizer, Tokenizer
@@ -96,7 +97,7 @@ def merge_lora(source: Path, target: Path, arguments: list[str]) -> None:
     beside = token_files(tokens, target)
     check_new([target, *beside], OTHER_NAME)
     network = build.stage_c(settings)
-    lora.merge_loras(network, [(opened, settings.strength)])
+    merge_loras(network, [(opened, settings.strength)])
     dtypes = {name: tensor.dtype for name, tensor in read_weights(base, "generator_checkpoint_path").items()}
     merged = {name: tensor.to(dtypes[name]) for name, tensor in network.state_dict().items()}
     about = {TARGET_KEY: settings.diffusion_target, "model_version": settings.model_version}

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from families.cascade.config import ModelSettings
 from families.cascade.inference import warn_of_contradictions
 from families.cascade.lora_files import missing_tokens, read_lora
-from families.cascade.lora_formats import Adapter, Lora, LoraFileError, split
+from families.common import precision
+from families.common.lora import adapters_of, fill, parse_lora
+from families.common.lora_formats import Lora, LoraFileError
+from families.common.precision import Precision
 from families.common.weight_files import weights_in
 from modules.clip import TextTower
-from modules.lora import EVERY_LAYER, LoraSettings, LowRank, adapters, add_adapters, places
-from modules.quantise import quantise
+from modules.lora import EVERY_LAYER, LoraSettings, adapters, add_adapters, places
 from modules.stage_c import StageC
 from modules.tokens import Token, TokenRows, attach, find_tokens, is_new
 from warpcore.errors import UserError
@@ -30,18 +32,11 @@ class LoraError(UserError):
     """Adapters or tokens that cannot be: a filter or an expression that finds nothing, a rank that is too large."""
 
 
-def freeze(network: nn.Module, weights: str | torch.dtype, processes: Processes) -> None:
+def freeze(network: nn.Module, weights: Precision | torch.dtype, processes: Processes) -> None:
     """Freeze a network whose adapters will be trained, in a dtype or, on the device, in four bits (`nf4`)."""
-    network.requires_grad_(False)
-    if weights != "nf4":
-        network.to(getattr(torch, weights) if isinstance(weights, str) else weights)
-        return
-    if processes.count > 1 or processes.mesh is not None:
+    if weights == "nf4" and (processes.count > 1 or processes.mesh is not None):
         raise LoraError("frozen_weights: nf4 cannot be sharded: over processes, or to offload it, write bfloat16")
-    try:
-        quantise(network.to(torch.bfloat16), processes.device)
-    except ImportError as error:
-        raise LoraError("frozen_weights: nf4 needs torchao: pip install torchao") from error
+    precision.freeze(network, weights, "frozen_weights", processes.device)
 
 
 def adapt(
@@ -83,11 +78,7 @@ def lora_tensors(network: nn.Module, rows: TokenRows | None) -> dict[str, Tensor
 
 def lora_of(network: nn.Module, rows: TokenRows | None = None) -> Lora:
     """The adapters in a network and the rows of tokens, as a file would hold them."""
-    found = {
-        name: Adapter(a.down.detach(), a.up.detach(), a.settings.alpha,
-                      None if a.magnitude is None else a.magnitude.detach(), a.settings.rank_stabilised)
-        for name, _, a in adapters(network)
-    }  # fmt: skip
+    found = adapters_of(network)
     if rows is None:
         return Lora(found)
     return Lora(found, [token.name for token in rows.tokens], rows.initial, rows.delta.detach())
@@ -115,7 +106,7 @@ def load_into(network: nn.Module, rows: TokenRows | None, path: Path, filters: S
         logger.warning("lora_checkpoint_path %s: %s", path, missing_tokens(lora))
     for name, adapter in there.items():
         try:
-            _fill(adapter, lora.adapters[name])
+            fill(adapter, lora.adapters[name])
         except ValueError as error:
             raise LoraFileError(f"{path}: {name}: {error}") from None
     for i, token in enumerate(tokens):
@@ -128,42 +119,6 @@ def _hint(differing: Sequence[str], there: Collection[str]) -> str:
     if any("." in name or name not in there for name in differing):
         return ""
     return f". Write module_filters: ['{NAMES_WITH_A_DOT}'] to leave out {', '.join(differing)}"
-
-
-def _fill(adapter: LowRank, source: Adapter) -> None:
-    """Raises ValueError where a tensor is of another shape."""
-    for part in ("down", "up", "magnitude"):
-        own, other = getattr(adapter, part), getattr(source, part)
-        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (other, own)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{part} is {shapes[0] or 'not'} in the file and {shapes[1] or 'not'} in this run")
-        if own is not None:
-            own.copy_(other)
-    if source.scale != adapter.settings.scale:
-        adapter.up.mul_(source.scale / adapter.settings.scale)
-
-
-@torch.no_grad()
-def merge_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
-    """Add the changes of LoRAs to the weights of a network, each times its strength; the network has no adapters."""
-    there = places(network) | places(network, split_qkv=True)
-    sources = [(split(lora.adapters), strength) for lora, strength in loras]
-    for name in dict.fromkeys(name for own, _ in sources for name in own):
-        weight = there[name].weight
-        weight.add_(sum(_change(weight, own[name]) * strength for own, strength in sources if name in own))
-
-
-def _change(weight: Tensor, source: Adapter) -> Tensor:
-    if source.by_columns:
-        matrices = (source.up.float() @ source.down.float().flatten(1)).view(weight.shape)
-        changed = weight.float() + source.scale * matrices
-        dims = [0, *range(2, weight.dim())]
-        lengths = source.magnitude.view(1, -1, *[1] * (weight.dim() - 2))
-        return changed * (lengths / torch.linalg.vector_norm(changed, dim=dims, keepdim=True)) - weight.float()
-    settings = LoraSettings(source.rank, source.alpha, source.rank_stabilised, dora=source.magnitude is not None)
-    adapter = LowRank(weight, settings)
-    _fill(adapter, source)
-    return adapter.change(weight)
 
 
 @torch.no_grad()
@@ -193,15 +148,6 @@ def _tokens_here(tower: TextTower, names: Sequence[str]) -> list[Token]:
         tokens.append(Token(name, next_id if is_new(name) else vocabulary[name], ()))
         next_id += is_new(name)
     return tokens
-
-
-def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE[:STRENGTH]` -> the path and the strength, 1 without one."""
-    path, colon, strength = text.rpartition(":")
-    try:
-        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0  # a colon that belongs to the path
 
 
 def open_loras(files: Sequence[str], settings: ModelSettings, use_ema: bool = True) -> list[tuple[Lora, float]]:

@@ -1,22 +1,22 @@
-"""LoRA files on disk: reading any of the formats of `cascade.lora_formats` for a network, and writing each."""
+"""LoRA files of Stable Cascade: reading any of their formats for a network, and writing each."""
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from families.cascade.lora_formats import embeddings, named, ours, peft, reference
-from families.cascade.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens
+from families.cascade.lora_formats import embeddings, layouts, reference
 from families.common.exports import Files, write_files
-from modules.lora import Place, places
+from families.common.lora_files import check_adapters, peft_config, read_tensors
+from families.common.lora_formats import ours, peft
+from families.common.lora_formats.adapters import Lora, LoraFileError, named_tokens
+from modules.lora import places
 from modules.tokenizers import Tokenizer
 from modules.tokens import TokenRows, is_new
 
-FORMATS = ("warpcore", "reference", *named.PREFIXES, "peft")
+FORMATS = ("warpcore", "reference", *layouts.PREFIXES, "peft")
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def read_lora(
     path = Path(path)
     if path.is_dir() and not (path / peft.TENSORS).exists():
         return _read_embeddings(path)
-    tensors, about = _read_tensors(path / peft.TENSORS if path.is_dir() else path)
+    tensors, about = read_tensors(path / peft.TENSORS if path.is_dir() else path)
     there = places(network) | places(network, split_qkv=True)
     try:
         if ours.is_ours(list(tensors)):
@@ -54,42 +54,18 @@ def read_lora(
             return embeddings.from_embedding(tensors, about, path.stem)
         else:
             others, tokens = embeddings.without_bundled(tensors, about)
-            lora = named.from_named(others, there, _peft_config(path))
+            lora = layouts.from_named(others, there, peft_config(path))
             if tokens.tokens:
                 lora = lora.with_tokens(tokens.tokens, tokens.token_initial, tokens.token_delta)
         if not lora.adapters and not lora.tokens:
             raise LoraFileError("it is no LoRA: it holds no tensors")
-        _check(lora.adapters, there)
+        check_adapters(lora.adapters, there, "model_version")
         if lora.token_delta is not None and len(lora.token_delta) != len(lora.tokens):
             raise LoraFileError(f"it has {len(lora.token_delta)} rows of tokens, and names {len(lora.tokens)} of them")
         named_tokens(about)
     except LoraFileError as error:
         raise LoraFileError(f"{path}: {error}") from None
     return _with_tokens_beside(lora, path, about)
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise LoraFileError(f"there is no LoRA file {path}")
-    try:
-        if path.suffix != ".safetensors":
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict):
-                raise ValueError("it holds no tensors by name")
-            return tensors, {}
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # whatever unpickling may raise
-        raise LoraFileError(f"{path} cannot be read as a LoRA: {error}") from error
-
-
-def _peft_config(path: Path) -> dict:
-    if not path.is_dir():
-        return {}
-    try:
-        return json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoraFileError(f"{peft.CONFIG} cannot be read: {error}") from None
 
 
 def _read_embeddings(folder: Path) -> Lora:
@@ -103,7 +79,7 @@ def _read_embeddings(folder: Path) -> Lora:
 
 
 def _embedding(file: Path, name: str | None = None) -> Lora:
-    tensors, about = _read_tensors(file)
+    tensors, about = read_tensors(file)
     if not embeddings.is_embedding(list(tensors)):
         raise LoraFileError(f"{file} is no embedding: it has no {embeddings.TENSOR}")
     try:
@@ -129,26 +105,7 @@ def _with_tokens_beside(lora: Lora, path: Path, about: Mapping[str, str]) -> Lor
 
 def _holds_embedding(file: Path) -> bool:
     """Whether there is an embedding as we export it, and no file of something else with the name of a token."""
-    return file.is_file() and set(_read_tensors(file)[0]) == {embeddings.TENSOR}
-
-
-def _check(adapters: Mapping[str, Adapter], there: Mapping[str, Place]) -> None:
-    for name, adapter in adapters.items():
-        if name not in there:
-            raise LoraFileError(f"it was made for another network: this one has no layer {name}")
-        shape = tuple(there[name].weight.shape)
-        made_for = (adapter.up.shape[0], *adapter.down.shape[1:])
-        if made_for != shape or adapter.down.shape[0] != adapter.rank:
-            raise LoraFileError(
-                f"it was made for another network: {name} is {made_for} in the file (rank {adapter.rank}) and {shape} "
-                "here. Check model_version"
-            )
-        parts = (adapter.up, adapter.down, adapter.magnitude)
-        if not all(part.isfinite().all() for part in parts if part is not None):
-            raise LoraFileError(f"{name} holds numbers that are not finite: its training went wrong, or it is damaged")
-        lengths = (1, shape[1]) if adapter.by_columns else (shape[0],)
-        if adapter.magnitude is not None and tuple(adapter.magnitude.shape) != lengths:
-            raise LoraFileError(f"{name} has {adapter.magnitude.numel()} lengths of DoRA for a weight of {shape}")
+    return file.is_file() and set(read_tensors(file)[0]) == {embeddings.TENSOR}
 
 
 # ---------------------------------------------------------------- writing
@@ -188,11 +145,11 @@ def lora_files(
         case "comfyui" | "kohya":
             of_kohya = {f"ss_network_{key}": about[said] for key, said in (("dim", "rank"), ("alpha", "alpha"))}
             about |= {"ss_network_module": "networks.lora"} | of_kohya
-            return {path: (named.to_named(lora, kind), about)} | token_files(lora, path)
+            return {path: (layouts.to_named(lora, kind), about)} | token_files(lora, path)
         case "onetrainer":
-            return {path: (named.to_named(lora, kind) | embeddings.bundled(lora), about)}
+            return {path: (layouts.to_named(lora, kind) | embeddings.bundled(lora), about)}
         case "peft":
-            tensors, config = peft.to_peft(lora)
+            tensors, config = layouts.to_peft(lora)
             return {path / peft.TENSORS: (tensors, about), path / peft.CONFIG: json.dumps(config, indent=1) + "\n"}
     raise LoraFileError(f"there is no LoRA format {kind!r}; write one of {', '.join(FORMATS)}")
 

@@ -170,10 +170,11 @@ def test_merged_weights_compute_the_same_and_unmerge_to_the_bit(variant):
 @pytest.mark.parametrize(
     "settings", [{}, {"rank_stabilised": True}, {"dora": True}], ids=["plain", "rank-stabilised", "dora"]
 )
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "channels first"])
 def test_outputs_and_gradients_are_those_of_peft(kind, settings):
     torch.manual_seed(0)
-    ours = Alone(nn.Linear(10, 14) if kind == "linear" else Conv(10, 14, 3, padding=1))
+    layer = {"linear": nn.Linear(10, 14), "conv": Conv(10, 14, 3, padding=1)}
+    ours = Alone(layer.get(kind) or nn.Conv2d(10, 14, 3, padding=1))
     plain = nn.Linear(10, 14) if kind == "linear" else nn.Conv2d(10, 14, 3, padding=1)
     plain.load_state_dict(ours.layer.state_dict())
     config = peft.LoraConfig(
@@ -191,7 +192,7 @@ def test_outputs_and_gradients_are_those_of_peft(kind, settings):
         for name, parameter in mine.items():
             weights[name].copy_(parameter.view_as(weights[name]))
     x = torch.randn(2, 5, 6, 10)
-    output = ours(x)
+    output = ours(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if kind == "channels first" else ours(x)
     expected = theirs(x if kind == "linear" else x.permute(0, 3, 1, 2))
     expected = expected if kind == "linear" else expected.permute(0, 2, 3, 1)
     torch.testing.assert_close(output, expected)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from families.cascade.lora_formats.adapters import Lora, LoraFileError, named_tokens
+from families.common.lora_formats.adapters import Lora, LoraFileError, named_tokens
 from modules.tokens import is_new
 
 TENSOR = "clip_g"

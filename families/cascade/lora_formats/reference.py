@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from families.cascade.lora_formats.adapters import Adapter, Lora, LoraFileError, fused, split_part
+from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, fused, split_part
 from modules.lora import Place
 from modules.tokens import TokenRows
 
@@ -33,7 +33,7 @@ def to_reference(lora: Lora, there: Mapping[str, Place], token_ids: Mapping[str,
     Raises LoraFileError for what the format cannot express: separate q, k and v, DoRA, kernels that are not constant.
     """
     tensors: dict[str, Tensor] = {}
-    adapters = fused(lora.adapters)
+    adapters = fused(lora.adapters, there)
     if single := next((place for place in adapters if place not in there), None):
         raise LoraFileError(
             f"{single} alone is adapted, the reference's file knows whole layers only: use lora-merged"

@@ -1,32 +1,25 @@
-"""The folder of peft, for `PeftModel.from_pretrained` on diffusers' `StableCascadeUNet`: its names, its config."""
+"""peft's names of tensors and its config, for `PeftModel.from_pretrained` and the LoRA files of diffusers."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from families.cascade.lora_formats.adapters import Lora, LoraFileError, split, split_part
+from families.common.lora_formats.adapters import Adapter, LoraFileError
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to start (`init_lora_weights`) that also change the frozen weights, so that adapters alone say too little."""
 
 
-def diffusers_name(place: str) -> str:
-    """`down_blocks.0.2.attention.attn.q` -> `down_blocks.0.2.attention.to_q`."""
-    layer, part = split_part(place)
-    return f"{layer.removesuffix('.attn')}.to_{part}" if part else layer.replace(".attn.out_proj", ".to_out.0")
-
-
-def to_peft(lora: Lora) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the `adapter_config.json`.
+def to_peft(adapters: Mapping[str, Adapter], prefix: str) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, behind a prefix, and the config, of adapters by the names of their layers.
 
     Raises LoraFileError for a depthwise convolution, whose adapter peft builds differently, and DoRA by columns.
     """
-    adapters = {diffusers_name(place): adapter for place, adapter in split(lora.adapters).items()}
     tensors = {}
     for name, adapter in adapters.items():
-        kernel = adapter.down.dim() == 4
+        kernel = [1] * (adapter.down.dim() - 2)
         if adapter.is_depthwise:
             raise LoraFileError(f"{name} is a depthwise convolution, which peft adapts differently: use lora-merged")
         if adapter.by_columns:
@@ -34,12 +27,12 @@ def to_peft(lora: Lora) -> tuple[dict[str, Tensor], dict]:
                 f"{name} is adapted with DoRA by input columns, peft's DoRA goes by rows: use lora-merged"
             )
         tensors |= {
-            f"base_model.model.{name}.lora_A.weight": adapter.down,
-            f"base_model.model.{name}.lora_B.weight": adapter.up[:, :, None, None] if kernel else adapter.up,
+            f"{prefix}{name}.lora_A.weight": adapter.down,
+            f"{prefix}{name}.lora_B.weight": adapter.up.view(*adapter.up.shape, *kernel),
         }
         if adapter.magnitude is not None:
-            magnitude = adapter.magnitude.view(1, -1, 1, 1) if kernel else adapter.magnitude
-            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude
+            magnitude = adapter.magnitude.view(1, -1, *kernel) if kernel else adapter.magnitude
+            tensors[f"{prefix}{name}.lora_magnitude_vector"] = magnitude
     stabilised = all(adapter.rank_stabilised for adapter in adapters.values())
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
     alphas = {name: adapter.alpha if stabilised else adapter.plain_alpha for name, adapter in adapters.items()}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from families.cascade.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens, pair, split_part
+from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens, pair, split_part
 
 _NAME = re.compile(r"(?P<layer>.+)\.lora(?:\.(?P<part>[qkv]))?\.(?P<tensor>down|up|magnitude)")
 _TOKENS = ("tokens.initial", "tokens.delta")

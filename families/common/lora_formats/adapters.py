@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -120,13 +120,17 @@ def split(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     return separate
 
 
-def fused(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Undo `split` wherever q, k and v are all there and share their `down`."""
+def fused(adapters: Mapping[str, Adapter], there: Container[str] | None = None) -> dict[str, Adapter]:
+    """Undo `split` wherever q, k and v are all there and share their `down`.
+
+    there: names of a network's places; layers that it has apart (`attn.q` is a layer of its own) stay apart.
+    """
     together: dict[str, Adapter] = {}
     for place, adapter in adapters.items():
         layer, part = split_part(place)
         parts = [adapters.get(f"{layer}.{part}") for part in PARTS]
-        if part is None or None in parts or not all(_alike(adapter, other) for other in parts):
+        apart = there is not None and layer not in there
+        if apart or part is None or None in parts or not all(_alike(adapter, other) for other in parts):
             together[place] = adapter
         elif layer not in together:
             magnitude = None if adapter.magnitude is None else torch.cat([other.magnitude for other in parts])

@@ -1,0 +1,68 @@
+"""LoRA on any network: adapters to and from files, merged into weights, several at once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from families.common.lora_formats import Adapter, Lora, split
+from modules.lora import LoraSettings, LowRank, adapters, places
+
+
+def adapters_of(network: nn.Module) -> dict[str, Adapter]:
+    """The adapters in a network by the names of their places, as a file would hold them."""
+    return {
+        name: Adapter(a.down.detach(), a.up.detach(), a.settings.alpha,
+                      None if a.magnitude is None else a.magnitude.detach(), a.settings.rank_stabilised)
+        for name, _, a in adapters(network)
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def fill(adapter: LowRank, source: Adapter) -> None:
+    """Start an adapter from one of a file: it changes the weight as that does, whatever the alphas of the two are.
+
+    Raises ValueError where a tensor is of another shape.
+    """
+    for part in ("down", "up", "magnitude"):
+        own, other = getattr(adapter, part), getattr(source, part)
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (other, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{part} is {shapes[0] or 'not'} in the file and {shapes[1] or 'not'} in this run")
+        if own is not None:
+            own.copy_(other)
+    if source.scale != adapter.settings.scale:
+        adapter.up.mul_(source.scale / adapter.settings.scale)
+
+
+@torch.no_grad()
+def merge_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Add the changes of LoRAs to the weights of a network, each times its strength; the network has no adapters."""
+    there = places(network) | places(network, split_qkv=True)
+    sources = [(split(lora.adapters), strength) for lora, strength in loras]
+    for name in dict.fromkeys(name for own, _ in sources for name in own):
+        weight = there[name].weight
+        weight.add_(sum(_change(weight, own[name]) * strength for own, strength in sources if name in own))
+
+
+def _change(weight: Tensor, source: Adapter) -> Tensor:
+    if source.by_columns:
+        matrices = (source.up.float() @ source.down.float().flatten(1)).view(weight.shape)
+        changed = weight.float() + source.scale * matrices
+        dims = [0, *range(2, weight.dim())]
+        lengths = source.magnitude.view(1, -1, *[1] * (weight.dim() - 2))
+        return changed * (lengths / torch.linalg.vector_norm(changed, dim=dims, keepdim=True)) - weight.float()
+    settings = LoraSettings(source.rank, source.alpha, source.rank_stabilised, dora=source.magnitude is not None)
+    adapter = LowRank(weight, settings)
+    fill(adapter, source)
+    return adapter.change(weight)
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE[:STRENGTH]` -> the path and the strength, 1 without one."""
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0  # a colon that belongs to the path
