@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from tests.fake_gpu import GPU, FakeGpu
 from tests.modules.test_feed_forward import losses, network
 from tests.modules.test_quantise import INPUTS
+from tests.warpcore.runs import numbers, tiny_settings, train_here, write_shard
+from tests.warpcore.tiny import Denoiser
 from warpcore import optim
 from warpcore.compute import begin_graphs, check_graphs, compile_blocks, to_fp8
 from warpcore.config import Config, make_config
@@ -135,6 +138,33 @@ def test_gradients_outlive_the_memory_of_graphs(monkeypatch):
     assert trained.grad.tolist() == [2.0, 2.0, 2.0]
     assert unused.grad is None
     assert len(marks) == 2
+
+
+class Graphed(Denoiser):
+    """A run whose network takes part in graphs, on a CPU that has none."""
+
+    asked: ClassVar[list[bool]] = []
+
+    def build(self):
+        networks = super().build()
+        networks["generator"].compile_blocks = lambda graphs=False: self.asked.append(graphs)
+        return networks
+
+
+@pytest.mark.bits
+@pytest.mark.integration
+def test_a_run_marks_each_micro_batch_and_accumulates_as_without_graphs(tmp_path, monkeypatch):
+    shard = write_shard(tmp_path / "a.tar", 8)
+    expected = train_here(tiny_settings(tmp_path / "plain", shard, updates=2, grad_accum_steps=2))[1]
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    monkeypatch.setattr("warpcore.compute.check_graphs", lambda *config, **sharded: None)
+    settings = tiny_settings(tmp_path / "graphs", shard, updates=2, grad_accum_steps=2, compile="graphs")
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        found = train_here(settings, Graphed)[1]
+    assert Graphed.asked == [True]
+    assert len(marks) == 4
+    assert numbers(found) == numbers(expected)
 
 
 def test_adamw_of_parameters_on_a_gpu_is_fused():
