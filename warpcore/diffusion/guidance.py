@@ -21,7 +21,7 @@ class Guidance:
             section 3.4); 0 for none.
         t_start, t_stop: guide only while t_stop <= t <= t_start.
         rescale_over_batch: take one deviation over the whole batch instead of one per sample. So does the published
-            implementation, but a picture then depends on its batch mates.
+            implementation, but a picture then depends on the others of its batch.
     """
 
     scale: float | Sequence[float] | Callable[[float], float]

@@ -60,8 +60,10 @@ def karras_times(schedule: TableSchedule, steps: int, *, first: int = -1, last: 
     _check_steps(steps, schedule.steps)
     logsnr = schedule.logsnr[[first, last]]
     if logsnr.isinf().any():
-        raise UserError("Karras sigmas need a finite largest one, but the schedule ends in pure noise (zero terminal "
-                        "SNR); take trailing timesteps")  # fmt: skip
+        raise UserError(
+            "Karras sigmas need a finite largest one, but the schedule ends in pure noise (zero terminal SNR); take "
+            "trailing timesteps"
+        )
     high, low = (-logsnr / (2 * rho)).exp()  # sigma^(1/rho)
     sigmas = torch.lerp(high, low, torch.linspace(0, 1, steps, dtype=torch.float64)) ** rho
     times = schedule.timestep(-2 * sigmas.log()) / (schedule.steps - 1)

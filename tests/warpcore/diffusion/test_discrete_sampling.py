@@ -101,22 +101,38 @@ CASES = {
     "ddim": Case("DDIMScheduler", SD_DDIM, DDIMSampler, leading_timesteps(STEPS, offset=1, end=0)),
     "ddim v": Case("DDIMScheduler", SD_DDIM, DDIMSampler, leading_timesteps(STEPS, offset=1, end=0), "v"),
     "ddim eta 0.5": Case(
-        "DDIMScheduler", SD_DDIM, lambda scaler: DDIMSampler(scaler, eta=0.5),
-        leading_timesteps(STEPS, offset=1, end=0), step_settings={"eta": 0.5},
+        "DDIMScheduler",
+        SD_DDIM,
+        lambda scaler: DDIMSampler(scaler, eta=0.5),
+        leading_timesteps(STEPS, offset=1, end=0),
+        step_settings={"eta": 0.5},
     ),
     "ddim v zero SNR": Case(
-        "DDIMScheduler", {**ZERO_SNR, "clip_sample": False}, DDIMSampler, trailing_timesteps(STEPS), "v",
+        "DDIMScheduler",
+        {**ZERO_SNR, "clip_sample": False},
+        DDIMSampler,
+        trailing_timesteps(STEPS),
+        "v",
         make_table(zero_terminal_snr=True),
     ),
     "ddim v zero SNR eta 0.9": Case(  # with 1, diffusers takes the root of a number that should be 0
-        "DDIMScheduler", {**ZERO_SNR, "clip_sample": False}, lambda scaler: DDIMSampler(scaler, eta=0.9),
-        trailing_timesteps(STEPS), "v", make_table(zero_terminal_snr=True), {"eta": 0.9},
+        "DDIMScheduler",
+        {**ZERO_SNR, "clip_sample": False},
+        lambda scaler: DDIMSampler(scaler, eta=0.9),
+        trailing_timesteps(STEPS),
+        "v",
+        make_table(zero_terminal_snr=True),
+        {"eta": 0.9},
     ),
     "ddpm": Case("DDPMScheduler", {"clip_sample": False}, SAMPLERS["ddpm"], leading_timesteps(STEPS)),
     "ddpm v": Case("DDPMScheduler", {"clip_sample": False}, SAMPLERS["ddpm"], leading_timesteps(STEPS), "v"),
     "ddpm linear": Case(
-        "DDPMScheduler", {"clip_sample": False, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
-        SAMPLERS["ddpm"], leading_timesteps(STEPS), "epsilon", make_table("linear"),
+        "DDPMScheduler",
+        {"clip_sample": False, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        SAMPLERS["ddpm"],
+        leading_timesteps(STEPS),
+        "epsilon",
+        make_table("linear"),
     ),
     "euler": Case(**euler(**LEADING), times=leading_timesteps(STEPS, offset=1)),
     "euler v": Case(**euler(**TRAILING), times=trailing_timesteps(STEPS), target="v"),
@@ -124,7 +140,8 @@ CASES = {
         **euler(**ZERO_SNR), times=trailing_timesteps(STEPS), target="v", table=almost_zero_snr()
     ),
     "euler karras": Case(
-        **euler(**LEADING, use_karras_sigmas=True), times=karras_times(make_table(), STEPS, first=951, last=1),
+        **euler(**LEADING, use_karras_sigmas=True),
+        times=karras_times(make_table(), STEPS, first=951, last=1),
         fractional=True,
     ),
     "euler ancestral": Case(
@@ -143,10 +160,8 @@ CASES = {
     "dpmpp_2m v zero SNR": Case(
         **DPM, settings=ZERO_SNR, times=trailing_timesteps(STEPS), target="v", table=almost_zero_snr()
     ),
-    "dpmpp_2m karras": Case(
-        **DPM, settings={"use_karras_sigmas": True}, times=karras_times(make_table(), STEPS)
-    ),
-}  # fmt: skip
+    "dpmpp_2m karras": Case(**DPM, settings={"use_karras_sigmas": True}, times=karras_times(make_table(), STEPS)),
+}
 
 
 @pytest.mark.parametrize("name", CASES)

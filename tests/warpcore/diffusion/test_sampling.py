@@ -87,7 +87,7 @@ def test_dpm_solver_agrees_with_diffusers(target):
         torch.testing.assert_close(found.float(), x.float(), atol=1e-5, rtol=1e-5)  # theirs works in float32
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim", "ddpm", "lcm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_stretched_limits_and_plateaus_of_a_schedule_keep_samples_finite(sampler):
     for shift, stretch in ((1.0, True), (4.0, False)):
         diffusion = gdf("vp", "v", CosineSchedule())
@@ -242,7 +242,7 @@ def test_the_scale_of_guidance_may_follow_t():
         Guidance((1.0, 2.0, 3.0))
 
 
-def test_rescaled_guidance_keeps_deviations_and_does_not_depend_on_batch_mates():
+def test_rescaled_guidance_keeps_deviations_and_does_not_depend_on_the_rest_of_the_batch():
     generator = torch.Generator().manual_seed(0)
     positive, negative = (
         torch.randn(2, 4, 3, 5, 5, generator=generator) * torch.tensor([1, 2, 5, 9])[:, None, None, None]
