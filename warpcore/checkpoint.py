@@ -83,6 +83,11 @@ class Checkpoints:
             self._place.leave()
             raise
 
+    @property
+    def name(self) -> str:
+        """Where the run is: its folder, or its address on S3."""
+        return self._place.name
+
     def newest(self) -> int | None:
         """Update of the newest whole checkpoint, None where there is none at all; the same on every process.
 

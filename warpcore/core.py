@@ -1,18 +1,19 @@
 """The life of a run: configuration, processes, data, networks, the loop, checkpoints, samples.
 
-A use case subclasses `WarpCore` and overrides a handful of hooks; everything else is here and in the modules beside.
+A script subclasses `WarpCore` and overrides a handful of hooks (`warpcore.use_case`); everything else is here and in
+the modules beside.
 """
 
 import json
+import math
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from warpcore import compute, evaluation, optim, placement, reports
+from warpcore import compute, evaluation, optim, reports
 from warpcore.checkpoint import Checkpoints
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
@@ -22,115 +23,28 @@ from warpcore.files import write_whole
 from warpcore.keys import changed_keys
 from warpcore.launch import launch
 from warpcore.metrics import Metrics
-from warpcore.networks import check_networks
-from warpcore.offload import OnDemand
-from warpcore.parameter_groups import freeze, optimizer_groups
-from warpcore.processes import Vote, choose_dtype, explain, start_processes, stop_processes
+from warpcore.pictures import save_png
+from warpcore.processes import Vote, explain
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
-from warpcore.random import SampleRandom, stable_hash
+from warpcore.random import stable_hash
 from warpcore.results import Losses, Sampled
 from warpcore.signals import STOPPED_EARLY, stop_signals
-from warpcore.state import RunState
-from warpcore.statistics import UpdateStatistics
 from warpcore.tracking import make_tracker
+from warpcore.use_case import UseCase
+
+__all__ = ["Losses", "Sampled", "WarpCore"]
 
 
-class WarpCore:
+class WarpCore(UseCase):
     """Trains what a subclass describes. `MyUseCase.main()` in a script is all that is needed to run it.
 
     Hooks to override: `build`, `encode`, `loss`, and where wanted `begin`, `sample`, `update_state`, `weights`,
     `file_metadata`, `extra_fields`, `index_columns` and `computed_in_workers`.
     """
 
-    Config: ClassVar[type[Config]] = Config
-    trainable: ClassVar[dict[str, dict]] = {"generator": {}}
-    """Names of the networks to train, each with settings of its optimizer group (`lr_scale`). Parameters of them that
-    `build` freezes are neither trained, averaged nor kept in checkpoints, which makes adapters cheap."""
-    needs_images: ClassVar[bool] = True
-    """Whether the loader reads pictures."""
-    needs_captions: ClassVar[bool] = True
-    """Whether every sample needs a caption; without them `Batch.captions` are empty."""
-    needs_geometry: ClassVar[bool] = False
-    """Whether `Batch.geometry` is wanted: true size, size before the crop, and place of the crop of every picture."""
-    cannot_draw: str | None = None
-    """Why no sample pictures are drawn, which is told once; set by `build` where a network for them is missing."""
-    draws_samples: bool = True
-    """Whether `sample` is given samples to draw pictures for, of validation or else of the training data."""
-    bucket_factor: int = 1
-    """Sides of training pictures are multiples of this many pixels."""
-    resumed: int | None = None
-    """Update of the checkpoint that this start goes on from, known when `build` is called."""
-
-    # ------------------------------------------------------------------ hooks
-
-    def build(self) -> dict[str, nn.Module]:
-        """All networks by name, with their weights loaded. Those in `trainable` are trained, the others frozen."""
-        raise NotImplementedError
-
-    def begin(self, saved: Mapping[str, Any] | None) -> None:
-        """Settle what a run keeps from its first update on, before its networks are built; may replace `config`.
-
-        saved: values of the checkpoint that is resumed: `about` (its `file_metadata`) and `kept` (its `self.kept`).
-        None in a new run.
-        """
-
-    def encode(self, batch: Batch, random: SampleRandom) -> Any:
-        """Turn a batch into what `loss` needs, without gradients."""
-        return batch
-
-    def loss(self, inputs: Any, random: SampleRandom) -> Losses:
-        """The loss of each sample of a micro-batch."""
-        raise NotImplementedError
-
-    def sample(self, held_out: Batch | None) -> list[Sampled]:
-        """Pictures to look at, the same ones each time. `held_out` are validation samples or, without any, a few of
-        the training data; None where `draws_samples` is false."""
-        return []
-
-    def data_to_draw(self) -> Any:
-        """Where those of the training data come from, written like `webdataset_path`."""
-        return self.config.webdataset_path
-
-    def update_state(self, statistics: dict[str, Tensor]) -> None:
-        """Change state that is not a gradient, given the statistics of all samples of an update in global order."""
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts to export as weights files, by file name."""
-        return {name: self.networks[name].state_dict() for name in self.trainable}
-
-    def file_metadata(self) -> dict[str, str]:
-        """What those files should say about themselves, beside their update."""
-        return {}
-
-    def extra_fields(self) -> dict:
-        """Further members of each sample to read: name -> `warpcore.data.reader` field."""
-        return {}
-
-    def index_columns(self) -> list[str]:
-        """Columns of the index for `Batch.columns`; every sample has to have them."""
-        return self.config.columns
-
-    def computed_in_workers(self) -> dict:
-        """What the loader's workers compute of each batch, for `Batch.extra`: name -> picklable function of it."""
-        return {}
-
-    # ------------------------------------------------------------------ the run
-
     def __init__(self, config: Config):
-        self.config = config
-        self.processes = start_processes(
-            config.device, config.use_fsdp, config.fsdp_shards, config.process_timeout_seconds, config.fsdp_cpu_offload
-        )
-        self.device = self.processes.device
-        compute.check_graphs(config, self.device, sharded=self.processes.mesh is not None)
-        of_weights = "bfloat16" if config.weights_dtype == "bfloat16" else None
-        self.dtype = choose_dtype(config.dtype or of_weights, self.device)
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        self.bookkeeping: dict[str, Any] = {}  # further things with a state_dict of tensors
-        self.kept: dict[str, Any] = {}  # JSON values that a run keeps when it is resumed, see `begin`
+        super().__init__(config)
         self._profiling, self._profile = ExitStack(), None
         self._stop_signal: int | None = None
         self._stop_vote = Vote(self.processes)
@@ -147,7 +61,7 @@ class WarpCore:
         """Train until the last update or a signal; returns the exit status."""
         with stop_signals(self._request_stop), self._closing():
             self.setup()
-            evaluation.complete(self)
+            self._complete()
             batches, fault = self.feed.batches(), None
             self._start_profiling()
             self.feed.mark(self.update)
@@ -155,7 +69,7 @@ class WarpCore:
                 self.make_update(batches)
                 self.update += 1
                 fault = self._after_update()
-            self._end(fault or reports.undo_unread(self))
+            self._end(fault or self._undo_unread())
         return STOPPED_EARLY if self.update < self.config.updates else 0
 
     def make_update(self, batches: Iterator[Batch]) -> None:
@@ -175,7 +89,7 @@ class WarpCore:
             with self.autocast():
                 result = self.loss(*self.encoded(batch))
             (result.loss.mean() * (batch.weight / accumulation)).backward()
-            losses.append(_means(result, batch.weight))
+            losses.append(result.means(batch.weight))
             self.statistics.add(result.statistics, batch.weight)
 
         norm = optim.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
@@ -198,7 +112,6 @@ class WarpCore:
     def setup(self) -> None:
         """Everything before the first update: networks, optimizers, data, and the state of an earlier start."""
         config = self.config
-        self.update = 0
         export_dtype = getattr(torch, config.export_dtype) if config.export_dtype else None
         self.checkpoints = Checkpoints(
             config.run_folder, self.processes, config.keep_last, config.run_url, export_dtype
@@ -208,17 +121,16 @@ class WarpCore:
 
         self.make_networks(saved if resumed is not None else None)
         config = self.config
-        self.state = RunState(self)
         self.feed = Feed(
             config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.needs_captions,
             self.extra_fields(), self.computed_in_workers(), self.index_columns(), self.needs_geometry,
         )  # fmt: skip
         if resumed is not None:
-            self.state.load(resumed, saved)
+            self.state.load(self.checkpoints, resumed, saved, self.file_metadata())
             self.update = resumed
         self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes, config.batch_size)
         self.metrics.resume(self.update)
-        self.nonfinite_updates = saved.get("nonfinite_updates", 0)  # in a row, up to the last report
+        self.skipped = reports.SkippedUpdates(config.max_nonfinite_updates, saved.get("nonfinite_updates", 0))
         self.saved_update = self.update
         self.run_id = saved.get("run_id") or uuid.uuid4().hex[:12]
         tracked = self.processes.is_main
@@ -244,28 +156,6 @@ class WarpCore:
         if self.processes.is_main and self.update < config.updates:  # or else it tells how the weights were made
             write_whole(config.run_folder / "config.yaml", dump_config(config))
 
-    def make_networks(self, saved: Mapping[str, Any] | None = None) -> None:
-        """Networks, optimizers and averages, as they are before the first update; `saved` as in `begin`."""
-        self.begin(saved)
-        config = self.config
-        torch.manual_seed(config.seed)
-        self.networks = self.build()
-        freeze({name: self.networks[name] for name in self.trainable}, config.parameter_groups)
-        check_networks(self.networks, self.trainable, config)
-        self.statistics = UpdateStatistics(self.processes, {name: self.networks[name] for name in self.trainable})
-        self.on_demand: dict[str, OnDemand] = {}
-        for name in self.networks:
-            placement.place(self, name)
-        parameters = {f"{name}.{p}": t for name in self.trainable for p, t in self.networks[name].named_parameters()}
-        self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-        self.gradient_groups = optim.gradient_groups(self.parameters.items(), config.grad_norm_groups)
-        self.optimizers = optim.build_optimizers(
-            config.optimizer, optimizer_groups(self.trainable, self.parameters, config.parameter_groups),
-            lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
-        )  # fmt: skip
-        optim.train_mode(self.optimizers)
-        self.averages = placement.averages(self)
-
     def _after_update(self) -> Exception | None:
         """What follows an update: reports, and a save before all that can fail (validation, drawing, trackers).
 
@@ -277,12 +167,15 @@ class WarpCore:
         self.feed.mark(self.update)
         evaluated = config.is_evaluated(self.update)
         if save or self.update % config.log_every == 0:
-            fault = reports.undo_unread(self)
+            fault = self._undo_unread()
             if fault is not None:
                 return fault
-            reports.report(self, save)
+            self._report(save)
         if evaluated:
-            evaluation.evaluate(self)
+            with self.metrics.not_training():
+                self._validate()
+                self._draw()
+            self.checkpoints.bring_files()
         self.checkpoints.check()
         return None
 
@@ -290,7 +183,7 @@ class WarpCore:
         """Save what is not saved yet, and raise `fault`."""
         if self.saved_update != self.update:  # asked to stop
             self.progress.say(f"saving update {self.update} before the run stops")
-            reports.report(self, save=True)
+            self._report(save=True)
         self.checkpoints.wait()
         if fault is not None:
             raise fault
@@ -316,31 +209,12 @@ class WarpCore:
         """Let go of everything; safe at any moment."""
         with ExitStack() as closing:
             closing.callback(self._profiling.close)
-            closing.callback(stop_processes)
-            closing.callback(self._drop_networks)
+            closing.callback(super().close)
             for part in ("progress", "checkpoints", "tracker", "feed"):
                 if hasattr(self, part):
                     closing.callback(getattr(self, part).close)
 
-    def _drop_networks(self) -> None:
-        self.networks = self.optimizers = self.averages = self.parameters = self.state = self.on_demand = None
-
     # ------------------------------------------------------------------ pieces of an update
-
-    def autocast(self) -> AbstractContextManager:
-        """Computes in the configured dtype."""
-        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
-
-    def encoded(self, batch: Batch) -> tuple[Any, SampleRandom]:
-        """What `loss` takes of a batch, with the random numbers of its samples. To be called inside `autocast`."""
-        random = SampleRandom(batch.seeds, self.device)
-        with torch.no_grad():
-            return self.encode(batch, random), random
-
-    def forward(self, batch: Batch) -> Losses:
-        """The losses of a batch, as in an update."""
-        with self.autocast():
-            return self.loss(*self.encoded(batch))
 
     def _learning_rate(self, update: int) -> float:
         config = self.config
@@ -357,18 +231,39 @@ class WarpCore:
                 network, sharded = self.networks[name], self.processes.mesh.size(1) > 1
                 (network.set_requires_all_reduce if sharded else network.set_requires_gradient_sync)(now)
 
-    # ------------------------------------------------------------------ saving
+    # ------------------------------------------------------------------ reports and saving
+
+    def _report(self, save: bool) -> None:
+        """Write the metrics, the only place where training waits for numbers from the device, and save if asked to.
+
+        The save comes before all that can fail or take long: trackers, and the end of the run for what was counted.
+
+        Raises:
+            UserError: too many updates or samples in a row were unusable. That these were consumed is saved too.
+        """
+        lines = self.metrics.flush()
+        alerts, too_many_updates = self.skipped.count(lines)
+        notes, too_many_samples = self.feed.report()
+        if save or too_many_samples:
+            with self.metrics.not_training():
+                self._save()
+        reports.show(lines, alerts, notes, self.progress, self.tracker)
+        for problem in (too_many_updates, too_many_samples):
+            if problem:
+                raise problem
 
     def _save(self) -> None:
-        config = self.config
-        weights = evaluation.weights_to_publish(self) if config.is_exported(self.update) else {}
+        config, about = self.config, self.file_metadata()
+        weights = {}
+        if config.is_exported(self.update):
+            both = evaluation.variants(self.state, averaged=bool(self.averages))
+            weights = evaluation.exported_weights(both, self.weights, self.processes)
         tensors, values = self.state.save()
-        about = self.file_metadata()
         values |= {
             "about": about,
             "kept": self.kept,
             "feed": self.feed.state(),
-            "nonfinite_updates": self.nonfinite_updates,
+            "nonfinite_updates": self.skipped.in_a_row,
             "run_id": self.run_id,
         }
         self.saved_update = self.update
@@ -378,7 +273,84 @@ class WarpCore:
                     "bad_samples": self.feed.bad_samples}  # fmt: skip
             write_whole(config.run_folder / "info.json", json.dumps(info, indent=1) + "\n")
 
+    # ------------------------------------------------------------------ validation and samples
+
+    def _variants(self) -> evaluation.Variants:
+        """The weights, and their average once it differs from them."""
+        averaged = bool(self.averages) and self.update > self.config.ema_start_iters
+        return evaluation.variants(self.state, averaged)
+
+    def _validate(self) -> None:
+        """Report the mean loss and metrics over the validation samples, with the same noise each time."""
+        means = evaluation.validation_means(
+            self._variants(), self.feed.validation, self.forward, self.config.seed, self.processes
+        )
+        self.metrics.extend(self.update, means)
+        self.tracker.log(self.update, means)
+        self._say_of_data()
+        if any(map(math.isnan, means.values())):
+            self.progress.say(f"update {self.update}: the validation loss is no number")
+
+    def _draw(self) -> None:
+        """Draw sample pictures. Where memory is too short, a message says so, and the run goes on without them."""
+        if self.cannot_draw or not self._has_samples():
+            return
+        rows, shortage = evaluation.draw(self._variants(), self.autocast, self._held_out, self.sample)
+        # One process alone may be short of memory; all of them have to agree on whether they draw the next time.
+        self.cannot_draw = self.processes.first_of(shortage)
+        if self.cannot_draw:
+            self.progress.say(self.cannot_draw)
+            return
+        self._say_of_data()
+        if not rows or not self.processes.is_main:
+            return
+        sheet, path = evaluation.sheet(rows), self._samples_file()
+        save_png(path, sheet, {"update": str(self.update)})
+        self.tracker.images(self.update, "samples", sheet, f"update {self.update}")
+        self.progress.say(f"update {self.update}: samples in {path}")
+
+    def _complete(self) -> None:
+        """Make what an earlier start, which ended after the save that this one goes on from, could not make."""
+        if not self.update or not self.config.is_evaluated(self.update):
+            return
+        line = self.processes.on_main(self.metrics.last_line)  # the others may come before it has cut off a half line
+        if self.feed.plan.has_validation and not any(name.startswith("validation_") for name in line):
+            self._validate()
+        if self._has_samples() and not self.cannot_draw and not self.processes.on_main(self._samples_are_there):
+            self._draw()
+
+    def _has_samples(self) -> bool:
+        """Whether the use case has anything to show."""
+        return type(self).sample is not UseCase.sample
+
+    def _held_out(self) -> Batch | None:
+        return self.feed.to_draw(self.data_to_draw()) if self.draws_samples else None
+
+    def _samples_file(self) -> Path:
+        return self.config.samples_folder / f"{self.update:08d}.png"
+
+    def _samples_are_there(self) -> bool:
+        path, config = self._samples_file(), self.config
+        return path.exists() if config.output_path else self.checkpoints.has(str(path.relative_to(config.run_folder)))
+
+    def _say_of_data(self) -> None:
+        for note in self.feed.take_notes():
+            self.progress.say(note)
+
     # ------------------------------------------------------------------ stopping
+
+    def _undo_unread(self) -> Exception | None:
+        """What any process could not read of its data, if so (collective): the error that the run has to end with.
+
+        The updates made without that data, which have changed no weights, are taken back on all processes.
+        """
+        fault = self.feed.find_fault()
+        if fault is None:
+            return None
+        self.update, error = fault
+        self.feed.rewind(self.update)
+        self.metrics.forget(self.update)
+        return error
 
     def _request_stop(self, number: int) -> None:
         self._stop_signal = number
@@ -386,8 +358,3 @@ class WarpCore:
     def _stopping(self) -> bool:
         """Whether any process was asked to stop, or could not read its data; all of them agree."""
         return self._stop_vote.cast(self._stop_signal is not None or self.feed.fault is not None)
-
-
-def _means(result: Losses, weight: float) -> dict[str, Tensor]:
-    values = {"loss": result.loss, "raw_loss": result.raw, **result.metrics}
-    return {name: value.detach().float().mean() * weight for name, value in values.items()}

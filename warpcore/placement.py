@@ -1,8 +1,11 @@
 """Where a run's networks live and how they compute: on the device, spread over processes, or in the CPU's memory."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from torch import float32, nn
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -12,81 +15,90 @@ from torch.distributed.fsdp import (
 )
 
 from warpcore import compute
+from warpcore.config import Config
 from warpcore.ema import EMA
 from warpcore.errors import UserError
 from warpcore.networks import Compiling, HasBlocks, blocks, forward_methods, keeps_inputs
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
 from warpcore.statistics import has_batch_norms
 
-if TYPE_CHECKING:
-    from warpcore.core import WarpCore
 
+@dataclass(frozen=True)
+class Placement:
+    """Brings networks to where they live.
 
-def place(run: "WarpCore", name: str) -> None:
-    """Freeze a network, or prepare it for training, and bring it to where it lives."""
-    network = run.networks[name]
-    if name in run.trainable:
-        _prepare(run, name, network)
-    else:
-        network.eval().requires_grad_(False).to(run.dtype)
-    if run.config.compile and isinstance(network, Compiling):
-        # Frozen networks may compute what outlives a micro-batch, such as remembered texts.
-        graphs = run.config.compile == "graphs" and name in run.trainable
-        compute.compile_blocks(network, run.device, graphs)
-    if "activations" in run.config.offload and keeps_inputs(network):
-        keep_inputs_on_cpu(network)
-    if name in run.trainable and run.processes.mesh is not None:
+    dtype: what they compute in. mesh: of the processes (replicas x shards); None for one process alone.
+    """
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    mesh: DeviceMesh | None
+
+    def place_trained(self, name: str, network: nn.Module) -> None:
+        """Prepare a network for training, and bring it to where it lives.
+
+        Raises:
+            UserError: the config asks for what it cannot do.
+        """
+        config = self.config
+        if config.weights_dtype == "bfloat16":
+            if has_batch_norms(network):
+                raise UserError(f"weights_dtype: {name} has batch norms, which want float32; remove the key")
+            compute.keep_in_bfloat16(network)
+        if config.fp8:
+            compute.to_fp8(network, self.device)
+        if config.activation_checkpointing:
+            network.set_activation_checkpointing(config.activation_checkpointing)
+        self._adapt(network, graphs=config.compile == "graphs")
+        if self.mesh is None:
+            network.to(self.device)
+            return
         # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
         # Batch norms want their weights in float32; gradients are added up in float32, as in one process.
-        whole = run.dtype == float32 or has_batch_norms(network)
+        whole = self.dtype == torch.float32 or has_batch_norms(network)
         policy = MixedPrecisionPolicy(
-            param_dtype=None if whole else run.dtype,
-            reduce_dtype=float32,
-            cast_forward_inputs=False,
+            param_dtype=None if whole else self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        _shard(run, network, policy)
-    elif run.processes.mesh is not None and run.config.use_fsdp and isinstance(network, HasBlocks):
-        _shard(run, network, MixedPrecisionPolicy(cast_forward_inputs=False))
-    elif name not in run.trainable and "encoders" in run.config.offload:
-        run.on_demand[name] = OnDemand(network, run.device)
-    else:
-        network.to(run.device)
+        self._shard(network, policy)
+
+    def place_frozen(self, network: nn.Module) -> OnDemand | None:
+        """Freeze a network and bring it to where it lives; the result keeps one that comes to the device on demand."""
+        network.eval().requires_grad_(False).to(self.dtype)
+        self._adapt(network, graphs=False)  # it may compute what outlives a micro-batch, such as remembered texts
+        if self.mesh is not None and self.config.use_fsdp and isinstance(network, HasBlocks):
+            self._shard(network, MixedPrecisionPolicy(cast_forward_inputs=False))
+        elif "encoders" in self.config.offload:
+            return OnDemand(network, self.device)
+        else:
+            network.to(self.device)
+        return None
+
+    def _adapt(self, network: nn.Module, graphs: bool) -> None:
+        if self.config.compile and isinstance(network, Compiling):
+            compute.compile_blocks(network, self.device, graphs)
+        if "activations" in self.config.offload and keeps_inputs(network):
+            keep_inputs_on_cpu(network)
+
+    def _shard(self, network: nn.Module, policy: MixedPrecisionPolicy) -> None:
+        """Spread the parameters over the processes, gathered again block by block as they are used.
+
+        They come to the device block by block, too, so a network that is too large for it may pass through.
+        """
+        for parameter in network.parameters():  # sharding wants plain memory order
+            parameter.data = parameter.data.contiguous()
+        on_cpu = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        offload = on_cpu if self.config.fsdp_cpu_offload else OffloadPolicy()
+        for part in (*blocks(network), network):
+            fully_shard(part, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+        for method in forward_methods(network):
+            register_fsdp_forward_method(network, method)
 
 
-def _prepare(run: "WarpCore", name: str, network: nn.Module) -> None:
-    if run.config.weights_dtype == "bfloat16":
-        if has_batch_norms(network):
-            raise UserError(f"weights_dtype: {name} has batch norms, which want float32; remove the key")
-        compute.keep_in_bfloat16(network)
-    if run.config.fp8:
-        compute.to_fp8(network, run.device)
-    if run.config.activation_checkpointing:
-        network.set_activation_checkpointing(run.config.activation_checkpointing)
-
-
-def _shard(run: "WarpCore", network: nn.Module, policy: MixedPrecisionPolicy) -> None:
-    """Spread the parameters over the processes, gathered again block by block as they are used.
-
-    They come to the device block by block, too, so a network that is too large for it may pass through.
-    """
-    for parameter in network.parameters():  # sharding wants plain memory order
-        parameter.data = parameter.data.contiguous()
-    on_cpu = CPUOffloadPolicy(pin_memory=run.device.type == "cuda")
-    offload = on_cpu if run.config.fsdp_cpu_offload else OffloadPolicy()
-    for part in (*blocks(network), network):
-        fully_shard(part, mesh=run.processes.mesh, mp_policy=policy, offload_policy=offload)
-    for method in forward_methods(network):
-        register_fsdp_forward_method(network, method)
-
-
-def averages(run: "WarpCore") -> dict[str, EMA]:
+def averages(trained: Mapping[str, nn.Module], config: Config) -> dict[str, EMA]:
     """The averages of the networks that are trained, if the config asks for them."""
-    config = run.config
     if config.ema_start_iters is None:
         return {}
     device = "cpu" if config.ema_device == "cpu" else None
-    return {
-        name: EMA(run.networks[name], start=config.ema_start_iters, every=config.ema_iters, beta=config.ema_beta,
-                  device=device)
-        for name in run.trainable
-    }  # fmt: skip
+    settings = {"start": config.ema_start_iters, "every": config.ema_iters, "beta": config.ema_beta}
+    return {name: EMA(network, **settings, device=device) for name, network in trained.items()}

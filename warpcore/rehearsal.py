@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from warpcore import optim
 from warpcore.config import Config
-from warpcore.core import WarpCore
 from warpcore.data.buckets import Buckets
 from warpcore.data.geometry import CropGeometry
 from warpcore.data.images import place
@@ -24,9 +23,10 @@ from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.meta import META, AsIfOn, BesideTheCPU, PeakMemory
 from warpcore.networks import Checkpointing, HasBlocks, blocks
+from warpcore.use_case import UseCase
 
 
-def load_use_case(path: Path) -> type[WarpCore]:
+def load_use_case(path: Path) -> type[UseCase]:
     """The use case in a training script.
 
     Raises:
@@ -36,7 +36,7 @@ def load_use_case(path: Path) -> type[WarpCore]:
         raise UserError(f"{path} does not exist: the training script comes first, then its config")
     module = _module(path)
     own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
-    found = [kind for kind in own if issubclass(kind, WarpCore)]
+    found = [kind for kind in own if issubclass(kind, UseCase)]
     if not found:
         raise UserError(f"{path} defines no use case (a subclass of WarpCore): give one of the scripts in train/")
     return found[-1]
@@ -60,14 +60,14 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def bucket_sizes(run: WarpCore) -> list[tuple[int, int]]:
+def bucket_sizes(run: UseCase) -> list[tuple[int, int]]:
     """The picture sizes (H, W) of a run, largest first."""
     config = run.config
     sizes = Buckets.for_image_size(config.image_size, config.multi_aspect_ratio, run.bucket_factor).sizes
     return sorted(set(sizes), key=lambda size: (-size[0] * size[1], size))
 
 
-def made_up_batch(run: WarpCore, size: tuple[int, int], count: int) -> Batch:
+def made_up_batch(run: UseCase, size: tuple[int, int], count: int) -> Batch:
     """A micro-batch of black pictures and empty captions, on the CPU."""
     fields = run.extra_fields()
     extra = {}
@@ -117,7 +117,7 @@ class OnShapes:
         processes: over which `use_fsdp` shards weights, gradients, optimizer and average.
     """
 
-    def __init__(self, use_case: type[WarpCore], config: Config, kind: str, processes: int = 1):
+    def __init__(self, use_case: type[UseCase], config: Config, kind: str, processes: int = 1):
         self.use_case, self.kind, self.processes = use_case, kind, processes
         self.config = config.model_copy(update={"device": "cpu", "fp8": False, "compile": False})
         self.sharded = config.use_fsdp and (processes > 1 or config.fsdp_cpu_offload)
@@ -270,7 +270,7 @@ class Rehearsal:
     memory_limit: bytes; on a CPU needed, and counted as what tensors take.
     """
 
-    def __init__(self, use_case: type[WarpCore], config: Config, memory_limit: float | None = None):
+    def __init__(self, use_case: type[UseCase], config: Config, memory_limit: float | None = None):
         self.run, self.memory_limit = use_case(config), memory_limit
         if memory_limit is None and self.run.device.type != "cuda":
             raise UserError(f"on {self.run.device.type.upper()} there is no limit to find: give --max-memory GIB")

@@ -20,6 +20,11 @@ class Losses:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
+    def means(self, weight: float) -> dict[str, Tensor]:
+        """Means over the samples, times `weight`, of all to report: both losses and the metrics."""
+        values = {"loss": self.loss, "raw_loss": self.raw, **self.metrics}
+        return {name: value.detach().float().mean() * weight for name, value in values.items()}
+
 
 @dataclass
 class Sampled:

@@ -18,7 +18,6 @@ from tests.caches import make_cache, write_pictures
 from tests.fake_gpu import GPU, FakeGpu, Waits
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings, use_case  # noqa: F401
-from warpcore import evaluation
 from warpcore.config import make_config
 from warpcore.meta import AsIfOn
 
@@ -43,8 +42,8 @@ def train_on_gpu(name: str, settings: dict) -> None:  # noqa: F811
         with gpu.watched():
             run.make_update(iter([batch]))
         run.metrics.flush()
-        evaluation.validate(run)
-        evaluation.draw(run)
+        run._validate()
+        run._draw()
         assert all(parameter.device == GPU for parameter in run.parameters.values())
     run.close()
 

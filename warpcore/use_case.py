@@ -1,0 +1,166 @@
+"""A use case: the hooks that a script overrides, and the networks, optimizers and losses that follow from them.
+
+`warpcore.core.WarpCore` trains it; `warpcore.rehearsal` makes updates of it without data.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from warpcore import compute, optim
+from warpcore.config import Config
+from warpcore.data.reader import Batch
+from warpcore.networks import check_networks
+from warpcore.offload import OnDemand
+from warpcore.parameter_groups import freeze, optimizer_groups
+from warpcore.placement import Placement, averages
+from warpcore.processes import choose_dtype, start_processes, stop_processes
+from warpcore.random import SampleRandom
+from warpcore.results import Losses, Sampled
+from warpcore.state import TrainedState
+from warpcore.statistics import UpdateStatistics
+
+
+class UseCase:
+    """A script's networks and what they learn. Scripts subclass `warpcore.core.WarpCore`, which has the hooks here."""
+
+    Config: ClassVar[type[Config]] = Config
+    trainable: ClassVar[dict[str, dict]] = {"generator": {}}
+    """Names of the networks to train, each with settings of its optimizer group (`lr_scale`). Parameters of them that
+    `build` freezes are neither trained, averaged nor kept in checkpoints, which makes adapters cheap."""
+    needs_images: ClassVar[bool] = True
+    """Whether the loader reads pictures."""
+    needs_captions: ClassVar[bool] = True
+    """Whether every sample needs a caption; without them `Batch.captions` are empty."""
+    needs_geometry: ClassVar[bool] = False
+    """Whether `Batch.geometry` is wanted: true size, size before the crop, and place of the crop of every picture."""
+    cannot_draw: str | None = None
+    """Why no sample pictures are drawn, which is told once; set by `build` where a network for them is missing."""
+    draws_samples: bool = True
+    """Whether `sample` is given samples to draw pictures for, of validation or else of the training data."""
+    bucket_factor: int = 1
+    """Sides of training pictures are multiples of this many pixels."""
+    resumed: int | None = None
+    """Update of the checkpoint that this start goes on from, known when `build` is called."""
+
+    # ------------------------------------------------------------------ hooks
+
+    def build(self) -> dict[str, nn.Module]:
+        """All networks by name, with their weights loaded. Those in `trainable` are trained, the others frozen."""
+        raise NotImplementedError
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Settle what a run keeps from its first update on, before its networks are built; may replace `config`.
+
+        saved: values of the checkpoint that is resumed: `about` (its `file_metadata`) and `kept` (its `self.kept`).
+        None in a new run.
+        """
+
+    def encode(self, batch: Batch, random: SampleRandom) -> Any:
+        """Turn a batch into what `loss` needs, without gradients."""
+        return batch
+
+    def loss(self, inputs: Any, random: SampleRandom) -> Losses:
+        """The loss of each sample of a micro-batch."""
+        raise NotImplementedError
+
+    def sample(self, held_out: Batch | None) -> list[Sampled]:
+        """Pictures to look at, the same ones each time. `held_out` are validation samples or, without any, a few of
+        the training data; None where `draws_samples` is false."""
+        return []
+
+    def data_to_draw(self) -> Any:
+        """Where those of the training data come from, written like `webdataset_path`."""
+        return self.config.webdataset_path
+
+    def update_state(self, statistics: dict[str, Tensor]) -> None:
+        """Change state that is not a gradient, given the statistics of all samples of an update in global order."""
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts to export as weights files, by file name."""
+        return {name: self.networks[name].state_dict() for name in self.trainable}
+
+    def file_metadata(self) -> dict[str, str]:
+        """What those files should say about themselves, beside their update."""
+        return {}
+
+    def extra_fields(self) -> dict:
+        """Further members of each sample to read: name -> `warpcore.data.reader` field."""
+        return {}
+
+    def index_columns(self) -> list[str]:
+        """Columns of the index for `Batch.columns`; every sample has to have them."""
+        return self.config.columns
+
+    def computed_in_workers(self) -> dict:
+        """What the loader's workers compute of each batch, for `Batch.extra`: name -> picklable function of it."""
+        return {}
+
+    # ------------------------------------------------------------------ what follows from them
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.update = 0
+        self.processes = start_processes(
+            config.device, config.use_fsdp, config.fsdp_shards, config.process_timeout_seconds, config.fsdp_cpu_offload
+        )
+        self.device = self.processes.device
+        compute.check_graphs(config, self.device, sharded=self.processes.mesh is not None)
+        of_weights = "bfloat16" if config.weights_dtype == "bfloat16" else None
+        self.dtype = choose_dtype(config.dtype or of_weights, self.device)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.bookkeeping: dict[str, Any] = {}  # further things with a state_dict of tensors
+        self.kept: dict[str, Any] = {}  # JSON values that a run keeps when it is resumed, see `begin`
+
+    def make_networks(self, saved: Mapping[str, Any] | None = None) -> None:
+        """Networks, optimizers and averages, as they are before the first update; `saved` as in `begin`."""
+        self.begin(saved)
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.networks = self.build()
+        check_networks(self.networks, self.trainable, config)
+        trained = {name: self.networks[name] for name in self.trainable}
+        freeze(trained, config.parameter_groups)
+        self.statistics = UpdateStatistics(self.processes, trained)
+        placement = Placement(config, self.device, self.dtype, self.processes.mesh)
+        self.on_demand: dict[str, OnDemand] = {}
+        for name, network in self.networks.items():
+            if name in trained:
+                placement.place_trained(name, network)
+            elif (on_demand := placement.place_frozen(network)) is not None:
+                self.on_demand[name] = on_demand
+        parameters = {f"{name}.{p}": tensor for name in trained for p, tensor in trained[name].named_parameters()}
+        self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+        self.gradient_groups = optim.gradient_groups(self.parameters.items(), config.grad_norm_groups)
+        self.optimizers = optim.build_optimizers(
+            config.optimizer, optimizer_groups(self.trainable, self.parameters, config.parameter_groups),
+            lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
+        )  # fmt: skip
+        optim.train_mode(self.optimizers)
+        self.averages = averages(trained, config)
+        self.state = TrainedState(trained, self.averages, self.optimizers, self.bookkeeping)
+
+    def autocast(self) -> AbstractContextManager:
+        """Computes in the configured dtype."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def encoded(self, batch: Batch) -> tuple[Any, SampleRandom]:
+        """What `loss` takes of a batch, with the random numbers of its samples. To be called inside `autocast`."""
+        random = SampleRandom(batch.seeds, self.device)
+        with torch.no_grad():
+            return self.encode(batch, random), random
+
+    def forward(self, batch: Batch) -> Losses:
+        """The losses of a batch, as in an update."""
+        with self.autocast():
+            return self.loss(*self.encoded(batch))
+
+    def close(self) -> None:
+        """Let go of networks and processes; safe at any moment."""
+        self.networks = self.optimizers = self.averages = self.parameters = self.state = self.on_demand = None
+        stop_processes()
