@@ -6,6 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = ROOT / "docs" / "adding_a_family.md"
+"""Its blocks are the files of a small family, and commands on these: `test_adding_a_family.py` runs them."""
 _FENCE = re.compile(r"^ *```(.*)$")
 
 
@@ -26,6 +28,11 @@ class Block:
 def blocks(*languages: str, pages: list[Path] = PAGES) -> list[Block]:
     """Those of these languages, or all."""
     return [block for page in pages for block in _split(page)[0] if block.language in languages or not languages]
+
+
+def guide_files() -> dict[str, str]:
+    """The files that the guide to a new family shows whole, by their path in the repository."""
+    return {block.note: block.text for block in blocks("python", "yaml", pages=[GUIDE]) if "/" in block.note}
 
 
 def prose(page: Path) -> str:

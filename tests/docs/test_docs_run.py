@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.commands import commands
-from tests.docs.pages import ROOT, blocks
+from tests.docs.pages import GUIDE, PAGES, ROOT, blocks, guide_files
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 FOLDERS = ("train", "inference", "tools", "families", "warpcore", "modules", "configs", "models/mini", "benchmarks")
@@ -36,10 +36,12 @@ def clone(tmp_path_factory) -> Path:
 
 def run(words: list[str], folder: Path) -> None:
     """Run a command; trainings make two updates."""
+    if words[0] == "python3":
+        words = [sys.executable, *words[1:]]
     if words[1].startswith("train/"):
         words = [*words, "updates=2", "save_every=2", "num_workers=0"]
     done = subprocess.run(
-        [sys.executable, *words[1:]],
+        words,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True,
@@ -49,7 +51,21 @@ def run(words: list[str], folder: Path) -> None:
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("sh") if block.note == "run"], ids=str)
+OTHERS = [page for page in PAGES if page != GUIDE]
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("sh", pages=OTHERS) if block.note == "run"], ids=str)
 def test_a_block_runs(block, clone):
     for words in commands(block.text):
         run(words, clone)
+
+
+def test_the_guide_to_a_new_family_can_be_followed(clone):
+    first, *others = [block for block in blocks("sh", pages=[GUIDE]) if block.note == "run"]
+    for words in commands(first.text):
+        run(words, clone)
+    for path, text in guide_files().items():
+        (clone / path).write_text(text, encoding="utf-8")
+    for block in others:
+        for words in commands(block.text):
+            run(words, clone)
