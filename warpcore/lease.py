@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from warpcore.data import s3_requests
 from warpcore.data.s3_files import put_if, remove
 from warpcore.data.s3_requests import ask, bare_etag, split
-from warpcore.data.storage import StorageError
+from warpcore.data.storage_protocol import StorageError
 from warpcore.errors import UserError
 
 LEASE_SECONDS = 60

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from warpcore.data.s3_files import abort_unfinished, fetch, remove, send, sizes_below
-from warpcore.data.storage import ChangedShardError, StorageError
+from warpcore.data.storage_protocol import ChangedShardError, StorageError
 from warpcore.files import open_plain
 from warpcore.lease import Lease
 from warpcore.locks import lock_file

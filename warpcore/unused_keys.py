@@ -3,20 +3,19 @@
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import BaseModel
 
 from warpcore.arguments import parse_yaml
 from warpcore.data.storage import complete_url, storage_for
 from warpcore.errors import ConfigError
 from warpcore.text import decode_text
 
-if TYPE_CHECKING:
-    from warpcore.config import Settings
-
 logger = logging.getLogger(__name__)
 
 
-def check_unused(config: "Settings", keys: Collection[str], files: Mapping[str, Path]) -> None:
+def check_unused(config: BaseModel, keys: Collection[str], files: Mapping[str, Path]) -> None:
     """Raise ConfigError for one of the keys, given in the config, that has neither its default nor the value that the
     saved config of the same run has; those are logged.
 
@@ -34,7 +33,7 @@ def check_unused(config: "Settings", keys: Collection[str], files: Mapping[str, 
         logger.log(logging.INFO if key in usual else logging.WARNING, "%s: this script has no use for it", key)
 
 
-def _saved_config(config: "Settings") -> dict[str, Any]:
+def _saved_config(config: BaseModel) -> dict[str, Any]:
     """What an earlier start of the run has saved; nothing where there is none."""
     if not hasattr(config, "run_place"):
         return {}

@@ -13,7 +13,7 @@ from tests.many_processes import launch_processes
 from tests.warpcore.runs import numbers, read_metrics, tiny_settings, train_here, write_shard
 from tests.warpcore.test_feed import spoil
 from tests.warpcore.tiny import Denoiser
-from warpcore.data.storage import ChangedShardError
+from warpcore.data.storage_protocol import ChangedShardError
 from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration

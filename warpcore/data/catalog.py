@@ -24,7 +24,8 @@ from warpcore.data.identity import remembered, same_blocks
 from warpcore.data.index import UNREADABLE, Summary, has_older_index, index_shard, read_summary
 from warpcore.data.shards import Shard, Source
 from warpcore.data.sidecars import ABSENT, locations, write_beside
-from warpcore.data.storage import StorageError, Version, in_parallel, is_remote, real_url, storage_for
+from warpcore.data.storage import in_parallel, is_remote, real_url, storage_for
+from warpcore.data.storage_protocol import StorageError, Version
 from warpcore.errors import UserError
 
 MANIFEST_NAME = "dataset.manifest.parquet"

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from warpcore.data.storage import Version, is_remote, read_ranges
+from warpcore.data.storage import is_remote, read_ranges
+from warpcore.data.storage_protocol import Version
 from warpcore.errors import UserError
 from warpcore.locks import lock_file
 

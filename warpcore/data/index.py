@@ -27,7 +27,8 @@ from warpcore.data.member_headers import look
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, picture_member
 from warpcore.data.shards import Shard
 from warpcore.data.sidecars import ABSENT, locations, write_beside
-from warpcore.data.storage import ChangedShardError, StorageError, storage_for
+from warpcore.data.storage import storage_for
+from warpcore.data.storage_protocol import ChangedShardError, StorageError
 from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSample, clean, read_samples, whole_ones
 
 INDEX_SUFFIX = ".index.parquet"

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from warpcore.data import s3_requests
 from warpcore.data.s3_requests import ask, bare_etag, list_tars, split
-from warpcore.data.storage import ChangedShardError, Version
+from warpcore.data.storage_protocol import ChangedShardError, Version
 
 COALESCED_BYTES = 64 << 10
 """Ranges with no more than this between them are one request: the members of a sample, mostly."""

@@ -40,7 +40,7 @@ from obstore.store import S3Store
 from tqdm import tqdm
 
 from warpcore.data.s3_errors import CREDENTIALS, brief, is_refused, reason, refusal_hint, status_of
-from warpcore.data.storage import TAR_ENDINGS, ChangedShardError, StorageError, Version
+from warpcore.data.storage_protocol import TAR_ENDINGS, ChangedShardError, StorageError, Version
 from warpcore.errors import UserError
 
 T = TypeVar("T")

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from warpcore.data.storage import COMPRESSED_ENDINGS, TAR_ENDINGS, complete_url, is_remote, read_ranges, storage_for
+from warpcore.data.storage import complete_url, is_remote, read_ranges, storage_for
+from warpcore.data.storage_protocol import COMPRESSED_ENDINGS, TAR_ENDINGS
 from warpcore.errors import UserError
 from warpcore.text import decode_text
 

@@ -22,7 +22,7 @@ from tests.warpcore.runs import load_weights, numbers, read_metrics
 from warpcore.config import make_config
 from warpcore.core import WarpCore
 from warpcore.data import s3_requests
-from warpcore.data.storage import StorageError
+from warpcore.data.storage_protocol import StorageError
 from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration

@@ -14,7 +14,7 @@ from warpcore.data import plan as plan_module
 from warpcore.data.buckets import Buckets
 from warpcore.data.plan import Plan, describe_difference
 from warpcore.data.reader import Reader
-from warpcore.data.storage import ChangedShardError
+from warpcore.data.storage_protocol import ChangedShardError
 from warpcore.errors import UserError
 
 SQUARE = Buckets(16 * 16, 4)

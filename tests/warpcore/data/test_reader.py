@@ -16,7 +16,7 @@ from warpcore.data.captions import CaptionGetter
 from warpcore.data.images import decode
 from warpcore.data.reader import BadMember, PictureField, Reader
 from warpcore.data.samples import MicroBatch, Sample
-from warpcore.data.storage import ChangedShardError
+from warpcore.data.storage_protocol import ChangedShardError
 
 SIZE = (32, 48)
 TXT = CaptionGetter.parse(["txt", "identity"])

@@ -16,7 +16,8 @@ from warpcore.data import s3, s3_requests
 from warpcore.data.catalog import MANIFEST_NAME
 from warpcore.data.index import INDEX_SUFFIX, index_shard, read_rows
 from warpcore.data.shards import resolve_sources
-from warpcore.data.storage import ChangedShardError, StorageError, read_ranges, storage_for
+from warpcore.data.storage import read_ranges, storage_for
+from warpcore.data.storage_protocol import ChangedShardError, StorageError
 from warpcore.errors import UserError
 
 

@@ -11,7 +11,8 @@ from tests.s3_server import s3_endpoint as s3_endpoint
 from tests.s3_server import talk_to
 from warpcore.data import s3_files
 from warpcore.data.shards import resolve_sources
-from warpcore.data.storage import StorageError, read_ranges, storage_for
+from warpcore.data.storage import read_ranges, storage_for
+from warpcore.data.storage_protocol import StorageError
 
 CONTENT = b"0123456789"
 REFUSALS = [(400, "ExpiredToken"), (401, "Unauthorized"), (403, "InvalidAccessKeyId")] + [

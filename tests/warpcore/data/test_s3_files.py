@@ -9,7 +9,7 @@ from tests.s3_server import talk_to
 from warpcore.data import s3_requests
 from warpcore.data.s3_files import put_if
 from warpcore.data.s3_requests import open_bucket
-from warpcore.data.storage import StorageError
+from warpcore.data.storage_protocol import StorageError
 
 
 def test_an_object_is_written_on_a_condition_or_it_is_said_why_not(bucket, monkeypatch):

@@ -9,7 +9,7 @@ from tests.s3_server import talk_to
 from tests.warpcore.runs import numbers, tiny_settings, train_here, write_shard
 from tests.warpcore.tiny import Denoiser
 from warpcore.data import s3_requests
-from warpcore.data.storage import ChangedShardError
+from warpcore.data.storage_protocol import ChangedShardError
 from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration

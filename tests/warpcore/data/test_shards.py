@@ -7,7 +7,8 @@ import pytest
 from tests.warpcore.data.tars import write_shard
 from warpcore.data import storage
 from warpcore.data.shards import expand_braces, resolve_sources
-from warpcore.data.storage import ChangedShardError, read_ranges
+from warpcore.data.storage import read_ranges
+from warpcore.data.storage_protocol import ChangedShardError
 from warpcore.errors import UserError
 
 
