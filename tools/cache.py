@@ -99,8 +99,8 @@ class Caching:
         self.catalog = processes.on_main(lambda: open_catalog(resolve_sources(training.config.webdataset_path)))
         self.work = self._work()
         training.networks = {
-            name: network.eval().requires_grad_(False).to(training.device, training.dtype)
-            for name, network in training.encoders().items()
+            name: make().eval().requires_grad_(False).to(training.device, training.dtype)
+            for name, make in training.encoders().items()
         }
         processes.on_main(self._prepare)
         if processes.count > 1:

@@ -5,7 +5,7 @@ torchrun --nproc-per-node 8 train/train_b.py configs/training/finetune_b_700m.ya
 """
 
 import warpcore.openmp
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -14,7 +14,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from families.cascade import build
-from families.cascade.conditions import text_conditions, training_text
+from families.cascade.conditions import training_text
 from families.cascade.config import DiffusionConfig
 from families.cascade.diffusion import pyramid_noise
 from families.cascade.scaled import encode_scaled, enlarge
@@ -58,18 +58,19 @@ class StageBConfig(DiffusionConfig):
 
 class TrainStageB(DiffusionTraining):
     Config = StageBConfig
+    drawn_with = frozenset({"stage_a"})
 
     def build(self) -> dict[str, nn.Module]:
         if self.config.train_encoder:
             self.trainable = {"generator": {}, "encoder": {}}
-        return {"generator": build.stage_b(self.config)} | self.encoders()
+        return {"generator": build.stage_b(self.config)} | self.needed_encoders()
 
-    def encoders(self) -> dict[str, nn.Module]:
+    def encoders(self) -> dict[str, Callable[[], nn.Module]]:
         config = self.config
         return {
-            "stage_a": build.stage_a(config),
-            "encoder": build.encoder(config),
-            "text": build.text(config, self.kept["tokenizer"]),
+            "stage_a": lambda: build.stage_a(config),
+            "encoder": lambda: build.encoder(config),
+            "text": lambda: build.text(config, self.kept["tokenizer"]),
         }
 
     def check_cacheable(self) -> None:
@@ -132,6 +133,7 @@ class TrainStageB(DiffusionTraining):
         count, stage_a = min(config.sample_count, len(held_out.keys)), networks["stage_a"]
         captions = held_out.captions[:count]
         if held_out.images is None:
+            self.know_captions(held_out)
             encoded = stored(held_out, "stage_a")[:count]
             effnet, columns = self._enlarged(stored(held_out, "effnet")[:count], encoded), {}
         else:
@@ -140,7 +142,7 @@ class TrainStageB(DiffusionTraining):
             effnet = networks["encoder"](normalise_images(pictures).to(self.dtype)).float()
             columns = {"picture": to_uint8(held_out.images[:count])}
         texts = [*captions, *[""] * len(captions)]
-        text, no_text = text_conditions(networks["text"], texts, self.device)["clip_text_pooled"].chunk(2)
+        text, no_text = self.text_conditions(texts)["clip_text_pooled"].chunk(2)
         latents = draw_latents(
             self.diffusion,
             networks["generator"],

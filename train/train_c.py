@@ -5,13 +5,15 @@ torchrun --nproc-per-node 8 train/train_c.py configs/training/finetune_c_3b.yaml
 """
 
 import warpcore.openmp
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from families.cascade import build
-from families.cascade.conditions import TEXT, prompt_conditions, training_conditions
+from families.cascade.conditions import TEXT, training_conditions
 from families.cascade.config import StageCConfig
 from families.cascade.training import DiffusionTraining
 from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
@@ -36,17 +38,19 @@ class TrainStageC(DiffusionTraining):
                 "no sample pictures are drawn: there are no weights of the previewer in "
                 f"{build.previewer_file(self.config)} (previewer_checkpoint_path; models/download.py fetches them)"
             )
-        return networks | self.encoders()
+        return networks | self.needed_encoders()
 
     @property
     def draws_samples(self) -> bool:
         return not self.config.sample_prompts
 
-    def encoders(self) -> dict[str, nn.Module]:
-        networks = {"encoder": build.encoder(self.config), "text": build.text(self.config, self.kept["tokenizer"])}
-        if self.cache is None and self.config.clip_image_dropout < 1:
-            networks["image"] = build.image(self.config)
-        return networks
+    def encoders(self) -> dict[str, Callable[[], nn.Module]]:
+        config = self.config
+        encoders = {
+            "encoder": lambda: build.encoder(config),
+            "text": lambda: build.text(config, self.kept["tokenizer"]),
+        }
+        return encoders | ({"image": lambda: build.image(config)} if config.clip_image_dropout < 1 else {})
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -84,6 +88,7 @@ class TrainStageC(DiffusionTraining):
         if config.sample_prompts:
             return Sampled.rows(prompts, self.draw(prompts, (config.image_size, config.image_size)))
         if held_out.images is None:
+            self.know_captions(held_out)
             picture = self.preview(self.latents(held_out)[: len(prompts)], held_out.size)
         else:
             picture = to_uint8(held_out.images[: len(prompts)])
@@ -102,16 +107,16 @@ class TrainStageC(DiffusionTraining):
         """
         config, networks = self.config, self.networks
         generator, (height, width) = networks["generator"], size
+        no_image = torch.zeros(len(prompts), 1, config.version.image_width, device=self.device)
         sides = [
-            prompt_conditions(networks["text"], texts, config.version.image_width, self.device)
-            | {name: pair[side] for name, pair in further.items()}
+            self.text_conditions(texts) | {"clip_img": no_image} | {name: pair[side] for name, pair in further.items()}
             for side, texts in enumerate((prompts, [""] * len(prompts)))
         ]
         latents = draw_latents(
             self.diffusion,
             generator,
             *sides,
-            (generator.c_in, *latent_size(height, width, networks["encoder"].compression, generator.patch_size)),
+            (generator.c_in, *latent_size(height, width, config.version.encoder_compression, generator.patch_size)),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
             steps=config.sample_steps,
             guidance=config.sample_guidance,

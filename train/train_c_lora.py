@@ -52,7 +52,7 @@ class TrainLora(TrainStageC):
 
     def build(self) -> dict[str, nn.Module]:
         config, networks = self.config, super().build()
-        generator, text = networks["generator"], networks["text"]
+        generator, text = networks["generator"], networks.get("text")
         lora.freeze(generator, config.frozen_weights or self.dtype, self.processes)
         checkpoint = None if self.resumed is None else self.checkpoints.stored(self.resumed)
         lora.adapt(generator, config.module_filters, config.lora_settings, checkpoint)

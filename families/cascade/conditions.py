@@ -24,12 +24,6 @@ def text_conditions(tower: TextTower, captions: Sequence[str], device: torch.dev
     return {"clip_text": hidden, "clip_text_pooled": pooled[:, None]}
 
 
-def prompt_conditions(tower: TextTower, prompts: Sequence[str], width: int, device: torch.device) -> dict[str, Tensor]:
-    """All conditions of Stage C for prompts; the image condition, `width` wide, is absent (zeros)."""
-    conditions = text_conditions(tower, prompts, device)
-    return conditions | {"clip_img": torch.zeros(len(prompts), 1, width, device=device)}
-
-
 def training_text(texts: Texts, batch: Batch, random: SampleRandom, dropout: float) -> dict[str, Tensor]:
     """The text conditions of a training batch; a share of its captions, chosen at random, is replaced by an empty one.
 

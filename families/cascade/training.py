@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from families.cascade import build
@@ -14,9 +15,10 @@ from families.cascade.config import DiffusionConfig, FamilySettings
 from families.cascade.diffusion import make_diffusion
 from families.common.cache import find_cache
 from families.common.cached_captions import TOKEN_IDS
-from families.common.captions import say_of_captions
-from families.common.features import Feature, Origin
-from families.common.text_memory import TextMemory
+from families.common.captions import cut_note, say_of_captions
+from families.common.features import Feature, Origin, stored
+from families.common.prompts import FILE_NAME, prompt_features
+from families.common.text_memory import TextConditions, TextMemory
 from warpcore.config import ConfigError
 from warpcore.core import Losses, WarpCore
 from warpcore.data.reader import Batch
@@ -71,9 +73,12 @@ class DiffusionTraining(CascadeTraining):
             return build.text_tokenizer(self.config, self.kept["tokenizer"]).name
         return getattr(self.config, name, None)
 
-    def encoders(self) -> dict[str, nn.Module]:
-        """The networks, with their weights, that make the features."""
+    def encoders(self) -> dict[str, Callable[[], nn.Module]]:
+        """What builds the networks that make the features, with their weights, by name."""
         raise NotImplementedError
+
+    drawn_with: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that sample images need, whether or not a cache has their features."""
 
     def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor | Sequence[Tensor]]:
         """What the networks make of pictures: (B, ...), or a list of B, by name."""
@@ -110,16 +115,57 @@ class DiffusionTraining(CascadeTraining):
         """What the cache was made with that the data are read from; None where they are pictures."""
         return self.processes.on_main(lambda: find_cache(self))
 
+    def needed_encoders(self) -> dict[str, nn.Module]:
+        """The encoders that have something to do: a cache spares the run those whose features it has."""
+        return {name: make() for name, make in self.encoders().items() if self.needs_encoder(name)}
+
+    def needs_encoder(self, name: str) -> bool:
+        """Whether the run has to build an encoder."""
+        cached = {feature.network for feature in self.features.values()} if self.cache is not None else set()
+        return name not in cached or name in self.drawn_with
+
     @cached_property
     def texts(self) -> TextMemory | None:
         """What remembers the text conditions of captions, if anything does."""
-        if not self.config.cache_text and self.cache is None:  # a cache has them, but for the empty caption
+        if not self.config.cache_text and self.cache is None:
             return None
         limit_bytes = int(self.config.cache_text_gb * 1e9)
-        return TextMemory(self.encode_texts, limit_bytes, lambda text: self.progress.say(text))
+        memory = TextMemory(self.encode_texts, limit_bytes, lambda text: self.progress.say(text))
+        if not self.needs_encoder("text"):
+            texts = list(dict.fromkeys(["", *getattr(self.config, "sample_prompts", [])]))
+            memory.add(texts, self.processes.on_main(lambda: self._prompt_features(texts)))
+        return memory
+
+    def _prompt_features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        made_with = {
+            "sha256": self.cache.networks["text"]["sha256"],
+            "token_ids": str(self.cache.settings.get(TOKEN_IDS)),
+            "dtype": str(self.dtype),
+        }
+
+        def open_encoder() -> TextConditions:
+            tower = self.encoders()["text"]().eval().requires_grad_(False).to(self.device, self.dtype)
+            for note in cut_note(tower.tokenizer, tower.length, texts[1:], "sample_prompts"):
+                self.progress.say(note)
+
+            def encode(captions: Sequence[str]) -> dict[str, Tensor]:
+                with torch.no_grad(), self.autocast():
+                    return text_conditions(tower, captions, self.device)
+
+            return encode
+
+        return prompt_features(self.config.run_folder / FILE_NAME, texts, made_with, open_encoder)
+
+    def know_captions(self, batch: Batch) -> None:
+        """Remember the text conditions that a batch brings along from a cache, for drawing with its captions."""
+        found = {name: value for name in TEXT if (value := stored(batch, name)) is not None}
+        if found and self.texts is not None:
+            self.texts.add(batch.captions, found)
 
     def setup(self) -> None:
         super().setup()
+        if self.cache is not None:
+            _ = self.texts  # encodes what the cache lacks, before the first update
         say_of_captions(self)
 
     @property

@@ -32,6 +32,11 @@ class Version:
         return self.stage_c.get("patch_size", 1)
 
     @property
+    def encoder_compression(self) -> int:
+        """Pixels per position of the encoder's latents."""
+        return self.bucket_factor // self.patch_size
+
+    @property
     def image_width(self) -> int:
         """Of the image condition that Stage C takes."""
         return self.stage_c.get("c_clip_img", 768)

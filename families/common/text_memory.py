@@ -1,6 +1,6 @@
 """Text conditions that a run keeps in the CPU's memory: for data sets of few captions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,12 @@ class TextMemory:
             return made
         rows = [self._known[caption] for caption in captions]
         return {name: to_device(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
+
+    def add(self, captions: Sequence[str], made: Mapping[str, Tensor]) -> None:
+        """Remember conditions (B, ...) of captions that were made elsewhere, whatever memory they take."""
+        made = {name: values.detach().float().cpu() for name, values in made.items()}
+        for place, caption in enumerate(captions):
+            self._known[caption] = {name: values[place].clone() for name, values in made.items()}
 
     def _remember(self, captions: Sequence[str], made: dict[str, Tensor]) -> None:
         if self.full:
