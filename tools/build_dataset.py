@@ -1,25 +1,25 @@
 """Builds a data set for training from a folder of pictures: tars with their indexes.
 
     python3 tools/build_dataset.py demo/pictures demo/shards
+    torchrun --nproc-per-node 8 tools/build_dataset.py data/pictures data/shards
 
 Takes the pictures of the folder and its sub-folders, also linked ones, and what belongs to them. The caption of
 NAME.jpg is NAME.txt (or NAME.jpg.txt, NAME.caption), its fields for filters are NAME.json; both may also come from a
 metadata.jsonl or .csv with the columns file_name and text (or caption), whose other columns become fields.
 NAME.mask.png, NAME.depth.png, NAME.seg.png and NAME.pose.json go with their picture. What is left out is counted by
-reason. The same folder always gives the same bytes.
+reason. The same folder always gives the same bytes, whether one process builds them or many (of torchrun or srun, on
+machines that share FOLDER and OUT).
 """
 
 import argparse
-import io
 import re
 import shutil
 import statistics
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -30,16 +30,17 @@ from families.common.members import SIDE_MEMBERS
 from modules.tokenizers import BytePairTokenizer
 from tools.arguments import local_path, positive
 from tools.picture_folder import Entry, find_entries
-from tools.picture_sample import Unusable, load_sample
+from tools.picture_sample import Outcome, Unusable, load_again, load_sample
+from tools.shard_writer import Packing, ShardWriter, sample_bytes
+from tools.shared_work import ALONE, SharedWork
 from warpcore.data.catalog import MANIFEST_NAME, write_manifests
-from warpcore.data.index import Summary, index_shard
+from warpcore.data.index import Summary
 from warpcore.data.picture_files import SHOWN, LeftOut
 from warpcore.data.samples import PICTURE_EXTENSIONS
 from warpcore.data.shards import Shard
-from warpcore.data.storage import storage_for
 from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
-from warpcore.files import naming
+from warpcore.processes import Processes, start_processes, stop_processes
 from warpcore.random import stable_hash
 
 TEXT_ENCODERS = ("clip", "none")
@@ -64,6 +65,26 @@ class Report:
     """Pictures with captions of which the text encoder reads only the beginning."""
     shards: int = 0
     bytes_written: int = 0
+
+    def add(self, entry: Entry, checked: "_Checked | str", folder: Path) -> bool:
+        """Count a picture; whether it is kept."""
+        name = str(entry.picture.relative_to(folder))
+        if isinstance(checked, str):
+            self.left_out.add(checked, name)
+            return False
+        self.sizes.append(checked.size)
+        self.members.update(checked.members.keys())
+        if checked.is_empty:
+            self.empty_captions.append(name)
+        if checked.is_long:
+            self.long_captions.append(name)
+        return True
+
+    def refuse_nothing(self, folder: Path) -> None:
+        """Raises UserError where no picture is kept."""
+        if not self.sizes:
+            why = self.left_out if self.left_out else f"none of {', '.join(PICTURE_EXTENSIONS)}"
+            raise UserError(f"{folder} holds no usable picture: {why}")
 
     def __str__(self) -> str:
         lines = [f"kept {len(self.sizes)} pictures in {self.shards} tars ({self.bytes_written / 1e6:.1f} MB)"]
@@ -102,11 +123,13 @@ def build_dataset(
     overwrite: bool = False,
     extra: Sequence[str] = (),
     text_encoder: Literal[TEXT_ENCODERS] = "clip",
+    processes: Processes = ALONE,
 ) -> Report:
     """Write the pictures of `folder` to tars in `out`, each with `samples_per_shard` or about `shard_size_bytes`.
 
     extra: kinds of pictures beside the pictures, such as `normal` for NAME.normal.png. text_encoder: the one that is
-    going to read the captions, some of which may be too long for it.
+    going to read the captions, some of which may be too long for it. processes: share the work (collective); the tars
+    are the same for any number of them.
 
     Pictures come in an order that mixes the sub-folders, so that neighbours in a tar have nothing in common. All is
     written aside first; what `out` held goes when everything is there.
@@ -114,44 +137,134 @@ def build_dataset(
     Raises:
         UserError: no such folder, nothing usable in it, or `out` holds something and `overwrite` is False.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder of pictures")
-    _check_free(out, overwrite)
-    report = Report()
-    entries = sorted(
-        find_entries(folder, metadata, report.left_out, out, extra), key=lambda entry: stable_hash(entry.key)
-    )
-    with _aside(out) as aside:
-        writer = _ShardWriter(aside, samples_per_shard, shard_size_bytes)
-        _write_all(entries, writer, report, folder, text_encoder)
-        if not report.sizes:
-            why = report.left_out if report.left_out else f"none of {', '.join(PICTURE_EXTENSIONS)}"
-            raise UserError(f"{folder} holds no usable picture: {why}")
-        write_manifests(list(writer.shards), {shard.url: summary for shard, summary in writer.shards.items()})
-        _swap(aside, out)
-    report.shards, report.bytes_written = len(writer.shards), sum(shard.size_bytes for shard in writer.shards)
+    report, aside = Report(), out / _ASIDE
+    work = SharedWork(processes, aside)
+
+    def begin() -> list[Entry]:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder of pictures")
+        _check_free(out, overwrite)
+        found = find_entries(folder, metadata, report.left_out, out, extra)
+        entries = sorted(found, key=lambda entry: stable_hash(entry.key))
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        return entries
+
+    try:
+        entries = work.on_main(begin)
+        build = _build_alone if processes.count == 1 else _build_together
+        shards = build(
+            entries, Packing(samples_per_shard, shard_size_bytes), report, folder, text_encoder, work, aside
+        )
+        if processes.is_main:
+            write_manifests(list(shards), {shard.url: summary for shard, summary in shards.items()})
+            _swap(aside, out)
+    finally:
+        if processes.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+    report.shards, report.bytes_written = len(shards), sum(shard.size_bytes for shard in shards)
     return report
 
 
-def _write_all(entries: list[Entry], writer: "_ShardWriter", report: Report, folder: Path, text_encoder: str) -> None:
-    tokenizer = BytePairTokenizer() if text_encoder == "clip" else None
-    with tqdm(total=len(entries), unit="picture", desc="building", mininterval=0.5) as progress:
-        for entry, outcome in _load_all(entries):
-            progress.update()
-            name = str(entry.picture.relative_to(folder))
-            if isinstance(outcome, Unusable):
-                report.left_out.add(str(outcome), name)
-                continue
-            size, members = outcome
-            report.sizes.append(size)
-            report.members.update(members.keys())
-            caption = members.get("txt", b"-").decode().strip()
-            if not caption:
-                report.empty_captions.append(name)
-            if tokenizer and is_cut(tokenizer, CLIP_LENGTH, caption):
-                report.long_captions.append(name)
-            writer.write(entry.key, members)
-    writer.close_shard()
+@dataclass(frozen=True)
+class _Checked:
+    """A picture that can be used."""
+
+    size: tuple[int, int]
+    """(width, height) in px."""
+    members: dict[str, int]
+    """Sizes in bytes."""
+    is_empty: bool
+    """Whether its caption is."""
+    is_long: bool
+    """Whether its caption loses its end in the text encoder."""
+
+
+def _checked(entry: Entry, outcome: Outcome, tokenizer: BytePairTokenizer | None) -> "_Checked | str":
+    """What a report has to know of a picture: why it can't be used, if it can't."""
+    if isinstance(outcome, Unusable):
+        return str(outcome)
+    size, members = outcome
+    caption = members.get("txt", b"-").decode().strip()
+    is_long = tokenizer is not None and is_cut(tokenizer, CLIP_LENGTH, caption)
+    return _Checked(size, {name: len(content) for name, content in members.items()}, not caption, is_long)
+
+
+def _build_alone(
+    entries: list[Entry], packing: Packing, report: Report, folder: Path, text_encoder: str, _: SharedWork, aside: Path
+) -> dict[Shard, Summary]:
+    """Check and write the pictures in one go."""
+    tokenizer, shards, writer = _tokenizer(text_encoder), {}, None
+    for entry, outcome in _load_all(entries, "building"):
+        checked = _checked(entry, outcome, tokenizer)
+        if not report.add(entry, checked, folder):
+            continue
+        writer = writer or ShardWriter(aside, len(shards))
+        writer.write(entry.key, outcome[1])
+        if packing.add(sample_bytes(entry.key, checked.members)):
+            _finish(writer, shards)
+            writer = None
+    if writer is not None:
+        _finish(writer, shards)
+    report.refuse_nothing(folder)
+    return shards
+
+
+def _finish(writer: ShardWriter, shards: dict[Shard, Summary]) -> None:
+    writer.close()
+    shard, summary = writer.indexed()
+    shards[shard] = summary
+
+
+def _build_together(
+    entries: list[Entry],
+    packing: Packing,
+    report: Report,
+    folder: Path,
+    text_encoder: str,
+    work: SharedWork,
+    aside: Path,
+) -> dict[Shard, Summary]:
+    """Check the pictures, each process its share; then write the tars that follow from it, each process its share."""
+    tokenizer, is_main = _tokenizer(text_encoder), work.processes.is_main
+
+    def check() -> list[_Checked | str]:
+        if not aside.is_dir():
+            raise UserError(f"{aside}, made by the main process, is not seen here: OUT wants a folder that all share")
+        loaded = _load_all(work.own(entries), "checking pictures", is_main, work.check)
+        return [_checked(entry, outcome, tokenizer) for entry, outcome in loaded]
+
+    shares = [iter(share) for share in work.do(check)]
+    tars: list[list[Entry]] = [[]]
+    for number, entry in enumerate(entries):
+        checked = next(shares[number % len(shares)])
+        if report.add(entry, checked, folder):
+            tars[-1].append(entry)
+            if packing.add(sample_bytes(entry.key, checked.members)):
+                tars.append([])
+    tars = [tar for tar in tars if tar]
+    report.refuse_nothing(folder)
+
+    def write() -> list[tuple[Shard, Summary]]:
+        own = work.own(list(enumerate(tars)))
+        loaded = _load_all([entry for _, tar in own for entry in tar], "writing tars", is_main, work.check, load_again)
+        made = []
+        for number, tar in own:
+            writer = ShardWriter(aside, number)
+            for entry, outcome in islice(loaded, len(tar)):
+                if isinstance(outcome, Unusable):
+                    raise UserError(f"{entry.picture} changed while the data set was built: {outcome}")
+                writer.write(entry.key, outcome[1])
+            writer.close()
+            made.append(writer.indexed())
+        return made
+
+    made = work.do(write)
+    return dict(sorted(chain.from_iterable(made), key=lambda pair: pair[0].url))
+
+
+def _tokenizer(text_encoder: str) -> BytePairTokenizer | None:
+    return BytePairTokenizer() if text_encoder == "clip" else None
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -159,18 +272,6 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is a file; name a folder to write the tars to")
     if out.exists() and any(path.name != _ASIDE for path in out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder, or give --overwrite to replace the tars in it")
-
-
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A new folder in `out`, removed in the end."""
-    aside = out / _ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _swap(aside: Path, out: Path) -> None:
@@ -184,53 +285,20 @@ def _swap(aside: Path, out: Path) -> None:
 
 def _load_all(
     entries: list[Entry],
-) -> Iterator[tuple[Entry, "tuple[tuple[int, int], dict[str, bytes]] | Unusable"]]:
-    """Read and check pictures in threads, a few at a time, in order."""
-    with ThreadPoolExecutor() as pool:
+    what: str,
+    shown: bool = True,
+    check: Callable[[], None] = lambda: None,
+    load: Callable[[Entry], Outcome] = load_sample,
+) -> Iterator[tuple[Entry, Outcome]]:
+    """Load pictures in threads, a few at a time, in order; `check` is called in between."""
+    progress = tqdm(total=len(entries), unit="picture", desc=what, mininterval=0.5, disable=not shown)
+    with ThreadPoolExecutor() as pool, progress:
         for start in range(0, len(entries), _CHECKED_TOGETHER):
+            check()
             together = entries[start : start + _CHECKED_TOGETHER]
-            yield from zip(together, pool.map(load_sample, together), strict=True)
-
-
-class _ShardWriter:
-    """Writes samples to one tar after the other, each with its index."""
-
-    def __init__(self, out: Path, samples_per_shard: int, shard_size_bytes: int | None):
-        self.shards: dict[Shard, Summary] = {}
-        self._out = out
-        self._samples_per_shard, self._shard_size_bytes = samples_per_shard, shard_size_bytes
-        self._tar: tarfile.TarFile | None = None
-        self._samples = 0
-
-    def write(self, key: str, members: dict[str, bytes]) -> None:
-        with naming(self._path):
-            self._add(key, members)
-
-    def _add(self, key: str, members: dict[str, bytes]) -> None:
-        if self._tar is None:
-            self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (close_shard closes it)
-        for member, content in members.items():
-            info = tarfile.TarInfo(f"{key}.{member}")  # no times or owners: equal folders give equal bytes
-            info.size = len(content)
-            self._tar.addfile(info, io.BytesIO(content))
-        self._samples += 1
-        by_size = self._shard_size_bytes is not None
-        if self._tar.offset >= self._shard_size_bytes if by_size else self._samples == self._samples_per_shard:
-            self.close_shard()
-
-    def close_shard(self) -> None:
-        if self._tar is None:
-            return
-        with naming(self._path):
-            self._tar.close()
-        url = str(self._path.resolve())
-        shard = Shard(url, *storage_for(url).stat(url))
-        self.shards[shard] = index_shard(shard)
-        self._tar, self._samples = None, 0
-
-    @property
-    def _path(self) -> Path:
-        return self._out / f"{len(self.shards):05d}.tar"
+            for pair in zip(together, pool.map(load, together), strict=True):
+                progress.update()
+                yield pair
 
 
 def _first(names: list[str]) -> str:
@@ -270,17 +338,23 @@ def main(arguments: list[str] | None = None) -> None:
         "--text-encoder", choices=TEXT_ENCODERS, default="clip", help="count the captions that are too long for it"
     )
     given = parser.parse_args(arguments)
-    report = build_dataset(
-        given.folder,
-        given.out,
-        samples_per_shard=given.samples_per_shard,
-        shard_size_bytes=given.shard_size,
-        metadata=given.metadata,
-        overwrite=given.overwrite,
-        extra=given.extra,
-        text_encoder=given.text_encoder,
-    )
-    print(report)
+    processes = start_processes("cpu")
+    try:
+        report = build_dataset(
+            given.folder,
+            given.out,
+            samples_per_shard=given.samples_per_shard,
+            shard_size_bytes=given.shard_size,
+            metadata=given.metadata,
+            overwrite=given.overwrite,
+            extra=given.extra,
+            text_encoder=given.text_encoder,
+            processes=processes,
+        )
+    finally:
+        stop_processes()
+    if processes.is_main:
+        print(report)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ class Unusable(Exception):
     """Why a picture is left out."""
 
 
-def load_sample(entry: Entry) -> "tuple[tuple[int, int], dict[str, bytes]] | Unusable":
+Outcome = tuple[tuple[int, int], dict[str, bytes]] | Unusable
+"""(width, height) in px and the members of a sample, or why it is left out."""
+
+
+def load_sample(entry: Entry) -> Outcome:
     """(width, height) in px and the members of a sample, each checked, or why it is left out."""
     try:
         content = _read(entry.picture)
@@ -32,6 +36,16 @@ def load_sample(entry: Entry) -> "tuple[tuple[int, int], dict[str, bytes]] | Unu
     except Unusable as reason:
         return reason
     return size, members
+
+
+def load_again(entry: Entry) -> Outcome:
+    """The same of a picture that was checked before, which is not decoded once more."""
+    try:
+        content = _read(entry.picture)
+        size = picture_size(io.BytesIO(content))
+        return size, {extension(entry.picture): content, **_description(entry), **_beside(entry, size)}
+    except Unusable as reason:
+        return reason
 
 
 def _read(path: Path) -> bytes:
