@@ -3,7 +3,7 @@
 Nothing in it is executed.
 
 A use case subclasses `Config`, adds its keys, and calls `load_config(MyConfig)`. The sentence under a key is its
-documentation: `--help` and the README's table are made from it.
+documentation: `--help` and docs/configuration.md are made from it.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The keys of a configuration as text: for `--help`, the README and messages."""
+"""The keys of a configuration as text: for `--help`, docs/configuration.md and messages."""
 
 import inspect
 import math
