@@ -319,7 +319,7 @@ def test_remembered_texts_change_nothing(settings, script, capfd):
 
     run("remembered")
     assert len([update for update in tower_calls if 12 <= update < 20]) <= 1
-    assert "cache_text" not in capfd.readouterr().err
+    assert "Raise cache_text_gb" not in capfd.readouterr().err
     run("bounded", cache_text_gb=1e-6)
     assert len([update for update in tower_calls if 12 <= update < 20]) > 4
     assert capfd.readouterr().err.count("Raise cache_text_gb") == 1
