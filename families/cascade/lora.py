@@ -11,25 +11,20 @@ from families.cascade.config import ModelSettings
 from families.cascade.inference import warn_of_contradictions
 from families.cascade.lora_files import missing_tokens, read_lora
 from families.common import precision
-from families.common.lora import adapters_of, fill, parse_lora
+from families.common.lora import LoraError, adapters_of, add_adapters, fill, parse_lora
 from families.common.lora_formats import Lora, LoraFileError
 from families.common.precision import Precision
 from families.common.weight_files import weights_in
 from modules.clip import TextTower
-from modules.lora import EVERY_LAYER, LoraSettings, adapters, add_adapters, places
+from modules.lora import EVERY_LAYER, LoraSettings, adapters, places
 from modules.stage_c import StageC
 from modules.tokens import Token, TokenRows, attach, find_tokens, is_new
-from warpcore.errors import UserError
 from warpcore.processes import Processes
 
 NAMES_WITH_A_DOT = r"\."
 """The filter for all layers but those beside the network's blocks: what the filter '.' found in older versions."""
 
 logger = logging.getLogger(__name__)
-
-
-class LoraError(UserError):
-    """Adapters or tokens that cannot be: a filter or an expression that finds nothing, a rank that is too large."""
 
 
 def freeze(network: nn.Module, weights: Precision | torch.dtype, processes: Processes) -> None:
@@ -49,10 +44,7 @@ def adapt(
     """
     if checkpoint is not None and EVERY_LAYER in filters and not _adapts_names_without_a_dot(network, checkpoint):
         filters = [NAMES_WITH_A_DOT if text == EVERY_LAYER else text for text in filters]
-    try:
-        add_adapters(network, filters, settings)
-    except ValueError as error:
-        raise LoraError(f"module_filters, rank: {error}") from None
+    add_adapters(network, filters, settings)
 
 
 def _adapts_names_without_a_dot(network: nn.Module, checkpoint: Collection[str]) -> bool:

@@ -1,4 +1,9 @@
-"""LoRA on any network: adapters to and from files, merged into weights, several at once."""
+"""LoRA on any network: adapters to train, and LoRAs of files merged into weights, several at once.
+
+add_adapters       put adapters where `module_filters` find layers; then train them
+adapters_of        what they are, to be written to a file (`families.common.lora_files`)
+merge_loras        the changes of several files, each with its strength, added to the weights
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from families.common.lora_formats import Adapter, Lora, split
+from modules import lora
 from modules.lora import LoraSettings, LowRank, adapters, places
+from warpcore.errors import UserError
+
+
+class LoraError(UserError):
+    """Adapters that cannot be: a filter that finds no layer, a rank that is too large."""
+
+
+def add_adapters(network: nn.Module, filters: Sequence[str], settings: LoraSettings) -> list[str]:
+    """Put adapters, which change nothing yet, at the places of a network that `module_filters` find.
+
+    Linear layers, PyTorch's 2-D convolutions, and the layers of `modules.blocks` have places. Returns their names.
+
+    Raises:
+        LoraError: a filter finds nothing, or a weight does not have the rank.
+    """
+    try:
+        return lora.add_adapters(network, filters, settings)
+    except ValueError as error:
+        raise LoraError(f"module_filters, rank: {error}") from None
 
 
 def adapters_of(network: nn.Module) -> dict[str, Adapter]:
@@ -40,7 +65,7 @@ def fill(adapter: LowRank, source: Adapter) -> None:
 def merge_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
     """Add the changes of LoRAs to the weights of a network, each times its strength; the network has no adapters."""
     there = places(network) | places(network, split_qkv=True)
-    sources = [(split(lora.adapters), strength) for lora, strength in loras]
+    sources = [(split(source.adapters), strength) for source, strength in loras]
     for name in dict.fromkeys(name for own, _ in sources for name in own):
         weight = there[name].weight
         weight.add_(sum(_change(weight, own[name]) * strength for own, strength in sources if name in own))

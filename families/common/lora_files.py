@@ -1,16 +1,29 @@
-"""LoRA files on disk, for any network: their tensors and metadata, read without unpickling anything."""
+"""LoRA files on disk, for the networks of any pipeline: read without unpickling anything, and written.
+
+warpcore     unet.NAME.lora.down, ...                   each tensor under the name of its parameter
+diffusers    unet.NAME.lora_A.weight, ...               alpha in the metadata; peft's names
+kohya        lora_unet_NAME.lora_down.weight, ...       `alpha` beside it; ComfyUI and A1111 read it too
+"""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from families.common.lora_formats import peft
-from families.common.lora_formats.adapters import Adapter, LoraFileError
-from modules.lora import Place
+from families.common.exports import write_files
+from families.common.lora_formats import named, ours, peft, programs
+from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError
+from modules.lora import Place, places
+
+FORMATS = ("warpcore", "diffusers", "kohya")
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+"""The LoRA of a folder that diffusers wrote."""
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+"""Key of a file's metadata that holds peft's configs, each key behind its network's name."""
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -64,3 +77,132 @@ def check_adapters(adapters: Mapping[str, Adapter], there: Mapping[str, Place], 
         lengths = (1, shape[1]) if adapter.by_columns else (shape[0],)
         if adapter.magnitude is not None and tuple(adapter.magnitude.shape) != lengths:
             raise LoraFileError(f"{name} has {adapter.magnitude.numel()} lengths of DoRA for a weight of {shape}")
+
+
+# ---------------------------------------------------------------- the networks of a pipeline
+
+
+def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the file") -> dict[str, Lora]:
+    """What a LoRA file changes of each of some networks, in any of the formats.
+
+    Args:
+        path: a .safetensors file, a folder that diffusers wrote, or one of peft's.
+        networks: by their names in a pipeline of diffusers: `unet` or `transformer`, `text_encoder`,
+            `text_encoder_2`; they may be on the meta device.
+        hint: which keys to check where shapes differ.
+
+    Raises:
+        LoraFileError: it is missing, incomplete, something else, or made for other networks.
+    """
+    path = Path(path)
+    of_peft = path.is_dir() and (path / peft.TENSORS).is_file()
+    file = path / (peft.TENSORS if of_peft else DIFFUSERS_FILE) if path.is_dir() else path
+    tensors, about = read_tensors(file)
+    there = {name: places(network) | places(network, split_qkv=True) for name, network in networks.items()}
+    try:
+        if ours.is_ours(list(tensors)):
+            found = _of_networks(ours.from_ours(tensors, about).adapters, networks)
+        else:
+            config = peft_config(path) if of_peft else None
+            found = {
+                name: _from_programs(name, networks[name], own, there[name], _config(about, name, config))
+                for name, own in _by_network(tensors, networks).items()
+            }
+        if not any(found.values()):
+            raise LoraFileError("it is no LoRA: it holds no tensors")
+        for name, own in found.items():
+            check_adapters(own, there[name], hint)
+    except LoraFileError as error:
+        raise LoraFileError(f"{path}: {error}") from None
+    return {name: Lora(own) for name, own in found.items()}
+
+
+def write_loras(
+    loras: Mapping[str, Lora], path: Path, kind: str, networks: Mapping[str, nn.Module],
+    about: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Write the LoRAs of a pipeline's networks into one file, in one of `FORMATS`; `networks` as in `read_loras`.
+
+    Raises:
+        LoraFileError: the format cannot express something of them.
+    """
+    tensors: dict[str, Tensor] = {}
+    whole = Lora(
+        {f"{name}.{place}": adapter for name, own in loras.items() for place, adapter in own.adapters.items()}
+    )
+    about = dict(about or {}) | ours.metadata(whole)
+    match kind:
+        case "warpcore":
+            tensors = ours.to_tensors(whole)
+        case "kohya":
+            for name, own in loras.items():
+                prefix = programs.kohya_prefix(name, networks)
+                names = programs.kohya_names(name, networks[name], own.adapters)
+                tensors |= named.to_named({prefix + names[place]: a for place, a in own.adapters.items()})
+            about |= {"ss_network_module": "networks.lora", "ss_network_dim": about["rank"],
+                      "ss_network_alpha": about["alpha"]}  # fmt: skip
+        case "diffusers":
+            configs = {}
+            for name, own in loras.items():
+                names = programs.diffusers_names(name, own.adapters)
+                tensors |= peft.to_peft({names[place]: a for place, a in own.adapters.items()}, f"{name}.")[0]
+                # Without the prefix that transformers 5 dropped: peft finds a layer by the end of its name.
+                ends = {place.removeprefix(programs.TEXT_MODEL): a for place, a in own.adapters.items()}
+                configs |= {f"{name}.{key}": value for key, value in peft.to_peft(ends, "")[1].items()}
+            about[DIFFUSERS_METADATA] = json.dumps(configs)
+        case _:
+            raise LoraFileError(f"there is no LoRA format {kind!r}; write one of {', '.join(FORMATS)}")
+    write_files({path: (tensors, about)})
+
+
+def _of_networks(adapters: Mapping[str, Adapter], networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Adapter]]:
+    """The adapters of our own file by network; a file of one network may have names without its own."""
+    if len(networks) == 1 and not any(place.startswith(f"{name}.") for place in adapters for name in networks):
+        return {name: dict(adapters) for name in networks}
+    found: dict[str, dict[str, Adapter]] = {}
+    for place, adapter in adapters.items():
+        name, _, own = place.partition(".")
+        if name not in networks:
+            raise LoraFileError(f"it changes {place}; here it is read for {', '.join(networks)} alone")
+        found.setdefault(name, {})[own] = adapter
+    return found
+
+
+def _by_network(tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """A file's tensors by network, without what names it; names without any are of the only network."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix("base_model.model.")
+        options = [(network, prefix) for network in networks for prefix in programs.prefixes(network)]
+        network, prefix = next(((n, p) for n, p in options if bare.startswith(p)), (None, ""))
+        if network is None and (len(networks) > 1 or re.match(r"lora_(te\d?|unet)_|text_encoder|unet\.", bare)):
+            raise LoraFileError(f"it holds {name}; here it is read for {', '.join(networks)} alone")
+        found.setdefault(network or next(iter(networks)), {})[_without_processor(bare.removeprefix(prefix))] = tensor
+    return found
+
+
+def _without_processor(name: str) -> str:
+    """diffusers before peft kept adapters in attention's processors: `attn1.processor.to_q_lora.down.weight`."""
+    match = re.fullmatch(r"(.+)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight", name)
+    if match is None:
+        return name
+    layer = "to_out.0" if match[2] == "to_out" else match[2]
+    return f"{match[1]}.{layer}.lora.{match[3]}.weight"
+
+
+def _config(about: Mapping[str, str], network: str, of_folder: Mapping | None) -> dict:
+    """peft's config of a network: that of its folder, or what diffusers noted in the file."""
+    if of_folder is not None:
+        return dict(of_folder)
+    try:
+        noted = json.loads(about.get(DIFFUSERS_METADATA, "{}"))
+        return {key.removeprefix(f"{network}."): v for key, v in noted.items() if key.startswith(f"{network}.")}
+    except (ValueError, AttributeError):
+        raise LoraFileError(f"its metadata's {DIFFUSERS_METADATA} is no JSON object") from None
+
+
+def _from_programs(
+    name: str, network: nn.Module, tensors: Mapping[str, Tensor], there: Mapping[str, Place], config: Mapping
+) -> dict[str, Adapter]:
+    names = programs.names_read(name, network, list(there))
+    return named.from_named(tensors, names, config, prefix="", not_read={}, weights=there.keys(), network=name)

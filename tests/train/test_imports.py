@@ -41,3 +41,32 @@ def test_a_script_trains_without_the_packages_that_it_does_not_use(script, missi
     )
     assert done.returncode == 0, done.stderr
     assert [line["update"] for line in read_metrics(settings)] == [1]
+
+
+IMPORTED = """
+import contextlib, importlib, io, json, pkgutil, runpy, sys
+libraries = ("diffusers", "transformers", "peft")
+names = [m.name for package in ("families", "train") for m in pkgutil.walk_packages([package], f"{package}.")]
+assert "families.common.autoencoders" in names and "train.train_c" in names
+for name in names:
+    if name not in json.loads(sys.argv[1]):
+        importlib.import_module(name)
+    assert not set(libraries) & sys.modules.keys(), name
+sys.argv[1:] = ["--help"]
+for module in pkgutil.iter_modules(["tools"]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_module(f"tools.{module.name}", run_name="__main__")
+    assert not set(libraries) & sys.modules.keys(), module.name
+"""
+CONVERTERS = ["families.cascade.diffusers_folder", "families.cascade.transformers_text"]
+"""Modules that are imported where an export calls them, and nowhere else."""
+
+
+@pytest.mark.integration
+def test_no_module_of_a_family_or_a_script_and_no_help_imports_a_library_of_networks():
+    """Importing diffusers costs seconds and half a gigabyte in each loader worker, which import a script's modules."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, json.dumps(CONVERTERS)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

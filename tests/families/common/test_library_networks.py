@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from families.common.library_networks import adapt
 from tests.families.common.tiny_unets import SD15, SDXL, inputs, library_call, unet
+from warpcore.networks import Network
 
 LAYOUTS = {"SD 1.5": SD15, "SDXL": SDXL}
 
@@ -115,3 +116,8 @@ def test_a_bfloat16_network_takes_float32_inputs_and_keeps_times_exact():
         torch.testing.assert_close(output.float(), library_call(unet(SDXL), given), rtol=0.1, atol=0.1)
         assert not torch.equal(output, network(**given | {"times": torch.tensor([3.0, 701.5])}))
     assert output.dtype == torch.bfloat16
+
+
+def test_an_adapted_network_has_all_that_the_engine_can_ask_of_one():
+    assert isinstance(adapt(unet(SD15)), Network)
+    assert not isinstance(unet(SD15), Network)
