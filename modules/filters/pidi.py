@@ -63,7 +63,10 @@ class PidiFilter(Filter):
 
 
 def _dilated(edge: Tensor, size: int) -> Tensor:
-    """The largest value of (1, H, W) within a disc around each pixel."""
+    """The largest value of (1, H, W) within a disc around each pixel.
+
+    kornia's dilation gives the same, but wants the disc as a tensor on the GPU, whose copy waits for it.
+    """
     if not size:
         return edge
     padded, (height, width) = F.pad(edge, (size // 2,) * 4), edge.shape[1:]

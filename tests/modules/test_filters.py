@@ -4,12 +4,13 @@ import pickle
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from modules.effnet import EfficientNetEncoder
-from modules.filters import FILTERS, faces, identity
+from modules.filters import FILTERS, faces, identity, inpaint, pidi
 from modules.filters.canny import CannyFilter
 from modules.filters.faces import find_faces
 from modules.filters.identity import IdentityFilter
@@ -264,3 +265,14 @@ def test_workers_import_little_for_a_filter():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_masks_are_blurred_and_edges_thickened_as_by_opencv(pictures):
+    mask = (pictures[:1, :1].float() / 255 > 0.5).float()
+    blurred = cv2.GaussianBlur(mask[0, 0].numpy(), (25, 25), 4.0, borderType=cv2.BORDER_REFLECT_101)
+    torch.testing.assert_close(inpaint._blurred(mask, 4.0)[0, 0], torch.from_numpy(blurred), rtol=0, atol=1e-5)
+    edge = pictures[0, :1].float() / 255
+    for size in (0, 3, 7):
+        brush = pidi.disc(size).astype(np.uint8) if size else np.ones((1, 1), np.uint8)
+        thick = torch.from_numpy(cv2.dilate(edge[0].numpy(), brush))
+        torch.testing.assert_close(pidi._dilated(edge, size)[0], thick, rtol=0, atol=0)
