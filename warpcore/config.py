@@ -103,8 +103,10 @@ class RunKeys(Settings):
     """What resuming does when the data or its settings changed: refuse, or start a fresh epoch with the weights."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute; `auto` takes CUDA, then MPS, then the CPU."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the computation (weights being trained stay float32); by default bfloat16 on CUDA, else float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the computation (weights being trained stay float32); by default bfloat16 on CUDA, else float32.
+    float16, for GPUs without bfloat16, scales the loss (`loss_scale` in the metrics), which skips an update now and
+    then."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """What trained weights are kept in: bfloat16, stepped with stochastic rounding, takes half the memory for them and
     their gradients (`optimizer: adamw`)."""
@@ -265,7 +267,7 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
                 f"export_every: {self.export_every} is no multiple of save_every {self.save_every}, and only with "
                 "checkpoints are weights exported: write one"
             )
-        if self.weights_dtype == "bfloat16" and (self.dtype == "float32" or self.optimizer != "adamw"):
+        if self.weights_dtype == "bfloat16" and (self.dtype in ("float32", "float16") or self.optimizer != "adamw"):
             raise ValueError("weights_dtype: bfloat16 needs dtype: bfloat16 and optimizer: adamw: remove other values")
         if not self.use_fsdp and (self.fsdp_shards or self.fsdp_cpu_offload):
             raise ValueError("fsdp_shards and fsdp_cpu_offload need use_fsdp: true")

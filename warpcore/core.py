@@ -88,10 +88,11 @@ class WarpCore(UseCase):
                 compute.begin_graphs(self.parameters.values(), accumulated=step == 1)
             with self.autocast():
                 result = self.loss(*self.encoded(batch))
-            (result.loss.mean() * (batch.weight / accumulation)).backward()
+            self.loss_scale.scaled(result.loss.mean() * (batch.weight / accumulation)).backward()
             losses.append(result.means(batch.weight))
             self.statistics.add(result.statistics, batch.weight)
 
+        self.loss_scale.unscale(self.parameters.values())
         norm = optim.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
         norms = {f"grad_norm/{name}": value for name, value in optim.gradient_norms(self.gradient_groups).items()}
         mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
@@ -106,6 +107,8 @@ class WarpCore(UseCase):
         for average in self.averages.values():
             average.step(update, finite)
         norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in norms.items()}
+        norms |= self.loss_scale.metrics()
+        self.loss_scale.update(norm, finite)
         times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
         self.metrics.add(update, samples_hash, **mean, **norms, **times, lr=lr, data_wait=self.feed.take_data_wait())
 
@@ -127,6 +130,7 @@ class WarpCore(UseCase):
         )  # fmt: skip
         if resumed is not None:
             self.state.load(self.checkpoints, resumed, saved, self.file_metadata())
+            self.loss_scale.load(saved.get("loss_scale", {}))
             self.update = resumed
         self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes, config.batch_size)
         self.metrics.resume(self.update)
@@ -264,6 +268,7 @@ class WarpCore(UseCase):
             "kept": self.kept,
             "feed": self.feed.state(),
             "nonfinite_updates": self.skipped.in_a_row,
+            "loss_scale": self.loss_scale.state(),
             "run_id": self.run_id,
         }
         self.saved_update = self.update

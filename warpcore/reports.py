@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from warpcore.errors import UserError
+from warpcore.loss_scale import FLOOR
 from warpcore.progress import Progress
 from warpcore.tracking import Tracker
 
@@ -22,6 +23,8 @@ class SkippedUpdates:
         alerts, problem = [], None
         for line in lines:
             finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+            if not finite and math.isfinite(line["loss"]) and line.get("loss_scale", FLOOR) > FLOOR:
+                continue  # float16 gradients overflowed, which a smaller factor on the loss will change
             self.in_a_row = 0 if finite else self.in_a_row + 1
             if not finite:
                 alerts.append(f"update {line['update']} was skipped: no finite gradient ({self.in_a_row} in a row)")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from warpcore import compute, optim
 from warpcore.config import Config
 from warpcore.data.reader import Batch
+from warpcore.loss_scale import LossScale
 from warpcore.networks import check_networks
 from warpcore.offload import OnDemand
 from warpcore.parameter_groups import freeze, optimizer_groups
@@ -142,6 +143,7 @@ class UseCase:
             lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
         )  # fmt: skip
         optim.train_mode(self.optimizers)
+        self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self.averages = averages(trained, config)
         self.state = TrainedState(trained, self.averages, self.optimizers, self.bookkeeping)
 
