@@ -28,13 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from families.cascade.training import DiffusionTraining
 from families.common.cache import buckets_of, origin_of
 from families.common.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
 from families.common.cached_captions import with_token_ids
 from families.common.captions import is_cut
 from families.common.features import CACHE_NAME, Dtype, Origin, bucket_name
 from families.common.text_memory import TextMemory
+from families.common.training import DiffusionTraining
 from tools.arguments import local_path, positive
 from warpcore.config import load_config
 from warpcore.data.captions import CaptionGetter

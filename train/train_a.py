@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from families.cascade import build
 from families.cascade.codebook import CodebookAverages, codebook_statistics
 from families.cascade.config import FamilySettings
-from families.cascade.training import CascadeTraining, per_sample
+from families.cascade.training import CascadeTraining
 from families.common.pictures import image_metrics, to_pictures, to_uint8
+from families.common.training import per_sample
 from modules.discriminator import PatchDiscriminator
 from warpcore.config import Config, Share
 from warpcore.core import Losses, Sampled

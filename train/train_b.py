@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from families.cascade import build
 from families.cascade.conditions import training_text
-from families.cascade.config import DiffusionConfig
+from families.cascade.config import CascadeConfig
 from families.cascade.diffusion import pyramid_noise
 from families.cascade.scaled import encode_scaled, enlarge
-from families.cascade.training import DiffusionTraining
+from families.cascade.training import DenoiserTraining
 from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
 from families.common.pictures import to_pictures, to_uint8
 from families.common.sampling import draw_latents
@@ -31,7 +31,7 @@ from warpcore.random import SampleRandom, stable_hash
 Inputs = tuple[Tensor, Tensor, Sequence[Tensor] | None, Tensor | None]
 
 
-class StageBConfig(DiffusionConfig):
+class StageBConfig(CascadeConfig):
     unused = frozenset({"previewer_checkpoint_path", "clip_image_model_name", "clip_image_checkpoint_path"})
 
     model_version: Literal["3B", "700M", "mini"] = "3B"
@@ -56,7 +56,7 @@ class StageBConfig(DiffusionConfig):
         return self
 
 
-class TrainStageB(DiffusionTraining):
+class TrainStageB(DenoiserTraining):
     Config = StageBConfig
     drawn_with = frozenset({"stage_a"})
 

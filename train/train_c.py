@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from families.cascade import build
 from families.cascade.conditions import TEXT, training_conditions
 from families.cascade.config import StageCConfig
-from families.cascade.training import DiffusionTraining
+from families.cascade.training import DenoiserTraining
 from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
 from families.common.pictures import to_pictures, to_uint8
 from families.common.sampling import draw_latents, latent_size
@@ -26,7 +26,7 @@ from warpcore.diffusion.guidance import Condition
 from warpcore.random import SampleRandom, stable_hash
 
 
-class TrainStageC(DiffusionTraining):
+class TrainStageC(DenoiserTraining):
     Config = StageCConfig
 
     def build(self) -> dict[str, nn.Module]:

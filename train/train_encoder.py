@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from families.cascade import build
 from families.cascade.config import FamilySettings
-from families.cascade.training import CascadeTraining, per_sample
+from families.cascade.training import CascadeTraining
 from families.common.pictures import to_pictures, to_uint8
+from families.common.training import per_sample
 from modules.effnet import normalise_images
 from warpcore.config import Config
 from warpcore.core import Losses, Sampled

@@ -7,13 +7,12 @@ from pydantic import NonNegativeInt
 
 from families.cascade import build, lora
 from families.cascade.controlnet import comfyui_notes, file_metadata, published_layout, settings_of_file
-from families.cascade.files import TARGET_KEY
 from families.cascade.inference import CascadeSettings
 from families.cascade.lora_files import lora_files, read_lora, shortcomings, token_files
 from families.cascade.lora_formats import Lora
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.lora import merge_loras
-from families.common.weight_files import metadata_of, weights_in
+from families.common.weight_files import TARGET_KEY, metadata_of, weights_in
 from families.common.weights import read_weights
 from modules.tokenizers import BytePairTokenizer, Tokenizer
 from warpcore.config import FileName, Settings, load_config

@@ -3,8 +3,8 @@
 from families.cascade.versions import VERSIONS
 from families.common.weight_files import Header
 
-TARGET_KEY = "diffusion_target"
-"""Where a weights file says what its network predicts."""
+ABOUT_NETWORK = ("model_version",)
+"""Keys that weights files of runs say of themselves, beside what their network predicts."""
 WEIGHT_KEYS = {
     "generator": "generator_checkpoint_path",
     "lora": "lora",

@@ -8,9 +8,9 @@ import yaml
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from families.cascade.config import ModelSettings
-from families.cascade.files import STAGE_B_TENSOR, STEERING, TARGET_KEY, WEIGHT_KEYS
+from families.cascade.files import ABOUT_NETWORK, STAGE_B_TENSOR, STEERING, WEIGHT_KEYS
 from families.common.inference import ComputeSettings, RunSettings
-from families.common.weight_files import RUN_CONFIG, metadata_of, read_header, weights_of_run
+from families.common.weight_files import RUN_CONFIG, TARGET_KEY, contradictions, read_header, target_of, weights_of_run
 from warpcore.config import Share
 from warpcore.diffusion.samplers import SAMPLERS
 
@@ -95,21 +95,9 @@ class DrawingSettings(CascadeSettings, ComputeSettings):
         }
 
 
-def target_of(path: Path | str | None) -> str | None:
-    """What the network of a weights file predicts, where the file says so."""
-    return metadata_of(Path(str(path or ""))).get(TARGET_KEY)
-
-
-def contradictions(path: Path | None, settings: ModelSettings) -> dict[str, tuple[str, str]]:
-    """What a weights file says of itself and the settings say otherwise, by key: (in the file, in the settings)."""
-    about = metadata_of(path) if path is not None else {}
-    here = {key: getattr(settings, key) for key in (TARGET_KEY, "model_version")}
-    return {key: (about[key], value) for key, value in here.items() if about.get(key, value) != value}
-
-
 def warn_of_contradictions(path: Path, settings: ModelSettings) -> None:
     """Log what a LoRA or ControlNet says of the network that it steers, where that is another one here."""
-    for key, (said, here) in contradictions(path, settings).items():
+    for key, (said, here) in contradictions(path, settings, (TARGET_KEY, *ABOUT_NETWORK)).items():
         logger.warning("%s says that it was trained with %s %s, and draws with %s here", path, key, said, here)
 
 

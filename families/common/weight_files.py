@@ -1,15 +1,19 @@
 """What weights files and runs say of themselves; only headers are read."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from warpcore.config import Settings
 from warpcore.errors import UserError
 
 RUN_CONFIG = "config.yaml"
 """The file of a run's folder that holds its settings."""
+TARGET_KEY = "diffusion_target"
+"""Where a weights file says what its network predicts."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,18 @@ def read_header(path: Path) -> Header:
 def metadata_of(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty where there is no such file, or it is in another format."""
     return read_header(path).metadata if path.suffix == ".safetensors" and path.is_file() else {}
+
+
+def target_of(path: Path | str | None) -> str | None:
+    """What the network of a weights file predicts, where the file says so."""
+    return metadata_of(Path(str(path or ""))).get(TARGET_KEY)
+
+
+def contradictions(path: Path | None, settings: Settings, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """What a weights file says of itself and the settings say otherwise, by key: (in the file, in the settings)."""
+    about = metadata_of(path) if path is not None else {}
+    here = {key: getattr(settings, key) for key in keys}
+    return {key: (about[key], value) for key, value in here.items() if about.get(key, value) != value}
 
 
 def weights_of_run(folder: Path, name: str, use_ema: bool) -> Path | None:

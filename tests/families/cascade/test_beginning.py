@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from families.cascade.beginning import FIRST_CONVENTIONS
+from families.cascade.training import DenoiserTraining
 from families.common.weight_files import metadata_of
 from modules.clip import ClipSettings, TextTower
 from tests.warpcore.runs import read_metrics
@@ -123,7 +123,7 @@ def test_a_run_that_began_before_conventions_changed_keeps_its_own(small_cascade
     class Before(TrainStageC):
         def __init__(self, config):
             super().__init__(config)
-            self.kept = dict(FIRST_CONVENTIONS)
+            self.kept = dict(DenoiserTraining.first_conventions)
 
         def build(self):
             networks = super().build()

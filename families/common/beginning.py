@@ -1,49 +1,49 @@
-"""What a run begins with and keeps when it is resumed: its target, its base, and ways to compute that have changed.
+"""What a run begins with and keeps when it is resumed: its target, and the weights of its frozen base.
 
 What weights files say of themselves is obeyed where the config is silent; where it says otherwise, that is an error.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from families.cascade.config import DiffusionConfig
-from families.cascade.files import TARGET_KEY
-from families.cascade.inference import contradictions, target_of
+from families.common.config import DiffusionConfig
+from families.common.weight_files import TARGET_KEY, contradictions, target_of
 from warpcore.config import ConfigError
 
-CONVENTIONS = {"tokenizer": "clip", "loss_weight": "converted"}
-"""Ways to compute, as new runs have them."""
-FIRST_CONVENTIONS = {"tokenizer": "open_clip", "loss_weight": "as it is"}
-"""Ways to compute of runs whose checkpoints don't name any."""
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 """How much of a large file is read to know it again: even a short finetuning changes all of its tensors."""
 
 
-def with_target(config: DiffusionConfig, about: Mapping[str, str] | None) -> DiffusionConfig:
+def with_target(config: DiffusionConfig, about: Mapping[str, str] | None, default: str = "epsilon") -> DiffusionConfig:
     """The config with a `diffusion_target`: of the checkpoint that is resumed, else of the weights file to start from.
 
-    about: what the files of the checkpoint say of themselves, None in a new run.
+    Args:
+        about: what the files of the checkpoint say of themselves, None in a new run.
+        default: the target where nothing says one.
 
     Raises:
         ConfigError: a new run's config contradicts its files.
     """
     given, base = config.diffusion_target, config.generator_checkpoint_path
     if about is not None:
-        return config.model_copy(update={TARGET_KEY: given or about.get(TARGET_KEY, "epsilon")})
+        return config.model_copy(update={TARGET_KEY: given or about.get(TARGET_KEY, default)})
     said = target_of(base)
     if given and said and given != said and not config.change_target:
         raise ConfigError(
             f"diffusion_target: {given} contradicts {base}, which says that its network predicts {said}. Leave the "
             "key out, or write change_target: true to teach the network the other"
         )
-    return config.model_copy(update={TARGET_KEY: given or said or "epsilon"})
+    return config.model_copy(update={TARGET_KEY: given or said or default})
 
 
-def check_start_file(config: DiffusionConfig, key: str) -> None:
-    """Raise ConfigError where the weights that a key of the config names were trained for another kind of network."""
+def check_start_file(config: DiffusionConfig, key: str, about_network: Sequence[str] = ()) -> None:
+    """Raise ConfigError where the weights that a key of the config names were trained for another kind of network.
+
+    about_network: keys that say which network a file is for, beside its target.
+    """
     path = getattr(config, key, None)
-    wrong = contradictions(path, config)
+    wrong = contradictions(path, config, (TARGET_KEY, *about_network))
     if config.change_target:
         wrong.pop(TARGET_KEY, None)
     if wrong:

@@ -1,0 +1,56 @@
+"""Configuration keys that the training scripts of all families of diffusion models share."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from warpcore.config import Config, Settings, Share
+from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
+from warpcore.diffusion.samplers import SAMPLERS
+
+
+class GeneratorSettings(Settings):
+    """The network that is trained or drawn with."""
+
+    generator_checkpoint_path: Path | None = None
+    """Weights of the network that is trained or drawn with (.safetensors); without it, random ones."""
+    diffusion_target: Literal["epsilon", "x0", "v", "rectified_flows"] | None = None
+    """What the network predicts: noise, clean latents, v (learns faster from zero), or straight flow. By default what
+    its weights file says, or noise where it says nothing (published weights)."""
+
+
+class DiffusionConfig(GeneratorSettings, Config):
+    """What is learned, and what is drawn on the way."""
+
+    change_target: bool = False
+    """Allow another `diffusion_target` than the weights file to start from says; the network then learns it."""
+    caption_dropout: Share = 0.05
+    """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
+    cache_text: bool = False
+    """Keep the text conditions of captions in the CPU's memory after their first use: for sets of few captions."""
+    cache_text_gb: PositiveFloat = 4
+    """What they may take there, in units of 10^9 bytes and per process."""
+    loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "p2"
+    """How much the loss of each noise level counts. A formula published for the error of another prediction than
+    `diffusion_target` is converted."""
+    adaptive_loss_weight: bool = False
+    """The published name of `loss_weight: adaptive`: divide the loss by its own running mean at each noise level."""
+    offset_noise: NonNegativeFloat = 0.0
+    """Strength of noise that shifts whole channels; helps with very dark and very bright pictures."""
+    shift: PositiveFloat = 1.0
+    """Moves the training noise to more (> 1) or less; larger latents want more."""
+    sample_steps: PositiveInt = 20
+    """Sampling steps of the pictures drawn at every save."""
+    sample_guidance: float = 5.0
+    """Classifier-free guidance of those pictures."""
+    sample_sampler: Literal[tuple(SAMPLERS)] = "ddpm"
+    """Sampler of those pictures."""
+    sample_count: PositiveInt = 8
+    """How many pictures are drawn at most."""
+
+    @model_validator(mode="after")
+    def _one_loss_weight(self) -> Self:
+        if self.adaptive_loss_weight and self.loss_weight not in ("p2", "adaptive"):
+            raise ValueError(f"adaptive_loss_weight contradicts loss_weight: {self.loss_weight}; remove one")
+        return self

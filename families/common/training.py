@@ -1,0 +1,232 @@
+"""What training scripts of diffusion models share: features, their caches, and the loss of a denoiser."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from families.common.beginning import check_start_file, same_base, with_target
+from families.common.cache import find_cache
+from families.common.cached_captions import TOKEN_IDS
+from families.common.captions import cut_note, say_of_captions
+from families.common.config import DiffusionConfig
+from families.common.features import Feature, Origin, stored
+from families.common.prompts import FILE_NAME, prompt_features
+from families.common.text_memory import TextConditions, TextMemory
+from families.common.weight_files import TARGET_KEY
+from warpcore.config import ConfigError
+from warpcore.core import Losses, WarpCore
+from warpcore.data.reader import Batch
+from warpcore.diffusion.diffusion import GDF
+from warpcore.random import SampleRandom
+
+
+class DiffusionTraining(WarpCore):
+    """Trains a denoiser of latents.
+
+    What its frozen networks make of a sample, its features, may come from a cache (`families/common/cache.py`); then
+    no pictures are read. Hooks to override: `make_diffusion`; for caches `features`, `encoders`, `picture_features`,
+    `text_features`, `network_file`, and where wanted `feature_setting` and `check_cacheable`.
+    """
+
+    config: DiffusionConfig
+    start_files: ClassVar[tuple[str, ...]] = ("generator_checkpoint_path",)
+    """Keys of the weights that a new run starts from; what they say of themselves has to fit the config."""
+    frozen_base: ClassVar[bool] = False
+    """Whether the run only steers the network of `generator_checkpoint_path`, which has to stay the same."""
+
+    about_network: ClassVar[tuple[str, ...]] = ()
+    """Keys of the config that say which network is trained. Exported files say them; a file to start from that says
+    otherwise is refused."""
+    drawn_with: ClassVar[frozenset[str]] = frozenset()
+    """Names of encoders that sample images need, whether or not a cache has their features."""
+    default_target: ClassVar[str] = "epsilon"
+    """`diffusion_target` where neither the config nor a file says one."""
+    conventions: ClassVar[Mapping[str, str]] = {"loss_weight": "converted"}
+    """Ways to compute, as new runs have them. A run keeps its own when it is resumed, see `kept`."""
+    first_conventions: ClassVar[Mapping[str, str]] = {"loss_weight": "as it is"}
+    """Ways to compute of runs whose checkpoints don't name any."""
+
+    # ------------------------------------------------------------------ hooks
+
+    def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
+        """The diffusion process, for the `diffusion_target` and `offset_noise` of the config.
+
+        convert_weight: a loss weight published for the error of another target is converted.
+        """
+        raise NotImplementedError
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        """What can be cached, by name."""
+        raise NotImplementedError
+
+    def check_cacheable(self) -> None:
+        """Raise UserError where this configuration can't train from a cache."""
+        if self.config.bucketeer_random_ratio:
+            raise ConfigError(
+                "bucketeer_random_ratio draws another size for a picture in each epoch, but a cache holds one: set it "
+                "to 0"
+            )
+
+    def network_file(self, network: str) -> Path:
+        """The weights of a network that makes features. Raises UserError where they are missing."""
+        raise NotImplementedError
+
+    def feature_setting(self, name: str) -> Any:
+        """A setting that features depend on."""
+        return getattr(self.config, name, None)
+
+    def encoders(self) -> dict[str, Callable[[], nn.Module]]:
+        """What builds the networks that make the features, with their weights, by name."""
+        raise NotImplementedError
+
+    def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor | Sequence[Tensor]]:
+        """What the networks make of pictures: (B, ...), or a list of B, by name."""
+        raise NotImplementedError
+
+    def text_features(self, encoder: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoder, `text` of the encoders, makes of captions: (B, ...) by name."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------
+
+    def __init__(self, config: DiffusionConfig):
+        super().__init__(config)
+        self.kept = dict(self.conventions)
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        about = None
+        if saved is not None:
+            about, self.kept = saved.get("about", {}), dict(self.first_conventions) | saved.get("kept", {})
+        self.config = config = with_target(self.config, about, self.default_target)
+        if saved is None:
+            for key in self.start_files:
+                check_start_file(config, key, self.about_network)
+        if self.frozen_base:
+            before = self.kept.get("base")
+            base = self.processes.on_main(lambda: same_base(config.generator_checkpoint_path, before))
+            self.kept["base"] = base or before
+        self.diffusion = self.make_diffusion(
+            "adaptive" if config.adaptive_loss_weight else config.loss_weight,
+            convert_weight=self.kept["loss_weight"] == self.conventions["loss_weight"],
+        )
+        self.bookkeeping["diffusion"] = self.diffusion
+
+    @cached_property
+    def cache(self) -> Origin | None:
+        """What the cache was made with that the data are read from; None where they are pictures."""
+        return self.processes.on_main(lambda: find_cache(self))
+
+    def needed_encoders(self) -> dict[str, nn.Module]:
+        """The encoders that have something to do: a cache spares the run those whose features it has."""
+        return {name: make() for name, make in self.encoders().items() if self.needs_encoder(name)}
+
+    def needs_encoder(self, name: str) -> bool:
+        """Whether the run has to build an encoder."""
+        cached = {feature.network for feature in self.features.values()} if self.cache is not None else set()
+        return name not in cached or name in self.drawn_with
+
+    @cached_property
+    def texts(self) -> TextMemory | None:
+        """What remembers the text conditions of captions, if anything does."""
+        if not self.config.cache_text and self.cache is None:
+            return None
+        limit_bytes = int(self.config.cache_text_gb * 1e9)
+        memory = TextMemory(self.encode_texts, limit_bytes, lambda text: self.progress.say(text))
+        if not self.needs_encoder("text"):
+            texts = list(dict.fromkeys(["", *getattr(self.config, "sample_prompts", [])]))
+            memory.add(texts, self.processes.on_main(lambda: self._prompt_features(texts)))
+        return memory
+
+    def _prompt_features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        made_with = {
+            "sha256": self.cache.networks["text"]["sha256"],
+            "token_ids": str(self.cache.settings.get(TOKEN_IDS)),
+            "dtype": str(self.dtype),
+        }
+
+        def open_encoder() -> TextConditions:
+            tower = self.encoders()["text"]().eval().requires_grad_(False).to(self.device, self.dtype)
+            for note in cut_note(tower.tokenizer, tower.length, texts[1:], "sample_prompts"):
+                self.progress.say(note)
+
+            def encode(captions: Sequence[str]) -> dict[str, Tensor]:
+                with torch.no_grad(), self.autocast():
+                    return self.text_features(tower, captions)
+
+            return encode
+
+        return prompt_features(self.config.run_folder / FILE_NAME, texts, made_with, open_encoder)
+
+    def know_captions(self, batch: Batch) -> None:
+        """Remember the text conditions that a batch brings along from a cache, for drawing with its captions."""
+        names = [name for name, feature in self.features.items() if feature.network == "text"]
+        found = {name: value for name in names if (value := stored(batch, name)) is not None}
+        if found and self.texts is not None:
+            self.texts.add(batch.captions, found)
+
+    def setup(self) -> None:
+        super().setup()
+        if self.cache is not None:
+            _ = self.texts  # encodes what the cache lacks, before the first update
+        say_of_captions(self)
+
+    @property
+    def needs_images(self) -> bool:
+        return self.cache is None
+
+    def extra_fields(self) -> dict:
+        return {} if self.cache is None else self.cache.fields(self.features)
+
+    def caption_features(self, batch: Batch) -> dict[str, Tensor]:
+        """What the text encoders make of the captions of a batch: (B, ...) by name."""
+        made = self.encode_texts(batch.captions)
+        return {name: values for name, values in made.items() if name in self.features}
+
+    def text_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoders make of captions, now or earlier."""
+        return self.encode_texts(captions) if self.texts is None else self.texts.conditions(captions, self.device)
+
+    def encode_texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoder makes of captions: (B, ...) by name."""
+        return self.text_features(self.networks["text"], captions)
+
+    def denoising_loss(
+        self,
+        latents: Tensor,
+        random: SampleRandom,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Losses:
+        """The loss of predicting the target of noised latents.
+
+        Args:
+            latents: (B, C, *positions), such as (B, C, H, W) or (B, C, T, H, W).
+            predict: the network: noised latents (like the latents) and noise conditions (B,) -> predictions.
+            noise: like the latents; independent normal numbers without it.
+            mask: (B, 1, *positions), how much each position counts; all alike without it.
+        """
+        noise = random.normal("noise", *latents.shape[1:]) if noise is None else noise
+        each_channel = (latents.shape[1], *(1 for _ in latents.shape[2:]))
+        offset = random.normal("offset noise", *each_channel) if self.config.offset_noise else None
+        diffused = self.diffusion.diffuse(
+            latents, noise, random.uniform("timestep"), offset=offset, shift=self.config.shift
+        )
+        loss, raw, logsnr = self.diffusion.loss(diffused, predict(diffused.noised, diffused.noise_cond), mask)
+        return Losses(loss, raw, {"logsnr": logsnr, "raw": raw} if self.diffusion.state_dict() else {})
+
+    def file_metadata(self) -> dict[str, str]:
+        return {key: getattr(self.config, key) for key in (TARGET_KEY, *self.about_network)}
+
+    def update_state(self, statistics: dict[str, Tensor]) -> None:
+        self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """The means (B,) of (B, ...)."""
+    return values.flatten(1).mean(dim=1)
