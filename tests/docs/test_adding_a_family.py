@@ -54,3 +54,9 @@ def test_it_imports_no_other_family_and_no_library_at_the_top():
                     first = ".".join(node.module.split(".")[:2])
                     known = first in allowed or node.module.split(".")[0] in allowed | set(sys.stdlib_module_names)
                     assert known, f"{path}: {node.module}"
+
+
+def test_its_line_for_the_linter_adds_the_family_to_those_that_are_there():
+    shown = next(block.text.strip() for block in blocks("text", pages=[GUIDE]) if block.text.startswith("layers"))
+    there = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    assert shown.replace(" | shapes", "") in there
