@@ -13,18 +13,15 @@ import warpcore.openmp
 import argparse
 import math
 import shutil
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TextIO, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +33,7 @@ from families.common.features import CACHE_NAME, Dtype, Origin, bucket_name
 from families.common.text_memory import TextMemory
 from families.common.training import DiffusionTraining
 from tools.arguments import local_path, positive
+from tools.shared_work import MARK_NAME, SharedWork
 from warpcore.config import load_config
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
@@ -50,7 +48,7 @@ from warpcore.data.selection import Selection, survey
 from warpcore.data.shards import Shard, Source, resolve_sources
 from warpcore.errors import UserError, run_script
 from warpcore.locks import lock_file
-from warpcore.processes import explain, stop_processes
+from warpcore.processes import stop_processes
 from warpcore.random import SampleRandom
 from warpcore.rehearsal import load_use_case
 
@@ -58,11 +56,9 @@ TIMED_SAMPLES = 256
 """How many samples are taken once more from pictures, and from the cache, to say when it pays."""
 TIMED_SECONDS = 20
 """That takes no longer than about twice this."""
-PATIENCE = timedelta(days=30)
-"""So long a process that is done waits for others at work."""
 SEEN_SECONDS = 120
 """Within this time a shared folder shows what another machine wrote."""
-_LOCK, _FAILED = ".lock", ".failed"
+_LOCK = ".lock"
 
 
 @dataclass
@@ -103,10 +99,8 @@ class Caching:
             for name, make in training.encoders().items()
         }
         processes.on_main(self._prepare)
-        if processes.count > 1:
-            self._encode_with_others()
-        else:
-            self._encode_all()
+        self._shared = SharedWork(processes, self.out)
+        self._shared.do(self._encode_all)
         return self._finish() if processes.is_main else Record()
 
     def _work(self) -> Work:
@@ -144,7 +138,7 @@ class Caching:
         there = Origin.read(str(self.out))
         if there is not None:
             self._check_same(there, here)
-        elif self.out.exists() and any(path.name not in (_LOCK, _FAILED) for path in self.out.iterdir()):
+        elif self.out.exists() and any(path.name not in (_LOCK, MARK_NAME) for path in self.out.iterdir()):
             raise UserError(f"{self.out} is not empty and holds no cache ({CACHE_NAME}); choose another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = (self.out / _LOCK).open("w", encoding="utf-8")  # held until it is closed
@@ -152,7 +146,7 @@ class Caching:
             lock_file(self._lock, str(self.out), wait=False)
         except BlockingIOError:
             raise UserError(f"{self.out}: another process writes this cache; wait for it, or stop it") from None
-        (self.out / _FAILED).unlink(missing_ok=True)  # of an earlier start
+        (self.out / MARK_NAME).unlink(missing_ok=True)  # of an earlier start
         mirrors = {self._path(number) for number in range(len(self.catalog))}
         if strange := sorted(set(self.out.rglob("*.tar")) - mirrors):
             raise UserError(f"{strange[0]} mirrors no tar of webdataset_path, but would be read with it: remove it")
@@ -209,33 +203,6 @@ class Caching:
 
     # ------------------------------------------------------------------ the work
 
-    def _encode_with_others(self) -> None:
-        """As `_encode_all`; where one process fails, all end.
-
-        It leaves its message in the folder, where the others look while they work. One that is killed leaves none, but
-        those that wait for it in the end see its connection break.
-        """
-        processes = self.training.processes
-        group = processes.another_group(PATIENCE)
-        try:
-            self._encode_all()
-        except Exception as error:
-            with suppress(OSError), (self.out / _FAILED).open("x", encoding="utf-8") as file:  # the first one counts
-                file.write(f"process {processes.rank} on {socket.gethostname()}: {type(error).__name__}: {error}")
-            raise
-        try:
-            dist.barrier(group)
-        except RuntimeError as error:
-            self._check_others()
-            explain(error)
-            raise
-
-    def _check_others(self) -> None:
-        """Raises UserError where another process has failed."""
-        with suppress(FileNotFoundError):
-            told = (self.out / _FAILED).read_text(encoding="utf-8") or "its own output says why"
-            raise UserError(f"another process of this cache failed: {told}")
-
     def _encode_all(self) -> None:
         """The shards of this process that are not there yet."""
         processes = self.training.processes
@@ -262,7 +229,7 @@ class Caching:
                 crops: list[dict[int, list[int]]] = [{} for _ in range(len(chunk.rows))]
                 unreadable: set[int] = set()
                 for batch in islice(batches, len(chunk.micro_batches)):
-                    self._check_others()
+                    self._shared.check()
                     places, variant = batch.state["places"], batch.state["variant"]
                     corners = batch.geometry.crop.tolist()
                     record.cut_captions += self._cut_captions(batch) if variant == 0 else 0

@@ -61,6 +61,7 @@ class SharedWork:
         if own is not None:
             raise own
         if faults := [fault for _, fault in results if fault is not None]:
+            self.check()  # of several faults the first one counts, where that is known
             raise UserError(f"another process failed: {faults[0]}")
         return [made for made, _ in results]
 
@@ -77,7 +78,8 @@ class SharedWork:
         if self._mark is None or self.processes.count == 1:
             return
         with suppress(FileNotFoundError):
-            raise UserError(self._mark.read_text(encoding="utf-8") or "its own output says why")
+            told = self._mark.read_text(encoding="utf-8") or "its own output says why"
+            raise UserError(f"another process failed: {told}")
 
     def _described(self, error: Exception) -> str:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -124,7 +124,7 @@ def test_a_process_that_fails_ends_the_others_which_say_why(settings, tmp_path, 
     if how == "killed":
         assert "Another process of the run ended" in said
     else:
-        assert "another process of this cache failed: process 1 on " in said
+        assert "another process failed: process 1 on " in said
         assert "the network drive is gone" in said
     assert len(list(out.glob("*.tar"))) == (0 if how == "at work" else 1)
     assert len(content(make_cache("train_c", settings, out))) == 4  # what failed before does not count
