@@ -27,6 +27,7 @@ python3 train/train_c.py configs/training/quickstart_c.yaml batch_size=16 valida
 def clone(tmp_path_factory) -> Path:
     """A copy of the repository's own files, where a short quickstart has run."""
     folder = tmp_path_factory.mktemp("docs") / "warpcore"
+    folder.mkdir()
     shutil.copy(ROOT / "pyproject.toml", folder)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
