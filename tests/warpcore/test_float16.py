@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.many_processes import launch_processes
 from tests.warpcore.runs import numbers, read_metrics, tiny_settings, train_here, write_shard
 from warpcore import loss_scale, optim, reports
 from warpcore.errors import ConfigError, UserError
@@ -108,6 +109,22 @@ def test_at_the_floor_they_count_as_ever(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="2 updates in a row, up to 3,"):
         train_here(settings)
     assert [line["loss_scale"] for line in read_metrics(settings)] == [2.0**40, 2.0**39, 2.0**39]
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize("use_fsdp", [False, True])
+def test_two_processes_make_the_updates_of_one(data, tmp_path, use_fsdp):
+    alone = tiny_settings(
+        tmp_path, data, experiment_id="alone", updates=4, save_every=4, dtype="float16", micro_batch_size=2
+    )
+    together = alone | {"experiment_id": "together", "use_fsdp": use_fsdp}
+    _, expected = train_here(alone)
+    launch_processes(2, train_here, together)
+    for line, other in zip(read_metrics(together), expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert line["loss_scale"] == other["loss_scale"]
 
 
 @pytest.mark.integration
