@@ -87,9 +87,9 @@ class RunKeys(Settings):
     updates: PositiveInt
     """How many optimizer steps the whole run makes."""
     save_every: PositiveInt = 1000
-    """A checkpoint, sample pictures and the validation loss every so many updates."""
+    """A checkpoint, sample pictures and the validation loss come after every this many updates."""
     backup_every: PositiveInt | None = None
-    """A checkpoint, and a copy of the weights that is never deleted, every so many updates."""
+    """A checkpoint, and a copy of the weights that is never deleted, after every this many updates."""
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the exported weights files, averages included; by default that in which the weights are trained.
     What a run resumes from is always exact."""
@@ -150,7 +150,7 @@ class OptimisationKeys(Settings):
     min_lr_ratio: Share = 0.0
     """Where `cosine` and `linear` end, as a fraction of `lr`."""
     warmup_updates: PositiveInt = 1
-    """The learning rate rises linearly over so many updates; the first one already learns."""
+    """The learning rate rises linearly over this many updates; the first one already learns."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon"] = "adamw"
     """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, or Muon."""
     weight_decay: NonNegativeFloat = 0.01
@@ -165,7 +165,7 @@ class OptimisationKeys(Settings):
     clip_grad_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     max_nonfinite_updates: PositiveInt = 10
-    """So many updates in a row whose gradient is not finite stop the run; each one is skipped."""
+    """The run stops after this many updates in a row whose gradient is not finite; each one is skipped."""
     batch_size: PositiveInt
     """Samples per update, over all processes and accumulation steps."""
     micro_batch_size: PositiveInt | None = None
@@ -180,7 +180,7 @@ class AverageKeys(Settings):
     ema_start_iters: NonNegativeInt | None = None
     """First update of the exponential moving average; without this key there is none."""
     ema_iters: PositiveInt = 1
-    """The average moves every so many updates."""
+    """The average moves at every this many updates."""
     ema_beta: ShareBelowOne = 0.999
     """Share of the old average that a step keeps."""
     ema_device: Literal["same", "cpu"] = "same"
@@ -217,7 +217,7 @@ class DataKeys(Settings):
     max_picture_pixels: PositiveInt = 200_000_000
     """Pictures with more pixels are bad samples (decompression bombs)."""
     max_bad_samples: PositiveInt = 100
-    """So many unreadable samples in a row stop the run."""
+    """The run stops after this many unreadable samples in a row."""
     num_workers: NonNegativeInt = 4
     """Processes that read and decode pictures, per training process; 0 does it in the main process."""
     lanes: PositiveInt | None = None
@@ -239,7 +239,7 @@ class ReportKeys(Settings):
     """What is reported."""
 
     log_every: PositiveInt = 10
-    """Metrics are fetched from the device and written every so many updates."""
+    """Metrics are fetched from the device and written after every this many updates."""
     grad_norm_groups: dict[str, str] = {}
     """Extra gradient norms: a name and a regular expression on parameter names (`in_proj_weight\\.(q|k)` works)."""
     wandb_project: str | None = None

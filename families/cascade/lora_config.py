@@ -28,7 +28,7 @@ class LoraConfig(StageCConfig):
     module_filters: list[str]
     """Which layers are adapted: parts of their names, such as `.attn`, or regular expressions on them; `.` is all."""
     rank: PositiveInt
-    """How much an adapter can hold: it is two matrices with so many columns or rows."""
+    """How much an adapter can hold: it is two matrices, one with this many columns, one with this many rows."""
     alpha: PositiveFloat | None = None
     """Adapters count alpha / rank. By default alpha is the rank, or 1 with `lora_init: published`."""
     rank_stabilised: bool = False

@@ -17,7 +17,7 @@ class ReconstructConfig(RunSettings, ComputeSettings):
     pictures: list[Path]
     """Files, or folders of files, with their sub-folders."""
     most_pictures: PositiveInt = 64
-    """So many of them at most, in the order of their names."""
+    """At most this many of them, in the order of their names."""
     output_path: Path | None = None
     """Folder for `grid.png` and the single pictures; by default the first of `reconstructions`, `reconstructions_2`,
     ... that is free."""
