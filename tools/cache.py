@@ -5,7 +5,10 @@
 
 The tars in OUT mirror those of `webdataset_path`, with latents and conditions in place of pictures: train with
 `webdataset_path=OUT` and the same config. Each picture is cropped once, or `--variants` times. A tar appears when it
-is whole, so the same command goes on where it was stopped. Held-out data (`validation_path`) wants a cache of its own:
+is whole, so the same command goes on where it was stopped. When the data set changed, it encodes the pictures and
+captions that are new, and copies the features of those whose bytes are known, from whichever tar: it reads and hashes
+both for that, also when it first makes the cache. With random crops, a picture that got another row gets other crops,
+and is encoded again. Held-out data (`validation_path`) wants a cache of its own:
 `webdataset_path=HELD_OUT validation_path=null`.
 """
 
@@ -16,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TextIO, get_args
@@ -26,8 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from families.common.cache import buckets_of, origin_of
-from families.common.cache_writer import Record, Work, in_words, mirrored, new_tar, report, shard_at
+from families.common.cache_writer import CacheTar, Chunk, Record, Work, in_words, mirrored, new_tar, report, shard_at
 from families.common.cached_captions import with_token_ids
+from families.common.cached_rows import Copied, OldRows, WatchedRandom, set_aside, tars_set_aside, tee_locked
 from families.common.captions import is_cut
 from families.common.features import CACHE_NAME, Dtype, Origin, bucket_name
 from families.common.text_memory import TextMemory
@@ -98,7 +102,9 @@ class Caching:
             name: make().eval().requires_grad_(False).to(training.device, training.dtype)
             for name, make in training.encoders().items()
         }
-        processes.on_main(self._prepare)
+        shapes, draws = self._look_at_features()
+        self.work = replace(self.work, seeded=draws or training.config.crop_mode != "center")
+        processes.on_main(lambda: self._prepare(shapes))
         self._shared = SharedWork(processes, self.out)
         self._shared.do(self._encode_all)
         return self._finish() if processes.is_main else Record()
@@ -128,13 +134,15 @@ class Caching:
             config.seed,
             self.variants,
             self.batch_size,
+            tuple(field.suffixes for field in self.fields.values()),
+            not all(feature.of_picture for feature in training.features.values()),
         )
 
     # ------------------------------------------------------------------ before the work
 
-    def _prepare(self) -> None:
+    def _prepare(self, shapes: dict[str, dict[str, tuple[int, ...]]]) -> None:
         """Check and mark the folder. Only the main process does this."""
-        here = origin_of(self.training, self.dtype, self.variants, self._shapes())
+        here = origin_of(self.training, self.dtype, self.variants, shapes)
         there = Origin.read(str(self.out))
         if there is not None:
             self._check_same(there, here)
@@ -166,6 +174,9 @@ class Caching:
             )
         for folder in {self.out, *(path.parent for path in mirrors)}:
             here.write(folder)
+        for number in range(len(self.catalog)):
+            if self._record(number) is None and self._path(number).exists():
+                set_aside(self._path(number))  # for `OldRows`, until all tars are whole
 
     def _check_same(self, there: Origin, here: Origin) -> None:
         if any(self.out.rglob("*.tar")):
@@ -178,9 +189,10 @@ class Caching:
         if wrong:
             raise UserError(f"{self.out} holds another cache: {'; '.join(wrong)}. Choose another folder, or remove it")
 
-    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Of each feature by bucket, seen on black pictures."""
+    def _look_at_features(self) -> tuple[dict[str, dict[str, tuple[int, ...]]], bool]:
+        """Shapes of each feature by bucket, and whether a network draws random numbers, seen on black pictures."""
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        draws = False
         for size in dict.fromkeys(self.work.buckets.sizes):
             blanks = {name: field.blank(size) for name, field in self.fields.items()}
             extra = {
@@ -189,9 +201,11 @@ class Caching:
             }
             images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.training.device)
             batch = Batch(0, size, 0, 0, {}, images, [""], [""], [0], 1.0, extra=extra)
-            for name, values in self._made(batch, variant=0).items():
+            random = WatchedRandom(batch.seeds, self.training.device)
+            for name, values in self._made(batch, random).items():
                 shapes.setdefault(name, {})[bucket_name(size)] = tuple(values[0].shape)
-        return shapes
+            draws |= random.was_used
+        return shapes, draws
 
     def _bytes_per_sample(self, origin: Origin) -> int:
         item = getattr(torch, self.dtype).itemsize
@@ -208,7 +222,11 @@ class Caching:
         processes = self.training.processes
         by_size = sorted(range(len(self.catalog)), key=lambda number: -self.catalog.rows[number])
         own = [number for number in by_size[processes.rank :: processes.count] if self._record(number) is None]
-        planned = (one for number in own for chunk in self.work.chunks(number) for one in chunk.micro_batches)
+        names = {of_picture: [name for name, one in self.training.features.items() if one.of_picture == of_picture]
+                 for of_picture in (True, False)}  # fmt: skip
+        old = OldRows(tars_set_aside(self.out) if own else (), names[True], names[False])
+        chunks, ahead = tee_locked(chunk for number in own for chunk in self.work.chunks(number, old))
+        planned = (one for chunk in ahead for one in chunk.micro_batches)
         others = f", {processes.count} processes" if processes.count > 1 else ""
         with (
             Loader(planned, self.reader, num_workers=self.training.config.num_workers, device=self.training.device)
@@ -218,49 +236,63 @@ class Caching:
         ):  # fmt: skip
             batches = iter(loader)
             for number in own:
-                self._encode_shard(number, batches, progress)
+                self._encode_shard(number, chunks, batches, progress)
 
-    def _encode_shard(self, number: int, batches: Iterator[Batch], progress: tqdm) -> None:
+    def _encode_shard(self, number: int, chunks: Iterator[Chunk], batches: Iterator[Batch], progress: tqdm) -> None:
         began, shard = time.perf_counter(), self.catalog.shard(number)
         record = Record((shard.size_bytes, shard.content), rejected=dict(self.work.select(number).rejected))
         with new_tar(self._path(number), record, self.dtype) as tar:
-            for chunk in self.work.chunks(number):
-                made: list[dict[str, Tensor]] = [{} for _ in range(len(chunk.rows))]
-                crops: list[dict[int, list[int]]] = [{} for _ in range(len(chunk.rows))]
-                unreadable: set[int] = set()
-                for batch in islice(batches, len(chunk.micro_batches)):
-                    self._shared.check()
-                    places, variant = batch.state["places"], batch.state["variant"]
-                    corners = batch.geometry.crop.tolist()
-                    record.cut_captions += self._cut_captions(batch) if variant == 0 else 0
-                    for event in batch.events:
-                        if places[event.place] not in unreadable:
-                            record.unreadable.append(f"{event.source}: {event.reason}")
-                        unreadable.add(places[event.place])
-                    features = self._made(batch, variant)
-                    for i, place in enumerate(places):
-                        made[place] |= {variant_member(name, variant): rows[i] for name, rows in features.items()}
-                        crops[place][variant] = corners[i]
-                for place in unreadable:
-                    made[place] = {}
-                tar.write(chunk, self.work.texts(number, chunk.rows), made, crops)
+            for _ in range(self.work.num_chunks(number)):
+                chunk = next(chunks, None)
+                if chunk is None:
+                    next(batches)  # raises what kept the loader's thread from planning it
+                    raise AssertionError("a chunk is missing")
+                self._encode_chunk(number, chunk, islice(batches, len(chunk.micro_batches)), tar)
                 progress.update(len(chunk.rows))
             record.seconds = time.perf_counter() - began
 
-    def _cut_captions(self, batch: Batch) -> int:
-        """How many captions of a batch, but for those of unreadable samples, lose their end in the text tower."""
-        tower, bad = self.training.networks.get("text"), {event.place for event in batch.events}
-        if tower is None:
-            return 0
-        own = (caption for place, caption in enumerate(batch.captions) if place not in bad)
-        return sum(is_cut(tower.tokenizer, tower.length, caption) for caption in own)
+    def _encode_chunk(self, number: int, chunk: Chunk, batches: Iterator[Batch], tar: CacheTar) -> None:
+        copied = [chunk.copied.get(place, Copied()) for place in range(len(chunk.rows))]
+        made: list[dict[str, Tensor | bytes]] = [dict(one.members) for one in copied]
+        crops = [dict(one.crops) for one in copied]
+        cut = [one.caption_cut for one in copied]
+        unreadable: set[int] = set()
+        for batch in batches:
+            self._shared.check()
+            places, variant = batch.state["places"], batch.state["variant"]
+            for event in batch.events:
+                if places[event.place] not in unreadable:
+                    tar.record.unreadable.append(f"{event.source}: {event.reason}")
+                unreadable.add(places[event.place])
+            random = SampleRandom(batch.seeds, self.training.device)
+            features = self._made(batch, random, pictures=batch.state["pictures"], texts=batch.state["texts"])
+            if batch.state["texts"]:
+                for place, is_long in zip(places, self._are_cut(batch), strict=True):
+                    cut[place] = is_long
+            corners = batch.geometry.crop.tolist()
+            for i, place in enumerate(places):
+                made[place] |= {variant_member(name, variant): rows[i] for name, rows in features.items()}
+                crops[place][variant] = corners[i]
+        for place in unreadable:
+            made[place] = {}
+        tar.write(chunk, self.work.texts(number, chunk.rows), made, crops, cut)
 
-    def _made(self, batch: Batch, variant: int) -> dict[str, Tensor | list[Tensor]]:
-        """The features of a batch, float32 on the CPU, by name; those of captions only with the first crop."""
-        training = self.training
+    def _are_cut(self, batch: Batch) -> list[bool]:
+        """Whether each caption of a batch loses its end in the text tower."""
+        tower = self.training.networks.get("text")
+        if tower is None:
+            return [False] * len(batch.captions)
+        return [is_cut(tower.tokenizer, tower.length, caption) for caption in batch.captions]
+
+    def _made(
+        self, batch: Batch, random: SampleRandom, *, pictures: bool = True, texts: bool = True
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """The features of a batch, float32 on the CPU, by name: those of its pictures, of its captions, or both."""
+        training, made = self.training, {}
         with torch.no_grad(), training.autocast():
-            made = training.picture_features(batch, SampleRandom(batch.seeds, training.device))
-            if variant == 0:
+            if pictures:
+                made |= training.picture_features(batch, random)
+            if texts:
                 made |= training.caption_features(batch)
         return {
             name: values.float().cpu() if isinstance(values, Tensor) else [value.float().cpu() for value in values]
@@ -286,6 +318,8 @@ class Caching:
         shards = [shard_at(self._path(number)) for number in range(len(self.catalog))]
         summaries = read_summaries(shards)
         write_manifests(shards, {shard.url: known or index_shard(shard) for shard, known in summaries.items()})
+        for path in tars_set_aside(self.out):
+            path.unlink()
         return Record.total(records)
 
     def seconds_per_sample(self, record: Record) -> tuple[float, float]:

@@ -19,11 +19,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from families.common.cached_rows import Copied, OldRows, Sources, hash_sources
 from warpcore.data.buckets import Buckets
 from warpcore.data.catalog import Catalog
 from warpcore.data.index import index_shard
 from warpcore.data.lanes import draw_seed
-from warpcore.data.samples import PICTURE_FACTS, MicroBatch
+from warpcore.data.samples import PICTURE_FACTS, MicroBatch, Sample
 from warpcore.data.selection import Piece, Rows, Selection, make_samples
 from warpcore.data.shards import Shard
 from warpcore.data.storage import read_ranges, storage_for
@@ -33,7 +34,7 @@ from warpcore.files import naming
 CHUNK_ROWS = 512
 """So many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
 RECORD_SUFFIX = ".cache.json"
-MOST_TOLD = 20
+MAX_REPORTED = 20
 """So many unreadable samples a report names."""
 
 
@@ -44,7 +45,12 @@ class Chunk:
     rows: pa.Table
     """Those of the index, in its order."""
     micro_batches: list[MicroBatch]
-    """Of those rows that can be drawn; `state` holds their places in `rows`, and the variant of the crop."""
+    """Of those rows that can be drawn and whose features are not all copied; `state` holds their places in `rows`, the
+    variant of the crop, and whether the features of `pictures` and of `texts` are wanted."""
+    sources: dict[int, Sources]
+    """Of the rows that can be drawn, by place: what their features are made from."""
+    copied: dict[int, Copied]
+    """What of them is copied, by place."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Work:
     """What is to be encoded.
 
     batch_size: samples per micro-batch at most. Crop v of a picture is the one that a run from pictures, of the same
-    seed, makes in epoch v.
+    seed, makes in epoch v. fields: of each member that the training reads beside the picture, its extensions.
+    has_text: whether there are features of captions. seeded: whether features of pictures depend on a sample's seed.
     """
 
     catalog: Catalog
@@ -62,17 +69,28 @@ class Work:
     seed: int
     variants: int
     batch_size: int
+    fields: tuple[tuple[str, ...], ...] = ()
+    has_text: bool = True
+    seeded: bool = True
 
-    def chunks(self, number: int) -> Iterator[Chunk]:
-        """The rows of a shard."""
+    def chunks(self, number: int, old: OldRows) -> Iterator[Chunk]:
+        """The rows of a shard. Reads and hashes what their features are made from, to copy those that `old` has."""
         shard, rows = self.catalog.shard(number), int(self.catalog.rows[number])
         table = self.selection.read(shard, 0, rows, also=["problem"])
         drawn = self.select(number).numbers
         for start in range(0, rows, CHUNK_ROWS):
             places = drawn[(drawn >= start) & (drawn < start + CHUNK_ROWS)] - start
             part = table.slice(start, CHUNK_ROWS)
-            crops = (self._micro_batches(number, part, start, places, variant) for variant in range(self.variants))
-            yield Chunk(part, list(chain.from_iterable(crops)))
+            draws = [self._samples(number, part, start, places, variant) for variant in range(self.variants)]
+            hashes = hash_sources(draws, self.caption_members, self.fields, self.seeded)
+            sources = dict(zip(places.tolist(), hashes, strict=True))
+            copied = {place: old.copy(one) for place, one in sources.items()}
+            crops = (self._micro_batches(places.tolist(), draw, copied, variant) for variant, draw in enumerate(draws))
+            yield Chunk(part, list(chain.from_iterable(crops)), sources, copied)
+
+    def num_chunks(self, number: int) -> int:
+        """How many `chunks` gives."""
+        return -(-int(self.catalog.rows[number]) // CHUNK_ROWS)
 
     def select(self, number: int) -> Rows:
         """Those rows of a shard that can be drawn, and why the others can't."""
@@ -99,19 +117,26 @@ class Work:
             texts[place][name] = content
         return texts
 
-    def _micro_batches(
-        self, number: int, part: pa.Table, start: int, places: np.ndarray, variant: int
-    ) -> Iterator[MicroBatch]:
+    def _samples(self, number: int, part: pa.Table, start: int, places: np.ndarray, variant: int) -> list[Sample]:
         shard, name = self.catalog.shard(number), self.catalog.name(number)
         seeds = [draw_seed(self.seed, variant, name, start + place) for place in places.tolist()]
-        samples = make_samples(part.take(pa.array(places)), [shard] * len(places), seeds)
-        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, sample in enumerate(samples):
-            by_size[self.buckets.choose(sample.width, sample.height, sample.seed)].append(i)
-        for size, members in sorted(by_size.items()):
+        return make_samples(part.take(pa.array(places)), [shard] * len(places), seeds)
+
+    def _micro_batches(
+        self, places: list[int], samples: list[Sample], copied: dict[int, Copied], variant: int
+    ) -> Iterator[MicroBatch]:
+        """Of those rows that lack features, together where they lack the same ones."""
+        alike: dict[tuple[tuple[int, int], bool, bool], list[int]] = defaultdict(list)
+        for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
+            pictures = variant not in copied[place].crops
+            texts = self.has_text and variant == 0 and not copied[place].has_text
+            if pictures or texts:
+                alike[self.buckets.choose(sample.width, sample.height, sample.seed), pictures, texts].append(i)
+        for (size, pictures, texts), members in sorted(alike.items()):
             for first in range(0, len(members), self.batch_size):
                 chosen = members[first : first + self.batch_size]
-                state = {"places": [int(places[i]) for i in chosen], "variant": variant}
+                state = {"places": [places[i] for i in chosen], "variant": variant}
+                state |= {"pictures": pictures, "texts": texts}
                 yield MicroBatch(0, size, tuple(samples[i] for i in chosen), 0, state, variant)
 
 
@@ -136,6 +161,10 @@ class Record:
     rows: int = 0
     samples: int = 0
     """How many of the rows have features."""
+    reused: int = 0
+    """Of how many of them all features were copied from an earlier tar of the cache."""
+    partly_reused: int = 0
+    """Of how many some were: those of the text, or of pictures whose crops stayed the same."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Reason -> rows that the training would not draw."""
     unreadable: list[str] = field(default_factory=list)
@@ -145,7 +174,7 @@ class Record:
     tar_bytes: int = 0
     feature_bytes: dict[str, int] = field(default_factory=dict)
     largest_error: dict[str, float] = field(default_factory=dict)
-    """Of the stored numbers, by feature."""
+    """Of the stored numbers, by feature; of those that were encoded, not copied, as for the sums below."""
     squared_error: dict[str, float] = field(default_factory=dict)
     """Summed over those numbers."""
     squared: dict[str, float] = field(default_factory=dict)
@@ -170,6 +199,8 @@ class Record:
         return cls(
             rows=sum(record.rows for record in records),
             samples=sum(record.samples for record in records),
+            reused=sum(record.reused for record in records),
+            partly_reused=sum(record.partly_reused for record in records),
             rejected=added("rejected"),
             cut_captions=sum(record.cut_captions for record in records),
             unreadable=[one for record in records for one in record.unreadable],
@@ -203,26 +234,37 @@ class CacheTar:
         self,
         chunk: Chunk,
         texts: list[dict[str, bytes]],
-        made: list[dict[str, Tensor]],
+        made: list[dict[str, Tensor | bytes]],
         crops: list[dict[int, list[int]]],
+        cut: list[bool],
     ) -> None:
         """Write rows.
 
-        made: by member, the float32 features of each row, nothing of those that have none. crops: by variant, the
-        [top, left] of each row's crops.
+        made: by member, the float32 features of each row, or their content in an earlier tar; nothing of those that
+        have none. crops: by variant, the [top, left] of each row's crops. cut: whether the end of each row's caption
+        is cut off.
         """
         columns = (chunk.rows[name].to_pylist() for name in ("key", "width", "height", "problem"))
-        for key, width, height, problem, text, features, places in zip(*columns, texts, made, crops, strict=True):
+        rows = zip(*columns, texts, made, crops, cut, strict=True)
+        for place, (key, width, height, problem, text, features, places, is_cut) in enumerate(rows):
             facts = {"width": width, "height": height} | ({"problem": problem} if problem else {})
             if features:
-                facts["crops"] = [place for _, place in sorted(places.items())]
+                facts["crops"] = [corner for _, corner in sorted(places.items())]
+                facts["sources"] = asdict(chunk.sources[place]) | {"caption_cut": is_cut}
             self._add(f"{key}.{PICTURE_FACTS}", json.dumps(facts).encode())
             for member, content in text.items():
                 self._add(f"{key}.{member}", content)
-            for member, tensor in features.items():
-                self._add(f"{key}.{member}", self._encoded(tensor, member.partition(".")[0], key))
+            for member, feature in sorted(features.items()):
+                name = member.partition(".")[0]
+                content = feature if isinstance(feature, bytes) else self._encoded(feature, name, key)
+                self.record.feature_bytes[name] = self.record.feature_bytes.get(name, 0) + len(content)
+                self._add(f"{key}.{member}", content)
+            copied = [isinstance(feature, bytes) for feature in features.values()]
             self.record.rows += 1
             self.record.samples += bool(features)
+            self.record.reused += bool(copied) and all(copied)
+            self.record.partly_reused += any(copied) and not all(copied)
+            self.record.cut_captions += bool(features) and is_cut
 
     def _encoded(self, tensor: Tensor, name: str, key: str) -> bytes:
         kept = tensor.to(getattr(torch, self._dtype))
@@ -238,7 +280,6 @@ class CacheTar:
             sums[name] = sums.get(name, 0.0) + values.square().sum().item()
         content = io.BytesIO()
         np.save(content, (kept.view(torch.int16) if kept.dtype == torch.bfloat16 else kept).numpy())
-        record.feature_bytes[name] = record.feature_bytes.get(name, 0) + content.tell()
         return content.getvalue()
 
     def _add(self, name: str, content: bytes) -> None:
@@ -286,12 +327,16 @@ def report(record: Record, dtype: str, variants: int, from_pictures: float, from
         f"cached {record.samples} of {record.rows} samples: {in_words(record.tar_bytes)}, "
         f"{in_words(record.tar_bytes / samples)} per sample ({sizes})"
     ]
+    if record.reused or record.partly_reused:
+        lines.append(f"  {record.reused} rows reused, {record.partly_reused} in part: their bytes are those of before")
     lines += [f"  {count} left out: {reason}" for reason, count in record.rejected.items()]
     if record.unreadable:
         lines.append(f"  {len(record.unreadable)} left out: unreadable")
-        lines += [f"    {one}" for one in record.unreadable[:MOST_TOLD]]
-        if len(record.unreadable) > MOST_TOLD:
-            lines.append(f"    and {len(record.unreadable) - MOST_TOLD} more, listed in the .cache.json of the tars")
+        lines += [f"    {one}" for one in record.unreadable[:MAX_REPORTED]]
+        if len(record.unreadable) > MAX_REPORTED:
+            lines.append(
+                f"    and {len(record.unreadable) - MAX_REPORTED} more, listed in the .cache.json of the tars"
+            )
     if record.cut_captions:
         lines.append(
             f"  {record.cut_captions} captions are longer than the text encoder reads: their ends are cut off"

@@ -1,0 +1,208 @@
+"""Rows of a cache that can be copied when its tars are written again.
+
+The facts of each row (`picture.json`) hold a hash of what its features were made from. A tar whose source changed is
+set aside under another name until the cache is whole; a row of the new tar whose hash is found in one that was set
+aside has its features copied as they stand, so that a data set that grows costs the encodings of its new rows.
+"""
+
+import hashlib
+import itertools
+import json
+import tarfile
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from warpcore.data.reader import variant_member
+from warpcore.data.samples import PICTURE_FACTS, Sample, picture_member
+from warpcore.data.storage import read_ranges
+from warpcore.errors import UserError
+from warpcore.random import SampleRandom
+
+T = TypeVar("T")
+HASH_BYTES = 16
+ROWS_TOGETHER = 32
+"""Rows whose members are in memory together while they are hashed."""
+_SET_ASIDE = ".old"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Hashes of the bytes that the features of a row are made from."""
+
+    pictures: tuple[str, ...]
+    """Of each variant: the picture and what fields read beside it; where the crop or the networks draw random
+    numbers, the sample's seed too."""
+    text: str
+    """The members and the index columns that the caption is made from."""
+
+
+@dataclass
+class Copied:
+    """What of a row is copied from a tar that was set aside."""
+
+    members: dict[str, bytes] = field(default_factory=dict)
+    """The content of the features, by member."""
+    crops: dict[int, list[int]] = field(default_factory=dict)
+    """[top, left] by variant, of those whose features are there."""
+    has_text: bool = False
+    caption_cut: bool = False
+    """Whether the caption is longer than the text encoder reads, where `has_text`."""
+
+
+def hash_sources(
+    draws: Sequence[Sequence[Sample]], captions: Collection[str], fields: Sequence[Sequence[str]], seeded: bool
+) -> list[Sources]:
+    """The hashes of rows of one tar.
+
+    Reads the pictures and texts of all rows, a second time beside the loader's, but decodes nothing.
+
+    Args:
+        draws: by variant, the samples of the rows.
+        captions: the members that captions are made from.
+        fields: of each further member that the training reads, its extensions, the preferred first.
+        seeded: whether features of pictures depend on the seed of the sample.
+    """
+    found = []
+    for start in range(0, len(draws[0]), ROWS_TOGETHER):
+        samples = draws[0][start : start + ROWS_TOGETHER]
+        for place, members in enumerate(_contents(samples), start):
+            held = members.keys()
+            besides = [next((name for name in names if name in held), None) for names in fields]
+            of_picture = [name for name in (picture_member(held), *besides) if name is not None]
+            of_text = [name for name in captions if name in held]
+            pictures = tuple(
+                _digest(of_picture, members, [variant, draw[place].seed if seeded else None])
+                for variant, draw in enumerate(draws)
+            )
+            found.append(Sources(pictures, _digest(of_text, members, samples[place - start].columns)))
+    return found
+
+
+def _contents(samples: Sequence[Sample]) -> list[dict[str, bytes]]:
+    """All members of samples of one tar, by lower-case extension."""
+    spans = sorted(
+        (offset, size, name.lower(), place)
+        for place, sample in enumerate(samples)
+        for name, (offset, size) in sample.members.items()
+    )
+    blocks = read_ranges(samples[0].shard, [span[:2] for span in spans], samples[0].version)
+    found: list[dict[str, bytes]] = [{} for _ in samples]
+    for (_, _, name, place), content in zip(spans, blocks, strict=True):
+        found[place][name] = content
+    return found
+
+
+def _digest(names: Sequence[str], members: Mapping[str, bytes], also: Any) -> str:
+    digest = hashlib.blake2b(json.dumps(also, sort_keys=True).encode(), digest_size=HASH_BYTES)
+    for name in names:
+        digest.update(f"\n{name} {len(members[name])}\n".encode())
+        digest.update(members[name])
+    return digest.hexdigest()
+
+
+class OldRows:
+    """The rows of tars of a cache that were set aside, by the hashes of what they were made from.
+
+    Args:
+        tars: they keep about 300 bytes per row and variant in memory.
+        picture_features, text_features: names of the features.
+
+    Raises:
+        UserError: a tar is damaged.
+    """
+
+    def __init__(self, tars: Iterable[Path], picture_features: Collection[str], text_features: Collection[str]):
+        self._picture_features, self._text_features = picture_features, text_features
+        self._places: dict[str, tuple[Path, int]] = {}
+        for path in tars:
+            try:
+                self._scan(path)
+            except tarfile.TarError as error:
+                raise UserError(f"{path}, of before the source changed, is damaged ({error}): remove it") from None
+
+    def _scan(self, path: Path) -> None:
+        with tarfile.open(path, "r:") as tar:
+            while (info := tar.next()) is not None:
+                tar.members = []  # it would keep every header
+                if info.name.endswith(f".{PICTURE_FACTS}"):
+                    sources = json.loads(tar.extractfile(info).read()).get("sources")
+                    for digest in [*sources["pictures"], sources["text"]] if sources else []:
+                        self._places.setdefault(digest, (path, info.offset))
+
+    def copy(self, sources: Sources) -> Copied:
+        """What was made from the same bytes. Raises OSError where it can't be read."""
+        copied = Copied()
+        for variant, digest in enumerate(sources.pictures):
+            names = [variant_member(name, variant) for name in self._picture_features]
+            if row := self._row(digest, names):
+                copied.members |= {name: row[name] for name in names}
+                copied.crops[variant] = json.loads(row[PICTURE_FACTS])["crops"][variant]
+        names = [variant_member(name, 0) for name in self._text_features]
+        if names and (row := self._row(sources.text, names)):
+            copied.members |= {name: row[name] for name in names}
+            copied.has_text = True
+            copied.caption_cut = json.loads(row[PICTURE_FACTS])["sources"]["caption_cut"]
+        return copied
+
+    def _row(self, digest: str, names: Collection[str]) -> dict[str, bytes] | None:
+        """Members of the row with a hash, the facts among them; None where there is no such row."""
+        if digest not in self._places:
+            return None
+        path, offset = self._places[digest]
+        found: dict[str, bytes] = {}
+        with path.open("rb") as file:
+            file.seek(offset)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                first = tar.next()
+                key = first.name.removesuffix(PICTURE_FACTS)
+                found[PICTURE_FACTS] = tar.extractfile(first).read()
+                while (info := tar.next()) is not None and info.name.startswith(key):
+                    if (name := info.name.removeprefix(key)) in names:
+                        found[name] = tar.extractfile(info).read()
+                    if name == PICTURE_FACTS or len(found) > len(names):
+                        break
+        return found if found.keys() >= set(names) else None
+
+
+class WatchedRandom(SampleRandom):
+    """Random numbers that note whether they are used."""
+
+    was_used = False
+
+    @property
+    def seeds(self) -> list[int]:
+        self.was_used = True
+        return self._seeds
+
+    @seeds.setter
+    def seeds(self, seeds: list[int]) -> None:
+        self._seeds = seeds
+
+
+def set_aside(path: Path) -> None:
+    """Give a tar of a cache the name under which its rows are looked for."""
+    path.replace(path.with_name(f".{path.name}{_SET_ASIDE}"))
+
+
+def tars_set_aside(folder: Path) -> list[Path]:
+    """Those in a cache."""
+    return sorted(folder.rglob(f".*.tar{_SET_ASIDE}"))
+
+
+def tee_locked(items: Iterable[T]) -> list[Iterator[T]]:
+    """Two iterators over the same items, one for another thread."""
+    lock = threading.Lock()
+
+    def locked(iterator: Iterator[T]) -> Iterator[T]:
+        while True:
+            with lock:
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    return [locked(iterator) for iterator in itertools.tee(items)]
