@@ -30,7 +30,7 @@ _SET_ASIDE = ".old"
 
 @dataclass(frozen=True)
 class Sources:
-    """Hashes of the bytes that the features of a row are made from."""
+    """Hashes of a row's key and of the bytes that its features are made from."""
 
     pictures: tuple[str, ...]
     """Of each variant: the picture and what fields read beside it; where the crop or the networks draw random
@@ -74,10 +74,11 @@ def hash_sources(
             of_picture = [name for name in (picture_member(held), *besides) if name is not None]
             of_text = [name for name in captions if name in held]
             pictures = tuple(
-                _digest(of_picture, members, [variant, draw[place].seed if seeded else None])
+                _digest(of_picture, members, [draw[place].key, variant, draw[place].seed if seeded else None])
                 for variant, draw in enumerate(draws)
             )
-            found.append(Sources(pictures, _digest(of_text, members, samples[place - start].columns)))
+            sample = samples[place - start]
+            found.append(Sources(pictures, _digest(of_text, members, [sample.key, sample.columns])))
     return found
 
 
