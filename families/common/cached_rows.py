@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from warpcore.data.reader import variant_member
-from warpcore.data.samples import PICTURE_FACTS, Sample, picture_member
+from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample, picture_member
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
 from warpcore.random import SampleRandom
@@ -66,9 +66,10 @@ def hash_sources(
         seeded: whether features of pictures depend on the seed of the sample.
     """
     found = []
+    wanted = {*PICTURE_EXTENSIONS, *captions, *(name for names in fields for name in names)}
     for start in range(0, len(draws[0]), ROWS_TOGETHER):
         samples = draws[0][start : start + ROWS_TOGETHER]
-        for place, members in enumerate(_contents(samples), start):
+        for place, members in enumerate(_contents(samples, wanted), start):
             held = members.keys()
             besides = [next((name for name in names if name in held), None) for names in fields]
             of_picture = [name for name in (picture_member(held), *besides) if name is not None]
@@ -82,12 +83,13 @@ def hash_sources(
     return found
 
 
-def _contents(samples: Sequence[Sample]) -> list[dict[str, bytes]]:
-    """All members of samples of one tar, by lower-case extension."""
+def _contents(samples: Sequence[Sample], wanted: Collection[str]) -> list[dict[str, bytes]]:
+    """Those members of samples of one tar, by lower-case extension."""
     spans = sorted(
         (offset, size, name.lower(), place)
         for place, sample in enumerate(samples)
         for name, (offset, size) in sample.members.items()
+        if name.lower() in wanted
     )
     blocks = read_ranges(samples[0].shard, [span[:2] for span in spans], samples[0].version)
     found: list[dict[str, bytes]] = [{} for _ in samples]

@@ -91,7 +91,7 @@ def _failing_member(mini: versions.Version, settings: dict, out: Path, how: str)
     versions.VERSIONS["mini"], rank = mini, int(os.environ["RANK"])
     plain, ended = cache.Caching._encode_shard, out.with_suffix(f".{rank}")
 
-    def encode_shard(caching, number, batches, progress):
+    def encode_shard(caching, number, *work):
         if rank == 0 and how == "at work":
             _wait_for(out / ".failed")
         if rank == 1:
@@ -100,7 +100,7 @@ def _failing_member(mini: versions.Version, settings: dict, out: Path, how: str)
             if how == "killed":
                 os._exit(0)
             raise OSError(errno.EIO, "the network drive is gone")
-        plain(caching, number, batches, progress)
+        plain(caching, number, *work)
 
     cache.Caching._encode_shard = encode_shard
     try:
