@@ -19,12 +19,11 @@ from families.cascade.codebook import CodebookAverages, codebook_statistics
 from families.cascade.config import FamilySettings
 from families.cascade.training import CascadeTraining
 from families.common.pictures import image_metrics, to_pictures, to_uint8
-from families.common.training import per_sample
 from modules.discriminator import PatchDiscriminator
 from warpcore.config import Config, Share
-from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom, stable_hash
+from warpcore.results import Losses, Sampled, per_sample
 
 
 class StageAConfig(FamilySettings, Config):

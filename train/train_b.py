@@ -7,15 +7,13 @@ torchrun --nproc-per-node 8 train/train_b.py configs/training/finetune_b_700m.ya
 import warpcore.openmp
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 import torch
-from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from families.cascade import build
 from families.cascade.conditions import training_text
-from families.cascade.config import CascadeConfig
+from families.cascade.config import StageBConfig
 from families.cascade.diffusion import pyramid_noise
 from families.cascade.scaled import encode_scaled, enlarge
 from families.cascade.training import DenoiserTraining
@@ -23,37 +21,12 @@ from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature
 from families.common.pictures import to_pictures, to_uint8
 from families.common.sampling import draw_latents
 from modules.effnet import normalise_images
-from warpcore.config import ConfigError, Share
+from warpcore.config import ConfigError
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom, stable_hash
 
 Inputs = tuple[Tensor, Tensor, Sequence[Tensor] | None, Tensor | None]
-
-
-class StageBConfig(CascadeConfig):
-    unused = frozenset({"previewer_checkpoint_path", "clip_image_model_name", "clip_image_checkpoint_path"})
-
-    model_version: Literal["3B", "700M", "mini"] = "3B"
-    """Size of Stage B, and with it of the networks around it; `mini` is a toy cascade for 128 px pictures."""
-    effnet_scale: tuple[Share, Share] = (0.5, 1.0)
-    """The encoder sees the picture scaled down by a random factor between these; smaller ones teach Stage B to work
-    from fewer latents, which is a higher compression."""
-    effnet_dropout: Share = 0.1
-    """Share of the samples without the encoder's latents."""
-    train_encoder: bool = False
-    """Train the encoder too, so that its latents say what Stage B needs."""
-    sample_steps: PositiveInt = 10
-    """Sampling steps of the pictures drawn at every save."""
-    sample_guidance: float = 1.1
-    """Classifier-free guidance of those pictures."""
-
-    @model_validator(mode="after")
-    def _ordered(self):
-        low, high = self.effnet_scale
-        if not 0 < low <= high:
-            raise ValueError(f"effnet_scale: {low}, {high} is no range; write the smaller factor first, above 0")
-        return self
 
 
 class TrainStageB(DenoiserTraining):

@@ -16,12 +16,11 @@ from families.cascade import build
 from families.cascade.config import FamilySettings
 from families.cascade.training import CascadeTraining
 from families.common.pictures import to_pictures, to_uint8
-from families.common.training import per_sample
 from modules.effnet import normalise_images
 from warpcore.config import Config
-from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
+from warpcore.results import Losses, Sampled, per_sample
 
 
 class EncoderConfig(FamilySettings, Config):

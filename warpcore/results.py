@@ -40,3 +40,8 @@ class Sampled:
             cls(caption, {name: pictures[i] for name, pictures in columns.items()})
             for i, caption in enumerate(captions)
         ]
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """The means (B,) of (B, ...)."""
+    return values.flatten(1).mean(dim=1)

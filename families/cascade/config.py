@@ -1,7 +1,9 @@
 """Configuration keys that the scripts of the cascade share."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import PositiveInt, model_validator
 
 from families.cascade.versions import VERSIONS, Version
 from families.common.config import DiffusionConfig, GeneratorSettings
@@ -40,6 +42,33 @@ class ModelSettings(FamilySettings, GeneratorSettings):
 
 class CascadeConfig(ModelSettings, DiffusionConfig):
     """What the training scripts of Stage B and of Stage C understand."""
+
+
+class StageBConfig(CascadeConfig):
+    """What `train/train_b.py` understands."""
+
+    unused = frozenset({"previewer_checkpoint_path", "clip_image_model_name", "clip_image_checkpoint_path"})
+
+    model_version: Literal["3B", "700M", "mini"] = "3B"
+    """Size of Stage B, and with it of the networks around it; `mini` is a toy cascade for 128 px pictures."""
+    effnet_scale: tuple[Share, Share] = (0.5, 1.0)
+    """The encoder sees the picture scaled down by a random factor between these; smaller ones teach Stage B to work
+    from fewer latents, which is a higher compression."""
+    effnet_dropout: Share = 0.1
+    """Share of the samples without the encoder's latents."""
+    train_encoder: bool = False
+    """Train the encoder too, so that its latents say what Stage B needs."""
+    sample_steps: PositiveInt = 10
+    """Sampling steps of the pictures drawn at every save."""
+    sample_guidance: float = 1.1
+    """Classifier-free guidance of those pictures."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.effnet_scale
+        if not 0 < low <= high:
+            raise ValueError(f"effnet_scale: {low}, {high} is not a valid range: the smaller first, above 0")
+        return self
 
 
 class StageCConfig(CascadeConfig):

@@ -225,8 +225,3 @@ class DiffusionTraining(WarpCore):
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])
-
-
-def per_sample(values: Tensor) -> Tensor:
-    """The means (B,) of (B, ...)."""
-    return values.flatten(1).mean(dim=1)
