@@ -7,7 +7,6 @@ on a patch discriminator say how good a reconstruction is. Codes are averages of
 """
 
 import warpcore.openmp
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -22,6 +21,7 @@ from families.common.pictures import image_metrics, to_pictures, to_uint8
 from modules.discriminator import PatchDiscriminator
 from warpcore.config import Config, Share
 from warpcore.data.reader import Batch
+from warpcore.keys import Weights
 from warpcore.random import SampleRandom, stable_hash
 from warpcore.results import Losses, Sampled, per_sample
 
@@ -29,11 +29,11 @@ from warpcore.results import Losses, Sampled, per_sample
 class StageAConfig(FamilySettings, Config):
     unused = frozenset({"captions_getter"})
 
-    stage_a_checkpoint_path: Path | None = None
+    stage_a_checkpoint_path: Weights | None = None
     """Weights to start from; random ones without it."""
     squared_weight: NonNegativeFloat = 1.0
     """Weight of the squared error, beside the absolute error."""
-    perceptual_checkpoint_path: Path | None = None
+    perceptual_checkpoint_path: Weights | None = None
     """Weights of torchvision's VGG-16 (vgg16-397923af.pth or .safetensors) for a perceptual distance."""
     perceptual_weight: NonNegativeFloat = 1.0
     """Weight of that distance."""

@@ -7,7 +7,6 @@ torchrun --nproc-per-node 8 train/train_c_controlnet.py configs/training/control
 import warpcore.openmp
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -30,11 +29,12 @@ from warpcore.core import Losses, Sampled
 from warpcore.data.buckets import Buckets
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
+from warpcore.keys import Weights
 from warpcore.random import SampleRandom
 
 
 class ControlNetConfig(ControlNetSettings, StageCConfig):
-    controlnet_checkpoint_path: Path | None = None
+    controlnet_checkpoint_path: Weights | None = None
     """Weights to start from; without it, a new adapter, whose `effnet` starts as that of the encoder."""
 
     sample_guides_control: bool = False

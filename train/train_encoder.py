@@ -7,7 +7,6 @@ draw. A little noise on the latents keeps neighbouring ones meaningful, as Stage
 """
 
 import warpcore.openmp
-from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from families.common.pictures import to_pictures, to_uint8
 from modules.effnet import normalise_images
 from warpcore.config import Config
 from warpcore.data.reader import Batch
+from warpcore.keys import Weights
 from warpcore.random import SampleRandom
 from warpcore.results import Losses, Sampled, per_sample
 
@@ -26,9 +26,9 @@ from warpcore.results import Losses, Sampled, per_sample
 class EncoderConfig(FamilySettings, Config):
     unused = frozenset({"captions_getter"})
 
-    effnet_checkpoint_path: Path | None = None
+    effnet_checkpoint_path: Weights | None = None
     """Weights of the encoder to start from; random ones without it."""
-    previewer_checkpoint_path: Path | None = None
+    previewer_checkpoint_path: Weights | None = None
     """Weights of the previewer to start from; random ones without it."""
     latent_noise: float = 0.1
     """Deviation of the noise added to the latents, whose own deviation is about 1."""

@@ -4,6 +4,7 @@ import inspect
 import math
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any, Literal
@@ -16,6 +17,15 @@ from warpcore.errors import UserError
 
 MAX_SHOWN = 60
 """Characters of a value in the list of keys that is printed at the start."""
+
+
+class _NamesWeights:
+    """Marks a key that names weights."""
+
+
+Weights = Annotated[Path, _NamesWeights()]
+"""Weights of a network: a file, a folder as diffusers writes it, or a name of the Hugging Face hub, which is
+`owner/name` or `owner/name/subfolder`. The families download what is only there, and read it locally."""
 S3Url = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*/?$")]
 
 
@@ -93,6 +103,8 @@ def parts_of(annotation: Any) -> set:
 def type_name(annotation: Any, inner: bool = False) -> str:
     """As users write it. That a key may be null is seen from its default; inner: of what a list holds, it is told."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_weights(annotation) and origin is Annotated:
+        return "file | folder | hub name"
     if origin is Annotated:
         return type_name(arguments[0], inner)
     if origin is Literal:
@@ -104,6 +116,22 @@ def type_name(annotation: Any, inner: bool = False) -> str:
     if annotation is types.NoneType:
         return "null"
     return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
+
+
+def weights_keys(kind: type[BaseModel]) -> list[str]:
+    """The keys whose type is `Weights`, with or without null."""
+    return [
+        name for name, field in kind.model_fields.items() if _is_weights(field.annotation) or _marked(field.metadata)
+    ]
+
+
+def _is_weights(annotation: Any) -> bool:
+    arguments = typing.get_args(annotation)
+    return _marked(arguments) if typing.get_origin(annotation) is Annotated else any(map(_is_weights, arguments))
+
+
+def _marked(metadata: Iterable[Any]) -> bool:
+    return any(isinstance(mark, _NamesWeights) for mark in metadata)
 
 
 def local_paths(kind: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Configuration keys that the scripts of the cascade share."""
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import PositiveInt, model_validator
@@ -8,6 +7,7 @@ from pydantic import PositiveInt, model_validator
 from families.cascade.versions import VERSIONS, Version
 from families.common.config import DiffusionConfig, GeneratorSettings
 from warpcore.config import FileName, Settings, Share
+from warpcore.keys import Weights
 
 
 class FamilySettings(Settings):
@@ -24,20 +24,20 @@ class FamilySettings(Settings):
 class ModelSettings(FamilySettings, GeneratorSettings):
     """Where the weights of the networks are."""
 
-    effnet_checkpoint_path: Path | None = None
+    effnet_checkpoint_path: Weights | None = None
     """Weights of the encoder; by default where `models/download.py` puts them."""
-    previewer_checkpoint_path: Path | None = None
+    previewer_checkpoint_path: Weights | None = None
     """Weights of the previewer; by default where `models/download.py` puts them."""
-    stage_a_checkpoint_path: Path | None = None
+    stage_a_checkpoint_path: Weights | None = None
     """Weights of Stage A; by default where `models/download.py` puts them."""
     clip_text_model_name: FileName | None = None
     """Text tower: a public name (`laion/CLIP-ViT-bigG-14-laion2B-39B-b160k`), open_clip's `MODEL:TAG`, or a file."""
-    clip_text_checkpoint_path: Path | None = None
-    """Weights of the text tower as a local file, instead of a download by its name."""
+    clip_text_checkpoint_path: Weights | None = None
+    """Weights of the text tower, instead of those that its name has."""
     clip_image_model_name: FileName | None = None
     """Image tower, named like the text tower."""
-    clip_image_checkpoint_path: Path | None = None
-    """Weights of the image tower as a local file, instead of a download by its name."""
+    clip_image_checkpoint_path: Weights | None = None
+    """Weights of the image tower, instead of those that its name has."""
 
 
 class CascadeConfig(ModelSettings, DiffusionConfig):

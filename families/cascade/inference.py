@@ -11,8 +11,10 @@ from families.cascade.config import ModelSettings
 from families.cascade.files import ABOUT_NETWORK, STAGE_B_TENSOR, STEERING, WEIGHT_KEYS
 from families.common.inference import ComputeSettings, RunSettings
 from families.common.weight_files import RUN_CONFIG, TARGET_KEY, contradictions, read_header, target_of, weights_of_run
+from families.common.weight_source import local_weights
 from warpcore.config import Share
 from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.keys import Weights, weights_keys
 
 STAGE_B_OF = {"3.6B": "3B", "1B": "700M", "mini": "mini"}
 """The size of Stage B that belongs to a size of Stage C."""
@@ -27,7 +29,7 @@ class CascadeSettings(RunSettings, ModelSettings):
 
     stage_b_version: Literal["3B", "700M", "mini"] | None = None
     """Size of Stage B; by default the one that belongs to `model_version`."""
-    stage_b_checkpoint_path: Path | None = None
+    stage_b_checkpoint_path: Weights | None = None
     """Weights of Stage B; by default where `models/download.py` puts them."""
     stage_b_target: Literal["epsilon", "x0", "v", "rectified_flows"] | None = None
     """What Stage B predicts; by default what its weights file says, else noise (`epsilon`)."""
@@ -36,6 +38,8 @@ class CascadeSettings(RunSettings, ModelSettings):
     @classmethod
     def _weights_say_what_they_are(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What is not given comes from the runs, the last one first, and from what the weights file says of itself."""
+        given = {key: Path(str(values[key])) for key in weights_keys(cls) if values.get(key) is not None}
+        values = values | {key: local_weights(path, key) for key, path in given.items()}
         runs = values.get("run") or []
         runs = [runs] if isinstance(runs, str | Path) else runs
         of_runs = [settings_of_run(Path(str(run)), values.get("use_ema", True)) for run in runs]

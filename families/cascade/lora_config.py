@@ -3,7 +3,6 @@
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -19,6 +18,7 @@ from warpcore.data.images import Geometry
 from warpcore.data.reader import PictureField
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample
 from warpcore.data.shards import resolve_sources
+from warpcore.keys import Weights
 from warpcore.random import SampleRandom
 
 
@@ -41,7 +41,7 @@ class LoraConfig(StageCConfig):
     """Dropout on what goes into the adapters."""
     lora_init: Literal["zero_up", "published"] = "zero_up"
     """What adapters start from. Both change nothing at first; `published`, the reference's, learns in larger steps."""
-    lora_checkpoint_path: Path | None = None
+    lora_checkpoint_path: Weights | None = None
     """A LoRA with the same layers, rank and tokens to start from, in any format; its alpha may be another."""
     train_tokens: list[tuple[str, str | None]] | None = None
     """Tokens to train: `['[fernando]', '^dog</w>']`, a new one that starts as the mean of those that a regular

@@ -13,6 +13,7 @@ from families.cascade.diffusion import make_diffusion
 from families.cascade.files import ABOUT_NETWORK
 from families.common.cached_captions import TOKEN_IDS
 from families.common.training import DiffusionTraining
+from families.common.weight_source import with_local_weights
 from modules.clip import TextTower
 from warpcore.core import WarpCore
 from warpcore.diffusion.diffusion import GDF
@@ -22,6 +23,9 @@ class CascadeTraining(WarpCore):
     """Trains a network on pictures whose sides the encoder of the family divides."""
 
     config: FamilySettings
+
+    def __init__(self, config: FamilySettings):
+        super().__init__(with_local_weights(config))
 
     @property
     def bucket_factor(self) -> int:

@@ -1,6 +1,5 @@
 """Configuration keys that the training scripts of all families of diffusion models share."""
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -8,12 +7,17 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 from warpcore.config import Config, Settings, Share
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.keys import Weights
 
 
 class GeneratorSettings(Settings):
-    """The network that is trained or drawn with."""
+    """The network that is trained or drawn with.
 
-    generator_checkpoint_path: Path | None = None
+    A key for weights takes a file, a folder or, where nothing is at that path, a name of the Hugging Face hub:
+    `owner/name` or `owner/name/subfolder`, which is downloaded once, into `models/`, and read from there.
+    """
+
+    generator_checkpoint_path: Weights | None = None
     """Weights of the network that is trained or drawn with (.safetensors); without it, random ones."""
     diffusion_target: Literal["epsilon", "x0", "v", "rectified_flows"] | None = None
     """What the network predicts: noise, clean latents, v (learns faster from zero), or straight flow. By default what

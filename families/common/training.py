@@ -17,6 +17,7 @@ from families.common.features import Feature, Origin, stored
 from families.common.prompts import FILE_NAME, prompt_features
 from families.common.text_memory import TextConditions, TextMemory
 from families.common.weight_files import TARGET_KEY
+from families.common.weight_source import with_local_weights
 from warpcore.config import ConfigError
 from warpcore.core import Losses, WarpCore
 from warpcore.data.reader import Batch
@@ -95,7 +96,7 @@ class DiffusionTraining(WarpCore):
     # ------------------------------------------------------------------
 
     def __init__(self, config: DiffusionConfig):
-        super().__init__(config)
+        super().__init__(with_local_weights(config))
         self.kept = dict(self.conventions)
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:

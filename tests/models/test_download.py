@@ -2,9 +2,9 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from families.common.hub import DownloadError, RemoteFile, check_space, fetch
 
 pytestmark = pytest.mark.integration
 
@@ -71,7 +73,29 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": "0" * 40, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(content)}
         self.answer(302, {**headers, "Location": f"{self.hub.bytes_host}{self.path}", "Content-Length": 0})
 
+    def list_files(self, tree: str) -> None:
+        """Answers with the files of `/OWNER/NAME/tree/main/FOLDER`."""
+        place = tree.replace("/tree/main", "/resolve/main", 1).rstrip("/") + "/"
+        repository = place.partition("/resolve/main/")[0] + "/resolve/main/"
+        found = {
+            path.removeprefix(repository): content
+            for path, content in self.hub.files.items()
+            if path.startswith(place)
+        }
+        if not found:
+            self.answer(404, {"X-Error-Code": "RepoNotFound", "Content-Length": 0})
+            return
+        entries = [
+            {"type": "file", "path": path, "size": len(content), "oid": "0" * 40} for path, content in found.items()
+        ]
+        body = json.dumps(entries).encode()
+        self.answer(200, {"Content-Type": "application/json", "Content-Length": len(body)})
+        self.wfile.write(body)
+
     def do_GET(self):
+        if self.path.startswith("/api/models/"):
+            self.list_files(self.path.removeprefix("/api/models").partition("?")[0])
+            return
         content = self.hub.files.get(self.path)
         if content is None:
             self.answer(404, {"Content-Length": 0})
@@ -222,14 +246,13 @@ def test_mistakes_and_missing_networks_are_named(hub, tmp_path):
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    script = runpy.run_path(str(SCRIPT))
-    file = script["RemoteFile"]("a/b", "fernando.tar", "http://nowhere", 10**18, "0" * 64)
-    with pytest.raises(script["DownloadError"], match=r"1000000000\.0 GB are to be downloaded, but .* GB free"):
-        script["_check_space"]([file], tmp_path / "models")
+    file = RemoteFile("a/b", "fernando.tar", "http://nowhere", 10**18, "0" * 64)
+    with pytest.raises(DownloadError, match=r"1000000000\.0 GB are to be downloaded, but .* GB free"):
+        check_space([file], tmp_path / "models")
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
-    with pytest.raises(script["DownloadError"], match=r"the disk of .* is full; free some space"):
-        script["fetch"](file, tmp_path)
+    with pytest.raises(DownloadError, match=r"the disk of .* is full; free some space"):
+        fetch(file, tmp_path)

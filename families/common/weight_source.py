@@ -1,0 +1,167 @@
+"""Weights as a config names them: a file, a folder as diffusers writes it, or a name on the Hugging Face hub.
+
+    generator_checkpoint_path: models/stage_c_bf16.safetensors
+    autoencoder: models/sdxl                                  # a folder, with config.json and safetensors
+    autoencoder: madebyollin/sdxl-vae-fp16-fix                # owner/name on the hub
+    autoencoder: stabilityai/stable-diffusion-xl-base-1.0/vae # owner/name/subfolder
+
+What is on this machine comes first: only a name with nothing at that path is looked for on the hub. It is downloaded
+once, into `models/owner/name/subfolder`, and read from there in every later start, without a network.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from families.common.hub import DownloadError, check_space, difference, fetch, list_files, look_up
+from families.common.weights import are_only_shapes
+from warpcore.config import Settings
+from warpcore.files import write_whole
+from warpcore.keys import weights_keys
+from warpcore.locks import lock_file
+
+MODELS = Path(__file__).parents[2] / "models"
+DONE = ".downloaded.json"
+"""Names the files of a download that is complete, with their sizes in bytes."""
+PIPELINE = "model_index.json"
+"""Of a folder that holds the networks of a whole pipeline, each in a folder of its own."""
+USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "open_clip_model.safetensors")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
+_WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_BESIDE_WEIGHTS = (".json", ".txt", ".model")
+"""Configs, vocabularies, and sentencepiece's tokenizers."""
+_PART = re.compile(r"-\d{5}-of-\d{5}")
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def with_local_weights(settings: AnySettings) -> AnySettings:
+    """The settings with the local path of every key that names weights; what is only on the hub is downloaded.
+
+    Processes that ask at the same time wait for the one that downloads. Inside `only_shapes` nothing is downloaded.
+
+    Raises:
+        DownloadError: see `local_weights`.
+    """
+    if are_only_shapes():
+        return settings
+    named = {key: getattr(settings, key) for key in weights_keys(type(settings))}
+    local = {key: local_weights(path, key) for key, path in named.items() if path is not None}
+    changed = {key: path for key, path in local.items() if path != named[key]}
+    return settings.model_copy(update=changed) if changed else settings
+
+
+def local_weights(name: Path, key: str, models: Path | None = None) -> Path:
+    """The file or folder on this machine that holds the weights which a config names.
+
+    Args:
+        name: as the config has it; a path that does not exist and is no name of the hub is given back.
+        key: the config key, which an error names.
+        models: where downloads land; by default `models/` of this repository.
+
+    Raises:
+        DownloadError: no network, no such repository, no permission, or no safetensors in it.
+    """
+    text = name.as_posix()
+    if name.exists() or not _HUB_NAME.fullmatch(text) or text.endswith(_WEIGHTS_ENDINGS):
+        return name
+    models = models or MODELS
+    folder = models / text
+    if _is_complete(folder):
+        return _single_file(folder)
+    models.mkdir(parents=True, exist_ok=True)
+    with (models / f".{text.replace('/', '--')}.lock").open("w", encoding="utf-8") as lock:
+        lock_file(lock, str(folder))
+        if not _is_complete(folder):
+            try:
+                _download(text, folder)
+            except DownloadError as error:
+                raise DownloadError(
+                    f"{key}: {text} is no file or folder here, and as a name of the hub: {error}"
+                ) from error
+    return _single_file(folder)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all files of a download are there, in their sizes."""
+    done = folder / DONE
+    if not done.is_file():
+        return False
+    sizes = json.loads(done.read_text(encoding="utf-8"))
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def _single_file(folder: Path) -> Path:
+    """The folder; or, where it is no network of a library's, its one weights file."""
+    files = list(folder.glob("*.safetensors"))
+    single = len(files) == 1 and not (folder / "config.json").is_file() and not (folder / PIPELINE).is_file()
+    return files[0] if single else folder
+
+
+def _download(name: str, folder: Path) -> None:
+    owner, repository, *inside = name.split("/")
+    repository = f"{owner}/{repository}"
+    prefix = "".join(f"{part}/" for part in inside)
+    chosen = list(wanted(list_files(repository, "/".join(inside)), prefix, name))
+    files = [look_up(repository, path) for path in chosen]
+    targets = {file: folder / PurePosixPath(file.path.removeprefix(prefix)).parent for file in files}
+    missing = [file for file in files if not (targets[file] / file.name).exists()]
+    for file in files:
+        problem = None if file in missing else difference(targets[file] / file.name, file)
+        if problem:
+            raise DownloadError(
+                f"{targets[file] / file.name} is not the hub's ({problem}); move or delete it and start again"
+            )
+    check_space(missing, folder)
+    for file in missing:
+        fetch(file, targets[file])
+    sizes = {file.path.removeprefix(prefix): file.size_bytes for file in files}
+    write_whole(folder / DONE, json.dumps(sizes, indent=1) + "\n")
+
+
+def wanted(sizes: Mapping[str, int], prefix: str, name: str) -> Iterator[str]:
+    """What of a repository's files is downloaded: configs, vocabularies and safetensors of the folder `prefix`, and of
+    the folders of a pipeline's networks.
+
+    Of several precisions the full one is taken; pickled files are left out.
+
+    Raises:
+        DownloadError: there are no safetensors, or several that are not parts of one network.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for path in sizes:
+        by_folder.setdefault("".join(path.rpartition("/")[:2]), []).append(path)
+    own = by_folder.get(prefix, [])
+    pipeline = f"{prefix}{PIPELINE}" in own
+    folders = (
+        [f for f in by_folder if f.startswith(prefix) and f.count("/") <= prefix.count("/") + 1] if pipeline else []
+    )
+    found = False
+    for folder in sorted({prefix, *folders}):
+        files = by_folder.get(folder, [])
+        # Beside a pipeline's folders lie whole models in one file, which nobody asked for.
+        weights = [] if pipeline and folder == prefix else _weights_of(files, name)
+        found = found or bool(weights)
+        if weights or folder == prefix or pipeline:
+            yield from weights
+            yield from (path for path in files if path.endswith(_BESIDE_WEIGHTS))
+    if not found:
+        raise DownloadError(f"{name} holds no .safetensors" + (
+            "; name one of its folders: " + ", ".join(sorted({f.rstrip("/") for f in by_folder if f != prefix}))
+            if len(by_folder) > 1 else ""
+        ))  # fmt: skip
+
+
+def _weights_of(files: list[str], name: str) -> list[str]:
+    weights = [path for path in files if path.endswith(".safetensors")]
+    plain = [path for path in weights if not re.search(r"\.(fp16|bf16|non_ema)[.-]", path)] or weights
+    parts = [path for path in plain if _PART.search(path)]
+    usual = [path for usual in USUAL_NAMES for path in plain if path.rpartition("/")[2] == usual]
+    chosen = usual[:1] or parts or plain
+    if len(chosen) > 1 and chosen is not parts:
+        raise DownloadError(
+            f"{name} holds several weights files: {', '.join(chosen)}; download one of them, and name it"
+        )
+    return chosen
