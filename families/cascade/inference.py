@@ -38,7 +38,7 @@ class CascadeSettings(RunSettings, ModelSettings):
     @classmethod
     def _weights_say_what_they_are(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What is not given comes from the runs, the last one first, and from what the weights file says of itself."""
-        given = {key: Path(str(values[key])) for key in weights_keys(cls) if values.get(key) is not None}
+        given = {key: Path(str(values[key])) for key in weights_keys(cls) if key not in cls.unused and values.get(key)}
         values = values | {key: local_weights(path, key) for key, path in given.items()}
         runs = values.get("run") or []
         runs = [runs] if isinstance(runs, str | Path) else runs

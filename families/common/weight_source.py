@@ -47,7 +47,8 @@ def with_local_weights(settings: AnySettings) -> AnySettings:
     """
     if are_only_shapes():
         return settings
-    named = {key: getattr(settings, key) for key in weights_keys(type(settings))}
+    values = dict(settings)
+    named = {key: values[key] for key in weights_keys(type(settings)) if key not in settings.unused}
     local = {key: local_weights(path, key) for key, path in named.items() if path is not None}
     changed = {key: path for key, path in local.items() if path != named[key]}
     return settings.model_copy(update=changed) if changed else settings

@@ -179,3 +179,10 @@ def test_keys_of_weights_have_one_type_and_say_what_they_take(small_cascade):
     assert types["generator_checkpoint_path"] == "file | folder | hub name"
     config = make_config(StageCConfig, small_cascade)
     assert with_local_weights(config) is config
+
+
+def test_weights_that_a_script_has_no_use_for_are_not_downloaded(small_cascade, monkeypatch):
+    monkeypatch.setattr(weight_source, "local_weights", lambda path, key: pytest.fail(f"{key} is looked for"))
+    config = make_config(StageCConfig, small_cascade | {"generator_checkpoint_path": None})
+    assert "stage_a_checkpoint_path" in StageCConfig.unused
+    with_local_weights(config.model_copy(update={"stage_a_checkpoint_path": Path("owner/stage-a")}))
