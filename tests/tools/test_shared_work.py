@@ -3,15 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+import tools.build_dataset
+import tools.index_dataset
+from tests.many_processes import launch_processes
 from tests.warpcore.data.tars import picture, write_shard
 from tests.warpcore.runs import torchrun
 from tools.build_dataset import build_dataset
 from warpcore.data.catalog import MANIFEST_NAME
 from warpcore.data.index import INDEX_SUFFIX
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 
@@ -59,36 +65,47 @@ def test_three_processes_build_the_same_tars_as_one(folder, tmp_path, limit):
     assert names == {*together, *(name + INDEX_SUFFIX for name in together), MANIFEST_NAME}
 
 
+def call(tool: Callable, arguments: list, said: Path) -> None:
+    """A tool in one of several processes; what it says, and the error that it ends with, go to `said`.RANK."""
+    with said.with_suffix(f".{os.environ['RANK']}").open("w") as file, redirect_stdout(file):
+        try:
+            tool(list(map(str, arguments)))
+        except (UserError, ValueError) as error:
+            print(f"{type(error).__name__}: {error}")
+
+
+def _build_with_a_broken_disk(arguments: list, said: Path) -> None:
+    def broken(entry):
+        raise ValueError("this disk is broken")
+
+    if os.environ["RANK"] == "1":
+        *others, _ = tools.build_dataset._load_all.__defaults__
+        tools.build_dataset._load_all.__defaults__ = (*others, broken)
+    call(tools.build_dataset.main, arguments, said)
+
+
 def test_where_one_process_fails_all_end_and_nothing_is_left(folder, tmp_path):
-    code = (
-        "import os, sys; from tools import build_dataset as tool; from warpcore.errors import run_script\n"
-        "def broken(entry): raise ValueError('this disk is broken')\n"
-        "if os.environ['RANK'] == '1': tool._load_all.__defaults__ = (*tool._load_all.__defaults__[:2], broken)\n"
-        "run_script(tool.main)"
-    )
-    script = tmp_path / "broken.py"
-    script.write_text(code)
-    status, output = run(2, script, folder, tmp_path / "out")
-    assert status != 0
-    assert "error: another process failed: process 1 on " in output
-    assert "ValueError: this disk is broken" in output
+    launch_processes(2, _build_with_a_broken_disk, [folder, tmp_path / "out"], tmp_path / "said")
+    main, other = ((tmp_path / f"said.{rank}").read_text() for rank in range(2))
+    assert main.startswith("UserError: another process failed: process 1 on ")
+    assert "ValueError: this disk is broken" in main
+    assert other == "ValueError: this disk is broken\n"
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_two_processes_index_all_tars_once_and_name_the_bad_ones(tmp_path):
-    for number in range(5):
-        write_shard(tmp_path / f"{number}.tar", 3, first=3 * number)
-    status, output = run(2, "index_dataset.py", tmp_path, "--workers", "1")
-    assert status == 0, output
-    assert output.count("5 tars, ") == 1
-    assert "15 samples, 0 of them without a usable picture" in output
-    assert len(list(tmp_path.glob(f"*{INDEX_SUFFIX}"))) == 5
-    assert (tmp_path / MANIFEST_NAME).exists()
-    (tmp_path / "5.tar").write_bytes(b"no tar" * 200)
-    write_shard(tmp_path / "6.tar", 3, first=90)
-    status, output = run(2, "index_dataset.py", tmp_path, "--workers", "1")
-    assert status != 0
-    assert "7 tars, " in output
-    assert "1 tars can't be used:" in output
-    assert "5.tar is not a tar" in output
-    assert (tmp_path / f"6.tar{INDEX_SUFFIX}").exists()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(4):
+        write_shard(folder / f"{number}.tar", 3, first=3 * number)
+    (folder / "bad.tar").write_bytes(b"no tar" * 200)
+    launch_processes(2, call, tools.index_dataset.main, [folder, "--workers", "1"], tmp_path / "said")
+    main, other = ((tmp_path / f"said.{rank}").read_text() for rank in range(2))
+    assert main.count("5 tars, ") == 1
+    assert "12 samples, 0 of them without a usable picture" in main
+    assert "UserError: 1 tars can't be used:" in main
+    assert "bad.tar is not a tar" in main
+    assert other.startswith("UserError: another process failed: process 0 on ")
+    assert {path.name for path in folder.iterdir()} == {
+        "bad.tar", MANIFEST_NAME, *(f"{number}.tar{suffix}" for number in range(4) for suffix in ("", INDEX_SUFFIX)),
+    }  # fmt: skip
