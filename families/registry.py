@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from families.common.family import ExportFormat, Family
-from families.common.weight_files import RUN_CONFIG, read_header
+from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, read_header
 from warpcore.arguments import pairs, parse_yaml
 from warpcore.config import Settings, load_config
 from warpcore.config_files import read_config
@@ -22,8 +22,6 @@ from warpcore.text import read_text
 
 PACKAGES = ["families"]
 """Packages whose sub-packages with a `family.py` are families."""
-FAMILY_KEY = "family"
-"""Where a weights file may name its family in its metadata."""
 INDEXES = ("model_index.json", "config.json")
 """Files of a model folder that say what it holds."""
 
@@ -161,8 +159,8 @@ def export_format(name: str, source: Path) -> ExportFormat:
     if len(having) == 1:
         return having[0][1]
     owner = family_of(source)
-    for family, form in having:
-        if family.name == owner.name:
-            return form
-    raise UserError(f"{source} is of {owner.title}, which has no format {name}: take one of "
-                    + ", ".join(form.name for form in owner.formats))  # fmt: skip
+    found = [form for family, form in having if family.name == owner.name]
+    if not found:
+        own = ", ".join(form.name for form in owner.formats)
+        raise UserError(f"{source} is of {owner.title}, which has no format {name}; it has: {own}")
+    return found[0]

@@ -32,7 +32,7 @@ from families.common.cache import buckets_of, origin_of
 from families.common.cache_writer import CacheTar, Chunk, Record, Work, in_words, mirrored, new_tar, report, shard_at
 from families.common.cached_captions import with_token_ids
 from families.common.cached_rows import Copied, OldRows, WatchedRandom, set_aside, tars_set_aside, tee_locked
-from families.common.captions import is_cut
+from families.common.captions import are_cut
 from families.common.features import CACHE_NAME, Dtype, Origin, bucket_name
 from families.common.text_memory import TextMemory
 from families.common.training import DiffusionTraining
@@ -282,7 +282,7 @@ class Caching:
         tower = self.training.networks.get("text")
         if tower is None:
             return [False] * len(batch.captions)
-        return [is_cut(tower.tokenizer, tower.length, caption) for caption in batch.captions]
+        return are_cut(tower, batch.captions)
 
     def _made(
         self, batch: Batch, random: SampleRandom, *, pictures: bool = True, texts: bool = True

@@ -4,13 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from families.cascade.config import ModelSettings
 from families.cascade.files import ABOUT_NETWORK, STAGE_B_TENSOR, STEERING, WEIGHT_KEYS
-from families.common.inference import ComputeSettings, RunSettings
-from families.common.weight_files import RUN_CONFIG, TARGET_KEY, contradictions, read_header, target_of, weights_of_run
+from families.common.inference import ComputeSettings, RunSettings, read_run
+from families.common.weight_files import TARGET_KEY, contradictions, read_header, target_of
 from families.common.weight_source import local_weights
 from warpcore.config import Share
 from warpcore.diffusion.samplers import SAMPLERS
@@ -109,19 +108,12 @@ def settings_of_run(folder: Path, use_ema: bool = True) -> dict[str, Any]:
     """The keys of `CascadeSettings` that say what a training run made, and of which networks.
 
     Raises:
-        ValueError: the folder is none of a run, or holds no weights yet.
+        ValueError: it is not a run's folder, or holds no weights yet.
     """
-    if not (folder / RUN_CONFIG).is_file():
-        raise ValueError(f"run: {folder} is no training run: it holds no config.yaml")
-    of_run = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
+    of_run, trained = read_run(folder, WEIGHT_KEYS, use_ema)
     kept = {key: of_run[key] for key in ModelSettings.model_fields if of_run.get(key) is not None}
     version, target = kept.get("model_version"), kept.pop(TARGET_KEY, None)
     base = kept.pop("generator_checkpoint_path", None)
-    trained = {name: file for name in WEIGHT_KEYS if (file := weights_of_run(folder, name, use_ema))}
-    if not trained:
-        raise ValueError(
-            f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
-        )
     # What weights say of themselves counts, whatever the config has become.
     target = next(filter(None, map(target_of, trained.values())), target)
     if steering := {name: [str(trained[name])] for name in STEERING if name in trained}:

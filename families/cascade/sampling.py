@@ -50,7 +50,7 @@ class Cascade(Pipeline):
         """The text conditions of prompts: `clip_text` (N, L, D) and `clip_text_pooled` (N, 1, P)."""
         with self.holding("text tower", build.text) as tower:
             add_tokens(tower, self.loras)
-            for note in cut_note(tower.tokenizer, tower.length, prompts, "prompts"):
+            for note in cut_note(tower, prompts, "prompts"):
                 logger.warning(note)
             chunks = [
                 prompts[i : i + self.settings.batch_size] for i in range(0, len(prompts), self.settings.batch_size)

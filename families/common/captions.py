@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import nn
 
 from modules.tokenizers import Tokenizer
 
@@ -23,14 +25,30 @@ def is_cut(tokenizer: Tokenizer, length: int, caption: str) -> bool:
     return len(caption.lower().encode()) > room and len(tokenizer.encode(caption)) > room
 
 
-def cut_note(tokenizer: Tokenizer, length: int, captions: Sequence[str], what: str) -> list[str]:
-    """How many of `what` lose their end, if any do."""
-    cut = [caption for caption in captions if is_cut(tokenizer, length, caption)]
+@runtime_checkable
+class ReadsTokens(Protocol):
+    """A text encoder that reads `length` tokens of a text, begin and end tokens included. One that lacks these
+    attributes reads all of a text."""
+
+    tokenizer: Tokenizer
+    length: int
+
+
+def are_cut(encoder: nn.Module, captions: Sequence[str]) -> list[bool]:
+    """Which captions lose their end in a text encoder."""
+    if not isinstance(encoder, ReadsTokens):
+        return [False] * len(captions)
+    return [is_cut(encoder.tokenizer, encoder.length, caption) for caption in captions]
+
+
+def cut_note(encoder: nn.Module, captions: Sequence[str], what: str) -> list[str]:
+    """How many of `what` lose their end in a text encoder, if any do."""
+    cut = [caption for caption, lost in zip(captions, are_cut(encoder, captions), strict=True) if lost]
     if not cut:
         return []
     return [
-        f"{len(cut)} of {len(captions)} {what} are longer than the {length} tokens that the text encoder reads; the "
-        f"rest of each is cut off, as of {cut[0][:60] + '...'!r}"
+        f"{len(cut)} of {len(captions)} {what} are longer than the {encoder.length} tokens that the text encoder "
+        f"reads; the rest of each is cut off, as of {cut[0][:60] + '...'!r}"
     ]
 
 
@@ -47,8 +65,8 @@ def say_of_captions(run: "WarpCore") -> None:
     texts = run.texts_of(seen) if hasattr(run, "texts_of") else [caption for _, caption in seen]
     whole = run.feed.plan.num_rows_on_file <= LOOKED_AT
     what = "captions" if whole else "captions that were looked at"
-    notes = cut_note(tower.tokenizer, tower.length, texts, what)
-    notes += cut_note(tower.tokenizer, tower.length, getattr(run.config, "sample_prompts", []), "sample_prompts")
+    notes = cut_note(tower, texts, what)
+    notes += cut_note(tower, getattr(run.config, "sample_prompts", []), "sample_prompts")
     notes += run.token_notes(texts, what) if hasattr(run, "token_notes") else []
     for note in notes:
         run.progress.say(note)

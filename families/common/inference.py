@@ -1,10 +1,13 @@
-"""Keys that inference scripts of all families share."""
+"""Keys that inference scripts of all families share, and what they take of training runs."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import yaml
 from pydantic import PositiveInt
 
+from families.common.weight_files import RUN_CONFIG, weights_of_run
 from warpcore.config import Settings
 
 
@@ -15,6 +18,23 @@ class RunSettings(Settings):
     """Folder of a training run, or several: the weights that they trained and their model settings are used."""
     use_ema: bool = True
     """With `run`: take the averaged weights, where there are some."""
+
+
+def read_run(folder: Path, names: Collection[str], use_ema: bool = True) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The saved keys of a training run, and the files of those weights `names` that it has exported.
+
+    Raises:
+        ValueError: not a run's folder, or it holds no weights yet.
+    """
+    if not (folder / RUN_CONFIG).is_file():
+        raise ValueError(f"run: {folder} is no training run: it holds no {RUN_CONFIG}")
+    saved = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
+    exported = {name: file for name in names if (file := weights_of_run(folder, name, use_ema))}
+    if not exported:
+        raise ValueError(
+            f"run: {folder} holds no weights yet (such as generator.safetensors): wait for its first save"
+        )
+    return saved, exported
 
 
 class ComputeSettings(Settings):

@@ -16,7 +16,7 @@ from families.common.config import DiffusionConfig
 from families.common.features import Feature, Origin, stored
 from families.common.prompts import FILE_NAME, prompt_features
 from families.common.text_memory import TextConditions, TextMemory
-from families.common.weight_files import TARGET_KEY
+from families.common.weight_files import FAMILY_KEY, TARGET_KEY
 from families.common.weight_source import with_local_weights
 from warpcore.config import ConfigError
 from warpcore.core import Losses, WarpCore
@@ -39,6 +39,8 @@ class DiffusionTraining(WarpCore):
     frozen_base: ClassVar[bool] = False
     """Whether the run only steers the network of `generator_checkpoint_path`, which has to stay the same."""
 
+    family: ClassVar[str | None] = None
+    """The name of its family, which exported files then say: needed where tensors do not tell it, as in a LoRA."""
     about_network: ClassVar[tuple[str, ...]] = ()
     """Keys of the config that say which network is trained. Exported files say them; a file to start from that says
     otherwise is refused."""
@@ -152,7 +154,7 @@ class DiffusionTraining(WarpCore):
 
         def open_encoder() -> TextConditions:
             tower = self.encoders()["text"]().eval().requires_grad_(False).to(self.device, self.dtype)
-            for note in cut_note(tower.tokenizer, tower.length, texts[1:], "sample_prompts"):
+            for note in cut_note(tower, texts[1:], "sample_prompts"):
                 self.progress.say(note)
 
             def encode(captions: Sequence[str]) -> dict[str, Tensor]:
@@ -222,7 +224,8 @@ class DiffusionTraining(WarpCore):
         return Losses(loss, raw, {"logsnr": logsnr, "raw": raw} if self.diffusion.state_dict() else {})
 
     def file_metadata(self) -> dict[str, str]:
-        return {key: getattr(self.config, key) for key in (TARGET_KEY, *self.about_network)}
+        about = {key: str(getattr(self.config, key)) for key in (TARGET_KEY, *self.about_network)}
+        return about | ({FAMILY_KEY: self.family} if self.family else {})
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         self.diffusion.update_buckets(statistics["logsnr"], statistics["raw"])

@@ -12,6 +12,8 @@ from warpcore.errors import UserError
 
 RUN_CONFIG = "config.yaml"
 """The file of a run's folder that holds its settings."""
+FAMILY_KEY = "family"
+"""Where a weights file may name its family."""
 TARGET_KEY = "diffusion_target"
 """Where a weights file says what its network predicts."""
 
@@ -51,7 +53,7 @@ def target_of(path: Path | str | None) -> str | None:
 def contradictions(path: Path | None, settings: Settings, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
     """What a weights file says of itself and the settings say otherwise, by key: (in the file, in the settings)."""
     about = metadata_of(path) if path is not None else {}
-    here = {key: getattr(settings, key) for key in keys}
+    here = {key: str(getattr(settings, key)) for key in keys}
     return {key: (about[key], value) for key, value in here.items() if about.get(key, value) != value}
 
 
