@@ -24,6 +24,7 @@ TOOL = Path(__file__).parents[2] / "tools/index_dataset.py"
 NUM_TARS = 12
 
 
+@pytest.mark.slow
 def test_what_was_indexed_before_an_interruption_is_not_indexed_again(bucket, tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     for number in range(NUM_TARS):

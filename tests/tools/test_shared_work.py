@@ -84,6 +84,7 @@ def _build_with_a_broken_disk(arguments: list, said: Path) -> None:
     call(tools.build_dataset.main, arguments, said)
 
 
+@pytest.mark.slow
 def test_where_one_process_fails_all_end_and_nothing_is_left(folder, tmp_path):
     launch_processes(2, _build_with_a_broken_disk, [folder, tmp_path / "out"], tmp_path / "said")
     main, other = ((tmp_path / f"said.{rank}").read_text() for rank in range(2))

@@ -61,6 +61,7 @@ def test_a_run_is_stopped_and_goes_on_under_the_other_launcher(settings, first):
     assert [line["samples_hash"] for line in alone] == [line["samples_hash"] for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_an_error_of_the_processes_is_the_exit_status(settings):
     given = settings | {"processes": 2, "break_update": 1, "max_nonfinite_updates": 1}

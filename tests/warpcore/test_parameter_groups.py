@@ -161,6 +161,7 @@ def _train(given: dict) -> None:
     assert Denoiser(make_config(TinyConfig, given)).run() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize("optimizer", represented_by("adamw", of=[one for one in OPTIMIZERS if supports_dtensor(one)]))
 def test_two_sharded_processes_make_the_updates_of_one(settings, optimizer):

@@ -209,6 +209,7 @@ def test_a_folder_of_pefts_is_read(tmp_path):
         torch.testing.assert_close(library_call(plain, given), library_call(theirs, given), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_two_loras_at_once_are_the_merged_sum_and_what_peft_computes(tmp_path):
     strengths, given = {"one": 0.7, "two": -0.4}, inputs(SD15)
     loras = {
