@@ -9,18 +9,14 @@ on the other side. True pictures, rebuilt from their latents, say how far a perf
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.drawing import SIDE_PX, Drawing
 from benchmarks.scorer import sentences
-from families.cascade import build
-from families.cascade.controlled import Control
-from families.cascade.controlnet import load_controlnet
+from families.common.scoring import SIDE_PX, Scored
 from modules.filters.canny import CannyFilter
 from tools.demo_scenes import SEEN_PAIRS, render
 
@@ -46,37 +42,15 @@ def agreement(found: np.ndarray, given: np.ndarray, tolerance_px: float = TOLERA
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def draw_ways(drawing: Drawing, pictures: Sequence[np.ndarray], texts: Sequence[str], seed: int) -> dict[str, list]:
-    """Drawings of the same sentences from the same noise without and with the ControlNet of the settings."""
-    ways: dict[str, list[np.ndarray]] = {"without": [], "with": [], "with, guided": []}
-    (file,), most = drawing.settings.controlnet, drawing.settings.batch_size
-    for i in range(0, len(texts), most):
-        residuals = _residuals(drawing, file, pictures[i : i + most])
-        for way, made in ways.items():
-            controls = [] if way == "without" else [Control(residuals)]
-            drawn = drawing.draw(texts[i : i + most], seed + i, controls=controls, control_guided="guided" in way)
-            made += drawn[drawing.best]
-    return ways
-
-
-def _residuals(drawing: Drawing, file: Path, pictures: Sequence[np.ndarray]) -> list[Tensor | None]:
-    cascade = drawing.cascade
-    controlnet, filter = load_controlnet(file, cascade.settings)
-    with cascade.holding("encoder", build.encoder) as encoder:
-        condition = filter.to(cascade.device, encoder)(_batch(pictures)).condition
-    with cascade.holding("ControlNet", lambda _: controlnet) as network:
-        return network(condition.to(cascade.device, cascade.dtype))
-
-
 def _batch(pictures: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-def report(drawing: Drawing, samples: int, seed: int) -> tuple[list[np.ndarray], int, list[str]]:
+def report(drawing: Scored, samples: int, seed: int) -> tuple[list[np.ndarray], int, list[str]]:
     """Print all about the ControlNet of the settings; returns what to show, in how many columns, and captions."""
     cases = [case for case in sentences(4 * samples, SEEN_PAIRS, seed) if case[0].width == case[0].height][:samples]
     pictures, texts = [render(scene) for scene, _ in cases], [text for _, text in cases]
-    ways = draw_ways(drawing, pictures, texts, seed)
+    ways = drawing.controlled(pictures, texts, seed)
     given = [edges_of(picture) for picture in pictures]
     rebuilt = {f"rebuilt: {way}": made for way, made in drawing.rebuild(pictures, texts).items()}
     for way, made in (ways | rebuilt).items():

@@ -1,13 +1,12 @@
-"""How well a trained mini cascade draws what it is told, and what each of its stages loses.
+"""How well a trained mini of any family draws what it is told, and what its autoencoders lose.
 
     python3 benchmarks/learning.py --run runs/quickstart_c
     python3 benchmarks/learning.py --run runs/quickstart_lora            # see benchmarks/subject.py
     python3 benchmarks/learning.py --run runs/quickstart_controlnet      # see benchmarks/edges.py
 
-Held-out pictures go through Stage A alone, through the whole way that a drawn picture takes (encoder, Stage B, Stage
-A) and through the previewer: PSNR and SSIM. Then sentences that the demo set never uses are drawn by the whole
-cascade, first with (colour, shape) pairs that it shows, then with pairs that it never shows; true and rebuilt pictures
-say how far the scorer can be trusted.
+Held-out pictures go through the autoencoder alone, and through every other way that a family has: PSNR and SSIM. Then
+sentences that the demo set never uses are drawn, first with (colour, shape) pairs that it shows, then with pairs that
+it never shows; true and rebuilt pictures say how far the scorer can be trusted.
 """
 
 import warpcore.openmp
@@ -17,22 +16,26 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import edges, subject
-from benchmarks.drawing import Drawing, ScoredSettings
 from benchmarks.scorer import ATTRIBUTES, accuracy, distance, sentences
+from families.common.family import SCORING, Family
+from families.common.scoring import Scored
+from families.registry import family_of
 from tools.demo_scenes import SEEN_PAIRS, UNSEEN_PAIRS, render
 from warpcore.config import make_config
-from warpcore.errors import run_script
+from warpcore.errors import UserError, run_script
 from warpcore.pictures import grid, save_png
 
 TARGETS = {"colour": 0.9, "position": 0.9, "shape": 0.75}
 """What drawings of unseen sentences with seen pairs should reach after the quickstart."""
 LEAST_PSNR = 28.0
-"""What Stage A should reach on held-out pictures, in dB."""
+"""What an autoencoder should reach on held-out pictures, in dB."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, nargs="+", required=True, help="folders of training runs, Stage C's first")
+    parser.add_argument(
+        "--run", type=Path, nargs="+", required=True, help="folders of training runs; the first says the family"
+    )
     parser.add_argument("--samples", type=int, default=200, help="sentences drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
@@ -41,19 +44,29 @@ def main() -> None:
     parser.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
     parser.add_argument("--grid", type=Path, help="also write some drawings to this PNG file")
     options = parser.parse_args()
-    settings = make_config(
-        ScoredSettings,
-        {"run": options.run, "use_ema": not options.no_ema, "batch_size": 50, "stage_b_sampler": "ddim"},
-    )
-    drawing = Drawing(settings, steps=options.steps, guidance=options.guidance, sampler=options.sampler)
-    report = subject.report if settings.lora else edges.report if settings.controlnet else report_cascade
+    kind = scored_by(family_of(options.run[0]))
+    settings = make_config(kind.Config, {"run": options.run, "use_ema": not options.no_ema})
+    drawing = kind(settings, steps=options.steps, guidance=options.guidance, sampler=options.sampler)
+    report = subject.report if settings.lora else edges.report if settings.controlnet else report_drawings
     cells, columns, captions = report(drawing, options.samples, options.seed)
     if options.grid is not None:
         save_png(options.grid, grid(cells, columns, captions))
 
 
-def report_cascade(drawing: Drawing, samples: int, seed: int) -> tuple[list[np.ndarray], int, list[str]]:
-    """Print all about the stages; returns drawings, the columns to show them in, and what was asked for."""
+def scored_by(family: Family) -> type[Scored]:
+    """What scores the runs of a family.
+
+    Raises:
+        UserError: it has nothing that does.
+    """
+    kind = family.task(SCORING)
+    if kind is None:
+        raise UserError(f"--run: the family {family.title} has nothing to score its runs with")
+    return kind
+
+
+def report_drawings(drawing: Scored, samples: int, seed: int) -> tuple[list[np.ndarray], int, list[str]]:
+    """Print all about a model; returns drawings, the columns to show them in, and what was asked for."""
     seen = sentences(samples, SEEN_PAIRS, seed)
     unseen = sentences(samples // 2, sorted(UNSEEN_PAIRS), seed + 1)
     true, texts = [render(scene) for scene, _ in seen], [text for _, text in seen]
@@ -67,7 +80,7 @@ def report_cascade(drawing: Drawing, samples: int, seed: int) -> tuple[list[np.n
     print(f"\n{f'{len(true)} held-out pictures':26}{'PSNR dB':>10}{'SSIM':>10}")
     for way, (psnr, ssim) in quality.items():
         print(f"{way:26}{psnr:10.2f}{ssim:10.4f}")
-    print(f"they use {100 * drawing.share_of_codes_used(true):.0f} % of Stage A's codes")
+    print("\n".join(drawing.notes(true)))
 
     drawn, drawn_unseen = drawing.draw(texts, seed), drawing.draw(others, seed + len(texts))
     kinds = {f"{way}, pairs seen": (pictures, texts) for way, pictures in drawn.items()}
@@ -80,9 +93,9 @@ def report_cascade(drawing: Drawing, samples: int, seed: int) -> tuple[list[np.n
         print(f"{kind:32}" + "".join(f"{100 * value:10.1f}" for value in row.values()))
 
     missed = [name for name, least in TARGETS.items() if shares[f"{drawing.best}, pairs seen"][name] < least]
-    missed += ["Stage A"] if quality["Stage A"][0] < LEAST_PSNR else []
+    missed += [drawing.autoencoder] if quality[drawing.autoencoder][0] < LEAST_PSNR else []
     goal = ", ".join(f"{name} {100 * least:.0f}" for name, least in TARGETS.items())
-    print(f"\ntargets ({goal} for pairs seen; Stage A {LEAST_PSNR:.0f} dB): "
+    print(f"\ntargets ({goal} for pairs seen; {drawing.autoencoder} {LEAST_PSNR:.0f} dB): "
           + (f"missed in {', '.join(missed)}" if missed else "all reached"))  # fmt: skip
     return drawn[drawing.best][:36], 6, texts[:36]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from diffusers import StableCascadeDecoderPipeline, StableCascadePriorPipeline
 
-from benchmarks.drawing import SIDE_PX
 from families.cascade.drawing import finish, sketch
 from families.cascade.inference import DrawingSettings
 from families.cascade.sampling import Cascade
+from families.common.scoring import SIDE_PX
 from warpcore.config import make_config
 from warpcore.random import SampleRandom, stable_hash
 

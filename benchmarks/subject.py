@@ -13,9 +13,8 @@ from itertools import product
 
 import numpy as np
 
-from benchmarks.drawing import Drawing
 from benchmarks.scorer import ATTRIBUTES, accuracy, find, sentences
-from families.cascade.lora import open_loras
+from families.common.scoring import Scored
 from tools.demo_scenes import COLOURS, POSITIONS, SEEN_PAIRS, SHAPES, SUBJECT
 from tools.make_demo_subject import SHOWN, sentence
 
@@ -39,14 +38,12 @@ def fidelity(pictures: Sequence[np.ndarray], prompts: Sequence[tuple[str, str, s
     return dict(zip(TARGETS, np.mean(right, axis=0).tolist(), strict=True))
 
 
-def report(base: Drawing, samples: int, seed: int) -> tuple[list[np.ndarray], int, list[str]]:
+def report(base: Scored, samples: int, seed: int) -> tuple[list[np.ndarray], int, list[str]]:
     """Print all about the LoRA of `base.settings`; returns drawings, the columns to show them in, and captions.
 
     samples: sentences about other things; about the subject, each is drawn once for 25 of them.
     """
-    settings = base.settings
-    with_lora = Drawing(settings, open_loras(settings.lora, settings, settings.use_ema), **base.sampling)
-    drawings, shares, shown = {"base": base, "LoRA": with_lora}, {}, {}
+    drawings, shares, shown = {"base": base, "LoRA": base.with_lora()}, {}, {}
     print(f"{'%':34}" + "".join(f"{name:>10}" for name in TARGETS))
     for kind in ("shown", "never shown"):
         prompts = subject_prompts(kind == "shown") * max(1, samples // 25)

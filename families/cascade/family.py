@@ -6,7 +6,7 @@ from typing import Any
 
 from families.cascade.files import WEIGHT_KEYS, is_of_cascade
 from families.cascade.versions import VERSIONS
-from families.common.family import RECONSTRUCTION, TEXT_TO_IMAGE, ExportFormat, Family
+from families.common.family import RECONSTRUCTION, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import Header
 
 PIPELINES = ("StableCascade", "Wuerstchen")
@@ -74,6 +74,10 @@ diffusers has no previewer and no encoder, and for the mini cascade it wants sid
             from families.cascade.reconstruction import CascadeReconstruction
 
             return CascadeReconstruction
+        if name == SCORING:
+            from families.cascade.scoring import ScoredCascade
+
+            return ScoredCascade
         return None
 
 

@@ -16,6 +16,8 @@ TEXT_TO_IMAGE = "text to image"
 """The task of `inference/text_to_image.py`: a class as `families.common.text_to_image.TextToImage`."""
 RECONSTRUCTION = "reconstruction"
 """The task of `inference/reconstruct.py`: a class as `families.common.reconstruction.Reconstruction`."""
+SCORING = "scoring"
+"""The task of `benchmarks/learning.py`: a class as `families.common.scoring.Scored`."""
 
 
 @dataclass(frozen=True)

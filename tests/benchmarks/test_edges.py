@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.drawing import SIDE_PX
 from benchmarks.edges import agreement, edges_of
+from families.common.scoring import SIDE_PX
 
 
 def square(left: int, side: int = 40) -> np.ndarray:

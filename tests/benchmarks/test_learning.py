@@ -1,18 +1,19 @@
 """The scorer of the benchmarks reads pictures as people do."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.drawing import Drawing
+from benchmarks import learning
 from benchmarks.learning import LEAST_PSNR
 from benchmarks.scorer import ATTRIBUTES, accuracy, distance, find, score, sentences
 from families.cascade import build
 from families.cascade.config import ModelSettings
-from families.cascade.inference import DrawingSettings
+from families.cascade.scoring import ScoredCascade
 from tools.demo_scenes import (
     COLOURS,
     POSITIONS,
@@ -24,6 +25,11 @@ from tools.demo_scenes import (
     describe,
     render,
 )
+from train.train_c import TrainStageC
+from train.train_c_controlnet import TrainControlNet
+from train.train_c_lora import TrainLora
+from warpcore.config import make_config
+from warpcore.errors import UserError
 
 ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
@@ -92,8 +98,8 @@ def mini():
 def test_the_shipped_cascade_keeps_what_the_scorer_looks_for():
     cases = sentences(60, ALL_PAIRS, seed=5)
     true, texts = [render(scene) for scene, _ in cases], [text for _, text in cases]
-    settings = DrawingSettings(model_version="mini", stage_b_sampler="ddim", batch_size=30, device="cpu")
-    for way, pictures in Drawing(settings).rebuild(true, texts).items():
+    settings = ScoredCascade.Config(model_version="mini", batch_size=30, device="cpu")
+    for way, pictures in ScoredCascade(settings).rebuild(true, texts).items():
         shares = accuracy(pictures, texts)
         assert min(shares[name] for name in ATTRIBUTES) >= 0.9, (way, shares)
         if way == "Stage A":
@@ -119,3 +125,40 @@ def test_the_shipped_text_tower_tells_the_attributes_apart(mini):
         )
         weights = torch.linalg.lstsq(features(known), torch.eye(len(values))[classes]).solution
         assert ((features(new) @ weights).argmax(dim=1) == wanted).float().mean() >= 0.85, attribute
+
+
+@pytest.mark.integration
+def test_a_run_is_scored_by_its_family(small_cascade, drawing_cascade, monkeypatch, capsys, tmp_path):
+    TrainStageC(make_config(TrainStageC.Config, small_cascade)).run()
+    run = f"{small_cascade['checkpoint_path']}/{small_cascade['experiment_id']}"
+    arguments = ["--samples", "4", "--steps", "2", "--grid", str(tmp_path / "grid.png")]
+    monkeypatch.setattr("sys.argv", ["learning.py", "--run", run, *arguments])
+    learning.main()
+    said = capsys.readouterr().out
+    ways = ("Stage A", "encoder, previewer", "encoder, B, A", "drawn, pairs seen", "drawn, pairs never seen")
+    assert all(way in said for way in ways)
+    assert "targets (colour 90, position 90, shape 75 for pairs seen; Stage A 28 dB): missed in" in said
+    assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("script", "keys", "expected"),
+    [
+        (TrainLora, {"module_filters": [".attn"], "rank": 2}, "LoRA, colour and place never shown"),
+        (TrainControlNet, {"controlnet_blocks": [1, 4], "controlnet_filter": "CannyFilter"}, "with, guided"),
+    ],
+)
+def test_what_steers_stage_c_is_scored(small_cascade, drawing_cascade, monkeypatch, capsys, script, keys, expected):
+    known = {key: value for key, value in small_cascade.items() if key in script.Config.model_fields}
+    script(make_config(script.Config, known | keys)).run()
+    run = f"{small_cascade['checkpoint_path']}/{small_cascade['experiment_id']}"
+    monkeypatch.setattr("sys.argv", ["learning.py", "--run", run, "--samples", "4", "--steps", "1"])
+    learning.main()
+    assert expected in capsys.readouterr().out
+
+
+def test_a_family_without_scores_is_refused():
+    with pytest.raises(UserError, match="the family Another has nothing to score its runs with"):
+        learning.scored_by(SimpleNamespace(title="Another", task=lambda name: None))

@@ -1,4 +1,4 @@
-"""Tools, inference scripts, the engine and the networks name no family; what families share names none either."""
+"""Tools, inference scripts, scores of minis, the engine, the networks and what families share name no family."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,17 @@ from pathlib import Path
 from families.registry import families
 
 ROOT = Path(__file__).parents[2]
-WITHOUT = ["tools", "inference", "warpcore", "modules", "families/common", "families/registry.py"]
+WITHOUT = [
+    "tools",
+    "inference",
+    "warpcore",
+    "modules",
+    "families/common",
+    "families/registry.py",
+    "benchmarks/learning.py",
+    "benchmarks/subject.py",
+    "benchmarks/edges.py",
+]
 FILES = sorted(
     file for place in WITHOUT for file in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"))
 )

@@ -1,0 +1,57 @@
+"""What a family gives `benchmarks/learning.py`, so that what its minis learned is scored by a program.
+
+Pictures are uint8 (H, W, 3). What there are several of (drawn whole or previewed, rebuilt by this network or that) is
+given by name, here called ways.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from pydantic import PositiveInt
+
+from families.common.inference import ComputeSettings, RunSettings
+
+SIDE_PX = 128
+"""Side of the pictures of the minis."""
+Ways = dict[str, list[np.ndarray]]
+
+
+class ScoredSettings(RunSettings, ComputeSettings):
+    """The runs that are scored. A family adds what names its networks."""
+
+    batch_size: PositiveInt = 50
+    """Pictures that go through a network at once."""
+    lora: list[str] = []
+    """LoRAs that the runs trained."""
+    controlnet: list[str] = []
+    """ControlNets that the runs trained."""
+
+
+class Scored(Protocol):
+    """The networks of trained minis: a class, made of its config."""
+
+    Config: type[ScoredSettings]
+    settings: ScoredSettings
+    best: str
+    """The way of `draw` that counts."""
+    autoencoder: str
+    """The way of `rebuild` through the autoencoder alone."""
+
+    def __init__(self, settings: ScoredSettings, *, steps: int, guidance: float, sampler: str): ...
+
+    def draw(self, prompts: Sequence[str], seed: int) -> Ways:
+        """A picture of `SIDE_PX` for each prompt, without LoRAs and ControlNets."""
+
+    def with_lora(self) -> "Scored":
+        """The same networks with the LoRAs of the settings."""
+
+    def controlled(self, pictures: Sequence[np.ndarray], prompts: Sequence[str], seed: int) -> Ways:
+        """Drawings from the same noise `without` and `with` the ControlNet of the settings, which sees `pictures`, and
+        `with, guided`, where guidance leads towards them too."""
+
+    def rebuild(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> Ways:
+        """What each way through the autoencoders makes of pictures."""
+
+    def notes(self, pictures: Sequence[np.ndarray]) -> list[str]:
+        """Further lines about what becomes of pictures."""
