@@ -17,7 +17,7 @@ from modules.lora import (
     without_adapters,
 )
 from modules.stage_c import StageC
-from tests.golden import load_case, load_manifest, weights_of
+from tests.golden import ROUNDING, load_case, load_manifest, reference_outputs, relative_error, weights_of
 
 GOLDEN = LoraSettings(rank=4, alpha=1)
 
@@ -79,7 +79,7 @@ def test_single_layers_compute_the_golden_numbers(name):
 
 
 def test_a_whole_stage_c_computes_the_golden_numbers():
-    spec, tensors = load_case("lora_stage_c")
+    (spec, tensors), reference = load_case("lora_stage_c"), reference_outputs()
     network = StageC(**spec["constructor"]).eval()
     network.load_state_dict(weights_of(spec, tensors))
     inputs = {name: tensors[key] for name, key in spec["inputs"].items()}
@@ -87,6 +87,7 @@ def test_a_whole_stage_c_computes_the_golden_numbers():
     atol = spec["suggested_atol_with_the_same_r_embedding"]
     with torch.no_grad():
         torch.testing.assert_close(network(**inputs), tensors["out.without_lora"], rtol=0, atol=atol)
+        assert relative_error(network(**inputs), reference["lora_stage_c/without_lora"]) < ROUNDING
         numbered = {name: adapter for name, _, adapter in adapters(network)}
         targets = [name if place.parameter == "weight" else f"{name}.in_proj" for name, place, _ in adapters(network)]
         assert [f"{t}_weight" if t.endswith("in_proj") else f"{t}.weight" for t in targets] == [
@@ -95,6 +96,7 @@ def test_a_whole_stage_c_computes_the_golden_numbers():
         for number, adapter in enumerate(numbered.values()):
             fill(adapter, *(tensors[f"lora.weights.{number}.lora_{part}"] for part in ("down", "up")))
         torch.testing.assert_close(network(**inputs), tensors["out.with_lora"], rtol=0, atol=atol)
+        assert relative_error(network(**inputs), reference["lora_stage_c/with_lora"]) < ROUNDING
         with without_adapters(network):
             torch.testing.assert_close(network(**inputs), tensors["out.without_lora"], rtol=0, atol=atol)
 
