@@ -5,7 +5,7 @@
 To fit in 6 MB, the weights of `stage_c_small`, `stage_c_variants`, `stage_b_small` and `lora_stage_c` are rounded to
 float16. The outputs for these weights were computed by this project's code, right after the same code had given the
 reference implementation's outputs, within the tolerances of the cases, for the weights before rounding. What the
-reference gave is in `reference_outputs.safetensors`; the rounding moves outputs by less than `ROUNDING`. Sampling loops
+reference gave is in `reference_outputs.safetensors`: rounding moves it by less than `ROUNDING`. Sampling loops
 keep their first and last step; filters keep one picture of each size.
 """
 
