@@ -150,6 +150,7 @@ def rows(bench: Bench) -> list[Row]:
         add(name, "autocast bfloat16", AUTOCAST)
     for name in ("train_c",) if bench.tiny else SCRIPTS:
         add(name, "float32", {}, FLOAT32)
+        add(name, "autocast float16", {"dtype": "float16"})
     add("train_c", "bfloat16 weights", AUTOCAST | {"weights_dtype": "bfloat16"})
     add("train_c", "compile", AUTOCAST | {"compile": True})
     graphs = AUTOCAST | {"compile": "graphs", "updates": 4}  # warm up, record, replay twice
@@ -200,9 +201,9 @@ PART = Part(
     about=f"""
 The mini cascade, batches of 4 photographs of 64 px. Checked: losses are finite; the samples are those of the CPU; the
 two losses are those of the same updates on the CPU in float32, within a relative difference of {FLOAT32:g} (float32,
-TF32 off), {BFLOAT16:g} (bfloat16) or {FEW_BITS:g} (fp8, nf4). From the second update on, waiting for the GPU inside
-an update is an error (`torch.cuda.set_sync_debug_mode("error")`), except with weights in the CPU's memory. float16 is
-not measured: there is no such mode yet. FSDP2 runs in a process group of one (NCCL on a GPU).
+TF32 off), {BFLOAT16:g} (16 bits) or {FEW_BITS:g} (fp8, nf4). From the second update on, waiting for the GPU inside
+an update is an error (`torch.cuda.set_sync_debug_mode("error")`), except with weights in the CPU's memory.
+FSDP2 runs in a process group of one (NCCL on a GPU).
 """,
     columns=("losses", "CPU's", "difference", "allowed"),
     rows=rows,
