@@ -15,11 +15,11 @@ install: .venv/ready
 	$(PY) -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# One test for each promise of the engine: under 7 minutes on two cores.
+# One test for each promise of the engine: 9 minutes on two cores.
 test: check
 	$(PYTEST) -m "not slow"
 
-# Nothing that starts a process or trains: under 2 minutes.
+# Nothing that starts a process or a server, trains or computes for seconds: under 2 minutes.
 test-fast: install
 	$(PYTEST) -m "not integration and not slow"
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from families.common.cache import buckets_of, origin_of
-from families.common.cache_writer import CacheTar, Chunk, Record, Work, in_words, mirrored, new_tar, report, shard_at
+from families.common.cache_writer import CacheTar, Chunk, Record, Work, mirrored, new_tar, report, shard_at
 from families.common.cached_captions import with_token_ids
 from families.common.cached_rows import Copied, OldRows, WatchedRandom, set_aside, tars_set_aside, tee_locked
 from families.common.captions import are_cut
@@ -55,6 +55,7 @@ from warpcore.locks import lock_file
 from warpcore.processes import stop_processes
 from warpcore.random import SampleRandom
 from warpcore.rehearsal import load_use_case
+from warpcore.text import format_bytes
 
 TIMED_SAMPLES = 256
 """How many samples are taken once more from pictures, and from the cache, to say when it pays."""
@@ -164,12 +165,11 @@ class Caching:
         size = self._bytes_per_sample(here)
         done = sum(record.tar_bytes for record in map(self._record, range(len(self.catalog))) if record)
         missing, free = max(0, size * found.passed - done), shutil.disk_usage(self.out).free
-        print(
-            f"{found.passed} samples of about {in_words(size)}; {in_words(missing)} to write to {self.out}", flush=True
-        )
+        needed, room = format_bytes(missing), format_bytes(free)
+        print(f"{found.passed} samples of about {format_bytes(size)}; {needed} to write to {self.out}", flush=True)
         if missing > free:
             raise UserError(
-                f"{self.out}: {in_words(missing)} are needed, but {in_words(free)} are free; make room, choose "
+                f"{self.out}: {needed} are needed, but {room} are free; make room, choose "
                 "another folder, or fewer --variants" + (" or --dtype float16" if self.dtype == "float32" else "")
             )
         for folder in {self.out, *(path.parent for path in mirrors)}:

@@ -34,6 +34,7 @@ from warpcore.data.storage import complete_url, is_remote, storage_for
 from warpcore.data.tars import BLOCK_BYTES, read_samples
 from warpcore.errors import UserError, run_script
 from warpcore.processes import Processes, start_processes, stop_processes
+from warpcore.text import format_bytes
 
 REMOTE_BLOCK_BYTES = 512 << 10
 """What is read at least, wherever something is read, of a tar that is not here."""
@@ -69,9 +70,9 @@ def _look(paths: Sequence[str]) -> dict[Shard, Summary | None]:
     shards = [shard for source in resolve_sources(list(paths)) for shard in source.shards]
     known = read_summaries(shards)
     missing = [shard for shard, summary in known.items() if summary is None]
-    print(f"{len(shards)} tars, {_bytes(sum(shard.size_bytes for shard in shards))}; {len(missing)} to index")
+    print(f"{len(shards)} tars, {format_bytes(sum(shard.size_bytes for shard in shards))}; {len(missing)} to index")
     if missing:
-        print(f"about {_bytes(_estimate(missing))} will be read: headers, texts, and the start of all other members")
+        print(f"about {format_bytes(_estimate(missing))} will be read: headers, texts, and the start of other members")
         if told := told_of_older_indexes(missing):
             print(told)
     return known
@@ -135,14 +136,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,14 +1,13 @@
-"""Checkpoints of a run, in its folder or on S3: everything needed to go on, and the weights that people use.
+"""Checkpoints of a run, in its folder or on S3: everything needed to go on, and exported weights.
 
     state/<update>/            tensors (distributed checkpoint), state.json, and manifest.json with the size and hash
                                of each file; resuming reads nothing else
     NAME.safetensors           full weights with official names, the update in their metadata
     backups/<update>/          copies of those weights that are never deleted
 
-A checkpoint is written aside by a background thread and published when it is whole (`warpcore.places`), so a process
-that dies at any moment leaves the last good one untouched. A run resumes only from what it has verified; a damaged
-checkpoint is passed over for the one before it. Loading runs no code: tensors only, and their table of contents is
-read by an unpickler that knows nothing but DCP's own descriptions of tensors.
+A checkpoint is written aside by a background thread and published when it is complete (`warpcore.places`): a process
+that dies at any moment leaves the last good one untouched. A run resumes only from what it has verified; a damaged one
+is passed over. Loading runs no code: the unpickler of DCP's table of contents knows only its descriptions of tensors.
 """
 
 import json

@@ -73,10 +73,7 @@ def compile_blocks(network: Compiling, device: torch.device, graphs: bool = Fals
     # A checkpointed block must find in the backward pass the code that it ran: variants are tried in a fixed order
     # (https://github.com/pytorch/pytorch/issues/166926).
     torch._C._dynamo.eval_frame._set_lru_cache(False)
-    if graphs:
-        network.compile_blocks(graphs=True)
-    else:
-        network.compile_blocks()
+    network.compile_blocks(graphs)
 
 
 def to_fp8(network: nn.Module, device: torch.device, emulate: bool = False) -> list[str]:

@@ -1,4 +1,5 @@
-"""Text that people write (prompts, configs, captions): UTF-8, with or without a byte order mark, or UTF-16."""
+"""Text that people write (prompts, configs, captions): UTF-8, with or without a byte order mark, or UTF-16; and text
+that they read."""
 
 import codecs
 from pathlib import Path
@@ -52,3 +53,12 @@ def read_text(path: Path) -> str:
         EncodingError: it is of an encoding that is not understood.
     """
     return decode_text(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def format_bytes(number: float) -> str:
+    """A number of bytes as text, such as `1.5 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

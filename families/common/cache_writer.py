@@ -30,6 +30,7 @@ from warpcore.data.shards import Shard
 from warpcore.data.storage import read_ranges, storage_for
 from warpcore.errors import UserError
 from warpcore.files import naming
+from warpcore.text import format_bytes
 
 CHUNK_ROWS = 512
 """So many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
@@ -322,10 +323,10 @@ def report(record: Record, dtype: str, variants: int, from_pictures: float, from
     samples = max(1, record.samples)
     parts = {name: size / samples for name, size in record.feature_bytes.items()}
     parts["captions, fields and headers"] = (record.tar_bytes - sum(record.feature_bytes.values())) / samples
-    sizes = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
     lines = [
-        f"cached {record.samples} of {record.rows} samples: {in_words(record.tar_bytes)}, "
-        f"{in_words(record.tar_bytes / samples)} per sample ({sizes})"
+        f"cached {record.samples} of {record.rows} samples: {format_bytes(record.tar_bytes)}, "
+        f"{format_bytes(record.tar_bytes / samples)} per sample ({sizes})"
     ]
     if record.reused or record.partly_reused:
         lines.append(f"  {record.reused} rows reused, {record.partly_reused} in part: their bytes are those of before")
@@ -354,12 +355,3 @@ def report(record: Record, dtype: str, variants: int, from_pictures: float, from
         "this cache: " + (f"it pays after {cost / saved:.1f} epochs" if saved > 0 else "it saves no time, only memory")
     )
     return "\n".join(lines)
-
-
-def in_words(number: float) -> str:
-    """A number of bytes."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

@@ -28,7 +28,7 @@ DONE = ".downloaded.json"
 PIPELINE = "model_index.json"
 """Of a folder that holds the networks of a whole pipeline, each in a folder of its own."""
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "open_clip_model.safetensors")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/\w[\w.-]*)*")
 _WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _BESIDE_WEIGHTS = (".json", ".txt", ".model")
 """Configs, vocabularies, and sentencepiece's tokenizers."""
@@ -129,10 +129,12 @@ def wanted(sizes: Mapping[str, int], prefix: str, name: str) -> Iterator[str]:
     Of several precisions the full one is taken; pickled files are left out.
 
     Raises:
-        DownloadError: there are no safetensors, or several that are not parts of one network.
+        DownloadError: there are no safetensors, several that are not parts of one network, or a path that leads out.
     """
     by_folder: dict[str, list[str]] = {}
     for path in sizes:
+        if ".." in path.split("/") or path.startswith("/"):  # no repository has such a file; a false mirror may say so
+            raise DownloadError(f"{name}: the hub names a file outside of its folder: {path}")
         by_folder.setdefault("".join(path.rpartition("/")[:2]), []).append(path)
     own = by_folder.get(prefix, [])
     pipeline = f"{prefix}{PIPELINE}" in own

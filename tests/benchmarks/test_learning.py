@@ -31,6 +31,8 @@ from train.train_c_lora import TrainLora
 from warpcore.config import make_config
 from warpcore.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 

@@ -33,6 +33,7 @@ def test_the_3_6B_fits_in_12_gb_and_with_batch_4_in_16():
     assert count_nf4("3.6B") < 0.27 * 2 * 3_589_103_632
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("positions", [8, 16])
 def test_checkpointing_keeps_only_the_inputs_of_blocks(positions):
     """1B: 2 + 2 levels of 4 and 12 times three blocks; each input is a map of 1536 channels in bfloat16."""

@@ -183,6 +183,7 @@ def picture(tmp_path):
 CANNY = {"resize": None}
 
 
+@pytest.mark.integration
 def test_a_controlnet_counts_by_its_strength_in_its_part_of_the_sampling(draw, controlnet, picture):
     plain, square = draw(), picture("square.png")
     with_control = ("--controlnet", controlnet("CannyFilter", params=CANNY), "--control-image", square)

@@ -18,6 +18,7 @@ def test_the_discriminator_judges_each_picture_alone_and_patch_by_patch():
     torch.testing.assert_close(network(pictures[1:2]), scores[1:2])
 
 
+@pytest.mark.integration
 @pytest.mark.bits
 def test_the_perceptual_distance_compares_the_features_of_torchvisions_vgg():
     torch.manual_seed(0)

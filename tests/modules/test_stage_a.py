@@ -121,6 +121,7 @@ def smooth_pictures(count: int) -> torch.Tensor:
     return pictures
 
 
+@pytest.mark.integration
 def test_a_fresh_stage_a_learns_and_uses_its_codes():
     model, pictures = mini(), smooth_pictures(32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

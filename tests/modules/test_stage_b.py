@@ -152,6 +152,7 @@ def test_a_stage_b_made_on_the_meta_device_can_be_initialised():
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.integration
 def test_a_fresh_stage_b_predicts_zero_and_learns_from_its_conditions():
     torch.manual_seed(0)
     model = StageB(

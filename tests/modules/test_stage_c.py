@@ -171,6 +171,7 @@ def test_blocks_never_copy_activations_to_another_layout():
     torch.testing.assert_close(depthwise, expected.permute(0, 2, 3, 1))
 
 
+@pytest.mark.integration
 def test_a_fresh_stage_c_predicts_zero_and_learns():
     model = StageC(
         patch_size=2, c_hidden=[32, 32], nhead=[2, 2], blocks=[[1, 2], [2, 1]], c_cond=32, c_clip_text=48,

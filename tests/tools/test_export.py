@@ -109,6 +109,7 @@ def their_pictures(prior, decoder, monkeypatch) -> torch.Tensor:
     ).images  # fmt: skip
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("target", ["epsilon", "v", "x0"])
 def test_diffusers_draws_the_same_pictures(pipelines, drawing_cascade, monkeypatch, tmp_path, target):
     within_range(tmp_path, contrast=0.01 if target == "epsilon" else 1)  # of random noise predictions, x0 are huge
@@ -138,6 +139,7 @@ class PublishedSteps(DDPMWuerstchenScheduler):
         return SimpleNamespace(prev_sample=(sample - (1 - signal).sqrt() * model_output) / signal.sqrt())
 
 
+@pytest.mark.integration
 def test_the_published_sampler_differs_from_that_of_diffusers_in_two_known_things(
     pipelines, drawing_cascade, monkeypatch, tmp_path
 ):

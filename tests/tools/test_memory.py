@@ -37,6 +37,7 @@ def measured_peak(rehearsal: Rehearsal, size: tuple[int, int], count: int) -> in
 OFFLOAD = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -97,6 +98,7 @@ def test_sharding_divides_what_lives_between_updates_and_not_the_activations(set
     assert whole.activations < shared.activations < whole.activations + whole.weights + whole.gradients
 
 
+@pytest.mark.integration
 def test_offloaded_weights_leave_the_device_and_are_counted_in_the_memory_of_the_cpu(settings):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_c_controlnet.py")
     given = settings("train_c_controlnet", "offloaded", batch_size=8)

@@ -184,6 +184,7 @@ def test_fp8_is_refused_without_the_hardware():
         to_fp8(network(), CPU)
 
 
+@pytest.mark.integration
 def test_fp8_is_near_and_learns():
     pytest.importorskip("torchao", reason="an optional package")
     plain, converted = network().eval(), network().eval()

@@ -17,6 +17,8 @@ from warpcore.config import make_config
 from warpcore.data import s3_requests
 from warpcore.lease import Lease, LeaseError
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def remote(bucket, tmp_path) -> dict:

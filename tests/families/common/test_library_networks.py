@@ -48,6 +48,7 @@ def test_outputs_and_gradients_are_those_of_diffusers_at_every_level(layout):
         network.set_activation_checkpointing(4)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "backend",
     ["eager", pytest.param("inductor", marks=pytest.mark.slow)],

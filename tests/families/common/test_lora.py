@@ -96,6 +96,7 @@ def test_diffusers_loads_our_file_through_peft_with_the_same_output(kind, tmp_pa
         torch.testing.assert_close(library_call(theirs, given), library_call(trained, given), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_a_pipeline_of_diffusers_loads_a_lora_of_all_its_networks(form, tmp_path):
     write_two_encoders(tmp_path)

@@ -129,6 +129,18 @@ def test_a_repository_without_one_network_is_refused(repository, told):
         names(repository)
 
 
+@pytest.mark.parametrize("path", ["../evil.json", "/evil.json", "unet/../../evil.safetensors"])
+def test_a_hub_that_names_files_outside_of_a_repository_is_refused(path):
+    with pytest.raises(weight_source.DownloadError, match="outside of its folder"):
+        names({"model_index.json": b"", "unet/model.safetensors": b"", path: b""})
+
+
+@pytest.mark.parametrize("name", ["owner/name/..", "owner/name/../../..", "owner/name/.hidden", "../owner/name"])
+def test_a_name_that_leads_out_of_the_folder_of_models_is_no_name_of_the_hub(name, tmp_path):
+    assert local_weights(Path(name), "autoencoder", tmp_path / "models") == Path(name)
+    assert not (tmp_path / "models").exists()
+
+
 def test_what_is_on_this_machine_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)

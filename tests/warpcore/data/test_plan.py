@@ -63,6 +63,7 @@ plans = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.integration
 @settings(max_examples=60, deadline=None)
 @given(plans, st.integers(1, 120))
 def test_each_epoch_draws_every_row_of_its_lane_once(catalog, arguments, count):
@@ -86,6 +87,7 @@ def test_each_epoch_draws_every_row_of_its_lane_once(catalog, arguments, count):
     assert plan.num_rows == len(wanted)
 
 
+@pytest.mark.integration
 @settings(max_examples=20, deadline=None)
 @given(plans, st.integers(0, 40), st.integers(1, 5), st.integers(1, 5))
 def test_a_run_goes_on_exactly_where_its_lane_states_say_on_any_number_of_processes(

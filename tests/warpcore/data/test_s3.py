@@ -20,6 +20,8 @@ from warpcore.data.storage import read_ranges, storage_for
 from warpcore.data.storage_protocol import ChangedShardError, StorageError
 from warpcore.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def impatient(monkeypatch):

@@ -14,6 +14,8 @@ from warpcore.data.shards import resolve_sources
 from warpcore.data.storage import read_ranges, storage_for
 from warpcore.data.storage_protocol import StorageError
 
+pytestmark = pytest.mark.integration
+
 CONTENT = b"0123456789"
 REFUSALS = [(400, "ExpiredToken"), (401, "Unauthorized"), (403, "InvalidAccessKeyId")] + [
     pytest.param(status, code, marks=pytest.mark.slow)
