@@ -17,13 +17,13 @@ from tests.families.common.tiny_clip import write_encoder, write_tokenizer
 Vocabulary = Literal["letters", "clip"]
 """Each letter a token (small files), or that of the public CLIP models, which readers of single files assume."""
 SD15_UNET = {
-    "sample_size": 8, "block_out_channels": (8, 8, 16, 16), "layers_per_block": 2, "norm_num_groups": 4,
+    "sample_size": 8, "block_out_channels": (8, 12, 16, 16), "layers_per_block": 2, "norm_num_groups": 4,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "attention_head_dim": 2, "cross_attention_dim": 16,
 }  # fmt: skip
 SDXL_UNET = {
-    "sample_size": 8, "block_out_channels": (8, 16, 16), "layers_per_block": 2, "norm_num_groups": 4,
+    "sample_size": 8, "block_out_channels": (8, 12, 16), "layers_per_block": 2, "norm_num_groups": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 2, 2), "use_linear_projection": True,
@@ -31,7 +31,7 @@ SDXL_UNET = {
     "projection_class_embeddings_input_dim": 20 + 6 * 8,
 }  # fmt: skip
 AUTOENCODER = {
-    "block_out_channels": (4, 4, 8, 8), "layers_per_block": 2, "norm_num_groups": 4, "latent_channels": 4,
+    "block_out_channels": (4, 8, 12, 12), "layers_per_block": 2, "norm_num_groups": 4, "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "sample_size": 64,
 }  # fmt: skip
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
