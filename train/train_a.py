@@ -7,10 +7,9 @@ on a patch discriminator say how good a reconstruction is. Codes are averages of
 """
 
 import warpcore.openmp
-from typing import Annotated
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from families.cascade import build
@@ -18,25 +17,17 @@ from families.cascade.codebook import CodebookAverages, codebook_statistics
 from families.cascade.config import FamilySettings
 from families.cascade.training import CascadeTraining
 from families.common.pictures import image_metrics, to_pictures, to_uint8
-from modules.discriminator import PatchDiscriminator
-from warpcore.config import Config, Share
+from families.common.reconstruction_losses import ReconstructionConfig, ReconstructionTraining
+from warpcore.config import Share
 from warpcore.data.reader import Batch
 from warpcore.keys import Weights
 from warpcore.random import SampleRandom, stable_hash
 from warpcore.results import Losses, Sampled, per_sample
 
 
-class StageAConfig(FamilySettings, Config):
-    unused = frozenset({"captions_getter"})
-
+class StageAConfig(FamilySettings, ReconstructionConfig):
     stage_a_checkpoint_path: Weights | None = None
     """Weights to start from; random ones without it."""
-    squared_weight: NonNegativeFloat = 1.0
-    """Weight of the squared error, beside the absolute error."""
-    perceptual_checkpoint_path: Weights | None = None
-    """Weights of torchvision's VGG-16 (vgg16-397923af.pth or .safetensors) for a perceptual distance."""
-    perceptual_weight: NonNegativeFloat = 1.0
-    """Weight of that distance."""
     commitment_weight: NonNegativeFloat = 0.25
     """Pulls the encoder towards the codes it chooses."""
     quantised: Share = 0.5
@@ -45,35 +36,19 @@ class StageAConfig(FamilySettings, Config):
     """Decay of the averages that the codes are, per update."""
     dead_code_use: NonNegativeFloat = 0.03
     """A code chosen less often than this becomes a latent of the update; 1 is its fair share, 0 revives none."""
-    discriminator_weight: NonNegativeFloat = 0.1
-    """Size of the discriminator's gradient on a picture, beside that of the other losses; 0 for no discriminator."""
-    discriminator_start: NonNegativeInt = 10_000
-    """The update from which the discriminator learns, and teaches."""
-    discriminator_channels: Annotated[int, Field(gt=0, multiple_of=4)] = 64
-    """Channels of its first layer."""
-    sample_count: PositiveInt = 16
-    """How many held-out pictures are drawn at most, beside their reconstructions."""
 
 
-class TrainStageA(CascadeTraining):
+class TrainStageA(CascadeTraining, ReconstructionTraining):
     Config = StageAConfig
-    needs_captions = False
 
     def build(self) -> dict[str, nn.Module]:
         config = self.config
         stage_a = build.stage_a(config, from_scratch=config.stage_a_checkpoint_path is None).to(self.device)
         self.codebook = CodebookAverages(stage_a.codes, config.codebook_decay, config.dead_code_use)
         self.bookkeeping["codebook"] = self.codebook
-        networks = {"stage_a": stage_a}
-        if config.discriminator_weight:
-            networks["discriminator"] = PatchDiscriminator(config.discriminator_channels)
-        self.trainable = {name: {} for name in networks}
-        if config.perceptual_checkpoint_path is not None:
-            networks["perceptual"] = build.perceptual(config.perceptual_checkpoint_path)
+        networks = {"stage_a": stage_a} | self.judges()
+        self.trainable = {name: {} for name in networks if name != "perceptual"}
         return networks
-
-    def encode(self, batch: Batch, random: SampleRandom) -> Tensor:
-        return batch.images.float() / 255
 
     def loss(self, pictures: Tensor, random: SampleRandom) -> Losses:
         config, stage_a = self.config, self.networks["stage_a"]
@@ -82,16 +57,8 @@ class TrainStageA(CascadeTraining):
         from_codes = random.uniform("quantised") < config.quantised
         rebuilt, latents, codes = stage_a(pictures, from_codes)
         rebuilt, latents = rebuilt.float(), latents.float()
-        error = rebuilt - pictures
-        squared = per_sample(error.square())
-        loss = per_sample(error.abs()) + config.squared_weight * squared
-        if "perceptual" in self.networks:
-            loss = loss + config.perceptual_weight * self.networks["perceptual"](rebuilt, pictures)
-        metrics = {}
-        if config.discriminator_weight and self.update >= config.discriminator_start:
-            taught, judged = self._judge(pictures, rebuilt, loss)
-            loss = loss + taught + judged
-            metrics["discriminator_loss"] = judged
+        loss, squared = self.reconstruction_loss(rebuilt, pictures)
+        loss, metrics = self.with_discriminator(loss, rebuilt, pictures)
         loss = loss + config.commitment_weight * codes.commitment
         scaled = latents * stage_a.scale_factor
         statistics = codebook_statistics(scaled, codes.indices, len(stage_a.codes), random)
@@ -110,22 +77,6 @@ class TrainStageA(CascadeTraining):
         metrics["share_of_codes_used"] = used.mean().expand(len(pictures))
         return Losses(squared, squared, metrics=metrics)
 
-    def _judge(self, pictures: Tensor, rebuilt: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """The discriminator's losses (B,): for Stage A and, as hinge loss (arXiv:1705.02894), for itself.
-
-        Its gradient on each picture is scaled to `discriminator_weight` of the other losses' there. (The paper
-        compares gradients on the last layer's weights, which would depend on batch mates.)
-        """
-        discriminator = self.networks["discriminator"]
-        fake = rebuilt.detach().requires_grad_()
-        score = discriminator(fake).float()
-        (wished,) = torch.autograd.grad(-score.sum(), fake, retain_graph=True)
-        (other,) = torch.autograd.grad(loss.sum(), rebuilt, retain_graph=True)
-        scale = self.config.discriminator_weight * _norm(other) / (_norm(wished) + 1e-12)
-        taught = (rebuilt * (wished * scale)).sum(dim=(1, 2, 3))  # its gradient is all that matters
-        judged = per_sample((1 + score).relu()) + per_sample((1 - discriminator(pictures).float()).relu())
-        return taught - taught.detach(), judged / 2
-
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         self.codebook.step(**statistics, seed=stable_hash(self.config.seed, self.update))
 
@@ -139,11 +90,6 @@ class TrainStageA(CascadeTraining):
             chosen = torch.full((len(images),), from_codes, device=self.device)
             columns[name] = to_pictures(self.networks["stage_a"](images.float() / 255, chosen)[0])
         return Sampled.rows(held_out.captions[: len(images)], columns)
-
-
-def _norm(gradients: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 1, 1, 1)."""
-    return gradients.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 if __name__ == "__main__":

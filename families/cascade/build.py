@@ -10,7 +10,6 @@ from families.cascade.config import ModelSettings
 from families.common.weights import WeightsError, are_only_shapes, existing_file, with_weights
 from modules.clip import ClipSettings, ImageTower, TextTower, image_tower, text_tower, tower_file, tower_settings
 from modules.effnet import EfficientNetEncoder
-from modules.perceptual import PerceptualDistance
 from modules.previewer import Previewer
 from modules.stage_a import StageA
 from modules.stage_b import StageB
@@ -44,11 +43,6 @@ def stage_a(settings: ModelSettings, from_scratch: bool = False) -> StageA:
 def stage_a_file(settings: ModelSettings) -> Path:
     """Where the weights of Stage A are."""
     return settings.stage_a_checkpoint_path or settings.version.folder / "stage_a.safetensors"
-
-
-def perceptual(path: Path) -> PerceptualDistance:
-    """A perceptual distance, with the weights of torchvision's VGG-16."""
-    return with_weights(PerceptualDistance, path, "perceptual_checkpoint_path", only=True)
 
 
 def encoder(settings: ModelSettings, from_scratch: bool = False) -> EfficientNetEncoder:

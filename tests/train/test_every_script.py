@@ -35,6 +35,10 @@ SETTINGS: dict[str, dict] = {
         "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,
         "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
     },
+    "train_vae": {
+        "block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2,
+        "mid_block_attention": False, "means_weight": 1.0, "discriminator_start": 1, "discriminator_channels": 8,
+    },
 }  # fmt: skip
 NEEDS_WHOLE_BATCHES = {"train_a", "train_b joint", "train_encoder", "train_towers"}
 """Batch norms and contrastive losses look at a micro-batch as a whole: accumulation is another training."""
