@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from families.cascade import build
 from families.cascade.diffusion import make_diffusion
 from families.cascade.inference import CascadeSettings
-from families.cascade.transformers_text import text_encoder, text_tower, tokenizer
+from families.common.transformers_text import text_encoder, text_tower, tokenizer
 from families.common.weight_files import TARGET_KEY
 from families.common.weights import read_weights
 from modules.stage_a import StageA

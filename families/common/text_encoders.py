@@ -1,8 +1,9 @@
 """CLIP text encoders (arXiv:2103.00020) of transformers: Stable Diffusion's one, or SDXL's two (arXiv:2307.01952)."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from families.common.library_files import component_folder, constructor_numbers, fill, read_config, read_tensors
 from families.common.precision import FrozenNetwork, Precision, freeze
 from families.common.weights import are_only_shapes
+from modules.clip import text_tower
+from modules.clip_weights import read_settings
 from warpcore.errors import UserError
 from warpcore.transfer import to_device
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 LENGTH = 77
 """L of CLIP: tokens per text, the begin and the end token included."""
@@ -72,14 +75,18 @@ class ClipTextEncoder(FrozenNetwork):
     forward_methods = ("encode",)
 
     def __init__(
-        self, config: Mapping[str, Any], tokenizer: Path, hidden: HiddenState = LAST, key: str = "text_encoder"
+        self,
+        config: Mapping[str, Any],
+        tokenizer: "Path | PreTrainedTokenizerBase",
+        hidden: HiddenState = LAST,
+        key: str = "text_encoder",
     ):
         """With random weights in float32, on the current default device.
 
         Args:
             config: of transformers' CLIPTextModel. One that names CLIPTextModelWithProjection in `architectures` gives
                 pooled vectors too.
-            tokenizer: the folder of its CLIPTokenizer.
+            tokenizer: it, or the folder of its CLIPTokenizer.
             key: the config key that an error names.
 
         Raises:
@@ -93,11 +100,13 @@ class ClipTextEncoder(FrozenNetwork):
         self.model = (CLIPTextModelWithProjection if self.projects else CLIPTextModel)(settings).eval()
         self.key, self.hidden = key, hidden
         self.length = min(LENGTH, settings.max_position_embeddings)
-        self.tokenizer = _read_tokenizer(Path(tokenizer), key)
+        named = isinstance(tokenizer, str | Path)
+        self.tokenizer = _read_tokenizer(Path(tokenizer), key) if named else tokenizer
         tokens = len(self.tokenizer)
         if tokens > settings.vocab_size:
             raise UserError(
-                f"{key}: the tokenizer in {tokenizer} has {tokens} tokens, the encoder {settings.vocab_size}"
+                f"{key}: the tokenizer {tokenizer if named else ''} has {tokens} tokens, the encoder "
+                f"{settings.vocab_size}"
             )
         if not 0 <= hidden.skip_layers < settings.num_hidden_layers:
             raise UserError(f"{key}: {hidden.skip_layers} layers cannot be left out of {settings.num_hidden_layers}")
@@ -115,7 +124,8 @@ class ClipTextEncoder(FrozenNetwork):
         key: str = "text_encoder",
         number: int = 1,
     ) -> "ClipTextEncoder":
-        """With the weights of a transformers folder, or of a pipeline's that has it as `text_encoder`.
+        """With the weights of a transformers folder, of a pipeline's that has it as `text_encoder`, or of the file
+        of a text tower, as `train/train_towers.py` writes.
 
         Args:
             tokenizer: by default the folder `tokenizer` beside the encoder's, or its own.
@@ -128,15 +138,20 @@ class ClipTextEncoder(FrozenNetwork):
         suffix = "" if number == 1 else f"_{number}"
         path = component_folder(Path(path), f"text_encoder{suffix}")
         config = read_config(path, key)
-        if config is None:
+        if config is not None:
+            beside, tensors = path.with_name(f"tokenizer{suffix}"), partial(read_tensors, path, key)
+            tokenizer = tokenizer or (beside if beside.is_dir() else path)
+        elif path.is_file() and read_settings(path) is not None:
+            config, own_tokenizer, tensors = _tower(path)
+            tokenizer = tokenizer or own_tokenizer
+        else:
             raise UserError(f"{key}: {path} has no config.json: name the folder of a text encoder of transformers")
-        beside = path.with_name(f"tokenizer{suffix}")
         with torch.device("meta"):
-            encoder = cls(config, tokenizer or (beside if beside.is_dir() else path), hidden, key)
+            encoder = cls(config, tokenizer, hidden, key)
         if are_only_shapes():
             return encoder
         own = encoder.model.state_dict().keys()
-        tensors = {_own_name(name, own): tensor for name, tensor in read_tensors(path, key).items()}
+        tensors = {_own_name(name, own): tensor for name, tensor in tensors().items()}
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
         dtype = getattr(torch, "bfloat16" if precision == "nf4" else precision)
         fill(encoder.model, tensors, path, key, dtype)
@@ -218,6 +233,16 @@ def _read_tokenizer(folder: Path, key: str) -> "CLIPTokenizer":
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {error}") from None
+
+
+def _tower(file: Path) -> "tuple[dict[str, Any], PreTrainedTokenizerBase, Callable[[], dict[str, Tensor]]]":
+    """Config, tokenizer and weights of a text tower's file, as transformers has them."""
+    from families.common import transformers_text
+
+    tower = text_tower(path=file)
+    model = transformers_text.text_encoder(tower)
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    return config, transformers_text.tokenizer(tower), model.state_dict
 
 
 def _own_name(name: str, own: Sequence[str]) -> str:

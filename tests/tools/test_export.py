@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 from families.cascade.diffusers_folder import unet_config
 from families.cascade.inference import DrawingSettings
 from families.cascade.sampling import Cascade
-from families.cascade.transformers_text import tokenizer
 from families.cascade.versions import VERSIONS
+from families.common.transformers_text import tokenizer
 from modules.clip import ClipSettings, TextTower, text_tower
 from modules.stage_b import StageB
 from modules.stage_c import StageC

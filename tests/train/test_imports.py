@@ -58,7 +58,7 @@ for module in pkgutil.iter_modules(["tools"]):
         runpy.run_module(f"tools.{module.name}", run_name="__main__")
     assert not set(libraries) & sys.modules.keys(), module.name
 """
-CONVERTERS = ["families.cascade.diffusers_folder", "families.cascade.transformers_text"]
+CONVERTERS = ["families.cascade.diffusers_folder", "families.common.transformers_text"]
 """Modules that are imported where an export calls them, and nowhere else."""
 
 

@@ -1,5 +1,6 @@
 """CLIP text encoders against diffusers' pipelines and transformers, on tiny random networks."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -10,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from families.common.text_encoders import LAST, PENULTIMATE, ClipTextEncoder, ClipTextEncoders, HiddenState
 from families.common.weights import only_shapes
+from modules.clip import text_tower
 from tests.families.common.tiny_clip import write_encoder, write_tokenizer, write_two_encoders
 from warpcore.errors import UserError
 
@@ -149,3 +151,24 @@ def test_only_shapes_reads_no_weights(folder):
     with only_shapes():
         network = ClipTextEncoder.load(folder)
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+@torch.no_grad()
+def test_our_own_text_tower_is_read_as_a_text_encoder_and_gives_the_same_states():
+    file = Path(__file__).parents[3] / "models" / "mini" / "text_tower.safetensors"
+    captions = ["a red star on the left", "", "two striped hoops: seen near the lower edge, in front of wombats"]
+    tower, encoder = text_tower(path=file, dtype=torch.float32), ClipTextEncoder.load(file)
+    ids, mask = tower.tokenize(captions)
+    tokens = encoder.tokenize(captions)
+    assert torch.equal(tokens.ids, ids)
+    assert torch.equal(tokens.mask, mask)
+    hidden, pooled = tower.encode(ids)
+    conditions = encoder(captions)
+    torch.testing.assert_close(conditions.hidden, tower.model.ln_final(hidden))
+    torch.testing.assert_close(conditions.pooled, pooled)
+    unnormed = ClipTextEncoder.load(file, hidden=HiddenState(final_norm=False))(captions).hidden
+    torch.testing.assert_close(unnormed, hidden)
+    masked, _ = tower.encode(ids, mask)  # later tokens are never seen: only the padding itself is another
+    torch.testing.assert_close(unnormed[mask], masked[mask])
+    with only_shapes():
+        assert ClipTextEncoder.load(file).device.type == "meta"
