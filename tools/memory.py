@@ -17,10 +17,10 @@ import yaml
 from families.common.weights import only_shapes
 from tools.arguments import local_path
 from warpcore import optim
+from warpcore.batch_size import split_batch
 from warpcore.config import Config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
-from warpcore.feed import split_batch
 from warpcore.networks import Checkpointing
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 

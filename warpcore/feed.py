@@ -2,13 +2,15 @@
 
 import socket
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from warpcore.batch_size import split_batch
 from warpcore.config import Config
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
@@ -16,6 +18,7 @@ from warpcore.data.catalog import Catalog, open_catalog
 from warpcore.data.columns import check_missing, column_types, tensor_types
 from warpcore.data.disk_cache import DiskCache
 from warpcore.data.filters import Filter
+from warpcore.data.joined import FurtherTars, join
 from warpcore.data.loader import Loader
 from warpcore.data.optional_members import check_optional, optional_members
 from warpcore.data.plan import Plan
@@ -54,6 +57,7 @@ class Feed:
         computed: functions of a batch, for the workers to call.
         columns: index columns for `Batch.columns`.
         needs_geometry: whether `Batch.geometry` is wanted.
+        further: by `webdataset_path` and `validation_path`, tars with further members of the samples that they name.
     """
 
     def __init__(
@@ -68,8 +72,10 @@ class Feed:
         computed: dict,
         columns: Sequence[str] = (),
         needs_geometry: bool = False,
+        further: Mapping[str, Sequence[FurtherTars]] = MappingProxyType({}),
     ):
         self.config, self.processes = config, processes
+        self._further = further
         self._notes: list[str] = []
         self.micro_batch_size, self.accumulation = split_batch(config, processes.count, saved)
         if config.grad_accum_steps not in (None, self.accumulation):
@@ -254,7 +260,8 @@ class Feed:
     def _make_plan(self, bucket_factor: int, captions: CaptionGetter | None, extra: dict, needs_images: bool) -> Plan:
         config = self.config
         catalog, held_out = (
-            path and self._open_catalog(path) for path in (config.webdataset_path, config.validation_path)
+            getattr(config, key) and self._open_catalog(getattr(config, key), key)
+            for key in ("webdataset_path", "validation_path")
         )
         for each in (catalog, held_out):
             if needs_images and each and PICTURE_FACTS in each.members:
@@ -306,9 +313,18 @@ class Feed:
             return []
         return self.processes.on_main(lambda: self.reader.captions_of(self.plan.some_samples(count)))
 
-    def _open_catalog(self, path: Any) -> Catalog:
-        """One process reads the indexes, which may be many; the others get the result."""
-        return self._on_this_machine(self.processes.on_main(lambda: open_catalog(resolve_sources(path))))
+    def _open_catalog(self, path: Any, key: str = "webdataset_path") -> Catalog:
+        """The catalog of a path, with the further tars that a key of the config has.
+
+        One process reads the indexes, which may be many; the others get the result.
+        """
+
+        def opened() -> Catalog:
+            found = open_catalog(resolve_sources(path))
+            further = self._further.get(key, ())
+            return join(found, [(one, open_catalog(resolve_sources(one.folder), keep_copies=True)) for one in further])
+
+        return self._on_this_machine(self.processes.on_main(opened))
 
     def _on_this_machine(self, catalog: Catalog) -> Catalog:
         """The main process's catalog for the copies of the tars that this machine may have.
@@ -360,35 +376,3 @@ def _explained(what: str) -> Iterator[None]:
         raise UserError(
             f"the {what} can't be read any more: {error}. Restore it and start the same command again"
         ) from error
-
-
-def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple[int, int]:
-    """(micro-batch size, accumulation steps) for `batch_size` over the processes.
-
-    Raises:
-        UserError: the numbers do not divide, or contradict each other.
-    """
-    batch, micro, steps = config.batch_size, config.micro_batch_size, config.grad_accum_steps
-    if micro is None and saved:
-        micro, steps = saved["micro_batch_size"], None
-    if micro is None:
-        parts = num_processes * (steps or 1)
-        if batch % parts:
-            raise UserError(
-                f"batch_size {batch} does not divide by {num_processes} processes x {steps or 1} grad_accum_steps: "
-                f"write batch_size: {batch // parts * parts or parts} or {(batch // parts + 1) * parts}"
-            )
-        return batch // parts, steps or 1
-    if batch % (micro * num_processes):
-        fitting = [size for size in range(1, batch + 1) if batch % (size * num_processes) == 0]
-        raise UserError(
-            f"batch_size {batch} does not divide by micro_batch_size {micro} x {num_processes} processes: "
-            + (f"write micro_batch_size: {' or '.join(map(str, fitting))}" if fitting else "use fewer processes")
-        )
-    derived = batch // (micro * num_processes)
-    if steps is not None and steps != derived:
-        raise UserError(
-            f"grad_accum_steps {steps} contradicts batch_size {batch} / (micro_batch_size {micro} x {num_processes} "
-            f"processes) = {derived}: remove grad_accum_steps"
-        )
-    return micro, derived

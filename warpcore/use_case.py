@@ -3,7 +3,7 @@
 `warpcore.core.WarpCore` trains it; `warpcore.rehearsal` makes updates of it without data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from warpcore import compute, optim
 from warpcore.config import Config
+from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
 from warpcore.loss_scale import LossScale
 from warpcore.networks import check_networks
@@ -90,6 +91,11 @@ class UseCase:
 
     def extra_fields(self) -> dict:
         """Further members of each sample to read: name -> `warpcore.data.reader` field."""
+        return {}
+
+    def further_tars(self) -> Mapping[str, Sequence[FurtherTars]]:
+        """Tars with further members of the samples, beside those that the keys `webdataset_path` and
+        `validation_path` name."""
         return {}
 
     def index_columns(self) -> list[str]:

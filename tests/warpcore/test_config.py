@@ -11,9 +11,9 @@ from families.cascade.config import StageCConfig
 from families.cascade.reconstruction import CascadeReconstructConfig
 from families.cascade.text_to_image import CascadeTextToImageConfig
 from warpcore.arguments import parse_yaml
+from warpcore.batch_size import split_batch
 from warpcore.config import Config, ConfigError, dump_config, load_config, make_config
 from warpcore.core import WarpCore
-from warpcore.feed import split_batch
 from warpcore.keys import describe
 
 GIVEN = {

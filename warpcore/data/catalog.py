@@ -176,8 +176,10 @@ class Catalog:
         return frozenset(name for text in texts for name in json.loads(text)[kind])
 
 
-def open_catalog(sources: Sequence[Source]) -> Catalog:
+def open_catalog(sources: Sequence[Source], *, keep_copies: bool = False) -> Catalog:
     """The catalog of resolved sources. A shard that has no index of its present content is indexed first.
+
+    keep_copies: a tar of the same content as another one stays; else each content is there once.
 
     Raises:
         BadShardError: a tar is damaged, or holds no picture that is whole.
@@ -191,7 +193,8 @@ def open_catalog(sources: Sequence[Source]) -> Catalog:
         summaries |= dict(index_shards(unknown))
     if opened + len(unknown) > MANIFEST_WORTHWHILE_SHARDS:
         write_manifests(shards, summaries)
-    shards = _without_doubles([shard for source in sources for shard in source.shards], summaries)
+    if not keep_copies:
+        shards = _without_doubles([shard for source in sources for shard in source.shards], summaries)
     for source in sources:
         rows = sum(summaries[shard.url].rows for shard in source.shards)
         if rows * source.weight < 1:

@@ -373,7 +373,8 @@ def _as_float(value: int | float) -> float:
 
 
 def has_member(rows: pa.Table, extension: str) -> pa.Array:
-    """(rows,) bool: which rows hold a member of this extension."""
-    names = rows["member_names"].combine_chunks()
-    places = pc.filter(pc.list_parent_indices(names), pc.equal(pc.list_flatten(names), extension))
+    """(rows,) bool: which rows hold a member of this extension, be it in a joined tar."""
+    lists = [rows[name].combine_chunks() for name in rows.column_names if name.endswith(MEMBER_COLUMNS[0])]
+    found = [pc.filter(pc.list_parent_indices(names), pc.equal(pc.list_flatten(names), extension)) for names in lists]
+    places = pa.concat_arrays(found)
     return pc.is_in(pa.array(range(len(rows)), places.type), value_set=places)

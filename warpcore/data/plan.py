@@ -353,4 +353,10 @@ def _shard_differences(saved: dict, current: dict, shown: int = 3) -> list[str]:
     for what, found in kinds.items():
         texts += [f"shard {text}" for text in found[:shown]]
         texts += [f"{len(found) - shown} more shards {what}"] if len(found) > shown else []
+    joined = [one.get("joined", {}) for one in (saved, current)]
+    for name in sorted({*joined[0], *joined[1]}):
+        pair = [one.get(name, {}) for one in joined]
+        texts += (
+            [f"of the tars with {name}: {text}" for text in _shard_differences(*pair)] if pair[0] != pair[1] else []
+        )
     return texts

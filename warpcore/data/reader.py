@@ -230,7 +230,7 @@ class Reader:
                 items.append(self._decode(samples[place], contents, size, target))
             except _BadContent as bad:
                 items.append(None)
-                source = f"{samples[place].shard}/{samples[place].key}.{bad.suffix}"
+                source = f"{samples[place].tar_of(bad.suffix)[0]}/{samples[place].key}.{bad.suffix}"
                 events.append(BadSample(source, bad.reason, place))
         weight = 1.0 if any(items) else 0.0
         items = self._without_gaps(items, micro_batch, pixels)
@@ -277,7 +277,7 @@ class Reader:
         for place, sample in enumerate(samples):
             members = {suffix.lower(): span for suffix, span in sample.members.items()}
             for suffix in self._suffixes(sample, members):
-                wanted[sample.shard, sample.version].append((*members[suffix], suffix, contents[place]))
+                wanted[sample.tar_of(suffix)].append((*members[suffix], suffix, contents[place]))
         for members in wanted.values():
             members.sort(key=lambda member: member[0])  # neighbours together: storages join near ranges, disks too
         reads = [(shard, [member[:2] for member in members], version) for (shard, version), members in wanted.items()]

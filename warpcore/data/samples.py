@@ -38,6 +38,14 @@ class Sample:
     """(size in bytes, etag) of the tar that was planned with; bytes of another one are refused. None: any will do."""
     columns: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Values of the index columns that the run asks for."""
+    joined: dict[str, tuple[str, tuple[int, str]]] | None = None
+    """Of those `members` that lie in another tar of the same samples, such as a cache's: its URL and version."""
+
+    def tar_of(self, member: str) -> tuple[str, tuple[int, str] | None]:
+        """URL and version of the tar in which a member lies."""
+        if self.joined is not None and member in self.joined:
+            return self.joined[member]
+        return self.shard, self.version
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from warpcore.data.dotted_names import DOTTED_NAME, as_read
 from warpcore.data.expressions import near_names
 from warpcore.data.filters import Filter, column_name
 from warpcore.data.index import CUT_SHORT, HIDDEN_COLUMN, MEMBER_COLUMNS, has_member, read_rows
+from warpcore.data.joined import add_joined_members, joined_columns, with_joined
 from warpcore.data.samples import Sample
 from warpcore.data.shards import Shard
 from warpcore.data.tars import SHARED_KEY
@@ -89,7 +90,7 @@ class Selection:
     def load(self, catalog: Catalog, piece: Piece) -> Rows:
         """Read the rows of a piece and keep those that meet the conditions, each rejection counted once."""
         shard = catalog.shard(piece.shard)
-        found = read_rows(shard, self._columns(), piece.start, piece.stop)
+        found = with_joined(read_rows(shard, self._columns(), piece.start, piece.stop), shard, piece.start, piece.stop)
         numbers = np.arange(piece.start, piece.stop)
         rejected: Counter[str] = Counter()
 
@@ -143,13 +144,15 @@ class Selection:
             rejected[str(condition)] -= verdict.num_missing
             keep(verdict.passed, str(condition))
         keep(~np.isin(numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
-        table = with_columns(found.select(BASE_COLUMNS), found, self.columns, shard.url)
+        base = found.select([*BASE_COLUMNS, *joined_columns(found)])
+        table = with_columns(base, found, self.columns, shard.url)
         return Rows(table, numbers, +rejected, examples)
 
     def read(self, shard: Shard, start: int, stop: int, also: Sequence[str] = ()) -> pa.Table:
         """Rows of a shard as `load` gives them, whether they meet the conditions or not; `also` more of the index."""
         found = read_rows(shard, [*BASE_COLUMNS, *also, *map(column_name, self.columns)], start, stop)
-        return with_columns(found.select([*BASE_COLUMNS, *also]), found, self.columns, shard.url)
+        base = with_joined(found.select([*BASE_COLUMNS, *also]), shard, start, stop)
+        return with_columns(base, found, self.columns, shard.url)
 
     def check(self, catalog: Catalog, captions: CaptionGetter | None = None) -> None:
         """Raise UserError where a filter, a caption or a required member asks for what no sample has."""
@@ -251,10 +254,11 @@ def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) 
         dict(zip(keys, zip(starts, lengths, strict=True), strict=True))
         for keys, starts, lengths in zip(names, offsets, sizes, strict=True)
     ]
+    joined = add_joined_members(rows, shards, members)
     return [
-        Sample(shard.url, key, held, width, height, seed, (shard.size_bytes, shard.etag), values)
-        for shard, key, width, height, held, seed, values in zip(
-            shards, *columns, members, seeds, values_of(rows, shards), strict=True
+        Sample(shard.url, key, held, width, height, seed, (shard.size_bytes, shard.etag), values, tars)
+        for shard, key, width, height, held, seed, values, tars in zip(
+            shards, *columns, members, seeds, values_of(rows, shards), joined, strict=True
         )
     ]
 

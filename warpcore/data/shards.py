@@ -4,8 +4,8 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,22 @@ class Shard:
     """Changes with the content: the ETag on S3, the time of the last change for a local file."""
     content: str | None = field(default=None, compare=False)
     """Hash of what indexing reads of it, where that is known: what makes it the same data as another tar."""
+    joined: "tuple[JoinedTar, ...]" = field(default=(), compare=False)
+    """Tars with further members of its samples."""
+
+    def with_joined(self, tars: "Iterable[JoinedTar]") -> "Shard":
+        return replace(self, joined=(*self.joined, *tars))
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTar:
+    """A tar of the same samples as a shard, row by row."""
+
+    shard: Shard
+    members: frozenset[str]
+    """The extensions that are taken from it."""
+    remedy: str
+    """What a user does where it holds other samples: the end of an error message."""
 
 
 @dataclass(frozen=True, slots=True)

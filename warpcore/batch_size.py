@@ -1,0 +1,36 @@
+"""How `batch_size` is split over processes and accumulation steps."""
+
+from warpcore.config import Config
+from warpcore.errors import UserError
+
+
+def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple[int, int]:
+    """(micro-batch size, accumulation steps) for `batch_size` over the processes.
+
+    Raises:
+        UserError: the numbers do not divide, or contradict each other.
+    """
+    batch, micro, steps = config.batch_size, config.micro_batch_size, config.grad_accum_steps
+    if micro is None and saved:
+        micro, steps = saved["micro_batch_size"], None
+    if micro is None:
+        parts = num_processes * (steps or 1)
+        if batch % parts:
+            raise UserError(
+                f"batch_size {batch} does not divide by {num_processes} processes x {steps or 1} grad_accum_steps: "
+                f"write batch_size: {batch // parts * parts or parts} or {(batch // parts + 1) * parts}"
+            )
+        return batch // parts, steps or 1
+    if batch % (micro * num_processes):
+        fitting = [size for size in range(1, batch + 1) if batch % (size * num_processes) == 0]
+        raise UserError(
+            f"batch_size {batch} does not divide by micro_batch_size {micro} x {num_processes} processes: "
+            + (f"write micro_batch_size: {' or '.join(map(str, fitting))}" if fitting else "use fewer processes")
+        )
+    derived = batch // (micro * num_processes)
+    if steps is not None and steps != derived:
+        raise UserError(
+            f"grad_accum_steps {steps} contradicts batch_size {batch} / (micro_batch_size {micro} x {num_processes} "
+            f"processes) = {derived}: remove grad_accum_steps"
+        )
+    return micro, derived
