@@ -18,6 +18,9 @@ _RESIDUAL = {
 }  # fmt: skip
 """Layers of a residual block."""
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
+_FROM_OUTSIDE, _FROM_RESIDUAL, _FROM_MIDDLE = (
+    {original: own for own, original in table.items()} for table in (_OUTSIDE, _RESIDUAL, _MIDDLE)
+)
 
 
 def original_unet_name(name: str, layers_per_block: int, levels_with_attention: set[int] = frozenset()) -> str:
@@ -50,8 +53,45 @@ def original_unet_name(name: str, layers_per_block: int, levels_with_attention: 
     return f"{block}.{1 if kind == 'attentions' else 0}.{_inside(kind, rest)}"
 
 
+def library_unet_name(original: str, layers_per_block: int) -> str:
+    """The inverse of `original_unet_name`: `input_blocks.4.0.in_layers.2` -> `down_blocks.1.resnets.0.conv1`.
+
+    Raises:
+        ValueError: no layer of such a network has this name.
+    """
+    for outside, own in _FROM_OUTSIDE.items():
+        if original == outside or original.startswith(f"{outside}."):
+            return own + original.removeprefix(outside)
+    match = re.fullmatch(r"(middle_block|(?:input|output)_blocks\.(\d+))\.(\d)\.(.+)", original)
+    if match is None:
+        raise ValueError(f"{original} is no layer of Stable Diffusion's U-Net")
+    block, number, part, rest = match[1], int(match[2] or 0), match[3], match[4]
+    kind = {"0": "resnets", "1": "attentions"}.get(part)
+    if block == "middle_block":
+        kind = _FROM_MIDDLE[part]
+        return f"mid_block.{kind}.{_from_inside(kind, rest)}"
+    if block.startswith("input"):
+        level, number = divmod(number - 1, layers_per_block + 1)
+        if rest.startswith("op."):
+            return f"down_blocks.{level}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+        return f"down_blocks.{level}.{kind}.{number}.{_from_inside(kind, rest)}"
+    level, number = divmod(number, layers_per_block + 1)
+    if rest.startswith("conv."):
+        return f"up_blocks.{level}.upsamplers.0.{rest}"
+    return f"up_blocks.{level}.{kind}.{number}.{_from_inside(kind, rest)}"
+
+
 def _inside(kind: str, rest: str) -> str:
     if kind.startswith("attentions"):
         return rest
     layer, dot, parameter = rest.partition(".")
     return _RESIDUAL[layer] + dot + parameter
+
+
+def _from_inside(kind: str, rest: str) -> str:
+    if kind.startswith("attentions"):
+        return rest
+    layer, parameter = re.fullmatch(r"(\w+(?:\.\d+)?)(.*)", rest).groups()
+    if layer not in _FROM_RESIDUAL:
+        raise ValueError(f"{rest} is no layer of a residual block")
+    return _FROM_RESIDUAL[layer] + parameter

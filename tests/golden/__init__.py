@@ -39,9 +39,9 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
-def load_manifest(name: str) -> dict:
-    """Names, shapes and dtypes of a published full-size checkpoint."""
-    return _read_json(f"manifests/{name}")
+def load_manifest(name: str, family: str = "") -> dict:
+    """Names and shapes of a published full-size checkpoint; the families' own ones are in folders (`sd_t5`)."""
+    return _read_json(f"{family or '.'}/manifests/{name}")
 
 
 def _read_json(name: str) -> dict:

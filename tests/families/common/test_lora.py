@@ -1,7 +1,5 @@
 """LoRA on networks of diffusers and transformers: files that both load, names of kohya, several at once."""
 
-import gzip
-import json
 import re
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from families.common.lora import LoraError, adapters_of, add_adapters, merge_loras
 from families.common.lora_files import read_loras, write_loras
 from families.common.lora_formats import Lora, LoraFileError
-from families.common.original_unet import original_unet_name
 from modules.lora import LoraSettings
 from tests.families.common.tiny_clip import write_two_encoders
 from tests.families.common.tiny_unets import SD15, SDXL, inputs, library_call, unet
@@ -152,18 +149,6 @@ def test_kohyas_names_and_shapes_follow_the_rules_of_its_scripts(tmp_path):
     assert {re.sub(r"\d+_mlp_fc2", "N", layer) for layer in layers if "unet" not in layer} == {
         "lora_te1_text_model_encoder_layers_N", "lora_te2_text_model_encoder_layers_N"
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("model", ["sd15_unet", "sdxl_unet"])
-def test_original_names_of_all_layers_of_the_published_unets(model):
-    spec = json.loads(gzip.decompress((Path(__file__).parent / f"{model}_names.json.gz").read_bytes()))
-    found = {
-        name: original_unet_name(name, spec["layers_per_block"], set(spec["up_blocks_with_attention"]))
-        for name in spec["names"]
-    }
-    assert found == spec["names"]
-    with pytest.raises(ValueError, match="no layer of Stable Diffusion's U-Net"):
-        original_unet_name("blocks.0.attn", 2)
 
 
 def test_names_of_other_programs_are_read(tmp_path):
