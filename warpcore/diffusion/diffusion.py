@@ -10,7 +10,8 @@ from torch import Tensor
 from warpcore.diffusion.guidance import Conditions, Guidance, expand_conditions, pair_conditions
 from warpcore.diffusion.loss_weights import ZERO_SNR_ERROR, LossWeight
 from warpcore.diffusion.noise_conditions import NoiseCond
-from warpcore.diffusion.samplers import DDIMSampler, Sampler
+from warpcore.diffusion.sampler import Sampler
+from warpcore.diffusion.samplers import DDIMSampler
 from warpcore.diffusion.scalers import Scaler
 from warpcore.diffusion.schedules import Schedule
 from warpcore.diffusion.targets import EpsilonTarget, Target
@@ -165,6 +166,8 @@ class GDF:
             cfg, cfg_t_start, cfg_t_stop, cfg_rho, cfg_rescale_over_batch: see `Guidance`; no guidance, and one forward
                 of B instead of 2 B, with cfg None.
             noise: gives normal draws like `x_init` for the number of a step (from 0); random samplers need it.
+
+        A sampler that asks twice about a step (`heun`, the first step of `pndm`) yields after each.
         """
         schedule = schedule or self.schedule
         if times is None:
@@ -182,13 +185,13 @@ class GDF:
             pairs = pair_conditions(conditions, unconditional, len(x_init))
         conditions = expand_conditions(conditions, len(x_init))
         sampler = sampler or DDIMSampler(self.input_scaler)
+        order = sampler.start(len(times) - 1)
         x = x_init.to(torch.promote_types(x_init.dtype, torch.float32))
-        logsnrs = schedule(times, shift=shift).to(x)[:, None].expand(-1, len(x))
-        previous = None
-        for step in range(len(times) - 1):
+        logsnrs = schedule(times, shift=shift).to(x)[order, None].expand(-1, len(x))
+        for step in range(len(order) - 1):
             logsnr, logsnr_next = logsnrs[step], logsnrs[step + 1]
             r = self.noise_cond(logsnr)
-            scale = guidance and guidance.scale_at(fractions[step])
+            scale = guidance and guidance.scale_at(fractions[order[step]])
             if scale is None:
                 pred = model(x, r, **conditions).to(x.dtype)
             else:
@@ -196,8 +199,7 @@ class GDF:
                 pred = guidance.combine(*both.chunk(2), scale)
             x0, epsilon = self.undiffuse(x, logsnr, pred)
             draw = None if noise is None else partial(noise, step)
-            x = sampler.step(x, x0, epsilon, logsnr, logsnr_next, previous=previous, noise=draw)
-            previous = (x0, logsnr)
+            x = sampler.step(x, x0, epsilon, logsnr, logsnr_next, noise=draw)
             yield x0, x, pred
 
     def sample_x0(self, model: Callable[..., Tensor], conditions: Conditions, x_init: Tensor, **kwargs) -> Tensor:

@@ -1,45 +1,14 @@
-"""Samplers: one step from a noised sample to a less noisy one.
+"""Samplers by name: those that look at one step alone, and the table of all."""
 
-Every sampler is called as `sampler.step(x, x0, epsilon, logsnr, logsnr_next, previous=None, noise=None)`:
-    x: (B, ...) the noised sample, with logSNR `logsnr` (B,).
-    x0, epsilon: the signal and noise that the denoiser finds in it.
-    logsnr_next: (B,) wanted logSNR of the result.
-    previous: (x0, logsnr) of the step before, for multistep samplers; None in the first step.
-    noise: gives standard normal draws like x; only called by a sampler that is random.
-It is made with the input scaler of the diffusion process, which gives the weights (a, b) of signal and noise.
-"""
-
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
-
+from warpcore.diffusion.multistep_samplers import (
+    DPMSolverPP2MSampler,
+    DPMSolverPP2MSDESampler,
+    HeunSampler,
+    PNDMSampler,
+    UniPCSampler,
+)
+from warpcore.diffusion.sampler import Sampler
 from warpcore.diffusion.scalers import Scaler
-
-Noise = Callable[[], Tensor]
-
-
-class Sampler:
-    def __init__(self, scaler: Scaler):
-        self.scaler = scaler
-
-    def step(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        epsilon: Tensor,
-        logsnr: Tensor,
-        logsnr_next: Tensor,
-        *,
-        previous: tuple[Tensor, Tensor] | None = None,
-        noise: Noise | None = None,
-    ) -> Tensor:
-        raise NotImplementedError
-
-    def _draw(self, noise: Noise | None) -> Tensor:
-        if noise is None:
-            raise ValueError(f"{type(self).__name__} is random: pass `noise`, which gives its normal draws")
-        return noise()
 
 
 class DDIMSampler(Sampler):
@@ -53,7 +22,7 @@ class DDIMSampler(Sampler):
         super().__init__(scaler)
         self.eta = eta
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, previous=None, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
         a, b = self.scaler.weights(logsnr, x0)
         a_next, b_next = self.scaler.weights(logsnr_next, x0)
         if self.eta == 0:
@@ -76,7 +45,7 @@ class EulerAncestralSampler(Sampler):
     In a variance-preserving process it is DDPM.
     """
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, previous=None, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
         a, b = self.scaler.weights(logsnr, x0)
         a_next, b_next = self.scaler.weights(logsnr_next, x0)
         kept = (b_next * a) / (a_next * b)  # sigma_next / sigma: the share of the noise that is not replaced
@@ -87,31 +56,9 @@ class EulerAncestralSampler(Sampler):
 class LCMSampler(Sampler):
     """Multistep consistency sampling (arXiv:2310.04378): the signal, noised afresh."""
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, previous=None, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
         a_next, b_next = self.scaler.weights(logsnr_next, x0)
         return a_next * x0 + b_next * self._draw(noise)
-
-
-class DPMSolverPP2MSampler(Sampler):
-    """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2): deterministic, multistep, second order in lambda = log(a / b).
-
-    The first step, and one to or from a sample without noise or without signal, is of first order, which is DDIM.
-    """
-
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, previous=None, noise=None):
-        a, b = self.scaler.weights(logsnr, x)
-        a_next, b_next = self.scaler.weights(logsnr_next, x)
-        lam = (a / b).log()
-        h = (a_next / b_next).log() - lam
-        signal = x0
-        if previous is not None:
-            x0_before, logsnr_before = previous
-            a_before, b_before = self.scaler.weights(logsnr_before, x)
-            h_before = lam - (a_before / b_before).log()
-            usable = h.isfinite() & (h_before > 0)
-            slope = torch.where(usable, h / (2 * h_before), 0.0)
-            signal = x0 + slope * (x0 - x0_before)
-        return b_next / b * x - a_next * torch.expm1(-h) * signal
 
 
 SAMPLERS = {
@@ -120,5 +67,9 @@ SAMPLERS = {
     "euler": DDIMSampler,
     "euler_ancestral": EulerAncestralSampler,
     "lcm": LCMSampler,
+    "heun": HeunSampler,
+    "pndm": PNDMSampler,
     "dpmpp_2m": DPMSolverPP2MSampler,
+    "dpmpp_2m_sde": DPMSolverPP2MSDESampler,
+    "unipc": UniPCSampler,
 }

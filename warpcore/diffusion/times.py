@@ -5,12 +5,46 @@ Stable Diffusion 1.5 end at timestep 0 instead (`set_alpha_to_one: false`). Spac
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from warpcore.diffusion.tables import TableSchedule
 from warpcore.errors import UserError
+
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+@dataclass(frozen=True)
+class TimeRule:
+    """The timesteps of Stable Diffusion that a sampler is used with, as published pipelines and diffusers do."""
+
+    spacing: Spacing = "leading"
+    """Where no other one is asked for."""
+    end: int = -1
+    """Where leading timesteps end: -1 is the clean signal, 0 the first timestep (`set_alpha_to_one: false`)."""
+    fractional: bool = False
+    """Whether the network is told times between two timesteps, which `linspace` and Karras sigmas give."""
+    solver: bool = False
+    """As DPM-Solver's: lists are of one step more, whose last timestep is left out; Karras sigmas reach from end to
+    end of the schedule, and the network is told whole timesteps."""
+
+
+TIME_RULES = {
+    "pndm": TimeRule(end=0),
+    "ddim": TimeRule(end=0),
+    "ddpm": TimeRule(),
+    "euler": TimeRule(fractional=True),
+    "euler_ancestral": TimeRule(fractional=True),
+    "heun": TimeRule(fractional=True),
+    "lcm": TimeRule("trailing"),
+    "dpmpp_2m": TimeRule("linspace", solver=True),
+    "dpmpp_2m_sde": TimeRule("linspace", solver=True),
+    "unipc": TimeRule("linspace", solver=True),
+}
+"""By the name of the sampler."""
 
 
 def equal_times(steps: int, start: float = 1.0, end: float = 0.0) -> list[float]:
@@ -46,6 +80,62 @@ def linspace_timesteps(steps: int, total: int = 1000, *, end: int = -1) -> Tenso
     spacing = (total - 1) / max(steps - 1, 1)  # halves are rounded as numpy's linspace does
     rounded = [round(step * spacing) for step in range(steps)]
     return _with_end(torch.tensor(rounded).flip(0), end)
+
+
+def sampling_times(
+    schedule: TableSchedule, steps: int, sampler: str, *, spacing: Spacing | None = None, karras: bool = False
+) -> Tensor:
+    """(steps + 1,) times at which a named sampler of Stable Diffusion asks: whole timesteps (leading ones with
+    `steps_offset: 1`), or float64 times from 1 to 0, and -1.
+
+    spacing: by default that of the sampler's rule, and `trailing` for a schedule with zero terminal SNR, which leaves
+        out no noise.
+
+    Raises:
+        UserError: too many steps, or Karras sigmas of pure noise, or with a sampler that takes whole timesteps.
+    """
+    rule = TIME_RULES[sampler]
+    if karras and not (rule.solver or rule.fractional):
+        able = ", ".join(name for name, other in TIME_RULES.items() if other.solver or other.fractional)
+        raise UserError(f"karras: {sampler} steps along whole timesteps; Karras sigmas go with {able}")
+    spacing = spacing or ("trailing" if schedule.zero_terminal_snr else rule.spacing)
+    if karras and rule.solver:
+        return karras_times(schedule, steps)
+    more = int(rule.solver and spacing != "trailing")
+    _check_steps(steps + more, schedule.steps)
+    if spacing == "leading":
+        times = leading_timesteps(steps + more, schedule.steps, offset=1, end=rule.end)
+    elif spacing == "linspace" and rule.fractional:
+        times = torch.cat([torch.linspace(1, 0, steps, dtype=torch.float64), torch.tensor([-1.0])])
+    elif spacing == "linspace":
+        times = linspace_timesteps(steps + more, schedule.steps)
+    else:
+        times = trailing_timesteps(steps, schedule.steps)
+    if karras:
+        first, last = (times[[0, -2]] * (schedule.steps - 1 if times.is_floating_point() else 1)).tolist()
+        return karras_times(schedule, steps, first=int(first), last=int(last))
+    return torch.cat([times[:steps], times[-1:]])
+
+
+def flow_times(steps: int, *, shift: float = 1.0, total: int = 1000) -> Tensor:
+    """(steps + 1,) float64 times of a straight flow whose schedule has this shift, ending at the clean signal: as the
+    published sampler of Stable Diffusion 3 has them, evenly from 1 to the shifted 1 / total."""
+    _check_steps(steps, total)
+    smallest = shift / (total + shift - 1)
+    return torch.cat([torch.linspace(1, smallest, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+
+
+def last_part(times: Tensor, strength: float) -> Tensor:
+    """The times of the last `strength` (0 to 1) of the steps, whole ones: for drawing that starts at a picture.
+
+    Raises:
+        UserError: no step is left.
+    """
+    steps = len(times) - 1
+    kept = min(int(steps * strength), steps)
+    if kept < 1:
+        raise UserError(f"strength {strength} leaves none of {steps} steps; write a larger strength, or more steps")
+    return times[steps - kept :]
 
 
 def karras_times(schedule: TableSchedule, steps: int, *, first: int = -1, last: int = 0, rho: float = 7.0) -> Tensor:

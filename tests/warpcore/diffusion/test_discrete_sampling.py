@@ -1,6 +1,5 @@
 """Samplers along explicit lists of times, against diffusers' schedulers: step by step, and over whole loops."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden import FOLDER
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.loss_weights import ConstantLossWeight
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
@@ -170,13 +168,10 @@ def test_each_step_is_that_of_diffusers(name):
     latents, predictions, draws = case.theirs()
     process = process_of(case.table, case.target, case.fractional)
     logsnrs = case.table(case.times).float()[:, None].expand(-1, SHAPE[0])
-    sampler, previous = case.sampler(process.input_scaler), None
+    sampler = case.sampler(process.input_scaler)
     for step, (x, pred) in enumerate(zip(latents[:-1], predictions, strict=True)):
         x0, epsilon = process.undiffuse(x, logsnrs[step], pred)
-        mine = sampler.step(
-            x, x0, epsilon, logsnrs[step], logsnrs[step + 1], previous=previous, noise=lambda step=step: draws[step]
-        )
-        previous = (x0, logsnrs[step])
+        mine = sampler.step(x, x0, epsilon, logsnrs[step], logsnrs[step + 1], noise=lambda step=step: draws[step])
         torch.testing.assert_close(mine, latents[step + 1], atol=1e-5, rtol=1e-5)
 
 
@@ -207,42 +202,6 @@ def test_a_flow_is_sampled_as_diffusers_does(shift):
     steps = process.sample(model, {}, first, sampler=SAMPLERS["euler"](process.input_scaler), times=times)
     for (_, mine, _), expected in zip(steps, latents, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
-
-
-def golden_times() -> list[dict]:
-    return json.loads((FOLDER / "sd_t5" / "sampling_times.json").read_text())["rows"]
-
-
-def times_here(row: dict) -> Tensor | None:
-    """The timesteps of a golden row and -1; None for a kind of list that is not made here."""
-    steps, settings = row["steps"], row["kwargs"]
-    of_dpm_solver = row["class"] == "DPMSolverMultistepScheduler"
-    default = {"DDIMScheduler": "leading", "DDPMScheduler": "leading", "DPMSolverMultistepScheduler": "linspace"}
-    spacing = settings.get("timestep_spacing", default.get(row["class"]))
-    if settings.get("use_karras_sigmas"):
-        table = make_table()
-        if of_dpm_solver:
-            return TimestepNoiseCond(table)(table(karras_times(table, steps)))
-        return karras_times(table, steps, first=int(row["timesteps"][0]), last=1) * 999
-    if spacing == "leading":
-        return leading_timesteps(steps, offset=settings.get("steps_offset", 0))
-    if spacing == "trailing":
-        return trailing_timesteps(steps)
-    return linspace_timesteps(steps + 1) if of_dpm_solver else None
-
-
-@pytest.mark.parametrize("row", golden_times(), ids=lambda row: f"{row['class']} {row['steps']}")
-def test_golden_times_and_sigmas(row):
-    times = times_here(row)
-    if times is None:
-        assert row["class"] in ("PNDMScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
-        return
-    expected = torch.tensor(row["timesteps"], dtype=torch.float64)
-    torch.testing.assert_close(times[: len(expected)].double(), expected, rtol=1e-5, atol=1e-5)
-    if row["class"] == "EulerDiscreteScheduler":
-        table = make_table()
-        sigmas = (-table(times.double() / 999) / 2).exp()
-        torch.testing.assert_close(sigmas, torch.tensor(row["sigmas"], dtype=torch.float64), rtol=1e-4, atol=1e-6)
 
 
 def test_the_last_steps_end_where_they_are_told():

@@ -7,8 +7,9 @@ from diffusers import DPMSolverMultistepScheduler
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.guidance import Guidance, pair_conditions
 from warpcore.diffusion.loss_weights import ConstantLossWeight
+from warpcore.diffusion.multistep_samplers import DPMSolverPP2MSampler
 from warpcore.diffusion.noise_conditions import LogSNRNoiseCond
-from warpcore.diffusion.samplers import SAMPLERS, DDIMSampler, DDPMSampler, DPMSolverPP2MSampler, LCMSampler
+from warpcore.diffusion.samplers import SAMPLERS, DDIMSampler, DDPMSampler, LCMSampler
 from warpcore.diffusion.scalers import SCALERS, VPScaler
 from warpcore.diffusion.schedules import CosineSchedule, LinearSchedule
 from warpcore.diffusion.targets import TARGETS
@@ -77,12 +78,11 @@ def test_dpm_solver_agrees_with_diffusers(target):
     theirs.set_timesteps(steps)
     logsnr = diffusion.schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     theirs.sigmas = (-logsnr / 2).exp()
-    mine, previous = DPMSolverPP2MSampler(diffusion.input_scaler), None
+    mine = DPMSolverPP2MSampler(diffusion.input_scaler)
     for timestep, now, later in zip(theirs.timesteps, logsnr[:-1, None], logsnr[1:, None], strict=True):
         pred = model(x, now)
         x0, epsilon = diffusion.undiffuse(x, now, pred)
-        found = mine.step(x, x0, epsilon, now, later, previous=previous)
-        previous = (x0, now)
+        found = mine.step(x, x0, epsilon, now, later)
         x = theirs.step(pred, timestep, x).prev_sample
         torch.testing.assert_close(found.float(), x.float(), atol=1e-5, rtol=1e-5)  # theirs works in float32
 
