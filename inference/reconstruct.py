@@ -1,7 +1,8 @@
 """Rebuild pictures with the autoencoders of any family: out of training runs, or published ones.
 
-    python3 inference/reconstruct.py --pictures photos --output_path rebuilt
+    python3 inference/reconstruct.py --model_version 3.6B --pictures photos --output_path rebuilt
     python3 inference/reconstruct.py --run runs/mini_b --pictures demo/pictures/000
+    python3 inference/reconstruct.py --run runs/mini_vae --pictures demo/pictures/000
 
 What an autoencoder loses, no drawing will have. PSNR (more is better, in dB) and SSIM (1 is equal) say how much that
 is. The family follows from the run or the weights that the arguments name; `--help` beside them lists its keys.

@@ -45,7 +45,9 @@ def test_a_run_is_known_by_its_config_and_by_its_weights(networks, tmp_path):
     (tmp_path / "config.yaml").write_text("model_version: mini\n")
     assert registry.family_of(tmp_path).name == "cascade"
     (tmp_path / "config.yaml").write_text("batch_size: 8\n")
-    with pytest.raises(UserError, match="is a training run of no family that is known here \\(Stable Cascade\\)"):
+    with pytest.raises(
+        UserError, match="is a training run of no family that is known here \\(Stable Cascade, Stable Diffusion\\)"
+    ):
         registry.family_of(tmp_path)
     written(tmp_path / "text_tower.safetensors", ["ln_final.bias"], clip_settings="{}")
     assert registry.family_of(tmp_path).name == "cascade"
