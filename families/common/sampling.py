@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.diffusion.tables import TableSchedule
+from warpcore.diffusion.times import last_part, sampling_times
 from warpcore.random import SampleRandom
 
 
@@ -31,20 +33,29 @@ def draw_latents(
     guidance_rescale: float = 0.7,
     sampler: str = "ddpm",
     shift: float = 1.0,
+    times: Tensor | None = None,
     start: Tensor | None = None,
     noise_level: float = 1.0,
 ) -> Tensor:
     """Draw latents (B, *shape) from the noise that `seeds` stand for: the same seed, the same noise, in any batch.
 
-    With `start`, clean latents (B, *shape), drawing begins at them with noise of `noise_level` (1 is hardly anything
-    but noise), and makes that share of the steps.
+    Args:
+        times: of the steps; by default those that `sampler` is published with where timesteps are discrete
+            (`warpcore.diffusion.times.sampling_times`), else equal ones.
+        start: clean latents (B, *shape) at which drawing begins, with noise of `noise_level` (1 is hardly anything but
+            noise); it makes that share of the steps.
     """
     given = (value for value in conditions.values() if isinstance(value, Tensor))
     device = next(chain(given, network.parameters())).device  # weights may be offloaded to another
     random = SampleRandom(seeds, device)
     x = random.normal("initial noise", *shape)
+    if times is None and isinstance(diffusion.schedule, TableSchedule):
+        times = sampling_times(diffusion.schedule, steps, sampler)
+    if times is not None:
+        times = last_part(times, noise_level)
     if start is not None:
-        t = torch.full((len(x),), noise_level, device=device)
+        first = noise_level if times is None else times[0].item()
+        t = torch.full((len(x),), first, device=device)
         x = diffusion.diffuse(start, x, t=t, shift=shift).noised
     return diffusion.sample_x0(
         network,
@@ -52,6 +63,7 @@ def draw_latents(
         x,
         unconditional=unconditional,
         sampler=SAMPLERS[sampler](diffusion.input_scaler),
+        times=times,
         timesteps=max(1, round(steps * noise_level)),
         t_start=noise_level,
         cfg=guidance,

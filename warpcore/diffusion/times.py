@@ -70,7 +70,8 @@ def leading_timesteps(steps: int, total: int = 1000, *, offset: int = 0, end: in
 def trailing_timesteps(steps: int, total: int = 1000, *, end: int = -1) -> Tensor:
     """(steps + 1,) from the last timestep downwards, for schedules with zero terminal SNR."""
     _check_steps(steps, total)
-    rounded = [round(total - step * total / steps) - 1 for step in range(steps)]
+    spacing = (total - total / steps) - total  # halves are rounded as numpy's arange does
+    rounded = [round(total + step * spacing) - 1 for step in range(steps)]
     return _with_end(torch.tensor(rounded), end)
 
 
