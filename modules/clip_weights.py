@@ -19,14 +19,14 @@ DEFAULT_TAGS = dict(PUBLIC_NAMES.values())
 SETTINGS_KEY = "clip_settings"
 
 # Hugging Face's name -> open_clip's, for the layers of a block and for what stands outside of the blocks.
-_LAYERS = {
+LAYERS = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-_OUTSIDE = {
+OUTSIDE = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm.weight": "ln_final.weight",
@@ -128,7 +128,7 @@ def convert_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         block = re.fullmatch(r"(?:text|vision)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if not block:
-            converted[_OUTSIDE.get(name, name)] = tensor.T.contiguous() if name in _TRANSPOSED else tensor
+            converted[OUTSIDE.get(name, name)] = tensor.T.contiguous() if name in _TRANSPOSED else tensor
             continue
         number, layer, parameter = block.groups()
         prefix = f"transformer.resblocks.{number}"
@@ -137,5 +137,5 @@ def convert_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = [part for part in (tensor, *rest) if part is not None]
             converted[f"{prefix}.attn.in_proj_{parameter}"] = torch.cat(parts)
         elif layer not in ("self_attn.k_proj", "self_attn.v_proj"):
-            converted[f"{prefix}.{_LAYERS.get(layer, layer)}.{parameter}"] = tensor
+            converted[f"{prefix}.{LAYERS.get(layer, layer)}.{parameter}"] = tensor
     return converted

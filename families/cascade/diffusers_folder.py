@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from families.cascade import build
 from families.cascade.diffusion import make_diffusion
 from families.cascade.inference import CascadeSettings
+from families.common.library_files import PREDICTIONS
 from families.common.transformers_text import text_encoder, text_tower, tokenizer
 from families.common.weight_files import TARGET_KEY
 from families.common.weights import read_weights
@@ -41,7 +42,6 @@ from warpcore.weights import write_weights
 
 TIMES = 1000
 """Steps of the table of noise levels in diffusers' schedulers."""
-PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 BLOCKS = {"C": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
 UNET_NAMES = {
     "c_in": "in_channels",

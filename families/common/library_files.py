@@ -19,6 +19,8 @@ CONFIG, CONFIG_KEY = "config.json", "config"
 """The file of a folder, and the key of a single file's metadata, that say how the network is built."""
 FILE_NAMES = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16", ".bf16")
+PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+"""What networks predict (`diffusion_target`), as schedulers of diffusers call it (`prediction_type`)."""
 
 
 def component_folder(path: Path, subfolder: str) -> Path:
@@ -42,14 +44,21 @@ def read_config(path: Path, key: str) -> dict[str, Any] | None:
         text = (_open(path, key).metadata() or {}).get(CONFIG_KEY)
     elif (path / CONFIG).is_file():
         text = (path / CONFIG).read_text(encoding="utf-8")
-    if text is None:
-        return None
+    return None if text is None else parse_config(text, f"{key}: the config of {path}")
+
+
+def parse_config(text: str, what: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: it is none; the message begins with `what`.
+    """
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{key}: the config of {path} cannot be read: {error}") from None
+        raise UserError(f"{what} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{key}: the config of {path} is no JSON object")
+        raise UserError(f"{what} is no JSON object")
     return config
 
 

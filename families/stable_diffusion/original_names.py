@@ -8,16 +8,16 @@ beside names:
     vae               weights of attention are 1 x 1 convolutions (C, C, 1, 1), and linear layers (C, C) in diffusers
     text_encoder_2    query, key and value are one matrix (3 D, D), and `text_projection` is transposed
 
-Functions take a mapping of names and one that reads a tensor, so that a file is never held as a whole.
+A file is read tensor by tensor, so that it is never held as a whole.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from families.common.original_unet import library_unet_name, original_unet_name
+from modules.clip_weights import LAYERS, OUTSIDE, convert_hugging_face
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TEXT_MODEL = "text_model."
@@ -25,30 +25,21 @@ TEXT_MODEL = "text_model."
 NOT_READ = re.compile(r"(text_model\.)?embeddings\.position_ids|logit_scale")
 """Tensors of text encoders that say nothing about what they compute."""
 
-Read = Callable[[str], Tensor]
-
 _VAE_LAYERS = {
     "block_1": "resnets.0", "block_2": "resnets.1", "attn_1": "attentions.0", "downsample": "downsamplers.0",
     "upsample": "upsamplers.0", "nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out",
 }  # fmt: skip
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_OPEN_CLIP = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias",
-}  # fmt: skip
-_OPEN_CLIP_LAYERS = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}  # fmt: skip
-_BLOCK = "transformer.resblocks."
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_OPEN_CLIP = {original: own for own, original in OUTSIDE.items() if own.startswith("text_")}
+_OPEN_CLIP_LAYERS = {original: own for own, original in LAYERS.items()}
 
 
 # ---------------------------------------------------------------- from single files
 
 
-def library_tensors(component: str, names: Collection[str], read: Read) -> Iterator[tuple[str, Tensor]]:
+def library_tensors(
+    component: str, names: Collection[str], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a component in the names and shapes of diffusers' and transformers' own networks.
 
     Args:
@@ -63,7 +54,7 @@ def library_tensors(component: str, names: Collection[str], read: Read) -> Itera
         per_block = layers_per_block(names)
         yield from ((library_unet_name(name, per_block), read(name)) for name in names)
     elif component == "vae":
-        levels = 1 + max(int(match[1]) for name in names if (match := re.match(r"decoder\.up\.(\d+)\.", name)))
+        levels = 1 + max(_numbers(r"decoder\.up\.(\d+)\.", names))
         yield from (_library_vae(name, levels, read(name)) for name in names)
     elif component == "text_encoder":
         yield from ((name.removeprefix(TEXT_MODEL), read(name)) for name in names)
@@ -71,11 +62,10 @@ def library_tensors(component: str, names: Collection[str], read: Read) -> Itera
         yield from (tensor for name in names for tensor in _library_open_clip(name, read(name)))
 
 
-def layers_per_block(names: Iterable[str]) -> int:
+def layers_per_block(names: Collection[str]) -> int:
     """Residual blocks per level of a U-Net with original names, going down."""
-    blocks = {int(match[1]) for name in names if (match := re.match(r"input_blocks\.(\d+)\.", name))}
-    samplers = {int(match[1]) for name in names if (match := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))}
-    return min(samplers) - 1 if samplers else len(blocks) - 1
+    samplers = _numbers(r"input_blocks\.(\d+)\.0\.op\.", names)
+    return (min(samplers) if samplers else len(_numbers(r"input_blocks\.(\d+)\.", names))) - 1
 
 
 def _library_vae(name: str, levels: int, tensor: Tensor) -> tuple[str, Tensor]:
@@ -96,43 +86,38 @@ def _library_vae(name: str, levels: int, tensor: Tensor) -> tuple[str, Tensor]:
 
 
 def _library_open_clip(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    if name == "text_projection":
-        yield "text_projection.weight", tensor.T.contiguous()
-    elif name in _OPEN_CLIP:
-        yield TEXT_MODEL + _OPEN_CLIP[name], tensor
-    elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name):
-        layer = f"{TEXT_MODEL}encoder.layers.{match[1]}"
-        if match[2] in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            parameter = match[2].rpartition("_")[2]
-            for part, rows in zip(_PROJECTIONS, tensor.chunk(3), strict=True):
-                yield f"{layer}.self_attn.{part}.{parameter}", rows.clone()
-        else:
-            yield f"{layer}.{_renamed(match[2], _OPEN_CLIP_LAYERS)}", tensor
-    else:
+    block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
+    if name in _OPEN_CLIP:
+        yield _OPEN_CLIP[name], tensor.T.contiguous() if name == "text_projection" else tensor
+    elif block is None:
         raise ValueError(f"{name} is no tensor of open_clip's text encoder")
+    elif fused := re.fullmatch(r"attn\.in_proj_(weight|bias)", block[2]):
+        for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+            yield f"text_model.encoder.layers.{block[1]}.self_attn.{part}_proj.{fused[1]}", rows.clone()
+    else:
+        yield f"text_model.encoder.layers.{block[1]}.{_renamed(block[2], _OPEN_CLIP_LAYERS)}", tensor
 
 
 # ---------------------------------------------------------------- to single files
 
 
-def original_tensors(component: str, names: Collection[str], read: Read) -> Iterator[tuple[str, Tensor]]:
+def original_tensors(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `library_tensors`; a text encoder's names may have `text_model.` or not.
 
     Raises:
         ValueError: a tensor that such a network does not have.
     """
-    names = [name for name in names if not NOT_READ.fullmatch(name)]
+    own = {name: tensor for name, tensor in tensors.items() if not NOT_READ.fullmatch(name)}
     if component == "unet":
-        per_block = 1 + max(int(match[1]) for name in names if (match := re.match(r"down_.+\.resnets\.(\d+)", name)))
-        attention = {int(match[1]) for name in names if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
-        yield from ((original_unet_name(name, per_block, attention), read(name)) for name in names)
-    elif component == "vae":
-        levels = 1 + max(int(match[1]) for name in names if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name)))
-        yield from (_original_vae(name, levels, read(name)) for name in names)
-    elif component == "text_encoder":
-        yield from ((TEXT_MODEL + name.removeprefix(TEXT_MODEL), read(name)) for name in names)
-    else:
-        yield from _original_open_clip(names, read)
+        per_block = 1 + max(_numbers(r"down_blocks\.\d+\.resnets\.(\d+)\.", own))
+        attention = _numbers(r"up_blocks\.(\d+)\.attentions\.", own)
+        return {original_unet_name(name, per_block, attention): tensor for name, tensor in own.items()}
+    if component == "vae":
+        levels = 1 + max(_numbers(r"decoder\.up_blocks\.(\d+)\.", own))
+        return dict(_original_vae(name, levels, tensor) for name, tensor in own.items())
+    if component == "text_encoder":
+        return {TEXT_MODEL + name.removeprefix(TEXT_MODEL): tensor for name, tensor in own.items()}
+    return convert_hugging_face(own)
 
 
 def _original_vae(name: str, levels: int, tensor: Tensor) -> tuple[str, Tensor]:
@@ -154,22 +139,9 @@ def _original_vae(name: str, levels: int, tensor: Tensor) -> tuple[str, Tensor]:
     return f"{side}.{_renamed(rest, layers)}", tensor
 
 
-def _original_open_clip(names: Collection[str], read: Read) -> Iterator[tuple[str, Tensor]]:
-    outside = {own: original for original, own in _OPEN_CLIP.items()}
-    layers = {own: original for original, own in _OPEN_CLIP_LAYERS.items()}
-    for name in names:
-        bare = name.removeprefix(TEXT_MODEL)
-        if bare == "text_projection.weight":
-            yield "text_projection", read(name).T.contiguous()
-        elif bare in outside:
-            yield outside[bare], read(name)
-        elif match := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", bare):
-            rows = [read(name.replace("q_proj", part)) for part in _PROJECTIONS]
-            yield f"{_BLOCK}{match[1]}.attn.in_proj_{match[2]}", torch.cat(rows)
-        elif match := re.fullmatch(r"encoder\.layers\.(\d+)\.(?!self_attn\.[kv]_proj\.)(.+)", bare):
-            yield f"{_BLOCK}{match[1]}.{_renamed(match[2], layers)}", read(name)
-        elif not bare.startswith("encoder.layers."):
-            raise ValueError(f"{name} is no tensor of SDXL's second text encoder")
+def _numbers(pattern: str, names: Iterable[str]) -> set[int]:
+    """The numbers in names that begin with a pattern."""
+    return {int(match[1]) for name in names if (match := re.match(pattern, name))}
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:

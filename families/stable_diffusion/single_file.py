@@ -42,6 +42,8 @@ PREFIXES = {
 UNET_TENSOR, VAE_ATTENTION = "input_blocks.0.0.weight", "decoder.mid.attn_1.q.weight"
 """Tensors that a U-Net or an autoencoder has under the names of single files, and not under diffusers'."""
 SUPPORTED = "Stable Diffusion 1.x (sd15) and SDXL (sdxl) for text to image"
+CONFIG_KEY = "{}_config"
+"""Where the metadata of our own files say how a component is built, by its name: JSON of the library's config."""
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
 """Empty tensors that mark SDXL networks that predict v, and were trained to pure noise, as ComfyUI reads them."""
 
@@ -162,7 +164,7 @@ def _components(names: Collection[str]) -> tuple[dict[str, dict[str, str]], list
             ignored.append(name)
         else:
             components.setdefault(alone or PREFIXES[prefix], {})[name.removeprefix(prefix)] = name
-    return components, ignored
+    return {component: components[component] for component in COMPONENTS if component in components}, ignored
 
 
 def _other_architecture(opened: "_Opened", components: Mapping[str, Mapping[str, str]]) -> str | None:

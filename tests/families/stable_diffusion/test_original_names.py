@@ -31,7 +31,7 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 def test_the_published_networks_get_the_names_and_shapes_of_single_files(manifest):
     spec = load_manifest(manifest, "sd_t5")
     own, original = published(manifest), spec["original"]
-    made = original_tensors(COMPONENTS[manifest], own, own.__getitem__)
+    made = original_tensors(COMPONENTS[manifest], own).items()
     found = {
         name: (original["prefix"] + in_file, list(tensor.shape))
         for name, (in_file, tensor) in zip(own, made, strict=True)
@@ -46,7 +46,7 @@ def test_the_published_networks_get_the_names_and_shapes_of_single_files(manifes
 @pytest.mark.parametrize("manifest", COMPONENTS)
 def test_names_and_shapes_of_the_published_networks_return_from_single_files(manifest):
     own, component = published(manifest), COMPONENTS[manifest]
-    in_file = dict(original_tensors(component, own, own.__getitem__))
+    in_file = original_tensors(component, own)
     assert shapes(dict(library_tensors(component, in_file, in_file.__getitem__))) == shapes(own)
     if component in ("unet", "vae"):  # each has one of its own
         back = (name for name, _ in library_tensors(component, in_file, in_file.__getitem__))
@@ -65,7 +65,7 @@ def test_open_clip_s_names_are_those_of_its_own_network():
     own = dict(library_tensors("text_encoder_2", names, names.__getitem__))
     assert own["text_projection.weight"].shape == (20, 24)
     assert len(own) == 4 + 3 * 16 + 1
-    assert shapes(dict(original_tensors("text_encoder_2", own, own.__getitem__))) == {
+    assert shapes(original_tensors("text_encoder_2", own)) == {
         name: shape for name, shape in shapes(names).items() if name not in ("logit_scale", "attn_mask")
     }
 

@@ -1,0 +1,252 @@
+"""The networks of a pipeline wherever a config may say that they are: what is known before weights are read, and they.
+
+a pipeline of diffusers      runs/exported                      its folders unet, vae, text_encoder, text_encoder_2
+the folder of one network    runs/exported/vae                  config.json and safetensors, in one file or several
+a checkpoint in one file     v1-5-pruned-emaonly.safetensors    see `single_file`
+one network in diffusers' or transformers' names                generator.safetensors of a run
+"""
+
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from families.common.library_files import (
+    CONFIG,
+    PREDICTIONS,
+    component_folder,
+    parse_config,
+    read_config,
+    read_tensors,
+)
+from families.common.weight_files import TARGET_KEY, Header, read_header
+from families.common.weight_source import PIPELINE
+from families.common.weights import WeightsError, existing_file
+from families.stable_diffusion.single_file import (
+    CONFIG_KEY,
+    SUPPORTED,
+    Version,
+    is_single_file,
+    look_into,
+    read_single_file,
+)
+from warpcore.errors import UserError
+
+TITLES = {
+    "unet": "a U-Net", "vae": "an autoencoder", "text_encoder": "a text encoder",
+    "text_encoder_2": "a second text encoder",
+}  # fmt: skip
+"""What messages call the components."""
+ZERO_SNR_KEY = "zero_terminal_snr"
+"""Where our own files say whether their U-Net was trained to pure noise."""
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+"""The noise schedule of Stable Diffusion 1.5 and SDXL."""
+PIPELINES = re.compile(r"StableDiffusion(XL)?(Img2Img)?Pipeline")
+logger = logging.getLogger(__name__)
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}  # fmt: skip
+_TENSORS = {
+    "unet": {"conv_in.weight", "time_embedding.linear_1.weight"},
+    "vae": {"encoder.conv_in.weight", "encoder.mid_block.resnets.0.conv1.weight"},
+    "text_encoder": {"embeddings.token_embedding.weight"},
+    "text_encoder_2": {"text_model.embeddings.token_embedding.weight", "text_projection.weight"},
+}  # fmt: skip
+"""Tensors that tell what a file in the libraries' names holds."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network in a file or folder: what is known before its weights are read."""
+
+    path: Path
+    """The file, or the network's own folder."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """Reads the weights, in the library's names."""
+    config: Mapping[str, Any] | None = None
+    """The library's constructor numbers; None where the file does not say them."""
+    version: Version | None = None
+    """Which Stable Diffusion it belongs to, where that can be told."""
+    diffusion_target: str | None = None
+    """What the U-Net of the file or pipeline predicts, where it is said."""
+    zero_terminal_snr: bool | None = None
+    """Whether that U-Net was trained to pure noise, where it is said."""
+    tokenizer: Path | None = None
+    """The folder of a text encoder's tokenizer, where there is one."""
+
+
+def holds(path: Path, name: str, key: str) -> bool:
+    """Whether a whole pipeline or checkpoint has a component; a network by itself has no other.
+
+    Raises:
+        UserError: see `find_component`.
+    """
+    if path.is_dir():
+        return (path / name / CONFIG).is_file()
+    return _in_one_file(path, key) and name in look_into(path, key).components
+
+
+def find_component(path: Path, name: str, key: str) -> Component:
+    """The network `name` (`unet`, `vae`, `text_encoder`, `text_encoder_2`) of a file or folder; see this module.
+
+    Args:
+        key: the config key that named the path, which an error names.
+
+    Raises:
+        UserError: it is missing, damaged, or something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _of_folder(path, name, key)
+    if _in_one_file(path, key):
+        return _of_single_file(path, name, key)
+    return _of_library_file(path, name, key)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _of_folder(path: Path, name: str, key: str) -> Component:
+    pipeline = _pipeline(path, key)
+    folder = component_folder(path, name)
+    config = read_config(folder, key)
+    if config is None:
+        what = f"a pipeline without {name}" if pipeline else "no folder of diffusers"
+        raise UserError(
+            f"{key}: {path} is {what}: it holds {_content(path)}. Name the folder of a pipeline ({PIPELINE}), or of "
+            f"its {name} ({CONFIG} and safetensors)"
+        )
+    _check_class(folder, config, name, key)
+    beside = folder.with_name(name.replace("text_encoder", "tokenizer"))
+    tokenizer = beside if name.startswith("text_encoder") and beside.is_dir() else None
+    target, zero_snr = _schedule(folder.with_name("scheduler"), key) if name == "unet" else (None, None)
+    return Component(folder, partial(read_tensors, folder, key), config, _version(config), target, zero_snr, tokenizer)
+
+
+def _pipeline(path: Path, key: str) -> str | None:
+    """The pipeline that a folder holds; None where it holds none."""
+    if not (path / PIPELINE).is_file():
+        return None
+    index = _json(path / PIPELINE, key)
+    pipeline = str(index.get("_class_name"))
+    if not PIPELINES.fullmatch(pipeline):
+        raise UserError(f"{key}: {path} holds a {pipeline}; supported are {SUPPORTED}")
+    return pipeline
+
+
+def _check_class(folder: Path, config: Mapping[str, Any], name: str, key: str) -> None:
+    """Raise UserError for a folder of another network, or of a U-Net that sees more than the noised latents."""
+    classes = {str(config.get("_class_name") or ""), *map(str, config.get("architectures") or ())} - {""}
+    if classes and not classes & {*_CLASSES[name]}:
+        raise UserError(
+            f"{key}: {folder} holds {', '.join(sorted(classes))}, not {TITLES[name]} ({' or '.join(_CLASSES[name])})"
+        )
+    seen, predicted = config.get("in_channels", 4), config.get("out_channels", 4)
+    if name == "unet" and seen != predicted:
+        raise UserError(
+            f"{key}: the U-Net in {folder} sees {seen} channels and predicts {predicted}, as inpainting and edit "
+            f"models do; supported are {SUPPORTED}"
+        )
+
+
+def _schedule(folder: Path, key: str) -> tuple[str | None, bool | None]:
+    """What the U-Net of a pipeline predicts, and whether it was trained to pure noise, by its scheduler."""
+    file = folder / "scheduler_config.json"
+    if not file.is_file():
+        return None, None
+    config = _json(file, key)
+    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        return "rectified_flows", False
+    betas = {name: config.get(name, value) for name, value in BETAS.items()}
+    if betas != BETAS:
+        logger.warning("%s: %s has the noise schedule %s; the one taken here is %s", key, file, betas, BETAS)
+    prediction = config.get("prediction_type", "epsilon")
+    target = next((ours for ours, theirs in PREDICTIONS.items() if theirs == prediction), None)
+    if target is None:
+        raise UserError(
+            f"{key}: {file}: prediction_type is {prediction}, not one of {', '.join(PREDICTIONS.values())}"
+        )
+    return target, bool(config.get("rescale_betas_zero_snr", False))
+
+
+def _json(file: Path, key: str) -> Mapping[str, Any]:
+    return parse_config(file.read_text(encoding="utf-8"), f"{key}: {file}")
+
+
+def _content(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+
+
+# ---------------------------------------------------------------- files
+
+
+def _in_one_file(path: Path, key: str) -> bool:
+    """Whether a file has the names of single files; PyTorch's files, which would have to be opened for it, do."""
+    return path.suffix != ".safetensors" or is_single_file(_header(path, key).names)
+
+
+def _header(path: Path, key: str) -> Header:
+    try:
+        return read_header(existing_file(path, key))
+    except WeightsError:
+        raise
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def _of_single_file(path: Path, name: str, key: str) -> Component:
+    contents = look_into(path, key)
+    if name not in contents.components:
+        there = ", ".join(TITLES[one] for one in contents.components)
+        raise UserError(f"{key}: {path} does not hold {TITLES[name]}, but {there}: name a file or folder that has one")
+    config = contents.metadata.get(CONFIG_KEY.format(name))
+    return Component(
+        path,
+        lambda: read_single_file(path, key, [name])[name],
+        None if config is None else parse_config(config, f"{key}: {CONFIG_KEY.format(name)} of {path}"),
+        contents.version,
+        contents.diffusion_target,
+        contents.zero_terminal_snr or None,
+    )
+
+
+def _of_library_file(path: Path, name: str, key: str) -> Component:
+    header = _header(path, key)
+    found = library_component(header.names)
+    if found is None:
+        look_into(path, key)  # raises an error that says what it is
+    if found != name and (found, name) != ("text_encoder_2", "text_encoder"):
+        raise UserError(f"{key}: {path} holds the weights of {TITLES.get(found)}, not of {TITLES[name]}")
+    config, zero_snr = read_config(path, key), header.metadata.get(ZERO_SNR_KEY)
+    return Component(
+        path,
+        partial(read_tensors, path, key),
+        config,
+        None if config is None else _version(config),
+        header.metadata.get(TARGET_KEY),
+        None if zero_snr is None else zero_snr == "true",
+    )
+
+
+def library_component(names: Collection[str]) -> str | None:
+    """Which component a file in the names of diffusers and transformers holds, by the names of its tensors."""
+    if any(".lora" in name for name in names):
+        return None
+    if "text_model.embeddings.token_embedding.weight" in names:
+        return "text_encoder_2" if "text_projection.weight" in names else "text_encoder"
+    return next((component for component, own in _TENSORS.items() if own <= {*names}), None)
+
+
+def _version(config: Mapping[str, Any]) -> Version | None:
+    """Which Stable Diffusion a U-Net is of; the other networks do not say it."""
+    if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or "down_block_types" not in config:
+        return None
+    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
