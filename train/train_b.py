@@ -17,7 +17,7 @@ from families.cascade.config import StageBConfig
 from families.cascade.diffusion import pyramid_noise
 from families.cascade.scaled import encode_scaled, enlarge
 from families.cascade.training import DenoiserTraining
-from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
+from families.common.features import PICTURE_SETTINGS, Feature, stored
 from families.common.pictures import to_pictures, to_uint8
 from families.common.sampling import draw_latents
 from modules.effnet import normalise_images
@@ -56,19 +56,18 @@ class TrainStageB(DenoiserTraining):
         return {
             "stage_a": Feature("stage_a", PICTURE_SETTINGS),
             "effnet": Feature("encoder", (*PICTURE_SETTINGS, "effnet_scale")),
-            "clip_text_pooled": Feature("text", CAPTION_SETTINGS),
+            **self.caption_features_to_cache("clip_text_pooled"),
+            **self.mask_feature("stage_a"),
         }
 
     def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor | list[Tensor]]:
         pictures = batch.images.float() / 255
         latents = self.networks["stage_a"].encode(pictures.to(self.dtype)).float()
+        features = {"stage_a": latents} | self.mask_of_pictures(batch, latents)
         if self.config.train_encoder:
-            return {"stage_a": latents}
+            return features
         factors = self._factors(len(pictures), random)
-        return {
-            "stage_a": latents,
-            "effnet": encode_scaled(self.networks["encoder"], pictures, factors, self.dtype),
-        }
+        return features | {"effnet": encode_scaled(self.networks["encoder"], pictures, factors, self.dtype)}
 
     def encode(self, batch: Batch, random: SampleRandom) -> Inputs:
         text = training_text(self.text_conditions, batch, random, self.config.caption_dropout)["clip_text_pooled"]

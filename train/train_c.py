@@ -16,7 +16,7 @@ from families.cascade import build
 from families.cascade.conditions import TEXT, training_conditions
 from families.cascade.config import StageCConfig
 from families.cascade.training import DenoiserTraining
-from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
+from families.common.features import PICTURE_SETTINGS, Feature, stored
 from families.common.pictures import to_pictures, to_uint8
 from families.common.sampling import draw_latents, latent_size
 from modules.effnet import normalise_images
@@ -55,16 +55,16 @@ class TrainStageC(DenoiserTraining):
     @property
     def features(self) -> dict[str, Feature]:
         features = {"latent": Feature("encoder", PICTURE_SETTINGS)}
-        features |= {name: Feature("text", CAPTION_SETTINGS) for name in TEXT}
+        features |= self.caption_features_to_cache(*TEXT)
         if self.config.clip_image_dropout < 1:
             features["clip_img"] = Feature("image", PICTURE_SETTINGS)
-        return features
+        return features | self.mask_feature("encoder")
 
     def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         features = {"latent": self.latents(batch)}
         if "image" in self.networks:
             features["clip_img"] = self.networks["image"].encode(batch.images.float() / 255)
-        return features
+        return features | self.mask_of_pictures(batch, features["latent"])
 
     def latents(self, batch: Batch) -> Tensor:
         """The encoder's latents (B, 16, h, w) of a batch."""

@@ -74,7 +74,7 @@ class TrainControlNet(TrainStageC):
         raise UserError("a ControlNet's condition is made of pictures again in each epoch: a cache has none")
 
     def extra_fields(self) -> dict:
-        return filter_fields(self.filter)
+        return super().extra_fields() | filter_fields(self.filter)
 
     def computed_in_workers(self) -> dict:
         return {} if self.filter.on_device else {type(self.filter).__name__: self.filter.of_batch}

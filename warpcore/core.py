@@ -301,7 +301,7 @@ class WarpCore(UseCase):
         """Draw sample pictures. Where memory is too short, a message says so, and the run goes on without them."""
         if self.cannot_draw or not self._has_samples():
             return
-        rows, shortage = evaluation.draw(self._variants(), self.autocast, self._held_out, self.sample)
+        rows, shortage = evaluation.draw(self._variants(), self.autocast, self.held_out, self.sample)
         # One process alone may be short of memory; all of them have to agree on whether they draw the next time.
         self.cannot_draw = self.processes.first_of(shortage)
         if self.cannot_draw:
@@ -329,7 +329,8 @@ class WarpCore(UseCase):
         """Whether the use case has anything to show."""
         return type(self).sample is not UseCase.sample
 
-    def _held_out(self) -> Batch | None:
+    def held_out(self) -> Batch | None:
+        """The samples that `sample` draws pictures for."""
         return self.feed.to_draw(self.data_to_draw()) if self.draws_samples else None
 
     def _samples_file(self) -> Path:

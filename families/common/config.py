@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from families.common.sample_fields import SampleSettings
 from warpcore.config import Config, Settings, Share
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 from warpcore.diffusion.samplers import SAMPLERS
@@ -24,7 +25,7 @@ class GeneratorSettings(Settings):
     its weights file says, or noise where it says nothing (published weights)."""
 
 
-class DiffusionConfig(GeneratorSettings, Config):
+class DiffusionConfig(SampleSettings, GeneratorSettings, Config):
     """What is learned, and what is drawn on the way."""
 
     change_target: bool = False

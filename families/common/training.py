@@ -15,17 +15,18 @@ from families.common.captions import cut_note, say_of_captions
 from families.common.config import DiffusionConfig
 from families.common.features import Feature, Origin, stored
 from families.common.prompts import FILE_NAME, prompt_features
+from families.common.sample_fields import SampleFields, resized
 from families.common.text_memory import TextConditions, TextMemory
 from families.common.weight_files import FAMILY_KEY, TARGET_KEY
 from families.common.weight_source import with_local_weights
 from warpcore.config import ConfigError
-from warpcore.core import Losses, WarpCore
+from warpcore.core import Losses
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
 from warpcore.random import SampleRandom
 
 
-class DiffusionTraining(WarpCore):
+class DiffusionTraining(SampleFields):
     """Trains a denoiser of latents.
 
     What its frozen networks make of a sample, its features, may come from a cache (`families/common/cache.py`); then
@@ -183,7 +184,8 @@ class DiffusionTraining(WarpCore):
         return self.cache is None
 
     def extra_fields(self) -> dict:
-        return {} if self.cache is None else self.cache.fields(self.features)
+        cached = {} if self.cache is None else self.cache.fields(self.features)
+        return cached | self.sample_fields(from_cache=self.cache is not None)
 
     def caption_features(self, batch: Batch) -> dict[str, Tensor]:
         """What the text encoders make of the captions of a batch: (B, ...) by name."""
@@ -204,15 +206,13 @@ class DiffusionTraining(WarpCore):
         random: SampleRandom,
         predict: Callable[[Tensor, Tensor], Tensor],
         noise: Tensor | None = None,
-        mask: Tensor | None = None,
     ) -> Losses:
-        """The loss of predicting the target of noised latents.
+        """The loss of predicting the target of noised latents, with the mask and the weights of the batch's samples.
 
         Args:
             latents: (B, C, *positions), such as (B, C, H, W) or (B, C, T, H, W).
             predict: the network: noised latents (like the latents) and noise conditions (B,) -> predictions.
             noise: like the latents; independent normal numbers without it.
-            mask: (B, 1, *positions), how much each position counts; all alike without it.
         """
         noise = random.normal("noise", *latents.shape[1:]) if noise is None else noise
         each_channel = (latents.shape[1], *(1 for _ in latents.shape[2:]))
@@ -220,7 +220,10 @@ class DiffusionTraining(WarpCore):
         diffused = self.diffusion.diffuse(
             latents, noise, random.uniform("timestep"), offset=offset, shift=self.config.shift
         )
+        mask = None if self.mask is None else resized(self.mask, latents)
         loss, raw, logsnr = self.diffusion.loss(diffused, predict(diffused.noised, diffused.noise_cond), mask)
+        if self.sample_weight is not None:
+            loss = loss * self.sample_weight
         return Losses(loss, raw, {"logsnr": logsnr, "raw": raw} if self.diffusion.state_dict() else {})
 
     def file_metadata(self) -> dict[str, str]:

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from families.cascade.controlnet import filter_fields
-from families.cascade.lora_config import MaskField
 from families.common.members import MASK, SIDE_MEMBERS
+from families.common.sample_fields import MaskField
 from modules.filters import FILTERS
 from tests.tools.test_build_dataset import samples_of
 from tests.warpcore.data.tars import picture

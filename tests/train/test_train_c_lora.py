@@ -199,12 +199,12 @@ def test_masked_parts_do_not_count_and_samples_without_a_mask_count_everywhere(s
     seen = {}
 
     class Recorded(TrainLora):
-        def denoising_loss(self, latents, random, predict, mask=None):
+        def denoising_loss(self, latents, random, predict):
             def recorded(noised, r):
                 seen["error"] = predict(noised, r) - random.normal("noise", *latents.shape[1:])
                 return seen["error"] + random.normal("noise", *latents.shape[1:])
 
-            seen["losses"] = super().denoising_loss(latents, random, recorded, mask=mask)
+            seen["losses"] = super().denoising_loss(latents, random, recorded)
             return seen["losses"]
 
     train(small_cascade | LORA | {"webdataset_path": data, "masked_loss": True}, Recorded)
@@ -221,7 +221,8 @@ def test_samples_of_the_prior_keep_their_captions_and_count_by_their_weight(smal
 
     class Recorded(TrainLora):
         def loss(self, inputs, random):
-            losses, plain = super().loss(inputs, random), super().loss((*inputs[:3], torch.ones(4)), random)
+            losses, self.sample_weight = super().loss(inputs, random), None
+            plain = super().loss(inputs, random)
             seen["share"] = (losses.loss / plain.loss).detach()
             return losses
 

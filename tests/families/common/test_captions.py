@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from families.cascade.lora_config import texts_read
 from families.common.captions import is_cut
+from families.common.sample_fields import texts_read
 from modules.tokenizers import WordTokenizer, tokenize
 from tests.caches import make_cache
 from train.train_c import TrainStageC

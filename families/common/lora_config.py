@@ -1,0 +1,72 @@
+"""Configuration keys of LoRA training and of trained tokens, for every family."""
+
+from typing import Literal, Self
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from families.common.config import DiffusionConfig
+from modules.lora import LoraSettings
+from modules.tokens import is_new
+from warpcore.config import Settings, ShareBelowOne
+from warpcore.keys import Weights
+
+
+class LoraKeys(Settings):
+    """Which layers get adapters, and what adapters are like."""
+
+    module_filters: list[str]
+    """Which layers are adapted: parts of their names, such as `.attn`, or regular expressions on them; `.` is all."""
+    rank: PositiveInt
+    """How much an adapter can hold: it is two matrices, one with this many columns, one with this many rows."""
+    alpha: PositiveFloat | None = None
+    """Adapters count alpha / rank. By default alpha is the rank, or 1 with `lora_init: published`."""
+    rank_stabilised: bool = False
+    """Adapters count alpha / sqrt(rank) instead, which suits high ranks (arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn lengths and directions of the weights' rows apart (DoRA, arXiv:2402.09353)."""
+    split_qkv: bool = False
+    """Queries, keys and values of an attention layer get an adapter each, instead of one together as published."""
+    lora_dropout: ShareBelowOne = 0.0
+    """Dropout on what goes into the adapters."""
+    lora_init: Literal["zero_up", "published"] = "zero_up"
+    """What adapters start from. Both change nothing at first; `published`, the reference's, learns in larger steps."""
+    lora_checkpoint_path: Weights | None = None
+    """A LoRA with the same layers, rank and tokens to start from, in any format; its alpha may be another."""
+    frozen_weights: Literal["float32", "bfloat16", "nf4"] | None = None
+    """How the frozen network is kept: by default in the precision of the computation; `nf4` in four bits (needs
+    torchao)."""
+
+    @property
+    def lora_settings(self) -> LoraSettings:
+        return LoraSettings(
+            rank=self.rank,
+            alpha=self.alpha or (1 if self.lora_init == "published" else self.rank),
+            rank_stabilised=self.rank_stabilised,
+            dropout=self.lora_dropout,
+            dora=self.dora,
+            split_qkv=self.split_qkv,
+            init=self.lora_init,
+        )
+
+
+class TokenKeys(DiffusionConfig):
+    """Tokens of the text encoder that are trained."""
+
+    train_tokens: list[tuple[str, str | None]] | None = None
+    """Tokens to train: `['[fernando]', '^dog</w>']`, a new one that starts as the mean of those that a regular
+    expression finds in the vocabulary, or `['^snail', null]`, those that it finds."""
+    token_lr_scale: PositiveFloat = 1.0
+    """The learning rate of the tokens is `lr` times this."""
+
+    @model_validator(mode="after")
+    def _tokens_can_be_learned(self) -> Self:
+        if self.cache_text and self.train_tokens:
+            raise ValueError("cache_text: what captions mean changes with train_tokens; remove one of the two")
+        if self.train_tokens == []:
+            raise ValueError("train_tokens is empty: write [['[fernando]', '^dog</w>']] for a token, or leave it out")
+        if self.caption_templates and not any("{caption}" in template for template in self.caption_templates):
+            said = " ".join(self.caption_templates).lower()
+            unsaid = [name for name, _ in self.train_tokens or () if is_new(name) and name.lower() not in said]
+            if unsaid:
+                raise ValueError(f"no caption_templates entry holds the token {unsaid[0]}: it would learn nothing")
+        return self

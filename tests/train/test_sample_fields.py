@@ -1,0 +1,69 @@
+"""Masks, samples of a prior and caption templates work in every training script of a diffusion model."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.train.test_every_script import SETTINGS, settings_of, train, use_case
+from tests.train.test_train_c_lora import write_samples
+
+pytestmark = pytest.mark.integration
+SCRIPTS = [name for name in SETTINGS if "masked_loss" in use_case(name).Config.model_fields]
+
+
+@pytest.fixture
+def recorded(small_cascade, tmp_path):
+    """Trains a script for one update on two masked samples and two of a prior; returns its settings and records."""
+
+    def run(name: str, **changes) -> dict:
+        seen, kind = {}, use_case(name)
+
+        class Recorded(kind):
+            def encode(self, batch, random):
+                seen.setdefault("batch", batch)
+                return super().encode(batch, random)
+
+            def denoising_loss(self, latents, random, predict, *further):
+                def measured(diffused, predicted, mask):
+                    seen.setdefault("mask", mask)
+                    return of_process(diffused, predicted, mask)
+
+                of_process, self.diffusion.loss = self.diffusion.loss, measured
+                losses = super().denoising_loss(latents, random, predict, *further)
+                self.diffusion.loss = of_process
+                weight, self.sample_weight = self.sample_weight, None
+                plain = super().denoising_loss(latents, random, lambda x, t: predict(x, t), *further)
+                self.sample_weight = weight
+                seen.setdefault("share", (losses.loss / plain.loss).detach())
+                return losses
+
+        left = Image.new("L", (64, 64))
+        left.paste(255, (0, 0, 32, 64))
+        settings = settings_of(small_cascade, name, "run") | {
+            "webdataset_path": write_samples(tmp_path / "own.tar", [left] * 2), "updates": 1, "save_every": 1,
+            "prior_path": write_samples(tmp_path / "prior.tar", [None] * 2), "prior_weight": 0.25,
+            "masked_loss": True, "caption_templates": ["a template"], "caption_dropout": 0.0,
+            "validation_samples": 0, "batch_size": 4, "micro_batch_size": 4,
+        }  # fmt: skip
+        if name == "train_c_lora":
+            settings["caption_templates"] = ["a template [fernando]"]
+        train(name, settings | changes, Recorded)
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_masks_prior_and_templates_work_in_every_script(recorded, name):
+    seen = recorded(name)
+    batch, mask = seen["batch"], seen["mask"]
+    prior = torch.tensor([key.startswith("prior") for key in batch.keys])
+    assert sorted(prior.tolist()) == [False, False, True, True]
+    assert [caption.startswith("a template") for caption in batch.captions] == (~prior).tolist()
+    torch.testing.assert_close(seen["share"], torch.where(prior, 0.25, 1.0), rtol=1e-5, atol=0)
+    width = mask.shape[-1]
+    assert mask.shape[:2] == (4, 1)
+    assert (mask[prior] == 1).all()
+    if width % 2 == 0:
+        assert (mask[~prior][..., : width // 2] == 1).all()
+        assert (mask[~prior][..., width // 2 :] == 0).all()
