@@ -1,22 +1,31 @@
 """Downloads the official weights into this folder; an interrupted download goes on where it stopped.
 
+    python3 models/download.py sdxl sdxl-vae
     python3 models/download.py essential big-big bfloat16
 
+Stable Diffusion, each a checkpoint in one file:
+sd15: Stable Diffusion 1.5, without the averages that it was trained with. sdxl: SDXL 1.0.
+sd15-vae: the autoencoder whose decoder was trained further (sd-vae-ft-mse).
+sdxl-vae: SDXL's autoencoder, changed so that it does not overflow in float16 (sdxl-vae-fp16-fix).
+
+Stable Cascade:
 essential: what every use case needs (encoder of Stage C's latents, its previewer, Stage A).
 big-big, big-small, small-big, small-small: Stage B and Stage C (in this order), the large or the small version.
 controlnet: the ControlNets for the large Stage C (canny, inpainting, super_resolution).
 example-dataset: fernando.tar, pictures of a dog, for the LoRA example of the training guide.
 bfloat16 (default) or float32: the type of Stage B's and C's weights.
 
-HF_ENDPOINT chooses a mirror, HF_TOKEN or `hf auth login` an account. Files are checked against the hub's size and
-SHA-256.
+Folders of diffusers need no command: their names on the hub can stand in a config. HF_ENDPOINT chooses a mirror,
+HF_TOKEN or `hf auth login` an account. Files are checked against the hub's size and SHA-256, those of Stable Diffusion
+also against the published ones.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from families.common.hub import DownloadError, check_space, difference, fetch, look_up
+from families.common.hub import DownloadError, RemoteFile, check_space, difference, fetch, look_up
 
 WEIGHTS, EXAMPLES = "stabilityai/stable-cascade", "dome272/stable-cascade"
 VARIANTS = {
@@ -33,6 +42,43 @@ SETS = {
     "controlnet": [f"controlnet/{name}.safetensors" for name in ("canny", "inpainting", "super_resolution")],
     "example-dataset": ["fernando.tar"],
 }
+"""Of Stable Cascade, in `WEIGHTS` and `EXAMPLES`."""
+
+
+class Published(NamedTuple):
+    """A file as it was published."""
+
+    repository: str
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+STABLE_DIFFUSION = {
+    "sd15": Published(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors", 4_265_146_304,
+        "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
+    ),
+    "sd15-vae": Published(
+        "stabilityai/sd-vae-ft-mse-original", "vae-ft-mse-840000-ema-pruned.safetensors", 334_641_190,
+        "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
+    ),
+    "sdxl": Published(
+        "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", 6_938_078_334,
+        "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
+    ),
+    "sdxl-vae": Published(
+        "madebyollin/sdxl-vae-fp16-fix", "sdxl_vae.safetensors", 334_641_162,
+        "235745af8d86bf4a4c1b5b4f529868b37019a10f7c0b2e79ad0abca3a22bc6e1",
+    ),
+}  # fmt: skip
+LICENCES = {
+    WEIGHTS: "non-commercial", EXAMPLES: "unknown",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/sd-vae-ft-mse-original": "mit", "madebyollin/sdxl-vae-fp16-fix": "mit",
+}  # fmt: skip
+"""By repository. All but `non-commercial` allow commercial use; the openrail licences forbid some uses."""
 DTYPES = {"bfloat16": "_bf16", "bf16": "_bf16", "float32": "", "fp32": ""}
 
 
@@ -42,20 +88,34 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     Raises:
         DownloadError: a word is unknown, or none names a set.
     """
-    unknown = [word for word in words if word not in SETS and word not in DTYPES]
-    if unknown or not any(word in SETS for word in words):
+    sets = [*STABLE_DIFFUSION, *SETS]
+    unknown = [word for word in words if word not in sets and word not in DTYPES]
+    if unknown or not any(word in sets for word in words):
         problem = f"{unknown[0]!r} is unknown" if unknown else "nothing to download is named"
-        raise DownloadError(f"{problem}; write any of {', '.join(SETS)}, and at most one of {', '.join(DTYPES)}")
+        raise DownloadError(f"{problem}; write any of {', '.join(sets)}, and at most one of {', '.join(DTYPES)}")
     suffixes = {DTYPES[word] for word in words if word in DTYPES} or {"_bf16"}
     if len(suffixes) > 1:
         raise DownloadError("bfloat16 and float32 are both named; write one of them")
     (suffix,) = suffixes
-    named = [
+    named = [STABLE_DIFFUSION[word][:2] for word in words if word in STABLE_DIFFUSION]
+    named += [
         (EXAMPLES if word == "example-dataset" else WEIGHTS, path.format(dtype=suffix))
         for word in words
         for path in SETS.get(word, [])
     ]
     return list(dict.fromkeys(named))
+
+
+def check_published(file: RemoteFile) -> None:
+    """Raise DownloadError where the hub announces another file than was published under this name."""
+    for one in STABLE_DIFFUSION.values():
+        found = (file.size_bytes, file.etag)
+        if one[:2] == (file.repository, file.path) and found != (one.size_bytes, one.sha256):
+            raise DownloadError(
+                f"{file.name} of {file.repository} has {file.size_bytes} bytes and SHA-256 {file.etag} on the hub; "
+                f"published were {one.size_bytes} and {one.sha256}. Check HF_ENDPOINT; if you trust the file, "
+                "download it by hand"
+            )
 
 
 def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
@@ -67,8 +127,9 @@ def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
     files = [look_up(*named) for named in choose(words)]
     missing = [file for file in files if not (folder / file.name).exists()]
     for file in files:
+        check_published(file)
         state = "to download" if file in missing else "here"
-        print(f"{file.size_bytes / 1e6:>10,.1f} MB  {file.name:<32} {state}")
+        print(f"{file.size_bytes / 1e6:>10,.1f} MB  {file.name:<40} {LICENCES[file.repository]:<22} {state}")
     if dry_run:
         return
     for file in files:
@@ -88,7 +149,9 @@ def _folder(text: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="+", metavar="SET", help=f"{', '.join(SETS)}; and {', '.join(DTYPES)}")
+    parser.add_argument(
+        "words", nargs="+", metavar="SET", help=f"{', '.join([*STABLE_DIFFUSION, *SETS])}; and {', '.join(DTYPES)}"
+    )
     parser.add_argument("--folder", type=_folder, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")
     options = parser.parse_args(arguments)

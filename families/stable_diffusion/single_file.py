@@ -25,7 +25,7 @@ from torch import Tensor
 
 from families.common.weight_files import TARGET_KEY
 from families.common.weights import existing_file
-from families.stable_diffusion.original_names import COMPONENTS, NOT_READ, library_tensors
+from families.stable_diffusion.original_names import COMPONENTS, NOT_READ, library_tensors, original_tensors
 from warpcore.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,30 @@ def read_single_file(path: Path, key: str, components: Collection[str] = COMPONE
         except (ValueError, SafetensorError, RuntimeError) as error:
             raise UserError(f"{key}: {path} cannot be read as {component} of {SUPPORTED}: {error}") from None
     return found
+
+
+def single_file_tensors(
+    parts: Mapping[str, Mapping[str, Tensor]],
+    version: Version,
+    target: str = "epsilon",
+    zero_terminal_snr: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors of a single file: the inverse of `read_single_file`.
+
+    Args:
+        parts: tensors of each component, in the libraries' names.
+        version: the layout; of SDXL marks are added that say `target` v and zero terminal SNR.
+    """
+    prefixes = {component: prefix for prefix, component in PREFIXES.items()}
+    if version == "sd15":
+        prefixes["text_encoder"] = "cond_stage_model.transformer."
+    tensors = {
+        prefixes[component] + name: tensor
+        for component, own in parts.items()
+        for name, tensor in original_tensors(component, own).items()
+    }
+    marked = {V_PREDICTION: target == "v", ZERO_TERMINAL_SNR: target == "v" and zero_terminal_snr}
+    return tensors | {name: torch.zeros(0) for name, holds in marked.items() if holds and version == "sdxl"}
 
 
 def is_single_file(names: Collection[str]) -> bool:

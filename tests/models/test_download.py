@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from families.common.hub import DownloadError, RemoteFile, check_space, fetch
+from models.download import LICENCES, SETS, STABLE_DIFFUSION, check_published, choose
 
 pytestmark = pytest.mark.integration
 
@@ -231,8 +232,8 @@ def test_damaged_bytes_never_get_the_name_of_the_file(hub, tmp_path):
 
 def test_mistakes_and_missing_networks_are_named(hub, tmp_path):
     cases = [
-        (hub, ["huge-big"], r"'huge-big' is unknown; write any of essential, big-big, .*bfloat16"),
-        (hub, ["float32"], r"nothing to download is named; write any of essential"),
+        (hub, ["huge-big"], r"'huge-big' is unknown; write any of sd15, .*essential, big-big, .*bfloat16"),
+        (hub, ["float32"], r"nothing to download is named; write any of sd15"),
         (hub, ["big-big", "bf16", "fp32"], r"write one of them"),
         (hub, ["essential"], r"has no effnet_encoder\.safetensors in stabilityai/stable-cascade"),
         ("http://127.0.0.1:9", ["essential"], r"can't reach 127\.0\.0\.1:9 .*set HF_ENDPOINT to a mirror"),
@@ -243,6 +244,27 @@ def test_mistakes_and_missing_networks_are_named(hub, tmp_path):
         assert re.search(message, errors.replace("\n", " ")), errors
         assert "Traceback" not in errors
     assert not (tmp_path / "models").exists()
+
+
+def test_a_file_of_stable_diffusion_is_the_published_one(hub, tmp_path):
+    place = ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors")
+    hub.put(*place, content(0))
+    code, _, errors = run(hub, tmp_path, "sdxl")
+    assert code == 1
+    assert re.search(
+        r"sd_xl_base_1\.0\.safetensors of stabilityai/.* has 3000 bytes .*published were 6938078334 and 31e35c", errors
+    )
+    assert not hub.requests
+    published = STABLE_DIFFUSION["sdxl"]
+    check_published(RemoteFile(*place, "http://nowhere", published.size_bytes, published.sha256))
+    with pytest.raises(DownloadError, match="published were"):
+        check_published(RemoteFile(*place, "http://nowhere", published.size_bytes, "0" * 64))
+
+
+def test_every_set_has_a_licence_in_one_word():
+    for words in ([*SETS], [*STABLE_DIFFUSION]):
+        for repository, _ in choose(words):
+            assert re.fullmatch(r"\S+", LICENCES[repository])
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
