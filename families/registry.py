@@ -57,10 +57,18 @@ def _owns(family: Family, path: Path) -> bool:
         return path.suffix == ".safetensors" and _has_weights(family, path)
     if (path / RUN_CONFIG).is_file():
         config = parse_yaml(read_text(path / RUN_CONFIG), str(path / RUN_CONFIG)) or {}
+        if named := _named_in(path):
+            return family.name in named
         files = {name: path / f"{name}.safetensors" for name in family.weight_keys}
         weights = {name: read_header(file) for name, file in files.items() if file.is_file()}
         return family.has_run(config, weights)
     return any(family.has_model_folder(index) for index in _indexes(path))
+
+
+def _named_in(run: Path) -> set[str]:
+    """The families that the exported weights of a run say they are of."""
+    return {header.metadata[FAMILY_KEY] for header in map(read_header, sorted(run.glob("*.safetensors")))
+            if FAMILY_KEY in header.metadata}  # fmt: skip
 
 
 def _has_weights(family: Family, file: Path) -> bool:

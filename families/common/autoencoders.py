@@ -6,8 +6,9 @@ into latents: a run from caches needs no autoencoder for it.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -143,12 +144,24 @@ class Autoencoder(FrozenNetwork):
                 f"{key}: {path} does not say which autoencoder it is (scaling_factor differs between SD and SDXL, "
                 "whose files are alike); name a diffusers folder, or give its config"
             )
+        return cls.of(config, partial(read_tensors, path, key), path, key, **options)
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], tensors: Callable[[], Mapping[str, Tensor]], path: Path,
+        key: str = "autoencoder", **options,
+    ) -> "Autoencoder":  # fmt: skip
+        """With weights that `tensors` gives when they are wanted; `path`, where they are from, is named in errors.
+
+        Raises:
+            UserError: they are made for another network.
+        """
         with torch.device("meta"):
             autoencoder = cls(config, key=key, **options)
         if are_only_shapes():
             return autoencoder
-        tensors = {_current_name(name): tensor for name, tensor in read_tensors(path, key).items()}
-        fill(autoencoder.model, tensors, path, key, next(autoencoder.parameters()).dtype)
+        found = {_current_name(name): tensor for name, tensor in tensors().items()}
+        fill(autoencoder.model, found, path, key, next(autoencoder.parameters()).dtype)
         autoencoder.model.requires_grad_(False)
         return autoencoder
 

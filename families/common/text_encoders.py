@@ -146,15 +146,34 @@ class ClipTextEncoder(FrozenNetwork):
             tokenizer = tokenizer or own_tokenizer
         else:
             raise UserError(f"{key}: {path} has no config.json: name the folder of a text encoder of transformers")
+        return cls.of(config, tokenizer, tensors, path, hidden, precision, device, key)
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        tokenizer: "Path | PreTrainedTokenizerBase",
+        tensors: Callable[[], Mapping[str, Tensor]],
+        path: Path,
+        hidden: HiddenState = LAST,
+        precision: Precision = "float32",
+        device: torch.device | str = "cpu",
+        key: str = "text_encoder",
+    ) -> "ClipTextEncoder":
+        """With weights that `tensors` gives when they are wanted; `path`, where they are from, is named in errors.
+
+        Raises:
+            UserError: they are made for another network.
+        """
         with torch.device("meta"):
             encoder = cls(config, tokenizer, hidden, key)
         if are_only_shapes():
             return encoder
         own = encoder.model.state_dict().keys()
-        tensors = {_own_name(name, own): tensor for name, tensor in tensors().items()}
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+        found = {_own_name(name, own): tensor for name, tensor in tensors().items()}
+        found = {name: tensor for name, tensor in found.items() if not name.endswith("position_ids")}
         dtype = getattr(torch, "bfloat16" if precision == "nf4" else precision)
-        fill(encoder.model, tensors, path, key, dtype)
+        fill(encoder.model, found, path, key, dtype)
         _make_positions(encoder.model)
         freeze(encoder.model, precision, key, device)
         return encoder
@@ -233,6 +252,16 @@ def _read_tokenizer(folder: Path, key: str) -> "CLIPTokenizer":
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {error}") from None
+
+
+def public_tokenizer(pad_token: str = "<|endoftext|>") -> "CLIPTokenizer":
+    """The tokenizer of the public CLIP models, whose vocabulary comes with open_clip.
+
+    pad_token: what texts are padded with; `!` (id 0) in SDXL's second encoder.
+    """
+    from families.common.transformers_text import byte_pair_tokenizer
+
+    return byte_pair_tokenizer(LENGTH, pad_token)
 
 
 def _tower(file: Path) -> "tuple[dict[str, Any], PreTrainedTokenizerBase, Callable[[], dict[str, Tensor]]]":

@@ -71,7 +71,7 @@ def tokenizer(tower: TextTower) -> PreTrainedTokenizerFast:
     Raises:
         UserError: it would give other ids, as settings of the tower (begin_id, end_id, pad_id) are unusual.
     """
-    made = _byte_pair_tokenizer(tower) if tower.settings.words is None else _word_tokenizer(tower)
+    made = byte_pair_tokenizer(tower.length) if tower.settings.words is None else _word_tokenizer(tower)
     theirs = made(PROBES, padding="max_length", max_length=tower.length, truncation=True, return_tensors="pt")
     ids, mask = tower.tokenize(PROBES)
     if not torch.equal(theirs.input_ids, ids) or not torch.equal(theirs.attention_mask.bool(), mask):
@@ -81,11 +81,12 @@ def tokenizer(tower: TextTower) -> PreTrainedTokenizerFast:
     return made
 
 
-def _byte_pair_tokenizer(tower: TextTower) -> CLIPTokenizer:
-    pairs = tower.tokenizer
+def byte_pair_tokenizer(length: int, pad_token: str = END) -> CLIPTokenizer:
+    """That of the public CLIP models, for texts of `length` tokens."""
+    pairs = BytePairTokenizer()
     vocabulary = pairs.vocabulary | {BEGIN: pairs.begin_id, END: pairs.end_id}
     merges = list(open_clip.SimpleTokenizer().bpe_ranks)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tower.length)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=length)
 
 
 def _word_tokenizer(tower: TextTower) -> PreTrainedTokenizerFast:

@@ -5,12 +5,10 @@ from typing import Any
 
 from families.common.family import RECONSTRUCTION, Family
 from families.common.weight_files import FAMILY_KEY, Header
+from families.stable_diffusion.components import PIPELINES, library_component
+from families.stable_diffusion.single_file import is_single_file
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-AUTOENCODER, AUTOENCODER_TENSORS = (
-    "AutoencoderKL",
-    {"encoder.conv_in.weight", "decoder.mid_block.resnets.0.conv1.weight"},
-)
+NETWORKS = ("UNet2DConditionModel", "AutoencoderKL")
 
 
 class StableDiffusion(Family):
@@ -18,11 +16,16 @@ class StableDiffusion(Family):
     title = "Stable Diffusion"
     weight_keys = {"generator": "generator_checkpoint_path", "autoencoder": "autoencoder_checkpoint_path"}
 
+    def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
+        return config.get("model_version") in ("sd15", "sdxl") or super().has_run(config, weights)
+
     def has_weights(self, header: Header) -> bool:
-        return header.metadata.get(FAMILY_KEY) == self.name or header.names >= AUTOENCODER_TENSORS
+        ours = header.metadata.get(FAMILY_KEY) == self.name
+        return ours or is_single_file(header.names) or library_component(header.names) in ("unet", "vae")
 
     def has_model_folder(self, index: Mapping[str, Any]) -> bool:
-        return index.get("_class_name") in (*PIPELINES, AUTOENCODER)
+        kind = str(index.get("_class_name"))
+        return kind in NETWORKS or PIPELINES.fullmatch(kind) is not None
 
     def task(self, name: str) -> type | None:
         if name == RECONSTRUCTION:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from families.cascade import versions
+from tests.families.stable_diffusion.tiny_pipeline import write_sdxl
 from tests.many_processes import launch_processes
 from tests.small_cascade import put_cascade
 from tests.tiers import represented_by
@@ -31,6 +32,7 @@ SETTINGS: dict[str, dict] = {
         "module_filters": [".attn"], "rank": 2, "lr": 0.01, "train_tokens": [["[fernando]", "^picture</w>"]],
     },
     "train_encoder": {},
+    "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
     "train_towers": {
         "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,
         "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
@@ -59,7 +61,10 @@ def settings_of(cascade: dict, name: str, run: str) -> dict:
         "experiment_id": run, "updates": 4, "save_every": 2, "log_every": 1, "seed": 3, "ema_start_iters": 1,
         "ema_beta": 0.5, "validation_samples": 2, "sample_count": 2, "sample_steps": 2,
     }  # fmt: skip
-    if name not in NEEDS_GENERATOR:
+    if name.startswith("train_sd"):
+        pipeline = Path(cascade["checkpoint_path"]).with_name("pipeline")
+        every["generator_checkpoint_path"] = str(pipeline if pipeline.exists() else write_sdxl(pipeline))
+    elif name not in NEEDS_GENERATOR:
         del every["generator_checkpoint_path"]  # that of another network
     return {key: value for key, value in every.items() if key in use_case(name).Config.model_fields} | SETTINGS[name]
 
@@ -179,6 +184,8 @@ def test_two_processes_with_whole_networks_make_the_updates_of_one(settings, tmp
 def check_two_processes(settings, name: str, tmp_path: Path, use_fsdp: bool) -> None:
     wide = write_shard(tmp_path / "wide.tar", 6, (32, 96), first=100)  # a second bucket, sometimes in the same update
     alone = settings(name, "alone", micro_batch_size=1, batch_size=2, updates=3, save_every=3)
+    if name.startswith("train_sd"):
+        alone |= {"image_size": 128}  # a bucket three times as wide as high has sides of 64 px and more
     if name not in NEEDS_WHOLE_BATCHES - {"train_a"}:
         alone |= {"webdataset_path": [alone["webdataset_path"], str(wide)], "multi_aspect_ratio": [1, 3]}
     else:

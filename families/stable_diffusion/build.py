@@ -1,0 +1,121 @@
+"""Build the networks of Stable Diffusion with their weights, and its diffusion process."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from families.common.autoencoders import Autoencoder, LatentScale
+from families.common.library_files import constructor_numbers, fill
+from families.common.library_networks import adapt
+from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders, public_tokenizer
+from families.common.weights import WeightsError, are_only_shapes
+from families.stable_diffusion.components import Component, find_component, holds
+from families.stable_diffusion.config import SdSettings
+from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.processes import discrete_process, flow_process
+
+GENERATOR, AUTOENCODER, TEXT = (
+    "generator_checkpoint_path", "autoencoder_checkpoint_path", "text_encoder_checkpoint_path",
+)  # fmt: skip
+
+
+def unet(settings: SdSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The U-Net as the engine wants it; random weights where the settings name no file."""
+    from diffusers import UNet2DConditionModel
+
+    found = generator_source(settings)
+    config = constructor_numbers((found and found.config) or settings.version.unet)
+    if found is None and not are_only_shapes():
+        return nn.Module.to(adapt(UNet2DConditionModel(**config)), dtype)
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**config)
+    if not are_only_shapes():
+        fill(network, found.tensors(), found.path, GENERATOR, dtype)
+    return nn.Module.to(adapt(network), dtype)  # not its own `to`, which warns of every change
+
+
+def generator_source(settings: SdSettings) -> Component | None:
+    """The U-Net in `generator_checkpoint_path`; None without one, or where it may be missing.
+
+    Raises:
+        WeightsError: it is of another `model_version`.
+    """
+    path = settings.generator_checkpoint_path
+    if path is None or (are_only_shapes() and not path.exists()):
+        return None
+    found, version = find_component(path, "unet", GENERATOR), settings.version
+    if found.version is not None and (found.version == "sdxl") != version.sees_sizes:
+        title = {"sdxl": "SDXL", "sd15": "Stable Diffusion 1.5"}[found.version]
+        raise WeightsError(
+            f"{GENERATOR}: {path} is {title}; write model_version: {found.version}, or name other weights"
+        )
+    return found
+
+
+def autoencoder(settings: SdSettings) -> Autoencoder:
+    """The autoencoder, in its own precision."""
+    found = autoencoder_source(settings)
+    config = found.config or settings.version.autoencoder
+    return Autoencoder.of(config, found.tensors, found.path, AUTOENCODER, precision=settings.autoencoder_precision)
+
+
+def autoencoder_source(settings: SdSettings) -> Component:
+    """Where the autoencoder is."""
+    return _part(settings, "vae", AUTOENCODER, settings.version.autoencoder_file)
+
+
+def latents_of(settings: SdSettings) -> tuple[LatentScale, int]:
+    """The scale of the autoencoder's latents, and the pixels per position and side; its weights are not read."""
+    config = {}
+    if settings.autoencoder_checkpoint_path or settings.generator_checkpoint_path or not are_only_shapes():
+        config = autoencoder_source(settings).config or {}
+    config = config or settings.version.autoencoder
+    return LatentScale.of(config), 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> ClipTextEncoders:
+    """The text encoders as one network: hidden states (B, L, D), and SDXL's pooled states (B, P)."""
+    version = settings.version
+    if not version.text:  # the shipped tower of the mini, or another in its place
+        path = settings.text_encoder_checkpoint_path or version.text_file
+        return ClipTextEncoders([ClipTextEncoder.load(path, hidden=version.hidden, key=TEXT)])
+    encoders = []
+    for number, (config, padding) in enumerate(zip(version.text, version.padding, strict=True), start=1):
+        found = _part(settings, "text_encoder" if number == 1 else f"text_encoder_{number}", TEXT, None)
+        encoders.append(ClipTextEncoder.of(
+            found.config or config, found.tokenizer or public_tokenizer(padding), found.tensors, found.path,
+            version.hidden, settings.text_encoder_precision, device, TEXT,
+        ))  # fmt: skip
+    return ClipTextEncoders(encoders, zeros_for_empty=len(encoders) > 1)
+
+
+def network_file(settings: SdSettings, network: str) -> Path:
+    """The file or folder with the weights of a network that makes features: `autoencoder` or `text`."""
+    if network == "autoencoder":
+        return autoencoder_source(settings).path
+    return _part(settings, "text_encoder", TEXT, settings.version.text_file).path
+
+
+def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: float = 0.0) -> GDF:
+    """The diffusion process of 1,000 timesteps, or for `rectified_flows` a straight flow."""
+    if settings.diffusion_target == "rectified_flows":
+        return flow_process(loss_weight)
+    return discrete_process(
+        "scaled_linear", settings.diffusion_target or "epsilon", loss_weight, offset_noise=offset_noise,
+        zero_terminal_snr=bool(settings.zero_terminal_snr),
+    )  # fmt: skip
+
+
+def _part(settings: SdSettings, name: str, key: str, default: Path | None) -> Component:
+    """A network beside the U-Net: where its key says, else with the U-Net, else the default."""
+    given, base = getattr(settings, key), settings.generator_checkpoint_path
+    if given is None and base is not None and holds(base, name, key):
+        return find_component(base, name, key)
+    if given is None and default is None:
+        there = f"{GENERATOR} {base} holds none" if base else f"there is no {GENERATOR}"
+        raise WeightsError(
+            f"{key} is missing, and {there}: name a pipeline of diffusers, a checkpoint in one file, or the folder of "
+            "that network"
+        )
+    return find_component(given or default, name, key)

@@ -1,0 +1,57 @@
+"""Configuration keys that the scripts of Stable Diffusion share."""
+
+from typing import Literal
+
+from families.common.autoencoders import Latent
+from families.common.config import DiffusionConfig, GeneratorSettings
+from families.common.precision import Precision
+from families.stable_diffusion.versions import VERSIONS, Version
+from warpcore.config import Share
+from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
+from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.keys import Weights
+
+
+class SdSettings(GeneratorSettings):
+    """Which Stable Diffusion, and where its networks are.
+
+    Each key for weights takes a pipeline of diffusers (a folder), the folder of that network alone, a checkpoint in
+    one file as A1111 and ComfyUI have it, a file that a run exported, or a name of the Hugging Face hub.
+    """
+
+    model_version: Literal["sd15", "sdxl", "mini"] = "sd15"
+    """Sizes of the networks where their files don't say them; `mini` is a toy for 128 px pictures."""
+    autoencoder_checkpoint_path: Weights | None = None
+    """The autoencoder; by default that of the pipeline or checkpoint in `generator_checkpoint_path`."""
+    text_encoder_checkpoint_path: Weights | None = None
+    """The text encoders (CLIP; SDXL has two); by default those of `generator_checkpoint_path`."""
+    autoencoder_precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the autoencoder computes in, whatever `dtype` says. SDXL's overflows in float16, which is refused."""
+    text_encoder_precision: Precision = "float32"
+    """What frozen text encoders are kept and computed in; `nf4` in four bits (needs torchao)."""
+    zero_terminal_snr: bool | None = None
+    """The last timestep is nothing but noise (arXiv:2305.08891), which wants `diffusion_target: v`. By default what
+    the files say, or false."""
+
+    @property
+    def version(self) -> Version:
+        return VERSIONS[self.model_version]
+
+
+class SdConfig(SdSettings, DiffusionConfig):
+    """Keys of `train/train_sd.py`."""
+
+    latent: Latent = "sample"
+    """What of the autoencoder's moments is learned: a draw for each sample and epoch, or the `mean`."""
+    caption_dropout: Share = 0.1
+    """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
+    loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "constant"
+    """How much the loss of each noise level counts. A formula published for the error of another prediction than
+    `diffusion_target` is converted."""
+    sample_prompts: list[str] = []
+    """Captions to draw at every save; without them those of held-out samples, or else of a few training samples, are
+    taken."""
+    sample_guidance: float = 7.5
+    """Classifier-free guidance of those pictures."""
+    sample_sampler: Literal[tuple(SAMPLERS)] = "ddim"
+    """Sampler of those pictures."""
