@@ -7,7 +7,7 @@ config stays, and the network remains an instance of the library's class.
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
@@ -104,6 +104,10 @@ class LibraryNetwork:
         if added := ADDED.get(getattr(self, "config", {}).get("addition_embed_type")):
             given["added_cond_kwargs"] = {name: given.pop(name) for name in added if name in given}
         return super().forward(x.to(dtype), times, return_dict=False, **given)[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As of any module; the library's warns of every change of dtype."""
+        return nn.Module.to(self, *args, **kwargs)
 
     def set_activation_checkpointing(self, level: int) -> None:
         """Choose which blocks compute their activations again in the backward pass: see the class."""

@@ -57,7 +57,7 @@ def draw_latents(
         first = noise_level if times is None else times[0].item()
         t = torch.full((len(x),), first, device=device)
         x = diffusion.diffuse(start, x, t=t, shift=shift).noised
-    return diffusion.sample_x0(
+    for found, reached, _ in diffusion.sample(
         network,
         conditions,
         x,
@@ -70,4 +70,6 @@ def draw_latents(
         cfg_rho=guidance_rescale,
         shift=shift,
         noise=lambda step: random.normal(f"noise of step {step}", *shape),
-    )
+    ):
+        drawn = found if times is None else reached  # published lists of times end where their pipelines end
+    return drawn
