@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from families.common.family import RECONSTRUCTION, Family
+from families.common.family import RECONSTRUCTION, TEXT_TO_IMAGE, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.stable_diffusion.components import PIPELINES, library_component
 from families.stable_diffusion.single_file import is_single_file
@@ -32,6 +32,10 @@ class StableDiffusion(Family):
             from families.stable_diffusion.reconstruction import AutoencoderReconstruction
 
             return AutoencoderReconstruction
+        if name == TEXT_TO_IMAGE:
+            from families.stable_diffusion.text_to_image import StableDiffusionTextToImage
+
+            return StableDiffusionTextToImage
         return None
 
 

@@ -1,0 +1,158 @@
+"""Drawing with Stable Diffusion: text encoders, U-Net, autoencoder, one in memory at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from families.common.lora import merge_loras, parse_lora
+from families.common.lora_files import read_loras
+from families.common.lora_formats import Lora
+from families.common.pipeline import Pipeline, Size, sizes_of
+from families.common.sampling import draw_latents
+from families.common.text_encoders import ClipTextEncoders
+from families.common.weight_files import weights_in
+from families.common.weights import only_shapes
+from families.stable_diffusion import build
+from families.stable_diffusion.conditions import SIZES, told
+from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.noise_conditions import TimestepNoiseCond
+from warpcore.diffusion.tables import TableSchedule
+from warpcore.diffusion.times import TIME_RULES, Spacing, flow_times, sampling_times
+from warpcore.errors import UserError
+
+Loras = Sequence[tuple[Mapping[str, Lora], float]]
+"""What each LoRA changes of each network (`unet`, `text_encoder`, `text_encoder_2`), and its strength."""
+
+
+class StableDiffusionNetworks(Pipeline):
+    """The networks of a Stable Diffusion, each on the device only while it works; LoRAs are merged into them."""
+
+    def __init__(self, settings, loras: Loras = ()):
+        super().__init__(settings)
+        self.loras = loras
+
+    def read(self, texts: Sequence[str], clip_skip: int | None = None) -> dict[str, Tensor]:
+        """The U-Net's text conditions (N, ...) of texts, by its names.
+
+        clip_skip: which hidden state from the end is taken, 1 being the last; None as the network was trained.
+        """
+        with self.holding("text encoders", partial(build.text_encoders, device=self.device)) as encoders:
+            for name, encoder in zip(("text_encoder", "text_encoder_2"), encoders.encoders, strict=False):
+                self._merge(name, encoder.model)
+            if clip_skip is not None:
+                skip_layers(encoders, clip_skip)
+            most = self.settings.batch_size
+            parts = [encoders(texts[start : start + most]) for start in range(0, len(texts), most)]
+        features = {"text": torch.cat([part.hidden.cpu() for part in parts])}
+        if parts[0].pooled is not None:
+            features["text_pooled"] = torch.cat([part.pooled.cpu() for part in parts])
+        return told(features)
+
+    def encode(self, picture: Tensor) -> Tensor:
+        """Scaled latents (C, h, w), on the CPU, of a picture (3, H, W) in [0, 1]: the mean of its moments."""
+        with self.holding("autoencoder", build.autoencoder) as autoencoder:
+            moments = autoencoder.moments((picture[None] * 255).round().byte())
+            return autoencoder.scale.latents(moments, None)[0].cpu()
+
+    def draw(
+        self,
+        conditions: Mapping[str, Tensor],
+        unconditional: Mapping[str, Tensor],
+        size: Size,
+        seeds: Sequence[int],
+        *,
+        diffusion: GDF,
+        start: Tensor | None = None,
+        **sampling,
+    ) -> list[Tensor]:
+        """Draw scaled latents (C, h, w), on the CPU.
+
+        Args:
+            conditions: of the U-Net, (N, ...) each.
+            unconditional: the same, for guidance.
+            size: (h, w) of the latents.
+            start: latents (C, h, w) to begin with, see `draw_latents`; **sampling are its other arguments.
+        """
+        with self.holding("U-Net", partial(build.unet, dtype=self.dtype)) as unet:
+            self._merge("unet", unet)
+            shape = (unet.config.in_channels, *size)
+
+            def draw(rows: list[int]) -> Tensor:
+                sides = (self.rows(side, rows) for side in (conditions, unconditional))
+                begin = None if start is None else start.to(self.device).expand(len(rows), *shape)
+                return draw_latents(diffusion, unet, *sides, shape, [seeds[i] for i in rows], start=begin, **sampling)
+
+            return self.in_batches("U-Net", [size] * len(seeds), draw)
+
+    def decode(self, latents: Sequence[Tensor], tiled: bool = False) -> list[Tensor]:
+        """Pictures (3, H, W) in [0, 1] of scaled latents (C, h, w)."""
+        with self.holding("autoencoder", build.autoencoder) as autoencoder:
+            autoencoder.tiling = tiled
+            return self.in_batches(
+                "autoencoder",
+                sizes_of(latents),
+                lambda rows: autoencoder.decode(self.batch(latents, rows, torch.float32)),
+            )
+
+    def _merge(self, name: str, network: nn.Module) -> None:
+        merge_loras(network, [(lora[name], strength) for lora, strength in self.loras if name in lora])
+
+
+def skip_layers(encoders: ClipTextEncoders, clip_skip: int) -> None:
+    """Let text encoders give the hidden state `clip_skip` from the end, 1 being the last.
+
+    Raises:
+        UserError: an encoder has not that many layers.
+    """
+    for encoder in encoders.encoders:
+        layers = encoder.model.config.num_hidden_layers
+        if clip_skip > layers:
+            raise UserError(f"clip_skip: {clip_skip} of {layers} layers; write a number from 1 to {layers}")
+        encoder.hidden = replace(encoder.hidden, skip_layers=clip_skip - 1)
+
+
+def time_ids(original: Size, crop: tuple[int, int], size: Size) -> dict[str, Tensor]:
+    """SDXL's six numbers (1, 6), as a condition: true size, top left corner of the crop, and size (H, W) in pixels."""
+    return {SIZES: torch.tensor([[*original, *crop, *size]], dtype=torch.float32)}
+
+
+def open_loras(files: Sequence[str], settings, use_ema: bool = True) -> Loras:
+    """Read LoRAs, written as FILE[:STRENGTH], for the networks that the settings name.
+
+    A FILE may be the folder of a training run; use_ema takes its averaged weights, where there are some.
+
+    Raises:
+        LoraFileError: a file is missing or made for another network.
+    """
+    if not files:
+        return []
+    with only_shapes():
+        networks = {"unet": build.unet(settings)}
+        encoders = build.text_encoders(settings).encoders
+    names = ("text_encoder", "text_encoder_2")
+    networks |= {name: encoder.model for name, encoder in zip(names, encoders, strict=False)}
+    places = [(weights_in(place, "lora", use_ema), strength) for place, strength in map(parse_lora, files)]
+    return [(read_loras(place, networks, "model_version"), strength) for place, strength in places]
+
+
+def sampling_process(
+    settings, steps: int, sampler: str, spacing: Spacing | None = None, karras: bool = False
+) -> tuple[GDF, Tensor]:
+    """The diffusion process of the settings, and the times of the steps of a sampler.
+
+    Raises:
+        UserError: `karras` or `spacing` of a straight flow; see `sampling_times`.
+    """
+    diffusion = build.process(settings)
+    if not isinstance(diffusion.schedule, TableSchedule):
+        if karras or spacing is not None:
+            key = "karras" if karras else "timestep_spacing"
+            raise UserError(f"{key}: a straight flow (rectified_flows) has no timesteps to choose; remove it")
+        return diffusion, flow_times(steps, shift=settings.shift)
+    times = sampling_times(diffusion.schedule, steps, sampler, spacing=spacing, karras=karras)
+    if times.is_floating_point() and TIME_RULES[sampler].fractional:
+        diffusion.noise_cond = TimestepNoiseCond(diffusion.schedule, fractional=True)
+    return diffusion, times
