@@ -4,17 +4,19 @@
     torchrun --nproc-per-node 8 tools/cache.py train/train_b.py configs/training/finetune_b_700m.yaml data/cache
 
 The tars in OUT mirror those of `webdataset_path`, with latents and conditions in place of pictures: train with
-`webdataset_path=OUT` and the same config. Each picture is cropped once, or `--variants` times. A tar appears when it
-is whole, so the same command goes on where it was stopped. When the data set changed, it encodes the pictures and
-captions that are new, and copies the features of those whose bytes are known, from whichever tar: it reads and hashes
-both for that, also when it first makes the cache. With random crops, a picture that got another row gets other crops,
-and is encoded again. Held-out data (`validation_path`) wants a cache of its own:
-`webdataset_path=HELD_OUT validation_path=null`.
+`webdataset_path=OUT` and the same config. `--features latents` and `--features texts` make folders of one kind each,
+which can be recreated, extended or deleted alone: train with `caches=[LATENTS,TEXTS]`.
+
+Each picture is cropped once, or `--variants` times. A tar appears when it is complete, so the same command goes on
+where it was stopped. When the data set changed, it encodes the pictures and captions that are new, and copies the
+features of those whose bytes are known, from whichever tar: for that it reads and hashes both, also when it first
+makes the cache. With random crops, a picture that got another row gets other crops, and is encoded again.
+
+Held-out data (`validation_path`) wants a cache of its own: `webdataset_path=HELD_OUT validation_path=null`.
 """
 
 import warpcore.openmp
 import argparse
-import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -29,27 +31,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from families.common.cache import buckets_of, origin_of
-from families.common.cache_writer import CacheTar, Chunk, Record, Work, mirrored, new_tar, report, shard_at
+from families.common.cache_commands import KINDS
+from families.common.cache_records import Record, report
+from families.common.cache_writer import CacheTar, Chunk, Work, mirrored, new_tar, shard_at
 from families.common.cached_captions import with_token_ids
-from families.common.cached_rows import Copied, OldRows, WatchedRandom, set_aside, tars_set_aside, tee_locked
-from families.common.captions import are_cut
-from families.common.features import CACHE_NAME, Dtype, Origin, bucket_name
-from families.common.text_memory import TextMemory
+from families.common.cached_rows import Copied, OldRows, keep_old, old_tars, tee_locked
+from families.common.captions import are_cut, cut_note
+from families.common.features import CACHE_NAME, Dtype, Origin
+from families.common.prompts import encode_each, read_prompts, write_prompts
 from families.common.training import DiffusionTraining
 from tools.arguments import local_path, positive
+from tools.cache_features import Maker
+from tools.cache_timing import seconds_per_sample
 from tools.shared_work import MARK_NAME, SharedWork
 from warpcore.config import load_config
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
 from warpcore.data.columns import column_types
+from warpcore.data.fields import variant_member
 from warpcore.data.filters import Filter
 from warpcore.data.index import index_shard
 from warpcore.data.loader import Loader
 from warpcore.data.optional_members import check_optional, optional_members
-from warpcore.data.plan import Plan
-from warpcore.data.reader import Batch, Reader, variant_member
+from warpcore.data.reader import Batch, Reader
 from warpcore.data.selection import Selection, survey
-from warpcore.data.shards import Shard, Source, resolve_sources
+from warpcore.data.shards import named_folders, resolve_sources
 from warpcore.errors import UserError, run_script
 from warpcore.locks import lock_file
 from warpcore.processes import stop_processes
@@ -59,8 +65,6 @@ from warpcore.text import format_bytes
 
 TIMED_SAMPLES = 256
 """How many samples are taken once more from pictures, and from the cache, to say when it pays."""
-TIMED_SECONDS = 20
-"""That takes no longer than about twice this."""
 SEEN_SECONDS = 120
 """Within this time a shared folder shows what another machine wrote."""
 _LOCK = ".lock"
@@ -75,9 +79,16 @@ class Caching:
     dtype: Dtype
     variants: int
     batch_size: int
+    kind: str = "all"
+    """Which features: one of KINDS."""
 
     def __post_init__(self):
         self._lock: TextIO | None = None
+        training = self.training
+        training.config = training.config.model_copy(update={"caches": [], "validation_caches": []})
+        self.maker = Maker(training, self.kind)
+        if self.variants != 1 and not self.maker.of_pictures:
+            raise UserError("--variants are crops of pictures; of a caption there is one")
 
     def close(self) -> None:
         """Let go of the networks, of the folder and of the other processes."""
@@ -93,17 +104,22 @@ class Caching:
             UserError: the training can't use a cache, `out` holds something else, weights or pictures are missing.
         """
         training, processes = self.training, self.training.processes
-        if training.cache is not None:
-            raise UserError(f"webdataset_path: {training.config.webdataset_path} is a cache already: name pictures")
-        training.check_cacheable()
-        self.fields = training.extra_fields()
+        named = training.config.webdataset_path
+        if self.maker.of_pictures:
+            if any(map(Origin.read, named_folders(named))):
+                raise UserError(f"webdataset_path: {named} is a cache already: name pictures")
+            training.check_cacheable()
+        training.caches = None  # all is computed
+        self.fields = training.extra_fields() if self.maker.of_pictures else {}
         self.catalog = processes.on_main(lambda: open_catalog(resolve_sources(training.config.webdataset_path)))
         self.work = self._work()
+        makers = {training.features[name].network for name in self.maker.names}
         training.networks = {
             name: make().eval().requires_grad_(False).to(training.device, training.dtype)
             for name, make in training.encoders().items()
+            if self.kind == "all" or name in makers
         }
-        shapes, draws = self._look_at_features()
+        shapes, draws = self.maker.shapes(self.work.buckets.sizes, self.fields)
         self.work = replace(self.work, seeded=draws or training.config.crop_mode != "center")
         processes.on_main(lambda: self._prepare(shapes))
         self._shared = SharedWork(processes, self.out)
@@ -111,7 +127,7 @@ class Caching:
         return self._finish() if processes.is_main else Record()
 
     def _work(self) -> Work:
-        config, training = self.training.config, self.training
+        config, training, has_pictures = self.training.config, self.training, bool(self.maker.of_pictures)
         captions = CaptionGetter.parse(config.captions_getter) if training.needs_captions else None
         members = [(member,) for member in captions.members] if captions else []
         members += [field.suffixes for field in self.fields.values()]
@@ -124,8 +140,8 @@ class Caching:
         selection.check(self.catalog, captions)
         check_optional(optional_members(self.fields.values()), self.catalog, None)
         self.reader = Reader(
-            captions=captions, crop=config.crop_mode, background=config.background,
-            max_pixels=config.max_picture_pixels, extra=self.fields, geometry=True,
+            captions=captions, pictures=has_pictures, crop=config.crop_mode, background=config.background,
+            max_pixels=config.max_picture_pixels, extra=self.fields, geometry=has_pictures,
         )  # fmt: skip
         return Work(
             self.catalog,
@@ -136,14 +152,15 @@ class Caching:
             self.variants,
             self.batch_size,
             tuple(field.suffixes for field in self.fields.values()),
-            not all(feature.of_picture for feature in training.features.values()),
+            has_pictures,
+            bool(self.maker.of_texts),
         )
 
     # ------------------------------------------------------------------ before the work
 
     def _prepare(self, shapes: dict[str, dict[str, tuple[int, ...]]]) -> None:
         """Check and mark the folder. Only the main process does this."""
-        here = origin_of(self.training, self.dtype, self.variants, shapes)
+        here = origin_of(self.training, self.maker.names, self.dtype, self.variants, shapes)
         there = Origin.read(str(self.out))
         if there is not None:
             self._check_same(there, here)
@@ -162,7 +179,7 @@ class Caching:
         found = survey(self.catalog, self.work.selection)
         if not found.passed:
             raise UserError(f"no sample can be drawn: {found}")
-        size = self._bytes_per_sample(here)
+        size = self.maker.bytes_per_sample(here)
         done = sum(record.tar_bytes for record in map(self._record, range(len(self.catalog))) if record)
         missing, free = max(0, size * found.passed - done), shutil.disk_usage(self.out).free
         needed, room = format_bytes(missing), format_bytes(free)
@@ -176,10 +193,10 @@ class Caching:
             here.write(folder)
         for number in range(len(self.catalog)):
             if self._record(number) is None and self._path(number).exists():
-                set_aside(self._path(number))  # for `OldRows`, until all tars are whole
+                keep_old(self._path(number))  # for `OldRows`, until all tars are complete
 
     def _check_same(self, there: Origin, here: Origin) -> None:
-        if any(self.out.rglob("*.tar")):
+        if self.maker.of_texts and any(self.out.rglob("*.tar")):
             there = with_token_ids(there, str(self.out), here, self.training.config.captions_getter)
         wrong = there.differences(here, here.features)
         for name in ("dtype", "variants", "seed"):
@@ -189,32 +206,6 @@ class Caching:
         if wrong:
             raise UserError(f"{self.out} holds another cache: {'; '.join(wrong)}. Choose another folder, or remove it")
 
-    def _look_at_features(self) -> tuple[dict[str, dict[str, tuple[int, ...]]], bool]:
-        """Shapes of each feature by bucket, and whether a network draws random numbers, seen on black pictures."""
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        draws = False
-        for size in dict.fromkeys(self.work.buckets.sizes):
-            blanks = {name: field.blank(size) for name, field in self.fields.items()}
-            extra = {
-                name: blank[None].to(self.training.device) if isinstance(blank, Tensor) else [blank]
-                for name, blank in blanks.items()
-            }
-            images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.training.device)
-            batch = Batch(0, size, 0, 0, {}, images, [""], [""], [0], 1.0, extra=extra)
-            random = WatchedRandom(batch.seeds, self.training.device)
-            for name, values in self._made(batch, random).items():
-                shapes.setdefault(name, {})[bucket_name(size)] = tuple(values[0].shape)
-            draws |= random.was_used
-        return shapes, draws
-
-    def _bytes_per_sample(self, origin: Origin) -> int:
-        item = getattr(torch, self.dtype).itemsize
-        parts = 0
-        for name, feature in self.training.features.items():
-            numbers = max(math.prod(shape) for shape in origin.shapes[name].values())
-            parts += (numbers * item + 1024) * (self.variants if feature.of_picture else 1)
-        return parts + 3 * 1024  # headers and padding of what else a sample has
-
     # ------------------------------------------------------------------ the work
 
     def _encode_all(self) -> None:
@@ -222,9 +213,7 @@ class Caching:
         processes = self.training.processes
         by_size = sorted(range(len(self.catalog)), key=lambda number: -self.catalog.rows[number])
         own = [number for number in by_size[processes.rank :: processes.count] if self._record(number) is None]
-        names = {of_picture: [name for name, one in self.training.features.items() if one.of_picture == of_picture]
-                 for of_picture in (True, False)}  # fmt: skip
-        old = OldRows(tars_set_aside(self.out) if own else (), names[True], names[False])
+        old = OldRows(old_tars(self.out) if own else (), self.maker.of_pictures, self.maker.of_texts)
         chunks, ahead = tee_locked(chunk for number in own for chunk in self.work.chunks(number, old))
         planned = (one for chunk in ahead for one in chunk.micro_batches)
         others = f", {processes.count} processes" if processes.count > 1 else ""
@@ -265,14 +254,15 @@ class Caching:
                     tar.record.unreadable.append(f"{event.source}: {event.reason}")
                 unreadable.add(places[event.place])
             random = SampleRandom(batch.seeds, self.training.device)
-            features = self._made(batch, random, pictures=batch.state["pictures"], texts=batch.state["texts"])
+            features = self.maker.make(batch, random, pictures=batch.state["pictures"], texts=batch.state["texts"])
             if batch.state["texts"]:
                 for place, is_long in zip(places, self._are_cut(batch), strict=True):
                     cut[place] = is_long
-            corners = batch.geometry.crop.tolist()
             for i, place in enumerate(places):
                 made[place] |= {variant_member(name, variant): rows[i] for name, rows in features.items()}
-                crops[place][variant] = corners[i]
+            if batch.geometry is not None:
+                for place, corner in zip(places, batch.geometry.crop.tolist(), strict=True):
+                    crops[place][variant] = corner
         for place in unreadable:
             made[place] = {}
         tar.write(chunk, self.work.texts(number, chunk.rows), made, crops, cut)
@@ -283,21 +273,6 @@ class Caching:
         if tower is None:
             return [False] * len(batch.captions)
         return are_cut(tower, batch.captions)
-
-    def _made(
-        self, batch: Batch, random: SampleRandom, *, pictures: bool = True, texts: bool = True
-    ) -> dict[str, Tensor | list[Tensor]]:
-        """The features of a batch, float32 on the CPU, by name: those of its pictures, of its captions, or both."""
-        training, made = self.training, {}
-        with torch.no_grad(), training.autocast():
-            if pictures:
-                made |= training.picture_features(batch, random)
-            if texts:
-                made |= training.caption_features(batch)
-        return {
-            name: values.float().cpu() if isinstance(values, Tensor) else [value.float().cpu() for value in values]
-            for name, values in made.items()
-        }
 
     def _path(self, number: int) -> Path:
         return mirrored(self.out, self.catalog.name(number))
@@ -318,44 +293,33 @@ class Caching:
         shards = [shard_at(self._path(number)) for number in range(len(self.catalog))]
         summaries = read_summaries(shards)
         write_manifests(shards, {shard.url: known or index_shard(shard) for shard, known in summaries.items()})
-        for path in tars_set_aside(self.out):
+        for path in old_tars(self.out):
             path.unlink()
+        if self.maker.of_texts:
+            self._store_prompts()
         return Record.total(records)
 
-    def seconds_per_sample(self, record: Record) -> tuple[float, float]:
-        """What a run waits for a sample's latents and conditions: from pictures, and from this cache."""
+    def waits(self) -> tuple[float, float]:
+        """Seconds that a run waits for a sample's features: from pictures, and from this cache."""
         number = next((n for n in range(len(self.catalog)) if self._record(n).samples), None)
         if number is None:
             raise UserError(f"{self.training.config.webdataset_path}: no sample could be read, see above")
+        shards = self.catalog.shard(number), shard_at(self._path(number))
         origin = Origin.read(str(self.out))
-        from_cache = Reader(captions=self.reader.captions, pictures=False, extra=origin.fields(self.training.features))
-        from_pictures = self._seconds(self.catalog.shard(number), self.reader)
-        self.training.texts = TextMemory(self.training.encode_texts, 1 << 30, print)  # as a run from a cache has
-        return from_pictures, self._seconds(shard_at(self._path(number)), from_cache)
+        return seconds_per_sample(self.training, self.work, self.reader, shards, origin, TIMED_SAMPLES)
 
-    def _seconds(self, shard: Shard, reader: Reader) -> float:
-        training, config = self.training, self.training.config
-        plan = Plan(
-            open_catalog([Source(1.0, [shard])]), micro_batch_size=self.batch_size, buckets=self.work.buckets,
-            filters=self.work.selection.filters, captions=reader.captions,
-            required_members=[field.suffixes for field in reader.extra.values()], seed=config.seed,
-            columns=self.work.selection.columns,
-        )  # fmt: skip
-        samples, began = 0, None
-        with Loader(plan.micro_batches(), reader, num_workers=config.num_workers, device=training.device) as loader:
-            for batch in loader:
-                with torch.no_grad(), training.autocast():
-                    training.encode(batch, SampleRandom(batch.seeds, training.device))
-                if training.device.type != "cpu":
-                    torch.accelerator.synchronize(training.device)
-                if began is None:  # workers started, kernels were chosen
-                    began = time.perf_counter()
-                    continue
-                samples += len(batch.seeds)
-                seconds = time.perf_counter() - began
-                if samples >= TIMED_SAMPLES or seconds > TIMED_SECONDS:
-                    return seconds / samples
-        raise AssertionError("a plan is endless")
+    def _store_prompts(self) -> None:
+        """Store the conditions of the texts that a run needs beside its captions."""
+        training = self.training
+        texts, made_with = training.drawn_texts(), training.texts_made_with(origin_of(training, self.maker.names))
+        known = read_prompts(str(self.out), made_with)
+        lacking = [text for text in texts if text not in known]
+        if not lacking:
+            return
+        for note in cut_note(training.networks["text"], lacking, "sample_prompts"):
+            print(note)
+        with torch.no_grad(), training.autocast():
+            write_prompts(str(self.out), known | encode_each(lacking, training.encode_texts), made_with)
 
 
 def use_case(script: Path) -> type[DiffusionTraining]:
@@ -378,17 +342,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("config", metavar="CONFIG", help="its config, which names data, networks, sizes")
     parser.add_argument("out", type=local_path, metavar="OUT", help="folder for the cache")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="other values of the config")
+    kinds = ", ".join(f"{name}: {what}" for name, what in KINDS.items())
+    parser.add_argument("--features", choices=KINDS, default="all", help=f"{kinds}; default all")
     parser.add_argument("--variants", type=positive, default=1, help="crops of each picture; default 1")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float16", help="default float16")
     parser.add_argument("--batch-size", type=positive, default=32, help="samples encoded together; default 32")
     given = parser.parse_intermixed_args(arguments)
     kind = use_case(given.script)
     config, out = load_config(kind.Config, [given.config, *given.settings]), given.out.absolute()
-    with closing(Caching(kind(config), out, given.dtype, given.variants, given.batch_size)) as caching:
+    training = kind(config)
+    training.arguments = [given.config, *given.settings]
+    with closing(Caching(training, out, given.dtype, given.variants, given.batch_size, given.features)) as caching:
         record = caching.run()
         if caching.training.processes.is_main:
-            print(report(record, given.dtype, given.variants, *caching.seconds_per_sample(record)))
-            print(f"train from it with webdataset_path={given.out}")
+            waits = caching.waits() if given.features == "all" else None
+            print(report(record, given.dtype, given.variants, waits))
+            used = f"webdataset_path={given.out}" if given.features == "all" else f"caches=[{given.out}]"
+            print(f"train from it with {used}")
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ class TrainStageC(DenoiserTraining):
         prompts = (config.sample_prompts or held_out.captions)[: config.sample_count]
         if config.sample_prompts:
             return Sampled.rows(prompts, self.draw(prompts, (config.image_size, config.image_size)))
+        self.know_captions(held_out)
         if held_out.images is None:
-            self.know_captions(held_out)
             picture = self.preview(self.latents(held_out)[: len(prompts)], held_out.size)
         else:
             picture = to_uint8(held_out.images[: len(prompts)])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from warpcore import optim
 from warpcore.config import Config
 from warpcore.data.buckets import Buckets
+from warpcore.data.fields import collate
 from warpcore.data.geometry import CropGeometry
 from warpcore.data.images import place
 from warpcore.data.reader import Batch
@@ -70,10 +71,7 @@ def bucket_sizes(run: UseCase) -> list[tuple[int, int]]:
 def made_up_batch(run: UseCase, size: tuple[int, int], count: int) -> Batch:
     """A micro-batch of black pictures and empty captions, on the CPU."""
     fields = run.extra_fields()
-    extra = {}
-    for name, field in fields.items():
-        blank = field.blank(size)
-        extra[name] = torch.stack([blank] * count) if isinstance(blank, Tensor) else [blank] * count
+    extra = collate(fields, [{name: field.blank(size) for name, field in fields.items()}] * count)
     images = torch.zeros(count, 3, *size, dtype=torch.uint8).to(memory_format=torch.channels_last)
     batch = Batch(
         number=0, size=size, lane=0, epoch=0, state={}, images=images if run.needs_images else None,

@@ -90,7 +90,7 @@ class UseCase:
         return {}
 
     def extra_fields(self) -> dict:
-        """Further members of each sample to read: name -> `warpcore.data.reader` field."""
+        """Further members of each sample to read: name -> `warpcore.data.fields` field."""
         return {}
 
     def further_tars(self) -> Mapping[str, Sequence[FurtherTars]]:

@@ -21,7 +21,7 @@ from modules.effnet import EFFICIENTNET_V2_S
 from modules.filters import FILTERS, Filter
 from modules.stage_c import StageC
 from warpcore.config import ConfigError, Settings, make_config
-from warpcore.data.reader import PictureField
+from warpcore.data.fields import PictureField
 
 METADATA_KEY = "controlnet"
 """Where a file of ours says how its ControlNet was made."""

@@ -1,19 +1,23 @@
 """Caches: what frozen networks make of the samples, made once by `tools/cache.py`, read by every training script.
 
-A cache is a folder of tars that mirror those of the pictures, row by row and name by name, so that a run draws the
-same samples in the same order from either.
+A cache is a folder of tars that mirror those of the data, row by row and name by name, so that a run draws the same
+samples in the same order from either. One may hold what is made of pictures, what is made of captions, or both.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+from families.common.cache_commands import SOURCES, cache_command, kind_of
 from families.common.cached_captions import with_token_ids
-from families.common.features import CACHE_NAME, REMAKE, Dtype, Feature, Origin
+from families.common.features import CACHE_NAME, REMAKE, Dtype, Feature, Origin, members_of
 from families.common.file_hashes import sha256
 from warpcore.config import ConfigError
 from warpcore.data.buckets import Buckets
+from warpcore.data.fields import TensorField
+from warpcore.data.joined import FurtherTars
 from warpcore.data.shards import named_folders
 
 
@@ -31,26 +35,27 @@ class Cacheable(Protocol):
         """A setting that features depend on, as JSON holds it: that of the config unless the family knows better."""
 
     def check_cacheable(self) -> None:
-        """Raise UserError where this configuration can't train from a cache."""
+        """Raise UserError where this configuration can't train without pictures."""
 
 
 def origin_of(
     training: Cacheable,
+    names: Collection[str],
     dtype: Dtype = "float32",
     variants: int = 1,
     shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
 ) -> Origin:
-    """What a cache for a training would be made with. Reads the files of the networks.
+    """What a cache of these features would be made with. Reads the files of the networks.
 
     Raises:
         UserError: weights are missing.
     """
-    config, features = training.config, training.features
+    config, features = training.config, {name: training.features[name] for name in names}
     networks = {name: training.network_file(name) for name in {feature.network: None for feature in features.values()}}
-    names = dict.fromkeys(name for feature in features.values() for name in feature.settings)
+    settings = dict.fromkeys(name for feature in features.values() for name in feature.settings)
     values = {
         name: buckets_of(training).sizes if name == "bucket_sizes" else training.feature_setting(name)
-        for name in names
+        for name in settings
     }
     return Origin(
         features={name: list(feature.settings) for name, feature in features.items()},
@@ -61,39 +66,151 @@ def origin_of(
         variants=variants,
         seed=config.seed,
         shapes={name: {bucket: list(shape) for bucket, shape in one.items()} for name, one in (shapes or {}).items()},
+        variable_length=[name for name, feature in features.items() if feature.variable_length],
+        source=config.webdataset_path,
     )
 
 
-def find_cache(training: Cacheable) -> Origin | None:
-    """The cache that a training's `webdataset_path` names, None where it names pictures.
+@dataclass(frozen=True)
+class Caches:
+    """The caches that a run reads features from."""
+
+    origins: dict[str, Origin]
+    """What the cache of each feature was made with."""
+    folders: dict[str, str]
+    """The folder, a complete URL, from which each feature of the training data is read."""
+    further: dict[str, list[FurtherTars]] = field(default_factory=dict)
+    """Of those folders, the ones that hold features of the samples which the keys `webdataset_path` and
+    `validation_path` name, beside these."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.origins
+
+    def fields(self) -> dict[str, TensorField]:
+        """How the loader reads the features, by their names in `Batch.extra`."""
+        return {key: one for name, origin in self.origins.items() for key, one in origin.fields([name]).items()}
+
+
+def find_caches(training: Cacheable) -> Caches | None:
+    """The caches that the config of a training names; None where it names pictures alone.
 
     Raises:
-        UserError: the cache was made with other networks or settings, or not all of the data are of one.
+        UserError: a cache was made with other networks or settings, or does not fit the others.
     """
-    paths = (training.config.webdataset_path, training.config.validation_path)
-    found = {folder: Origin.read(folder) for path in paths if path is not None for folder in named_folders(path)}
-    caches = {folder: origin for folder, origin in found.items() if origin is not None}
-    if not caches:
+    named = {key: _Named.of(training, key) for key in SOURCES if getattr(training.config, key) is not None}
+    _check_kind(named)
+    found = {key: _used(training, one) for key, one in named.items() if one.own or one.further}
+    if not found:
         return None
-    if len(caches) < len(found):
-        pictures = next(folder for folder, origin in found.items() if origin is None)
+    data = found.get("webdataset_path", Caches({}, {}))
+    if "validation_path" in named:
+        _check_alike(training, data, found.get("validation_path", Caches({}, {})))
+    if any(training.features[name].of_picture for name in data.origins):
+        training.check_cacheable()
+    return Caches(data.origins, data.folders, {key: one.further[key] for key, one in found.items()})
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The folders that a key of data names, and the caches beside them, each with what it was made with."""
+
+    key: str
+    own: dict[str, Origin]
+    pictures: list[str]
+    """Those folders that hold no cache."""
+    further: dict[str, Origin]
+
+    @classmethod
+    def of(cls, training: Cacheable, key: str) -> Self:
+        folders = named_folders(getattr(training.config, key))
+        named = [folder for entry in getattr(training.config, SOURCES[key]) for folder in named_folders(entry)]
+        known = {
+            folder: Origin.read(folder, f"recreate the cache: {cache_command(training, folder, data_key=key)}")
+            for folder in dict.fromkeys([*folders, *named])
+        }
+        for folder in named:
+            if known[folder] is None:
+                command = cache_command(training, folder, data_key=key)
+                raise ConfigError(f"{SOURCES[key]}: {folder} holds no cache ({CACHE_NAME}). Make it: {command}")
+        # The one that holds the samples themselves is read as such.
+        beside = [one for one in named if not any(f"{folder}/".startswith(f"{one}/") for folder in folders)]
+        own = {folder: known[folder] for folder in folders if known[folder] is not None}
+        pictures = [folder for folder in folders if folder not in own]
+        return cls(key, own, pictures, {folder: known[folder] for folder in beside})
+
+
+def _check_kind(named: Mapping[str, _Named]) -> None:
+    caches = [folder for one in named.values() for folder in one.own]
+    pictures = [folder for one in named.values() for folder in one.pictures]
+    if caches and pictures:
         raise ConfigError(
-            f"webdataset_path, validation_path: {next(iter(caches))} is a cache, but {pictures} is none (it holds no "
-            f"{CACHE_NAME}): name caches or pictures, not both"
+            f"webdataset_path, validation_path: {caches[0]} is a cache, but {pictures[0]} is none (it holds no "
+            f"{CACHE_NAME}): name caches or pictures, not both. Caches of pictures that are named here go into "
+            "caches, or into validation_caches"
         )
-    training.check_cacheable()
-    here, first = origin_of(training), next(iter(caches.values()))
-    for folder, origin in caches.items():
+
+
+def _used(training: Cacheable, named: _Named) -> Caches:
+    """What a run reads from the caches of the data of one key."""
+    features, every = training.features, named.own | named.further
+    held = {folder: [name for name in features if name in origin.features] for folder, origin in every.items()}
+    for folder in named.further:
+        if not held[folder]:
+            has = f"{folder} holds {', '.join(every[folder].features)}"
+            raise ConfigError(f"{SOURCES[named.key]}: {has}, but this run reads {', '.join(features)}: leave it out")
+    kinds = {folder: {features[name].of_picture for name in names} for folder, names in held.items()}
+    of_own = set().union(*(kinds[folder] for folder in named.own))
+    if named.own and not any(True in kind for kind in kinds.values()):
+        of_own.add(True)  # there are no pictures to make them from
+    origins, folders, further = {}, {}, []
+    for folder, origin in every.items():
+        kind = of_own if folder in named.own else kinds[folder]
+        names = [name for name, feature in features.items() if feature.of_picture in kind]
+        _check(training, named.key, folder, origin, names)
+        for name in names:
+            other = folders.setdefault(name, folder)
+            if folder in named.further and other != folder:
+                raise ConfigError(f"{other} and {folder} both hold {name}: name one of them alone")
+            _check_stored_alike(name, origins.setdefault(name, origin), origin, other, folder)
+        if folder in named.further:
+            command = cache_command(training, folder, kind_of(map(features.get, origin.features)), origin, named.key)
+            further.append(FurtherTars(folder, members_of(origin, names), f"make it complete with {command}"))
+    return Caches(origins, folders, {named.key: further})
+
+
+def _check(training: Cacheable, key: str, folder: str, origin: Origin, names: Sequence[str]) -> None:
+    """Raise ConfigError where a cache can't be used for these features."""
+    here = origin_of(training, names)
+    if not all(training.features[name].of_picture for name in names):
         origin = with_token_ids(origin, folder, here, training.config.captions_getter)
-        wrong = origin.differences(here, training.features)
-        if wrong:
+    if wrong := origin.differences(here, names):
+        kind = kind_of(training.features[name] for name in names)
+        raise ConfigError(
+            f"{folder} is a cache that this run can't use: {'; '.join(wrong)}. Write into the config what the cache "
+            f"was made with, or make another: {cache_command(training, f'{folder}_new', kind, origin, key)}"
+        )
+
+
+def _check_stored_alike(name: str, one: Origin, other: Origin, folder: str, other_folder: str) -> None:
+    pairs = [(made.dtype, made.variants, made.shapes.get(name)) for made in (one, other)]
+    if pairs[0] != pairs[1]:
+        raise ConfigError(f"{folder} and {other_folder} differ in dtype, variants or shapes of {name}: {REMAKE}")
+
+
+def _check_alike(training: Cacheable, data: Caches, held_out: Caches) -> None:
+    """Raise ConfigError where validation samples have other cached features than those of the training data."""
+    for name in training.features:
+        if (name in data) != (name in held_out):
+            lacking = "validation_path" if name in data else "webdataset_path"
+            kind, folder = kind_of([training.features[name]]), f"{(data if name in data else held_out).folders[name]}"
+            command = cache_command(training, f"{folder}_of_{lacking.split('_')[0]}", kind, data_key=lacking)
             raise ConfigError(
-                f"{folder} is a cache that this run can't use: {'; '.join(wrong)}. Write into the config what the "
-                "cache was made with, or make another: python3 tools/cache.py SCRIPT CONFIG OUT"
+                f"{lacking}: its samples need a cache of {name}, as those of the other data have one. Name it in "
+                f"{SOURCES[lacking]}; this makes it: {command}"
             )
-        if (origin.dtype, origin.variants, origin.shapes) != (first.dtype, first.variants, first.shapes):
-            raise ConfigError(f"{folder} and {next(iter(caches))} differ in dtype, variants or shapes: {REMAKE}")
-    return first
+        if name in data:
+            pair = [(one.origins[name], one.folders[name]) for one in (data, held_out)]
+            _check_stored_alike(name, pair[0][0], pair[1][0], pair[0][1], pair[1][1])
 
 
 def buckets_of(training: Cacheable) -> Buckets:

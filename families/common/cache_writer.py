@@ -3,26 +3,26 @@
 import io
 import json
 import math
-import operator
 import os
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from families.common.cache_records import Record
 from families.common.cached_rows import Copied, OldRows, Sources, hash_sources
 from warpcore.data.buckets import Buckets
 from warpcore.data.catalog import Catalog
 from warpcore.data.index import index_shard
+from warpcore.data.joined import mirrored_name
 from warpcore.data.lanes import draw_seed
 from warpcore.data.samples import PICTURE_FACTS, MicroBatch, Sample
 from warpcore.data.selection import Piece, Rows, Selection, make_samples
@@ -30,13 +30,9 @@ from warpcore.data.shards import Shard
 from warpcore.data.storage import read_ranges, storage_for
 from warpcore.errors import UserError
 from warpcore.files import naming
-from warpcore.text import format_bytes
 
 CHUNK_ROWS = 512
 """So many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
-RECORD_SUFFIX = ".cache.json"
-MAX_REPORTED = 20
-"""So many unreadable samples a report names."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,8 @@ class Work:
 
     batch_size: samples per micro-batch at most. Crop v of a picture is the one that a run from pictures, of the same
     seed, makes in epoch v. fields: of each member that the training reads beside the picture, its extensions.
-    has_text: whether there are features of captions. seeded: whether features of pictures depend on a sample's seed.
+    has_pictures, has_text: whether features of pictures, and of captions, are made. seeded: whether features of
+    pictures depend on a sample's seed.
     """
 
     catalog: Catalog
@@ -71,6 +68,7 @@ class Work:
     variants: int
     batch_size: int
     fields: tuple[tuple[str, ...], ...] = ()
+    has_pictures: bool = True
     has_text: bool = True
     seeded: bool = True
 
@@ -83,7 +81,8 @@ class Work:
             places = drawn[(drawn >= start) & (drawn < start + CHUNK_ROWS)] - start
             part = table.slice(start, CHUNK_ROWS)
             draws = [self._samples(number, part, start, places, variant) for variant in range(self.variants)]
-            hashes = hash_sources(draws, self.caption_members, self.fields, self.seeded)
+            captions = self.caption_members if self.has_text else ()
+            hashes = hash_sources(draws, captions, self.fields, self.seeded, self.has_pictures)
             sources = dict(zip(places.tolist(), hashes, strict=True))
             copied = {place: old.copy(one) for place, one in sources.items()}
             crops = (self._micro_batches(places.tolist(), draw, copied, variant) for variant, draw in enumerate(draws))
@@ -129,7 +128,7 @@ class Work:
         """Of those rows that lack features, together where they lack the same ones."""
         alike: dict[tuple[tuple[int, int], bool, bool], list[int]] = defaultdict(list)
         for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
-            pictures = variant not in copied[place].crops
+            pictures = self.has_pictures and variant not in copied[place].crops
             texts = self.has_text and variant == 0 and not copied[place].has_text
             if pictures or texts:
                 alike[self.buckets.choose(sample.width, sample.height, sample.seed), pictures, texts].append(i)
@@ -147,82 +146,10 @@ def mirrored(out: Path, name: str) -> Path:
     Raises:
         UserError: its name leads out of the cache.
     """
-    path = Path(name.replace("://", "/").lstrip("/"))
+    path = Path(mirrored_name(name))
     if ".." in path.parts:
         raise UserError(f"{name} can't be mirrored in a folder: give the tar another name")
     return out / path
-
-
-@dataclass
-class Record:
-    """What became of a shard, or of several."""
-
-    source: tuple[int, str] = (0, "")
-    """Size in bytes and content hash of the tar of pictures; of older caches, its etag."""
-    rows: int = 0
-    samples: int = 0
-    """How many of the rows have features."""
-    reused: int = 0
-    """Of how many of them all features were copied from an earlier tar of the cache."""
-    partly_reused: int = 0
-    """Of how many some were: those of the text, or of pictures whose crops stayed the same."""
-    rejected: dict[str, int] = field(default_factory=dict)
-    """Reason -> rows that the training would not draw."""
-    unreadable: list[str] = field(default_factory=list)
-    """Samples that could not be decoded, and why."""
-    cut_captions: int = 0
-    """How many are longer than the text encoder reads."""
-    tar_bytes: int = 0
-    feature_bytes: dict[str, int] = field(default_factory=dict)
-    largest_error: dict[str, float] = field(default_factory=dict)
-    """Of the stored numbers, by feature; of those that were encoded, not copied, as for the sums below."""
-    squared_error: dict[str, float] = field(default_factory=dict)
-    """Summed over those numbers."""
-    squared: dict[str, float] = field(default_factory=dict)
-    """The sum of their squares."""
-    seconds: float = 0.0
-
-    def relative_error(self, name: str) -> float:
-        """The error of a feature beside its size, both as root mean squares."""
-        return math.sqrt(self.squared_error[name] / self.squared[name]) if self.squared[name] else 0.0
-
-    @classmethod
-    def total(cls, records: "Sequence[Record]") -> Self:
-        """That of all these shards together."""
-
-        def added(name: str, add: Callable = operator.add) -> dict:
-            result: dict = {}
-            for record in records:
-                for key, value in getattr(record, name).items():
-                    result[key] = add(result[key], value) if key in result else value
-            return result
-
-        return cls(
-            rows=sum(record.rows for record in records),
-            samples=sum(record.samples for record in records),
-            reused=sum(record.reused for record in records),
-            partly_reused=sum(record.partly_reused for record in records),
-            rejected=added("rejected"),
-            cut_captions=sum(record.cut_captions for record in records),
-            unreadable=[one for record in records for one in record.unreadable],
-            tar_bytes=sum(record.tar_bytes for record in records),
-            feature_bytes=added("feature_bytes"),
-            largest_error=added("largest_error", max),
-            squared_error=added("squared_error"),
-            squared=added("squared"),
-            seconds=sum(record.seconds for record in records),
-        )
-
-    @classmethod
-    def read(cls, tar: Path, source: Shard) -> Self | None:
-        """That of a tar that is whole and was made from this very shard, else None."""
-        path = tar.with_name(tar.name + RECORD_SUFFIX)
-        if not (tar.is_file() and path.is_file()):
-            return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = cls(**(values | {"source": tuple(values["source"])}))
-        accepted = [(source.size_bytes, identity) for identity in (source.content, source.etag)]
-        return found if found.source in accepted else None
 
 
 class CacheTar:
@@ -249,8 +176,9 @@ class CacheTar:
         rows = zip(*columns, texts, made, crops, cut, strict=True)
         for place, (key, width, height, problem, text, features, places, is_cut) in enumerate(rows):
             facts = {"width": width, "height": height} | ({"problem": problem} if problem else {})
-            if features:
+            if places:
                 facts["crops"] = [corner for _, corner in sorted(places.items())]
+            if features:
                 facts["sources"] = asdict(chunk.sources[place]) | {"caption_cut": is_cut}
             self._add(f"{key}.{PICTURE_FACTS}", json.dumps(facts).encode())
             for member, content in text.items():
@@ -292,7 +220,7 @@ class CacheTar:
 
 @contextmanager
 def new_tar(path: Path, record: Record, dtype: str) -> Iterator[CacheTar]:
-    """A tar that appears at `path`, with its record and its index, when all went well; else nothing is left."""
+    """A tar that takes its place at `path`, with record and index, when all went well; else nothing changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     try:
@@ -303,11 +231,8 @@ def new_tar(path: Path, record: Record, dtype: str) -> Iterator[CacheTar]:
                 content.flush()
                 os.fsync(content.fileno())
         record.tar_bytes = aside.stat().st_size
-        # The record first: a tar without one is written again.
-        path.unlink(missing_ok=True)
-        text = json.dumps(asdict(record), indent=1)
-        storage_for(str(path)).write(f"{path}{RECORD_SUFFIX}", text.encode())
         aside.replace(path)
+        record.write(path)  # a tar without its own record is written again
     finally:
         aside.unlink(missing_ok=True)
     index_shard(shard_at(path))
@@ -316,42 +241,3 @@ def new_tar(path: Path, record: Record, dtype: str) -> Iterator[CacheTar]:
 def shard_at(path: Path) -> Shard:
     """The tar at a path."""
     return Shard(str(path), *storage_for(str(path)).stat(str(path)))
-
-
-def report(record: Record, dtype: str, variants: int, from_pictures: float, from_cache: float) -> str:
-    """What a person should know of a cache that was made."""
-    samples = max(1, record.samples)
-    parts = {name: size / samples for name, size in record.feature_bytes.items()}
-    parts["captions, fields and headers"] = (record.tar_bytes - sum(record.feature_bytes.values())) / samples
-    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    lines = [
-        f"cached {record.samples} of {record.rows} samples: {format_bytes(record.tar_bytes)}, "
-        f"{format_bytes(record.tar_bytes / samples)} per sample ({sizes})"
-    ]
-    if record.reused or record.partly_reused:
-        lines.append(f"  {record.reused} rows reused, {record.partly_reused} in part: their bytes are those of before")
-    lines += [f"  {count} left out: {reason}" for reason, count in record.rejected.items()]
-    if record.unreadable:
-        lines.append(f"  {len(record.unreadable)} left out: unreadable")
-        lines += [f"    {one}" for one in record.unreadable[:MAX_REPORTED]]
-        if len(record.unreadable) > MAX_REPORTED:
-            lines.append(
-                f"    and {len(record.unreadable) - MAX_REPORTED} more, listed in the .cache.json of the tars"
-            )
-    if record.cut_captions:
-        lines.append(
-            f"  {record.cut_captions} captions are longer than the text encoder reads: their ends are cut off"
-        )
-    lines.append(f"stored as {dtype}; largest error, and error in relation to the numbers' size (rms):")
-    lines += [
-        f"  {name}: {record.largest_error[name]:.2g}, {100 * record.relative_error(name):.2g} %"
-        for name in record.largest_error
-    ]
-    cost = record.seconds / samples
-    saved = from_pictures - from_cache
-    lines.append(
-        f"caching took {1000 * cost:.1f} ms per sample ({variants} crop{'s' if variants > 1 else ''} each). A run "
-        f"waits {1000 * from_pictures:.1f} ms per sample for latents and conditions, {1000 * from_cache:.1f} ms with "
-        "this cache: " + (f"it pays after {cost / saved:.1f} epochs" if saved > 0 else "it saves no time, only memory")
-    )
-    return "\n".join(lines)

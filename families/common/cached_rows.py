@@ -1,13 +1,14 @@
 """Rows of a cache that can be copied when its tars are written again.
 
-The facts of each row (`picture.json`) hold a hash of what its features were made from. A tar whose source changed is
-set aside under another name until the cache is whole; a row of the new tar whose hash is found in one that was set
-aside has its features copied as they stand, so that a data set that grows costs the encodings of its new rows.
+The facts of each row (`picture.json`) hold a hash of what its features were made from. A tar whose source changed
+keeps its name until the new one takes its place, and has a second name until the cache is whole; a row whose hash is
+found in it has its features copied as they stand, so that a data set that grows costs the encodings of its new rows.
 """
 
 import hashlib
 import itertools
 import json
+import shutil
 import tarfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from warpcore.data.reader import variant_member
+from warpcore.data.fields import variant_member
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample, picture_member
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
@@ -25,7 +26,7 @@ T = TypeVar("T")
 HASH_BYTES = 16
 ROWS_TOGETHER = 32
 """Rows whose members are in memory together while they are hashed."""
-_SET_ASIDE = ".old"
+_OLD = ".old"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sources:
 
 @dataclass
 class Copied:
-    """What of a row is copied from a tar that was set aside."""
+    """What of a row is copied from an old tar."""
 
     members: dict[str, bytes] = field(default_factory=dict)
     """The content of the features, by member."""
@@ -53,20 +54,25 @@ class Copied:
 
 
 def hash_sources(
-    draws: Sequence[Sequence[Sample]], captions: Collection[str], fields: Sequence[Sequence[str]], seeded: bool
+    draws: Sequence[Sequence[Sample]],
+    captions: Collection[str],
+    fields: Sequence[Sequence[str]],
+    seeded: bool,
+    pictures: bool = True,
 ) -> list[Sources]:
     """The hashes of rows of one tar.
 
-    Reads the pictures and texts of all rows, a second time beside the loader's, but decodes nothing.
+    Reads what features are made from, a second time beside the loader's, but decodes nothing.
 
     Args:
         draws: by variant, the samples of the rows.
         captions: the members that captions are made from.
         fields: of each further member that the training reads, its extensions, the preferred first.
         seeded: whether features of pictures depend on the seed of the sample.
+        pictures: whether there are features of pictures.
     """
     found = []
-    wanted = {*PICTURE_EXTENSIONS, *captions, *(name for names in fields for name in names)}
+    wanted = {*captions, *(name for names in fields for name in names), *(PICTURE_EXTENSIONS if pictures else ())}
     for start in range(0, len(draws[0]), ROWS_TOGETHER):
         samples = draws[0][start : start + ROWS_TOGETHER]
         for place, members in enumerate(_contents(samples, wanted), start):
@@ -74,12 +80,14 @@ def hash_sources(
             besides = [next((name for name in names if name in held), None) for names in fields]
             of_picture = [name for name in (picture_member(held), *besides) if name is not None]
             of_text = [name for name in captions if name in held]
-            pictures = tuple(
+            of_variants = tuple(
                 _digest(of_picture, members, [draw[place].key, variant, draw[place].seed if seeded else None])
                 for variant, draw in enumerate(draws)
             )
             sample = samples[place - start]
-            found.append(Sources(pictures, _digest(of_text, members, [sample.key, sample.columns])))
+            found.append(
+                Sources(of_variants if pictures else (), _digest(of_text, members, [sample.key, sample.columns]))
+            )
     return found
 
 
@@ -107,7 +115,7 @@ def _digest(names: Sequence[str], members: Mapping[str, bytes], also: Any) -> st
 
 
 class OldRows:
-    """The rows of tars of a cache that were set aside, by the hashes of what they were made from.
+    """The rows of old tars of a cache, by the hashes of what they were made from.
 
     Args:
         tars: they keep about 300 bytes per row and variant in memory.
@@ -185,14 +193,23 @@ class WatchedRandom(SampleRandom):
         self._seeds = seeds
 
 
-def set_aside(path: Path) -> None:
-    """Give a tar of a cache the name under which its rows are looked for."""
-    path.replace(path.with_name(f".{path.name}{_SET_ASIDE}"))
+def keep_old(path: Path) -> None:
+    """Give a tar of a cache a second name, under which its rows are found after another took its place."""
+    names = (path.with_name(f".{path.name}{_OLD}{number or ''}") for number in itertools.count())
+    for name in names:
+        if not name.exists():
+            break
+        if name.samefile(path):
+            return
+    try:
+        name.hardlink_to(path)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, name)
 
 
-def tars_set_aside(folder: Path) -> list[Path]:
+def old_tars(folder: Path) -> list[Path]:
     """Those in a cache."""
-    return sorted(folder.rglob(f".*.tar{_SET_ASIDE}"))
+    return sorted(folder.rglob(f".*.tar{_OLD}*"))
 
 
 def tee_locked(items: Iterable[T]) -> list[Iterator[T]]:

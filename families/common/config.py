@@ -1,6 +1,6 @@
 """Configuration keys that the training scripts of all families of diffusion models share."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -28,6 +28,12 @@ class GeneratorSettings(Settings):
 class DiffusionConfig(SampleSettings, GeneratorSettings, Config):
     """What is learned, and what is drawn on the way."""
 
+    caches: list[str] = []
+    """Folders that tools/cache.py made, with features of the samples of `webdataset_path`: `[data/latents,
+    data/texts]`. What they hold is not computed again. Without `webdataset_path` (or with null there), the samples are
+    those of the first folder, and no pictures are needed."""
+    validation_caches: list[str] = []
+    """The same for the samples of `validation_path`."""
     change_target: bool = False
     """Allow another `diffusion_target` than the weights file to start from says; the network then learns it."""
     caption_dropout: Share = 0.05
@@ -53,6 +59,16 @@ class DiffusionConfig(SampleSettings, GeneratorSettings, Config):
     """Sampler of those pictures."""
     sample_count: PositiveInt = 8
     """How many pictures are drawn at most."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_of_caches(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Where only caches are named, the first one says which samples there are, and has their captions."""
+        for key, caches in (("webdataset_path", "caches"), ("validation_path", "validation_caches")):
+            if named := values.get(caches):
+                first = values.get(key) or (named[0] if isinstance(named, list) else named)
+                values = values | {key: first}
+        return values
 
     @model_validator(mode="after")
     def _one_loss_weight(self) -> Self:

@@ -4,15 +4,19 @@
 """
 
 import json
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from warpcore.data.fields import TensorField, variant_member
 from warpcore.data.lanes import parse_size
-from warpcore.data.reader import Batch, TensorField
+from warpcore.data.reader import Batch
+from warpcore.data.samples import PICTURE_FACTS
 from warpcore.data.storage import storage_for
 from warpcore.errors import UserError
 
@@ -22,8 +26,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 CAPTION_SETTINGS = ("captions_getter", "token_ids")
 PICTURE_SETTINGS = ("bucket_sizes", "crop_mode", "background")
 DISPLAY_NAMES = {"bucket_sizes": "bucket_sizes (image_size, multi_aspect_ratio)"}
-
-
 REMAKE = "recreate the cache with tools/cache.py"
 
 
@@ -35,6 +37,9 @@ class Feature:
     """The one that makes it, or on whose results it depends, as `build.network_file` knows it."""
     settings: tuple[str, ...]
     """What of a configuration it depends on."""
+    variable_length: bool = False
+    """Whether samples differ in the size of the first dimension, such as the number of tokens of their captions: see
+    `lengths_name`. A cache holds each without its padding."""
 
     @property
     def of_picture(self) -> bool:
@@ -62,6 +67,10 @@ class Origin:
     """Of the crops."""
     shapes: dict[str, dict[str, list[int]]]
     """Of the features, by bucket."""
+    variable_length: list[str] = field(default_factory=list)
+    """Features that differ in length from sample to sample."""
+    source: Any = None
+    """The `webdataset_path` that the cache was made from; older caches do not know it."""
     version: int = CACHE_VERSION
 
     def write(self, folder: Path) -> None:
@@ -69,8 +78,10 @@ class Origin:
         storage_for(str(folder)).write(f"{folder}/{CACHE_NAME}", f"{json.dumps(asdict(self), indent=1)}\n".encode())
 
     @classmethod
-    def read(cls, folder: str) -> "Origin | None":
+    def read(cls, folder: str, remedy: str = REMAKE) -> "Origin | None":
         """That of a folder, given as a complete URL; None where it holds no cache.
+
+        remedy: what to do where it is damaged, for the error message.
 
         Raises:
             UserError: it can't be read, or understood.
@@ -84,9 +95,9 @@ class Origin:
         try:
             values = json.loads(content)
         except ValueError as error:
-            raise UserError(f"{url} is incomplete: {error}; {REMAKE}") from None
+            raise UserError(f"{url} is incomplete: {error}; {remedy}") from None
         if not isinstance(values, dict) or values.get("version") != CACHE_VERSION:
-            raise UserError(f"{url} is not of version {CACHE_VERSION}; {REMAKE}")
+            raise UserError(f"{url} is not of version {CACHE_VERSION}; {remedy}")
         return cls(**values)
 
     def fields(self, names: Collection[str]) -> dict[str, TensorField]:
@@ -97,6 +108,7 @@ class Origin:
                 {parse_size(bucket): tuple(shape) for bucket, shape in self.shapes[name].items()},
                 self.variants if "crop_mode" in self.features[name] else 1,
                 self.dtype == "bfloat16",
+                stored_name(lengths_name(name)) if name in self.variable_length else None,
             )
             for name in names
         }
@@ -122,7 +134,8 @@ class Origin:
 def stored(batch: Batch, name: str) -> Tensor | list[Tensor] | None:
     """A feature of every sample of a batch that was read from a cache, else None.
 
-    (B, ...), or a list of B where the sizes differ; in the precision in which it is stored.
+    (B, ...), or a list of B where the sizes differ; in the precision in which it is stored. A feature of variable
+    length is padded with zeros, and its lengths are there as `stored(batch, lengths_name(name))`.
     """
     return batch.extra.get(stored_name(name))
 
@@ -130,6 +143,40 @@ def stored(batch: Batch, name: str) -> Tensor | list[Tensor] | None:
 def stored_name(name: str) -> str:
     """The name of a feature in `Batch.extra`."""
     return f"{name}.npy"
+
+
+def members_of(origin: Origin, names: Collection[str]) -> frozenset[str]:
+    """The members in which a cache holds these features, and how the pictures were cropped for them."""
+    of_picture = [name for name in names if "crop_mode" in origin.features[name]]
+    members = {variant_member(name, 0) for name in names}
+    members |= {variant_member(name, variant) for name in of_picture for variant in range(origin.variants)}
+    return frozenset(members | ({PICTURE_FACTS} if of_picture else set()))
+
+
+def lengths_name(name: str) -> str:
+    """The name of the lengths (B,) of a feature of variable length.
+
+    A training gives such a feature as (B, L, ...), padded to the longest of the batch, and beside it the lengths by
+    this name. So does `stored`.
+    """
+    return f"{name}_lengths"
+
+
+def take_row(made: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    """What belongs to one sample of features (B, ...), those of variable length without their padding."""
+    row = {name: values[place] for name, values in made.items()}
+    lengths = {name: row.get(lengths_name(name)) for name in row}
+    return {name: value if lengths[name] is None else value[: lengths[name]] for name, value in row.items()}
+
+
+def stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Features (B, ...) of samples, those of variable length padded with zeros to the longest."""
+    return {
+        name: pad_sequence([row[name] for row in rows], batch_first=True)
+        if lengths_name(name) in rows[0]
+        else torch.stack([row[name] for row in rows])
+        for name in rows[0]
+    }
 
 
 def bucket_name(size: tuple[int, int]) -> str:

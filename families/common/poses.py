@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from modules.filters.pose import as_18_points, draw_people
+from warpcore.data.fields import BadMember
 from warpcore.data.images import Geometry
-from warpcore.data.reader import BadMember
 from warpcore.data.samples import Sample
 from warpcore.errors import UserError
 

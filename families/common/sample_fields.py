@@ -17,8 +17,9 @@ from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature
 from families.common.members import MASK
 from warpcore.config import Settings
 from warpcore.core import WarpCore
+from warpcore.data.fields import PictureField
 from warpcore.data.images import Geometry
-from warpcore.data.reader import Batch, PictureField
+from warpcore.data.reader import Batch
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample
 from warpcore.data.shards import resolve_sources
 from warpcore.random import SampleRandom

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from families.common.beginning import check_start_file, same_base, with_target
-from families.common.cache import find_cache
+from families.common.cache import Caches, find_caches
+from families.common.cache_commands import cache_command
 from families.common.cached_captions import TOKEN_IDS
 from families.common.captions import cut_note, say_of_captions
 from families.common.config import DiffusionConfig
-from families.common.features import Feature, Origin, stored
-from families.common.prompts import FILE_NAME, prompt_features
+from families.common.features import Feature, Origin, lengths_name, stored
+from families.common.prompts import FILE_NAME, Encode, prompt_features, read_prompts
 from families.common.sample_fields import SampleFields, resized
-from families.common.text_memory import TextConditions, TextMemory
+from families.common.text_memory import TextMemory
 from families.common.weight_files import FAMILY_KEY, TARGET_KEY
 from families.common.weight_source import with_local_weights
 from warpcore.config import ConfigError
 from warpcore.core import Losses
+from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
 from warpcore.random import SampleRandom
@@ -29,9 +31,10 @@ from warpcore.random import SampleRandom
 class DiffusionTraining(SampleFields):
     """Trains a denoiser of latents.
 
-    What its frozen networks make of a sample, its features, may come from a cache (`families/common/cache.py`); then
-    no pictures are read. Hooks to override: `make_diffusion`; for caches `features`, `encoders`, `picture_features`,
-    `text_features`, `network_file`, and where wanted `feature_setting` and `check_cacheable`.
+    What its frozen networks make of a sample, its features, may come from caches (`families/common/cache.py`); where
+    they have all that is made of pictures, no pictures are read. Hooks to override: `make_diffusion`; for caches
+    `features`, `encoders`, `picture_features`, `text_features`, `network_file`, and where wanted `feature_setting`,
+    `check_cacheable` and `drawn_texts`.
     """
 
     config: DiffusionConfig
@@ -69,7 +72,7 @@ class DiffusionTraining(SampleFields):
         raise NotImplementedError
 
     def check_cacheable(self) -> None:
-        """Raise UserError where this configuration can't train from a cache."""
+        """Raise UserError where this configuration can't train without pictures, on cached features of them."""
         if self.config.bucketeer_random_ratio:
             raise ConfigError(
                 "bucketeer_random_ratio draws another size for a picture in each epoch, but a cache holds one: set it "
@@ -96,6 +99,10 @@ class DiffusionTraining(SampleFields):
         """What the text encoder, `text` of the encoders, makes of captions: (B, ...) by name."""
         raise NotImplementedError
 
+    def drawn_texts(self) -> list[str]:
+        """The texts whose conditions a run needs beside those of its captions."""
+        return list(dict.fromkeys(["", *getattr(self.config, "sample_prompts", [])]))
+
     # ------------------------------------------------------------------
 
     def __init__(self, config: DiffusionConfig):
@@ -121,9 +128,13 @@ class DiffusionTraining(SampleFields):
         self.bookkeeping["diffusion"] = self.diffusion
 
     @cached_property
-    def cache(self) -> Origin | None:
-        """What the cache was made with that the data are read from; None where they are pictures."""
-        return self.processes.on_main(lambda: find_cache(self))
+    def caches(self) -> Caches | None:
+        """The caches that features are read from; None where all are computed from pictures and captions."""
+        return self.processes.on_main(lambda: find_caches(self))
+
+    def is_cached(self, name: str) -> bool:
+        """Whether a feature is read from a cache."""
+        return self.caches is not None and name in self.caches
 
     def needed_encoders(self) -> dict[str, nn.Module]:
         """The encoders that have something to do: a cache spares the run those whose features it has."""
@@ -131,29 +142,39 @@ class DiffusionTraining(SampleFields):
 
     def needs_encoder(self, name: str) -> bool:
         """Whether the run has to build an encoder."""
-        cached = {feature.network for feature in self.features.values()} if self.cache is not None else set()
-        return name not in cached or name in self.drawn_with
+        made = self._made_by(name)
+        return name in self.drawn_with or not made or not all(map(self.is_cached, made))
+
+    def _made_by(self, network: str) -> list[str]:
+        return [name for name, feature in self.features.items() if feature.network == network]
 
     @cached_property
     def texts(self) -> TextMemory | None:
         """What remembers the text conditions of captions, if anything does."""
-        if not self.config.cache_text and self.cache is None:
+        computed = self.caches is None or not all(map(self.is_cached, self._made_by("text")))
+        if computed and not self.config.cache_text:
             return None
         limit_bytes = int(self.config.cache_text_gb * 1e9)
-        memory = TextMemory(self.encode_texts, limit_bytes, lambda text: self.progress.say(text))
+        disk = f"store them on disk: {cache_command(self, 'TEXTS', 'texts')}, and write caches: [TEXTS]"
+        memory = TextMemory(self.encode_texts, limit_bytes, lambda text: self.progress.say(text), disk)
         if not self.needs_encoder("text"):
-            texts = list(dict.fromkeys(["", *getattr(self.config, "sample_prompts", [])]))
+            texts = self.drawn_texts()
             memory.add(texts, self.processes.on_main(lambda: self._prompt_features(texts)))
         return memory
 
-    def _prompt_features(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        made_with = {
-            "sha256": self.cache.networks["text"]["sha256"],
-            "token_ids": str(self.cache.settings.get(TOKEN_IDS)),
-            "dtype": str(self.dtype),
+    def texts_made_with(self, origin: Origin) -> dict[str, str]:
+        """What text conditions depend on beside the text, given what their cache was made with."""
+        return {
+            "sha256": origin.networks["text"]["sha256"],
+            "token_ids": str(origin.settings.get(TOKEN_IDS)),
         }
 
-        def open_encoder() -> TextConditions:
+    def _prompt_features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        feature = self._made_by("text")[0]
+        origin = self.caches.origins[feature]
+        made_with = self.texts_made_with(origin)
+
+        def open_encoder() -> Encode:
             tower = self.encoders()["text"]().eval().requires_grad_(False).to(self.device, self.dtype)
             for note in cut_note(tower, texts[1:], "sample_prompts"):
                 self.progress.say(note)
@@ -164,33 +185,41 @@ class DiffusionTraining(SampleFields):
 
             return encode
 
-        return prompt_features(self.config.run_folder / FILE_NAME, texts, made_with, open_encoder)
+        known = read_prompts(self.caches.folders[feature], made_with)
+        file = self.config.run_folder / FILE_NAME
+        return prompt_features(file, texts, made_with | {"dtype": str(self.dtype)}, open_encoder, known)
 
     def know_captions(self, batch: Batch) -> None:
         """Remember the text conditions that a batch brings along from a cache, for drawing with its captions."""
-        names = [name for name, feature in self.features.items() if feature.network == "text"]
+        names = [key for name in self._made_by("text") for key in (name, lengths_name(name))]
         found = {name: value for name in names if (value := stored(batch, name)) is not None}
         if found and self.texts is not None:
             self.texts.add(batch.captions, found)
 
     def setup(self) -> None:
         super().setup()
-        if self.cache is not None:
-            _ = self.texts  # encodes what the cache lacks, before the first update
+        if self.caches is not None:
+            _ = self.texts  # encodes what the caches lack, before the first update
+            if computed := [name for name in self.features if not self.is_cached(name)]:
+                self.progress.say(f"no cache has {', '.join(computed)}: computed for each batch")
         say_of_captions(self)
 
     @property
     def needs_images(self) -> bool:
-        return self.cache is None
+        return not any(self.is_cached(name) for name, feature in self.features.items() if feature.of_picture)
 
     def extra_fields(self) -> dict:
-        cached = {} if self.cache is None else self.cache.fields(self.features)
-        return cached | self.sample_fields(from_cache=self.cache is not None)
+        cached = {} if self.caches is None else self.caches.fields()
+        return cached | self.sample_fields(from_cache=not self.needs_images)
+
+    def further_tars(self) -> Mapping[str, Sequence[FurtherTars]]:
+        return {} if self.caches is None else self.caches.further
 
     def caption_features(self, batch: Batch) -> dict[str, Tensor]:
         """What the text encoders make of the captions of a batch: (B, ...) by name."""
         made = self.encode_texts(batch.captions)
-        return {name: values for name, values in made.items() if name in self.features}
+        wanted = {key for name in self.features for key in (name, lengths_name(name))}
+        return {name: values for name, values in made.items() if name in wanted}
 
     def text_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the text encoders make of captions, now or earlier."""

@@ -9,10 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from io import BytesIO
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +18,8 @@ from torch.utils.data import get_worker_info
 
 from warpcore.data import images
 from warpcore.data.captions import BadCaption, CaptionGetter
-from warpcore.data.geometry import CropGeometry, drawn_variant, stored_geometry
+from warpcore.data.fields import BadMember, Field, collate, wanted
+from warpcore.data.geometry import CropGeometry, stored_geometry
 from warpcore.data.images import BadPicture, Crop, Geometry
 from warpcore.data.samples import PICTURE_FACTS, MicroBatch, Sample, picture_member
 from warpcore.data.storage import in_parallel, read_ranges
@@ -104,88 +103,6 @@ class Batch:
         return dataclasses.replace(self, images=pictures, extra=extra, columns=columns, geometry=geometry)
 
 
-class BadMember(Exception):
-    """A `Field` finds the content of its member unusable, which makes the sample a bad one; the message says why."""
-
-
-class Field(Protocol):
-    """A further member that a use case wants of every sample. Picklable: it goes to every worker."""
-
-    suffixes: tuple[str, ...]
-    """Extensions without a leading dot, lower case; of several that a sample has, the first is read."""
-
-    def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> Any:
-        """The value of one sample; tensors are stacked to a batch. Raises BadPicture or BadMember.
-
-        `geometry` says how the sample's picture was resized and cropped; None where the run reads no pictures.
-        """
-
-    def blank(self, size: tuple[int, int]) -> Any:
-        """What stands in for the value where no sample of a micro-batch of bucket `size` (H, W) is readable."""
-
-    # A field that does without its member may have `optional`: that member, and the option of the config that wants
-    # it (see `warpcore.data.optional_members`).
-
-
-@dataclass(frozen=True)
-class PictureField:
-    """A picture that belongs to the sample's picture, such as its mask: uint8 (C, H, W) with the same crop."""
-
-    suffixes: tuple[str, ...]
-    channels: int = 1
-    """1: grey; 3: RGB."""
-
-    def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> Tensor:
-        if geometry is None:
-            raise UserError(f".{self.suffixes[0]} is cropped like its picture, but this run reads no pictures")
-        pixels = images.decode_alike(data, geometry)
-        if self.channels == 1:
-            pixels = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)[..., None]
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-    def blank(self, size: tuple[int, int]) -> Tensor:
-        return torch.zeros(self.channels, *size, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class TensorField:
-    """A tensor stored as `NAME.npy`, such as what a frozen network made of the sample.
-
-    Of several variants, `NAME.npy`, `NAME.1.npy`, ..., the sample's seed chooses one.
-    """
-
-    name: str
-    shapes: Mapping[tuple[int, int], tuple[int, ...]]
-    """Of the tensor, by bucket (H, W): what stands in where nothing is readable."""
-    variants: int = 1
-    bfloat16: bool = False
-    """Its bits are stored as 16-bit integers, as .npy knows no bfloat16."""
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return (variant_member(self.name, 0),)
-
-    def suffixes_of(self, sample: Sample) -> tuple[str, ...]:
-        """The member of the variant that is drawn."""
-        return (variant_member(self.name, drawn_variant(sample, self.variants)),)
-
-    def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> Tensor:
-        try:
-            array = np.load(BytesIO(data), allow_pickle=False)
-            tensor = torch.from_numpy(array.view(np.int16) if self.bfloat16 else array)
-        except (ValueError, TypeError, EOFError) as error:
-            raise BadMember(f"it holds no tensor: {error}") from error
-        return tensor.view(torch.bfloat16) if self.bfloat16 else tensor
-
-    def blank(self, size: tuple[int, int]) -> Tensor:
-        return torch.zeros(self.shapes[size])
-
-
-def variant_member(name: str, variant: int) -> str:
-    """The extension of a variant of a stored tensor."""
-    return f"{name}.{variant}.npy" if variant else f"{name}.npy"
-
-
 ReadRanges = Callable[[str, list[tuple[int, int]], tuple[int, str] | None], list[bytes]]
 
 
@@ -247,7 +164,7 @@ class Reader:
             weight=weight,
             events=events,
             notes=micro_batch.notes,
-            extra={name: _stacked([item.extra[name] for item in items]) for name in self.extra},
+            extra=collate(self.extra, [item.extra for item in items]),
             columns={
                 name: torch.tensor([item.sample.columns[name] for item in items], dtype=kind)
                 for name, kind in self.columns.items()
@@ -289,7 +206,7 @@ class Reader:
     def _suffixes(self, sample: Sample, members: Mapping[str, Any]) -> set[str]:
         """The suffixes to read, of those that a sample has."""
         asked = [*self.captions.members] if self.captions else []
-        asked += [suffix for one in self.extra.values() for suffix in _first(_wanted(one, sample), members)]
+        asked += [suffix for one in self.extra.values() for suffix in _first(wanted(one, sample), members)]
         asked += [picture_member(members) or ""] if self.pictures else [PICTURE_FACTS] if self.geometry else []
         return {suffix for suffix in asked if suffix in members}
 
@@ -318,7 +235,7 @@ class Reader:
             geometry = stored_geometry(_content([PICTURE_FACTS], contents, sample)[1], sample, size)
         extra = {}
         for name, one in self.extra.items():
-            suffix, content = _content(_wanted(one, sample), contents, sample)
+            suffix, content = _content(wanted(one, sample), contents, sample)
             try:
                 extra[name] = one.decode(content, geometry, sample)
             except (BadPicture, BadMember) as error:
@@ -361,11 +278,6 @@ class _BadContent(Exception):
         self.suffix, self.reason = suffix, reason
 
 
-def _wanted(one: Field, sample: Sample) -> tuple[str, ...]:
-    """The suffixes of a field for a sample."""
-    return one.suffixes_of(sample) if isinstance(one, TensorField) else one.suffixes
-
-
 def _first(suffixes: Sequence[str], members: Mapping[str, Any]) -> list[str]:
     """The first of the suffixes that a sample has, if any."""
     return [suffix for suffix in suffixes if suffix in members][:1]
@@ -383,9 +295,3 @@ def _new_pixels(number: int, size: tuple[int, int]) -> Tensor:
         return torch.empty(number, *size, 3, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(number * size[0] * size[1] * 3)
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(number, *size, 3)
-
-
-def _stacked(values: list[Any]) -> Tensor | list[Any]:
-    if all(isinstance(value, Tensor) for value in values) and len({value.shape for value in values}) == 1:
-        return torch.stack(values)
-    return values

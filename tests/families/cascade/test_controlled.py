@@ -17,8 +17,8 @@ from modules.filters.inpaint import InpaintFilter
 from modules.filters.pose import PoseFilter, draw_people
 from modules.filters.super_resolution import SRFilter
 from tests.modules.test_stage_c import golden_model, small_inputs
+from warpcore.data.fields import BadMember
 from warpcore.data.images import place
-from warpcore.data.reader import BadMember
 from warpcore.data.samples import Sample
 from warpcore.errors import UserError
 

@@ -12,9 +12,10 @@ from tests.warpcore.data.tars import catalog_of, write_shard, write_tar
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog, open_catalog
+from warpcore.data.fields import TensorField
 from warpcore.data.joined import FurtherTars, join
 from warpcore.data.plan import Plan, describe_difference
-from warpcore.data.reader import Reader, TensorField
+from warpcore.data.reader import Reader
 from warpcore.data.shards import resolve_sources
 from warpcore.errors import UserError
 

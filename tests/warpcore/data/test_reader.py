@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from warpcore.data.captions import CaptionGetter
+from warpcore.data.fields import BadMember, PictureField
 from warpcore.data.images import decode
-from warpcore.data.reader import BadMember, PictureField, Reader
+from warpcore.data.reader import Reader
 from warpcore.data.samples import MicroBatch, Sample
 from warpcore.data.storage_protocol import ChangedShardError
 

@@ -1,0 +1,169 @@
+"""Caches of pictures and of texts lie apart: each is made, extended and used alone, and together they equal one."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.made_up_family.networks import LetterCount
+from tests.made_up_family.train_made_up import MadeUpConfig, TrainMadeUp
+from tests.test_made_up_family import SCRIPT, config_file, losses, run_tool, train
+from tests.test_made_up_family import _known as _known
+from tests.test_made_up_family import settings as of_family  # noqa: F401
+from tests.warpcore.runs import read_metrics, write_shard
+from tools import cache
+from warpcore.config import ConfigError, make_config
+from warpcore.errors import UserError
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(tmp_path, of_family) -> dict:  # noqa: F811
+    """Of two tars, in folders."""
+    for name, first in (("one", 0), ("two", 6)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        write_shard(tmp_path / "pictures" / name / "a.tar", 6, (16, 32), first)
+    return of_family | {"webdataset_path": str(tmp_path / "pictures"), "crop_mode": "center"}
+
+
+def make(settings: dict, tmp_path: Path, name: str, *options: str) -> str:
+    out = tmp_path / name
+    run_tool(cache.main, SCRIPT, config_file(settings, tmp_path), out, "--dtype", "float32", *options)
+    return str(out)
+
+
+def both(settings: dict, tmp_path: Path) -> tuple[str, str]:
+    return tuple(make(settings, tmp_path, kind, "--features", kind) for kind in ("latents", "texts"))
+
+
+def built(settings: dict, **changes) -> tuple[set[str], list[float]]:
+    """The networks of a run, and its losses."""
+    given, names = settings | changes, []
+
+    class Watched(TrainMadeUp):
+        def build(self):
+            networks = super().build()
+            names.extend(networks)
+            return networks
+
+    run = Watched(make_config(MadeUpConfig, given))
+    run.drawn_with = frozenset()
+    run.sample = lambda held_out: []
+    assert run.run() == 0
+    return set(names), losses(read_metrics(given))
+
+
+def test_latents_and_texts_lie_apart(settings, tmp_path):
+    latents, texts = both(settings, tmp_path)
+    assert {kind: list(json.loads(Path(kind, "cache.json").read_text())["features"]) for kind in (latents, texts)} == {
+        latents: ["latent"], texts: ["letters"],
+    }  # fmt: skip
+    every, expected = built(settings)
+    assert every == {"generator", "squeeze", "text"}
+    text_cached = built(settings, experiment_id="texts", caches=[texts])
+    assert text_cached == ({"generator", "squeeze"}, pytest.approx(expected, rel=1e-5))
+    latents_cached = built(settings, experiment_id="latents", caches=[latents])
+    assert latents_cached == ({"generator", "text"}, pytest.approx(expected, rel=1e-5))
+    shutil.rmtree(settings["webdataset_path"])
+    alone = {key: value for key, value in settings.items() if key != "webdataset_path"}
+    for number, caches in enumerate(([latents, texts], [texts, latents])):
+        found = built(alone, experiment_id=f"both {number}", caches=caches)
+        assert found == ({"generator"}, pytest.approx(expected, rel=1e-5))
+    part = {"webdataset_path": [{"path": f"{latents}/one", "weight": 2}, f"{latents}/two"]}
+    names, _ = built(settings | part, experiment_id="weighted", caches=[latents, texts])
+    assert names == {"generator"}
+
+
+def test_a_cache_of_texts_is_made_from_one_of_latents(settings, tmp_path):
+    latents = make(settings, tmp_path, "latents", "--features", "latents")
+    shutil.rmtree(settings["webdataset_path"])
+    texts = make(settings | {"webdataset_path": latents}, tmp_path, "texts", "--features", "texts")
+    names, _ = built(settings | {"webdataset_path": latents}, caches=[texts])
+    assert names == {"generator"}
+    with pytest.raises(UserError, match="is a cache already: name pictures"):
+        make(settings | {"webdataset_path": latents}, tmp_path, "again")
+
+
+def test_the_empty_text_comes_with_the_cache_of_texts(settings, tmp_path, monkeypatch):
+    latents, texts = both(settings, tmp_path)
+    given = settings | {"caches": [latents, texts], "webdataset_path": latents}
+    monkeypatch.setattr(LetterCount, "__init__", lambda *_: pytest.fail("the text encoder was built"))
+    train(given)
+    assert not (tmp_path / "runs" / "run" / "prompts.safetensors").exists()
+    monkeypatch.undo()
+    Path(texts, "prompts.safetensors").unlink()
+    train(given, experiment_id="lacking")
+    assert (tmp_path / "runs" / "lacking" / "prompts.safetensors").exists()
+
+
+def told_command(message: str) -> list[str]:
+    """The arguments of the command at the end of an error message."""
+    words = shlex.split(message.partition("python3 tools/cache.py ")[2])
+    assert words[0] == str(SCRIPT.relative_to(Path.cwd()))
+    return words
+
+
+def test_a_cache_that_lacks_rows_is_extended_by_the_command_that_is_told(settings, tmp_path):
+    latents, texts = both(settings, tmp_path)
+    write_shard(Path(settings["webdataset_path"], "two", "a.tar"), 9, (16, 32), 6)
+    run = TrainMadeUp(make_config(MadeUpConfig, settings | {"caches": [texts]}))
+    run.arguments = [str(config_file(settings | {"caches": [texts]}, tmp_path)), "batch_size=4"]
+    with pytest.raises(UserError, match=r"texts lacks 3 of 15 samples, of .*two/a.tar: ") as error:
+        run.run()
+    run_tool(cache.main, *told_command(str(error.value)))
+    names, extended = built(settings, caches=[texts])
+    assert names == {"generator", "squeeze"}
+    assert extended == pytest.approx(built(settings, experiment_id="plain")[1], rel=1e-5)
+    with pytest.raises(UserError, match="latents lacks 3 of 15 samples"):
+        train(settings, experiment_id="both", caches=[latents, texts])
+
+
+def test_what_does_not_fit_is_refused(settings, tmp_path):
+    latents, texts = both(settings, tmp_path)
+    whole = make(settings, tmp_path, "whole")
+    with pytest.raises(ConfigError, match=r"whole and .*texts both hold letters: name one of them alone"):
+        train(settings, webdataset_path=whole, caches=[texts])
+    with pytest.raises(ConfigError, match=r"texts is a cache that this run can't use: it has no latent, but letters"):
+        train(settings, webdataset_path=texts)
+    with pytest.raises(ConfigError, match=r"pictures holds no cache \(cache.json\). Make it: python3 tools/cache.py "):
+        train(settings, caches=[settings["webdataset_path"]])
+    other = tmp_path / "other.safetensors"
+    torch.manual_seed(1)
+    save_file(LetterCount().state_dict(), other)
+    with pytest.raises(ConfigError, match="the weights of the text network are") as error:
+        train(settings, caches=[texts], letters_path=str(other))
+    assert told_command(str(error.value))[2:] == [
+        f"{texts}_new", f"webdataset_path={settings['webdataset_path']}", "--features", "texts", "--dtype", "float32",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="captions_getter is"):
+        train(settings, caches=[texts], captions_getter=["txt", "lambda t: t[:3]"])
+    train(settings, caches=[texts], experiment_id="random crops", crop_mode="random")
+    with pytest.raises(ConfigError, match="crop_mode is 'center' in the cache, 'random' here"):
+        train(settings, caches=[latents], crop_mode="random")
+    with pytest.raises(UserError, match="--variants are crops of pictures"):
+        make(settings, tmp_path, "again", "--features", "texts", "--variants", "2")
+
+
+def test_held_out_samples_have_caches_of_their_own(settings, tmp_path):
+    latents, texts = both(settings, tmp_path)
+    (tmp_path / "held").mkdir()
+    held = {"webdataset_path": str(write_shard(tmp_path / "held" / "b.tar", 4, (16, 32), 20))}
+    expected = built(settings, validation_path=held["webdataset_path"], validation_samples=0)[1]
+    given = settings | {"validation_samples": 0, "validation_path": held["webdataset_path"]}
+    with pytest.raises(ConfigError, match="validation_path: its samples need a cache of letters") as error:
+        train(given, caches=[texts])
+    assert f"webdataset_path={held['webdataset_path']}" in told_command(str(error.value))
+    texts_held = make(settings | held, tmp_path, "held_texts", "--features", "texts")
+    names, found = built(given, experiment_id="texts", caches=[texts], validation_caches=[texts_held])
+    assert (names, found) == ({"generator", "squeeze"}, pytest.approx(expected, rel=1e-5))
+    latents_held = make(settings | held, tmp_path, "held_latents", "--features", "latents")
+    alone = {key: value for key, value in given.items() if not key.endswith("_path") or key[0] not in "wv"}
+    names, found = built(
+        alone, experiment_id="both", caches=[latents, texts], validation_caches=[latents_held, texts_held]
+    )
+    assert (names, found) == ({"generator"}, pytest.approx(expected, rel=1e-5))

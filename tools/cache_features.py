@@ -1,0 +1,83 @@
+"""The features that `tools/cache.py` makes: which ones, their sizes, and those of a batch."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from families.common.cached_rows import WatchedRandom
+from families.common.features import Origin, bucket_name, take_row
+from families.common.training import DiffusionTraining
+from warpcore.data.fields import Field, collate
+from warpcore.data.reader import Batch
+from warpcore.errors import UserError
+from warpcore.random import SampleRandom
+
+LONG_CAPTION = "picture " * 512
+"""Shows the largest size of features of variable length."""
+_OF_PICTURE = {"all": (True, False), "latents": (True,), "texts": (False,)}
+
+
+class Maker:
+    """Makes features of a kind, one of `families.common.cache_commands.KINDS`, with the networks of a training.
+
+    Raises:
+        UserError: the training has none of this kind.
+    """
+
+    def __init__(self, training: DiffusionTraining, kind: str):
+        self.training, features = training, training.features
+        self.names = [name for name, one in features.items() if one.of_picture in _OF_PICTURE[kind]]
+        if not self.names:
+            raise UserError(f"--features {kind}: this training has none, but {', '.join(features)}")
+        self.of_pictures = [name for name in self.names if features[name].of_picture]
+        self.of_texts = [name for name in self.names if not features[name].of_picture]
+
+    def make(
+        self, batch: Batch, random: SampleRandom, *, pictures: bool = True, texts: bool = True
+    ) -> dict[str, list[Tensor]]:
+        """The features of each sample of a batch, float32 on the CPU, by name.
+
+        pictures, texts: whether those of its pictures, and of its captions, are wanted.
+        """
+        made = {}
+        with torch.no_grad(), self.training.autocast():
+            if pictures and self.of_pictures:
+                made |= self.training.picture_features(batch, random)
+            if texts and self.of_texts:
+                made |= self.training.caption_features(batch)
+        made = {
+            name: values.cpu() if isinstance(values, Tensor) else [value.cpu() for value in values]
+            for name, values in made.items()
+        }
+        rows = [take_row(made, place) for place in range(len(batch.seeds))]
+        return {name: [row[name].float() for row in rows] for name in self.names if name in made}
+
+    def shapes(
+        self, sizes: Sequence[tuple[int, int]], fields: Mapping[str, Field]
+    ) -> tuple[dict[str, dict[str, tuple[int, ...]]], bool]:
+        """Shapes of each feature by bucket, and whether a network draws random numbers, seen on black pictures.
+
+        fields: what else of a sample the training reads.
+        """
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        draws = False
+        differ = any(self.training.features[name].variable_length for name in self.names)
+        for size in dict.fromkeys(sizes):
+            extra = collate(fields, [{name: one.blank(size) for name, one in fields.items()}])
+            images = torch.zeros(1, 3, *size, dtype=torch.uint8) if self.of_pictures else None
+            batch = Batch(0, size, 0, 0, {}, images, [LONG_CAPTION if differ else ""], [""], [0], 1.0, extra=extra)
+            random = WatchedRandom(batch.seeds, self.training.device)
+            for name, values in self.make(batch.to(self.training.device), random).items():
+                shapes.setdefault(name, {})[bucket_name(size)] = tuple(values[0].shape)
+            draws |= random.was_used
+        return shapes, draws
+
+    def bytes_per_sample(self, origin: Origin) -> int:
+        """What a sample takes in a tar, at most."""
+        item, parts = getattr(torch, origin.dtype).itemsize, 0
+        for name in self.names:
+            numbers = max(math.prod(shape) for shape in origin.shapes[name].values())
+            parts += (numbers * item + 1024) * (origin.variants if name in self.of_pictures else 1)
+        return parts + 3 * 1024  # headers and padding of what else a sample has
