@@ -4,20 +4,22 @@ A family is a folder in one of `PACKAGES` with a `family.py`; there is no list o
 somebody asks, what it needs for its networks only when they are built.
 """
 
+import difflib
 import importlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from families.common.family import ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, read_header
+from families.common.weight_source import local_weights
 from warpcore.arguments import pairs, parse_yaml
 from warpcore.config import Settings, load_config
 from warpcore.config_files import read_config
 from warpcore.data.storage import local_path
 from warpcore.errors import UserError
-from warpcore.keys import help_text
+from warpcore.keys import choices_of, describe, help_text
 from warpcore.text import read_text
 
 PACKAGES = ["families"]
@@ -37,7 +39,7 @@ def families() -> list[Family]:
 
 
 def family_of(path: Path) -> Family:
-    """The family of a run's folder, a safetensors file, or a model folder; only headers are read.
+    """The family of a run's folder, a weights file, or a model folder; only headers are read.
 
     Raises:
         UserError: it is none of these, or of a family that nobody knows.
@@ -54,7 +56,7 @@ def family_of(path: Path) -> Family:
 
 def _owns(family: Family, path: Path) -> bool:
     if path.is_file():
-        return path.suffix == ".safetensors" and _has_weights(family, path)
+        return _has_weights(family, path)
     if (path / RUN_CONFIG).is_file():
         config = parse_yaml(read_text(path / RUN_CONFIG), str(path / RUN_CONFIG)) or {}
         if named := _named_in(path):
@@ -109,26 +111,97 @@ def load_task(task: str, arguments: Sequence[str]) -> tuple[type, Settings]:
         UserError: no family, or several, can be meant.
     """
     able = [family for family in families() if family.task(task) is not None]
-    meant = able if len(able) == 1 else _meant(able, task, arguments)
+    wants_help = bool({"-h", "--help"} & {*arguments})
+    meant = able
+    if len(able) > 1:
+        values = _values([one for one in arguments if one not in ("-h", "--help")])
+        meant = _owners(able, task, values) or _having(able, task, values)
+        if len(meant) > 1 and not wants_help:
+            meant = _owners(able, task, values, download=True) or meant
     if len(meant) == 1:
         return meant[0].task(task), load_config(meant[0].config_of(task), list(arguments))
-    if {"-h", "--help"} & {*arguments}:
-        for family in meant:
-            print(f"{family.title}:\n\n{help_text(family.config_of(task))}\n")
+    if wants_help:
+        print(_help(meant or able, task))
         raise SystemExit(0)
-    raise UserError(
-        f"these keys do not tell which family is meant ({_titles(able)}): name a run (run=FOLDER), or a weights file"
+    raise UserError(_undecided(able, task, values))
+
+
+def _named(able: Sequence[Family], values: Mapping[str, Any]) -> dict[Path, str]:
+    """The runs and weights that arguments name, each with its key."""
+    keys = ("run", *dict.fromkeys(key for family in able for key in family.weight_keys.values()))
+    return {Path(str(one)): key for key in keys if key in values for one in _listed(values[key]) if one is not None}
+
+
+def _owners(able: Sequence[Family], task: str, values: Mapping[str, Any], download: bool = False) -> list[Family]:
+    """The families of the runs and weights that arguments name; none where nothing is there.
+
+    download: fetch what is only on the hub, so that it says what it is.
+
+    Raises:
+        UserError: what they name is of a family that does not do the task, or of several.
+    """
+    named = _named(able, values)
+    if download:
+        shared = _shared_keys(able)
+        named = {local_weights(path, key) if key in shared else path: key for path, key in named.items()}
+    owners = {path: family_of(path) for path in named if path.exists()}
+    for path, owner in owners.items():
+        if owner not in able:
+            raise UserError(f"{path} is of {owner.title}, which does not do this: {task}")
+    if len({owner.name for owner in owners.values()}) > 1:
+        said = ", ".join(f"{path} is of {owner.title}" for path, owner in owners.items())
+        raise UserError(f"these are weights of several families: {said}; name those of one")
+    return [family for family in able if family in owners.values()]
+
+
+def _shared_keys(able: Sequence[Family]) -> set[str]:
+    """The keys that take weights of any of the families."""
+    return set.intersection(*({*family.weight_keys.values()} for family in able))
+
+
+def _having(able: Sequence[Family], task: str, values: Mapping[str, Any]) -> list[Family]:
+    """The families that have all these keys, with the values that are given where there is a choice."""
+    return [family for family in able if all(_takes(family.config_of(task), *given) for given in values.items())]
+
+
+def _takes(kind: type[Settings], key: str, value: Any) -> bool:
+    choices = choices_of(kind, key)
+    return key in kind.model_fields and (not choices or not isinstance(value, str) or value in choices)
+
+
+def _undecided(able: Sequence[Family], task: str, values: Mapping[str, Any]) -> str:
+    """Why no single family can be meant, and what to write instead."""
+    all_keys = {key for family in able for key in family.config_of(task).model_fields}
+    for key in values:
+        if key not in all_keys:
+            near = difflib.get_close_matches(key, all_keys, n=3)
+            return f"no family has the key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    shared = _shared_keys(able)
+    there = [f"{key}: {path} does not exist" for path, key in _named(able, values).items()
+             if key in {"run", *shared} and not path.exists()]  # fmt: skip
+    hint = " or ".join(
+        ["name a run (run=FOLDER)", *(f"{key}=FILE, FOLDER or OWNER/NAME of the hub" for key in shared)]
     )
+    if not _having(able, task, values):
+        of_each = [
+            f"{family.title} has no {key if key not in family.config_of(task).model_fields else f'{key} {value}'}"
+            for family in able
+            for key, value in values.items()
+            if not _takes(family.config_of(task), key, value)
+        ]
+        return f"no family takes all of these keys: {'; '.join(of_each)}"
+    return "; ".join([f"these keys do not tell which family is meant ({_titles(able)})", *there, hint])
 
 
-def _meant(able: Sequence[Family], task: str, arguments: Sequence[str]) -> list[Family]:
-    """The families that arguments can be about."""
-    values = _values([one for one in arguments if one not in ("-h", "--help")])
-    keys = {"run", *(key for family in able for key in family.weight_keys.values())}
-    named = [Path(str(one)) for key in keys & values.keys() for one in _listed(values[key]) if one is not None]
-    if owners := {family.name for path in named if path.exists() for family in [family_of(path)]}:
-        return [family for family in able if family.name in owners]
-    return [family for family in able if values.keys() <= family.config_of(task).model_fields.keys()]
+def _help(of: Sequence[Family], task: str) -> str:
+    """The keys that all of the families have, then those of each."""
+    kinds = [family.config_of(task) for family in of]
+    common = {row[0] for row in set.intersection(*(set(describe(kind)) for kind in kinds))}
+    parts = [f"The family follows from the run or the weights that are named: {_titles(of)}."]
+    parts.append(f"KEYS OF EVERY FAMILY\n{help_text(kinds[0], common)}")
+    parts += [f"KEYS OF {family.title.upper()} \n{help_text(kind, kind.model_fields.keys() - common)}"
+              for family, kind in zip(of, kinds, strict=True)]  # fmt: skip
+    return "\n\n".join(parts)
 
 
 def _values(arguments: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any, Literal
@@ -29,11 +29,12 @@ Weights = Annotated[Path, _NamesWeights()]
 S3Url = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*/?$")]
 
 
-def help_text(kind: type[BaseModel]) -> str:
-    """Every key that the script uses with its type, default and sentence, in sections."""
+def help_text(kind: type[BaseModel], names: Collection[str] | None = None) -> str:
+    """Every key that the script uses, or those of `names`, with its type, default and sentence, in sections."""
     lines = []
-    for title, rows in sections(kind):
-        lines += ["", title.upper()]
+    for title, all_rows in sections(kind):
+        rows = [row for row in all_rows if names is None or row[0] in names]
+        lines += ["", title.upper()] if rows else []
         lines += [f"{name} ({of_type}{default})\n    {text}" for name, of_type, default, text in rows]
     return "\n".join(lines)
 
@@ -98,6 +99,13 @@ def parts_of(annotation: Any) -> set:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return set().union(*map(parts_of, typing.get_args(annotation)))
     return {annotation}
+
+
+def choices_of(kind: type[BaseModel], key: str) -> list[str]:
+    """The values of a key that takes one of a few, as users write them; none for other keys."""
+    parts = parts_of(kind.model_fields[key].annotation) - {types.NoneType} if key in kind.model_fields else ()
+    literal = all(typing.get_origin(part) is Literal for part in parts)
+    return [str(choice) for part in parts for choice in typing.get_args(part)] if literal else []
 
 
 def type_name(annotation: Any, inner: bool = False) -> str:

@@ -1,10 +1,11 @@
 """What weights files and runs say of themselves; only headers are read."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from warpcore.config import Settings
@@ -21,23 +22,35 @@ logger = logging.getLogger(__name__)
 
 
 class Header(NamedTuple):
-    """The header of a safetensors file: the names of its tensors, and its metadata."""
+    """What a weights file says without its tensors: their names, and its metadata (safetensors only)."""
 
     names: frozenset[str]
     metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file.
+    """The header of a safetensors file, or of a PyTorch file (`.ckpt`, `.pt`, ...), in which no code is run.
 
     Raises:
         UserError: the file cannot be read as weights.
     """
+    if path.suffix != ".safetensors":
+        return Header(frozenset(_pickled_names(path)), {})
     try:
         with safe_open(path, "pt") as file:
             return Header(frozenset(file.keys()), file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error
+
+
+def _pickled_names(path: Path) -> Iterator[str]:
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # whatever a broken archive may raise, or one with code
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} cannot be read as weights, or holds code, which is never run: {reason}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    return (name for name in state if isinstance(name, str))
 
 
 def metadata_of(path: Path) -> dict[str, str]:

@@ -79,6 +79,78 @@ def test_what_is_no_model_is_refused(tmp_path):
         registry.family_of(tmp_path / "broken.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "prompts=x",
+            r"do not tell which family is meant \(Stable Cascade, Stable Diffusion\); name a run \(run=FOLDER",
+        ),
+        ("prompts=x generator_checkpoint_path=gone.safetensors", r"gone\.safetensors does not exist; name a run"),
+        ("prompts=x promts=y", "no family has the key promts; did you mean prompts"),
+        (
+            "prompts=x stage_b_steps=3 karras=true",
+            "Stable Cascade has no karras; Stable Diffusion has no stage_b_steps",
+        ),
+        ("prompts=x sampler=eulr", "Stable Cascade has no sampler eulr; Stable Diffusion has no sampler eulr"),
+    ],
+)
+def test_arguments_that_tell_no_family(arguments, message):
+    with pytest.raises(UserError, match=message):
+        registry.load_task(TEXT_TO_IMAGE, arguments.split())
+
+
+@pytest.mark.parametrize(("version", "message"), [("sdxl", "weights of the U-Net"), ("1B", "weights of Stage C")])
+def test_a_value_that_one_family_knows_tells_it(version, message):
+    with pytest.raises(UserError, match=message):
+        registry.load_task(TEXT_TO_IMAGE, [f"model_version={version}", "prompts=x"])
+
+
+def test_weights_of_two_families_are_refused(networks, tmp_path):
+    cascade = written(tmp_path / "c.safetensors", networks["stage_c"])
+    other = written(tmp_path / "sd.safetensors", ["model.diffusion_model.input_blocks.0.0.weight"])
+    with pytest.raises(
+        UserError, match=r"of several families: .*c\.safetensors is of Stable Cascade, .* is of Stable D"
+    ):
+        registry.load_task(
+            TEXT_TO_IMAGE, [f"generator_checkpoint_path={cascade}", f"autoencoder_checkpoint_path={other}"]
+        )
+
+
+def test_pickled_weights_are_known_and_their_code_is_not_run(tmp_path):
+    torch.save({"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}}, tmp_path / "a.ckpt")
+    assert registry.family_of(tmp_path / "a.ckpt").name == "stable_diffusion"
+    torch.save({"a": Path("x")}, tmp_path / "b.ckpt")
+    with pytest.raises(UserError, match=r"b\.ckpt cannot be read as weights, or holds code, which is never run"):
+        registry.family_of(tmp_path / "b.ckpt")
+
+
+def test_a_name_of_the_hub_is_downloaded_to_tell_its_family(monkeypatch, tmp_path):
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    asked = []
+    monkeypatch.setattr(registry, "local_weights", lambda path, key: asked.append((str(path), key)) or folder)
+    able = [family for family in registry.families() if family.task(TEXT_TO_IMAGE)]
+    values = {"generator_checkpoint_path": "owner/name", "prompts": ["x"]}
+    assert [family.name for family in registry._owners(able, TEXT_TO_IMAGE, values, download=True)] == [
+        "stable_diffusion"
+    ]
+    assert asked == [("owner/name", "generator_checkpoint_path")]
+
+
+def test_help_without_a_family_lists_common_keys_once_and_those_of_each(capsys):
+    with pytest.raises(SystemExit):
+        registry.load_task(TEXT_TO_IMAGE, ["--help"])
+    said = capsys.readouterr().out
+    common, cascade = said.split("KEYS OF STABLE CASCADE")
+    cascade, diffusion = cascade.split("KEYS OF STABLE DIFFUSION")
+    assert "KEYS OF EVERY FAMILY" in common
+    assert [part.count("\nseeds (") for part in (common, cascade, diffusion)] == [1, 0, 0]
+    assert [part.count("\nstage_b_steps (") for part in (common, cascade, diffusion)] == [0, 1, 0]
+    assert [part.count("\nkarras (") for part in (common, cascade, diffusion)] == [0, 0, 1]
+
+
 def test_every_family_says_what_it_can():
     for family in registry.families():
         assert family.title
