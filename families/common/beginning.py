@@ -8,18 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from families.common.config import DiffusionConfig
-from families.common.weight_files import TARGET_KEY, contradictions, target_of
+from families.common.weight_files import TARGET_KEY, contradictions
 from warpcore.config import ConfigError
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 """How much of a large file is read to know it again: even a short finetuning changes all of its tensors."""
 
 
-def with_target(config: DiffusionConfig, about: Mapping[str, str] | None, default: str = "epsilon") -> DiffusionConfig:
-    """The config with a `diffusion_target`: of the checkpoint that is resumed, else of the weights file to start from.
+def with_target(
+    config: DiffusionConfig, about: Mapping[str, str] | None, said: str | None, default: str = "epsilon"
+) -> DiffusionConfig:
+    """The config with a `diffusion_target`: of the checkpoint that is resumed, else of the weights to start from.
 
     Args:
         about: what the files of the checkpoint say of themselves, None in a new run.
+        said: the target that the weights to start from say, if they do.
         default: the target where nothing says one.
 
     Raises:
@@ -28,7 +31,6 @@ def with_target(config: DiffusionConfig, about: Mapping[str, str] | None, defaul
     given, base = config.diffusion_target, config.generator_checkpoint_path
     if about is not None:
         return config.model_copy(update={TARGET_KEY: given or about.get(TARGET_KEY, default)})
-    said = target_of(base)
     if given and said and given != said and not config.change_target:
         raise ConfigError(
             f"diffusion_target: {given} contradicts {base}, which says that its network predicts {said}. Leave the "

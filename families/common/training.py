@@ -18,7 +18,7 @@ from families.common.features import Feature, Origin, lengths_name, stored
 from families.common.prompts import FILE_NAME, Encode, prompt_features, read_prompts
 from families.common.sample_fields import SampleFields, resized
 from families.common.text_memory import TextMemory
-from families.common.weight_files import FAMILY_KEY, TARGET_KEY
+from families.common.weight_files import FAMILY_KEY, TARGET_KEY, target_of
 from families.common.weight_source import with_local_weights
 from warpcore.config import ConfigError
 from warpcore.core import Losses
@@ -65,6 +65,10 @@ class DiffusionTraining(SampleFields):
         convert_weight: a loss weight published for the error of another target is converted.
         """
         raise NotImplementedError
+
+    def said_target(self) -> str | None:
+        """What the weights to start from say that their network predicts, if they do."""
+        return target_of(self.config.generator_checkpoint_path)
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -113,7 +117,7 @@ class DiffusionTraining(SampleFields):
         about = None
         if saved is not None:
             about, self.kept = saved.get("about", {}), dict(self.first_conventions) | saved.get("kept", {})
-        self.config = config = with_target(self.config, about, self.default_target)
+        self.config = config = with_target(self.config, about, self.said_target(), self.default_target)
         if saved is None:
             for key in self.start_files:
                 check_start_file(config, key, self.about_network)

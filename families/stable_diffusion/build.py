@@ -1,5 +1,6 @@
 """Build the networks of Stable Diffusion with their weights, and its diffusion process."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from families.common.library_files import constructor_numbers, fill
 from families.common.library_networks import adapt
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders, public_tokenizer
 from families.common.weights import WeightsError, are_only_shapes
-from families.stable_diffusion.components import Component, find_component, holds
-from families.stable_diffusion.config import SdSettings
+from families.stable_diffusion.components import ZERO_SNR_KEY, Component, find_component, holds
+from families.stable_diffusion.config import SdConfig, SdSettings
+from warpcore.config import ConfigError
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import discrete_process, flow_process
 
@@ -94,7 +96,28 @@ def network_file(settings: SdSettings, network: str) -> Path:
     """The file or folder with the weights of a network that makes features: `autoencoder` or `text`."""
     if network == "autoencoder":
         return autoencoder_source(settings).path
-    return _part(settings, "text_encoder", TEXT, settings.version.text_file).path
+    if not settings.version.text:
+        return settings.text_encoder_checkpoint_path or settings.version.text_file
+    return _part(settings, "text_encoder", TEXT, None).path
+
+
+def with_zero_terminal_snr(settings: SdConfig, about: Mapping[str, str] | None) -> SdConfig:
+    """The config with `zero_terminal_snr`: of the checkpoint that is resumed, else of the weights to start from.
+
+    about: what the files of the checkpoint say of themselves, None in a new run.
+
+    Raises:
+        ConfigError: a new run's config contradicts its weights.
+    """
+    given, found = settings.zero_terminal_snr, None if about is not None else generator_source(settings)
+    said = found.zero_terminal_snr if found else (about or {}).get(ZERO_SNR_KEY, None)
+    said = said == "true" if isinstance(said, str) else said
+    if found and None not in (given, said) and given != said and not settings.change_target:
+        raise ConfigError(
+            f"zero_terminal_snr: {str(given).lower()} contradicts {found.path}, which was trained with "
+            f"{str(said).lower()}. Leave the key out, or write change_target: true to teach the network the other"
+        )
+    return settings.model_copy(update={ZERO_SNR_KEY: bool(said if given is None else given)})
 
 
 def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: float = 0.0) -> GDF:

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from families.common.weight_files import read_header
 from families.registry import family_of
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
 from tests.warpcore.runs import read_metrics, tiny_settings, write_shard
@@ -71,3 +72,19 @@ def test_a_unet_alone_wants_the_other_networks(tmp_path):
         match=r"autoencoder_checkpoint_path is missing, and generator_checkpoint_path .* holds none: name a pipeline",
     ):
         TrainSd(make_config(TrainSd.Config, settings)).run()
+
+
+def test_what_a_pipeline_says_of_its_target_is_obeyed(tmp_path):
+    pipeline = write_sdxl(tmp_path / "v", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    settings = settings_of(tmp_path, "sdxl", generator_checkpoint_path=str(pipeline))
+    case = TrainSd(make_config(TrainSd.Config, settings))
+    assert case.run() == 0
+    about = read_header(tmp_path / settings["experiment_id"] / "generator.safetensors").metadata
+    assert (about["diffusion_target"], about["zero_terminal_snr"]) == ("v", "true")
+    for wrong, key in (
+        ({"diffusion_target": "epsilon"}, "diffusion_target"),
+        ({"zero_terminal_snr": False}, "zero_t"),
+    ):
+        given = settings | {"experiment_id": "other"} | wrong
+        with pytest.raises(UserError, match=f"{key}.*contradicts"):
+            TrainSd(make_config(TrainSd.Config, given)).run()

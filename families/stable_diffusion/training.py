@@ -1,0 +1,85 @@
+"""What the training scripts of Stable Diffusion share: networks, the diffusion process, drawing."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from families.common.autoencoders import LatentScale
+from families.common.pictures import to_pictures
+from families.common.sampling import draw_latents
+from families.common.training import DiffusionTraining
+from families.stable_diffusion import build
+from families.stable_diffusion.conditions import SIZES, told, whole_pictures
+from families.stable_diffusion.config import SdConfig
+from warpcore.diffusion.diffusion import GDF
+from warpcore.random import stable_hash
+
+
+class SdTraining(DiffusionTraining):
+    """Trains the U-Net of Stable Diffusion, or what steers it."""
+
+    config: SdConfig
+    family = "stable_diffusion"
+    about_network = ("model_version",)
+    drawn_with = frozenset({"autoencoder"})
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        about = None if saved is None else saved.get("about", {})
+        self.config = build.with_zero_terminal_snr(self.config, about)
+        super().begin(saved)
+
+    def said_target(self) -> str | None:
+        found = build.generator_source(self.config)
+        return found and found.diffusion_target
+
+    def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
+        return build.process(self.config, loss_weight, self.config.offset_noise)
+
+    def encoders(self) -> dict[str, Callable[[], nn.Module]]:
+        return {
+            "autoencoder": partial(build.autoencoder, self.config),
+            "text": partial(build.text_encoders, self.config, self.device),
+        }
+
+    def network_file(self, network: str) -> Path:
+        return build.network_file(self.config, network)
+
+    @cached_property
+    def latents(self) -> tuple[LatentScale, int]:
+        """The scale of latents, and the pixels per position of them and side."""
+        return build.latents_of(self.config)
+
+    @property
+    def bucket_factor(self) -> int:
+        return self.latents[1] * self.config.version.latent_factor
+
+    @property
+    def needs_geometry(self) -> bool:
+        return self.config.version.sees_sizes
+
+    @property
+    def draws_samples(self) -> bool:
+        return not self.config.sample_prompts
+
+    def draw(self, prompts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Columns of drawings, uint8 (B, H, W, 3) of `size` (H, W), by their name."""
+        config, autoencoder = self.config, self.networks["autoencoder"]
+        sides = [self.drawing_conditions(texts, size) for texts in (prompts, [""] * len(prompts))]
+        latents = draw_latents(
+            self.diffusion, self.networks["generator"], *sides,
+            (autoencoder.latent_channels, *(side // autoencoder.compression for side in size)),
+            [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
+            steps=config.sample_steps, sampler=config.sample_sampler, guidance=config.sample_guidance,
+            guidance_rescale=0.0,
+        )  # fmt: skip
+        return {"sample": to_pictures(autoencoder.decode(latents))}
+
+    def drawing_conditions(self, texts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
+        """What the U-Net is told to draw whole pictures of `size` (H, W)."""
+        conditions = told(self.text_conditions(texts))
+        sizes = {SIZES: whole_pictures(len(texts), size, self.device)} if self.needs_geometry else {}
+        return conditions | sizes
