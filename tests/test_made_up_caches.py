@@ -1,14 +1,19 @@
 """Caches of pictures and of texts lie apart: each is made, extended and used alone, and together they equal one."""
 
+import io
 import json
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
+from families.common.features import CAPTION_SETTINGS, Feature, lengths_name, stored
 from tests.made_up_family.networks import LetterCount
 from tests.made_up_family.train_made_up import MadeUpConfig, TrainMadeUp
 from tests.test_made_up_family import SCRIPT, config_file, losses, run_tool, train
@@ -167,3 +172,57 @@ def test_held_out_samples_have_caches_of_their_own(settings, tmp_path):
         alone, experiment_id="both", caches=[latents, texts], validation_caches=[latents_held, texts_held]
     )
     assert (names, found) == ({"generator"}, pytest.approx(expected, rel=1e-5))
+
+
+class TrainOnWords(TrainMadeUp):
+    """Reads a vector for each word, so that captions differ in length."""
+
+    features = TrainMadeUp.features | {"letters": Feature("text", CAPTION_SETTINGS[:1], variable_length=True)}
+
+    def text_features(self, encoder, captions):
+        words = [encoder(caption.split() or [""]).float() for caption in captions]
+        lengths = torch.tensor([len(one) for one in words])
+        return {"letters": pad_sequence(words, batch_first=True), "letters_lengths": lengths}
+
+    def encode(self, batch, random):
+        latents, words = self.picture_features(batch, random)["latent"], stored(batch, "letters")
+        lengths = stored(batch, lengths_name("letters"))
+        if words is None:
+            made = self.text_conditions(batch.captions)
+            words, lengths = made["letters"], made["letters_lengths"]
+        kept = torch.arange(words.shape[1]) < lengths[:, None]
+        assert (words[~kept] == 0).all()
+        assert lengths.tolist() == [len(caption.split()) for caption in batch.captions]
+        assert words.shape[1] == lengths.max()
+        return latents, (words.float().sum(dim=1) / lengths[:, None])
+
+    def sample(self, held_out):
+        self.know_captions(held_out)
+        found = self.text_conditions([*held_out.captions, ""])
+        assert found["letters_lengths"].tolist() == [*(len(caption.split()) for caption in held_out.captions), 1]
+        return []
+
+
+def test_features_of_variable_length_are_stored_without_padding(settings, tmp_path, monkeypatch):
+    captions = {"captions_getter": ["json", "lambda j: 'word ' * (j['score'] % 4 + 1)"]}
+    given = settings | captions
+    monkeypatch.setattr(cache, "use_case", lambda script: TrainOnWords)
+    texts = make(given, tmp_path, "texts", "--features", "texts")
+    sizes = set()
+    for tar in Path(texts).rglob("*.tar"):
+        with tarfile.open(tar) as file:
+            for member in file:
+                if member.name.endswith("letters.npy"):
+                    sizes.add(np.load(io.BytesIO(file.extractfile(member).read())).shape)
+    assert sizes == {(length, 8) for length in (1, 2, 3, 4)}
+
+    def run(**changes) -> list[float]:
+        one = TrainOnWords(make_config(MadeUpConfig, given | changes))
+        assert one.run() == 0
+        return losses(read_metrics(given | changes))
+
+    expected = run()
+    assert run(experiment_id="cached", caches=[texts]) == pytest.approx(expected, rel=1e-5)
+    assert run(experiment_id="remembered", cache_text=True) == pytest.approx(expected, rel=1e-5)
+    Path(texts, "prompts.safetensors").unlink()
+    assert run(experiment_id="lacking", caches=[texts]) == pytest.approx(expected, rel=1e-5)

@@ -1,6 +1,7 @@
 """A cache whose data set changed: what is copied, what is encoded, and that copies are those of before."""
 
 import io
+import json
 import shutil
 import tarfile
 from collections import Counter
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from families.common import cache_writer
+from families.cascade import versions
+from families.common import cache_records, cache_writer
 from tests.caches import make_cache, write_pictures
+from tests.many_processes import launch_processes
 from tools import cache
 
 pytestmark = pytest.mark.integration
@@ -152,6 +155,49 @@ def test_random_crops_are_copied_where_the_row_stayed(settings, tmp_path, encode
         name: data for name, data in before.items() if name < "00030"
     }
     assert_like_new(settings, out, "--variants", "2")
+
+
+def test_a_tar_is_there_while_another_takes_its_place(settings, tmp_path, monkeypatch):
+    """A run may read it at any moment; it is the old one or the new one."""
+    out, tar = tmp_path / "cache", tmp_path / "pictures" / "0.tar"
+    make_cache("train_c", settings, out)
+    before = (out / "0.tar").read_bytes()
+    write_pictures(tar, 42)
+    plain, seen = cache_writer.CacheTar.write, []
+
+    def write(*args):
+        seen.append((out / "0.tar").read_bytes() == before)
+        return plain(*args)
+
+    monkeypatch.setattr(cache_writer.CacheTar, "write", write)
+    records = cache_records.Record.write
+
+    def write_record(*args):
+        seen.append((out / "0.tar").is_file())
+        return records(*args)
+
+    monkeypatch.setattr(cache_records.Record, "write", write_record)
+    make_cache("train_c", settings, out)
+    assert seen == [True, True]
+    assert (out / "0.tar").read_bytes() != before
+
+
+def _process(mini: versions.Version, settings: dict, out: Path) -> None:
+    versions.VERSIONS["mini"] = mini
+    make_cache("train_c", settings, out)
+
+
+def test_two_processes_copy_rows_of_each_others_tars(settings, tmp_path):
+    out, tar = tmp_path / "cache", tmp_path / "pictures" / "0.tar"
+    make_cache("train_c", settings, out)
+    before, source = features(out / "0.tar"), members(tar)
+    write_members(tar.with_name("1.tar"), {name: data for name, data in source.items() if name < "00015"})
+    write_members(tar, {name: data for name, data in source.items() if name >= "00015"})
+    launch_processes(2, _process, versions.VERSIONS["mini"], settings, out)
+    assert features(out / "0.tar", out / "1.tar") == before
+    reused = [json.loads(path.read_text())["reused"] for path in sorted(out.glob("*.tar.cache.json"))]
+    assert reused == [25, 15]
+    assert not list(out.rglob(".*.old*"))
 
 
 def test_an_interrupted_update_goes_on_with_what_it_copied_from(settings, tmp_path, encoded, monkeypatch):
