@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,29 @@ def test_features_of_variable_length_are_stored_without_padding(settings, tmp_pa
     assert run(experiment_id="remembered", cache_text=True) == pytest.approx(expected, rel=1e-5)
     Path(texts, "prompts.safetensors").unlink()
     assert run(experiment_id="lacking", caches=[texts]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ten_pictures_added_to_ten_thousand_cause_ten_encodings(settings, tmp_path, monkeypatch):
+    pictures = tmp_path / "many" / "a.tar"
+    write_shard(pictures, 10_000)
+    encoded = Counter()
+
+    class Counted(TrainMadeUp):
+        def picture_features(self, batch, random):
+            encoded["pictures"] += len(batch.keys) if batch.keys != [""] else 0  # the tool looks at a black one
+            return super().picture_features(batch, random)
+
+        def text_features(self, encoder, captions):
+            encoded["captions"] += len(captions) if captions != [""] else 0
+            return super().text_features(encoder, captions)
+
+    monkeypatch.setattr(cache, "use_case", lambda script: Counted)
+    monkeypatch.setattr(cache.Caching, "waits", lambda self: None)  # that measurement encodes samples again
+    given = settings | {"webdataset_path": str(pictures.parent)}
+    make(given, tmp_path, "cache")
+    assert encoded == {"pictures": 10_000, "captions": 10_000}
+    encoded.clear()
+    write_shard(pictures, 10_010)
+    make(given, tmp_path, "cache")
+    assert encoded == {"pictures": 10, "captions": 10}
