@@ -1,0 +1,93 @@
+"""The small networks of the reference, and what its training function makes of micro-batches with recorded draws."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from families.common.autoencoders import Autoencoder
+from families.common.library_networks import LibraryNetwork, adapt
+from families.stable_diffusion.build import process
+from families.stable_diffusion.config import SdSettings
+from tests.golden import load_case, resolve, weights_of
+from warpcore.config import make_config
+from warpcore.diffusion.processes import flow_process
+
+UNETS = ("unet_sd15_small", "unet_sdxl_small")
+TEXT = "encoder_hidden_states"
+
+
+def unet(case: str) -> LibraryNetwork:
+    spec, tensors = load_case(f"sd_t5/{case}")
+    network = UNet2DConditionModel(**spec["constructor"])
+    network.load_state_dict(weights_of(spec, tensors), strict=True)
+    return adapt(network)
+
+
+@pytest.mark.parametrize("case", UNETS)
+@torch.no_grad()
+def test_unets_of_both_layouts_predict_what_the_reference_does(case):
+    spec, tensors = load_case(f"sd_t5/{case}")
+    network = unet(case).eval()
+    for call in spec["calls"]:
+        if call["method"] != "__call__":
+            (times,) = resolve(call["args"], tensors)
+            expected = resolve(call["result"], tensors)
+            torch.testing.assert_close(network.time_proj(times), expected, rtol=0, atol=1e-6)
+            continue
+        latents, times, text = resolve(call["args"], tensors)
+        others = resolve(call.get("kwargs", {}), tensors).get("added_cond_kwargs", {})
+        found = network(latents, times, **{TEXT: text}, **others)
+        expected, atol = resolve(call["result"], tensors), call["result_stats"]["suggested_atol"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@torch.no_grad()
+def test_the_autoencoder_makes_the_moments_and_pictures_of_the_reference():
+    spec, tensors = load_case("sd_t5/vae_small")
+    ours = Autoencoder(spec["constructor"])
+    ours.model.load_state_dict(weights_of(spec, tensors), strict=True)
+    for call in spec["calls"]:
+        (given,) = resolve(call["args"], tensors)
+        expected, atol = resolve(call["result"], tensors), call["result_stats"]["suggested_atol"]
+        if call["method"] == "encode":  # its pictures are not of whole grey levels, as those of `moments` are
+            posterior = ours.model.encode(given).latent_dist
+            found = torch.cat([posterior.mean, posterior.logvar], dim=1)
+        else:  # ours takes scaled latents, and gives pictures in [0, 1]
+            found, expected = ours.decode(ours.scale.apply(given)), (expected / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def micro_batch(record: dict, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    given = resolve(record, tensors)
+    return {name: torch.stack(given[name]) if isinstance(given[name], list) else given[name] for name in given} | {
+        "latents": torch.stack(given["latents"]) * scale
+    }
+
+
+@pytest.mark.parametrize("name", ["ddpm", "min_snr_5", "accumulate_2", "flow_match"])
+def test_losses_and_gradients_are_those_of_the_reference(name):
+    spec, tensors = load_case("sd_t5/training_step")
+    call = next(call for call in spec["calls"] if call["name"] == name)
+    options, expected = call["options"], call["result"]
+    diffusion = process(make_config(SdSettings, {}), "min_snr" if options.get("use_snr") else "constant")
+    if name == "flow_match":  # it trains with times up to 999 and draws with up to 1,000; ours have 1,000 in both
+        diffusion = flow_process(steps=999, min_sigma=options["min_sigma"])
+    network, losses = unet("unet_sd15_small").train(), []
+    batches = [micro_batch(record, tensors, options["latent_scaling"]) for record in call["micro_batches"]]
+    for batch in batches:
+        times = {"t": batch["timesteps"]} if "timesteps" in batch else {"uniform": 1 - batch["uniform"].flatten()}
+        diffused = diffusion.diffuse(batch["latents"], batch["noise"], **times)
+        prediction = network(diffused.noised, diffused.noise_cond, **{TEXT: batch["embeddings"]})
+        found = diffusion.loss(diffused, prediction)
+        losses.append((found.raw.mean().item(), found.loss.mean().item()))
+        (found.loss.mean() / len(batches)).backward()
+    raw, weighted = (sum(values) / len(batches) for values in zip(*losses, strict=True))
+    logged, tolerance = expected["logged"], call["suggested_rtol"]
+    assert raw == pytest.approx(logged["train/loss_raw"], rel=tolerance)
+    assert weighted == pytest.approx(logged.get("train/loss_snr", raw), rel=tolerance)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    assert norm.item() == pytest.approx(logged["train/grad_norm"], rel=tolerance)
+    for parameter, gradient in resolve(expected["gradients_at_the_step"], tensors).items():
+        found = network.get_parameter(parameter).grad
+        torch.testing.assert_close(found, gradient, rtol=tolerance, atol=call["suggested_atol"])
