@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from tests.golden import FOLDER, load_case, resolve
+from families.common.library_networks import adapt
+from tests.golden import FOLDER, load_case, resolve, weights_of
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.processes import discrete_process, flow_process
@@ -20,6 +22,7 @@ NAMES = {
     "UniPCMultistepScheduler": "unipc",
 }  # fmt: skip
 STEPS, STEP_TENSORS = load_case("sd_t5/sampler_steps")
+LOOPS, LOOP_TENSORS = load_case("sd_t5/sampling_loops")
 
 
 def golden_times() -> list[dict]:
@@ -124,3 +127,30 @@ def test_each_step_from_a_given_sample(call):
         x0, epsilon = process.undiffuse(expected[step], logsnr, predictions[step])
         x = sampler.step(expected[step], x0, epsilon, logsnr, logsnr_next)
         torch.testing.assert_close(x, expected[step + 1], rtol=call["suggested_rtol"], atol=call["suggested_atol"])
+
+
+@pytest.mark.parametrize("call", LOOPS["calls"], ids=lambda call: call["name"])
+def test_whole_loops_of_a_small_network_with_guidance(call):
+    spec, tensors = load_case("sd_t5/unet_sd15_small")
+    network = UNet2DConditionModel(**spec["constructor"]).eval()
+    network.load_state_dict(weights_of(spec, tensors))
+    noise, cond, uncond, expected = (
+        resolve(call[key], LOOP_TENSORS) for key in ("noise", "cond", "uncond", "samples")
+    )
+    process = process_of(call["object"])
+    times = times_of(call["object"]["class"], call["object"]["kwargs"], call["steps"], process)
+    if call["object"]["class"].startswith("Euler"):
+        a, _ = process.input_scaler(process.schedule(times).float())
+        expected = expected * a[1:].view(-1, 1, 1, 1, 1)
+    steps = process.sample(
+        adapt(network),
+        {"encoder_hidden_states": cond},
+        noise,
+        unconditional={"encoder_hidden_states": uncond},
+        sampler=sampler_of(call | {"step_kwargs": {}}, process),
+        times=times,
+        cfg=call["guidance"],
+        cfg_rho=0.0,
+    )
+    found = torch.stack([x for _, x, _ in steps])
+    torch.testing.assert_close(found, expected, rtol=call["suggested_rtol"], atol=call["suggested_atol"])
