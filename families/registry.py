@@ -7,7 +7,7 @@ somebody asks, what it needs for its networks only when they are built.
 import difflib
 import importlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ PACKAGES = ["families"]
 """Packages whose sub-packages with a `family.py` are families."""
 INDEXES = ("model_index.json", "config.json")
 """Files of a model folder that say what it holds."""
+LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""The LoRA of a folder that peft or diffusers wrote."""
 
 
 def families() -> list[Family]:
@@ -64,6 +66,8 @@ def _owns(family: Family, path: Path) -> bool:
         files = {name: path / f"{name}.safetensors" for name in family.weight_keys}
         weights = {name: read_header(file) for name, file in files.items() if file.is_file()}
         return family.has_run(config, weights)
+    if loras := [path / name for name in LORA_FILES if (path / name).is_file()]:
+        return _has_weights(family, loras[0])
     return any(family.has_model_folder(index) for index in _indexes(path))
 
 
@@ -79,13 +83,13 @@ def _has_weights(family: Family, file: Path) -> bool:
     return named == family.name if named else family.has_weights(header)
 
 
-def _indexes(folder: Path) -> Iterator[dict[str, Any]]:
-    """What the folder and those directly inside say that they hold."""
-    for name in INDEXES:
-        for file in sorted((*folder.glob(name), *folder.glob(f"*/{name}"))):
-            index = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(index, dict):
-                yield index
+def _indexes(folder: Path) -> list[dict[str, Any]]:
+    """What a folder says that it holds; where it says nothing, what those directly inside say of themselves."""
+    for pattern in (*INDEXES, *(f"*/{name}" for name in INDEXES)):
+        read = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(pattern))]
+        if found := [index for index in read if isinstance(index, dict)]:
+            return found
+    return []
 
 
 def _what(path: Path) -> str:

@@ -48,7 +48,7 @@ def generator_source(settings: SdSettings) -> Component | None:
         return None
     found, version = find_component(path, "unet", GENERATOR), settings.version
     if found.version is not None and (found.version == "sdxl") != version.sees_sizes:
-        title = {"sdxl": "SDXL", "sd15": "Stable Diffusion 1.5"}[found.version]
+        title = {"sdxl": "SDXL", "sd15": "Stable Diffusion 1.5"}.get(found.version, found.version)
         raise WeightsError(
             f"{GENERATOR}: {path} is {title}; write model_version: {found.version}, or name other weights"
         )
@@ -69,10 +69,7 @@ def autoencoder_source(settings: SdSettings) -> Component:
 
 def latents_of(settings: SdSettings) -> tuple[LatentScale, int]:
     """The scale of the autoencoder's latents, and the pixels per position and side; its weights are not read."""
-    config = {}
-    if settings.autoencoder_checkpoint_path or settings.generator_checkpoint_path or not are_only_shapes():
-        config = autoencoder_source(settings).config or {}
-    config = config or settings.version.autoencoder
+    config = autoencoder_source(settings).config or settings.version.autoencoder
     return LatentScale.of(config), 2 ** (len(config["block_out_channels"]) - 1)
 
 
@@ -136,6 +133,8 @@ def _part(settings: SdSettings, name: str, key: str, default: Path | None) -> Co
     if given is None and base is not None and holds(base, name, key):
         return find_component(base, name, key)
     if given is None and default is None:
+        if are_only_shapes():  # sizes follow from `model_version`
+            return Component(Path(name), dict)
         there = f"{GENERATOR} {base} holds none" if base else f"there is no {GENERATOR}"
         raise WeightsError(
             f"{key} is missing, and {there}: name a pipeline of diffusers, a checkpoint in one file, or the folder of "

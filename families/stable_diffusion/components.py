@@ -30,6 +30,7 @@ from families.common.weights import WeightsError, existing_file
 from families.stable_diffusion.single_file import (
     CONFIG_KEY,
     SUPPORTED,
+    ZERO_SNR_KEY,
     Version,
     is_single_file,
     look_into,
@@ -42,10 +43,12 @@ TITLES = {
     "text_encoder_2": "a second text encoder",
 }  # fmt: skip
 """What messages call the components."""
-ZERO_SNR_KEY = "zero_terminal_snr"
-"""Where our own files say whether their U-Net was trained to pure noise."""
+VERSION_KEY = "model_version"
+"""Where our own files say which Stable Diffusion they are of."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 """The noise schedule of Stable Diffusion 1.5 and SDXL."""
+FLOW_SCHEDULER, FLOW_PREDICTION = "FlowMatchEulerDiscreteScheduler", "flow_prediction"
+"""Of schedulers for straight flows (`rectified_flows`): one that knows nothing else, others' `prediction_type`."""
 PIPELINES = re.compile(r"StableDiffusion(XL)?(Img2Img)?Pipeline")
 logger = logging.getLogger(__name__)
 _CLASSES = {
@@ -72,8 +75,8 @@ class Component:
     """Reads the weights, in the library's names."""
     config: Mapping[str, Any] | None = None
     """The library's constructor numbers; None where the file does not say them."""
-    version: Version | None = None
-    """Which Stable Diffusion it belongs to, where that can be told."""
+    version: str | None = None
+    """Which Stable Diffusion it belongs to: of a U-Net, and of everything in one file with one."""
     diffusion_target: str | None = None
     """What the U-Net of the file or pipeline predicts, where it is said."""
     zero_terminal_snr: bool | None = None
@@ -105,6 +108,9 @@ def find_component(path: Path, name: str, key: str) -> Component:
     path = Path(path)
     if path.is_dir():
         return _of_folder(path, name, key)
+    second = re.fullmatch(r"text_encoder(_ema)?\.safetensors", path.name)
+    if name == "text_encoder_2" and second:
+        path = path.with_name(f"text_encoder_2{second[1] or ''}.safetensors")
     if _in_one_file(path, key):
         return _of_single_file(path, name, key)
     return _of_library_file(path, name, key)
@@ -127,7 +133,8 @@ def _of_folder(path: Path, name: str, key: str) -> Component:
     beside = folder.with_name(name.replace("text_encoder", "tokenizer"))
     tokenizer = beside if name.startswith("text_encoder") and beside.is_dir() else None
     target, zero_snr = _schedule(folder.with_name("scheduler"), key) if name == "unet" else (None, None)
-    return Component(folder, partial(read_tensors, folder, key), config, _version(config), target, zero_snr, tokenizer)
+    version = _version(config) if name == "unet" else None
+    return Component(folder, partial(read_tensors, folder, key), config, version, target, zero_snr, tokenizer)
 
 
 def _pipeline(path: Path, key: str) -> str | None:
@@ -162,12 +169,12 @@ def _schedule(folder: Path, key: str) -> tuple[str | None, bool | None]:
     if not file.is_file():
         return None, None
     config = _json(file, key)
-    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+    prediction = config.get("prediction_type", "epsilon")
+    if config.get("_class_name") == FLOW_SCHEDULER or prediction == FLOW_PREDICTION:
         return "rectified_flows", False
     betas = {name: config.get(name, value) for name, value in BETAS.items()}
     if betas != BETAS:
         logger.warning("%s: %s has the noise schedule %s; the one taken here is %s", key, file, betas, BETAS)
-    prediction = config.get("prediction_type", "epsilon")
     target = next((ours for ours, theirs in PREDICTIONS.items() if theirs == prediction), None)
     if target is None:
         raise UserError(
@@ -212,7 +219,7 @@ def _of_single_file(path: Path, name: str, key: str) -> Component:
         path,
         lambda: read_single_file(path, key, [name])[name],
         None if config is None else parse_config(config, f"{key}: {CONFIG_KEY.format(name)} of {path}"),
-        contents.version,
+        contents.metadata.get(VERSION_KEY, contents.version),
         contents.diffusion_target,
         contents.zero_terminal_snr or None,
     )
@@ -230,7 +237,7 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
         path,
         partial(read_tensors, path, key),
         config,
-        None if config is None else _version(config),
+        header.metadata.get(VERSION_KEY, _version(config) if config is not None and name == "unet" else None),
         header.metadata.get(TARGET_KEY),
         None if zero_snr is None else zero_snr == "true",
     )
@@ -245,8 +252,6 @@ def library_component(names: Collection[str]) -> str | None:
     return next((component for component, own in _TENSORS.items() if own <= {*names}), None)
 
 
-def _version(config: Mapping[str, Any]) -> Version | None:
-    """Which Stable Diffusion a U-Net is of; the other networks do not say it."""
-    if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or "down_block_types" not in config:
-        return None
+def _version(config: Mapping[str, Any]) -> Version:
+    """Which Stable Diffusion a U-Net is of."""
     return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"

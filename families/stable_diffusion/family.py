@@ -1,14 +1,33 @@
 """Stable Diffusion (arXiv:2112.10752) for the registry: its runs, files and folders, and what it can do."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from families.common.family import RECONSTRUCTION, TEXT_TO_IMAGE, Family
+from families.common.family import RECONSTRUCTION, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.stable_diffusion.components import PIPELINES, library_component
 from families.stable_diffusion.single_file import is_single_file
 
+LORA_NAMES = re.compile(
+    r"lora_te[12]?_|(lora_)?text_encoder(_2)?\.|"
+    r"(lora_unet_|lycoris_|diffusion_model\.|(base_model\.model\.)?(unet\.)?)((down|up)_blocks[._]\d+[._]"
+    r"(resnets|attentions|(down|up)samplers)|mid_block[._]|(input|output)_blocks[._]\d+[._]\d[._]|middle_block[._])"
+)
+"""What names of tensors in LoRA files begin with."""
 NETWORKS = ("UNet2DConditionModel", "AutoencoderKL")
+
+
+def _format(name: str, source: str, target: str, function: str, *first: Any, writes_folder: bool = False):
+    """A format that a function of `families.stable_diffusion.exports` writes, which is imported when it is called."""
+
+    def write(source: Path, target: Path, arguments: list[str]) -> None:
+        from families.stable_diffusion import exports
+
+        getattr(exports, function)(*first, source, target, arguments)
+
+    return ExportFormat(name, source, target, write, writes_folder)
 
 
 class StableDiffusion(Family):
@@ -16,12 +35,27 @@ class StableDiffusion(Family):
     title = "Stable Diffusion"
     weight_keys = {"generator": "generator_checkpoint_path", "autoencoder": "autoencoder_checkpoint_path"}
 
+    formats = (
+        _format("single-file", "a run, a checkpoint in one file, a pipeline's folder, weights of the U-Net",
+                "a checkpoint in one file, for A1111, Forge and ComfyUI", "to_single_file"),
+        _format("diffusers", "the same", "a folder for StableDiffusionPipeline or StableDiffusionXLPipeline",
+                "to_diffusers", writes_folder=True),
+        _format("lora-kohya", "a LoRA: a run, a file, peft's folder", "a file for kohya's scripts, A1111, Forge and "
+                "ComfyUI", "export_lora", "kohya"),
+        _format("lora-diffusers", "the same", "a file for diffusers' load_lora_weights", "export_lora", "diffusers"),
+    )  # fmt: skip
+    format_notes = """\
+Of the first two, export_dtype chooses the precision, only_unet leaves out autoencoder and text encoders, and lora adds
+LoRAs to the weights: a LoRA's run is written with its LoRA in them. What stands beside the U-Net of a run is that of
+the run's config. A LoRA's file that does not say it needs its model_version."""
+
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
         return config.get("model_version") in ("sd15", "sdxl") or super().has_run(config, weights)
 
     def has_weights(self, header: Header) -> bool:
         ours = header.metadata.get(FAMILY_KEY) == self.name
-        return ours or is_single_file(header.names) or library_component(header.names) in ("unet", "vae")
+        whole = is_single_file(header.names) or library_component(header.names) in ("unet", "vae")
+        return ours or whole or any(map(LORA_NAMES.match, header.names))
 
     def has_model_folder(self, index: Mapping[str, Any]) -> bool:
         kind = str(index.get("_class_name"))

@@ -44,6 +44,8 @@ UNET_TENSOR, VAE_ATTENTION = "input_blocks.0.0.weight", "decoder.mid.attn_1.q.we
 SUPPORTED = "Stable Diffusion 1.x (sd15) and SDXL (sdxl) for text to image"
 CONFIG_KEY = "{}_config"
 """Where the metadata of our own files say how a component is built, by its name: JSON of the library's config."""
+ZERO_SNR_KEY = "zero_terminal_snr"
+"""Where they say whether their U-Net was trained to pure noise."""
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
 """Empty tensors that mark SDXL networks that predict v, and were trained to pure noise, as ComfyUI reads them."""
 
@@ -170,9 +172,8 @@ def _contents(opened: "_Opened", path: Path, key: str) -> SingleFile:
     if problem is not None:
         raise UserError(f"{key}: {path} looks like {problem}; supported are {SUPPORTED}")
     version = ("sdxl" if "label_emb.0.0.weight" in unet else "sd15") if unet else None
-    return SingleFile(
-        version, components, _target(opened), ZERO_TERMINAL_SNR in opened.names, ignored, opened.metadata
-    )
+    zero_snr = ZERO_TERMINAL_SNR in opened.names or opened.metadata.get(ZERO_SNR_KEY) == "true"
+    return SingleFile(version, components, _target(opened), zero_snr, ignored, opened.metadata)
 
 
 def _components(names: Collection[str]) -> tuple[dict[str, dict[str, str]], list[str]]:

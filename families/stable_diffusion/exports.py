@@ -1,0 +1,204 @@
+"""What Stable Diffusion exports: the formats of `tools/export.py`."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from families.common.exports import OTHER_NAME, print_sizes
+from families.common.library_files import constructor_numbers
+from families.common.lora import merge_loras, parse_lora
+from families.common.lora_files import read_loras, write_loras
+from families.common.text_encoders import ClipTextEncoder
+from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, metadata_of, weights_in
+from families.common.weights import only_shapes
+from families.stable_diffusion import build
+from families.stable_diffusion.components import TITLES, VERSION_KEY
+from families.stable_diffusion.config import SdSettings
+from families.stable_diffusion.diffusers_folder import pipeline
+from families.stable_diffusion.inference import SdInferenceSettings
+from families.stable_diffusion.single_file import CONFIG_KEY, ZERO_SNR_KEY, single_file_tensors
+from warpcore.config import load_config
+from warpcore.errors import UserError
+from warpcore.outputs import check_new
+from warpcore.weights import converted, dtype_name, write_weights
+
+FAMILY = "stable_diffusion"
+ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
+"""What the model spec that other programs show (modelspec.*) calls the published sizes."""
+MODEL_SPEC_TARGETS = {"epsilon": "epsilon", "v": "v"}
+
+
+class ExportSettings(SdInferenceSettings):
+    """Keys of `diffusers` and `single-file`, beside those of the networks."""
+
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the written weights; float16 is what most shared files have."""
+    only_unet: bool = False
+    """Write the U-Net by itself, without autoencoder and text encoders."""
+    lora: list[str] = []
+    """LoRAs that the weights are changed by, as FILE or FILE:STRENGTH: files, or runs that trained them."""
+
+
+class Networks(NamedTuple):
+    """What is written, by diffusers' names."""
+
+    modules: dict[str, nn.Module]
+    tokenizers: dict[str, Any]
+
+
+def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
+    settings = read_settings(source, arguments)
+    networks = open_networks(settings)
+    for name, network in networks.modules.items():
+        network.load_state_dict(weights(name, network, settings), assign=True)
+    if settings.only_unet:
+        networks.modules["unet"].save_pretrained(target)
+    else:
+        pipeline(networks.modules, networks.tokenizers, settings).save_pretrained(target)
+    print_sizes(sorted(target.rglob("*.safetensors")))
+
+
+def to_single_file(source: Path, target: Path, arguments: list[str]) -> None:
+    settings = read_settings(source, arguments)
+    check_new([target], OTHER_NAME)
+    networks = open_networks(settings).modules
+    about = file_metadata(networks, settings)
+    parts = {name: weights(name, networks.pop(name), settings) for name in [*networks]}  # each is held once
+    layout, predicted = "sdxl" if settings.version.sees_sizes else "sd15", settings.diffusion_target or "epsilon"
+    tensors = single_file_tensors(parts, layout, predicted, bool(settings.zero_terminal_snr))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(target, tensors, about | {"dtype": dtype_name(tensors)})
+    print_sizes([target])
+    for note in notes(settings):
+        print(f"{note}.")
+
+
+def weights(name: str, network: nn.Module, settings: ExportSettings) -> dict[str, Tensor]:
+    """The weights of a network in the precision that is asked for.
+
+    Raises:
+        UserError: one is too large for it.
+    """
+    try:
+        return converted(network.state_dict(), getattr(torch, settings.export_dtype))
+    except UserError as error:
+        raise UserError(f"export_dtype: {TITLES[name]}: {error}") from None
+
+
+def read_settings(source: Path, arguments: list[str]) -> ExportSettings:
+    """The keys of an export of a run, of a checkpoint in one file, of a pipeline's folder, or of a U-Net's file."""
+    key = "run" if (source / RUN_CONFIG).is_file() else build.GENERATOR
+    settings = load_config(ExportSettings, [f"--{key}", str(source), *arguments])
+    if settings.generator_checkpoint_path is None:
+        raise UserError(f"{build.GENERATOR}: there are no weights of the U-Net to write; give them, or a run's folder")
+    # As precise as they are: what they are read for computes nothing.
+    return settings.model_copy(update={"autoencoder_precision": "float32", "text_encoder_precision": "float32"})
+
+
+def open_networks(settings: ExportSettings) -> Networks:
+    """The networks of the settings in float32, with their LoRAs."""
+    found = Networks({"unet": build.unet(settings)}, {})
+    if not settings.only_unet:
+        found.modules["vae"] = build.autoencoder(settings).model
+        for name, encoder in text_encoders(settings).items():
+            found.modules[name] = encoder.model if name == "text_encoder_2" else without_projection(encoder.model)
+            found.tokenizers[name.replace("text_encoder", "tokenizer")] = encoder.tokenizer
+    adapted = {name: module for name, module in found.modules.items() if name != "vae"}
+    for place, strength in map(parse_lora, settings.lora):
+        loras = read_loras(weights_in(place, "lora", settings.use_ema), adapted, "model_version")
+        for name, lora in loras.items():
+            merge_loras(adapted[name], [(lora, strength)])
+    return found
+
+
+def text_encoders(settings: SdSettings) -> dict[str, ClipTextEncoder]:
+    """The text encoders of the settings by diffusers' names."""
+    return dict(zip(("text_encoder", "text_encoder_2"), build.text_encoders(settings).encoders, strict=False))
+
+
+def without_projection(encoder: nn.Module) -> nn.Module:
+    """transformers' CLIPTextModel of a text encoder that may have a projection: what pipelines have as the first."""
+    from transformers import CLIPTextModel
+
+    if isinstance(encoder, CLIPTextModel):
+        return encoder
+    with torch.device("meta"):
+        made = CLIPTextModel(copy.copy(encoder.config))
+    whole, own = encoder.state_dict(), made.state_dict()
+    made.load_state_dict({name: whole.get(name, whole.get(f"text_model.{name}")) for name in own}, assign=True)
+    return made
+
+
+def file_metadata(networks: Mapping[str, nn.Module], settings: ExportSettings) -> dict[str, str]:
+    """What a single file says of itself: how each network is built, and what the U-Net predicts."""
+    target = settings.diffusion_target or "epsilon"
+    about = {
+        "format": "pt",
+        FAMILY_KEY: FAMILY,
+        VERSION_KEY: settings.model_version,
+        TARGET_KEY: target,
+        ZERO_SNR_KEY: str(bool(settings.zero_terminal_snr)).lower(),
+    }
+    about |= {CONFIG_KEY.format(name): json.dumps(config_of(network)) for name, network in networks.items()}
+    if settings.model_version in ARCHITECTURES and target in MODEL_SPEC_TARGETS:
+        about |= {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": ARCHITECTURES[settings.model_version],
+            "modelspec.prediction_type": MODEL_SPEC_TARGETS[target],
+        }
+    return about
+
+
+def config_of(network: nn.Module) -> dict[str, Any]:
+    """The config of a network of diffusers or transformers, as its `config.json` has it."""
+    config = network.config
+    if hasattr(config, "to_json_string"):
+        return json.loads(config.to_json_string()) | {"architectures": [type(network).__name__]}
+    return constructor_numbers(dict(config))
+
+
+def notes(settings: ExportSettings) -> list[str]:
+    """What to know about a single file in other programs."""
+    target = settings.diffusion_target or "epsilon"
+    if settings.model_version == "mini":
+        return ["Only Warpcore reads it: no other program knows the mini"]
+    if target == "v" and not settings.version.sees_sizes:
+        return [
+            "Files of Stable Diffusion 1.5 cannot say that they predict v: ComfyUI needs the node "
+            "ModelSamplingDiscrete (v_prediction), A1111 a .yaml file with parameterization: v"
+        ]
+    if target not in MODEL_SPEC_TARGETS:
+        return [f"No other program takes a network that predicts {target} for what it is"]
+    return []
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+class LoraExportSettings(SdInferenceSettings):
+    """Keys of the LoRA formats, beside those of the networks."""
+
+    lora: list[str] = []
+    """The LoRA: this is SOURCE."""
+
+
+def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> None:
+    key = "run" if (source / RUN_CONFIG).is_file() else "lora"
+    said = metadata_of(source).get(VERSION_KEY)
+    model_version = ["--model_version", said] if said else []
+    settings = load_config(LoraExportSettings, [f"--{key}", str(source), *model_version, *arguments])
+    if len(settings.lora) != 1:
+        raise UserError(f"one LoRA at a time, not {len(settings.lora)}: {', '.join(settings.lora) or source}")
+    check_new([target], OTHER_NAME)
+    with only_shapes():
+        networks = {"unet": build.unet(settings)}
+        networks |= {name: encoder.model for name, encoder in text_encoders(settings).items()}
+    loras = read_loras(weights_in(source, "lora", settings.use_ema), networks, "model_version")
+    about = {FAMILY_KEY: FAMILY, VERSION_KEY: settings.model_version}
+    write_loras({name: lora for name, lora in loras.items() if lora.adapters}, target, kind, networks, about)
+    print_sizes([target])
