@@ -1,5 +1,7 @@
 """What the cascade's weights files are called, and how they are told from those of other families."""
 
+import re
+
 from families.cascade.versions import VERSIONS
 from families.common.weight_files import Header
 
@@ -31,6 +33,11 @@ _OWN_TENSORS = (
     {"blocks.24.weight", "blocks.23.running_var"},  # previewer
     {"projections.0.0.weight", "projections.0.2.weight"},  # ControlNet
 )
+_LORA = re.compile(
+    r"(base_model\.model\.)?(prior\.|unet\.|diffusion_model\.|lora_prior_unet[._]|lora_unet_|lycoris_)?"
+    r"((down|up)_blocks[._]\d+[._]\d+[._]|clip_(txt|img)_).*lora|weights\.0\.lora_down"
+)
+"""Names in LoRA files of all programs; the last is the reference implementation's."""
 _TOWER_SETTINGS = "clip_settings"
 
 
@@ -42,4 +49,5 @@ def is_of_cascade(header: Header) -> bool:
         about.get("model_version") in VERSIONS
         or _TOWER_SETTINGS in about
         or any(own <= header.names for own in _OWN_TENSORS)
+        or any(map(_LORA.match, header.names))
     )

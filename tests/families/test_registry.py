@@ -63,6 +63,52 @@ def test_a_model_folder_is_known_by_its_index(tmp_path):
         registry.family_of(tmp_path)
 
 
+LORAS = {
+    "cascade": [
+        "lora_unet_down_blocks_0_2_attention_attn_to_q.lora_down.weight",
+        "lora_prior_unet_up_blocks_0_2_attention_attn_in_proj_0.lora_down.weight",
+        "unet.down_blocks.0.2.attention.attn.in_proj.0.lora_down.weight",
+        "base_model.model.down_blocks.0.2.attention.to_q.lora_A.weight",
+        "down_blocks.0.2.attention.attn.out_proj.lora.down", "weights.0.lora_down",
+    ],
+    "stable_diffusion": [
+        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+        "lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "lora_unet_mid_block_attentions_0_proj_in.alpha",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+        "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+        "base_model.model.down_blocks.0.resnets.0.conv1.lora_A.weight",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in LORAS.items() for name in names])
+def test_a_lora_of_any_program_is_known_by_its_names(family, name, tmp_path):
+    assert registry.family_of(written(tmp_path / "lora.safetensors", [name])).name == family
+    if name.startswith("base_model"):
+        (tmp_path / "folder").mkdir()
+        written(tmp_path / "folder" / "adapter_model.safetensors", [name])
+        assert registry.family_of(tmp_path / "folder").name == family
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "UNet2DConditionModel"])
+def test_folders_of_stable_diffusion_are_known(kind, tmp_path):
+    index = tmp_path / ("config.json" if kind.startswith("UNet") else "model_index.json")
+    index.write_text(json.dumps({"_class_name": kind}))
+    assert registry.family_of(tmp_path).name == "stable_diffusion"
+
+
+def test_a_pipeline_s_index_counts_more_than_its_parts(tmp_path):
+    """Pipelines of many families have this autoencoder."""
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    assert registry.family_of(tmp_path).name == "stable_diffusion"
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
+    with pytest.raises(UserError, match="of no family that is known here"):
+        registry.family_of(tmp_path)
+
+
 def test_metadata_that_names_a_family_counts_more_than_tensors(networks, tmp_path):
     file = written(tmp_path / "c.safetensors", networks["stage_c"], family="another")
     with pytest.raises(UserError, match="is a file of no family"):
