@@ -75,7 +75,7 @@ def test_the_commands_in_a_sentence_or_table_could_start(page, tmp_path):
         "python3 inference/text_to_image.py steps=few",
         "python3 tools/build_dataset.py pictures data/shards --shards 4",
         "python3 tools/memory.py train/train_c.py CONFIG.yaml --gpu-memory 80 rank=4",
-        "python3 tools/export.py lora-diffusers runs/a b.safetensors",
+        "python3 tools/export.py lora-of-another runs/a b.safetensors",
     ],
 )
 def test_a_command_that_could_not_start_is_found(command, tmp_path):
