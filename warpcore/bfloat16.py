@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from warpcore.random import stable_hash
+from warpcore.sharded import local
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -54,10 +54,10 @@ class StochasticAdamW(Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
                 ok = torch.ones((), device=parameter.device) if found_inf is None else 1 - found_inf
                 stepped = _stepped(
-                    *(_local(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])),
+                    *(local(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])),
                     state["step"], ok.to(parameter.device), group,
                 )  # fmt: skip
-                _local(parameter).copy_(round_stochastically(stepped, _generator(parameter, name, group["steps"])))
+                local(parameter).copy_(round_stochastically(stepped, _generator(parameter, name, group["steps"])))
 
 
 def _stepped(
@@ -80,7 +80,3 @@ def _generator(parameter: Tensor, name: str, step: int) -> torch.Generator | Non
     if parameter.device.type == "meta":
         return None
     return torch.Generator(parameter.device).manual_seed(stable_hash("rounding", name, step))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -151,8 +151,10 @@ class OptimisationKeys(Settings):
     """Where `cosine` and `linear` end, as a fraction of `lr`."""
     warmup_updates: PositiveInt = 1
     """The learning rate rises linearly over this many updates; the first one already learns."""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon"] = "adamw"
-    """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, or Muon."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon", "lion", "prodigy"] = "adamw"
+    """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, Muon, Lion
+    (arXiv:2302.06675; with a third to a tenth of AdamW's `lr`, and usually `betas: [0.9, 0.99]`), or Prodigy
+    (arXiv:2306.06101; finds the learning rate itself, so write `lr: 1`, and usually `betas: [0.9, 0.99]`)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices and kernels; vectors (norms, biases) are not decayed."""
     parameter_groups: list[ParameterGroup] = []
@@ -269,6 +271,11 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
             )
         if self.weights_dtype == "bfloat16" and (self.dtype in ("float32", "float16") or self.optimizer != "adamw"):
             raise ValueError("weights_dtype: bfloat16 needs dtype: bfloat16 and optimizer: adamw: remove other values")
+        if self.optimizer == "prodigy" and self.lr < 0.1:
+            raise ValueError(
+                f"lr: {self.lr} is too small for optimizer: prodigy, which finds the learning rate itself and takes "
+                "`lr` as a factor on it: write lr: 1"
+            )
         if not self.use_fsdp and (self.fsdp_shards or self.fsdp_cpu_offload):
             raise ValueError("fsdp_shards and fsdp_cpu_offload need use_fsdp: true")
         if "activations" in self.offload and not self.activation_checkpointing:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from warpcore import compute, evaluation, optim, reports
+from warpcore import compute, evaluation, gradients, optim, reports
 from warpcore.checkpoint import Checkpoints
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
@@ -22,6 +22,7 @@ from warpcore.feed import Feed
 from warpcore.files import write_whole
 from warpcore.keys import changed_keys
 from warpcore.launch import launch
+from warpcore.lr_schedules import lr_at
 from warpcore.metrics import Metrics
 from warpcore.pictures import save_png
 from warpcore.processes import Vote, explain
@@ -93,8 +94,8 @@ class WarpCore(UseCase):
             self.statistics.add(result.statistics, batch.weight)
 
         self.loss_scale.unscale(self.parameters.values())
-        norm = optim.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
-        norms = {f"grad_norm/{name}": value for name, value in optim.gradient_norms(self.gradient_groups).items()}
+        norm = gradients.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
+        norms = {f"grad_norm/{name}": value for name, value in gradients.gradient_norms(self.gradient_groups).items()}
         mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         usable = torch.isfinite(norm) & torch.isfinite(mean["loss"]) & (self.feed.fault is None)
         finite = self.processes.all_true(usable)
@@ -107,7 +108,7 @@ class WarpCore(UseCase):
         for average in self.averages.values():
             average.step(update, finite)
         norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in norms.items()}
-        norms |= self.loss_scale.metrics()
+        norms |= self.loss_scale.metrics() | optim.metrics(self.optimizers)
         self.loss_scale.update(norm, finite)
         times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
         self.metrics.add(update, samples_hash, **mean, **norms, **times, lr=lr, data_wait=self.feed.take_data_wait())
@@ -223,7 +224,7 @@ class WarpCore(UseCase):
 
     def _learning_rate(self, update: int) -> float:
         config = self.config
-        return optim.lr_at(
+        return lr_at(
             update, schedule=config.lr_schedule, lr=config.lr, warmup_updates=config.warmup_updates,
             updates=config.updates, min_lr_ratio=config.min_lr_ratio,
         )  # fmt: skip

@@ -1,14 +1,10 @@
-"""Optimizers, learning rates and gradient norms.
+"""Optimizers: building them, a step of all of them, and their state.
 
 The engine holds a list of optimizers (Muon brings AdamW along for the tensors it can't take). Parameter groups carry
 `param_names`, and everything saved is keyed by those names, so a checkpoint doesn't depend on the order of parameters.
 """
 
-import difflib
-import math
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +13,20 @@ from torch.optim import Optimizer
 
 from warpcore.bfloat16 import StochasticAdamW
 from warpcore.errors import UserError
+from warpcore.optimizers.lion import Lion
+from warpcore.optimizers.prodigy import Prodigy
 
 # name -> whether it can step on DTensors (parameters sharded over processes). torch.optim.Adafactor squares norms in
 # place, which DTensor refuses; bitsandbytes' kernels read raw memory.
-OPTIMIZERS = {"adamw": True, "adamw8bit": False, "adafactor": False, "schedulefree": True, "muon": True}
-SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = {
+    "adamw": True,
+    "adamw8bit": False,
+    "adafactor": False,
+    "schedulefree": True,
+    "muon": True,
+    "lion": True,
+    "prodigy": True,
+}
 
 # Entries of a parameter group that the config and the device decide. They aren't saved: a resumed run follows its
 # config. All others (such as schedulefree's counters) are progress of the optimizer, and are.
@@ -59,7 +64,9 @@ def build_optimizers(
     where their group has its own. `muon` takes the 2-D weights of hidden layers (no embeddings), with rates matched to
     AdamW's (arXiv:2502.16982, section 2.2), AdamW the rest. For `adafactor`, `lr` is the largest step relative to a
     tensor's RMS, and `betas` and `eps` have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode`
-    before sampling. bfloat16 parameters are stepped with stochastic rounding, by `adamw` alone.
+    before sampling. `lion` has no `eps`, and wants 3 to 10 times less `lr` than AdamW. `prodigy` finds the learning
+    rate itself: `lr` is a factor on it, 1 as a rule. bfloat16 parameters are stepped with stochastic rounding, by
+    `adamw` alone.
 
     Args:
         name: one of `OPTIMIZERS`.
@@ -86,7 +93,12 @@ def build_optimizers(
         return [StochasticAdamW(matrices + undecayed, **settings, betas=betas, eps=eps)]
     if name == "adafactor":
         return [torch.optim.Adafactor(matrices + undecayed, **settings)]
-    settings |= {"betas": betas, "eps": eps}
+    settings |= {"betas": betas}
+    if name == "lion":
+        return [Lion(matrices + undecayed, **settings)]
+    settings |= {"eps": eps}
+    if name == "prodigy":
+        return [Prodigy(matrices + undecayed, **settings)]
     if name == "schedulefree":
         return [_package("schedulefree", name).AdamWScheduleFree(matrices + undecayed, **settings)]
     if name == "adamw8bit":
@@ -133,6 +145,11 @@ def set_lr(optimizers: Iterable[Optimizer], lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+def metrics(optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+    """What optimizers found that a user wants to see (0-d, on the device): Prodigy's estimate of the learning rate."""
+    return {f"{type(one).__name__.lower()}_d": one.d.clone() for one in optimizers if isinstance(one, Prodigy)}
+
+
 @torch.no_grad()
 def train_mode(optimizers: Iterable[Optimizer]) -> None:
     """Puts the weights where training goes on, bit for bit. Only schedule-free optimizers hold two sets of weights."""
@@ -157,18 +174,6 @@ def eval_mode(optimizers: Iterable[Optimizer]) -> None:
                     parameter: parameter.clone() for parameter in _parameters(optimizer).values()
                 }
             optimizer.eval()
-
-
-def clip_gradients(parameters: Iterable[Tensor], largest_norm: float | None) -> Tensor:
-    """The norm (0-d) of all gradients together, which are then scaled down to `largest_norm` if it is greater.
-
-    It is where the gradients are: with offloaded parameters, on the CPU.
-    """
-    parameters = list(parameters)
-    norm = _full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if largest_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest_norm, norm)
-    return norm
 
 
 def step(optimizers: Iterable[Optimizer], found_inf: Tensor) -> None:
@@ -311,86 +316,3 @@ def _patterns(groups: Iterable[list[dict]]) -> list[list[str | None]]:
 
 def _class_names(optimizers: list[Optimizer]) -> list[str]:
     return [type(optimizer).__name__ for optimizer in optimizers]
-
-
-def lr_at(
-    update: int, *, schedule: str, lr: float, warmup_updates: int, updates: int, min_lr_ratio: float = 0.0
-) -> float:
-    """The learning rate of an update, counted from 1.
-
-    Warm-up is linear: update 1 runs at lr / warmup_updates, update `warmup_updates` at lr. From there `cosine`
-    (arXiv:1608.03983, equation 5, without restarts) and `linear` go to lr * min_lr_ratio, reached at update `updates`.
-    """
-    if schedule not in SCHEDULES:
-        raise UserError(f"lr_schedule: {schedule!r} is unknown; write one of {', '.join(SCHEDULES)}")
-    if update < warmup_updates:
-        return lr * update / warmup_updates
-    if schedule == "constant":
-        return lr
-    peak = max(warmup_updates, 1)
-    progress = min((update - peak) / max(updates - peak, 1), 1.0)
-    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
-    return lr * (min_lr_ratio + (1 - min_lr_ratio) * remaining)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A parameter whose gradient is measured: all of it, or one third of its rows (0, 1, 2: queries, keys, values)."""
-
-    parameter: Tensor
-    third: int | None = None
-
-
-def gradient_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], patterns: Mapping[str, str]
-) -> dict[str, list[Part]]:
-    """The parameters whose names a group's regular expression finds (`re.search`).
-
-    A fused projection `X.in_proj_weight` also has the names `X.in_proj_weight.q`, `.k` and `.v`: thirds of its rows.
-
-    Raises:
-        UserError: an expression isn't valid, or finds no parameter.
-    """
-    parameters = dict(named_parameters)
-    names = list(parameters)
-    names += [f"{name}.{third}" for name in parameters if name.endswith("in_proj_weight") for third in "qkv"]
-    groups = {}
-    for group, pattern in patterns.items():
-        try:
-            found = [name for name in names if re.search(pattern, name)]
-        except re.error as error:
-            raise UserError(f"gradient norm group {group!r}: {pattern!r} is no regular expression: {error}") from error
-        if not found:
-            near = ", ".join(difflib.get_close_matches(pattern.replace("\\", ""), names, n=4, cutoff=0.0))
-            raise UserError(f"gradient norm group {group!r}: {pattern!r} finds no parameter; near names: {near}")
-        whole = {name for name in found if name in parameters}
-        groups[group] = [Part(parameters[name]) for name in whole] + [
-            Part(parameters[name[:-2]], "qkv".index(name[-1]))
-            for name in found
-            if name not in parameters and name[:-2] not in whole
-        ]
-    return groups
-
-
-@torch.no_grad()
-def gradient_norms(groups: Mapping[str, list[Part]]) -> dict[str, Tensor]:
-    """The Euclidean norm of each group's gradients over all shards, as 0-d tensors on the device.
-
-    Nothing is read back to the host, but with shards all processes have to call it together. Parameters without
-    a gradient count as zero.
-    """
-    norms = {}
-    for group, parts in groups.items():
-        gradients = [part.parameter.grad for part in parts if part.third is None and part.parameter.grad is not None]
-        pieces = [_full(torch.nn.utils.get_total_norm(gradients)).float()] if gradients else []
-        for part in parts:
-            if part.third is not None and part.parameter.grad is not None:
-                rows = _full(torch.linalg.vector_norm(part.parameter.grad, dim=1, dtype=torch.float32))
-                pieces.append(torch.linalg.vector_norm(rows.chunk(3)[part.third]))
-        zero = torch.zeros((), device=parts[0].parameter.device)
-        norms[group] = torch.linalg.vector_norm(torch.stack(pieces)) if pieces else zero
-    return norms
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

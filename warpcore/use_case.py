@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from warpcore import compute, optim
+from warpcore import compute, gradients, optim
 from warpcore.config import Config
 from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
@@ -143,7 +143,7 @@ class UseCase:
                 self.on_demand[name] = on_demand
         parameters = {f"{name}.{p}": tensor for name in trained for p, tensor in trained[name].named_parameters()}
         self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-        self.gradient_groups = optim.gradient_groups(self.parameters.items(), config.grad_norm_groups)
+        self.gradient_groups = gradients.gradient_groups(self.parameters.items(), config.grad_norm_groups)
         self.optimizers = optim.build_optimizers(
             config.optimizer, optimizer_groups(self.trainable, self.parameters, config.parameter_groups),
             lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,

@@ -105,10 +105,11 @@ def test_a_hang_up_that_is_ignored_at_the_start_as_under_nohup_does_not_stop_the
 
 @pytest.mark.slow
 @pytest.mark.bits
-@pytest.mark.parametrize("optimizer", ["schedulefree", "muon", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["schedulefree", "muon", "adafactor", "lion", "prodigy"])
 def test_every_optimizer_resumes_exactly(shard, tmp_path, optimizer):
-    whole = tiny_settings(tmp_path / "whole", shard, optimizer=optimizer, validation_samples=2)
-    parts = tiny_settings(tmp_path / "parts", shard, optimizer=optimizer, validation_samples=2)
+    settings = {"optimizer": optimizer, "validation_samples": 2} | ({"lr": 1.0} if optimizer == "prodigy" else {})
+    whole = tiny_settings(tmp_path / "whole", shard, **settings)
+    parts = tiny_settings(tmp_path / "parts", shard, **settings)
     train_here(whole)
     train_here(parts | {"updates": 8})
     train_here(parts)

@@ -11,11 +11,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from tests.golden import load_case, resolve
 from tests.many_processes import run_in_two_processes
-from warpcore import optim
+from warpcore import gradients, optim
+from warpcore.lr_schedules import lr_at
+from warpcore.optimizers.lion import Lion
+from warpcore.optimizers.prodigy import Prodigy
+from warpcore.sharded import full
 
+TRAINED_ALIKE = ("adamw", "schedulefree", "lion", "prodigy")
 SHARDED = [name for name in optim.OPTIMIZERS if optim.supports_dtensor(name)]
-PLAIN = ["adamw", "adafactor", "schedulefree", "muon"]
+PLAIN = ["adamw", "adafactor", "schedulefree", "muon", "lion", "prodigy"]
 
 
 class Net(nn.Module):
@@ -209,7 +215,7 @@ def test_the_state_of_another_network_is_refused():
 def test_learning_rates():
     def rates(schedule, warmup, ratio=0.1):
         settings = {"lr": 2.0, "warmup_updates": warmup, "updates": 12, "min_lr_ratio": ratio}
-        return [optim.lr_at(update, schedule=schedule, **settings) for update in range(1, 15)]
+        return [lr_at(update, schedule=schedule, **settings) for update in range(1, 15)]
 
     assert rates("constant", 4) == [0.5, 1.0, 1.5] + [2.0] * 11
     assert rates("constant", 1) == rates("constant", 0) == [2.0] * 14
@@ -239,13 +245,13 @@ GROUPS = {
 def test_gradient_norms_by_group():
     net, optimizers = make("adamw")
     train(net, optimizers, [1])
-    norms = optim.gradient_norms(optim.gradient_groups(net.named_parameters(), GROUPS))
-    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    norms = gradients.gradient_norms(gradients.gradient_groups(net.named_parameters(), GROUPS))
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     expected = {
-        "all": list(gradients.values()),
-        "queries and keys": [gradients["attention.in_proj_weight"][:16]],
-        "values": [gradients["attention.in_proj_weight"][16:]],
-        "attention": [g for name, g in gradients.items() if "attention" in name],
+        "all": list(found.values()),
+        "queries and keys": [found["attention.in_proj_weight"][:16]],
+        "values": [found["attention.in_proj_weight"][16:]],
+        "attention": [g for name, g in found.items() if "attention" in name],
         "unused": [torch.zeros(1)],
     }
     for group, tensors in expected.items():
@@ -255,9 +261,94 @@ def test_gradient_norms_by_group():
 
 def test_a_group_that_finds_nothing_names_near_parameters():
     with pytest.raises(ValueError, match=r"'qk'.*in_proj_wieght.*near names:.*attention\.in_proj_weight"):
-        optim.gradient_groups(Net().named_parameters(), {"qk": r"attention\.in_proj_wieght"})
+        gradients.gradient_groups(Net().named_parameters(), {"qk": r"attention\.in_proj_wieght"})
     with pytest.raises(ValueError, match=r"'qk'.*no regular expression"):
-        optim.gradient_groups(Net().named_parameters(), {"qk": "("})
+        gradients.gradient_groups(Net().named_parameters(), {"qk": "("})
+
+
+@pytest.mark.parametrize("call", ["py_lion", "py_lion_decay"])
+def test_lion_takes_the_steps_of_its_authors(call):
+    case, tensors = load_case("sd_t5/optimizers")
+    (about,) = (one for one in case["calls"] if one["name"] == call)
+    start, gradients_of, expected = (resolve(about[key], tensors) for key in ("start", "gradients", "parameters"))
+    parameters = [nn.Parameter(tensor.clone()) for tensor in start]
+    defaults = about["defaults"]
+    lion = Lion(
+        [{"params": parameters, "param_names": ["a", "b"]}],
+        lr=defaults["lr"], weight_decay=defaults["weight_decay"], betas=tuple(defaults["betas"]),
+    )  # fmt: skip
+    for step in range(5):
+        for parameter, gradient in zip(parameters, gradients_of, strict=True):
+            parameter.grad = gradient[step].clone()
+        optim.step([lion], torch.tensor(0.0))
+        for parameter, after in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.detach(), after[step], atol=1e-6, rtol=0)
+
+
+TARGET = torch.tensor([3.0, -2.0, 0.5, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        (
+            0.0,
+            [
+                [1e-06, 1.5e-06, -1.5e-06, 1.5e-06, 1.5e-06],
+                [9.03553e-06, 3.23203e-05, -3.23203e-05, 3.23203e-05, 3.23203e-05],
+                [0.00329545, 0.0101695, -0.0101703, 0.0101776, 0.0101684],
+                [1.6495, 3.54701, -1.16238, 0.754352, 9.44368],
+            ],
+        ),
+        (
+            0.05,
+            [
+                [1e-06, 1.5e-06, -1.5e-06, 1.5e-06, 1.5e-06],
+                [9.03553e-06, 3.23203e-05, -3.23203e-05, 3.23203e-05, 3.23203e-05],
+                [0.0032951, 0.010168, -0.0101688, 0.0101761, 0.0101669],
+                [1.82342, 3.2369, -1.18034, 0.872564, 8.61064],
+            ],
+        ),
+    ],
+)
+def test_prodigy_takes_the_steps_of_its_authors(decay, expected):
+    """Numbers of prodigyopt 1.1.2 with use_bias_correction and safeguard_warmup, with a warm-up over 10 updates."""
+    x = nn.Parameter(torch.zeros(4))
+
+    def make_prodigy():
+        group = {"params": [x], "param_names": ["x"]}
+        return Prodigy([group], lr=1.0, weight_decay=decay, betas=(0.9, 0.99), eps=1e-8)
+
+    prodigy, found = make_prodigy(), []
+    for update in range(1, 61):
+        x.grad = None
+        ((x - TARGET).square().sum() / 8).backward()
+        optim.set_lr([prodigy], min(update / 10, 1))
+        optim.step([prodigy], torch.tensor(0.0))
+        if update == 30:  # as if the run had been stopped and resumed
+            state, prodigy = optim.optimizer_state([prodigy]), make_prodigy()
+            optim.load_optimizer_state([prodigy], *state)
+        if update in (5, 20, 40, 60):
+            found.append([prodigy.d.item(), *x.tolist()])
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-9)
+
+
+def _estimate_of_prodigy(parameters):
+    """Prodigy's estimate after 60 updates towards `TARGET`, with parameters that together have its shape."""
+    names = [str(i) for i in range(len(parameters))]
+    groups = [{"params": [p], "param_names": [name]} for p, name in zip(parameters, names, strict=True)]
+    prodigy = Prodigy(groups, lr=1.0, weight_decay=0.05, betas=(0.9, 0.99), eps=1e-8)
+    for update in range(1, 61):
+        prodigy.zero_grad()
+        torch.cat([full(p) for p in parameters]).sub(TARGET).square().sum().div(8).backward()
+        optim.set_lr([prodigy], min(update / 10, 1))
+        optim.step([prodigy], torch.tensor(0.0))
+    return optim.metrics([prodigy])["prodigy_d"].item()
+
+
+def test_prodigy_has_one_estimate_over_all_groups():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
+    assert _estimate_of_prodigy(parameters) == pytest.approx(1.82342, rel=1e-4)
 
 
 def _sharded_run(expected) -> None:
@@ -265,9 +356,11 @@ def _sharded_run(expected) -> None:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
         for name in SHARDED:
             _check_resuming(name, mesh)
-        for name in ("adamw", "schedulefree"):
+        for name in TRAINED_ALIKE:
             _check_training(name, mesh, *expected[name])
         _check_muon(mesh)
+        sharded = [nn.Parameter(distribute_tensor(torch.zeros(n), mesh, [Replicate(), Shard(0)])) for n in (3, 1)]
+        assert _estimate_of_prodigy(sharded) == pytest.approx(1.82342, rel=1e-4)
     with pytest.raises(ValueError, match=r"adafactor can't.*write one of adamw, schedulefree"):
         _sharded("adafactor", mesh)
 
@@ -308,7 +401,7 @@ def _check_training(name, mesh, end, norms):
     train(net, optimizers, [1, 2])
     for key, tensor in _whole(net).items():
         assert (tensor - end[key]).norm() <= 1e-3 * (end[key] - begin[key]).norm(), (name, key)
-    for group, norm in optim.gradient_norms(optim.gradient_groups(net.named_parameters(), GROUPS)).items():
+    for group, norm in gradients.gradient_norms(gradients.gradient_groups(net.named_parameters(), GROUPS)).items():
         torch.testing.assert_close(norm, norms[group], atol=1e-5, rtol=1e-4)
 
 
@@ -334,9 +427,9 @@ def _check_muon(mesh):
 @pytest.mark.bits
 def test_two_processes_with_sharded_weights_step_like_one():
     expected = {}
-    for name in ("adamw", "schedulefree"):
+    for name in TRAINED_ALIKE:
         net, optimizers = make(name)
         train(net, optimizers, [1, 2])
-        norms = optim.gradient_norms(optim.gradient_groups(net.named_parameters(), GROUPS))
+        norms = gradients.gradient_norms(gradients.gradient_groups(net.named_parameters(), GROUPS))
         expected[name] = (weights(net), norms)
     run_in_two_processes(_sharded_run, expected)
