@@ -104,7 +104,6 @@ class TrainStageB(DenoiserTraining):
         config, networks = self.config, self.networks
         count, stage_a = min(config.sample_count, len(held_out.keys)), networks["stage_a"]
         captions = held_out.captions[:count]
-        self.know_captions(held_out)
         if held_out.images is None:
             encoded = stored(held_out, "stage_a")[:count]
             effnet, columns = self._enlarged(stored(held_out, "effnet")[:count], encoded), {}

@@ -87,7 +87,6 @@ class TrainStageC(DenoiserTraining):
         prompts = (config.sample_prompts or held_out.captions)[: config.sample_count]
         if config.sample_prompts:
             return Sampled.rows(prompts, self.draw(prompts, (config.image_size, config.image_size)))
-        self.know_captions(held_out)
         if held_out.images is None:
             picture = self.preview(self.latents(held_out)[: len(prompts)], held_out.size)
         else:

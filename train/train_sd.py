@@ -76,7 +76,6 @@ class TrainSd(SdTraining):
         if config.sample_prompts:
             prompts, size = config.sample_prompts[: config.sample_count], (config.image_size, config.image_size)
             return Sampled.rows(prompts, self.draw(prompts, size))
-        self.know_captions(held_out)
         prompts = held_out.captions[: config.sample_count]
         shown = {} if held_out.images is None else {"picture": to_uint8(held_out.images[: len(prompts)])}
         return Sampled.rows(prompts, shown | self.draw(prompts, held_out.size))

@@ -193,12 +193,14 @@ class DiffusionTraining(SampleFields):
         file = self.config.run_folder / FILE_NAME
         return prompt_features(file, texts, made_with | {"dtype": str(self.dtype)}, open_encoder, known)
 
-    def know_captions(self, batch: Batch) -> None:
-        """Remember the text conditions that a batch brings along from a cache, for drawing with its captions."""
-        names = [key for name in self._made_by("text") for key in (name, lengths_name(name))]
-        found = {name: value for name in names if (value := stored(batch, name)) is not None}
-        if found and self.texts is not None:
-            self.texts.add(batch.captions, found)
+    def held_out(self) -> Batch | None:
+        batch = super().held_out()
+        if batch is not None and self.texts is not None:  # captions are drawn with the conditions that a cache has
+            names = [key for name in self._made_by("text") for key in (name, lengths_name(name))]
+            found = {name: value for name in names if (value := stored(batch, name)) is not None}
+            if found:
+                self.texts.add(batch.captions, found)
+        return batch
 
     def setup(self) -> None:
         super().setup()

@@ -75,7 +75,6 @@ class TrainMadeUp(DiffusionTraining):
         return self.denoising_loss(latents, random, partial(self.networks["generator"], letters=letters))
 
     def sample(self, held_out) -> list[Sampled]:
-        self.know_captions(held_out)
         config, texts = self.config, held_out.captions[: self.config.sample_count]
         sides = [self.text_conditions(side) for side in (texts, [""] * len(texts))]
         shape = (self.networks["generator"].channels, *(side // COMPRESSION for side in held_out.size))

@@ -1,0 +1,54 @@
+"""Every training script that has features reads those of pictures and of texts from folders of their own."""
+
+import pytest
+
+from families.common.training import DiffusionTraining
+from tests.caches import make_cache
+from tests.tiers import represented_by
+from tests.train.test_every_script import SETTINGS, train, use_case
+from tests.train.test_every_script import settings as settings
+
+pytestmark = pytest.mark.integration
+CACHED: dict[str, tuple[str, ...]] = {
+    "train_b": ("latents", "texts"),
+    "train_c": ("latents", "texts"),
+    "train_c_controlnet": ("texts",),
+    "train_c_lora": ("latents", "texts"),
+    "train_sd": ("latents", "texts"),
+}
+"""What each script can read from a cache."""
+CHANGES = {"train_b": {"effnet_scale": [1.0, 1.0]}, "train_c_lora": {"train_tokens": None}}
+SPARED = {
+    "train_b": {"encoder", "text"}, "train_c": {"encoder", "text"}, "train_c_controlnet": {"text"},
+    "train_c_lora": {"encoder", "text"}, "train_sd": {"text"},
+}  # fmt: skip
+"""Networks that are not built then; the autoencoders of train_b and train_sd draw samples."""
+
+
+@pytest.mark.parametrize("name", represented_by("train_c", of=CACHED))
+def test_caches_apart_are_pictures(settings, name, tmp_path):
+    given = settings(name, "pictures", crop_mode="center", **CHANGES.get(name, {}))
+    folders = [
+        str(make_cache(name, given, tmp_path / kind, "--features", kind, "--dtype", "float32"))
+        for kind in CACHED[name]
+    ]
+    expected, built = train(name, given), set()
+
+    class Watched(use_case(name)):
+        def build(self):
+            networks = super().build()
+            built.update(networks)
+            return networks
+
+    found = train(name, given | {"experiment_id": "apart", "caches": folders}, Watched)
+    assert not built & SPARED[name]
+    assert [line["samples_hash"] for line in found] == [line["samples_hash"] for line in expected]
+    for column in ("loss", "validation_loss"):
+        pairs = [(line[column], other[column]) for line, other in zip(found, expected, strict=True) if column in other]
+        assert pairs
+        assert [pair[0] for pair in pairs] == pytest.approx([pair[1] for pair in pairs], rel=1e-4), column
+
+
+def test_every_script_with_features_is_tested_here():
+    scripts = {name.split()[0] for name in SETTINGS}
+    assert {name for name in scripts if issubclass(use_case(name), DiffusionTraining)} == set(CACHED)
