@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 from families.common.cache_commands import SOURCES, cache_command, kind_of
 from families.common.cached_captions import with_token_ids
 from families.common.features import CACHE_NAME, REMAKE, Dtype, Feature, Origin, members_of
-from families.common.file_hashes import sha256
+from families.common.file_hashes import sha256_of
 from warpcore.config import ConfigError
 from warpcore.data.buckets import Buckets
 from warpcore.data.fields import TensorField
@@ -28,7 +28,7 @@ class Cacheable(Protocol):
     bucket_factor: int
     features: Mapping[str, Feature]
 
-    def network_file(self, network: str) -> Path:
+    def network_files(self, network: str) -> list[Path]:
         """The weights of a network that makes features. Raises UserError where they are missing."""
 
     def feature_setting(self, name: str) -> Any:
@@ -51,7 +51,9 @@ def origin_of(
         UserError: weights are missing.
     """
     config, features = training.config, {name: training.features[name] for name in names}
-    networks = {name: training.network_file(name) for name in {feature.network: None for feature in features.values()}}
+    networks = {
+        name: training.network_files(name) for name in {feature.network: None for feature in features.values()}
+    }
     settings = dict.fromkeys(name for feature in features.values() for name in feature.settings)
     values = {
         name: buckets_of(training).sizes if name == "bucket_sizes" else training.feature_setting(name)
@@ -60,7 +62,7 @@ def origin_of(
     return Origin(
         features={name: list(feature.settings) for name, feature in features.items()},
         makers={name: feature.network for name, feature in features.items()},
-        networks={name: {"file": path.name, "sha256": sha256(path)} for name, path in networks.items()},
+        networks={name: {"file": paths[0].name, "sha256": sha256_of(paths)} for name, paths in networks.items()},
         settings=json.loads(json.dumps(values)),
         dtype=dtype,
         variants=variants,

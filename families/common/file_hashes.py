@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from warpcore.data.sidecars import ABSENT, cache_locations
+from warpcore.errors import UserError
 
 SUFFIX = ".sha256.json"
 SETTLED_SECONDS = 2.0
@@ -28,6 +30,24 @@ def sha256(path: Path) -> str:
     if _version(path) == version and time.time() - version[1] / 1e9 > SETTLED_SECONDS:
         _remember(places, version, found)
     return found
+
+
+def sha256_of(paths: Sequence[Path]) -> str:
+    """The SHA-256 of a file; of several, or of folders of a library's networks, that of the hashes of their weights.
+
+    Raises:
+        UserError: a folder holds no weights.
+    """
+    files = [file for path in paths for file in (_weights_in(path) if path.is_dir() else [path])]
+    hashes = [sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise UserError(f"{folder} holds no weights (.safetensors)")
+    return files
 
 
 def _version(path: Path) -> list[int]:

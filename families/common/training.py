@@ -84,8 +84,12 @@ class DiffusionTraining(SampleFields):
             )
 
     def network_file(self, network: str) -> Path:
-        """The weights of a network that makes features. Raises UserError where they are missing."""
+        """The file of weights of a network that makes features. Raises UserError where it is missing."""
         raise NotImplementedError
+
+    def network_files(self, network: str) -> list[Path]:
+        """The files, or folders of a library, with the weights of a network that makes features."""
+        return [self.network_file(network)]
 
     def feature_setting(self, name: str) -> Any:
         """A setting that features depend on."""

@@ -89,13 +89,15 @@ def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> C
     return ClipTextEncoders(encoders, zeros_for_empty=len(encoders) > 1)
 
 
-def network_file(settings: SdSettings, network: str) -> Path:
-    """The file or folder with the weights of a network that makes features: `autoencoder` or `text`."""
+def network_files(settings: SdSettings, network: str) -> list[Path]:
+    """The files or folders with the weights of a network that makes features: `autoencoder`, or `text`, whose text
+    encoders are one network."""
     if network == "autoencoder":
-        return autoencoder_source(settings).path
+        return [autoencoder_source(settings).path]
     if not settings.version.text:
-        return settings.text_encoder_checkpoint_path or settings.version.text_file
-    return _part(settings, "text_encoder", TEXT, None).path
+        return [settings.text_encoder_checkpoint_path or settings.version.text_file]
+    names = ["text_encoder", "text_encoder_2"][: len(settings.version.text)]
+    return list(dict.fromkeys(_part(settings, name, TEXT, None).path for name in names))
 
 
 def with_zero_terminal_snr(settings: SdConfig, about: Mapping[str, str] | None) -> SdConfig:

@@ -45,8 +45,8 @@ class SdTraining(DiffusionTraining):
             "text": partial(build.text_encoders, self.config, self.device),
         }
 
-    def network_file(self, network: str) -> Path:
-        return build.network_file(self.config, network)
+    def network_files(self, network: str) -> list[Path]:
+        return build.network_files(self.config, network)
 
     @cached_property
     def latents(self) -> tuple[LatentScale, int]:
