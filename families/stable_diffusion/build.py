@@ -132,6 +132,8 @@ def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: f
 def _part(settings: SdSettings, name: str, key: str, default: Path | None) -> Component:
     """A network beside the U-Net: where its key says, else with the U-Net, else the default."""
     given, base = getattr(settings, key), settings.generator_checkpoint_path
+    if are_only_shapes() and not any(path is not None and path.exists() for path in (given, base, default)):
+        return Component(given or base or Path(name), dict)  # what the version says is all that is known
     if given is None and base is not None and holds(base, name, key):
         return find_component(base, name, key)
     if given is None and default is None:
