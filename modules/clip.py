@@ -6,6 +6,7 @@ that `text_tower(path=...)` is enough to load it again. open_clip is imported wh
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,7 @@ from modules.clip_weights import (
     read_tower,
 )
 from modules.effnet import normalise_images
-from modules.tokenizers import BytePairTokenizer, WordTokenizer, tokenize
+from modules.tokenizers import BytePairTokenizer, ExtendedTokenizer, WordTokenizer, tokenize
 
 # Normalisation of OpenAI's CLIP models, as in open_clip's OPENAI_DATASET_MEAN and OPENAI_DATASET_STD.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -133,6 +134,22 @@ class TextTower(_Tower):
     def token_embedding(self) -> nn.Embedding:
         """One row per token id. It may be replaced by one with further rows."""
         return self.model.token_embedding
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens that stand for text, with their ids."""
+        return self.tokenizer.vocabulary
+
+    def extend(self, embedding: nn.Module, names: Sequence[str]) -> None:
+        """Embed token ids with another table, and read further tokens, see `modules.tokens.TextEncoder`."""
+        self.model.token_embedding = embedding
+        if names:
+            self.tokenizer = ExtendedTokenizer(self.tokenizer, names)
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B, L) int64 and mask (B, L) bool, True from the begin to the end token, both on the CPU."""

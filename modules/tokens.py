@@ -1,19 +1,39 @@
-"""Tokens of a text tower that are trained: further ones, or some of its vocabulary, each a row of the embedding.
+"""Tokens of a text encoder that are trained: further ones, or some of its vocabulary, each a row of the embedding.
 
-Only these rows have gradients and optimizer state; the table and the rest of the tower stay frozen.
+Only these rows have gradients and optimizer state; the table and the rest of the encoder stay frozen.
 """
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from modules.clip import TextTower
-from modules.tokenizers import ExtendedTokenizer, Tokenizer
+
+class HasVocabulary(Protocol):
+    """What tokens there are: a tokenizer, or a text encoder."""
+
+    vocab_size: int
+    """The ids are below this."""
+    vocabulary: Mapping[str, int]
+    """The tokens that stand for text, with their ids. As in CLIP's, a token that ends a word ends with `</w>`."""
+
+
+class TextEncoder(HasVocabulary, Protocol):
+    """A text encoder whose tokens can be trained."""
+
+    token_embedding: nn.Module
+    """Makes (B, L, D) of token ids (B, L)."""
+    width: int
+    """D."""
+
+    def extend(self, embedding: nn.Module, names: Sequence[str]) -> None:
+        """Embed token ids with another table, and read further tokens, whose ids follow the others, wherever they
+        stand in a text, in upper or lower case."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +50,7 @@ def is_new(name: str) -> bool:
     return name[:1] + name[-1:] in ("[]", "<>")
 
 
-def find_tokens(tokenizer: Tokenizer, entries: Sequence[tuple[str, str | None]]) -> list[Token]:
+def find_tokens(tokenizer: HasVocabulary, entries: Sequence[tuple[str, str | None]]) -> list[Token]:
     """The tokens that entries of `train_tokens` stand for, each once.
 
     `['[fernando]', '^dog</w>']` is a further token that starts as the mean of those tokens of the vocabulary that the
@@ -56,14 +76,14 @@ def find_tokens(tokenizer: Tokenizer, entries: Sequence[tuple[str, str | None]])
     return list(found.values())
 
 
-def _check_new(name: str, tokenizer: Tokenizer, found: dict[str, Token]) -> None:
+def _check_new(name: str, tokenizer: HasVocabulary, found: dict[str, Token]) -> None:
     if name.lower() in {other.lower() for other in found} or name.lower() in tokenizer.vocabulary:
         raise ValueError(f"{name!r} is there already, in upper or lower case; choose another name for the new token")
     if re.search(r"\s", name) or len(name) < 3:
         raise ValueError(f"{name!r} cannot stay whole in a text: write one word in brackets, such as '[fernando]'")
 
 
-def _search(pattern: str, tokenizer: Tokenizer) -> dict[str, int]:
+def _search(pattern: str, tokenizer: HasVocabulary) -> dict[str, int]:
     vocabulary = tokenizer.vocabulary
     try:
         found = {token: i for token, i in vocabulary.items() if pattern and re.search(pattern, token)}
@@ -90,14 +110,14 @@ class TokenRows(nn.Module):
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
 
     @classmethod
-    def of(cls, tower: TextTower, tokens: Sequence[Token]) -> "TokenRows":
-        """Rows that start from the embedding of a tower."""
-        device = tower.model.positional_embedding.device
+    def of(cls, encoder: TextEncoder, tokens: Sequence[Token]) -> "TokenRows":
+        """Rows that start from the embedding of a text encoder."""
+        device = next(encoder.token_embedding.parameters()).device
 
         def start(sources: tuple[int, ...]) -> Tensor:
             if not sources:
-                return torch.zeros(tower.width, device=device)
-            return tower.token_embedding(torch.tensor(sources, device=device)).float().mean(dim=0)
+                return torch.zeros(encoder.width, device=device)
+            return encoder.token_embedding(torch.tensor(sources, device=device)).float().mean(dim=0)
 
         return cls(tokens, torch.stack([start(token.sources) for token in tokens]))
 
@@ -113,7 +133,7 @@ class TokenRows(nn.Module):
 
 
 class ExtendedEmbedding(nn.Module):
-    """A tower's table of embeddings with other rows for some ids."""
+    """A table of embeddings with other rows for some ids."""
 
     def __init__(self, table: nn.Module, known: int, rows: TokenRows):
         super().__init__()
@@ -124,15 +144,13 @@ class ExtendedEmbedding(nn.Module):
         return self.rows[0](ids, self.table(ids.clamp(max=self.known - 1)))
 
 
-def attach(tower: TextTower, rows: TokenRows) -> None:
-    """Let a tower read and embed the tokens. May be done again with further ones."""
-    known = tower.tokenizer.vocab_size
+def attach(encoder: TextEncoder, rows: TokenRows) -> None:
+    """Let a text encoder read and embed the tokens. May be done again with further ones."""
+    known = encoder.vocab_size
     new = [token for token in rows.tokens if token.id >= known]
     if [token.id for token in new] != list(range(known, known + len(new))):
         raise ValueError(f"the tokens {', '.join(token.name for token in new)} were made for another vocabulary")
-    tower.model.token_embedding = ExtendedEmbedding(tower.token_embedding, known, rows)
-    if new:
-        tower.tokenizer = ExtendedTokenizer(tower.tokenizer, [token.name for token in new])
+    encoder.extend(ExtendedEmbedding(encoder.token_embedding, known, rows), [token.name for token in new])
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from torch import nn
 
 from families.cascade.lora_formats import embeddings, layouts, reference
 from families.common.exports import Files, write_files
-from families.common.lora_files import check_adapters, peft_config, read_tensors
+from families.common.lora_files import check_adapters, peft_config
 from families.common.lora_formats import ours, peft
 from families.common.lora_formats.adapters import Lora, LoraFileError, named_tokens
+from families.common.lora_formats.embeddings import embeddings_folder, file_name
+from families.common.lora_formats.tensors import read_tensors
 from modules.lora import places
 from modules.tokenizers import Tokenizer
 from modules.tokens import TokenRows, is_new
@@ -93,7 +95,7 @@ def _with_tokens_beside(lora: Lora, path: Path, about: Mapping[str, str]) -> Lor
     for token in named_tokens(about):
         if token in lora.tokens:
             continue
-        name = embeddings.file_name(token)
+        name = file_name(token)
         found = next(filter(_holds_embedding, (embeddings_folder(path) / name, path.with_name(name))), None)
         if found is None:
             lora.missing_tokens.append(token)
@@ -109,11 +111,6 @@ def _holds_embedding(file: Path) -> bool:
 
 
 # ---------------------------------------------------------------- writing
-
-
-def embeddings_folder(path: Path) -> Path:
-    """Where the tokens of a file go that cannot hold them: `dog.safetensors` -> `dog_embeddings`."""
-    return path.with_name(f"{path.stem}_embeddings")
 
 
 def token_files(lora: Lora, path: Path) -> Files:

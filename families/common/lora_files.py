@@ -7,16 +7,16 @@ kohya        lora_unet_NAME.lora_down.weight, ...       `alpha` beside it; Comfy
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from families.common.exports import write_files
-from families.common.lora_formats import named, ours, peft, programs
-from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError
+from families.common.exports import Files, write_files
+from families.common.lora_formats import embeddings, named, ours, peft, programs
+from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens
+from families.common.lora_formats.tensors import read_tensors
 from modules.lora import Place, places
 
 FORMATS = ("warpcore", "diffusers", "kohya")
@@ -24,26 +24,6 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """The LoRA of a folder that diffusers wrote."""
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """Key of a file's metadata that holds peft's configs, each key behind its network's name."""
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, or of a PyTorch file read without running code in it.
-
-    Raises:
-        LoraFileError: it is missing or unreadable.
-    """
-    if not path.is_file():
-        raise LoraFileError(f"there is no LoRA file {path}")
-    try:
-        if path.suffix != ".safetensors":
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict):
-                raise ValueError("it holds no tensors by name")
-            return tensors, {}
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # whatever unpickling may raise
-        raise LoraFileError(f"{path} cannot be read as a LoRA: {error}") from error
 
 
 def peft_config(path: Path) -> dict:
@@ -101,20 +81,20 @@ def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the f
     there = {name: places(network) | places(network, split_qkv=True) for name, network in networks.items()}
     try:
         if ours.is_ours(list(tensors)):
-            found = _of_networks(ours.from_ours(tensors, about).adapters, networks)
+            found = _from_ours(tensors, about, networks)
         else:
             config = peft_config(path) if of_peft else None
-            found = {
-                name: _from_programs(name, networks[name], own, there[name], _config(about, name, config))
-                for name, own in _by_network(tensors, networks).items()
-            }
-        if not any(found.values()):
+            others, found = embeddings.without_bundled(tensors, named_tokens(about), text_encoders(networks))
+            for name, own in _by_network(others, networks).items():
+                adapters = _from_programs(name, networks[name], own, there[name], _config(about, name, config))
+                found[name] = replace(found.get(name, Lora({})), adapters=adapters)
+        if not any(own.adapters or own.tokens for own in found.values()):
             raise LoraFileError("it is no LoRA: it holds no tensors")
         for name, own in found.items():
-            check_adapters(own, there[name], hint)
+            check_adapters(own.adapters, there[name], hint)
     except LoraFileError as error:
         raise LoraFileError(f"{path}: {error}") from None
-    return {name: Lora(own) for name, own in found.items()}
+    return embeddings.with_tokens_beside(found, path, named_tokens(about), text_encoders(networks))
 
 
 def write_loras(
@@ -126,14 +106,25 @@ def write_loras(
     Raises:
         LoraFileError: the format cannot express something of them.
     """
+    write_files(lora_files(loras, path, kind, networks, about))
+
+
+def lora_files(
+    loras: Mapping[str, Lora], path: Path, kind: str, networks: Mapping[str, nn.Module],
+    about: Mapping[str, str] | None = None,
+) -> Files:  # fmt: skip
+    """The files that `write_loras` writes: trained tokens are in ours, and beside the others as embeddings.
+
+    Raises:
+        LoraFileError: the format cannot express something of them.
+    """
     tensors: dict[str, Tensor] = {}
-    whole = Lora(
-        {f"{name}.{place}": adapter for name, own in loras.items() for place, adapter in own.adapters.items()}
-    )
-    about = dict(about or {}) | ours.metadata(whole)
+    about = dict(about or {}) | metadata(loras)
+    beside = {} if kind == "warpcore" else embeddings.files_beside(loras, path)
     match kind:
         case "warpcore":
-            tensors = ours.to_tensors(whole)
+            for name, own in loras.items():
+                tensors |= {f"{name}.{tensor}": value for tensor, value in ours.to_tensors(own).items()}
         case "kohya":
             for name, own in loras.items():
                 prefix = programs.kohya_prefix(name, networks)
@@ -152,20 +143,40 @@ def write_loras(
             about[DIFFUSERS_METADATA] = json.dumps(configs)
         case _:
             raise LoraFileError(f"there is no LoRA format {kind!r}; write one of {', '.join(FORMATS)}")
-    write_files({path: (tensors, about)})
+    return {path: (tensors, about)} | beside
 
 
-def _of_networks(adapters: Mapping[str, Adapter], networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Adapter]]:
-    """The adapters of our own file by network; a file of one network may have names without its own."""
-    if len(networks) == 1 and not any(place.startswith(f"{name}.") for place in adapters for name in networks):
-        return {name: dict(adapters) for name in networks}
-    found: dict[str, dict[str, Adapter]] = {}
-    for place, adapter in adapters.items():
+def metadata(loras: Mapping[str, Lora]) -> dict[str, str]:
+    """What our file of a pipeline's networks says about its tensors."""
+    adapters = {f"{name}.{place}": adapter for name, own in loras.items() for place, adapter in own.adapters.items()}
+    tokens = list(dict.fromkeys(token for own in loras.values() for token in own.tokens + own.missing_tokens))
+    return ours.metadata(Lora(adapters, tokens))
+
+
+def text_encoders(networks: Iterable[str]) -> list[str]:
+    """The names of text encoders among those of a pipeline's networks."""
+    return sorted(name for name in networks if name.startswith("text_encoder"))
+
+
+def _from_ours(
+    tensors: Mapping[str, Tensor], about: Mapping[str, str], networks: Mapping[str, nn.Module]
+) -> dict[str, Lora]:
+    """What our own file holds by network; a file of one network may have names without its own."""
+    if len(networks) == 1 and not any(place.startswith(f"{name}.") for place in tensors for name in networks):
+        return {name: ours.from_ours(tensors, about) for name in networks}
+    found: dict[str, dict[str, Tensor]] = {}
+    for place, tensor in tensors.items():
         name, _, own = place.partition(".")
         if name not in networks:
             raise LoraFileError(f"it changes {place}; here it is read for {', '.join(networks)} alone")
-        found.setdefault(name, {})[own] = adapter
-    return found
+        found.setdefault(name, {})[own] = tensor
+    alpha = json.loads(about.get("alpha", "null"))
+    alphas = {name: {place.removeprefix(f"{name}."): value for place, value in alpha.items()
+                     if place.startswith(f"{name}.")} if isinstance(alpha, dict) else alpha
+              for name in found}  # fmt: skip
+    return {
+        name: ours.from_ours(own, dict(about) | {"alpha": json.dumps(alphas[name])}) for name, own in found.items()
+    }
 
 
 def _by_network(tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:

@@ -111,7 +111,7 @@ class ClipTextEncoder(FrozenNetwork):
         if not 0 <= hidden.skip_layers < settings.num_hidden_layers:
             raise UserError(f"{key}: {hidden.skip_layers} layers cannot be left out of {settings.num_hidden_layers}")
         self.model.requires_grad_(False)
-        self._warned = False
+        self._warned = self._finds_end = False
 
     @classmethod
     def load(
@@ -190,16 +190,53 @@ class ClipTextEncoder(FrozenNetwork):
         )
         return Tokens(read.input_ids, read.attention_mask.bool())
 
-    @torch.no_grad()
+    @property
+    def transformer(self) -> nn.Module:
+        """The part of the library's network that has the embeddings and the layers."""
+        return self.model.text_model if self.projects else self.model
+
+    @property
+    def token_embedding(self) -> nn.Module:
+        """Makes (B, L, D) of token ids (B, L)."""
+        return self.transformer.embeddings.token_embedding
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.model.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return len(self.tokenizer)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens that stand for text, with their ids."""
+        special = {*self.tokenizer.all_special_tokens}
+        return {token: i for token, i in self.tokenizer.get_vocab().items() if token not in special}
+
+    def extend(self, embedding: nn.Module, names: Sequence[str]) -> None:
+        """Embed token ids with another table, and read further tokens, see `modules.tokens.TextEncoder`."""
+        from transformers import AddedToken
+
+        self.transformer.embeddings.token_embedding = embedding
+        self.tokenizer.add_tokens([AddedToken(name, normalized=True) for name in names])
+        self._finds_end = self._finds_end or bool(names)
+
     def encode(self, tokens: Tokens) -> TextConditions:
         """The conditions of tokens, in the precision of the encoder. Padded positions are seen, as in diffusers."""
         with self.in_own_precision():
             output = self.model(to_device(tokens.ids, self.device), output_hidden_states=True)
             hidden = output.hidden_states[-1 - self.hidden.skip_layers]
             if self.hidden.final_norm:
-                transformer = self.model.text_model if self.projects else self.model
-                hidden = transformer.final_layer_norm(hidden)
-        pooled = output.text_embeds if self.projects else None
+                hidden = self.transformer.final_layer_norm(hidden)
+            pooled = output.text_embeds if self.projects else None
+            if self.projects and self._finds_end:
+                # Published configs let the library take the highest id for the end token, which is now another.
+                ends = (tokens.ids == self.tokenizer.eos_token_id).int().argmax(dim=1).to(self.device)
+                at_end = output.last_hidden_state[torch.arange(len(ends), device=self.device), ends]
+                pooled = self.model.text_projection(at_end)
         return TextConditions(hidden, pooled, to_device(tokens.mask, self.device))
 
     def forward(self, texts: Sequence[str]) -> TextConditions:
@@ -225,7 +262,6 @@ class ClipTextEncoders(FrozenNetwork):
         """The tokens of texts for each encoder."""
         return [encoder.tokenize(texts) for encoder in self.encoders]
 
-    @torch.no_grad()
     def encode(self, tokens: Sequence[Tokens]) -> TextConditions:
         """The conditions of the tokens of each encoder, in the precision of the last."""
         parts = [encoder.encode(own) for encoder, own in zip(self.encoders, tokens, strict=True)]

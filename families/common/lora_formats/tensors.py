@@ -1,0 +1,29 @@
+"""The tensors of a LoRA file or an embedding, read without unpickling anything."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from families.common.lora_formats.adapters import LoraFileError
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, or of a PyTorch file read without running code in it.
+
+    Raises:
+        LoraFileError: it is missing or unreadable.
+    """
+    if not path.is_file():
+        raise LoraFileError(f"there is no LoRA file {path}")
+    try:
+        if path.suffix != ".safetensors":
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict):
+                raise ValueError("it holds no tensors by name")
+            return tensors, {}
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # whatever unpickling may raise
+        raise LoraFileError(f"{path} cannot be read as a LoRA: {error}") from error
