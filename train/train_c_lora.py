@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from families.cascade import lora
 from families.cascade.lora_config import LoraConfig
 from families.cascade.lora_formats import metadata
+from families.common import lora_training
 from families.common.captions import unused_tokens
 from modules.lora import without_adapters
 from modules.tokens import untrained
@@ -43,11 +44,11 @@ class TrainLora(TrainStageC):
     def build(self) -> dict[str, nn.Module]:
         config, networks = self.config, super().build()
         generator, text = networks["generator"], networks.get("text")
-        lora.freeze(generator, config.frozen_weights or self.dtype, self.processes)
+        lora_training.freeze(generator, config.frozen_weights or self.dtype, self.processes)
         checkpoint = None if self.resumed is None else self.checkpoints.stored(self.resumed)
         lora.adapt(generator, config.module_filters, config.lora_settings, checkpoint)
         if config.train_tokens:
-            networks["tokens"] = lora.train_tokens(text, config.train_tokens)
+            networks["tokens"] = lora_training.train_tokens(text, config.train_tokens)
             text.model.set_grad_checkpointing(config.activation_checkpointing > 0)
         if config.lora_checkpoint_path:
             lora.load_into(generator, networks.get("tokens"), config.lora_checkpoint_path, config.module_filters)
@@ -74,11 +75,11 @@ class TrainLora(TrainStageC):
         return {"base": base, "LoRA": super().draw(prompts, size)["sample"]}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        return {"lora": lora.lora_tensors(self.networks["generator"], self.networks.get("tokens"))}
+        return {"lora": lora_training.lora_tensors(self.networks["generator"], self.networks.get("tokens"))}
 
     def file_metadata(self) -> dict[str, str]:
         config, networks = self.config, self.networks
-        about = metadata(lora.lora_of(networks["generator"], networks.get("tokens")))
+        about = metadata(lora_training.lora_of(networks["generator"], networks.get("tokens")))
         return super().file_metadata() | about | {"module_filters": str(config.module_filters)}
 
 

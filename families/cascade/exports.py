@@ -12,6 +12,7 @@ from families.cascade.lora_files import lora_files, read_lora, shortcomings, tok
 from families.cascade.lora_formats import Lora
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.lora import merge_loras
+from families.common.lora_training import train_tokens
 from families.common.weight_files import TARGET_KEY, metadata_of, weights_in
 from families.common.weights import read_weights
 from modules.tokenizers import BytePairTokenizer, Tokenizer
@@ -72,7 +73,7 @@ def open_lora(source: Path, arguments: list[str]) -> tuple[LoraExportSettings, L
     settings = load_config(LoraExportSettings, [f"--{key}", str(source), *model_version, *arguments])
     if len(settings.lora) != 1:
         raise UserError(f"one LoRA at a time, not {len(settings.lora)}: {', '.join(settings.lora) or source}")
-    rows = lora.train_tokens(build.text(settings), settings.train_tokens) if settings.train_tokens else None
+    rows = train_tokens(build.text(settings), settings.train_tokens) if settings.train_tokens else None
     return settings, read_lora(Path(settings.lora[0]), lora.outline(settings), settings.module_filters, rows)
 
 

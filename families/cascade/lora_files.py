@@ -14,6 +14,7 @@ from families.common.lora_formats import ours, peft
 from families.common.lora_formats.adapters import Lora, LoraFileError, named_tokens
 from families.common.lora_formats.embeddings import embeddings_folder, file_name
 from families.common.lora_formats.tensors import read_tensors
+from families.common.lora_training import missing_tokens
 from modules.lora import places
 from modules.tokenizers import Tokenizer
 from modules.tokens import TokenRows, is_new
@@ -173,11 +174,6 @@ def shortcomings(lora: Lora, kind: str) -> list[str]:
     if lora.missing_tokens:
         notes.append(missing_tokens(lora))
     return notes
-
-
-def missing_tokens(lora: Lora) -> str:
-    named = ", ".join(lora.missing_tokens)
-    return f"The LoRA was trained with the tokens {named}, which are neither in its file nor in embeddings beside it"
 
 
 def _token_ids(lora: Lora, tokenizer: Tokenizer | None) -> dict[str, int]:

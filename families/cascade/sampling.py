@@ -13,10 +13,10 @@ from families.cascade.conditions import text_conditions
 from families.cascade.controlled import Control, ControlledStageC
 from families.cascade.diffusion import make_diffusion
 from families.cascade.inference import DrawingSettings
-from families.cascade.lora import add_tokens
 from families.cascade.lora_formats import Lora
 from families.common.captions import cut_note
 from families.common.lora import merge_loras
+from families.common.lora_training import add_tokens
 from families.common.pictures import pad
 from families.common.pipeline import Pipeline, Size, sizes_of
 from families.common.sampling import draw_latents, latent_size

@@ -4,7 +4,6 @@ from typing import Literal, Self
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from families.common.config import DiffusionConfig
 from modules.lora import LoraSettings
 from modules.tokens import is_new
 from warpcore.config import Settings, ShareBelowOne
@@ -49,8 +48,8 @@ class LoraKeys(Settings):
         )
 
 
-class TokenKeys(DiffusionConfig):
-    """Tokens of the text encoder that are trained."""
+class TokenKeys(Settings):
+    """Tokens of the text encoder that are trained; for a `DiffusionConfig`."""
 
     train_tokens: list[tuple[str, str | None]] | None = None
     """Tokens to train: `['[fernando]', '^dog</w>']`, a new one that starts as the mean of those that a regular

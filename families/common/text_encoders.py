@@ -258,6 +258,14 @@ class ClipTextEncoders(FrozenNetwork):
         self.encoders = nn.ModuleList(encoders)
         self.zeros_for_empty = zeros_for_empty
 
+    def set_activation_checkpointing(self, level: int) -> None:
+        """From level 1 on, every layer computes its activations again in the backward pass."""
+        for encoder in self.encoders:
+            if level:
+                encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                encoder.model.gradient_checkpointing_disable()
+
     def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of texts for each encoder."""
         return [encoder.tokenize(texts) for encoder in self.encoders]

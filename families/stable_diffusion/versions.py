@@ -27,6 +27,9 @@ AUTOENCODER = {
 }  # fmt: skip
 """SD's and SDXL's autoencoders differ in their weights and scale alone."""
 
+TITLES = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
+"""What messages call the published versions."""
+
 
 @dataclass(frozen=True)
 class Version:

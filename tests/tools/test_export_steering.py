@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from families.cascade.config import ModelSettings
 from families.cascade.controlnet import ControlNetSettings, file_metadata, settings_of_file
-from families.cascade.lora import lora_of, outline, train_tokens
+from families.cascade.lora import outline
 from families.cascade.lora_files import write_lora
+from families.common.lora_training import lora_of, train_tokens
 from families.common.weight_files import metadata_of
 from modules.clip import text_tower
 from modules.controlnet import ControlNet

@@ -53,7 +53,7 @@ def test_a_token_with_the_name_of_the_target_leaves_the_lora_whole(export, lora,
     ("tokens", "said"),
     [
         (("[heart]", "<heart>"), r"the tokens \[heart\] and <heart> would both be the embedding heart.safetensors"),
-        (("[w3]", "w3</w>"), r"\[w3\] and w3</w> would both be .* lora and lora-onetrainer keep"),
+        (("[w3]", "w3</w>"), r"\[w3\] and w3</w> would both be .* our own format, lora, keeps"),
         (("[Dog]", "[dog]"), "would both be the embedding"),
         (("[a/b]", "[a_b]"), "would both be the embedding a_b.safetensors"),
     ],

@@ -15,7 +15,8 @@ from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_sing
 from PIL import Image
 from safetensors import safe_open
 
-from families.cascade import lora, versions
+from families.cascade import versions
+from families.common import lora_training
 from modules.lora import adapters
 from tests.golden import load_case, weights_of
 from tests.many_processes import launch_processes
@@ -316,7 +317,7 @@ def test_four_bit_weights_are_for_one_process_and_need_torchao(small_cascade, mo
     with pytest.raises(UserError, match="frozen_weights: nf4 needs torchao: pip install torchao"):
         train(small_cascade | LORA | {"frozen_weights": "nf4"})
     with pytest.raises(UserError, match="frozen_weights: nf4 cannot be sharded"):
-        lora.freeze(torch.nn.Linear(2, 2), "nf4", Processes(0, 2, torch.device("cpu")))
+        lora_training.freeze(torch.nn.Linear(2, 2), "nf4", Processes(0, 2, torch.device("cpu")))
 
 
 def test_a_run_with_four_bit_weights(small_cascade):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import modules.lora
-from families.cascade.lora import load_into, lora_of, outline
+from families.cascade.lora import load_into, outline
 from families.cascade.lora_files import read_lora, write_lora
+from families.common.lora_training import lora_of
 from modules.lora import LoraSettings, add_adapters
 from tests.modules.test_lora import randomised
 from tests.modules.test_stage_c import golden_model, small_inputs

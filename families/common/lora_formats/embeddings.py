@@ -66,8 +66,8 @@ def named_files(tensors: Mapping[str, dict[str, Tensor]]) -> Files:
         name = file_name(token)
         if other := taken.get(name.casefold()):
             raise LoraFileError(
-                f"the tokens {other} and {token} would both be the embedding {name}: our own format, lora, keeps tokens "
-                "inside its file, under their whole names"
+                f"the tokens {other} and {token} would both be the embedding {name}: our own format, lora, keeps "
+                "tokens inside its file, under their whole names"
             )
         taken[name.casefold()] = token
         files[name] = own, {"token": token}
@@ -122,8 +122,8 @@ def from_embedding(
             )
         if missing := [OF_ENCODER[encoder] for encoder in encoders if encoder not in of_two]:
             raise LoraFileError(
-                f"it is an embedding for another model: SDXL's has the tensors {' and '.join(OF_ENCODER.values())}, and "
-                f"{missing[0]} is not in it"
+                f"it is an embedding of another model: {missing[0]} is not in it, and SDXL's have "
+                f"{' and '.join(OF_ENCODER.values())}"
             )
         found = of_two
     else:

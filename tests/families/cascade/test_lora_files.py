@@ -11,11 +11,12 @@ from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_sing
 from safetensors.torch import load_file, save_file
 
 from families.cascade.config import ModelSettings
-from families.cascade.lora import add_tokens, lora_of, open_loras, train_tokens
+from families.cascade.lora import open_loras
 from families.cascade.lora_files import read_lora, write_lora
 from families.cascade.lora_formats import LoraFileError, metadata, to_reference, to_tensors
 from families.cascade.versions import VERSIONS
 from families.common.lora import merge_loras, parse_lora
+from families.common.lora_training import add_tokens, lora_of, train_tokens
 from modules.lora import LoraSettings, add_adapters, places, remove_adapters
 from modules.stage_c import StageC
 from modules.tokenizers import BytePairTokenizer

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from families.cascade.lora import lora_of
 from families.cascade.lora_files import read_lora, write_lora
 from families.cascade.lora_formats import LoraFileError, to_reference
 from families.common.lora import merge_loras
+from families.common.lora_training import lora_of
 from modules.lora import LoraSettings, add_adapters, places
 from modules.stage_c import StageC
 from tests.golden import load_case
