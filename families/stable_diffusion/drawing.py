@@ -1,5 +1,6 @@
 """Drawing with Stable Diffusion: text encoders, U-Net, autoencoder, one in memory at a time."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from families.common.lora import merge_loras, parse_lora
-from families.common.lora_files import read_loras
 from families.common.lora_formats import Lora
+from families.common.lora_training import add_tokens, missing_tokens
 from families.common.pipeline import Pipeline, Size, sizes_of
 from families.common.sampling import draw_latents
 from families.common.text_encoders import ClipTextEncoders
@@ -17,12 +18,14 @@ from families.common.weight_files import weights_in
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.conditions import SIZES, told
+from families.stable_diffusion.lora import encoders_by_name, networks_by_name, read_lora
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.tables import TableSchedule
 from warpcore.diffusion.times import TIME_RULES, Spacing, flow_times, sampling_times
 from warpcore.errors import UserError
 
+logger = logging.getLogger(__name__)
 Loras = Sequence[tuple[Mapping[str, Lora], float]]
 """What each LoRA changes of each network (`unet`, `text_encoder`, `text_encoder_2`), and its strength."""
 
@@ -40,8 +43,9 @@ class StableDiffusionNetworks(Pipeline):
         clip_skip: which hidden state from the end is taken, 1 being the last; None as the network was trained.
         """
         with self.holding("text encoders", partial(build.text_encoders, device=self.device)) as encoders:
-            for name, encoder in zip(("text_encoder", "text_encoder_2"), encoders.encoders, strict=False):
+            for name, encoder in encoders_by_name(encoders).items():
                 self._merge(name, encoder.model)
+                add_tokens(encoder, [(lora[name], strength) for lora, strength in self.loras if name in lora])
             if clip_skip is not None:
                 skip_layers(encoders, clip_skip)
             most = self.settings.batch_size
@@ -130,12 +134,15 @@ def open_loras(files: Sequence[str], settings, use_ema: bool = True) -> Loras:
     if not files:
         return []
     with only_shapes():
-        networks = {"unet": build.unet(settings)}
-        encoders = build.text_encoders(settings).encoders
-    names = ("text_encoder", "text_encoder_2")
-    networks |= {name: encoder.model for name, encoder in zip(names, encoders, strict=False)}
-    places = [(weights_in(place, "lora", use_ema), strength) for place, strength in map(parse_lora, files)]
-    return [(read_loras(place, networks, "model_version"), strength) for place, strength in places]
+        networks = networks_by_name(build.unet(settings), build.text_encoders(settings))
+    opened = []
+    for place, strength in map(parse_lora, files):
+        found = read_lora(weights_in(place, "lora", use_ema), networks, settings.model_version)
+        opened.append((found, strength))
+        for lora in found.values():
+            if lora.missing_tokens:
+                logger.warning("%s: %s. Add the embeddings to `lora`", place, missing_tokens(lora))
+    return opened
 
 
 def sampling_process(

@@ -33,7 +33,9 @@ def _format(name: str, source: str, target: str, function: str, *first: Any, wri
 class StableDiffusion(Family):
     name = "stable_diffusion"
     title = "Stable Diffusion"
-    weight_keys = {"generator": "generator_checkpoint_path", "autoencoder": "autoencoder_checkpoint_path"}
+    weight_keys = {
+        "generator": "generator_checkpoint_path", "autoencoder": "autoencoder_checkpoint_path", "lora": "lora",
+    }  # fmt: skip
 
     formats = (
         _format("single-file", "a run, a checkpoint in one file, a pipeline's folder, weights of the U-Net",

@@ -33,6 +33,10 @@ SETTINGS: dict[str, dict] = {
     },
     "train_encoder": {},
     "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
+    "train_sd_lora": {
+        "model_version": "sdxl", "module_filters": ["to_q", "conv1"], "rank": 2, "lr": 0.01, "dora": True,
+        "text_encoder_filters": ["self_attn"], "text_encoder_lr": 0.005, "train_tokens": [["[fernando]", "^p"]],
+    },
     "train_towers": {
         "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,
         "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
