@@ -42,11 +42,9 @@ def recorded(small_cascade, tmp_path):
         settings = settings_of(small_cascade, name, "run") | {
             "webdataset_path": write_samples(tmp_path / "own.tar", [left] * 2), "updates": 1, "save_every": 1,
             "prior_path": write_samples(tmp_path / "prior.tar", [None] * 2), "prior_weight": 0.25,
-            "masked_loss": True, "caption_templates": ["a template"], "caption_dropout": 0.0,
+            "masked_loss": True, "caption_templates": ["a template [fernando]"], "caption_dropout": 0.0,
             "validation_samples": 0, "batch_size": 4, "micro_batch_size": 4,
         }  # fmt: skip
-        if name == "train_c_lora":
-            settings["caption_templates"] = ["a template [fernando]"]
         train(name, settings | changes, Recorded)
         return seen
 
