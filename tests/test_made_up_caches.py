@@ -129,6 +129,18 @@ def test_a_cache_that_lacks_rows_is_extended_by_the_command_that_is_told(setting
         train(settings, experiment_id="both", caches=[latents, texts])
 
 
+def test_a_cache_of_captions_that_were_edited_is_refused(settings, tmp_path):
+    texts = make(settings, tmp_path, "texts", "--features", "texts")
+    tar = Path(settings["webdataset_path"], "two", "a.tar")
+    content = tar.read_bytes()
+    assert content.count(b"picture 7") == 1
+    tar.write_bytes(content.replace(b"picture 7", b"pictures!"))
+    with pytest.raises(UserError, match=r"two/a.tar changed since .*two/a.tar was made from it: make it"):
+        train(settings, caches=[texts])
+    make(settings, tmp_path, "texts", "--features", "texts")
+    train(settings, caches=[texts], experiment_id="updated")
+
+
 def test_what_does_not_fit_is_refused(settings, tmp_path):
     latents, texts = both(settings, tmp_path)
     whole = make(settings, tmp_path, "whole")

@@ -51,9 +51,8 @@ def origin_of(
         UserError: weights are missing.
     """
     config, features = training.config, {name: training.features[name] for name in names}
-    networks = {
-        name: training.network_files(name) for name in {feature.network: None for feature in features.values()}
-    }
+    makers = {feature.network: None for feature in features.values()}
+    networks = {name: training.network_files(name) for name in makers}
     settings = dict.fromkeys(name for feature in features.values() for name in feature.settings)
     values = {
         name: buckets_of(training).sizes if name == "bucket_sizes" else training.feature_setting(name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from families.common.beginning import check_start_file, same_base, with_target
 from families.common.cache import Caches, find_caches
 from families.common.cache_commands import cache_command
+from families.common.cache_freshness import check_fresh
 from families.common.cached_captions import TOKEN_IDS
 from families.common.captions import cut_note, say_of_captions
 from families.common.config import DiffusionConfig
@@ -209,6 +210,12 @@ class DiffusionTraining(SampleFields):
     def setup(self) -> None:
         super().setup()
         if self.caches is not None:
+            made_here = [
+                self.caches.folders[name]
+                for name, origin in self.caches.origins.items()
+                if origin.source == self.config.webdataset_path
+            ]
+            self.processes.on_main(lambda: check_fresh(self.feed.catalog, set(made_here)))
             _ = self.texts  # encodes what the caches lack, before the first update
             if computed := [name for name in self.features if not self.is_cached(name)]:
                 self.progress.say(f"no cache has {', '.join(computed)}: computed for each batch")

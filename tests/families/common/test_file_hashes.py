@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from families.common.file_hashes import SUFFIX, sha256
+from families.common.file_hashes import SUFFIX, sha256, sha256_of
+from warpcore.errors import UserError
 
 LONG_AGO = 1_600_000_000
 
@@ -52,3 +53,17 @@ def test_without_a_place_to_remember_it_the_hash_is_right_and_that_is_told(file,
     known = write(file, b"one")
     assert sha256(file) == known
     assert "hashed again at the next start" in caplog.text
+
+
+def test_a_folder_of_a_library_and_several_files_have_a_hash(file, tmp_path):
+    first, folder = write(file, b"one"), tmp_path / "vae"
+    folder.mkdir()
+    assert sha256_of([file]) == first
+    with pytest.raises(UserError, match="vae holds no weights"):
+        sha256_of([folder])
+    (folder / "config.json").write_text("{}")
+    write(folder / "model.safetensors", b"one")
+    assert sha256_of([folder]) == first
+    both = sha256_of([file, folder])
+    write(folder / "model.safetensors", b"two", LONG_AGO + 1)
+    assert len({first, both, sha256_of([file, folder])}) == 3
