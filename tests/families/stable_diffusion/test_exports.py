@@ -14,13 +14,15 @@ from families.common.lora import adapters_of, add_adapters
 from families.common.lora_files import read_loras, write_loras
 from families.common.lora_formats import Lora
 from families.registry import family_of
+from families.stable_diffusion import build
 from families.stable_diffusion.components import find_component
 from families.stable_diffusion.diffusers_folder import scheduler
-from families.stable_diffusion.exports import ExportSettings
+from families.stable_diffusion.exports import ExportSettings, without_projection
 from families.stable_diffusion.single_file import look_into
 from modules.lora import LoraSettings
 from tests.families.stable_diffusion.original_files import component_tensors, original_file
 from tests.families.stable_diffusion.test_single_file import same
+from tests.families.stable_diffusion.test_train_sd import settings_of, train
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
 from tests.modules.test_lora import randomised
 from tools.export import main
@@ -203,6 +205,31 @@ def test_a_run_is_exported_with_what_stands_beside_its_u_net(folders, export, tm
     for name, own in expected.items():
         assert same(found[name].tensors(), own), name
     assert found["unet"].diffusion_target == "v"
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_what_a_run_trained_is_what_diffusers_loads(export, tmp_path):
+    made = settings_of(tmp_path, "sd15")
+    train(made)
+    run = tmp_path / made["experiment_id"]
+    trained = load_file(run / "generator.safetensors")
+    export("diffusers", run, tmp_path / "folder")
+    pipeline = opened(diffusers.StableDiffusionPipeline, tmp_path / "folder")
+    assert same(pipeline.unet.state_dict(), trained)
+    assert family_of(tmp_path / "folder").name == "stable_diffusion"
+    before = component_tensors(tmp_path / "pipeline")
+    assert not same(before["unet"], trained)
+    assert same(pipeline.vae.state_dict(), before["vae"])
+    assert same(pipeline.text_encoder.state_dict(), before["text_encoder"])
+
+
+def test_the_mini_s_text_encoder_gives_the_same_states_without_its_projection():
+    (encoder,) = build.text_encoders(make_config(ExportSettings, {"model_version": "mini"})).encoders
+    theirs = without_projection(encoder.model)
+    ids = encoder.tokenize(["a red circle"]).ids
+    theirs.embeddings.position_ids = torch.arange(ids.shape[1])[None]
+    torch.testing.assert_close(theirs(ids)[0], encoder(["a red circle"]).hidden, atol=1e-6, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- LoRA
