@@ -54,10 +54,10 @@ demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subj
 	$(PY) tools/build_dataset.py demo/subject demo/subject_shards
 	touch $@
 
-# The whole mini cascade from scratch, in about 25 minutes on two cores: towers, Stage A, encoder and previewer, Stage B (whose weights
-# become those in models/mini), and Stage C.
+# The whole mini cascade from scratch, in about 30 minutes on two cores: towers, Stage A, encoder and previewer, Stage B, the autoencoder
+# of the mini Stable Diffusion (the weights of these become those in models/mini), and Stage C.
 mini: demo/ready
-	rm -rf runs/mini_towers runs/mini_a runs/mini_encoder runs/mini_b runs/quickstart_c
+	rm -rf runs/mini_towers runs/mini_a runs/mini_encoder runs/mini_b runs/mini_vae runs/quickstart_c
 	$(PY) train/train_towers.py configs/training/mini_towers.yaml
 	$(PY) train/train_a.py configs/training/mini_a.yaml
 	$(PY) train/train_encoder.py configs/training/mini_encoder.yaml
@@ -68,6 +68,8 @@ mini: demo/ready
 	$(call publish,mini_encoder/previewer,previewer)
 	$(PY) train/train_b.py configs/training/mini_b.yaml
 	$(call publish,mini_b/generator_ema,stage_b)
+	$(PY) train/train_vae.py configs/training/mini_vae.yaml
+	$(call publish,mini_vae/autoencoder_ema,autoencoder)
 	$(MAKE) quickstart
 
 publish = $(PY) tools/convert_weights.py runs/$(1).safetensors models/mini/$(2).safetensors --dtype float16 --overwrite

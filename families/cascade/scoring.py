@@ -16,9 +16,8 @@ from families.cascade.inference import DrawingSettings
 from families.cascade.lora import open_loras
 from families.cascade.lora_formats import Lora
 from families.cascade.sampling import Cascade
-from families.common.pictures import to_pictures
 from families.common.sampling import latent_size
-from families.common.scoring import SIDE_PX, ScoredSettings, Ways
+from families.common.scoring import SIDE_PX, ScoredSettings, Ways, as_uint8
 from warpcore.diffusion.samplers import SAMPLERS
 
 
@@ -54,8 +53,8 @@ class ScoredCascade:
         """
         seeds = [seed + i for i in range(len(prompts))]
         made = sketch(self.cascade, prompts, seeds, (SIDE_PX, SIDE_PX), **self.sampling, **steering)
-        pictures = {"previewed": _as_uint8(self.cascade.preview(made.latents))}
-        return pictures | ({"drawn": _as_uint8(finish(self.cascade, made))} if self.has_stage_b else {})
+        pictures = {"previewed": as_uint8(self.cascade.preview(made.latents))}
+        return pictures | ({"drawn": as_uint8(finish(self.cascade, made))} if self.has_stage_b else {})
 
     def controlled(self, pictures: Sequence[np.ndarray], prompts: Sequence[str], seed: int) -> Ways:
         ways: Ways = {"without": [], "with": [], "with, guided": []}
@@ -74,13 +73,13 @@ class ScoredCascade:
         compression = self.cascade.settings.version.compression
         latents = self.cascade.encode(given, [latent_size(*size, compression) for size in sizes])
         ways = {
-            self.autoencoder: _as_uint8(self.cascade.rebuild(given)),
-            "encoder, previewer": _as_uint8(self.cascade.preview(latents)),
+            self.autoencoder: as_uint8(self.cascade.rebuild(given)),
+            "encoder, previewer": as_uint8(self.cascade.preview(latents)),
         }
         if self.has_stage_b:
             pooled = self.cascade.read([*texts, ""])["clip_text_pooled"]
             stage_a = self.cascade.draw_b(latents, pooled[:-1], pooled[-1:], sizes, seeds)
-            ways["encoder, B, A"] = _as_uint8(self.cascade.decode(stage_a, sizes))
+            ways["encoder, B, A"] = as_uint8(self.cascade.decode(stage_a, sizes))
         return ways
 
     def notes(self, pictures: Sequence[np.ndarray]) -> list[str]:
@@ -103,8 +102,3 @@ class ScoredCascade:
             condition = filter.to(cascade.device, encoder)(batch).condition
         with cascade.holding("ControlNet", lambda _: controlnet) as network:
             return network(condition.to(cascade.device, cascade.dtype))
-
-
-def _as_uint8(pictures: Sequence[Tensor]) -> list[np.ndarray]:
-    """Pictures (3, H, W) in [0, 1] as uint8 (H, W, 3)."""
-    return [to_pictures(picture[None])[0] for picture in pictures]

@@ -9,8 +9,10 @@ from typing import Protocol
 
 import numpy as np
 from pydantic import PositiveInt
+from torch import Tensor
 
 from families.common.inference import ComputeSettings, RunSettings
+from families.common.pictures import to_pictures
 
 SIDE_PX = 128
 """Side of the pictures of the minis."""
@@ -55,3 +57,8 @@ class Scored(Protocol):
 
     def notes(self, pictures: Sequence[np.ndarray]) -> list[str]:
         """Further lines about what becomes of pictures."""
+
+
+def as_uint8(pictures: Sequence[Tensor]) -> list[np.ndarray]:
+    """Pictures (3, H, W) in [0, 1] as uint8 (H, W, 3)."""
+    return [to_pictures(picture[None])[0] for picture in pictures]

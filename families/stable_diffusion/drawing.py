@@ -51,7 +51,7 @@ class StableDiffusionNetworks(Pipeline):
             most = self.settings.batch_size
             parts = [encoders(texts[start : start + most]) for start in range(0, len(texts), most)]
         features = {"text": torch.cat([part.hidden.cpu() for part in parts])}
-        if parts[0].pooled is not None:
+        if self.settings.version.sees_sizes:
             features["text_pooled"] = torch.cat([part.pooled.cpu() for part in parts])
         return told(features)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from families.common.family import RECONSTRUCTION, TEXT_TO_IMAGE, ExportFormat, Family
+from families.common.family import RECONSTRUCTION, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.stable_diffusion.components import PIPELINES, library_component
 from families.stable_diffusion.single_file import is_single_file
@@ -72,6 +72,10 @@ the run's config. A LoRA's file that does not say it needs its model_version."""
             from families.stable_diffusion.text_to_image import StableDiffusionTextToImage
 
             return StableDiffusionTextToImage
+        if name == SCORING:
+            from families.stable_diffusion.scoring import ScoredStableDiffusion
+
+            return ScoredStableDiffusion
         return None
 
 
