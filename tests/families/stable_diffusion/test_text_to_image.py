@@ -31,6 +31,11 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 """The scheduler of each sampler, with the settings of the published pipelines."""
 
 
+def among(name: str, slow: bool):
+    """A parameter; those that others represent are slow."""
+    return pytest.param(name, marks=pytest.mark.slow) if slow else name
+
+
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory) -> Path:
     return write_sd15(tmp_path_factory.mktemp("sd15"))
@@ -74,14 +79,14 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("sampler", [among(name, name in ("heun", "ddim", "unipc")) for name in SCHEDULERS])
 def test_stable_diffusion_with_each_sampler(sd15, sampler):
     found = drawn_here(sd15, sampler=sampler, guidance=7.5, negative_prompt=NEGATIVE)
     expected = drawn_there(sd15, sampler, guidance_scale=7.5, negative_prompt=[NEGATIVE] * 2)
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", [among("euler", slow=True), "dpmpp_2m"])
 def test_karras_sigmas(sd15, sampler):
     found = drawn_here(sd15, sampler=sampler, karras=True, guidance=3)
     assert_same(found, drawn_there(sd15, sampler, karras=True, guidance_scale=3))
@@ -123,7 +128,7 @@ def test_the_sizes_and_the_crop_of_sdxl(sdxl):
     assert (found - drawn_here(sdxl, guidance=5, size=[64, 128])).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", [among("ddim", slow=True), "euler", among("dpmpp_2m", slow=True)])
 def test_a_picture_to_start_from(sd15, tmp_path, monkeypatch, sampler):
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     save_png(tmp_path / "start.png", to_pictures(picture[None])[0])
