@@ -8,6 +8,7 @@ import yaml
 
 from families.cascade.reconstruction import CascadeReconstructConfig
 from families.cascade.text_to_image import CascadeTextToImageConfig
+from families.stable_diffusion.text_to_image import SdTextToImageConfig
 from warpcore.config import make_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "inference").glob("*.yaml"))
@@ -25,4 +26,7 @@ def test_a_shipped_config_fits_the_script_that_it_names(path, tmp_path):
     if "control_" in text:
         (tmp_path / "picture.png").touch()
         needed = needed | {"controlnet": ["a.safetensors"], "control_image": [tmp_path / "picture.png"]}
+    if "Stable Diffusion" in text or "SDXL" in text:
+        (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+        kind, needed = SdTextToImageConfig, needed | {"generator_checkpoint_path": tmp_path}
     make_config(kind, yaml.safe_load(text) | {"run": []} | needed)
