@@ -9,18 +9,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from families.common.exports import OTHER_NAME, print_sizes
+from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import constructor_numbers
 from families.common.lora import merge_loras, parse_lora
-from families.common.lora_files import read_loras, write_loras
-from families.common.text_encoders import ClipTextEncoder
-from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, metadata_of, weights_in
+from families.common.lora_files import lora_files
+from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.components import TITLES, VERSION_KEY
-from families.stable_diffusion.config import SdSettings
 from families.stable_diffusion.diffusers_folder import pipeline
 from families.stable_diffusion.inference import SdInferenceSettings
+from families.stable_diffusion.lora import encoders_by_name, networks_by_name, read_lora, version_of
 from families.stable_diffusion.single_file import CONFIG_KEY, ZERO_SNR_KEY, single_file_tensors
 from warpcore.config import load_config
 from warpcore.errors import UserError
@@ -105,20 +104,17 @@ def open_networks(settings: ExportSettings) -> Networks:
     found = Networks({"unet": build.unet(settings)}, {})
     if not settings.only_unet:
         found.modules["vae"] = build.autoencoder(settings).model
-        for name, encoder in text_encoders(settings).items():
+        for name, encoder in encoders_by_name(build.text_encoders(settings)).items():
             found.modules[name] = encoder.model if name == "text_encoder_2" else without_projection(encoder.model)
             found.tokenizers[name.replace("text_encoder", "tokenizer")] = encoder.tokenizer
     adapted = {name: module for name, module in found.modules.items() if name != "vae"}
     for place, strength in map(parse_lora, settings.lora):
-        loras = read_loras(weights_in(place, "lora", settings.use_ema), adapted, "model_version")
+        loras = read_lora(weights_in(place, "lora", settings.use_ema), adapted, settings.model_version)
         for name, lora in loras.items():
             merge_loras(adapted[name], [(lora, strength)])
+        if any(lora.tokens for lora in loras.values()):
+            print(f"The tokens of {place} are not in it: lora-kohya and lora-diffusers write them as embeddings.")
     return found
-
-
-def text_encoders(settings: SdSettings) -> dict[str, ClipTextEncoder]:
-    """The text encoders of the settings by diffusers' names."""
-    return dict(zip(("text_encoder", "text_encoder_2"), build.text_encoders(settings).encoders, strict=False))
 
 
 def without_projection(encoder: nn.Module) -> nn.Module:
@@ -189,16 +185,14 @@ class LoraExportSettings(SdInferenceSettings):
 
 def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> None:
     key = "run" if (source / RUN_CONFIG).is_file() else "lora"
-    said = metadata_of(source).get(VERSION_KEY)
+    said = version_of(source)
     model_version = ["--model_version", said] if said else []
     settings = load_config(LoraExportSettings, [f"--{key}", str(source), *model_version, *arguments])
     if len(settings.lora) != 1:
         raise UserError(f"one LoRA at a time, not {len(settings.lora)}: {', '.join(settings.lora) or source}")
-    check_new([target], OTHER_NAME)
     with only_shapes():
-        networks = {"unet": build.unet(settings)}
-        networks |= {name: encoder.model for name, encoder in text_encoders(settings).items()}
-    loras = read_loras(weights_in(source, "lora", settings.use_ema), networks, "model_version")
+        networks = networks_by_name(build.unet(settings), build.text_encoders(settings))
+    loras = read_lora(weights_in(source, "lora", settings.use_ema), networks, settings.model_version)
     about = {FAMILY_KEY: FAMILY, VERSION_KEY: settings.model_version}
-    write_loras({name: lora for name, lora in loras.items() if lora.adapters}, target, kind, networks, about)
-    print_sizes([target])
+    changed = {name: lora for name, lora in loras.items() if lora.adapters or lora.tokens}
+    write_new_files(lora_files(changed, target, kind, networks, about))
