@@ -4,7 +4,7 @@ PY = .venv/bin/python
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=30
 
-.PHONY: install test test-fast test-slow test-bits check quickstart mini lint docs clean
+.PHONY: install test test-fast test-slow test-bits check quickstart quickstart_sd mini lint docs clean
 
 install: .venv/ready
 
@@ -45,9 +45,15 @@ quickstart: demo/ready
 	$(PY) train/train_c.py configs/training/quickstart_c.yaml
 	$(PY) inference/text_to_image.py configs/inference/quickstart.yaml
 
+# The same with a mini Stable Diffusion, on latents that are cached first.
+quickstart_sd: demo/ready
+	rm -rf demo/sd_cache runs/quickstart_sd
+	$(PY) tools/cache.py train/train_sd.py configs/training/quickstart_sd.yaml demo/sd_cache
+	$(PY) train/train_sd.py configs/training/quickstart_sd.yaml webdataset_path=demo/sd_cache
+
 # The demo set is recreated when what makes it changed; runs on the old one would refuse the new one.
 demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subject.py tools/build_dataset.py | install
-	rm -rf demo runs/quickstart_c runs/quickstart_lora runs/quickstart_controlnet runs/mini_*
+	rm -rf demo runs/quickstart_* runs/mini_*
 	$(PY) tools/make_demo_dataset.py demo/pictures
 	$(PY) tools/build_dataset.py demo/pictures demo/shards
 	$(PY) tools/make_demo_subject.py demo/subject
