@@ -47,7 +47,10 @@ class CascadeConfig(ModelSettings, DiffusionConfig):
 class StageBConfig(CascadeConfig):
     """What `train/train_b.py` understands."""
 
-    unused = frozenset({"previewer_checkpoint_path", "clip_image_model_name", "clip_image_checkpoint_path"})
+    unused = frozenset({
+        "previewer_checkpoint_path", "clip_image_model_name", "clip_image_checkpoint_path",
+        "multires_noise_iterations", "multires_noise_discount",  # its own noise has many resolutions
+    })  # fmt: skip
 
     model_version: Literal["3B", "700M", "mini"] = "3B"
     """Size of Stage B, and with it of the networks around it; `mini` is a toy cascade for 128 px pictures."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from families.common.noise import coarse_noise
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS, for_target
 from warpcore.diffusion.noise_conditions import CosineTNoiseCond, RectifiedFlowsNoiseCond
@@ -50,12 +51,9 @@ def pyramid_noise(random: SampleRandom, channels: int, size: tuple[int, int], si
     To normal numbers of `size` (H, W), those of grids of half, a quarter, ... of the sides are added, as far as the
     grid's shorter side is in `size_range`.
     """
-    levels = [(0, random.normal("noise", channels, *size))]
-    for level in range(1, 10):
-        grid = [side // 2**level for side in size]
-        if size_range[0] <= min(grid) <= size_range[1]:
-            levels.append((level, random.normal(f"noise of level {level}", channels, *grid)))
-    return blend_levels(levels)
+    levels = [level for level in range(1, 10) if size_range[0] <= min(size) // 2**level <= size_range[1]]
+    noise = random.normal("noise", channels, *size)
+    return blend_levels([(0, noise), *coarse_noise(random, channels, size, levels)])
 
 
 def blend_levels(levels: Sequence[tuple[int, Tensor]]) -> Tensor:

@@ -1,12 +1,12 @@
 """Configuration keys that the training scripts of all families of diffusion models share."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
+from families.common.losses import LossSettings
 from families.common.sample_fields import SampleSettings
 from warpcore.config import Config, Settings, Share
-from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.keys import Weights
 
@@ -25,7 +25,7 @@ class GeneratorSettings(Settings):
     its weights file says, or noise where it says nothing (published weights)."""
 
 
-class DiffusionConfig(SampleSettings, GeneratorSettings, Config):
+class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
     """What is learned, and what is drawn on the way."""
 
     caches: list[str] = []
@@ -42,13 +42,6 @@ class DiffusionConfig(SampleSettings, GeneratorSettings, Config):
     """Keep the text conditions of captions in the CPU's memory after their first use: for sets of few captions."""
     cache_text_gb: PositiveFloat = 4
     """What they may take there, in units of 10^9 bytes and per process."""
-    loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "p2"
-    """How much the loss of each noise level counts. A formula published for the error of another prediction than
-    `diffusion_target` is converted."""
-    adaptive_loss_weight: bool = False
-    """The published name of `loss_weight: adaptive`: divide the loss by its own running mean at each noise level."""
-    offset_noise: NonNegativeFloat = 0.0
-    """Strength of noise that shifts whole channels; helps with very dark and very bright pictures."""
     shift: PositiveFloat = 1.0
     """Moves the training noise to more (> 1) or less; larger latents want more."""
     sample_steps: PositiveInt = 20
@@ -69,9 +62,3 @@ class DiffusionConfig(SampleSettings, GeneratorSettings, Config):
                 first = values.get(key) or (named[0] if isinstance(named, list) else named)
                 values = values | {key: first}
         return values
-
-    @model_validator(mode="after")
-    def _one_loss_weight(self) -> Self:
-        if self.adaptive_loss_weight and self.loss_weight not in ("p2", "adaptive"):
-            raise ValueError(f"adaptive_loss_weight contradicts loss_weight: {self.loss_weight}; remove one")
-        return self

@@ -16,6 +16,8 @@ from families.common.cached_captions import TOKEN_IDS
 from families.common.captions import cut_note, say_of_captions
 from families.common.config import DiffusionConfig
 from families.common.features import Feature, Origin, lengths_name, stored
+from families.common.losses import with_loss
+from families.common.noise import multires_noise
 from families.common.prompts import FILE_NAME, Encode, prompt_features, read_prompts
 from families.common.sample_fields import SampleFields, resized
 from families.common.text_memory import TextMemory
@@ -130,10 +132,11 @@ class DiffusionTraining(SampleFields):
             before = self.kept.get("base")
             base = self.processes.on_main(lambda: same_base(config.generator_checkpoint_path, before))
             self.kept["base"] = base or before
-        self.diffusion = self.make_diffusion(
+        diffusion = self.make_diffusion(
             "adaptive" if config.adaptive_loss_weight else config.loss_weight,
             convert_weight=self.kept["loss_weight"] == self.conventions["loss_weight"],
         )
+        self.diffusion = with_loss(diffusion, config, config.diffusion_target)
         self.bookkeeping["diffusion"] = self.diffusion
 
     @cached_property
@@ -258,13 +261,19 @@ class DiffusionTraining(SampleFields):
         Args:
             latents: (B, C, *positions), such as (B, C, H, W) or (B, C, T, H, W).
             predict: the network: noised latents (like the latents) and noise conditions (B,) -> predictions.
-            noise: like the latents; independent normal numbers without it.
+            noise: like the latents; without it independent normal numbers, or multi-resolution noise.
         """
-        noise = random.normal("noise", *latents.shape[1:]) if noise is None else noise
+        config, shape = self.config, latents.shape[1:]
+        if noise is None and config.multires_noise_iterations:
+            iterations, discount = config.multires_noise_iterations, config.multires_noise_discount
+            noise = multires_noise(random, shape[0], shape[1:], iterations, discount)
+        noise = random.normal("noise", *shape) if noise is None else noise
+        gamma = config.input_perturbation
+        perturbation = random.normal("input perturbation", *shape) * gamma if gamma else None
         each_channel = (latents.shape[1], *(1 for _ in latents.shape[2:]))
-        offset = random.normal("offset noise", *each_channel) if self.config.offset_noise else None
+        offset = random.normal("offset noise", *each_channel) if config.offset_noise else None
         diffused = self.diffusion.diffuse(
-            latents, noise, random.uniform("timestep"), offset=offset, shift=self.config.shift
+            latents, noise, random.uniform("timestep"), offset=offset, perturbation=perturbation, shift=config.shift
         )
         mask = None if self.mask is None else resized(self.mask, latents)
         loss, raw, logsnr = self.diffusion.loss(diffused, predict(diffused.noised, diffused.noise_cond), mask)

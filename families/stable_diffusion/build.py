@@ -122,7 +122,7 @@ def with_zero_terminal_snr(settings: SdConfig, about: Mapping[str, str] | None) 
 def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: float = 0.0) -> GDF:
     """The diffusion process of 1,000 timesteps, or for `rectified_flows` a straight flow."""
     if settings.diffusion_target == "rectified_flows":
-        return flow_process(loss_weight)
+        return flow_process(loss_weight, offset_noise=offset_noise)
     return discrete_process(
         "scaled_linear", settings.diffusion_target or "epsilon", loss_weight, offset_noise=offset_noise,
         zero_terminal_snr=bool(settings.zero_terminal_snr),

@@ -64,6 +64,8 @@ class GDF:
         self.noise_cond = noise_cond
         self.loss_weight = loss_weight
         self.offset_noise = offset_noise
+        self.error: Callable[[Tensor, Tensor], Tensor] | None = None
+        """What is minimised of errors (B, ...) at logSNR (B,), for each element; without it, their squares."""
 
     def setup_limits(self, stretch_max: bool = True, stretch_min: bool = True, shift: float = 1.0) -> list[float]:
         """Stretch the input scaler to pure noise and clean signal at the ends of the schedule."""
@@ -77,6 +79,7 @@ class GDF:
         *,
         t: Tensor | None = None,
         offset: Tensor | None = None,
+        perturbation: Tensor | None = None,
         shift: float = 1.0,
         loss_shift: float = 1.0,
     ) -> Diffused:
@@ -88,6 +91,7 @@ class GDF:
             uniform: (B,) uniform draws in [0, 1), which the schedule turns into times; or give `t`.
             t: (B,) times from 0 (clean) to 1 (noise); whole numbers are timesteps of a discrete schedule.
             offset: (B, C, 1, ...) standard normal draws; needed exactly when `offset_noise` is not 0.
+            perturbation: like `epsilon`; noise that the input has, but the target has not (arXiv:2301.11706, eq. 8).
             shift: of the schedule.
             loss_shift: of the loss weight.
         """
@@ -102,7 +106,7 @@ class GDF:
         logsnr = self.schedule(t, shift=shift).to(x0.device, precision)
         a, b = self.input_scaler.weights(logsnr, x0)
         return Diffused(
-            noised=a * x0 + b * epsilon,
+            noised=a * x0 + b * (epsilon if perturbation is None else epsilon + perturbation),
             noise=epsilon,
             target=self.target(x0, epsilon, logsnr, a, b),
             logsnr=logsnr,
@@ -112,16 +116,16 @@ class GDF:
 
     def loss(self, diffused: Diffused, prediction: Tensor, mask: Tensor | None = None) -> DenoisingLoss:
         """The loss of each sample: the mean squared error of the target over all dimensions, times the loss weight.
+        With `error`, its mean takes the place of the squares, which stay the raw loss.
 
         Args:
             prediction: (B, ...) what the network says of `diffused.noised` and `diffused.noise_cond`.
             mask: broadcasts to it; how much each position counts, relative to the mean over its sample.
         """
-        squared = (prediction.float() - diffused.target).square()
-        if mask is not None:  # normalised, so that a small masked area does not learn more slowly
-            squared = squared * mask / _sample_mean(mask, keepdim=True).clamp(min=1e-6)
-        raw = _sample_mean(squared)
-        return DenoisingLoss(raw * diffused.loss_weight, raw, diffused.logsnr)
+        wrong = prediction.float() - diffused.target
+        raw = _masked_mean(wrong.square(), mask)
+        loss = raw if self.error is None else _masked_mean(self.error(wrong, diffused.logsnr), mask)
+        return DenoisingLoss(loss * diffused.loss_weight, raw, diffused.logsnr)
 
     def undiffuse(self, x: Tensor, logsnr: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise (x0, epsilon) in a noised batch by the prediction of the denoiser; `logsnr` is (B,)."""
@@ -236,6 +240,13 @@ class GDF:
     def _adaptive_parts(self) -> dict:
         parts = {"schedule": self.schedule, "loss_weight": self.loss_weight}
         return {name: part for name, part in parts.items() if hasattr(part, "update_buckets")}
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean (B,) of each sample where its mask is."""
+    if mask is not None:  # normalised, so that a small masked area does not learn more slowly
+        values = values * mask / _sample_mean(mask, keepdim=True).clamp(min=1e-6)
+    return _sample_mean(values)
 
 
 def _sample_mean(values: Tensor, keepdim: bool = False) -> Tensor:

@@ -89,7 +89,6 @@ class MinSNRLossWeight(LossWeight):
     """min(SNR, max_snr) (arXiv:2303.09556, section 3.4), for the error of x0."""
 
     of = "x0"
-    targets = ("epsilon", "x0", "v")
 
     def __init__(self, max_snr: float = 5.0):
         self.max_snr = max_snr

@@ -45,6 +45,7 @@ def flow_process(
     steps: float = 1000,
     shift: float = 1.0,
     min_sigma: float = 0.0,
+    offset_noise: float = 0.0,
     **weight_settings,
 ) -> GDF:
     """A straight path from the signal to the noise (flow matching). The network is told the noise's share of `steps`.
@@ -60,4 +61,5 @@ def flow_process(
         RectifiedFlowsTarget(),
         FlowTimestepNoiseCond(steps),
         loss_weight_for(loss_weight, "rectified_flows", **weight_settings),
+        offset_noise,
     )
