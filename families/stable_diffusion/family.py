@@ -38,9 +38,9 @@ class StableDiffusion(Family):
     }  # fmt: skip
 
     formats = (
-        _format("single-file", "a run, a checkpoint in one file, a pipeline's folder, weights of the U-Net",
+        _format("single-file", "a run, a single file, a pipeline's folder",
                 "a checkpoint in one file, for A1111, Forge and ComfyUI", "to_single_file"),
-        _format("diffusers", "the same", "a folder for StableDiffusionPipeline or StableDiffusionXLPipeline",
+        _format("diffusers", "the same", "a folder for StableDiffusion(XL)Pipeline",
                 "to_diffusers", writes_folder=True),
         _format("lora-kohya", "a LoRA: a run, a file, peft's folder", "a file for kohya's scripts, A1111, Forge and "
                 "ComfyUI", "export_lora", "kohya"),
