@@ -15,14 +15,19 @@ CACHED: dict[str, tuple[str, ...]] = {
     "train_c_controlnet": ("texts",),
     "train_c_lora": ("latents", "texts"),
     "train_sd": ("latents", "texts"),
+    "train_sd_lora": ("latents", "texts"),
 }
 """What each script can read from a cache."""
-CHANGES = {"train_b": {"effnet_scale": [1.0, 1.0]}, "train_c_lora": {"train_tokens": None}}
+CHANGES = {
+    "train_b": {"effnet_scale": [1.0, 1.0]},
+    "train_c_lora": {"train_tokens": None},
+    "train_sd_lora": {"train_tokens": None, "text_encoder_filters": [], "text_encoder_lr": None},
+}
 SPARED = {
     "train_b": {"encoder", "text"}, "train_c": {"encoder", "text"}, "train_c_controlnet": {"text"},
-    "train_c_lora": {"encoder", "text"}, "train_sd": {"text"},
+    "train_c_lora": {"encoder", "text"}, "train_sd": {"text"}, "train_sd_lora": {"text"},
 }  # fmt: skip
-"""Networks that are not built then; the autoencoders of train_b and train_sd draw samples."""
+"""Networks that are not built then; the autoencoders of the others draw samples."""
 
 
 @pytest.mark.parametrize("name", represented_by("train_c", of=CACHED))
