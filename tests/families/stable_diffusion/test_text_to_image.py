@@ -1,5 +1,6 @@
 """Drawings equal those of diffusers' pipelines from the same folder and the same noise."""
 
+import shutil
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,3 +150,17 @@ def test_a_picture_to_start_from(sd15, tmp_path, monkeypatch, sampler):
     ).images  # fmt: skip
     assert_same(found, expected)
     assert (found - drawn_here(sd15, guidance=7.5, sampler=sampler)).abs().max() > 1e-2
+
+
+def test_a_network_of_v_with_zero_terminal_snr_is_drawn_as_its_scheduler_says(sd15, tmp_path):
+    folder = shutil.copytree(sd15, tmp_path / "v")
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = diffusers.DDIMScheduler(**SCHEDULE | settings, clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
+    found = drawn_here(folder, guidance=7.5, guidance_rescale=0.7, steps=5)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, scheduler=scheduler)
+    expected = pipe(
+        PROMPTS, height=64, width=64, num_inference_steps=5, guidance_scale=7.5, guidance_rescale=0.7, latents=noise(),
+        output_type="pt",
+    ).images  # fmt: skip
+    assert_same(found, expected)
