@@ -140,8 +140,9 @@ class Caching:
         selection.check(self.catalog, captions)
         check_optional(optional_members(self.fields.values()), self.catalog, None)
         self.reader = Reader(
-            captions=captions, pictures=has_pictures, crop=config.crop_mode, background=config.background,
-            max_pixels=config.max_picture_pixels, extra=self.fields, geometry=has_pictures,
+            captions=captions, single_caption=bool(self.maker.of_texts), pictures=has_pictures,
+            crop=config.crop_mode, background=config.background, max_pixels=config.max_picture_pixels,
+            extra=self.fields, geometry=has_pictures,
         )  # fmt: skip
         return Work(
             self.catalog,

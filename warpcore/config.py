@@ -205,7 +205,9 @@ class DataKeys(Settings):
     truth values of the .json, `width`, `height`. Every sample has to have them."""
     captions_getter: tuple[str | list[str], str] = ("txt", "identity")
     """Member(s) and expression that give the caption, e.g. `['json', 'lambda j: j["caption"]']`. Several may be index
-    columns too, `json.FIELD`, `width`, `height` or `key`: `[['txt', 'json.style'], 'lambda t, s: t + ", " + s']`."""
+    columns too, `json.FIELD`, `width`, `height` or `key`: `[['txt', 'json.style'], 'lambda t, s: t + ", " + s']`. Each
+    draw of a sample has one caption of a list: `['txt', 'lambda t: t.splitlines()']`, `['json', 'lambda j:
+    j["captions"]']`, `[['txt', 'short.txt'], 'lambda t, s: [t, s]']`."""
     image_size: PositiveInt = 1024
     """Side of a square picture in pixels; other aspect ratios get the same area."""
     multi_aspect_ratio: list[float] | None = None

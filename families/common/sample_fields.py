@@ -15,7 +15,7 @@ from torch import Tensor
 
 from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
 from families.common.members import MASK
-from warpcore.config import Settings
+from families.common.tags import TagSettings, drawn_tags
 from warpcore.core import WarpCore
 from warpcore.data.fields import PictureField
 from warpcore.data.images import Geometry
@@ -29,7 +29,7 @@ LATENT_MASK = "latent_mask"
 """The feature of a cache that holds masks at the size of the latents."""
 
 
-class SampleSettings(Settings):
+class SampleSettings(TagSettings):
     """Keys on what counts of the samples, and on captions out of templates."""
 
     caption_templates: list[str] = []
@@ -74,7 +74,7 @@ class SampleFields(WarpCore):
     @property
     def captions_vary(self) -> bool:
         """Whether a sample's text, or what it means, differs from draw to draw: then no cache can hold it."""
-        return bool(self.config.caption_templates)
+        return bool(self.config.caption_templates) or self.config.tags_vary
 
     @property
     def needs_captions(self) -> bool:
@@ -129,7 +129,8 @@ class SampleFields(WarpCore):
         if config.prior_path is not None:
             weights = [config.prior_weight if is_prior else 1.0 for is_prior in self.prior(batch)]
             self.sample_weight = to_device(torch.tensor(weights), self.device)
-        return super().encoded(self.captioned(batch))
+        tags = drawn_tags(batch.captions, batch.seeds, config)
+        return super().encoded(self.captioned(replace(batch, captions=tags)))
 
     def data_to_draw(self) -> Any:
         """The data that are learned, not those that should not be forgotten."""

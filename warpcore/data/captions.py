@@ -8,6 +8,7 @@ from typing import Any
 
 from warpcore.data.expressions import Expression, compile_expression
 from warpcore.errors import UserError
+from warpcore.random import stable_hash
 
 COLUMN_PREFIX = "json."
 """`json.title` is the index column of the field `title`, read without opening the .json."""
@@ -24,7 +25,8 @@ class CaptionGetter:
     """From members and index columns of a sample to its caption. Picklable.
 
     `['json', 'lambda j: j["caption"]']` reads the member `.json`; `[['txt', 'json.style', 'width'], 'lambda t, s, w:
-    ...']` the member `.txt`, and the index columns of the field `style` and of the picture's width.
+    ...']` the member `.txt`, and the index columns of the field `style` and of the picture's width. An expression may
+    give a list of captions, such as `['txt', 'lambda t: t.splitlines()']`: each draw of the sample has one of them.
     """
 
     names: tuple[str, ...]
@@ -69,15 +71,20 @@ class CaptionGetter:
         places = [place for place, name in enumerate(self.names) if name == member]
         return list(dict.fromkeys(key for place in places for key in self.expression.keys_of(place)))
 
-    def __call__(self, contents: Mapping[str, bytes], columns: Mapping[str, Any] | None = None) -> str:
+    def __call__(
+        self, contents: Mapping[str, bytes], columns: Mapping[str, Any] | None = None, seed: int | None = None
+    ) -> str:
         """The caption, without surrounding white space.
 
         Args:
             contents: of the members, by extension.
             columns: values of the index columns.
+            seed: of the sample's draw, which chooses one of several captions.
 
         Raises:
-            BadCaption: a member is absent, not UTF-8 or not JSON, the expression fails, or its result is not text.
+            BadCaption: a member is absent, not UTF-8 or not JSON, the expression fails, or its result is neither text
+                nor a list of texts.
+            UserError: there are several captions, and no seed.
         """
         values = [
             (columns or {})[name.removeprefix(COLUMN_PREFIX)] if _is_column(name) else _value(name, contents)
@@ -89,9 +96,21 @@ class CaptionGetter:
             raise BadCaption(self._absent_key(error, values)) from None
         except Exception as error:
             raise BadCaption(f"captions_getter {self.expression.text!r}: {type(error).__name__}: {error}") from None
-        if not isinstance(caption, str):
-            raise BadCaption(f"the caption is not text but {type(caption).__name__}: {str(caption)[:80]!r}")
-        return caption.strip()
+        several = caption if isinstance(caption, list | tuple) else [caption]
+        if wrong := [one for one in several if not isinstance(one, str)]:
+            raise BadCaption(f"the caption is not text but {type(wrong[0]).__name__}: {str(wrong[0])[:80]!r}")
+        if isinstance(caption, str):
+            return caption.strip()
+        several = [text for one in several if (text := one.strip())]
+        if not several:
+            raise BadCaption("the list of captions has no text")
+        if len(several) > 1 and seed is None:
+            raise UserError(
+                f"captions_getter {self.expression.text!r}: a sample has {len(several)} captions, of which every draw "
+                "takes another one, but a cache holds what is made of one: cache the features of pictures alone "
+                "(--features latents), or write an expression that gives one caption"
+            )
+        return several[stable_hash(seed, "caption") % len(several)] if len(several) > 1 else several[0]
 
     def _absent_key(self, error: KeyError, values: list) -> str:
         mappings = [(name, value) for name, value in zip(self.names, values, strict=True) if isinstance(value, dict)]

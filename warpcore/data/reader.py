@@ -116,6 +116,8 @@ class Reader:
 
     captions: CaptionGetter | None = None
     """None: no captions are read; all are empty."""
+    single_caption: bool = False
+    """Several captions of a sample, of which its seed draws one, are an error."""
     pictures: bool = True
     """False: only captions and extra members are read, as with cached latents."""
     crop: Crop = "center"
@@ -184,7 +186,7 @@ class Reader:
         contents = replace(self, pictures=False, extra={}, geometry=False)._read(samples)
         for sample, members in zip(samples, contents, strict=True):
             with suppress(BadCaption):  # whoever trains on the sample reports it
-                found.append((sample.shard, self.captions(members, sample.columns)))
+                found.append((sample.shard, self.captions(members, sample.columns, sample.seed)))
         return found
 
     def _read(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
@@ -219,7 +221,8 @@ class Reader:
             for member in self.captions.members:
                 _content([member], contents, sample)
             try:
-                caption = self.captions(contents, sample.columns)
+                seed = None if self.single_caption else sample.seed
+                caption = self.captions(contents, sample.columns, seed)
             except BadCaption as error:
                 raise _BadContent(next(iter(self.captions.members), "json"), str(error)) from error
         geometry = None
