@@ -21,6 +21,7 @@ from warpcore.batch_size import split_batch
 from warpcore.config import Config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
+from warpcore.launch import planned_processes
 from warpcore.networks import Checkpointing
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 
@@ -35,13 +36,14 @@ def main() -> None:
     parser.add_argument("script", type=local_path, help="the training script, such as train/train_c.py")
     parser.add_argument("config", help="its config; keys may follow as key=value")
     parser.add_argument("--gpu-memory", type=float, help="GiB of one GPU: suggest settings that fit")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs of the run")
+    parser.add_argument("--processes", type=int, help="GPUs of the run; by default the config's key, or 1")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what it will run on")
     parser.add_argument("--buckets", action="store_true", help="also every bucket, not only the largest")
     options, keys = parser.parse_known_args()
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [options.config, *keys])
-    plan = Plan(use_case, config, options.device, options.processes)
+    processes = planned_processes(options.processes, config.processes)
+    plan = Plan(use_case, config, options.device, processes)
     with only_shapes():
         plan.show(options.buckets)
         if options.gpu_memory:
@@ -84,7 +86,7 @@ class Plan:
             sizes = bucket_sizes(shapes.run)
             rows = [(level, sizes[0]) for level in levels] + [(own, size) for size in sizes[1:] if buckets]
             table = [(level, size, self.needs(shapes, level, micro, size)) for level, size in rows]
-            print(f"per process, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
+            print(f"per process of {self.processes}, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
                   f"{shapes.run.dtype} computation\n".replace("torch.", ""))  # fmt: skip
         needs = table[0][2]
         print("| frozen networks | weights | gradients | optimizer | EMA |\n|---|---|---|---|---|")

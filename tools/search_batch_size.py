@@ -19,6 +19,7 @@ from tools.arguments import local_path
 from warpcore.config import ConfigError, load_config
 from warpcore.config_files import bases_from
 from warpcore.errors import UserError, run_script
+from warpcore.launch import planned_processes
 from warpcore.outputs import check_new
 from warpcore.rehearsal import Rehearsal, bucket_sizes, load_use_case
 from warpcore.text import read_text
@@ -35,14 +36,15 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, help="a micro-batch takes no longer than this")
     parser.add_argument("--best", choices=("size", "speed"), default="size", help="which of those that fit")
     parser.add_argument("--guess", type=int, help="where to begin; by default the config's micro-batch")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs of the run that the config is for")
+    parser.add_argument("--processes", type=int, help="GPUs of the run; by default the config's key, or 1")
     options, keys = parser.parse_known_args()
     check_new([options.tuned], "give the name of a new file")
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [str(options.config), *keys])
-    fitting = [n for n in range(1, config.batch_size + 1) if config.batch_size % (n * options.processes) == 0]
+    processes = planned_processes(options.processes, config.processes)
+    fitting = [n for n in range(1, config.batch_size + 1) if config.batch_size % (n * processes) == 0]
     if not fitting:
-        raise UserError(f"batch_size {config.batch_size} does not divide by {options.processes} processes")
+        raise UserError(f"batch_size {config.batch_size} does not divide by {processes} processes")
     guess = options.guess or config.micro_batch_size or fitting[-1] // (config.grad_accum_steps or 1)
     limit = None if options.max_memory is None else options.max_memory * GIB
     with Rehearsal(use_case, config, limit) as rehearsal:

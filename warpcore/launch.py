@@ -53,6 +53,21 @@ def launch(wanted: int | Literal["all"] | None, device: str) -> int | None:
     return None if count == 1 else _start(count)
 
 
+def planned_processes(option: int | None, wanted: int | Literal["all"] | None) -> int:
+    """Processes of a run that a tool plans: those of its option `--processes`, else of the config's key `processes`.
+
+    Raises:
+        UserError: the two contradict each other, or the key says `all`, which depends on the machine of the run.
+    """
+    if option is None and wanted == "all":
+        raise UserError(
+            "processes: all means one for each GPU of the machine that trains: say how many (--processes 8)"
+        )
+    if option is not None and wanted not in (None, "all", option):
+        raise UserError(f"--processes {option} contradicts processes: {wanted} of the config; remove one")
+    return option or (wanted if isinstance(wanted, int) else 1)
+
+
 def _count(wanted: int | Literal["all"], device: str) -> int:
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if wanted == "all":

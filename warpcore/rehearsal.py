@@ -209,8 +209,10 @@ class OnShapes:
             memory = undo.enter_context(PeakMemory(there, device="meta"))
             kept = undo.enter_context(PeakMemory(device="cpu"))
             batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
-            for _ in range(min(accumulation, 2)):  # the second one begins with gradients there
-                _backward(run.forward(batch).loss.mean())
+            if accumulation > 1:  # the micro-batches after the first begin with gradients there
+                for parameter in trained:
+                    parameter.grad = None if self.sharded else torch.empty_like(parameter)
+            _backward(run.forward(batch).loss.mean())
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         for parameter in trained:
             parameter.grad = None

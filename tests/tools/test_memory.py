@@ -47,6 +47,9 @@ OFFLOAD = {"offload": ["encoders", "activations"], "activation_checkpointing": 3
         for name, changes in [
             *((name, {}) for name in SETTINGS),
             ("train_b", OFFLOAD),
+            ("train_sd", {"activation_checkpointing": 1}),
+            ("train_sd", OFFLOAD),
+            ("train_vae", {"mid_block_attention": True}),
             ("train_c_controlnet", OFFLOAD),
         ]
     ],

@@ -18,7 +18,7 @@ from tests.warpcore.runs import (
     write_shard,
 )
 from warpcore.errors import UserError
-from warpcore.launch import launch
+from warpcore.launch import launch, planned_processes
 from warpcore.signals import STOPPED_EARLY
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS")
@@ -117,3 +117,13 @@ def test_all_is_one_for_each_gpu(alone, monkeypatch):
     with pytest.raises(UserError, match="processes: 2, but this machine has 1 GPUs"):
         launch(2, "cuda")
     assert launch(1, "cpu") is None
+
+
+def test_tools_plan_for_the_processes_of_the_config():
+    assert [planned_processes(*given) for given in ((None, None), (None, 8), (4, None), (4, "all"), (8, 8))] == [
+        1, 8, 4, 4, 8,
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--processes 4 contradicts processes: 8 of the config"):
+        planned_processes(4, 8)
+    with pytest.raises(UserError, match=r"say how many \(--processes 8\)"):
+        planned_processes(None, "all")
