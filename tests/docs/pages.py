@@ -41,7 +41,12 @@ def prose(page: Path) -> str:
 
 
 def inline_code(page: Path) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", prose(page).replace("\\|", "|"))
+    """What stands in `code`, but for the first column of tables headed `theirs`: names of other programs."""
+    kept, of_others = [], False
+    for line in prose(page).splitlines():
+        of_others = line.startswith("| theirs") or (of_others and line.startswith("|"))
+        kept.append(re.sub(r"^\|.*?(?<!\\)\|", "|", line) if of_others else line)
+    return re.findall(r"`([^`\n]+)`", "\n".join(kept).replace("\\|", "|"))
 
 
 def links(page: Path) -> list[str]:
