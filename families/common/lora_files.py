@@ -80,6 +80,8 @@ def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the f
     tensors, about = read_tensors(file)
     there = {name: places(network) | places(network, split_qkv=True) for name, network in networks.items()}
     try:
+        if text_encoders(networks) and embeddings.is_embedding(tensors):
+            return embeddings.from_embedding(tensors, about, path.stem, text_encoders(networks))
         if ours.is_ours(list(tensors)):
             found = _from_ours(tensors, about, networks)
         else:
