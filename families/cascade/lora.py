@@ -13,7 +13,7 @@ from families.cascade.lora_files import read_lora
 from families.common.lora import add_adapters, parse_lora
 from families.common.lora_formats import Lora, LoraFileError
 from families.common.lora_training import differences, missing_tokens, start_from
-from families.common.weight_files import weights_in
+from families.common.weight_source import listed_weights
 from modules.lora import EVERY_LAYER, LoraSettings, adapters, places
 from modules.stage_c import StageC
 from modules.tokens import TokenRows
@@ -77,7 +77,7 @@ def open_loras(files: Sequence[str], settings: ModelSettings, use_ema: bool = Tr
     if not files:
         return []
     network = outline(settings)
-    found = [(weights_in(place, "lora", use_ema), strength) for place, strength in map(parse_lora, files)]
+    found = [(listed_weights(place, "lora", use_ema), strength) for place, strength in map(parse_lora, files)]
     for path, _ in found:
         warn_of_contradictions(path, settings)
     opened = [(read_lora(path, network), strength) for path, strength in found]

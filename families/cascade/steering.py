@@ -13,7 +13,7 @@ from families.cascade.controlnet import load_controlnet
 from families.cascade.inference import DrawingSettings, warn_of_contradictions
 from families.cascade.sampling import Cascade
 from families.common.pictures import size_of
-from families.common.weight_files import weights_in
+from families.common.weight_source import listed_weights
 from modules.filters.inpaint import InpaintFilter
 from warpcore.config import ConfigError, FileName, Share
 
@@ -27,10 +27,10 @@ class SteeringSettings(DrawingSettings):
     """Keys of scripts that draw with Stage C."""
 
     lora: list[FileName] = []
-    """LoRAs, whose changes add up: FILE or FILE:STRENGTH each, in any format, or folders of runs that made one;
-    embeddings of tokens too."""
+    """LoRAs, whose changes add up: WEIGHTS or WEIGHTS:STRENGTH each, files in any format, folders of runs that made
+    one, or names of the Hugging Face hub; embeddings of tokens too."""
     controlnet: list[Path] = []
-    """ControlNets that all count: files, or folders of runs that made one."""
+    """ControlNets that all count: files, folders of runs that made one, or names of the Hugging Face hub."""
     control_image: list[Path] = []
     """The picture of which a ControlNet's filter makes the condition; for poses also key points (.json)."""
     control_ready: list[bool] = [False]
@@ -127,7 +127,7 @@ def open_controls(cascade: Cascade, settings: SteeringSettings, size: tuple[int,
     for path, image, ready, strength, start, end in zip(
         settings.controlnet, *map(settings.each, OF_EACH), strict=True
     ):
-        file = weights_in(path, "controlnet", settings.use_ema)
+        file = listed_weights(path, "controlnet", settings.use_ema)
         warn_of_contradictions(file, settings)
         network, filter = load_controlnet(file, settings, settings.said_of_file)
         inpaints = isinstance(filter, InpaintFilter)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from families.common.library_files import component_folder, constructor_numbers, fill, read_config, read_tensors
 from families.common.precision import FrozenNetwork, Precision, freeze
@@ -260,11 +261,9 @@ class ClipTextEncoders(FrozenNetwork):
 
     def set_activation_checkpointing(self, level: int) -> None:
         """From level 1 on, every layer computes its activations again in the backward pass."""
-        for encoder in self.encoders:
-            if level:
-                encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
-            else:
-                encoder.model.gradient_checkpointing_disable()
+        for layer in (layer for encoder in self.encoders for layer in encoder.transformer.encoder.layers):
+            layer.gradient_checkpointing = level > 0
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of texts for each encoder."""

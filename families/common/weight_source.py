@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from families.common.hub import DownloadError, check_space, difference, fetch, list_files, look_up
+from families.common.weight_files import weights_in
 from families.common.weights import are_only_shapes
 from warpcore.config import Settings
 from warpcore.files import write_whole
@@ -27,6 +28,8 @@ DONE = ".downloaded.json"
 """Names the files of a download that is complete, with their sizes in bytes."""
 PIPELINE = "model_index.json"
 """Of a folder that holds the networks of a whole pipeline, each in a folder of its own."""
+CONFIGS = ("config.json", "adapter_config.json")
+"""What stands beside the weights of a library's network, or of peft's LoRA."""
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "open_clip_model.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/\w[\w.-]*)*")
 _WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -85,6 +88,19 @@ def local_weights(name: Path, key: str, models: Path | None = None) -> Path:
     return _single_file(folder)
 
 
+def listed_weights(entry: Path, key: str, use_ema: bool = True) -> Path:
+    """The local file or folder of an entry of a list of weights, such as `lora`: named as weights are in a config (see
+    this module), or the folder of a training run that exported them.
+
+    Args:
+        key: the list's key, and the name of what a run exports.
+
+    Raises:
+        UserError: the run exported something else; see `local_weights`.
+    """
+    return weights_in(local_weights(entry, key), key, use_ema)
+
+
 def _is_complete(folder: Path) -> bool:
     """Whether all files of a download are there, in their sizes."""
     done = folder / DONE
@@ -97,7 +113,7 @@ def _is_complete(folder: Path) -> bool:
 def _single_file(folder: Path) -> Path:
     """The folder; or, where it is no network of a library's, its one weights file."""
     files = list(folder.glob("*.safetensors"))
-    single = len(files) == 1 and not (folder / "config.json").is_file() and not (folder / PIPELINE).is_file()
+    single = len(files) == 1 and not any((folder / name).is_file() for name in (*CONFIGS, PIPELINE))
     return files[0] if single else folder
 
 

@@ -14,7 +14,7 @@ from families.common.lora_training import add_tokens, missing_tokens
 from families.common.pipeline import Pipeline, Size, sizes_of
 from families.common.sampling import draw_latents
 from families.common.text_encoders import ClipTextEncoders
-from families.common.weight_files import weights_in
+from families.common.weight_source import listed_weights
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.conditions import SIZES, told
@@ -137,7 +137,7 @@ def open_loras(files: Sequence[str], settings, use_ema: bool = True) -> Loras:
         networks = networks_by_name(build.unet(settings), build.text_encoders(settings))
     opened = []
     for place, strength in map(parse_lora, files):
-        found = read_lora(weights_in(place, "lora", use_ema), networks, settings.model_version)
+        found = read_lora(listed_weights(place, "lora", use_ema), networks, settings.model_version)
         opened.append((found, strength))
         for lora in found.values():
             if lora.missing_tokens:

@@ -13,7 +13,9 @@ from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import constructor_numbers
 from families.common.lora import merge_loras, parse_lora
 from families.common.lora_files import lora_files
+from families.common.lora_training import missing_tokens
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
+from families.common.weight_source import listed_weights
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.components import TITLES, VERSION_KEY
@@ -109,7 +111,7 @@ def open_networks(settings: ExportSettings) -> Networks:
             found.tokenizers[name.replace("text_encoder", "tokenizer")] = encoder.tokenizer
     adapted = {name: module for name, module in found.modules.items() if name != "vae"}
     for place, strength in map(parse_lora, settings.lora):
-        loras = read_lora(weights_in(place, "lora", settings.use_ema), adapted, settings.model_version)
+        loras = read_lora(listed_weights(place, "lora", settings.use_ema), adapted, settings.model_version)
         for name, lora in loras.items():
             merge_loras(adapted[name], [(lora, strength)])
         if any(lora.tokens for lora in loras.values()):
@@ -195,4 +197,5 @@ def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> 
     loras = read_lora(weights_in(source, "lora", settings.use_ema), networks, settings.model_version)
     about = {FAMILY_KEY: FAMILY, VERSION_KEY: settings.model_version}
     changed = {name: lora for name, lora in loras.items() if lora.adapters or lora.tokens}
-    write_new_files(lora_files(changed, target, kind, networks, about))
+    notes = [missing_tokens(lora) for lora in loras.values() if lora.missing_tokens]
+    write_new_files(lora_files(changed, target, kind, networks, about), notes)

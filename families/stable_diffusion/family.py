@@ -42,7 +42,9 @@ class StableDiffusion(Family):
                 "a checkpoint in one file, for A1111, Forge and ComfyUI", "to_single_file"),
         _format("diffusers", "the same", "a folder for StableDiffusion(XL)Pipeline",
                 "to_diffusers", writes_folder=True),
-        _format("lora-kohya", "a LoRA: a run, a file, peft's folder", "a file for kohya's scripts, A1111, Forge and "
+        _format("lora", "a LoRA: a run, a file, peft's folder", "our file, which holds its tokens", "export_lora",
+                "warpcore"),
+        _format("lora-kohya", "the same", "a file for kohya's scripts, A1111, Forge and "
                 "ComfyUI", "export_lora", "kohya"),
         _format("lora-diffusers", "the same", "a file for diffusers' load_lora_weights", "export_lora", "diffusers"),
     )  # fmt: skip

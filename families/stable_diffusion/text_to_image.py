@@ -58,7 +58,8 @@ class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
     """Which hidden state of the text encoders from the end is taken: 1 the last, as 1.5 was trained; 2 the one before,
     as SDXL and many finetunes of 1.5 were. By default as trained."""
     lora: list[str] = []
-    """LoRAs, as FILE or FILE:STRENGTH (1 by default): files in kohya's, diffusers' or our names, or a LoRA's run."""
+    """LoRAs, as WEIGHTS or WEIGHTS:STRENGTH (1 by default): files in kohya's, diffusers' or our names, a LoRA's run,
+    or names of the Hugging Face hub; textual-inversion embeddings too."""
     original_size: tuple[PositiveInt, PositiveInt] | None = None
     """SDXL: [height, width] of the picture that it is told to draw; small ones are blurred as small pictures of the
     training data were when they were scaled up. By default the size that is drawn."""

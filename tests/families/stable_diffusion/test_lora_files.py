@@ -1,16 +1,21 @@
 """LoRAs and trained tokens of Stable Diffusion in the files of diffusers, kohya's scripts and A1111, both ways."""
 
+import json
+
 import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families.common import weight_source
 from families.common.lora import add_adapters, merge_loras
 from families.common.lora_files import write_loras
 from families.common.lora_formats import LoraFileError
 from families.common.lora_training import add_tokens, lora_of, train_tokens
+from families.common.weight_source import DONE
 from families.stable_diffusion import build
 from families.stable_diffusion.config import SdSettings
+from families.stable_diffusion.drawing import open_loras
 from families.stable_diffusion.lora import encoders_by_name, networks_by_name, read_lora
 from modules.lora import LoraSettings, adapters
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
@@ -189,3 +194,13 @@ def test_tensors_that_are_not_known_are_named(folders, tmp_path):
     save_file(file | {"something.else": torch.zeros(1, 2)}, tmp_path / "z.safetensors")
     with pytest.raises(LoraFileError, match=r"it holds something.else"):
         read_lora(tmp_path / "z.safetensors", trained.networks, "sd15")
+
+
+def test_a_lora_in_a_list_may_be_a_name_of_the_hub(folders, tmp_path, monkeypatch):
+    trained = Trained(folders["sd15"], "sd15", tokens=False)
+    file = trained.write(tmp_path / "owner" / "dogs" / "dogs.safetensors", "kohya")
+    (file.parent / DONE).write_text(json.dumps({file.name: file.stat().st_size}))
+    monkeypatch.setattr(weight_source, "MODELS", tmp_path)
+    ((found, strength),) = open_loras(["owner/dogs:0.5"], trained.settings)
+    assert strength == 0.5
+    assert found["unet"].adapters.keys() == trained.loras["unet"].adapters.keys()
