@@ -6,7 +6,7 @@ Every training script of a diffusion model has this through `families.common.tra
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,8 @@ class SampleFields(WarpCore):
     """Hooks of a training script for `SampleSettings`."""
 
     config: SampleSettings
+    caption_settings: ClassVar[tuple[str, ...]] = CAPTION_SETTINGS
+    """Settings that what is made of captions depends on; caches with others are refused."""
     mask: Tensor | None = None
     """How much each part of the current batch's pictures or latents is learnt (B, 1, *sizes); None: all alike."""
     sample_weight: Tensor | None = None
@@ -96,7 +98,7 @@ class SampleFields(WarpCore):
 
     def caption_features_to_cache(self, *names: str) -> dict[str, Feature]:
         """What the text encoder makes of a caption, by name, where a cache can hold it."""
-        return {} if self.captions_vary else {name: Feature("text", CAPTION_SETTINGS) for name in names}
+        return {} if self.captions_vary else {name: Feature("text", self.caption_settings) for name in names}
 
     def mask_feature(self, network: str) -> dict[str, Feature]:
         """The feature `latent_mask`, where masks are used; `network` makes the latents."""

@@ -48,9 +48,9 @@ class Tokens:
     """Texts as an encoder reads them."""
 
     ids: Tensor
-    """(B, L) int64, on the CPU."""
+    """(B, L) int64, on the CPU; where texts are read in chunks, those one after another."""
     mask: Tensor
-    """(B, L) bool: true from the begin token to the end token."""
+    """(B, L) bool: true from the begin token to the end token; of chunks without the tokens between them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class ClipTextEncoder(FrozenNetwork):
     """A frozen CLIP text encoder and its tokenizer, in its own precision."""
 
     forward_methods = ("encode",)
+    chunks = 1
+    """Parts in which longer texts are read, see `tokenize`."""
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class ClipTextEncoder(FrozenNetwork):
         settings = CLIPTextConfig(**constructor_numbers(config))
         self.model = (CLIPTextModelWithProjection if self.projects else CLIPTextModel)(settings).eval()
         self.key, self.hidden = key, hidden
-        self.length = min(LENGTH, settings.max_position_embeddings)
+        self.window = min(LENGTH, settings.max_position_embeddings)
         named = isinstance(tokenizer, str | Path)
         self.tokenizer = _read_tokenizer(Path(tokenizer), key) if named else tokenizer
         tokens = len(self.tokenizer)
@@ -179,8 +181,17 @@ class ClipTextEncoder(FrozenNetwork):
         freeze(encoder.model, precision, key, device)
         return encoder
 
+    @property
+    def length(self) -> int:
+        """L: tokens of a text that are read, the begin and the end token included."""
+        return self.chunks * (self.window - 2) + 2
+
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids, cut and padded to L. That texts are too long is logged once."""
+        """Token ids, cut and padded to L. That texts are too long is logged once.
+
+        With several `chunks`, L is more than the network reads at once: each chunk of 75 tokens gets a begin and an
+        end token of its own, as in kohya's sd-scripts with `max_token_length` 150 and 225.
+        """
         whole = self.tokenizer(list(texts), truncation=True, max_length=self.length + 1).input_ids
         too_long = sum(len(ids) > self.length for ids in whole)
         if too_long and not self._warned:
@@ -189,7 +200,18 @@ class ClipTextEncoder(FrozenNetwork):
         read = self.tokenizer(
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        return Tokens(read.input_ids, read.attention_mask.bool())
+        mask = read.attention_mask.bool()
+        return Tokens(read.input_ids if self.chunks == 1 else self._in_chunks(read.input_ids, mask), mask)
+
+    def _in_chunks(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids (B, L) with a begin and an end token around each chunk."""
+        begin, end, pad = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        body, used = (values[:, 1:-1].unflatten(1, (self.chunks, -1)) for values in (ids, mask))
+        first = torch.where(used[..., :1], body[..., :1], end)  # a chunk without text ends at once
+        goes_on = used[..., -1:] & (body[..., -1:] != end)
+        last = torch.where(goes_on, end, torch.where(mask[:, -1:, None], end, pad))
+        parts = [torch.full_like(first, begin), first, body[..., 1:], last]
+        return torch.cat(parts, dim=-1).flatten(1)
 
     @property
     def transformer(self) -> nn.Module:
@@ -228,16 +250,21 @@ class ClipTextEncoder(FrozenNetwork):
     def encode(self, tokens: Tokens) -> TextConditions:
         """The conditions of tokens, in the precision of the encoder. Padded positions are seen, as in diffusers."""
         with self.in_own_precision():
-            output = self.model(to_device(tokens.ids, self.device), output_hidden_states=True)
+            ids = tokens.ids.view(-1, self.window)  # a row for each chunk
+            output = self.model(to_device(ids, self.device), output_hidden_states=True)
             hidden = output.hidden_states[-1 - self.hidden.skip_layers]
             if self.hidden.final_norm:
                 hidden = self.transformer.final_layer_norm(hidden)
             pooled = output.text_embeds if self.projects else None
             if self.projects and self._finds_end:
                 # Published configs let the library take the highest id for the end token, which is now another.
-                ends = (tokens.ids == self.tokenizer.eos_token_id).int().argmax(dim=1).to(self.device)
+                ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1).to(self.device)
                 at_end = output.last_hidden_state[torch.arange(len(ends), device=self.device), ends]
                 pooled = self.model.text_projection(at_end)
+        if self.chunks > 1:  # the begin of the first chunk, what stands in each, the end of the last
+            parts = hidden.unflatten(0, (-1, self.chunks))
+            hidden = torch.cat([parts[:, 0, :1], parts[:, :, 1:-1].flatten(1, 2), parts[:, -1, -1:]], dim=1)
+            pooled = None if pooled is None else pooled[:: self.chunks]  # of the first chunk
         return TextConditions(hidden, pooled, to_device(tokens.mask, self.device))
 
     def forward(self, texts: Sequence[str]) -> TextConditions:
@@ -250,13 +277,16 @@ class ClipTextEncoders(FrozenNetwork):
 
     zeros_for_empty: the conditions of the empty text are zeros, as SDXL's published pipeline takes them for guidance
         (`force_zeros_for_empty_prompt`), instead of those that the encoders give.
+    chunks: in how many parts each encoder reads texts that are longer than it can read at once.
     """
 
     forward_methods = ("encode",)
 
-    def __init__(self, encoders: Sequence[ClipTextEncoder], zeros_for_empty: bool = False):
+    def __init__(self, encoders: Sequence[ClipTextEncoder], zeros_for_empty: bool = False, chunks: int = 1):
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
+        for encoder in encoders:
+            encoder.chunks = chunks
         self.zeros_for_empty = zeros_for_empty
 
     def set_activation_checkpointing(self, level: int) -> None:

@@ -78,7 +78,9 @@ def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> C
     version = settings.version
     if not version.text:  # the shipped tower of the mini, or another in its place
         path = settings.text_encoder_checkpoint_path or version.text_file
-        return ClipTextEncoders([ClipTextEncoder.load(path, hidden=version.hidden, key=TEXT)])
+        return ClipTextEncoders(
+            [ClipTextEncoder.load(path, hidden=version.hidden, key=TEXT)], chunks=settings.text_chunks
+        )
     encoders = []
     for number, (config, padding) in enumerate(zip(version.text, version.padding, strict=True), start=1):
         found = _part(settings, "text_encoder" if number == 1 else f"text_encoder_{number}", TEXT, None)
@@ -86,7 +88,7 @@ def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> C
             found.config or config, found.tokenizer or public_tokenizer(padding), found.tensors, found.path,
             version.hidden, settings.text_encoder_precision, device, TEXT,
         ))  # fmt: skip
-    return ClipTextEncoders(encoders, zeros_for_empty=len(encoders) > 1)
+    return ClipTextEncoders(encoders, zeros_for_empty=len(encoders) > 1, chunks=settings.text_chunks)
 
 
 def network_files(settings: SdSettings, network: str) -> list[Path]:

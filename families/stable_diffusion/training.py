@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from families.common.autoencoders import LatentScale
+from families.common.features import CAPTION_SETTINGS, Origin
 from families.common.pictures import to_pictures
 from families.common.sampling import draw_latents
 from families.common.training import DiffusionTraining
@@ -26,6 +27,7 @@ class SdTraining(DiffusionTraining):
     family = "stable_diffusion"
     about_network = ("model_version",)
     drawn_with = frozenset({"autoencoder"})
+    caption_settings = (*CAPTION_SETTINGS, "text_chunks")
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         about = None if saved is None else saved.get("about", {})
@@ -47,6 +49,9 @@ class SdTraining(DiffusionTraining):
 
     def network_files(self, network: str) -> list[Path]:
         return build.network_files(self.config, network)
+
+    def texts_made_with(self, origin: Origin) -> dict[str, str]:
+        return super().texts_made_with(origin) | {"text_chunks": str(self.config.text_chunks)}
 
     @cached_property
     def latents(self) -> tuple[LatentScale, int]:

@@ -172,3 +172,40 @@ def test_our_own_text_tower_is_read_as_a_text_encoder_and_gives_the_same_states(
     torch.testing.assert_close(unnormed[mask], masked[mask])
     with only_shapes():
         assert ClipTextEncoder.load(file).device.type == "meta"
+
+
+def in_chunks_of_kohya(folder, number: int, text: str, chunks: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states (75 N + 2, D) and pooled vector (P), as sd-scripts make them for max_token_length 75 N."""
+    suffix = "" if number == 1 else "_2"
+    tokenizer = CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
+    kind = CLIPTextModel if number == 1 else CLIPTextModelWithProjection
+    model = kind.from_pretrained(folder / f"text_encoder{suffix}")
+    length, end, pad = 75 * chunks + 2, tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids
+    rows = []
+    for start in range(1, length - 75, 75):
+        row = [ids[0], *ids[start : start + 75], ids[-1]]
+        if pad != end:
+            if row[-2] not in (end, pad):
+                row[-1] = end
+            if row[1] == pad:
+                row[1] = end
+        rows.append(row)
+    with torch.no_grad():
+        output = model(torch.tensor(rows), output_hidden_states=True)
+    hidden = output.hidden_states[-2]
+    joined = [hidden[0, :1], *(of_chunk[1:-1] for of_chunk in hidden), hidden[-1, -1:]]
+    return torch.cat(joined), None if number == 1 else output.text_embeds[0]
+
+
+@pytest.mark.parametrize("letters", [0, 3, 74, 75, 76, 149, 150, 151, 400])
+def test_long_texts_are_read_in_chunks_as_by_other_trainers(folder, letters):
+    text = ("abcdefg" * 60)[:letters]
+    conditions = both(folder, chunks=2)([text])
+    (first, _), (second, pooled) = (in_chunks_of_kohya(folder, number, text, 2) for number in (1, 2))
+    torch.testing.assert_close(conditions.hidden[0], torch.cat([first, second], dim=-1))
+    torch.testing.assert_close(conditions.pooled[0], pooled)
+    assert conditions.hidden.shape == (1, 152, 16 + 24)
+    assert conditions.lengths.tolist() == [min(letters, 150) + 2]
+    if letters > 75:  # what one chunk cuts off counts here
+        assert not torch.equal(both(folder, chunks=2)([text[:75]]).hidden, conditions.hidden)
