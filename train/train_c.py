@@ -21,6 +21,7 @@ from families.common.pictures import to_pictures, to_uint8
 from families.common.sampling import draw_latents, latent_size
 from modules.effnet import normalise_images
 from warpcore.core import Losses, Sampled
+from warpcore.data.buckets import whole_size
 from warpcore.data.reader import Batch
 from warpcore.diffusion.guidance import Condition
 from warpcore.random import SampleRandom, stable_hash
@@ -86,7 +87,7 @@ class TrainStageC(DenoiserTraining):
         config = self.config
         prompts = (config.sample_prompts or held_out.captions)[: config.sample_count]
         if config.sample_prompts:
-            return Sampled.rows(prompts, self.draw(prompts, (config.image_size, config.image_size)))
+            return Sampled.rows(prompts, self.draw(prompts, whole_size(config.image_size)))
         if held_out.images is None:
             picture = self.preview(self.latents(held_out)[: len(prompts)], held_out.size)
         else:

@@ -22,18 +22,38 @@ from families.common.pictures import to_uint8
 from families.stable_diffusion import build
 from families.stable_diffusion.components import ZERO_SNR_KEY
 from families.stable_diffusion.conditions import SIZES, TEXT, sizes_of, told
-from families.stable_diffusion.config import SdConfig
-from families.stable_diffusion.training import SdTraining
+from families.stable_diffusion.config import SdFinetuneConfig
+from families.stable_diffusion.lora import encoders_by_name
+from families.stable_diffusion.training import SdTraining, with_text_rates
 from warpcore.core import Losses, Sampled
+from warpcore.data.buckets import whole_size
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
 
 
 class TrainSd(SdTraining):
-    Config = SdConfig
+    Config = SdFinetuneConfig
+
+    def __init__(self, config: SdFinetuneConfig):
+        super().__init__(config)
+        if config.trains_text_encoders:
+            self.trainable, self.texts = {"generator": {}, "text": {}}, None  # what captions mean changes
+            self.config = with_text_rates(self.config)
+
+    @property
+    def texts_learn(self) -> bool:
+        """Whether the text encoders, or something in them, are trained."""
+        return self.config.trains_text_encoders
+
+    @property
+    def captions_vary(self) -> bool:
+        return self.texts_learn or super().captions_vary
 
     def build(self) -> dict[str, nn.Module]:
-        return {"generator": build.unet(self.config)} | self.needed_encoders()
+        networks = {"generator": build.unet(self.config)} | self.needed_encoders()
+        if self.config.trains_text_encoders:
+            networks["text"].requires_grad_(True)
+        return networks
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -53,7 +73,10 @@ class TrainSd(SdTraining):
         moments = stored(batch, "moments")
         moments = self.picture_features(batch, random)["moments"] if moments is None else moments
         latents = self.latents[0].latents(moments, random if self.config.latent == "sample" else None)
-        return latents, self.conditions(batch, random)
+        # Gradients reach text encoders, adapters in them and tokens; nothing else in here has any.
+        others = self.trainable.keys() - {"generator"}
+        with torch.set_grad_enabled(any(self.networks[name].training for name in others)):
+            return latents, self.conditions(batch, random)
 
     def conditions(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         """What the U-Net is told of each sample: its text, or the empty one, and for SDXL its size and crop."""
@@ -74,16 +97,23 @@ class TrainSd(SdTraining):
     def sample(self, held_out: Batch | None) -> list[Sampled]:
         config = self.config
         if config.sample_prompts:
-            prompts, size = config.sample_prompts[: config.sample_count], (config.image_size, config.image_size)
+            prompts, size = config.sample_prompts[: config.sample_count], whole_size(config.image_size)
             return Sampled.rows(prompts, self.draw(prompts, size))
         prompts = held_out.captions[: config.sample_count]
         shown = {} if held_out.images is None else {"picture": to_uint8(held_out.images[: len(prompts)])}
         return Sampled.rows(prompts, shown | self.draw(prompts, held_out.size))
 
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        texts = encoders_by_name(self.networks["text"]) if self.config.trains_text_encoders else {}
+        own = {name: encoder.model.state_dict() for name, encoder in texts.items()}
+        return {"generator": self.networks["generator"].state_dict()} | own
+
     def file_metadata(self) -> dict[str, str]:
         config = constructor_numbers(dict(self.networks["generator"].config))
         zero_snr = json.dumps(self.config.zero_terminal_snr)
-        return super().file_metadata() | {CONFIG_KEY: json.dumps(config), ZERO_SNR_KEY: zero_snr}
+        texts = encoders_by_name(self.networks["text"]) if self.config.trains_text_encoders else {}
+        own = {f"{name}_{CONFIG_KEY}": json.dumps(encoder.config) for name, encoder in texts.items()}
+        return super().file_metadata() | {CONFIG_KEY: json.dumps(config), ZERO_SNR_KEY: zero_snr} | own
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ text encoders, and the tokens; tools/export.py writes it for diffusers and for k
 import warpcore.openmp
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor, nn
 
 from families.common.captions import unused_tokens
@@ -24,8 +23,6 @@ from families.stable_diffusion.lora_config import SdLoraConfig
 from modules.lora import without_adapters
 from modules.tokens import TokenRows, untrained
 from train.train_sd import TrainSd
-from warpcore.data.reader import Batch
-from warpcore.random import SampleRandom
 
 TOKENS = {"text_encoder": "tokens", "text_encoder_2": "tokens_2"}
 """What the rows of the tokens are called among the run's networks, by their text encoder."""
@@ -50,10 +47,6 @@ class TrainSdLora(TrainSd):
     @property
     def texts_learn(self) -> bool:
         return len(self.trainable) > 1
-
-    @property
-    def captions_vary(self) -> bool:
-        return self.texts_learn or super().captions_vary
 
     def build(self) -> dict[str, nn.Module]:
         config, networks = self.config, super().build()
@@ -87,12 +80,6 @@ class TrainSdLora(TrainSd):
         rows, entries = self.networks.get("tokens"), self.config.train_tokens or []
         tokenizer = self.networks["text"].encoders[0].tokenizer if rows else None
         return unused_tokens(tokenizer, entries, rows.tokens, texts, what) if rows else []
-
-    def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        # Gradients reach the text encoders' adapters and the tokens; nothing else in here has any.
-        learning = any(self.networks[name].training for name in self.trainable if name != "generator")
-        with torch.set_grad_enabled(learning):
-            return super().encode(batch, random)
 
     def draw(self, prompts: list[str], size: tuple[int, int]) -> dict:
         """Drawings without and with the LoRA, from the same noise."""

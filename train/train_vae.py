@@ -24,6 +24,7 @@ from families.stable_diffusion.autoencoder_training import (
     from_scratch,
     scaled_weights,
 )
+from warpcore.data.buckets import whole_size
 from warpcore.data.reader import Batch
 from warpcore.keys import Weights
 from warpcore.random import SampleRandom
@@ -71,7 +72,7 @@ class TrainVae(ReconstructionTraining):
         config, path = self.config, self.config.autoencoder_checkpoint_path
         if path is None:
             sizes = {key: getattr(config, key) for key in SIZES}
-            model = from_scratch(**sizes, sample_size=config.image_size)
+            model = from_scratch(**sizes, sample_size=max(whole_size(config.image_size)))
         else:
             model = Autoencoder.load(path, key="autoencoder_checkpoint_path").model
         autoencoder = TrainedAutoencoder(model, config.decoder_only)

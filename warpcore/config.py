@@ -31,7 +31,7 @@ from pydantic import (
 
 from warpcore.arguments import numbers_in, pairs, read_arguments
 from warpcore.config_files import BASE, read_config
-from warpcore.data.buckets import parse_ratio
+from warpcore.data.buckets import parse_ratio, parse_size
 from warpcore.data.storage import local_path
 from warpcore.errors import ConfigError, UserError
 from warpcore.keys import S3Url, help_text, local_paths, parts_of
@@ -208,8 +208,9 @@ class DataKeys(Settings):
     columns too, `json.FIELD`, `width`, `height` or `key`: `[['txt', 'json.style'], 'lambda t, s: t + ", " + s']`. Each
     draw of a sample has one caption of a list: `['txt', 'lambda t: t.splitlines()']`, `['json', 'lambda j:
     j["captions"]']`, `[['txt', 'short.txt'], 'lambda t, s: [t, s]']`."""
-    image_size: PositiveInt = 1024
-    """Side of a square picture in pixels; other aspect ratios get the same area."""
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 1024
+    """Side of a square picture in pixels; other aspect ratios get the same area. Or the one size of all pictures, as
+    width x height: `512x768`."""
     multi_aspect_ratio: list[float] | None = None
     """Width to height ratios of the buckets, e.g. `[1/1, 3/4, 16/9]`; each inverse is added. Without it: squares."""
     bucketeer_random_ratio: Share = 0.0
@@ -232,6 +233,11 @@ class DataKeys(Settings):
     """Folder on each machine's disk that keeps what was read from s3://; without it, every epoch reads all again."""
     cache_size_gb: PositiveFloat = 100
     """What that folder may hold, in units of 10^9 bytes."""
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        return parse_size(value)
 
     @field_validator("multi_aspect_ratio", mode="before")
     @classmethod

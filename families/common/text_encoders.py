@@ -224,6 +224,12 @@ class ClipTextEncoder(FrozenNetwork):
         return self.transformer.embeddings.token_embedding
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What `of` takes to build it again."""
+        kind = "CLIPTextModelWithProjection" if self.projects else "CLIPTextModel"
+        return constructor_numbers(self.model.config.to_diff_dict()) | {"architectures": [kind]}
+
+    @property
     def width(self) -> int:
         """D."""
         return self.model.config.hidden_size

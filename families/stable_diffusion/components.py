@@ -6,6 +6,7 @@ a checkpoint in one file     v1-5-pruned-emaonly.safetensors    see `single_file
 one network in diffusers' or transformers' names                generator.safetensors of a run
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -232,7 +233,9 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
         look_into(path, key)  # raises an error that says what it is
     if found != name and (found, name) != ("text_encoder_2", "text_encoder"):
         raise UserError(f"{key}: {path} holds the weights of {TITLES.get(found)}, not of {TITLES[name]}")
-    config, zero_snr = read_config(path, key), header.metadata.get(ZERO_SNR_KEY)
+    said = header.metadata.get(CONFIG_KEY.format(name))  # beside the U-Net's, in files of a run that trained both
+    config = read_config(path, key) if said is None else json.loads(said)
+    zero_snr = header.metadata.get(ZERO_SNR_KEY)
     return Component(
         path,
         partial(read_tensors, path, key),

@@ -1,6 +1,8 @@
 """Configuration keys that the scripts of Stable Diffusion share."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import PositiveFloat, model_validator
 
 from pydantic import PositiveInt
 
@@ -44,7 +46,7 @@ class SdSettings(GeneratorSettings):
 
 
 class SdConfig(SdSettings, DiffusionConfig):
-    """Keys of `train/train_sd.py`."""
+    """Keys of the scripts that train."""
 
     latent: Latent = "sample"
     """What of the autoencoder's moments is learned: a draw for each sample and epoch, or the `mean`."""
@@ -60,3 +62,43 @@ class SdConfig(SdSettings, DiffusionConfig):
     """Classifier-free guidance of those pictures."""
     sample_sampler: Literal[tuple(SAMPLERS)] = "ddim"
     """Sampler of those pictures."""
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        """Whether all of the text encoders' weights are trained."""
+        return False
+
+
+class SdFinetuneConfig(SdConfig):
+    """Keys of `train/train_sd.py`."""
+
+    train_text_encoder: bool = False
+    """Train the text encoders along with the U-Net, in float32; caches then hold no texts. The run's folder gets
+    `text_encoder.safetensors`, and for SDXL `text_encoder_2.safetensors`."""
+    text_encoder_lr: PositiveFloat | list[PositiveFloat] | None = None
+    """Their learning rate, or one each, as `[5e-6, 1e-6]`; by default `lr`."""
+
+    @model_validator(mode="after")
+    def _text_encoders(self) -> Self:
+        if not self.train_text_encoder:
+            if self.text_encoder_lr is not None:
+                raise ValueError("text_encoder_lr: no text encoder is trained; write train_text_encoder: true")
+            return self
+        if self.text_encoder_precision != "float32":
+            raise ValueError("text_encoder_precision: text encoders that are trained are kept in float32")
+        if self.cache_text:
+            raise ValueError("cache_text: what captions mean changes with train_text_encoder; remove one of the two")
+        count = max(len(self.version.text), 1)
+        if isinstance(self.text_encoder_lr, list) and len(self.text_encoder_lr) != count:
+            raise ValueError(f"text_encoder_lr: {self.model_version} has {count} text encoders; write {count} numbers")
+        return self
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        return self.train_text_encoder
+
+    @property
+    def text_encoder_rates(self) -> list[float]:
+        """The learning rate of each text encoder."""
+        given, count = self.text_encoder_lr or self.lr, max(len(self.version.text), 1)
+        return given if isinstance(given, list) else [given] * count

@@ -15,8 +15,9 @@ from families.common.sampling import draw_latents
 from families.common.training import DiffusionTraining
 from families.stable_diffusion import build
 from families.stable_diffusion.conditions import SIZES, told, whole_pictures
-from families.stable_diffusion.config import SdConfig
+from families.stable_diffusion.config import SdConfig, SdFinetuneConfig
 from warpcore.diffusion.diffusion import GDF
+from warpcore.parameter_groups import ParameterGroup
 from warpcore.random import stable_hash
 
 
@@ -88,3 +89,15 @@ class SdTraining(DiffusionTraining):
         conditions = told(self.text_conditions(texts))
         sizes = {SIZES: whole_pictures(len(texts), size, self.device)} if self.needs_geometry else {}
         return conditions | sizes
+
+
+def with_text_rates(config: SdFinetuneConfig) -> SdFinetuneConfig:
+    """The config with a parameter group for each text encoder whose learning rate is its own."""
+    patterns = {group.pattern for group in config.parameter_groups}
+    rates = {f"text.encoders.{i}.*": rate for i, rate in enumerate(config.text_encoder_rates)}
+    own = [
+        ParameterGroup(pattern=pattern, lr_scale=rate / config.lr)
+        for pattern, rate in rates.items()
+        if rate != config.lr and pattern not in patterns  # which a resolved config already has
+    ]
+    return config.model_copy(update={"parameter_groups": [*config.parameter_groups, *own]})

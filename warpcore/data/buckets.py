@@ -1,6 +1,7 @@
 """Buckets: the few picture sizes of equal area that a run trains at, and which one a picture belongs to."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Self
 
@@ -37,13 +38,28 @@ class Buckets:
     @classmethod
     def for_image_size(
         cls,
-        image_size: int,
+        image_size: int | tuple[int, int],
         ratios: Iterable[str | int | float] | None = None,
         factor: int = 32,
         random_ratio: float = 0.0,
     ) -> Self:
-        """Buckets of the area of a square picture of `image_size` px, as the configs give it."""
-        return cls(image_size**2, factor, ratios or (), random_ratio)
+        """Buckets of the area of a square picture of `image_size` px, as the configs give it, or the one of
+        (width, height) px alone.
+
+        Raises:
+            UserError: ratios come with such a size, or its sides are no multiples of `factor`.
+        """
+        if isinstance(image_size, int):
+            return cls(image_size**2, factor, ratios or (), random_ratio)
+        width, height = image_size
+        if ratios:
+            raise UserError(f"image_size: {width}x{height} is one size: remove multi_aspect_ratio, or give one side")
+        if width % factor or height % factor:
+            near = "x".join(str(max(round(side / factor), 1) * factor) for side in image_size)
+            raise UserError(f"image_size: {width}x{height}: sides have to be multiples of {factor} px; write {near}")
+        made = cls(width * height, 1, (width / height,))
+        made.ratios, made.sizes, made._index = made.ratios[:1], [(height, width)], made._index[:1]
+        return made
 
     def choose(self, width: int, height: int, seed: int) -> tuple[int, int]:
         """The bucket (H, W) of one picture of `width` x `height` px."""
@@ -71,6 +87,17 @@ class Buckets:
             drawn = (_uniform(seeds, _WHICH) * len(self.ratios)).astype(np.int64)
             nearest = np.where(_uniform(seeds, _WHETHER) < self.random_ratio, drawn, nearest)
         return self._index[nearest]
+
+
+def parse_size(value: object) -> object:
+    """(512, 768) of "512x768"; what is no such text stays as it is."""
+    match = re.fullmatch(r"(\d+) ?x ?(\d+)", value) if isinstance(value, str) else None
+    return value if match is None else (int(match[1]), int(match[2]))
+
+
+def whole_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of the square, or of the one size, that the key `image_size` gives."""
+    return (image_size, image_size) if isinstance(image_size, int) else (image_size[1], image_size[0])
 
 
 def parse_ratio(value: str | int | float) -> float:

@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from families.common.weight_files import read_header
 from families.registry import family_of
+from families.stable_diffusion.components import find_component
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
 from tests.warpcore.runs import read_metrics, tiny_settings, write_shard
 from train.train_sd import TrainSd
@@ -88,3 +91,62 @@ def test_what_a_pipeline_says_of_its_target_is_obeyed(tmp_path):
         given = settings | {"experiment_id": "other"} | wrong
         with pytest.raises(UserError, match=f"{key}.*contradicts"):
             TrainSd(make_config(TrainSd.Config, given)).run()
+
+
+def test_text_encoders_are_trained_each_with_its_own_learning_rate(tmp_path):
+    settings = settings_of(tmp_path, "sdxl", train_text_encoder=True, text_encoder_lr=[1e-3, 1e-4], lr=1e-2)
+    train(settings)
+    run, pipeline = tmp_path / settings["experiment_id"], tmp_path / "pipeline"
+    changes = []
+    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        before = kind.from_pretrained(pipeline / name)
+        ours = find_component(run / "text_encoder.safetensors", name, "key")
+        after = kind(CLIPTextConfig(**ours.config))
+        after.load_state_dict(ours.tensors(), strict=True)
+        tensors = before.state_dict()
+        changes.append(max((tensor - tensors[key]).abs().max().item() for key, tensor in after.state_dict().items()))
+        assert (run / f"{name}_ema.safetensors").is_file()
+    assert changes == pytest.approx([1e-3, 1e-4], rel=0.05)
+
+
+def test_pictures_of_one_given_size_are_trained_and_drawn(tmp_path):
+    data = str(write_shard(tmp_path / "wide" / "a.tar", 4, (80, 160)))
+    settings = settings_of(tmp_path, "sd15", webdataset_path=data, image_size="64x128", sample_prompts=["a"])
+    assert train(settings)
+    (sheet,) = (tmp_path / settings["experiment_id"] / "samples").rglob("*.png")
+    assert Image.open(sheet).height >= 128
+    for wrong, told in (
+        ({"image_size": "60x128"}, "write 64x128"),
+        ({"multi_aspect_ratio": [1, 2]}, "remove multi_asp"),
+    ):
+        with pytest.raises(UserError, match=told):
+            TrainSd(make_config(TrainSd.Config, settings | {"experiment_id": "other"} | wrong)).run()
+
+
+def test_sdxl_s_autoencoder_computes_in_float32_in_a_run_of_float16(tmp_path):
+    settings = settings_of(tmp_path, "sdxl", dtype="float16", updates=1)
+    run = TrainSd(make_config(TrainSd.Config, settings))
+    run.begin(None)
+    assert {p.dtype for p in run.encoders()["autoencoder"]().to(torch.float16).parameters()} == {torch.float32}
+    with pytest.raises(UserError, match="overflows in float16"):
+        TrainSd(make_config(TrainSd.Config, settings | {"autoencoder_precision": "float16"})).run()
+
+
+def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
+    settings = settings_of(tmp_path, "sd15")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(UserError, match=r"generator_checkpoint_path: .*pictures"):
+        TrainSd(
+            make_config(TrainSd.Config, settings | {"generator_checkpoint_path": str(tmp_path / "pictures")})
+        ).run()
+
+
+def test_layers_by_name_alone_are_trained(tmp_path):
+    groups = [{"pattern": "*.attn2.*", "lr_scale": 0.5}, {"pattern": "*", "frozen": True}]
+    settings = settings_of(tmp_path, "sd15", parameter_groups=groups)
+    train(settings)
+    before = load_file(tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    after = load_file(tmp_path / settings["experiment_id"] / "generator.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".attn2." in name for name in changed)

@@ -94,3 +94,13 @@ def test_what_is_no_ratio_is_named(value):
 def test_a_bucket_thinner_than_the_factor_is_an_error_that_names_the_ratio():
     with pytest.raises(UserError, match=r"image_size 64 is too small for ratio 0\.16"):
         Buckets(64**2, 32, ["1/1", "1/6"])
+
+
+def test_one_given_size_is_the_only_bucket():
+    only = Buckets.for_image_size((512, 768), factor=64)
+    assert only.sizes == [(768, 512)]
+    assert only.choose_many([1000, 300], [300, 1000], [0, 1]).tolist() == [0, 0]
+    with pytest.raises(UserError, match="multiples of 64 px; write 512x768"):
+        Buckets.for_image_size((500, 780), factor=64)
+    with pytest.raises(UserError, match="remove multi_aspect_ratio"):
+        Buckets.for_image_size((512, 768), [1, 2], factor=64)
