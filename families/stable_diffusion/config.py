@@ -2,9 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveFloat, model_validator
-
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from families.common.autoencoders import Latent
 from families.common.config import DiffusionConfig, GeneratorSettings
