@@ -32,8 +32,8 @@ class SdSettings(GeneratorSettings):
     text_encoder_precision: Precision = "float32"
     """What frozen text encoders are kept and computed in; `nf4` in four bits (needs torchao)."""
     text_chunks: PositiveInt = 1
-    """How many times 75 tokens of a text are read, each 75 by themselves: 2 and 3 are kohya's `max_token_length: 150`
-    and `225`. The rest of longer texts is cut off. Caches of texts are made for one value."""
+    """How many times 75 tokens of a text are read, each 75 by themselves: 2 and 3 are the lengths 150 and 225 of
+    kohya's sd-scripts. The rest of longer texts is cut off. Caches of texts are made for one value."""
     zero_terminal_snr: bool | None = None
     """The last timestep is nothing but noise (arXiv:2305.08891), which wants `diffusion_target: v`. By default what
     the files say, or false."""
