@@ -5,6 +5,7 @@ into latents: a run from caches needs no autoencoder for it.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from families.common.library_files import (
     CONFIG_KEY,
     component_folder,
+    construct,
     constructor_numbers,
     fill,
     read_config,
@@ -46,8 +48,10 @@ class LatentScale:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """The scale in a config of diffusers' AutoencoderKL."""
+        """The scale in a config of diffusers' AutoencoderKL. Raises UserError where it is no number above 0."""
         factor = config.get("scaling_factor", 0.18215)
+        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise UserError(f"scaling_factor in the autoencoder's config is {factor!r}; write a number above 0")
         mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
         std = config.get("latents_std") or [1.0]
         return cls(tuple(mean), tuple(value / factor for value in std))
@@ -112,10 +116,7 @@ class Autoencoder(FrozenNetwork):
                 f"{key}: this autoencoder overflows in float16 (force_upcast); write float32 or bfloat16, or use "
                 "weights that were made for float16"
             )
-        try:
-            self.model = AutoencoderKL(**constructor_numbers(config))
-        except TypeError as error:
-            raise UserError(f"{key}: its config is none of AutoencoderKL: {error}") from None
+        self.model = construct(AutoencoderKL, config, key)
         self.key, self.precision, self.tiling = key, precision, tiling
         self.model.use_slicing = slicing
         self.scale = LatentScale.of(self.model.config)

@@ -4,9 +4,9 @@ Nothing is unpickled, and nothing is downloaded: paths are local.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from families.common.weights import check_names
 from warpcore.errors import UserError
 
+T = TypeVar("T")
 CONFIG, CONFIG_KEY = "config.json", "config"
 """The file of a folder, and the key of a single file's metadata, that say how the network is built."""
 FILE_NAMES = ("diffusion_pytorch_model", "model")
@@ -65,6 +66,20 @@ def parse_config(text: str, what: str) -> dict[str, Any]:
 def constructor_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what diffusers and transformers note beside the numbers (`_class_name`, ...)."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def construct(kind: Callable[..., T], config: Mapping[str, Any], key: str) -> T:
+    """A network of diffusers, or a config of transformers, by the numbers of a file.
+
+    Raises:
+        UserError: `kind` does not take them.
+    """
+    from huggingface_hub.errors import StrictDataclassError  # what configs of transformers raise
+
+    try:
+        return kind(**constructor_numbers(config))
+    except (TypeError, ValueError, ArithmeticError, LookupError, StrictDataclassError) as error:
+        raise UserError(f"{key}: its config is none of {kind.__name__}: {error}") from None
 
 
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:

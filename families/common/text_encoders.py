@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from families.common.library_files import component_folder, constructor_numbers, fill, read_config, read_tensors
+from families.common.library_files import (
+    component_folder,
+    construct,
+    constructor_numbers,
+    fill,
+    read_config,
+    read_tensors,
+)
 from families.common.precision import FrozenNetwork, Precision, freeze
 from families.common.weights import are_only_shapes
 from modules.clip import text_tower
@@ -99,7 +106,7 @@ class ClipTextEncoder(FrozenNetwork):
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
         self.projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-        settings = CLIPTextConfig(**constructor_numbers(config))
+        settings = construct(CLIPTextConfig, config, key)
         self.model = (CLIPTextModelWithProjection if self.projects else CLIPTextModel)(settings).eval()
         self.key, self.hidden = key, hidden
         self.window = min(LENGTH, settings.max_position_embeddings)
@@ -108,8 +115,8 @@ class ClipTextEncoder(FrozenNetwork):
         tokens = len(self.tokenizer)
         if tokens > settings.vocab_size:
             raise UserError(
-                f"{key}: the tokenizer {tokenizer if named else ''} has {tokens} tokens, the encoder "
-                f"{settings.vocab_size}"
+                f"{key}: the tokenizer {tokenizer if named else 'of the public CLIP models'} has {tokens} tokens, the "
+                f"encoder {settings.vocab_size}"
             )
         if not 0 <= hidden.skip_layers < settings.num_hidden_layers:
             raise UserError(f"{key}: {hidden.skip_layers} layers cannot be left out of {settings.num_hidden_layers}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from families.common.autoencoders import Autoencoder, LatentScale
-from families.common.library_files import constructor_numbers, fill
+from families.common.library_files import construct, fill
 from families.common.library_networks import adapt
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders, public_tokenizer
 from families.common.weights import WeightsError, are_only_shapes
@@ -27,11 +27,11 @@ def unet(settings: SdSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     found = generator_source(settings)
-    config = constructor_numbers((found and found.config) or settings.version.unet)
+    config = (found and found.config) or settings.version.unet
     if found is None and not are_only_shapes():
-        return nn.Module.to(adapt(UNet2DConditionModel(**config)), dtype)
+        return nn.Module.to(adapt(construct(UNet2DConditionModel, config, GENERATOR)), dtype)
     with torch.device("meta"):
-        network = UNet2DConditionModel(**config)
+        network = construct(UNet2DConditionModel, config, GENERATOR)
     if not are_only_shapes():
         fill(network, found.tensors(), found.path, GENERATOR, dtype)
     return nn.Module.to(adapt(network), dtype)  # not its own `to`, which warns of every change

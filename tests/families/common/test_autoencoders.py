@@ -126,6 +126,9 @@ def test_what_does_not_fit_is_one_clear_error(folder, tmp_path):
         (r"\(8, 3, 3, 3\) in the file, \(12, 3, 3, 3\) in the network", lambda: Autoencoder.load(
             tmp_path / "bare.safetensors", config | {"block_out_channels": [12, 16, 16]})),
         ("its config is none of AutoencoderKL", lambda: Autoencoder.load(tmp_path / "bare.safetensors", {"dim": 3})),
+        ("its config is none of AutoencoderKL", lambda: Autoencoder.load(folder, config | {"layers_per_block": "2"})),
+        ("scaling_factor .* is None; write a number", lambda: Autoencoder.load(folder, {"scaling_factor": None})),
+        ("scaling_factor .* is 0; write a number", lambda: LatentScale.of({"scaling_factor": 0})),
         ("overflows in float16", lambda: Autoencoder.load(folder, precision="float16")),
         ("picture of 34 x 40 px; sides .* multiples of 4",
          lambda: Autoencoder.load(folder).moments(torch.zeros(1, 3, 40, 34, dtype=torch.uint8))),

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families.stable_diffusion import build
 from families.stable_diffusion.components import find_component, holds
+from families.stable_diffusion.config import SdSettings
 from tests.families.stable_diffusion.original_files import component_tensors, original_file
 from tests.families.stable_diffusion.test_single_file import same
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
@@ -151,6 +153,18 @@ def test_a_file_of_another_network_is_refused(folders, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(files["unet"].read_bytes()[:-100])
     with pytest.raises(UserError, match=rf"^{KEY}: .*cut\.safetensors cannot be read as weights"):
         find_component(tmp_path / "cut.safetensors", "unet", KEY)
+
+
+@pytest.mark.parametrize(("network", "changes", "make", "message"), [
+    ("unet", {"layers_per_block": "x"}, build.unet, f"{KEY}: its config is none of UNet2D"),
+    ("unet", {"block_out_channels": None}, build.unet, "its config is none of UNet2DConditionModel"),
+    ("vae", {"scaling_factor": "x"}, build.autoencoder, "scaling_factor in the autoencoder's config is 'x'"),
+    ("text_encoder", {"hidden_size": "x"}, build.text_encoders, "text_encoder_checkpoint_path: its config is none of"),
+])  # fmt: skip
+def test_a_config_with_wrong_numbers_is_an_error(network, changes, make, message, copy):
+    edit(copy / network / "config.json", changes)
+    with pytest.raises(UserError, match=message):
+        make(SdSettings(generator_checkpoint_path=copy))
 
 
 def test_a_config_that_cannot_be_read_is_an_error(copy):
