@@ -129,6 +129,18 @@ def test_a_cache_that_lacks_rows_is_extended_by_the_command_that_is_told(setting
         train(settings, experiment_id="both", caches=[latents, texts])
 
 
+def test_caches_without_pictures_hold_the_same_samples(settings, tmp_path):
+    latents, texts = both(settings, tmp_path)
+    alone = {"webdataset_path": None, "caches": [latents, texts]}
+    Path(latents, "two", "a.tar").unlink()
+    for index in Path(latents).rglob("*.parquet"):
+        index.unlink()
+    with pytest.raises(UserError, match=r"lacks 6 samples that .*texts holds, of .*texts/two/a.tar: make it complete"):
+        train(settings, **alone)
+    part = {"webdataset_path": str(Path(latents, "one", "a.tar")), "caches": [texts]}
+    assert train(settings, experiment_id="part", **part)
+
+
 def test_a_cache_of_captions_that_were_edited_is_refused(settings, tmp_path):
     texts = make(settings, tmp_path, "texts", "--features", "texts")
     tar = Path(settings["webdataset_path"], "two", "a.tar")

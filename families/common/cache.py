@@ -18,7 +18,7 @@ from warpcore.config import ConfigError
 from warpcore.data.buckets import Buckets
 from warpcore.data.fields import TensorField
 from warpcore.data.joined import FurtherTars
-from warpcore.data.shards import named_folders
+from warpcore.data.shards import folders_named_whole, named_folders
 
 
 class Cacheable(Protocol):
@@ -175,8 +175,18 @@ def _used(training: Cacheable, named: _Named) -> Caches:
             _check_stored_alike(name, origins.setdefault(name, origin), origin, other, folder)
         if folder in named.further:
             command = cache_command(training, folder, kind_of(map(features.get, origin.features)), origin, named.key)
-            further.append(FurtherTars(folder, members_of(origin, names), f"make it complete with {command}"))
+            remedy = f"make it complete with {command}"
+            further.append(FurtherTars(folder, members_of(origin, names), remedy, _remedy_of_own(training, named)))
     return Caches(origins, folders, {named.key: further})
+
+
+def _remedy_of_own(training: Cacheable, named: _Named) -> str | None:
+    """What to do where a cache that is itself the data, whole folders of it, lacks tars that others have."""
+    if not named.own or [*named.own] != folders_named_whole(getattr(training.config, named.key)):
+        return None
+    folder, origin = next(iter(named.own.items()))
+    kind = kind_of(training.features[name] for name in origin.features if name in training.features)
+    return f"make it complete with {cache_command(training, folder, kind, origin, named.key)}"
 
 
 def _check(training: Cacheable, key: str, folder: str, origin: Origin, names: Sequence[str]) -> None:

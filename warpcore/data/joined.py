@@ -32,6 +32,8 @@ class FurtherTars:
     """The extensions to take from there."""
     remedy: str
     """What a user does where it lacks rows: the end of an error message."""
+    remedy_of_data: str | None = None
+    """The same for tars that only it has; None where it may have more than the data set."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def join(catalog: Catalog, further: Sequence[tuple[FurtherTars, Catalog]]) -> Ca
     parts = [_Part(one, opened, _matching(catalog, opened, one.folder)) for one, opened in further]
     for part in parts:
         _check_rows(catalog, part)
+        _check_tars(catalog, part)
     return JoinedCatalog(catalog, parts)
 
 
@@ -129,6 +132,16 @@ def _check_rows(catalog: Catalog, part: _Part) -> None:
     if examples:
         what = f"lacks {lacking} of {catalog.num_rows} samples" if lacking else "has samples that are gone"
         raise UserError(f"{part.further.folder} {what}, of {_some(examples)}: {part.further.remedy}")
+
+
+def _check_tars(catalog: Catalog, part: _Part) -> None:
+    lost = sorted(set(range(len(part.catalog))) - set(part.numbers.tolist()))
+    if lost and part.further.remedy_of_data is not None:
+        urls = part.catalog.urls
+        raise UserError(
+            f"the data set lacks {int(part.catalog.rows[lost].sum())} samples that {part.further.folder} holds, of "
+            f"{_some([urls[number] for number in lost])}: {part.further.remedy_of_data}"
+        )
 
 
 def _keys(shard: Shard) -> pa.ChunkedArray:

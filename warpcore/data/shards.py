@@ -17,7 +17,7 @@ from warpcore.data.storage_protocol import COMPRESSED_ENDINGS, TAR_ENDINGS
 from warpcore.errors import UserError
 from warpcore.text import decode_text
 
-__all__ = ["Shard", "Source", "named_folders", "read_ranges", "resolve_sources"]
+__all__ = ["Shard", "Source", "folders_named_whole", "named_folders", "read_ranges", "resolve_sources"]
 
 MAX_BRACE_EXPANSIONS = 10_000_000
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
@@ -107,6 +107,13 @@ def named_folders(webdataset_path: Any) -> list[str]:
         is_part = fixed != text or url.endswith(TAR_ENDINGS)
         folders.append(url.rpartition("/")[0] if is_part and not fixed.endswith("/") else url.rstrip("/"))
     return list(dict.fromkeys(folders))
+
+
+def folders_named_whole(webdataset_path: Any) -> list[str]:
+    """The folders that entries of a `webdataset_path` name without choosing tars in them."""
+    entries = _entries(webdataset_path, str(Path.cwd()))
+    whole = [_literal(text, folder).rstrip("/") for _, text, folder in entries if not re.search(r"[*?\[{]", text)]
+    return [url for url in dict.fromkeys(whole) if not url.endswith(TAR_ENDINGS)]
 
 
 def _entries(
