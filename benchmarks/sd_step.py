@@ -77,7 +77,7 @@ def write_networks(case: Case, folder: Path) -> dict[str, str]:
         kind = CLIPTextModelWithProjection if "Projection" in config["architectures"][0] else CLIPTextModel
         kind(CLIPTextConfig(**config)).save_pretrained(folder / ("text_encoder_2" if number else "text_encoder"))
     name = "StableDiffusionXLPipeline" if version.sees_sizes else "StableDiffusionPipeline"
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}), encoding="utf-8")
     return {"generator_checkpoint_path": str(folder)}
 
 

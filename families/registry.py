@@ -148,7 +148,17 @@ def _owners(able: Sequence[Family], task: str, values: Mapping[str, Any], downlo
     if download:
         shared = _shared_keys(able)
         named = {local_weights(path, key) if key in shared else path: key for path, key in named.items()}
-    owners = {path: family_of(path) for path in named if path.exists()}
+    owners, unknown = {}, []
+    for path, key in named.items():
+        if key == "run" and path.exists() and not (path / RUN_CONFIG).is_file():
+            raise UserError(f"run: {path} is no training run: it holds no {RUN_CONFIG}")
+        if path.exists():
+            try:
+                owners[path] = family_of(path)
+            except UserError as error:
+                unknown.append(error)
+    if unknown and not owners and len(_having(able, task, values)) != 1:
+        raise unknown[0]  # where the family is known otherwise, it says itself what is wrong with the file
     for path, owner in owners.items():
         if owner not in able:
             raise UserError(f"{path} is of {owner.title}, which does not do this: {task}")

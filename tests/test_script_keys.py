@@ -68,6 +68,12 @@ def test_help_shows_the_keys_of_the_script_in_sections(script, capsys):
         assert shown["lr"][1] == "OPTIMISATION"
 
 
+UNUSED_VALUES = {
+    "captions_getter": "[json, identity]", "diffusion_target": "v", "multires_noise_iterations": 2,
+    "multires_noise_discount": 0.5,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if config_of(path).unused], ids=str)
 def test_a_key_without_use_is_refused_and_its_file_is_named(script, tmp_path):
     kind = config_of(script)
@@ -75,7 +81,7 @@ def test_a_key_without_use_is_refused_and_its_file_is_named(script, tmp_path):
     further = {"run": "[]", "stage_a_only": "true", "generator_checkpoint_path": "a.safetensors"}
     needed += [f"{name}={further[name]}" for name in further.keys() & kind.model_fields.keys() - kind.unused]
     for key in kind.unused:
-        value = {"captions_getter": "[json, identity]", "diffusion_target": "v"}.get(key, "somewhere.safetensors")
+        value = UNUSED_VALUES.get(key, "somewhere.safetensors")
         (tmp_path / "c.yaml").write_text(f"{key}: {value}\n")
         with pytest.raises(ConfigError, match=f"{key}: this script has no use for it; remove it from .*c.yaml"):
             load_config(kind, [str(tmp_path / "c.yaml"), *needed])

@@ -8,10 +8,10 @@ import torch
 from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_single_file_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from families.cascade.lora import lora_of
 from families.cascade.lora_files import read_lora, write_lora
 from families.cascade.lora_formats import LoraFileError
 from families.common.lora import merge_loras
+from families.common.lora_training import lora_of
 from modules.lora import LoraSettings, add_adapters
 from tests.golden import load_case, weights_of
 from tests.modules.test_lora import randomised

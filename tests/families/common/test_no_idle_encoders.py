@@ -71,7 +71,7 @@ def test_prompts_are_encoded_once_until_what_they_depend_on_changes(tmp_path):
         return lambda texts: {"hidden": torch.tensor([[float(len(text))] for text in texts], dtype=torch.float16)}
 
     def features(texts, **made_with):
-        return prompt_features(tmp_path / "run" / "prompts.safetensors", texts, made_with, open_encoder)
+        return prompt_features(tmp_path / "run" / "prompts.safetensors", texts, made_with, open_encoder, {})
 
     for _ in range(2):
         assert features(["", "dog"], sha256="1")["hidden"].tolist() == [[0.0], [3.0]]
