@@ -271,7 +271,7 @@ class ClipTextEncoder(FrozenNetwork):
             pooled = output.text_embeds if self.projects else None
             if self.projects and self._finds_end:
                 # Published configs let the library take the highest id for the end token, which is now another.
-                ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1).to(self.device)
+                ends = to_device((ids == self.tokenizer.eos_token_id).int().argmax(dim=1), self.device)
                 at_end = output.last_hidden_state[torch.arange(len(ends), device=self.device), ends]
                 pooled = self.model.text_projection(at_end)
         if self.chunks > 1:  # the begin of the first chunk, what stands in each, the end of the last
