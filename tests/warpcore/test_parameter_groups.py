@@ -130,11 +130,15 @@ def settings(tmp_path):
     return tiny_settings(tmp_path / "runs", data, updates=6, save_every=3, parameter_groups=RULES)
 
 
+LEARNING_RATES = {"prodigy": {"lr": 1.0}}
+"""Of optimizers that find the rate themselves: `lr` is a factor on it."""
+
+
 @pytest.mark.integration
 @pytest.mark.bits
 @pytest.mark.parametrize("optimizer", represented_by("muon", of=OPTIMIZERS.keys() - {"adamw8bit"}))
 def test_a_run_with_groups_resumes_exactly_and_leaves_frozen_parameters_alone(settings, optimizer):
-    given = settings | {"optimizer": optimizer}
+    given = settings | {"optimizer": optimizer} | LEARNING_RATES.get(optimizer, {})
     _, lines = train_here(given)
     halves = given | {"experiment_id": "halves"}
     train_here(halves | {"updates": 3})
@@ -166,6 +170,7 @@ def _train(given: dict) -> None:
 @pytest.mark.parametrize("optimizer", represented_by("adamw", of=[one for one in OPTIMIZERS if supports_dtensor(one)]))
 def test_two_sharded_processes_make_the_updates_of_one(settings, optimizer):
     given = settings | {"optimizer": optimizer, "micro_batch_size": 2, "dropout": 0.0, "updates": 3}
+    given |= LEARNING_RATES.get(optimizer, {})
     _, lines = train_here(given)
     together = given | {"experiment_id": "together", "use_fsdp": True}
     launch_processes(2, _train, together)
