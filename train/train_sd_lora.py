@@ -99,8 +99,7 @@ class TrainSdLora(TrainSd):
     def file_metadata(self) -> dict[str, str]:
         adapted = self.adapted(self.networks).items()
         about = metadata({name: lora_of(network, self.rows(name, self.networks)) for name, network in adapted})
-        of_unet = {CONFIG_KEY}
-        return {key: value for key, value in super().file_metadata().items() if key not in of_unet} | about
+        return {key: value for key, value in super().file_metadata().items() if key != CONFIG_KEY} | about
 
 
 if __name__ == "__main__":

@@ -57,14 +57,16 @@ def check_start_file(config: DiffusionConfig, key: str, about_network: Sequence[
 
 
 def same_base(path: Path | None, before: Mapping[str, str] | None) -> dict[str, str] | None:
-    """What tells the weights of a frozen base from others: its file's name and a hash; None without a file.
+    """What tells the weights of a frozen base from others, the name of its file or folder and a hash; None without.
 
     Raises:
         ConfigError: the run was trained on other weights, those of `before`.
     """
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return None
-    here = {"file": str(path), "hash": _hash(path)}
+    hashes = [_hash(file) for file in (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path])]
+    joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    here = {"file": str(path), "hash": joined}
     if before is not None and before["hash"] != here["hash"]:
         raise ConfigError(
             f"generator_checkpoint_path: this run was trained on {before['file']} ({before['hash'][:12]}...), but "

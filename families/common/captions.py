@@ -28,14 +28,26 @@ def is_cut(tokenizer: Tokenizer, length: int, caption: str) -> bool:
 @runtime_checkable
 class ReadsTokens(Protocol):
     """A text encoder that reads `length` tokens of a text, begin and end tokens included. One that lacks these
-    attributes reads all of a text."""
+    attributes, and is not one of `CutsTexts` either, reads all of a text."""
 
     tokenizer: Tokenizer
     length: int
 
 
+@runtime_checkable
+class CutsTexts(Protocol):
+    """A text encoder that says itself which texts have more than the `length` tokens that it reads."""
+
+    length: int
+
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each text has."""
+
+
 def are_cut(encoder: nn.Module, captions: Sequence[str]) -> list[bool]:
     """Which captions lose their end in a text encoder."""
+    if isinstance(encoder, CutsTexts):
+        return encoder.are_cut(captions)
     if not isinstance(encoder, ReadsTokens):
         return [False] * len(captions)
     return [is_cut(encoder.tokenizer, encoder.length, caption) for caption in captions]

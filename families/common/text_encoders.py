@@ -193,14 +193,18 @@ class ClipTextEncoder(FrozenNetwork):
         """L: tokens of a text that are read, the begin and the end token included."""
         return self.chunks * (self.window - 2) + 2
 
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts have more than L tokens."""
+        ids = self.tokenizer(list(texts), truncation=True, max_length=self.length + 1).input_ids if texts else []
+        return [len(own) > self.length for own in ids]
+
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids, cut and padded to L. That texts are too long is logged once.
 
         With several `chunks`, L is more than the network reads at once: each chunk of 75 tokens gets a begin and an
         end token of its own, as in kohya's sd-scripts with `max_token_length` 150 and 225.
         """
-        whole = self.tokenizer(list(texts), truncation=True, max_length=self.length + 1).input_ids
-        too_long = sum(len(ids) > self.length for ids in whole)
+        too_long = sum(self.are_cut(texts))
         if too_long and not self._warned:
             self._warned = True
             logger.warning("%s: %d of %d texts are cut to %d tokens", self.key, too_long, len(texts), self.length)
@@ -307,6 +311,15 @@ class ClipTextEncoders(FrozenNetwork):
         for layer in (layer for encoder in self.encoders for layer in encoder.transformer.encoder.layers):
             layer.gradient_checkpointing = level > 0
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.encoders[0].length
+
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts have more than L tokens; all CLIP text encoders read the same ones."""
+        return self.encoders[0].are_cut(texts)
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of texts for each encoder."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from families.common.autoencoders import Autoencoder, LatentScale
-from families.common.library_files import construct, fill
+from families.common.library_files import CONFIG, construct, fill
 from families.common.library_networks import adapt
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders, public_tokenizer
 from families.common.weights import WeightsError, are_only_shapes
@@ -92,14 +92,15 @@ def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> C
 
 
 def network_files(settings: SdSettings, network: str) -> list[Path]:
-    """The files or folders with the weights of a network that makes features: `autoencoder`, or `text`, whose text
-    encoders are one network."""
+    """What the features of a network depend on: the file or folder with the weights of the `autoencoder` (its scale is
+    applied later), or those of the `text` encoders, which are one network, and their configs."""
     if network == "autoencoder":
         return [autoencoder_source(settings).path]
     if not settings.version.text:
         return [settings.text_encoder_checkpoint_path or settings.version.text_file]
     names = ["text_encoder", "text_encoder_2"][: len(settings.version.text)]
-    return list(dict.fromkeys(_part(settings, name, TEXT, None).path for name in names))
+    places = dict.fromkeys(_part(settings, name, TEXT, None).path for name in names)
+    return [file for place in places for file in (place, place / CONFIG) if file == place or file.is_file()]
 
 
 def with_zero_terminal_snr(settings: SdConfig, about: Mapping[str, str] | None) -> SdConfig:
@@ -134,16 +135,14 @@ def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: f
 def _part(settings: SdSettings, name: str, key: str, default: Path | None) -> Component:
     """A network beside the U-Net: where its key says, else with the U-Net, else the default."""
     given, base = getattr(settings, key), settings.generator_checkpoint_path
-    if are_only_shapes() and not any(path is not None and path.exists() for path in (given, base, default)):
-        return Component(given or base or Path(name), dict)  # what the version says is all that is known
-    if given is None and base is not None and holds(base, name, key):
-        return find_component(base, name, key)
-    if given is None and default is None:
-        if are_only_shapes():  # sizes follow from `model_version`
-            return Component(Path(name), dict)
+    with_unet = base is not None and (base.exists() or not are_only_shapes()) and holds(base, name, key)
+    place = given or (base if with_unet else default)
+    if are_only_shapes() and (place is None or not place.exists()):
+        return Component(place or Path(name), dict)  # what the version says is all that is known
+    if place is None:
         there = f"{GENERATOR} {base} holds none" if base else f"there is no {GENERATOR}"
         raise WeightsError(
             f"{key} is missing, and {there}: name a pipeline of diffusers, a checkpoint in one file, or the folder of "
             "that network"
         )
-    return find_component(given or default, name, key)
+    return find_component(place, name, key)

@@ -31,7 +31,8 @@ from warpcore.weights import converted, dtype_name, write_weights
 FAMILY = "stable_diffusion"
 ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 """What the model spec that other programs show (modelspec.*) calls the published sizes."""
-MODEL_SPEC_TARGETS = {"epsilon": "epsilon", "v": "v"}
+MODEL_SPEC_TARGETS = ("epsilon", "v")
+"""What other programs know that a U-Net may predict, as the model spec calls it."""
 
 
 class ExportSettings(SdInferenceSettings):
@@ -147,7 +148,7 @@ def file_metadata(networks: Mapping[str, nn.Module], settings: ExportSettings) -
         about |= {
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": ARCHITECTURES[settings.model_version],
-            "modelspec.prediction_type": MODEL_SPEC_TARGETS[target],
+            "modelspec.prediction_type": target,
         }
     return about
 

@@ -10,6 +10,7 @@ from families.common.scoring import SIDE_PX, ScoredSettings, Ways, as_uint8
 from families.stable_diffusion import build
 from families.stable_diffusion.drawing import Loras, StableDiffusionNetworks, open_loras, sampling_process
 from families.stable_diffusion.inference import SdInferenceSettings
+from warpcore.errors import UserError
 
 DRAWN = "drawn"
 
@@ -47,7 +48,7 @@ class ScoredStableDiffusion:
         return {DRAWN: as_uint8(self.networks.decode(latents))}
 
     def controlled(self, pictures: Sequence[np.ndarray], prompts: Sequence[str], seed: int) -> Ways:
-        raise NotImplementedError("Stable Diffusion has no ControlNets here")
+        raise UserError("ControlNets of Stable Diffusion are not supported: score a run of train_sd or train_sd_lora")
 
     def rebuild(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> Ways:
         given = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]

@@ -25,7 +25,11 @@ FURTHER: dict[str, dict] = {
     "train_c": {"clip_image_dropout": 0.5, "adaptive_loss_weight": True, "offset_noise": 0.1},
     "train_c_controlnet": {"cache_text": True, "grad_norm_groups": {"hint": "backbone"}},
     "train_c_lora": {"caption_templates": ["a [fernando] {caption}", "[fernando]"], "masked_loss": True},
-}
+    "train_sd": {
+        "train_text_encoder": True, "text_chunks": 2, "loss_type": "huber", "min_snr_gamma": 5.0,
+        "input_perturbation": 0.1, "multires_noise_iterations": 3, "shuffle_tags": True,
+    },
+}  # fmt: skip
 """Settings that make a script decide more."""
 
 

@@ -11,11 +11,11 @@ from warpcore.diffusion.sampler import Sampler
 class HeunSampler(Sampler):
     """Heun's method in sigma = b / a (arXiv:2206.00364, algorithm 1 without churn): of second order.
 
-    Each step but the last is made again with the mean of the noise found at its beginning and at its end.
+    Each step but the last is taken twice, then with the mean of the noise found at its beginning and at its end.
     """
 
     _before: tuple[Tensor, Tensor, Tensor] | None = None
-    """x0, epsilon and logSNR at the beginning of a step that is to be made again."""
+    """x0, epsilon and logSNR at the beginning of a step that is to be taken a second time."""
 
     def start(self, steps):
         self._before = None

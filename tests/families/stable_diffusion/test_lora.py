@@ -4,12 +4,14 @@ import diffusers
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modules.lora import adapters
 from tests.families.stable_diffusion.test_train_sd import PIPELINES, settings_of
 from tests.warpcore.runs import load_weights, read_metrics
 from train.train_sd_lora import TrainSdLora
 from warpcore.config import make_config
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 CLASSES = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
@@ -127,3 +129,12 @@ def test_an_update_is_that_of_peft_on_the_library_s_networks(tmp_path, version):
         elif tensor.grad.abs().max() > 1e-7:  # else Adam divides what is nothing but rounding
             torch.testing.assert_close(after[name], tensor.detach(), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m)
             assert (after[name] - run.start[name]).abs().max() > 1e-3, name
+
+
+def test_a_lora_is_not_resumed_on_another_pipeline(tmp_path):
+    settings = settings_of(tmp_path, "sd15") | LORA
+    train(settings)
+    weights = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match=r"this run was trained on .*pipeline .*holds other weights"):
+        train(settings | {"updates": 2})

@@ -11,7 +11,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from families.common.weight_files import read_header
 from families.registry import family_of
+from families.stable_diffusion import build
 from families.stable_diffusion.components import find_component
+from families.stable_diffusion.inference import SdInferenceSettings
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
 from tests.warpcore.runs import read_metrics, tiny_settings, write_shard
 from train.train_sd import TrainSd
@@ -94,6 +96,7 @@ def test_what_a_pipeline_says_of_its_target_is_obeyed(tmp_path):
 
 
 def test_text_encoders_are_trained_each_with_its_own_learning_rate(tmp_path):
+    write_sdxl(tmp_path / "pipeline", vocabulary="clip")  # which a file of a text encoder, without tokenizer, is for
     settings = settings_of(tmp_path, "sdxl", train_text_encoder=True, text_encoder_lr=[1e-3, 1e-4], lr=1e-2)
     train(settings)
     run, pipeline = tmp_path / settings["experiment_id"], tmp_path / "pipeline"
@@ -106,7 +109,19 @@ def test_text_encoders_are_trained_each_with_its_own_learning_rate(tmp_path):
         tensors = before.state_dict()
         changes.append(max((tensor - tensors[key]).abs().max().item() for key, tensor in after.state_dict().items()))
         assert (run / f"{name}_ema.safetensors").is_file()
+        drawn_with = build.text_encoders(SdInferenceSettings(run=[run])).encoders[name.endswith("2")].model
+        averages = load_file(run / f"{name}_ema.safetensors")
+        assert all(torch.equal(tensor, averages[key]) for key, tensor in drawn_with.state_dict().items())
     assert changes == pytest.approx([1e-3, 1e-4], rel=0.05)
+
+
+def test_captions_that_are_cut_off_are_counted_at_the_start(tmp_path, capfd):
+    data = write_shard(tmp_path / "long" / "a.tar", 4, (64, 64))
+    getter = ["txt", "lambda t: t * 80"]
+    train(settings_of(tmp_path, "sd15", webdataset_path=str(data), captions_getter=getter))
+    assert "4 of 4 captions are longer than the 77 tokens that the text encoder reads" in " ".join(
+        capfd.readouterr().err.split()
+    )
 
 
 def test_pictures_of_one_given_size_are_trained_and_drawn(tmp_path):

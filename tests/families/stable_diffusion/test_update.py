@@ -112,6 +112,16 @@ def test_a_run_from_a_cache_has_the_losses_of_one_from_pictures(tmp_path, versio
     assert [line["loss"] for line in from_cache] == pytest.approx([line["loss"] for line in from_pictures], rel=1e-5)
 
 
+def test_a_cache_of_text_encoders_with_another_config_is_refused(tmp_path):
+    given = settings_of(tmp_path, "sd15")
+    cache = make_cache("train_sd", given, tmp_path / "cache")
+    config = tmp_path / "pipeline" / "text_encoder" / "config.json"
+    assert '"quick_gelu"' in config.read_text()
+    config.write_text(config.read_text().replace('"quick_gelu"', '"gelu"'))
+    with pytest.raises(UserError, match="the weights of the text network are"):
+        TrainSd(make_config(TrainSd.Config, given | {"webdataset_path": str(cache)})).run()
+
+
 def test_a_cache_of_another_autoencoder_with_the_same_shapes_is_refused(tmp_path):
     given = settings_of(tmp_path, "sd15")
     cache = make_cache("train_sd", given, tmp_path / "cache")

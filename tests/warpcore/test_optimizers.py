@@ -1,0 +1,96 @@
+"""Optimizers of our own take the steps of their authors'."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.golden import load_case, resolve
+from warpcore import optim
+from warpcore.optimizers.lion import Lion
+from warpcore.optimizers.prodigy import Prodigy
+from warpcore.sharded import full
+
+
+@pytest.mark.parametrize("call", ["py_lion", "py_lion_decay"])
+def test_lion_takes_the_steps_of_its_authors(call):
+    case, tensors = load_case("sd_t5/optimizers")
+    (about,) = (one for one in case["calls"] if one["name"] == call)
+    start, gradients_of, expected = (resolve(about[key], tensors) for key in ("start", "gradients", "parameters"))
+    parameters = [nn.Parameter(tensor.clone()) for tensor in start]
+    defaults = about["defaults"]
+    lion = Lion(
+        [{"params": parameters, "param_names": ["a", "b"]}],
+        lr=defaults["lr"], weight_decay=defaults["weight_decay"], betas=tuple(defaults["betas"]),
+    )  # fmt: skip
+    for step in range(5):
+        for parameter, gradient in zip(parameters, gradients_of, strict=True):
+            parameter.grad = gradient[step].clone()
+        optim.step([lion], torch.tensor(0.0))
+        for parameter, after in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.detach(), after[step], atol=1e-6, rtol=0)
+
+
+TARGET = torch.tensor([3.0, -2.0, 0.5, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        (
+            0.0,
+            [
+                [1e-06, 1.5e-06, -1.5e-06, 1.5e-06, 1.5e-06],
+                [9.03553e-06, 3.23203e-05, -3.23203e-05, 3.23203e-05, 3.23203e-05],
+                [0.00329545, 0.0101695, -0.0101703, 0.0101776, 0.0101684],
+                [1.6495, 3.54701, -1.16238, 0.754352, 9.44368],
+            ],
+        ),
+        (
+            0.05,
+            [
+                [1e-06, 1.5e-06, -1.5e-06, 1.5e-06, 1.5e-06],
+                [9.03553e-06, 3.23203e-05, -3.23203e-05, 3.23203e-05, 3.23203e-05],
+                [0.0032951, 0.010168, -0.0101688, 0.0101761, 0.0101669],
+                [1.82342, 3.2369, -1.18034, 0.872564, 8.61064],
+            ],
+        ),
+    ],
+)
+def test_prodigy_takes_the_steps_of_its_authors(decay, expected):
+    """Numbers of prodigyopt 1.1.2 with use_bias_correction and safeguard_warmup, with a warm-up over 10 updates."""
+    x = nn.Parameter(torch.zeros(4))
+
+    def make_prodigy():
+        group = {"params": [x], "param_names": ["x"]}
+        return Prodigy([group], lr=1.0, weight_decay=decay, betas=(0.9, 0.99), eps=1e-8)
+
+    prodigy, found = make_prodigy(), []
+    for update in range(1, 61):
+        x.grad = None
+        ((x - TARGET).square().sum() / 8).backward()
+        optim.set_lr([prodigy], min(update / 10, 1))
+        optim.step([prodigy], torch.tensor(0.0))
+        if update == 30:  # as if the run had been stopped and resumed
+            state, prodigy = optim.optimizer_state([prodigy]), make_prodigy()
+            optim.load_optimizer_state([prodigy], *state)
+        if update in (5, 20, 40, 60):
+            found.append([prodigy.d.item(), *x.tolist()])
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-9)
+
+
+def estimate_of_prodigy(parameters):
+    """Prodigy's estimate after 60 updates towards `TARGET`, with parameters that together have its shape."""
+    names = [str(i) for i in range(len(parameters))]
+    groups = [{"params": [p], "param_names": [name]} for p, name in zip(parameters, names, strict=True)]
+    prodigy = Prodigy(groups, lr=1.0, weight_decay=0.05, betas=(0.9, 0.99), eps=1e-8)
+    for update in range(1, 61):
+        prodigy.zero_grad()
+        torch.cat([full(p) for p in parameters]).sub(TARGET).square().sum().div(8).backward()
+        optim.set_lr([prodigy], min(update / 10, 1))
+        optim.step([prodigy], torch.tensor(0.0))
+    return optim.metrics([prodigy])["prodigy_d"].item()
+
+
+def test_prodigy_has_one_estimate_over_all_groups():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
+    assert estimate_of_prodigy(parameters) == pytest.approx(1.82342, rel=1e-4)
