@@ -73,19 +73,25 @@ def same_blocks(one: Shard, other: Shard) -> bool:
 
 def _looked_at(location: str) -> _Looked:
     if location not in _of_files:
-        _of_files[location] = {}
-        try:
-            with open(location, encoding="ascii", errors="replace") as file:
-                lines = file.read().splitlines()
-        except ABSENT:
-            return _of_files[location]
-        except OSError as error:
-            logger.warning("%s can't be read (%s): what it remembers is looked at again", location, error.strerror)
-            return _of_files[location]
-        for line in lines:
-            try:
-                name, size, etag, content = json.loads(line)
-                _of_files[location][name] = (size, etag, content)
-            except (ValueError, TypeError, RecursionError):  # cut off while it was written: the tar is looked at again
-                logger.info("%s: a damaged line is passed over", location)
+        # Filled before other threads see it: one that found it empty would read a tar again that is known.
+        _of_files.setdefault(location, _read_looked_at(location))
     return _of_files[location]
+
+
+def _read_looked_at(location: str) -> _Looked:
+    try:
+        with open(location, encoding="ascii", errors="replace") as file:
+            lines = file.read().splitlines()
+    except ABSENT:
+        return {}
+    except OSError as error:
+        logger.warning("%s can't be read (%s): what it remembers is looked at again", location, error.strerror)
+        return {}
+    found = {}
+    for line in lines:
+        try:
+            name, size, etag, content = json.loads(line)
+            found[name] = (size, etag, content)
+        except (ValueError, TypeError, RecursionError):  # cut off while it was written: the tar is looked at again
+            logger.info("%s: a damaged line is passed over", location)
+    return found

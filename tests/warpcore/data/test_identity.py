@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,25 @@ def test_copied_and_touched_data_are_the_same_data_and_are_looked_at_once(tmp_pa
     identity._of_files.clear()  # as another process begins
     monkeypatch.setattr("warpcore.data.catalog.index_shard", lambda shard: pytest.fail("a tar was read again"))
     assert plan_of(catalog_of(tmp_path / "two")).difference(before) is None
+
+
+def test_several_threads_know_what_was_looked_at(tmp_path, monkeypatch):
+    """One that asks while another one reads the file finds it read."""
+    shards = [catalog_of(write_shard(tmp_path / f"{number}.tar", 1, number)).shard(0) for number in range(2)]
+    for shard in shards:
+        identity.remember(shard, shard.content)
+    identity._of_files.clear()
+    found = []
+
+    def open_slowly(*args, **kwargs):
+        monkeypatch.delattr(identity, "open")
+        with ThreadPoolExecutor(1) as other:
+            found.append(other.submit(identity.remembered, shards[1]).result(timeout=60))
+        return open(*args, **kwargs)
+
+    monkeypatch.setattr(identity, "open", open_slowly, raising=False)
+    found.append(identity.remembered(shards[0]))
+    assert found == [shards[1].content, shards[0].content]
 
 
 def test_a_caption_of_equal_length_that_changed_is_noticed(tmp_path, caplog):
