@@ -20,6 +20,7 @@ from tests.made_up_family.train_made_up import MadeUpConfig, TrainMadeUp
 from tests.test_made_up_family import SCRIPT, config_file, losses, run_tool, train
 from tests.test_made_up_family import _known as _known
 from tests.test_made_up_family import settings as of_family  # noqa: F401
+from tests.tiers import represented_by
 from tests.warpcore.runs import read_metrics, write_shard
 from tools import cache
 from warpcore.config import ConfigError, make_config
@@ -143,14 +144,91 @@ def test_caches_without_pictures_hold_the_same_samples(settings, tmp_path):
 
 def test_a_cache_of_captions_that_were_edited_is_refused(settings, tmp_path):
     texts = make(settings, tmp_path, "texts", "--features", "texts")
-    tar = Path(settings["webdataset_path"], "two", "a.tar")
-    content = tar.read_bytes()
-    assert content.count(b"picture 7") == 1
-    tar.write_bytes(content.replace(b"picture 7", b"pictures!"))
+    edit(Path(settings["webdataset_path"], "two", "a.tar"), b"picture 7", b"pictures!")
     with pytest.raises(UserError, match=r"two/a.tar changed since .*two/a.tar was made from it: make it"):
         train(settings, caches=[texts])
     make(settings, tmp_path, "texts", "--features", "texts")
     train(settings, caches=[texts], experiment_id="updated")
+
+
+def edit(tar: Path, caption: bytes, to: bytes) -> None:
+    """Replace a caption by one of the same length."""
+    content = tar.read_bytes()
+    assert content.count(caption) == 1
+    tar.write_bytes(content.replace(caption, to))
+
+
+def follow_commands(message: str, settings: dict, tmp_path: Path) -> list[str]:
+    """Run the commands at the end of an error message; the folders that they made."""
+    found = []
+    for command in message.split("python3 tools/cache.py ")[1:]:
+        _, config, *words = told_command(f"python3 tools/cache.py {command.removesuffix(' && ')}")
+        assert config == "CONFIG", "a training that no script started knows no file"
+        run_tool(cache.main, SCRIPT, config_file(settings, tmp_path), *words)
+        found.append(words[0])
+    return found
+
+
+@pytest.mark.parametrize("first", represented_by("latents", of=["latents", "texts"]))
+def test_caches_of_different_ages_are_noticed_without_pictures(settings, tmp_path, first):
+    latents = make(settings, tmp_path, "latents", "--features", "latents")
+    edit(Path(settings["webdataset_path"], "two", "a.tar"), b"picture 7", b"pictures!")
+    texts = make(settings, tmp_path, "texts", "--features", "texts")
+    alone = {"webdataset_path": None, "caches": [latents, texts] if first == "latents" else [texts, latents]}
+    with pytest.raises(UserError, match=r"two/a.tar and .*two/a.tar were made from different content of") as error:
+        train(settings, **alone)
+    assert follow_commands(str(error.value), settings, tmp_path) == alone["caches"]
+    assert train(settings, experiment_id="updated", **alone)
+
+
+def test_caches_of_another_cache_that_changed_are_noticed(settings, tmp_path):
+    latents = make(settings, tmp_path, "latents", "--features", "latents")
+    texts = make(settings | {"webdataset_path": latents}, tmp_path, "texts", "--features", "texts")
+    given = {"webdataset_path": latents, "caches": [texts]}
+    assert train(settings, **given)
+    edit(Path(settings["webdataset_path"], "two", "a.tar"), b"picture 7", b"pictures!")
+    make(settings, tmp_path, "latents", "--features", "latents")
+    with pytest.raises(UserError, match=r"latents/two/a.tar changed since .*texts/two/a.tar was made from it"):
+        train(settings, experiment_id="stale", **given)
+
+
+def test_older_caches_that_can_not_be_compared_are_used_and_named(settings, tmp_path, capfd):
+    latents, texts = both(settings, tmp_path)
+    given = {"webdataset_path": None, "caches": [latents, texts]}
+    for file in [*Path(latents).rglob("cache.sources.json"), *Path(texts).rglob("cache.sources.json")]:
+        file.unlink()
+    assert train(settings, **given)
+    assert "is not known" not in capfd.readouterr().err, "their records agree"
+    for record in Path(texts).rglob("*.cache.json"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"source": [1, "mtime-1"]}))
+    assert train(settings, experiment_id="older", **given)
+    told = capfd.readouterr().err
+    assert "pictures and captions is not known: an earlier version made" in told
+    assert told.count("is not known") == 1
+    Path(texts, "one", "a.tar.cache.json").write_text("[")
+    with pytest.raises(UserError, match=r"texts/one/a.tar.cache.json is damaged \(.*\): remove it"):
+        train(settings, experiment_id="damaged", **given)
+
+
+def test_caches_that_store_a_feature_differently_are_refused_with_the_command_for_another(settings, tmp_path):
+    latents = make(settings, tmp_path, "latents", "--features", "latents")
+    (tmp_path / "held").mkdir()
+    held = {"webdataset_path": str(write_shard(tmp_path / "held" / "b.tar", 4, (16, 32), 20))}
+    held_latents = make(settings | held, tmp_path, "held_latents", "--features", "latents", "--dtype", "float16")
+    given = settings | {"validation_samples": 0, "validation_path": held["webdataset_path"], "caches": [latents]}
+    with pytest.raises(ConfigError, match=r"store latent differently \(dtype: float32 and float16\)") as error:
+        train(given, validation_caches=[held_latents])
+    assert train(given, validation_caches=follow_commands(str(error.value), settings, tmp_path))
+
+
+def test_a_cache_without_crops_is_refused_with_the_command_for_another(settings, tmp_path, monkeypatch):
+    latents = make(settings, tmp_path, "latents", "--features", "latents")
+    for tar in Path(latents).rglob("a.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b'"crops"', b'"crape"'))
+    monkeypatch.setattr(TrainMadeUp, "needs_geometry", True)
+    with pytest.raises(UserError, match=r"latents/.*a.tar does not say how its pictures were cropped") as error:
+        train(settings, caches=[latents])
+    assert told_command(str(error.value))[2] == f"{latents}_new"
 
 
 def test_what_does_not_fit_is_refused(settings, tmp_path):

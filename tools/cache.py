@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from families.common.cache import buckets_of, origin_of
 from families.common.cache_commands import KINDS
+from families.common.cache_freshness import write_sources
 from families.common.cache_records import Record, report
 from families.common.cache_writer import CacheTar, Chunk, Work, mirrored, new_tar, shard_at
 from families.common.cached_captions import with_token_ids
@@ -292,8 +293,10 @@ class Caching:
                 raise UserError(f"{unseen}, of another process, is not seen here: OUT wants a folder that all share")
             time.sleep(1)
         shards = [shard_at(self._path(number)) for number in range(len(self.catalog))]
-        summaries = read_summaries(shards)
-        write_manifests(shards, {shard.url: known or index_shard(shard) for shard, known in summaries.items()})
+        summaries = {shard.url: known or index_shard(shard) for shard, known in read_summaries(shards).items()}
+        write_manifests(shards, summaries)
+        tars = [replace(shard, content=summaries[shard.url].content) for shard in shards]
+        write_sources(tars, self.catalog.contents)
         for path in old_tars(self.out):
             path.unlink()
         if self.maker.of_texts:

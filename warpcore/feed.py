@@ -58,6 +58,7 @@ class Feed:
         columns: index columns for `Batch.columns`.
         needs_geometry: whether `Batch.geometry` is wanted.
         further: by `webdataset_path` and `validation_path`, tars with further members of the samples that they name.
+        geometry_remedy: what a user does where features, stored in place of pictures, lack their geometry.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Feed:
         columns: Sequence[str] = (),
         needs_geometry: bool = False,
         further: Mapping[str, Sequence[FurtherTars]] = MappingProxyType({}),
+        geometry_remedy: str = "",
     ):
         self.config, self.processes = config, processes
         self._further = further
@@ -111,6 +113,7 @@ class Feed:
             computed=computed,
             columns=tensor_types(self._types, self._columns),
             geometry=needs_geometry,
+            geometry_remedy=geometry_remedy,
             read_ranges=self._read_ranges,
         )
 
@@ -269,7 +272,7 @@ class Feed:
                     f"{each.urls[0]} is of a cache, which holds what was made of pictures, but this run needs the "
                     "pictures themselves. Where a script can train from a cache, name its folder alone"
                 )
-        self.catalog = catalog
+        self.catalog, self.validation_catalog = catalog, held_out
         asked = [*self._columns, *(captions.columns if captions else ())]
         self._types = self.processes.on_main(lambda: column_types(catalog, asked))
         self._read_ranges = read_ranges

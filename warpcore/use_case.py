@@ -98,6 +98,11 @@ class UseCase:
         `validation_path` name."""
         return {}
 
+    def geometry_remedy(self) -> str:
+        """What to do where features that are stored in place of pictures do not say how these were cropped
+        (`needs_geometry`): the end of an error message."""
+        return "store the features of its pictures again"
+
     def index_columns(self) -> list[str]:
         """Columns of the index for `Batch.columns`; every sample has to have them."""
         return self.config.columns

@@ -6,19 +6,21 @@ samples in the same order from either. One may hold what is made of pictures, wh
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from families.common.cache_commands import SOURCES, cache_command, kind_of
+from families.common.cache_freshness import MadeFrom
 from families.common.cached_captions import with_token_ids
-from families.common.features import CACHE_NAME, REMAKE, Dtype, Feature, Origin, members_of
+from families.common.features import CACHE_NAME, Dtype, Feature, Origin, members_of
 from families.common.file_hashes import sha256_of
 from warpcore.config import ConfigError
 from warpcore.data.buckets import Buckets
 from warpcore.data.fields import TensorField
 from warpcore.data.joined import FurtherTars
 from warpcore.data.shards import folders_named_whole, named_folders
+from warpcore.data.storage import is_remote
 
 
 class Cacheable(Protocol):
@@ -83,6 +85,8 @@ class Caches:
     further: dict[str, list[FurtherTars]] = field(default_factory=dict)
     """Of those folders, the ones that hold features of the samples which the keys `webdataset_path` and
     `validation_path` name, beside these."""
+    made_from: dict[str, dict[str, MadeFrom]] = field(default_factory=dict)
+    """What the folders were made from, by these keys."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.origins
@@ -108,7 +112,8 @@ def find_caches(training: Cacheable) -> Caches | None:
         _check_alike(training, data, found.get("validation_path", Caches({}, {})))
     if any(training.features[name].of_picture for name in data.origins):
         training.check_cacheable()
-    return Caches(data.origins, data.folders, {key: one.further[key] for key, one in found.items()})
+    further = {key: one.further[key] for key, one in found.items()}
+    return Caches(data.origins, data.folders, further, {key: one.made_from[key] for key, one in found.items()})
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class _Named:
         folders = named_folders(getattr(training.config, key))
         named = [folder for entry in getattr(training.config, SOURCES[key]) for folder in named_folders(entry)]
         known = {
-            folder: Origin.read(folder, f"recreate the cache: {cache_command(training, folder, data_key=key)}")
+            folder: Origin.read(folder, f"make another: {cache_command(training, f'{folder}_new', data_key=key)}")
             for folder in dict.fromkeys([*folders, *named])
         }
         for folder in named:
@@ -163,6 +168,12 @@ def _used(training: Cacheable, named: _Named) -> Caches:
     of_own = set().union(*(kinds[folder] for folder in named.own))
     if named.own and not any(True in kind for kind in kinds.values()):
         of_own.add(True)  # there are no pictures to make them from
+    made_from = {
+        folder: MadeFrom(origin.source, _command_to_update(training, named.key, folder, origin))
+        for folder, origin in every.items()
+    }
+    whole = [*named.own] == folders_named_whole(getattr(training.config, named.key))
+    remedy_of_own = made_from[next(iter(named.own))].remedy if named.own and whole else None
     origins, folders, further = {}, {}, []
     for folder, origin in every.items():
         kind = of_own if folder in named.own else kinds[folder]
@@ -172,21 +183,27 @@ def _used(training: Cacheable, named: _Named) -> Caches:
             other = folders.setdefault(name, folder)
             if folder in named.further and other != folder:
                 raise ConfigError(f"{other} and {folder} both hold {name}: name one of them alone")
-            _check_stored_alike(name, origins.setdefault(name, origin), origin, other, folder)
+            _check_stored_alike(training, named.key, name, (other, origins.setdefault(name, origin)), (folder, origin))
         if folder in named.further:
-            command = cache_command(training, folder, kind_of(map(features.get, origin.features)), origin, named.key)
-            remedy = f"make it complete with {command}"
-            further.append(FurtherTars(folder, members_of(origin, names), remedy, _remedy_of_own(training, named)))
-    return Caches(origins, folders, {named.key: further})
+            members = members_of(origin, names)
+            further.append(FurtherTars(folder, members, made_from[folder].remedy, remedy_of_own))
+    return Caches(origins, folders, {named.key: further}, {named.key: made_from})
 
 
-def _remedy_of_own(training: Cacheable, named: _Named) -> str | None:
-    """What to do where a cache that is itself the data, whole folders of it, lacks tars that others have."""
-    if not named.own or [*named.own] != folders_named_whole(getattr(training.config, named.key)):
-        return None
-    folder, origin = next(iter(named.own.items()))
-    kind = kind_of(training.features[name] for name in origin.features if name in training.features)
-    return f"make it complete with {cache_command(training, folder, kind, origin, named.key)}"
+def _command_to_update(training: Cacheable, key: str, folder: str, origin: Origin) -> str:
+    """The command that brings a cache, of which the folder may be a part, up to date."""
+    while not is_remote(folder) and Origin.read(above := folder.rpartition("/")[0]) == origin:
+        folder = above
+    return cache_command(training, folder, _kind_of(training, origin), origin, key)
+
+
+def command_for_another(training: Cacheable, folder: str, origin: Origin, key: str = "webdataset_path") -> str:
+    """The command that makes a cache like one that is there, but for its faults, beside it."""
+    return cache_command(training, f"{folder}_new", _kind_of(training, origin), origin, key)
+
+
+def _kind_of(training: Cacheable, origin: Origin) -> str:
+    return kind_of(training.features[name] for name in origin.features if name in training.features)
 
 
 def _check(training: Cacheable, key: str, folder: str, origin: Origin, names: Sequence[str]) -> None:
@@ -202,10 +219,23 @@ def _check(training: Cacheable, key: str, folder: str, origin: Origin, names: Se
         )
 
 
-def _check_stored_alike(name: str, one: Origin, other: Origin, folder: str, other_folder: str) -> None:
-    pairs = [(made.dtype, made.variants, made.shapes.get(name)) for made in (one, other)]
-    if pairs[0] != pairs[1]:
-        raise ConfigError(f"{folder} and {other_folder} differ in dtype, variants or shapes of {name}: {REMAKE}")
+def _check_stored_alike(
+    training: Cacheable, key: str, name: str, one: tuple[str, Origin], other: tuple[str, Origin]
+) -> None:
+    """Raise ConfigError where two caches, given as folder and origin, store a feature differently.
+
+    key: of the data whose features the other one holds.
+    """
+    stored = [
+        {"dtype": made.dtype, "variants": made.variants, "shapes": made.shapes.get(name)} for _, made in (one, other)
+    ]
+    if wrong := [what for what in stored[0] if stored[0][what] != stored[1][what]]:
+        differences = "; ".join(f"{what}: {stored[0][what]} and {stored[1][what]}" for what in wrong)
+        like_the_first = replace(other[1], dtype=one[1].dtype, variants=one[1].variants)
+        command = command_for_another(training, other[0], like_the_first, key)
+        raise ConfigError(
+            f"{one[0]} and {other[0]} store {name} differently ({differences}). Make another {other[0]}: {command}"
+        )
 
 
 def _check_alike(training: Cacheable, data: Caches, held_out: Caches) -> None:
@@ -220,8 +250,8 @@ def _check_alike(training: Cacheable, data: Caches, held_out: Caches) -> None:
                 f"{SOURCES[lacking]}; this makes it: {command}"
             )
         if name in data:
-            pair = [(one.origins[name], one.folders[name]) for one in (data, held_out)]
-            _check_stored_alike(name, pair[0][0], pair[1][0], pair[0][1], pair[1][1])
+            pair = [(one.folders[name], one.origins[name]) for one in (data, held_out)]
+            _check_stored_alike(training, "validation_path", name, *pair)
 
 
 def buckets_of(training: Cacheable) -> Buckets:

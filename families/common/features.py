@@ -26,7 +26,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 CAPTION_SETTINGS = ("captions_getter", "token_ids")
 PICTURE_SETTINGS = ("bucket_sizes", "crop_mode", "background")
 DISPLAY_NAMES = {"bucket_sizes": "bucket_sizes (image_size, multi_aspect_ratio)"}
-REMAKE = "recreate the cache with tools/cache.py"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Origin:
         storage_for(str(folder)).write(f"{folder}/{CACHE_NAME}", f"{json.dumps(asdict(self), indent=1)}\n".encode())
 
     @classmethod
-    def read(cls, folder: str, remedy: str = REMAKE) -> "Origin | None":
+    def read(cls, folder: str, remedy: str = "remove the folder, or name another one") -> "Origin | None":
         """That of a folder, given as a complete URL; None where it holds no cache.
 
         remedy: what to do where it is damaged, for the error message.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.beginning import check_start_file, same_base, with_target
-from families.common.cache import Caches, find_caches
+from families.common.cache import Caches, command_for_another, find_caches
 from families.common.cache_commands import cache_command
 from families.common.cache_freshness import check_fresh
 from families.common.cached_captions import TOKEN_IDS
@@ -213,16 +214,21 @@ class DiffusionTraining(SampleFields):
     def setup(self) -> None:
         super().setup()
         if self.caches is not None:
-            made_here = [
-                self.caches.folders[name]
-                for name, origin in self.caches.origins.items()
-                if origin.source == self.config.webdataset_path
-            ]
-            self.processes.on_main(lambda: check_fresh(self.feed.catalog, set(made_here)))
+            for note in self.processes.on_main(self._check_fresh):
+                self.progress.say(note)
             _ = self.texts  # encodes what the caches lack, before the first update
             if computed := [name for name in self.features if not self.is_cached(name)]:
                 self.progress.say(f"no cache has {', '.join(computed)}: computed for each batch")
         say_of_captions(self)
+
+    def _check_fresh(self) -> list[str]:
+        """Compare the caches with their data, and with each other; what to tell of those that can't be compared."""
+        catalogs = {"webdataset_path": self.feed.catalog, "validation_path": self.feed.validation_catalog}
+        notes = (
+            check_fresh(catalogs[key], folders, getattr(self.config, key))
+            for key, folders in self.caches.made_from.items()
+        )
+        return list(chain.from_iterable(notes))
 
     @property
     def needs_images(self) -> bool:
@@ -231,6 +237,13 @@ class DiffusionTraining(SampleFields):
     def extra_fields(self) -> dict:
         cached = {} if self.caches is None else self.caches.fields()
         return cached | self.sample_fields(from_cache=not self.needs_images)
+
+    def geometry_remedy(self) -> str:
+        cached = next((name for name, one in self.features.items() if one.of_picture and self.is_cached(name)), None)
+        if cached is None:
+            return super().geometry_remedy()
+        folder, origin = self.caches.folders[cached], self.caches.origins[cached]
+        return f"make another cache: {command_for_another(self, folder, origin)}"
 
     def further_tars(self) -> Mapping[str, Sequence[FurtherTars]]:
         return {} if self.caches is None else self.caches.further

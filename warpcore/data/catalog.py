@@ -71,6 +71,10 @@ class Catalog:
         size, etag, content = (row[name][0].as_py() for name in ("size_bytes", "etag", "content"))
         return Shard(os.fsdecode(row["url"][0].as_py()), size, etag, content)
 
+    def shards(self) -> Iterator[Shard]:
+        """Every shard, in order: faster than one by one."""
+        return map(Shard, self.urls, *(self._table[name].to_pylist() for name in ("size_bytes", "etag", "content")))
+
     def versions(self) -> Iterator[tuple[str, Version]]:
         """URL, and size and etag, of every shard."""
         states = zip(*(self._table[name].to_pylist() for name in ("size_bytes", "etag")), strict=True)

@@ -9,7 +9,7 @@ import torch
 
 from warpcore.data.buckets import resized_size
 from warpcore.data.images import Geometry
-from warpcore.data.samples import Sample
+from warpcore.data.samples import PICTURE_FACTS, Sample
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
@@ -48,8 +48,10 @@ class CropGeometry:
         return self.values[:, 3]
 
 
-def stored_geometry(facts: bytes, sample: Sample, size: tuple[int, int]) -> Geometry:
+def stored_geometry(facts: bytes, sample: Sample, size: tuple[int, int], remedy: str) -> Geometry:
     """How the picture of a sample whose features were stored came to the bucket `size` (H, W).
+
+    remedy: what a user does where that was not stored: the end of an error message.
 
     Raises:
         UserError: that was not stored.
@@ -57,8 +59,8 @@ def stored_geometry(facts: bytes, sample: Sample, size: tuple[int, int]) -> Geom
     crops = json.loads(facts).get("crops")
     if not crops:
         raise UserError(
-            f"{sample.shard} does not say how its pictures were cropped, which this run wants to know: it was made by "
-            "an earlier version; recreate the cache with tools/cache.py"
+            f"{sample.tar_of(PICTURE_FACTS)[0]} does not say how its pictures were cropped, which this run wants to "
+            f"know: it was made by an earlier version; {remedy}"
         )
     source, (top, left) = (sample.height, sample.width), crops[drawn_variant(sample, len(crops))]
     return Geometry(source, resized_size(*source, size), top, left, size)

@@ -46,7 +46,15 @@ class _Part:
     """(shards,) the number in `catalog` of each shard's tar."""
 
     def tar(self, number: int) -> JoinedTar:
-        return JoinedTar(self.catalog.shard(int(self.numbers[number])), self.further.members, self.further.remedy)
+        return self._joined(self.catalog.shard(int(self.numbers[number])))
+
+    def tars(self) -> Iterator[JoinedTar]:
+        """That of every shard, in order."""
+        shards = list(self.catalog.shards())
+        return (self._joined(shards[number]) for number in self.numbers.tolist())
+
+    def _joined(self, shard: Shard) -> JoinedTar:
+        return JoinedTar(shard, self.further.members, self.further.remedy)
 
 
 class JoinedCatalog(Catalog):
@@ -58,6 +66,10 @@ class JoinedCatalog(Catalog):
 
     def shard(self, number: int) -> Shard:
         return super().shard(number).with_joined(part.tar(number) for part in self._parts)
+
+    def shards(self) -> Iterator[Shard]:
+        of_parts = [part.tars() for part in self._parts]
+        return (shard.with_joined(tars) for shard, *tars in zip(super().shards(), *of_parts, strict=True))
 
     def versions(self) -> Iterator[tuple[str, Version]]:
         yield from super().versions()

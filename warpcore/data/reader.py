@@ -131,6 +131,8 @@ class Reader:
     """Index columns for `Batch.columns`, and what they become; samples bring their values."""
     geometry: bool = False
     """Whether `Batch.geometry` is wanted. Without pictures, what stands for them has to hold it, as in a cache."""
+    geometry_remedy: str = ""
+    """What a user does where it is not there: the end of an error message."""
     read_ranges: ReadRanges = read_ranges
 
     def __post_init__(self):
@@ -235,7 +237,8 @@ class Reader:
             target[:] = picture.pixels
             geometry = picture.geometry
         elif self.geometry:
-            geometry = stored_geometry(_content([PICTURE_FACTS], contents, sample)[1], sample, size)
+            facts = _content([PICTURE_FACTS], contents, sample)[1]
+            geometry = stored_geometry(facts, sample, size, self.geometry_remedy)
         extra = {}
         for name, one in self.extra.items():
             suffix, content = _content(wanted(one, sample), contents, sample)

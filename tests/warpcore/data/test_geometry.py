@@ -73,5 +73,5 @@ def test_a_batch_without_a_readable_picture_has_numbers_too(tmp_path):
 def test_stored_features_without_crops_are_named(tmp_path):
     write_tar(tmp_path / "a.tar", [("0.picture.json", json.dumps({"width": 70, "height": 50}).encode())])
     plan = Plan(catalog_of(tmp_path), micro_batch_size=1, buckets=Buckets(32 * 32, 8))
-    with pytest.raises(UserError, match=r"a\.tar does not say how its pictures were cropped.*tools/cache\.py"):
-        Reader(pictures=False, geometry=True).__getitems__(next(plan.micro_batches()))
+    with pytest.raises(UserError, match=r"a\.tar does not say how its pictures were cropped.*; store them"):
+        Reader(pictures=False, geometry=True, geometry_remedy="store them").__getitems__(next(plan.micro_batches()))
