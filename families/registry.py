@@ -14,13 +14,13 @@ from typing import Any
 from families.common.family import ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, read_header
 from families.common.weight_source import local_weights
-from warpcore.arguments import pairs, parse_yaml
+from warpcore.arguments import pairs
 from warpcore.config import Settings, load_config
-from warpcore.config_files import read_config
+from warpcore.config_files import read_config, read_mapping
 from warpcore.data.storage import local_path
 from warpcore.errors import UserError
 from warpcore.keys import choices_of, describe, help_text
-from warpcore.text import read_text
+from warpcore.safe_yaml import parse_yaml
 
 PACKAGES = ["families"]
 """Packages whose sub-packages with a `family.py` are families."""
@@ -60,7 +60,7 @@ def _owns(family: Family, path: Path) -> bool:
     if path.is_file():
         return _has_weights(family, path)
     if (path / RUN_CONFIG).is_file():
-        config = parse_yaml(read_text(path / RUN_CONFIG), str(path / RUN_CONFIG)) or {}
+        config = read_mapping(path / RUN_CONFIG)
         if named := _named_in(path):
             return family.name in named
         files = {name: path / f"{name}.safetensors" for name in family.weight_keys}

@@ -21,16 +21,19 @@ from families.common.family import TEXT_TO_IMAGE
 from families.common.pictures import to_pictures
 from families.common.text_to_image import Drawn, TextToImageConfig
 from families.registry import load_task
-from warpcore.errors import run_script
+from warpcore.errors import UserError, run_script
 from warpcore.outputs import check_new, free_folder
 from warpcore.pictures import grid, save_png
 
 TASK = TEXT_TO_IMAGE
+MAX_PICTURES = 100_000
 
 
 def main() -> None:
     kind, config = load_task(TASK, sys.argv[1:])
     task = kind(config)
+    if (count := len(config.all_prompts) * len(config.seeds)) > MAX_PICTURES:
+        raise UserError(f"{count} pictures of as many prompts and seeds: at most {MAX_PICTURES} are drawn at once")
     prompts, seeds = zip(*product(config.all_prompts, config.seeds), strict=True)
     folder = config.output_path or free_folder("pictures")
     files = [folder / name for name in file_names(prompts, seeds, task.num_conditions)]

@@ -17,7 +17,7 @@ import yaml
 from families.common.weights import only_shapes
 from tools.arguments import local_path
 from warpcore import optim
-from warpcore.batch_size import split_batch
+from warpcore.batch_size import divisors, split_batch
 from warpcore.config import Config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
@@ -119,8 +119,8 @@ class Plan:
         """Settings and what they need, the first ones being those that cost least."""
         own = self.config.activation_checkpointing
         as_written = [(own, self.micro_batch)]
-        smaller = [(level, n) for n in range(self.micro_batch, 0, -1) if not self.micro_batch % n
-                   for level in self.levels if level >= own]  # fmt: skip
+        sizes = reversed(divisors(self.micro_batch))
+        smaller = [(level, n) for n in sizes for level in self.levels if level >= own]
         free, dear = self._places()
         for changes, batches in [*((c, as_written) for c in free), *((c, smaller) for c in (*free, *dear))]:
             if "activations" in changes.get("offload", ()) and not own:

@@ -13,15 +13,15 @@ import warpcore.openmp
 import argparse
 import re
 
-import yaml
-
 from tools.arguments import local_path
+from warpcore.batch_size import fitting_sizes
 from warpcore.config import ConfigError, load_config
 from warpcore.config_files import bases_from
 from warpcore.errors import UserError, run_script
 from warpcore.launch import planned_processes
 from warpcore.outputs import check_new
 from warpcore.rehearsal import Rehearsal, bucket_sizes, load_use_case
+from warpcore.safe_yaml import parse_mapping
 from warpcore.text import read_text
 
 GIB = 2**30
@@ -42,7 +42,7 @@ def main() -> None:
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [str(options.config), *keys])
     processes = planned_processes(options.processes, config.processes)
-    fitting = [n for n in range(1, config.batch_size + 1) if config.batch_size % (n * processes) == 0]
+    fitting = fitting_sizes(config.batch_size, processes)
     if not fitting:
         raise UserError(f"batch_size {config.batch_size} does not divide by {processes} processes")
     guess = options.guess or config.micro_batch_size or fitting[-1] // (config.grad_accum_steps or 1)
@@ -113,7 +113,7 @@ def with_micro_batch(text: str, micro_batch: int, keys: list[str]) -> str:
         if not equals or "." in name:
             raise ConfigError(f"argument {key!r}: write key=value for a key of the config itself")
         changes[name] = value
-    present = yaml.safe_load(text) or {}
+    present = parse_mapping(text, "the config")
     text = re.sub(r"(?m)^grad_accum_steps:.*\n?", "", text)  # it follows from the two sizes
     for name, value in changes.items():
         if name in present:

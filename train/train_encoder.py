@@ -9,6 +9,7 @@ draw. A little noise on the latents keeps neighbouring ones meaningful, as Stage
 import warpcore.openmp
 
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from families.cascade import build
@@ -30,15 +31,15 @@ class EncoderConfig(FamilySettings, Config):
     """Weights of the encoder to start from; random ones without it."""
     previewer_checkpoint_path: Weights | None = None
     """Weights of the previewer to start from; random ones without it."""
-    latent_noise: float = 0.1
+    latent_noise: NonNegativeFloat = 0.1
     """Deviation of the noise added to the latents, whose own deviation is about 1."""
-    squared_weight: float = 10.0
+    squared_weight: NonNegativeFloat = 10.0
     """Weight of the squared error, beside the absolute error."""
-    coarse_weight: float = 20.0
+    coarse_weight: NonNegativeFloat = 20.0
     """Weight of the squared errors of the picture at 1/2, 1/4 and 1/8 of its size: learns what is where, fast."""
-    edge_weight: float = 1.0
+    edge_weight: NonNegativeFloat = 1.0
     """Weight of the error of differences between neighbouring pixels: keeps outlines sharp."""
-    sample_count: int = 16
+    sample_count: PositiveInt = 16
     """How many held-out pictures are drawn at most, beside their reconstructions."""
 
 

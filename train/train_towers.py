@@ -9,9 +9,11 @@ the other captions of the micro-batch pushed away. The run's folder gets `text_t
 
 import warpcore.openmp
 import math
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from families.common.captions import say_of_captions
@@ -22,26 +24,38 @@ from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
 
+Layers = Annotated[int, Field(gt=0, le=1000)]
+
 
 class TowersConfig(Config):
     unused = frozenset({"output_path"})  # no pictures are drawn
 
-    words: list[str]
+    words: list[str] = Field(min_length=1)
     """Every word and punctuation mark that captions use; all others count as one unknown word."""
-    tower_width: int = 64
+    tower_width: Annotated[int, Field(gt=0, le=8192)] = 64
     """Channels of both towers, and width of the vectors they give."""
-    tower_heads: int = 4
+    tower_heads: Annotated[int, Field(gt=0, le=1024)] = 4
     """Attention heads of both towers."""
-    text_length: int = 24
+    text_length: Annotated[int, Field(gt=2, le=10_000)] = 24
     """Tokens of a caption, its begin and end included; longer captions are cut."""
-    text_layers: int = 3
+    text_layers: Layers = 3
     """Blocks of the text tower."""
-    image_layers: int = 3
+    image_layers: Layers = 3
     """Blocks of the image tower."""
-    image_tower_size: int = 48
+    image_tower_size: Annotated[int, Field(gt=0, le=4096)] = 48
     """Side in pixels at which the image tower sees the middle square of a picture."""
-    image_tower_patch: int = 8
+    image_tower_patch: PositiveInt = 8
     """Side in pixels of one position of the image tower."""
+
+    @model_validator(mode="after")
+    def _dividing(self) -> Self:
+        if self.tower_width % self.tower_heads:
+            raise ValueError(f"tower_heads: {self.tower_heads} does not divide tower_width {self.tower_width}")
+        if self.image_tower_size % self.image_tower_patch:
+            raise ValueError(
+                f"image_tower_patch: {self.image_tower_patch} does not divide image_tower_size {self.image_tower_size}"
+            )
+        return self
 
     @property
     def clip(self) -> ClipSettings:

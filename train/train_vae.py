@@ -8,10 +8,10 @@ The run's folder gets `autoencoder.safetensors` with diffusers' names, and its c
 """
 
 import warpcore.openmp
-from typing import Self
+from typing import Annotated, Self
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from families.common.autoencoders import Autoencoder
@@ -34,6 +34,9 @@ SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_
 """Keys that say how a new autoencoder is built."""
 
 
+Channels = Annotated[int, Field(gt=0, le=8192)]
+
+
 class VaeConfig(ReconstructionConfig):
     autoencoder_checkpoint_path: Weights | None = None
     """Autoencoder to start from, a diffusers folder or file; a new one without it. It keeps its `scaling_factor`, as
@@ -42,11 +45,11 @@ class VaeConfig(ReconstructionConfig):
     """Train the decoder alone: pictures keep their latents, so denoisers and caches of them stay valid."""
     kl_weight: NonNegativeFloat = 1e-6
     """Weight of the Kullback-Leibler divergence: nats of a picture's latents, for each of its pixels' values."""
-    block_out_channels: list[PositiveInt] = [128, 256, 512, 512]
+    block_out_channels: list[Channels] = Field([128, 256, 512, 512], min_length=1, max_length=12)
     """Channels of a new autoencoder's levels; each after the first halves the sides."""
-    layers_per_block: PositiveInt = 2
+    layers_per_block: Annotated[int, Field(gt=0, le=100)] = 2
     """Residual blocks of each level of its encoder; its decoder has one more."""
-    latent_channels: PositiveInt = 4
+    latent_channels: Channels = 4
     """Channels of its latents."""
     norm_num_groups: PositiveInt = 32
     """Groups of its norms; divides every number of channels."""

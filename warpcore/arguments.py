@@ -1,4 +1,4 @@
-"""Text from a command line or a YAML file becomes values, each typed by the key that it is for."""
+"""Text from a command line becomes values, each typed by the key that it is for."""
 
 import json
 import re
@@ -9,72 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel
 
 from warpcore.errors import ConfigError
 from warpcore.keys import parts_of
+from warpcore.safe_yaml import parse_yaml
+from warpcore.text import brief, shortened
 
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
-_FLOAT = re.compile(
-    r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
-)
 _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
-MAX_VALUES = 1_000_000
-"""More than this are no configuration that someone wrote."""
 _BARE_WORD = re.compile(r"\[\s*([^][{},\"'\s]+)\s*\]")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without numbers in base 60 (16:9), octal ones (007) and dates, which people write as text."""
-
-    yaml_implicit_resolvers = {
-        first: [
-            (tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
-        ]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Refuses a key that stands in a mapping twice, of which YAML would take the last one unseen."""
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.composer.ComposerError(None, None, f"{key.value} stands there twice", key.start_mark)
-            seen.add(key.value)
-        return node
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value that YAML spells. Nothing in it is executed.
-
-    Raises:
-        ConfigError: it is not YAML.
-    """
-    try:
-        value = yaml.load(text, _Loader)
-        if _count(value, {}) > MAX_VALUES:
-            raise ConfigError(f"{where} stands for more than {MAX_VALUES} values, by aliases of aliases")
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{where} is nested too deeply, or holds itself") from None
-    return value
-
-
-def _count(value: Any, known: dict[int, int]) -> int:
-    """How many values it holds, those of an alias each time; `known` by id."""
-    if not isinstance(value, list | dict):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = 1 + sum(
-            _count(one, known) for one in (value.values() if isinstance(value, dict) else value)
-        )
-    return known[id(value)]
 
 
 def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
@@ -86,9 +29,9 @@ def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
             key = key[2:].replace("-", "_")
             text = text if equals else next(rest, None)
         elif not equals:
-            raise ConfigError(f"argument {argument!r}: write a config file first, then key=value or --key value")
+            raise ConfigError(f"argument {brief(argument)}: write a config file first, then key=value or --key value")
         if not key or text is None:
-            raise ConfigError(f"argument {argument!r}: write key=value or --key value")
+            raise ConfigError(f"argument {brief(argument)}: write key=value or --key value")
         yield key, text
 
 
@@ -123,16 +66,17 @@ def _list(kinds: set, key: str, text: str) -> Any:
     of_texts = any(parts_of(typing.get_args(one)[0]) == {str} for one in _lists(kinds))
     word = _BARE_WORD.fullmatch(text.strip())
     if word and of_texts:
+        inner = shortened(word[1])
         raise ConfigError(
-            f"{key}={text}: a list, or a text in brackets? Write {key}='[\"[{word[1]}]\"]' for the text [{word[1]}], "
-            f"{key}='[\"{word[1]}\"]' for the text {word[1]}"
+            f"{key}={shortened(text)}: a list, or a text in brackets? Write {key}='[\"[{inner}]\"]' for the text "
+            f"[{inner}], {key}='[\"{inner}\"]' for the text {inner}"
         )
     try:
         return parse_yaml(text, f"{key}={text}")
     except ConfigError as error:
         if not of_texts:
             raise
-        one = json.dumps([text], ensure_ascii=False)
+        one = json.dumps([shortened(text)], ensure_ascii=False)
         raise ConfigError(f"{error}. If it is one text and no list, write {key}={shlex.quote(one)}") from None
 
 
@@ -178,7 +122,9 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     """`a.b=1` sets the key b of the mapping a."""
     *parents, last = dotted.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{dotted}: {parent} is not a mapping")
+        inner = values.get(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{shortened(dotted)}: {parent} is not a mapping")
+        values[parent] = dict(inner)  # an alias may stand for the same one elsewhere
+        values = values[parent]
     values[last] = value

@@ -1,6 +1,9 @@
 """How `batch_size` is split over processes and accumulation steps."""
 
+import math
+
 from warpcore.config import Config
+from warpcore.config_keys import MAX_MICRO_BATCH
 from warpcore.errors import UserError
 
 
@@ -20,9 +23,14 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
                 f"batch_size {batch} does not divide by {num_processes} processes x {steps or 1} grad_accum_steps: "
                 f"write batch_size: {batch // parts * parts or parts} or {(batch // parts + 1) * parts}"
             )
+        if batch // parts > MAX_MICRO_BATCH:
+            raise UserError(
+                f"batch_size {batch} makes micro-batches of {batch // parts}, at most {MAX_MICRO_BATCH} are possible: "
+                "write micro_batch_size"
+            )
         return batch // parts, steps or 1
     if batch % (micro * num_processes):
-        fitting = [size for size in range(1, batch + 1) if batch % (size * num_processes) == 0]
+        fitting = fitting_sizes(batch, num_processes)
         raise UserError(
             f"batch_size {batch} does not divide by micro_batch_size {micro} x {num_processes} processes: "
             + (f"write micro_batch_size: {' or '.join(map(str, fitting))}" if fitting else "use fewer processes")
@@ -34,3 +42,14 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
             f"processes) = {derived}: remove grad_accum_steps"
         )
     return micro, derived
+
+
+def fitting_sizes(batch_size: int, num_processes: int) -> list[int]:
+    """The micro-batch sizes, ascending, that divide a batch over processes; none where the processes don't."""
+    return [] if batch_size % num_processes else divisors(batch_size // num_processes)
+
+
+def divisors(number: int) -> list[int]:
+    """Those of a positive number, ascending."""
+    low = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*low, *(number // one for one in low)})

@@ -2,8 +2,8 @@
 
 Nothing in it is executed.
 
-A use case subclasses `Config`, adds its keys, and calls `load_config(MyConfig)`. The sentence under a key is its
-documentation: `--help` and docs/configuration.md are made from it.
+A use case subclasses `Config`, adds its keys, and calls `load_config(MyConfig)`. The keys that all have are in
+`warpcore.config_keys`.
 """
 
 import logging
@@ -12,255 +12,41 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError, model_validator
 
-from warpcore.arguments import numbers_in, pairs, read_arguments
+from warpcore.arguments import pairs, read_arguments
 from warpcore.config_files import BASE, read_config
-from warpcore.data.buckets import parse_ratio, parse_size
+from warpcore.config_keys import (
+    AverageKeys,
+    DataKeys,
+    FileName,
+    OptimisationKeys,
+    ReportKeys,
+    RunKeys,
+    Settings,
+    Share,
+    ShareBelowOne,
+)
 from warpcore.data.storage import local_path
 from warpcore.errors import ConfigError, UserError
-from warpcore.keys import S3Url, help_text, local_paths, parts_of
-from warpcore.mistakes import explain
-from warpcore.parameter_groups import ParameterGroup
+from warpcore.keys import help_text, local_paths
+from warpcore.mistakes import check_values, explain_all
 from warpcore.unused_keys import check_unused
 
-Share = Annotated[float, Field(ge=0, le=1)]
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-FileName = Annotated[str, Path]
-"""Text that is, or begins with, the name of a file, or is another name."""
-ByteValue = Annotated[int, Field(ge=0, le=255)]
-
-
-class Settings(BaseModel):
-    """What every configuration shares: frozen, no unknown keys, numbers are numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    unused: ClassVar[frozenset[str]] = frozenset()
-    """Keys of a shared base class that a script has no use for."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_home_folders(cls, values: Any) -> Any:
-        return local_paths(cls, values) if isinstance(values, dict) else values
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python counts True as 1, so `batch_size: yes` would train with a batch of one.
-        kinds, ones = parts_of(cls.model_fields[info.field_name].annotation), [value]
-        if isinstance(value, list):
-            kinds, ones = set().union(*(parts_of(part) for kind in kinds for part in get_args(kind))), value
-        if any(isinstance(one, bool) for one in ones) and bool not in kinds and kinds & {int, float}:
-            raise ValueError("a number is needed, not true or false")
-        return numbers_in(cls.model_fields[info.field_name].annotation, value)
-
-
-class RunKeys(Settings):
-    """The run."""
-
-    experiment_id: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
-    """Name of the run: everything is written under `checkpoint_path/experiment_id`, and a second start resumes it."""
-    checkpoint_path: S3Url | Path
-    """Folder for checkpoints, weights, metrics and samples, or s3://bucket/prefix."""
-    scratch_path: Path | None = None
-    """With checkpoints on S3, a folder on each machine's disk where files wait to be sent; by default in ~/.cache."""
-    output_path: Path | None = None
-    """Folder for sample pictures, in a folder with the run's name; by default `samples` inside the run's folder."""
-    seed: int = 0
-    """All randomness of the run follows from this number."""
-    updates: PositiveInt
-    """How many optimizer steps the whole run makes."""
-    save_every: PositiveInt = 1000
-    """A checkpoint, sample pictures and the validation loss come after every this many updates."""
-    backup_every: PositiveInt | None = None
-    """A checkpoint, and a copy of the weights that is never deleted, after every this many updates."""
-    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the exported weights files, averages included; by default that in which the weights are trained.
-    What a run resumes from is always exact."""
-    export_every: PositiveInt | None = None
-    """Export weights files only with the checkpoints of updates that are multiples of this, with backups and with the
-    last update; between them, and where a signal stops the run, the files stay those of the export before. By default
-    every checkpoint exports them."""
-    keep_last: PositiveInt = 2
-    """How many of the newest checkpoints are kept."""
-    on_data_change: Literal["error", "new_epoch"] = "error"
-    """What resuming does when the data or its settings changed: refuse, or start a fresh epoch with the weights."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where to compute; `auto` takes CUDA, then MPS, then the CPU."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the computation (weights being trained stay float32); by default bfloat16 on CUDA, else float32.
-    float16, for GPUs without bfloat16, scales the loss (`loss_scale` in the metrics), which skips an update now and
-    then."""
-    weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What trained weights are kept in: bfloat16, stepped with stochastic rounding, takes half the memory for them and
-    their gradients (`optimizer: adamw`)."""
-    fp8: bool = False
-    """Multiply the linear layers of trained blocks in fp8 (needs torchao and an Ada, Hopper or later GPU)."""
-    compile: bool | Literal["blocks", "graphs"] = False
-    """Compile the blocks of the networks (`true` or `blocks`): a minute or more at the start, then faster updates with
-    less memory. `graphs` also records what trained blocks compute as CUDA graphs, for small networks, whose kernels
-    take less time than launching them: on one NVIDIA GPU, without offloading, and with memory for a graph of each
-    bucket. Not yet tried on a GPU."""
-    allow_tf32: bool = True
-    """Let CUDA multiply float32 matrices in TF32."""
-    use_fsdp: bool = False
-    """With several processes, shard weights, gradients and optimizer state over them instead of replicating."""
-    fsdp_shards: PositiveInt | None = None
-    """With `use_fsdp`, how many neighbouring processes share one copy (8: one per 8 GPUs); by default all."""
-    fsdp_cpu_offload: bool = False
-    """With `use_fsdp`, on one process too: keep weights, gradients and optimizer state in the CPU's memory, where the
-    optimizer steps; blocks come to the device as they are used."""
-    offload: list[Literal["encoders", "activations"]] = []
-    """What waits in the CPU's memory while it is not used: `encoders`, the frozen networks; `activations`, what
-    activation checkpointing keeps."""
-    processes: PositiveInt | Literal["all"] | None = None
-    """Start that many processes on this machine (`all`: one for each GPU), without torchrun. By default, as many as
-    torchrun or Slurm has started, or one. A run goes on with any number, however it is started."""
-    process_timeout_seconds: PositiveFloat = 1800
-    """A process that waits longer than this for the others (one hangs, or a machine is gone) ends with an error."""
-    activation_checkpointing: Literal[0, 1, 2, 3] = 0
-    """0 keeps all activations, 3 recomputes every block in the backward pass: slower, and the least memory."""
-    num_threads: PositiveInt | None = None
-    """CPU threads of the main process; by default PyTorch's choice."""
-
-
-class OptimisationKeys(Settings):
-    """Optimisation."""
-
-    lr: PositiveFloat = 1e-4
-    """Learning rate after warm-up."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate between warm-up and the last update."""
-    min_lr_ratio: Share = 0.0
-    """Where `cosine` and `linear` end, as a fraction of `lr`."""
-    warmup_updates: PositiveInt = 1
-    """The learning rate rises linearly over this many updates; the first one already learns."""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon", "lion", "prodigy"] = "adamw"
-    """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, Muon, Lion
-    (arXiv:2302.06675; with a third to a tenth of AdamW's `lr`, and usually `betas: [0.9, 0.99]`), or Prodigy
-    (arXiv:2306.06101; finds the learning rate itself, so write `lr: 1`, and usually `betas: [0.9, 0.99]`)."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay of matrices and kernels; vectors (norms, biases) are not decayed."""
-    parameter_groups: list[ParameterGroup] = []
-    """Other settings for parameters by name, or frozen ones, e.g. `[{pattern: '*.norm*', lr_scale: 0.1, weight_decay:
-    0}, {pattern: 'down_blocks.*', frozen: true}]`: shell patterns for whole names, the first that matches counts."""
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
-    """Decay of the two moments of Adam's family."""
-    eps: PositiveFloat = 1e-7
-    """Term added to the denominator in Adam's family."""
-    clip_grad_norm: PositiveFloat | None = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it."""
-    max_nonfinite_updates: PositiveInt = 10
-    """The run stops after this many updates in a row whose gradient is not finite; each one is skipped."""
-    batch_size: PositiveInt
-    """Samples per update, over all processes and accumulation steps."""
-    micro_batch_size: PositiveInt | None = None
-    """Samples per forward pass; by default `batch_size / (processes x grad_accum_steps)`."""
-    grad_accum_steps: PositiveInt | None = None
-    """Forward passes per update and process; follows from the two sizes when both are given."""
-
-
-class AverageKeys(Settings):
-    """Average of the weights."""
-
-    ema_start_iters: NonNegativeInt | None = None
-    """First update of the exponential moving average; without this key there is none."""
-    ema_iters: PositiveInt = 1
-    """The average moves at every this many updates."""
-    ema_beta: ShareBelowOne = 0.999
-    """Share of the old average that a step keeps."""
-    ema_device: Literal["same", "cpu"] = "same"
-    """Keep the average beside the weights, or in the CPU's memory."""
-
-
-class DataKeys(Settings):
-    """Data."""
-
-    webdataset_path: str | list[str | dict[str, Any]]
-    """Training data: a tar, folder, glob, brace range, URL or .yml, or a list of them ({path: ..., weight: 2})."""
-    validation_path: str | list[str | dict[str, Any]] | None = None
-    """Held-out data, written like `webdataset_path`."""
-    validation_samples: NonNegativeInt = 0
-    """Without `validation_path`: how many training samples (chosen by a hash of their key) are held out instead."""
-    dataset_filters: list[tuple[str | list[str], str]] = []
-    """Pairs of column(s) and expression, e.g. `[['width', 'height'], 'lambda w, h: w*h >= 589824']`: all must hold."""
-    columns: list[str] = []
-    """Index columns that arrive in each batch as tensors for the use case, e.g. `[aesthetic_score, fps]`: numbers and
-    truth values of the .json, `width`, `height`. Every sample has to have them."""
-    captions_getter: tuple[str | list[str], str] = ("txt", "identity")
-    """Member(s) and expression that give the caption, e.g. `['json', 'lambda j: j["caption"]']`. Several may be index
-    columns too, `json.FIELD`, `width`, `height` or `key`: `[['txt', 'json.style'], 'lambda t, s: t + ", " + s']`. Each
-    draw of a sample has one caption of a list: `['txt', 'lambda t: t.splitlines()']`, `['json', 'lambda j:
-    j["captions"]']`, `[['txt', 'short.txt'], 'lambda t, s: [t, s]']`."""
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 1024
-    """Side of a square picture in pixels; other aspect ratios get the same area. Or the one size of all pictures, as
-    width x height: `512x768`."""
-    multi_aspect_ratio: list[float] | None = None
-    """Width to height ratios of the buckets, e.g. `[1/1, 3/4, 16/9]`; each inverse is added. Without it: squares."""
-    bucketeer_random_ratio: Share = 0.0
-    """Share of the pictures that go to a random bucket."""
-    crop_mode: Literal["center", "random", "smart"] = "random"
-    """What is kept of a picture that is longer than its bucket: the middle, a random part, the most detailed part."""
-    background: tuple[ByteValue, ByteValue, ByteValue] = (255, 255, 255)
-    """Colour (0-255) behind transparent pictures."""
-    max_picture_pixels: PositiveInt = 200_000_000
-    """Pictures with more pixels are bad samples (decompression bombs)."""
-    max_bad_samples: PositiveInt = 100
-    """The run stops after this many unreadable samples in a row."""
-    num_workers: NonNegativeInt = 4
-    """Processes that read and decode pictures, per training process; 0 does it in the main process."""
-    lanes: PositiveInt | None = None
-    """Independent streams of shards; by default it follows from the size of the data set."""
-    shard_group_rows: PositiveInt | None = None
-    """Rows shuffled together, per lane; by default as many as fit in modest memory."""
-    cache_path: Path | None = None
-    """Folder on each machine's disk that keeps what was read from s3://; without it, every epoch reads all again."""
-    cache_size_gb: PositiveFloat = 100
-    """What that folder may hold, in units of 10^9 bytes."""
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        return parse_size(value)
-
-    @field_validator("multi_aspect_ratio", mode="before")
-    @classmethod
-    def _ratios(cls, value: Any) -> Any:
-        return [parse_ratio(ratio) for ratio in value] if isinstance(value, list) else value
-
-
-class ReportKeys(Settings):
-    """What is reported."""
-
-    log_every: PositiveInt = 10
-    """Metrics are fetched from the device and written after every this many updates."""
-    grad_norm_groups: dict[str, str] = {}
-    """Extra gradient norms: a name and a regular expression on parameter names (`in_proj_weight\\.(q|k)` works)."""
-    wandb_project: str | None = None
-    """Weights & Biases project; without it nothing is sent there."""
-    wandb_entity: str | None = None
-    """Weights & Biases user or team."""
-    tensorboard: bool = False
-    """Write TensorBoard files into the run's folder."""
-    profile: bool = False
-    """Write a trace of a few updates (for chrome://tracing or Perfetto), and on CUDA a memory snapshot, into `profile`
-    in the run's folder."""
+__all__ = [
+    "Config",
+    "ConfigError",
+    "FileName",
+    "Settings",
+    "Share",
+    "ShareBelowOne",
+    "dump_config",
+    "load_config",
+    "make_config",
+]
 
 
 class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # the last one's keys come first
@@ -389,6 +175,7 @@ def make_config(
     Raises:
         ConfigError: one line for each mistake.
     """
+    check_values(values, files)
     try:
         values = local_paths(kind, values)  # before all else, as other checks look for files
     except UserError as error:
@@ -396,8 +183,7 @@ def make_config(
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
-        lines = [explain(kind, mistake, files) for mistake in error.errors()]
-        raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+        raise ConfigError(explain_all(kind, error.errors(include_url=False), files)) from None
     check_unused(config, kind.unused & values.keys(), files)
     return config
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from warpcore.errors import UserError
+from warpcore.patterns import searching
 from warpcore.sharded import full
 
 
@@ -40,7 +41,7 @@ def gradient_groups(
     A fused projection `X.in_proj_weight` also has the names `X.in_proj_weight.q`, `.k` and `.v`: thirds of its rows.
 
     Raises:
-        UserError: an expression isn't valid, or finds no parameter.
+        UserError: an expression isn't valid, takes too long, or finds no parameter.
     """
     parameters = dict(named_parameters)
     names = list(parameters)
@@ -48,7 +49,8 @@ def gradient_groups(
     groups = {}
     for group, pattern in patterns.items():
         try:
-            found = [name for name in names if re.search(pattern, name)]
+            with searching(f"grad_norm_groups: {group}"):
+                found = [name for name in names if re.search(pattern, name)]
         except re.error as error:
             raise UserError(f"gradient norm group {group!r}: {pattern!r} is no regular expression: {error}") from error
         if not found:

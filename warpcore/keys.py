@@ -14,9 +14,14 @@ from pydantic import BaseModel, Field
 
 from warpcore.data.storage import expand_home, local_path
 from warpcore.errors import UserError
+from warpcore.text import brief
 
 MAX_SHOWN = 60
 """Characters of a value in the list of keys that is printed at the start."""
+
+
+MAX_PATH, MAX_NAME = 4000, 240
+"""Characters of a path, and bytes of each name in it: a little less than file systems take, as names get endings."""
 
 
 class _NamesWeights:
@@ -164,6 +169,8 @@ def _local(value: Any, on_s3: bool) -> Any:
     if not isinstance(value, str | Path) or (on_s3 and str(value).startswith("s3:")):
         return value
     path = local_path(value)
+    if len(str(path)) >= MAX_PATH or any(len(part.encode(errors="surrogateescape")) > MAX_NAME for part in path.parts):
+        raise UserError(f"{brief(str(value))} is too long for a path")
     return path if isinstance(value, Path) else expand_home(value)
 
 

@@ -1,18 +1,61 @@
 """What is wrong with a configuration, as a user wrote it."""
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from warpcore.errors import ConfigError
 from warpcore.keys import type_name
+from warpcore.safe_yaml import MAX_LEVELS
+from warpcore.text import brief, is_whole, shortened
+
+MAX_REPORTED = 20
+"""Mistakes that a message names."""
+MAX_INTEGER = 2**63 - 1
+
+
+def check_values(values: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+    """Refuse what no key can be: it would fail where it is used, far from here.
+
+    Raises:
+        ConfigError: names the key, and in which of the `files` it stands.
+    """
+    for key, value in values.items():
+        if problem := _problem_of(value):
+            where = f" in {files[key]}" if key in files else ""
+            raise ConfigError(f"{shortened(str(key))}: found {brief(value)}{where}, but {problem}")
+
+
+def _problem_of(value: Any, levels: int = MAX_LEVELS) -> str:
+    if isinstance(value, dict | list | tuple):
+        if not levels:
+            return f"lists and mappings can be nested {MAX_LEVELS} levels deep"
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return next(filter(None, (_problem_of(one, levels - 1) for one in parts)), "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number is needed"
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        return f"integers go from {-MAX_INTEGER} to {MAX_INTEGER}"
+    if isinstance(value, str) and not is_whole(value):
+        return "text can't hold the character zero, or half a character (a surrogate, or bytes that are not UTF-8)"
+    return ""
+
+
+def explain_all(kind: type[BaseModel], mistakes: Sequence[Any], files: Mapping[str, Path]) -> str:
+    """A line for each of pydantic's errors, but no more than MAX_REPORTED."""
+    lines = list(dict.fromkeys(explain(kind, mistake, files) for mistake in mistakes[:MAX_REPORTED]))
+    if len(mistakes) > MAX_REPORTED:
+        lines.append(f"and {len(mistakes) - MAX_REPORTED} more mistakes")
+    return "\n  ".join(["the configuration is wrong:", *lines])
 
 
 def explain(kind: type[BaseModel], mistake: Any, files: Mapping[str, Path]) -> str:
     """A line about one of pydantic's errors: the key, what was found, in which of the `files`, and what to write."""
-    location = [str(part) for part in mistake["loc"]]
+    location = [shortened(str(part)) for part in mistake["loc"]]
     key = location[0] if location else ""
     where = f" in {files[key]}" if key in files else ""
     match mistake["type"]:
@@ -26,12 +69,13 @@ def explain(kind: type[BaseModel], mistake: Any, files: Mapping[str, Path]) -> s
         case "missing" if len(location) == 1:
             return f"{key}: this key is required. {kind.model_fields[key].description or ''}"
         case "value_error":
-            reason = str(mistake["ctx"]["error"])
+            reason = shortened(str(mistake["ctx"]["error"]), 2000)
         case _:
             reason = mistake["msg"] + ("; put it in quotes" if mistake["type"] == "string_type" else "")
     if not key:
         return reason
-    if mistake["input"] is None and len(location) == 1 and kind.model_fields[key].default in ([], {}):
-        return f"{key}: found null{where}; write {kind.model_fields[key].default} for none"
+    default = kind.model_fields[key].default if key in kind.model_fields else None
+    if mistake["input"] is None and len(location) == 1 and default in ([], {}):
+        return f"{key}: found null{where}; write {default} for none"
     wanted = type_name(kind.model_fields[key].annotation) if key in kind.model_fields else ""
-    return f"{key}: found {mistake['input']!r}{where}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"
+    return f"{key}: found {brief(mistake['input'])}{where}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"

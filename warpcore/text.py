@@ -2,10 +2,14 @@
 that they read."""
 
 import codecs
+import re
+import reprlib
 from pathlib import Path
+from typing import Any
 
 from warpcore.errors import UserError
 
+_BROKEN = re.compile("[\0\ud800-\udfff]")
 # The longer mark first: that of UTF-16 is how the one of UTF-32 begins.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -62,3 +66,33 @@ def format_bytes(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def is_whole(text: str) -> bool:
+    """Whether it is text that files can hold: no character zero, and no half of a character, as surrogates are."""
+    return _BROKEN.search(text) is None
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The text, cut off where it has more characters than `most`."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def brief(value: Any) -> str:
+    """A value as Python writes it, cut off where it is long or deep, however large it is."""
+    return _BRIEF.repr(value)
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, 200, 200
+        self.maxlist = self.maxtuple = self.maxset = self.maxdict = 10
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > 256:  # Python refuses to write a number of thousands of digits
+            return f"a number of about {value.bit_length() * 3 // 10} digits"
+        return repr(value)
+
+
+_BRIEF = _Brief()

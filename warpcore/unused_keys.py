@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from warpcore.arguments import parse_yaml
 from warpcore.data.storage import complete_url, storage_for
 from warpcore.errors import ConfigError
+from warpcore.safe_yaml import parse_mapping
 from warpcore.text import decode_text
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,6 @@ def _saved_config(config: BaseModel) -> dict[str, Any]:
     url = complete_url(f"{config.run_place}/config.yaml")
     try:
         with storage_for(url).open(url) as file:
-            return parse_yaml(decode_text(file.read(), url), url) or {}
+            return parse_mapping(decode_text(file.read(), url), url)
     except FileNotFoundError:
         return {}

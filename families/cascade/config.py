@@ -2,11 +2,12 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
 from families.cascade.versions import VERSIONS, Version
 from families.common.config import DiffusionConfig, GeneratorSettings
 from warpcore.config import FileName, Settings, Share
+from warpcore.config_keys import Steps
 from warpcore.keys import Weights
 
 
@@ -61,7 +62,7 @@ class StageBConfig(CascadeConfig):
     """Share of the samples without the encoder's latents."""
     train_encoder: bool = False
     """Train the encoder too, so that its latents say what Stage B needs."""
-    sample_steps: PositiveInt = 10
+    sample_steps: Steps = 10
     """Sampling steps of the pictures drawn at every save."""
     sample_guidance: float = 1.1
     """Classifier-free guidance of those pictures."""

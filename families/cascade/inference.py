@@ -4,14 +4,15 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, model_validator
 
 from families.cascade.config import ModelSettings
 from families.cascade.files import ABOUT_NETWORK, STAGE_B_TENSOR, STEERING, WEIGHT_KEYS
-from families.common.inference import ComputeSettings, RunSettings, read_run
+from families.common.inference import ComputeSettings, RunSettings, read_run, runs_of
 from families.common.weight_files import TARGET_KEY, contradictions, read_header, target_of
 from families.common.weight_source import local_weights
 from warpcore.config import Share
+from warpcore.config_keys import Steps
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.keys import Weights, weights_keys
 
@@ -37,11 +38,11 @@ class CascadeSettings(RunSettings, ModelSettings):
     @classmethod
     def _weights_say_what_they_are(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What is not given comes from the runs, the last one first, and from what the weights file says of itself."""
-        given = {key: Path(str(values[key])) for key in weights_keys(cls) if key not in cls.unused and values.get(key)}
-        values = values | {key: local_weights(path, key) for key, path in given.items()}
-        runs = values.get("run") or []
-        runs = [runs] if isinstance(runs, str | Path) else runs
-        of_runs = [settings_of_run(Path(str(run)), values.get("use_ema", True)) for run in runs]
+        given = {key: values.get(key) for key in weights_keys(cls) if key not in cls.unused}
+        named = {key: Path(value) for key, value in given.items() if value and isinstance(value, str | Path)}
+        values = values | {key: local_weights(path, key) for key, path in named.items()}
+        runs, folders = runs_of(values)
+        of_runs = [settings_of_run(folder, values.get("use_ema", True)) for folder in folders]
         found = {key: value for of_run in of_runs for key, value in of_run.items()}
         for key in found.keys() & STEERING:
             if key not in cls.model_fields:
@@ -57,8 +58,9 @@ class CascadeSettings(RunSettings, ModelSettings):
             if path in values:
                 found.pop(target, None)
         merged = found | values | {"run": runs}
-        if merged.get(TARGET_KEY) is None:
-            merged[TARGET_KEY] = target_of(merged.get("generator_checkpoint_path")) or "epsilon"
+        path = merged.get("generator_checkpoint_path")
+        if merged.get(TARGET_KEY) is None and (path is None or isinstance(path, str | Path)):
+            merged[TARGET_KEY] = target_of(path) or "epsilon"
         return merged
 
     @property
@@ -75,7 +77,7 @@ class CascadeSettings(RunSettings, ModelSettings):
 class DrawingSettings(CascadeSettings, ComputeSettings):
     """How Stage B draws."""
 
-    stage_b_steps: PositiveInt = 10
+    stage_b_steps: Steps = 10
     """Sampling steps of Stage B."""
     stage_b_guidance: float | None = 1.1
     """Classifier-free guidance of Stage B; null computes none."""

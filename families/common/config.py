@@ -7,6 +7,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from families.common.losses import LossSettings
 from families.common.sample_fields import SampleSettings
 from warpcore.config import Config, Settings, Share
+from warpcore.config_keys import Gigabytes, Steps
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.keys import Weights
 
@@ -40,11 +41,11 @@ class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
     """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
     cache_text: bool = False
     """Keep the text conditions of captions in the CPU's memory after their first use: for sets of few captions."""
-    cache_text_gb: PositiveFloat = 4
+    cache_text_gb: Gigabytes = 4
     """What they may take there, in units of 10^9 bytes and per process."""
     shift: PositiveFloat = 1.0
     """Moves the training noise to more (> 1) or less; larger latents want more."""
-    sample_steps: PositiveInt = 20
+    sample_steps: Steps = 20
     """Sampling steps of the pictures drawn at every save."""
     sample_guidance: float = 5.0
     """Classifier-free guidance of those pictures."""

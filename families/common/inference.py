@@ -1,14 +1,13 @@
 """Keys that inference scripts of all families share, and what they take of training runs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import PositiveInt
-
 from families.common.weight_files import RUN_CONFIG, weights_of_run
 from warpcore.config import Settings
+from warpcore.config_files import read_mapping
+from warpcore.config_keys import MicroBatchSize
 
 
 class RunSettings(Settings):
@@ -20,6 +19,13 @@ class RunSettings(Settings):
     """With `run`: take the averaged weights, where there are some."""
 
 
+def runs_of(values: Mapping[str, Any]) -> tuple[list, list[Path]]:
+    """What the key `run` lists, before its type is checked, and the folders among that."""
+    given = values.get("run") or []
+    listed = given if isinstance(given, list) else [given]
+    return listed, [Path(one) for one in listed if isinstance(one, str | Path)]
+
+
 def read_run(folder: Path, names: Collection[str], use_ema: bool = True) -> tuple[dict[str, Any], dict[str, Path]]:
     """The saved keys of a training run, and the files of those weights `names` that it has exported.
 
@@ -28,7 +34,7 @@ def read_run(folder: Path, names: Collection[str], use_ema: bool = True) -> tupl
     """
     if not (folder / RUN_CONFIG).is_file():
         raise ValueError(f"run: {folder} is no training run: it holds no {RUN_CONFIG}")
-    saved = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
+    saved = read_mapping(folder / RUN_CONFIG)
     exported = {name: file for name in names if (file := weights_of_run(folder, name, use_ema))}
     if not exported:
         raise ValueError(
@@ -40,7 +46,7 @@ def read_run(folder: Path, names: Collection[str], use_ema: bool = True) -> tupl
 class ComputeSettings(Settings):
     """Where and how networks compute."""
 
-    batch_size: PositiveInt = 8
+    batch_size: MicroBatchSize = 8
     """Pictures that go through a network at once."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute."""

@@ -15,6 +15,7 @@ from families.common.lora_formats import Adapter, Lora, split
 from modules import lora
 from modules.lora import LoraSettings, LowRank, adapters, places
 from warpcore.errors import UserError
+from warpcore.patterns import searching
 
 
 class LoraError(UserError):
@@ -30,7 +31,11 @@ def add_adapters(network: nn.Module, filters: Sequence[str], settings: LoraSetti
         LoraError: a filter finds nothing, or a weight does not have the rank.
     """
     try:
+        with searching("module_filters"):
+            lora.choose(list(places(network, settings.split_qkv)), filters)
         return lora.add_adapters(network, filters, settings)
+    except UserError:
+        raise
     except ValueError as error:
         raise LoraError(f"module_filters, rank: {error}") from None
 

@@ -2,18 +2,19 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from modules.lora import LoraSettings
 from modules.tokens import is_new
 from warpcore.config import Settings, ShareBelowOne
+from warpcore.config_keys import MAX_ENTRIES
 from warpcore.keys import Weights
 
 
 class LoraKeys(Settings):
     """Which layers get adapters, and what adapters are like."""
 
-    module_filters: list[str]
+    module_filters: list[str] = Field(max_length=MAX_ENTRIES)
     """Which layers are adapted: parts of their names, such as `.attn`, or regular expressions on them; `.` is all."""
     rank: PositiveInt
     """How much an adapter can hold: it is two matrices, one with this many columns, one with this many rows."""
@@ -51,7 +52,7 @@ class LoraKeys(Settings):
 class TokenKeys(Settings):
     """Tokens of the text encoder that are trained; for a `DiffusionConfig`."""
 
-    train_tokens: list[tuple[str, str | None]] | None = None
+    train_tokens: list[tuple[str, str | None]] | None = Field(None, max_length=MAX_ENTRIES)
     """Tokens to train: `['[fernando]', '^dog</w>']`, a new one that starts as the mean of those that a regular
     expression finds in the vocabulary, or `['^snail', null]`, those that it finds."""
     token_lr_scale: PositiveFloat = 1.0

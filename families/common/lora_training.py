@@ -13,6 +13,8 @@ from families.common.lora_formats import Lora, LoraFileError
 from families.common.precision import Precision
 from modules.lora import adapters
 from modules.tokens import TextEncoder, Token, TokenRows, attach, find_tokens, is_new
+from warpcore.errors import UserError
+from warpcore.patterns import searching
 from warpcore.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,13 @@ def freeze(network: nn.Module, weights: Precision | torch.dtype, processes: Proc
 def train_tokens(encoder: TextEncoder, entries: Sequence[tuple[str, str | None]]) -> TokenRows:
     """The rows of the tokens that `train_tokens` names, which the text encoder reads from now on."""
     try:
-        rows = TokenRows.of(encoder, find_tokens(encoder, entries))
+        with searching("train_tokens"):
+            tokens = find_tokens(encoder, entries)
+    except UserError:
+        raise
     except ValueError as error:
         raise LoraError(f"train_tokens: {error}") from None
+    rows = TokenRows.of(encoder, tokens)
     attach(encoder, rows)
     return rows
 

@@ -1,8 +1,8 @@
 """The loss and the noise of training that a config asks for, in every training script of a diffusion model."""
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from warpcore.config import Settings, Share
 from warpcore.diffusion.huber import PseudoHuber
@@ -33,7 +33,7 @@ class LossSettings(Settings):
     `huber_c` (`snr`)."""
     offset_noise: NonNegativeFloat = 0.0
     """Strength of noise that shifts whole channels; helps with very dark and very bright pictures (0.05 to 0.1)."""
-    multires_noise_iterations: NonNegativeInt = 0
+    multires_noise_iterations: Annotated[int, Field(ge=0, le=100)] = 0
     """Levels of multi-resolution noise (Whitaker's pyramid noise), which does what `offset_noise` does for coarse
     structures of every size; 6 to 10 are usual, 0 and 1 leave plain noise."""
     multires_noise_discount: Share = 0.3

@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from families.common.inference import ComputeSettings, RunSettings
+from warpcore.config_keys import SidePx
 
 
 class ReconstructConfig(RunSettings, ComputeSettings):
@@ -23,7 +24,7 @@ class ReconstructConfig(RunSettings, ComputeSettings):
     ... that is free."""
     overwrite: bool = False
     """Write over pictures of the same names in `output_path`."""
-    image_size: PositiveInt | None = None
+    image_size: SidePx | None = None
     """Scale pictures to the area of a square with this side, in pixels; without it, they keep their size."""
 
 

@@ -41,7 +41,7 @@ class ReconstructionKeys(Settings):
     """Size of the discriminator's gradient on a picture, beside that of the other losses; 0 for no discriminator."""
     discriminator_start: NonNegativeInt = 10_000
     """The update from which the discriminator learns, and teaches."""
-    discriminator_channels: Annotated[int, Field(gt=0, multiple_of=4)] = 64
+    discriminator_channels: Annotated[int, Field(gt=0, multiple_of=4, le=8192)] = 64
     """Channels of its first layer."""
     sample_count: PositiveInt = 16
     """How many held-out pictures are drawn at most, beside their reconstructions."""

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
-from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import Tensor
 
 from families.common.inference import ComputeSettings, RunSettings
 from warpcore.config import ConfigError
+from warpcore.config_keys import SidePx, Steps
 from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.text import read_text
@@ -28,15 +29,15 @@ class TextToImageConfig(RunSettings, ComputeSettings):
     """A text file with a prompt per line, drawn after `prompts`."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    seeds: list[int] = [0]
+    seeds: list[int] = Field([0], min_length=1)
     """Each prompt is drawn once for each of these; a seed gives the same noise whatever else is drawn."""
-    image_size: PositiveInt = 1024
+    image_size: SidePx = 1024
     """Side of a square picture in pixels; other shapes get about the same area."""
     aspect_ratio: PositiveFloat | None = None
     """Width divided by height: 1.5, 3/2 or 16:9; by default that of a picture that is given, else 1."""
-    size: tuple[PositiveInt, PositiveInt] | None = None
+    size: tuple[SidePx, SidePx] | None = None
     """[height, width] in pixels, instead of the two keys above."""
-    steps: PositiveInt = 20
+    steps: Steps = 20
     """Sampling steps."""
     guidance: float | None = 4.0
     """Classifier-free guidance: 1 follows the prompt as trained, more follows it harder; null computes none."""

@@ -1,8 +1,8 @@
 """Configuration keys that the scripts of Stable Diffusion share."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from families.common.autoencoders import Latent
 from families.common.config import DiffusionConfig, GeneratorSettings
@@ -31,7 +31,7 @@ class SdSettings(GeneratorSettings):
     """What the autoencoder computes in, whatever `dtype` says. SDXL's overflows in float16, which is refused."""
     text_encoder_precision: Precision = "float32"
     """What frozen text encoders are kept and computed in; `nf4` in four bits (needs torchao)."""
-    text_chunks: PositiveInt = 1
+    text_chunks: Annotated[int, Field(gt=0, le=100)] = 1
     """How many times 75 tokens of a text are read, each 75 by themselves: 2 and 3 are the lengths 150 and 225 of
     kohya's sd-scripts. The rest of longer texts is cut off. Caches of texts are made for one value."""
     zero_terminal_snr: bool | None = None

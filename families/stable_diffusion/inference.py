@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from families.common.inference import RunSettings, read_run
+from families.common.inference import RunSettings, read_run, runs_of
 from families.common.weight_source import local_weights
 from families.stable_diffusion.build import AUTOENCODER, GENERATOR, TEXT
 from families.stable_diffusion.components import find_component, holds
@@ -23,12 +23,11 @@ class SdInferenceSettings(RunSettings, SdSettings):
     @classmethod
     def _weights_say_what_they_are(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What is not given comes from the runs, the last one first, and from what the U-Net's file says of itself."""
-        runs = values.get("run") or []
-        runs = [runs] if isinstance(runs, str | Path) else runs
+        runs, folders = runs_of(values)
         found: dict[str, Any] = {}
         loras: list[str] = []
-        for folder in runs:
-            of_run = settings_of_run(Path(str(folder)), values.get("use_ema", True))
+        for folder in folders:
+            of_run = settings_of_run(folder, values.get("use_ema", True))
             loras += of_run.pop("lora", [])
             found |= of_run
         if loras:
@@ -38,9 +37,9 @@ class SdInferenceSettings(RunSettings, SdSettings):
             found = {key: value for key, value in found.items() if key in (AUTOENCODER, TEXT)}
         merged = found | values | {"run": runs}
         for key in weights_keys(cls):
-            if merged.get(key):
-                merged[key] = local_weights(Path(str(merged[key])), key)
-        if merged.get(GENERATOR):
+            if merged.get(key) and isinstance(merged[key], str | Path):
+                merged[key] = local_weights(Path(merged[key]), key)
+        if merged.get(GENERATOR) and isinstance(merged[GENERATOR], str | Path):
             unet = find_component(merged[GENERATOR], "unet", GENERATOR)
             said = {
                 "model_version": unet.version, "diffusion_target": unet.diffusion_target,

@@ -2,16 +2,17 @@
 
 from typing import Self
 
-from pydantic import PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from families.common.lora_config import LoraKeys, TokenKeys
 from families.stable_diffusion.config import SdConfig
+from warpcore.config_keys import MAX_ENTRIES
 
 
 class SdLoraConfig(LoraKeys, TokenKeys, SdConfig):
     """Keys of `train/train_sd_lora.py`."""
 
-    text_encoder_filters: list[str] = []
+    text_encoder_filters: list[str] = Field([], max_length=MAX_ENTRIES)
     """Which layers of the text encoders are adapted, as `module_filters` says it of the U-Net: `self_attn` and `mlp`
     are those that kohya's scripts adapt. None by default."""
     text_encoder_lr: PositiveFloat | None = None

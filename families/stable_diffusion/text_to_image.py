@@ -15,6 +15,7 @@ from families.stable_diffusion import build
 from families.stable_diffusion.drawing import StableDiffusionNetworks, open_loras, sampling_process, time_ids
 from families.stable_diffusion.inference import SdInferenceSettings
 from warpcore.config import Share
+from warpcore.config_keys import SidePx, Steps
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.diffusion.times import Spacing
 from warpcore.errors import UserError
@@ -28,10 +29,10 @@ PUBLISHED = {"sd15": ("pndm", 7.5), "sdxl": ("euler", 5.0), "mini": ("ddim", 5.0
 class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
     """Keys of `inference/text_to_image.py` for Stable Diffusion."""
 
-    image_size: PositiveInt | None = None
+    image_size: SidePx | None = None
     """Side of a square picture in pixels; other shapes get about the same area. By default that of the training: 512
     for 1.5, 1024 for SDXL."""
-    steps: PositiveInt = 30
+    steps: Steps = 30
     """Sampling steps; published pipelines take 50."""
     guidance: NonNegativeFloat | None = None
     """Classifier-free guidance: 1 follows the prompt as trained and computes none, more follows it harder. By default

@@ -10,11 +10,11 @@ import yaml
 from families.cascade.config import StageCConfig
 from families.cascade.reconstruction import CascadeReconstructConfig
 from families.cascade.text_to_image import CascadeTextToImageConfig
-from warpcore.arguments import parse_yaml
 from warpcore.batch_size import split_batch
 from warpcore.config import Config, ConfigError, dump_config, load_config, make_config
 from warpcore.core import WarpCore
 from warpcore.keys import describe
+from warpcore.safe_yaml import parse_yaml
 
 GIVEN = {
     "experiment_id": "test", "checkpoint_path": "runs", "updates": 10, "batch_size": 8, "webdataset_path": "a.tar",
@@ -257,7 +257,7 @@ def test_a_run_whose_name_is_the_same_number_is_named(tmp_path, caplog):
         ("[a, b]: 1\n", "unhashable key"),
         ("validation_path: &a [*a]\n", "holds itself"),
         ("lr: &a {lr: *a}\n", "holds itself"),
-        ("lr: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("lr: " + "[" * 5000 + "]" * 5000, "nested more than 50 levels deep"),
         ("a: &a [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '*a'] * 9)}]\n" for n in range(9)),
          "aliases of aliases"),
     ],

@@ -21,10 +21,13 @@ COMMON = {"grad_accum_steps": 2, "activation_checkpointing": 3}
 @pytest.mark.integration
 @pytest.mark.bits
 @pytest.mark.parametrize(
-    "name", represented_by("train_c_lora", of=("train_b", "train_c", "train_c_controlnet", "train_c_lora"))
+    "name",
+    represented_by(
+        "train_c_lora", of=("train_b", "train_c", "train_c_controlnet", "train_c_lora", "train_sd", "train_sd_lora")
+    ),
 )
 def test_offloaded_encoders_and_activations_change_no_bit(settings, name):  # noqa: F811
-    common = COMMON | {"updates": 2} | ({"clip_image_dropout": 0.5} if name != "train_b" else {})
+    common = COMMON | {"updates": 2} | ({"clip_image_dropout": 0.5} if name.startswith("train_c") else {})
     here, away = settings(name, "here", **common), settings(name, "away", **common)
     assert numbers(train(name, away | {"offload": ["encoders", "activations"]})) == numbers(train(name, here))
     ours, theirs = files(away), files(here)

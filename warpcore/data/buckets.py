@@ -9,6 +9,7 @@ import numpy as np
 
 from warpcore.data.hashing import splitmix64
 from warpcore.errors import UserError
+from warpcore.text import brief
 
 # Added to a seed, they give each purpose its own stream.
 _WHETHER, _WHICH = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
@@ -106,9 +107,10 @@ def parse_ratio(value: str | int | float) -> float:
     YAML 1.1 reads a bare `16:9` as a number in base 60: 16 * 60 + 9 = 969. No ratio is 60 or more, so that is undone.
     """
     ratio = _ratio(value)
-    if ratio is None or not math.isfinite(ratio) or not 0 < ratio < 60:
+    if ratio is None or not 1 / 60 < ratio < 60:
         raise UserError(
-            f"multi_aspect_ratio has {value!r}, which is no ratio of width to height; write '16/9', '16:9' or 1.78"
+            f"multi_aspect_ratio has {brief(value)}, which is no ratio of width to height; write '16/9', '16:9' or "
+            "1.78"
         )
     return ratio
 

@@ -1,7 +1,7 @@
 """What a sample's caption is: `captions_getter`. Workers import this, so it stays light."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from warpcore.data.expressions import Expression, compile_expression
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
+from warpcore.text import brief, shortened
 
 COLUMN_PREFIX = "json."
 """`json.title` is the index column of the field `title`, read without opening the .json."""
@@ -42,7 +43,7 @@ class CaptionGetter:
         if not names or len(entry) != 2 or not all(isinstance(name, str) for name in names):
             raise UserError(
                 "captions_getter: expected [member, expression], such as ['txt', identity], or [[members and "
-                f"columns], expression], such as [['txt', 'json.style'], 'lambda t, s: t + s']; found {entry!r}"
+                f"columns], expression], such as [['txt', 'json.style'], 'lambda t, s: t + s']; found {brief(entry)}"
             )
         expression = compile_expression(entry[1])
         if expression.num_arguments != len(names):
@@ -92,7 +93,7 @@ class CaptionGetter:
         ]
         try:
             caption = self.expression(*values)
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise BadCaption(self._absent_key(error, values)) from None
         except Exception as error:
             raise BadCaption(f"captions_getter {self.expression.text!r}: {type(error).__name__}: {error}") from None
@@ -112,12 +113,33 @@ class CaptionGetter:
             )
         return several[stable_hash(seed, "caption") % len(several)] if len(several) > 1 else several[0]
 
-    def _absent_key(self, error: KeyError, values: list) -> str:
-        mappings = [(name, value) for name, value in zip(self.names, values, strict=True) if isinstance(value, dict)]
-        asked = [(name, value) for name, value in mappings if error.args[0] in self.keys_of(name)] or mappings
-        name, value = next(((n, v) for n, v in asked if error.args[0] not in v), (self.names[0], values[0]))
-        known = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        return f"the .{name} has no key {error}; it has: {known}"
+    def _absent_key(self, error: KeyError | TypeError, values: list) -> str:
+        """Which key, of what is inside of which others, a sample lacks, and what it has instead."""
+        found = [
+            absence
+            for place, (name, value) in enumerate(zip(self.names, values, strict=True))
+            for absence in _absences(name, value, self.expression.paths_of(place))
+        ]
+        of_error = [message for key, message in found if error.args and key == error.args[0]]
+        told = [*of_error, *(message for _, message in found)]
+        return told[0] if told else f"captions_getter {self.expression.text!r}: {type(error).__name__}: {error}"
+
+
+def _absences(name: str, value: Any, paths: Iterable[Sequence[str | int]]) -> Iterator[tuple[str, str]]:
+    """The first absent key of each path into the value of a member, and a message on it."""
+    for path in paths:
+        where, inner = "", value
+        for key in path:
+            if isinstance(key, str) and not isinstance(inner, dict):
+                yield key, f"the .{name} has no key {key!r}{where}: that is no mapping but {brief(inner)}"
+                break
+            if isinstance(inner, dict) and key not in inner:
+                yield key, f"the .{name} has no key {key!r}{where}; it has: {shortened(', '.join(inner), 500)}"
+                break
+            try:
+                where, inner = f"{where or ' in '}[{key!r}]", inner[key]
+            except (LookupError, TypeError):
+                break
 
 
 def _is_column(name: str) -> bool:

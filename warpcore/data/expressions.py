@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from warpcore.errors import UserError
+from warpcore.text import brief
 
 MAX_TEXT_LENGTH = 1000
 MAX_NODES = 250
 MAX_DEPTH = 25
 MAX_SEQUENCE_LENGTH = 100_000
+MAX_REPEATED = 10_000
+"""Entries, and characters in them, of a list that `*` makes: each `in` looks through all of them."""
 MAX_INTEGER_BITS = 4096
 MAX_ROUND_DIGITS = 400
 
@@ -59,6 +62,7 @@ class Expression:
         self.function, checker = _compile(source)
         self.num_arguments = len(checker.parameters)
         self._keys = [tuple(sorted(checker.keys[name])) for name in checker.parameters]
+        self._paths = [tuple(sorted(checker.paths[name], key=str)) for name in checker.parameters]
         self.tested_keys: frozenset = frozenset(checker.tested_keys)
         """Constants that are looked for in the first argument: `lambda j: "tags" not in j` -> {"tags"}."""
         self.only_keys: bool = not checker.uses_whole_argument
@@ -67,6 +71,10 @@ class Expression:
     def keys_of(self, place: int) -> tuple[str, ...]:
         """Constant text keys that an argument is subscripted with: `lambda j: j["caption"]` -> ("caption",)."""
         return self._keys[place]
+
+    def paths_of(self, place: int) -> tuple[tuple[str | int, ...], ...]:
+        """Subscripts of subscripts of an argument: `lambda j: j["a"]["b"]` -> (("a",), ("a", "b"))."""
+        return self._paths[place]
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -96,7 +104,7 @@ def compile_expression(text: str) -> Expression:
         ExpressionError: names the piece that is not allowed and its column.
     """
     if not isinstance(text, str):
-        raise ExpressionError(f"expected the text of a lambda such as 'lambda s: s > 4.5', found {text!r}")
+        raise ExpressionError(f"expected the text of a lambda such as 'lambda s: s > 4.5', found {brief(text)}")
     return Expression(text)
 
 
@@ -141,6 +149,7 @@ class _Checker(ast.NodeTransformer):
         self.source = source
         self.parameters: list[str] = []
         self.keys: dict[str, set[str]] = {}
+        self.paths: dict[str, set[tuple[str | int, ...]]] = {}
         self.tested_keys: set = set()
         self.uses_whole_argument = False
         self._depth = 0
@@ -159,6 +168,7 @@ class _Checker(ast.NodeTransformer):
         if not self.parameters:
             self.refuse(node, "the lambda takes no argument")
         self.keys = {name: set() for name in self.parameters}
+        self.paths = {name: set() for name in self.parameters}
         node.body = self.visit(node.body)
         return node
 
@@ -255,12 +265,21 @@ class _Checker(ast.NodeTransformer):
             inner = part.operand if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.USub) else part
             if inner is not None and not (isinstance(inner, ast.Constant) and type(inner.value) in (int, str)):
                 self.refuse(node, "a subscript is a constant number or text")
+        self._note_path(node)
         is_argument = isinstance(node.value, ast.Name) and node.value.id in self.parameters
         if is_argument and isinstance(index, ast.Constant) and isinstance(index.value, str):
             self.keys[node.value.id].add(index.value)
         else:
             node.value = self.visit(node.value)
         return node
+
+    def _note_path(self, node: ast.expr) -> None:
+        path = []
+        while isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            path.append(node.slice.value)
+            node = node.value
+        if isinstance(node, ast.Name) and node.id in self.paths:
+            self.paths[node.id].add(tuple(reversed(path)))
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if node.keywords:
@@ -290,19 +309,22 @@ def _call(name: str, arguments: list[ast.expr], where: ast.AST) -> ast.AST:
     return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), arguments, []), where)
 
 
-def _bounded_length(length: int) -> None:
-    if length > MAX_SEQUENCE_LENGTH:
-        raise ValueError(f"makes a sequence of length {length}, at most {MAX_SEQUENCE_LENGTH} is allowed")
+def _bounded_length(length: int, most: int = MAX_SEQUENCE_LENGTH) -> None:
+    if length > most:
+        raise ValueError(f"makes a sequence of length {brief(length)}, at most {most} is allowed")
 
 
 def _multiply(left: Any, right: Any) -> Any:
     if left.__class__ in _NUMBERS and right.__class__ in _NUMBERS:
         return left * right
     for sequence, times in ((left, right), (right, left)):
-        if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+        if isinstance(sequence, str) and isinstance(times, int):
             _bounded_length(len(sequence) * times)
+        elif isinstance(sequence, list | tuple) and isinstance(times, int):
             if any(isinstance(part, list | tuple | set | dict) for part in sequence):
                 raise TypeError("repeating a list of lists is not allowed")
+            size = sum(1 + (len(part) if isinstance(part, str) else 0) for part in sequence)
+            _bounded_length(size * times, MAX_REPEATED)
     return left * right
 
 

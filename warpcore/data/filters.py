@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from warpcore.data.expressions import Expression, compile_expression, near_names
 from warpcore.errors import UserError
+from warpcore.text import brief
 
 FIELD_PREFIX = "json."
 """The scalar fields of a sample's .json are index columns of this prefix."""
@@ -42,13 +43,13 @@ class Filter:
         """From the config's `[column or list of columns, expression]`."""
         if not isinstance(entry, list | tuple) or len(entry) != 2:
             example = "['score', 'lambda s: s > 5']"
-            raise UserError(f"dataset_filters: expected [column, expression] such as {example}, found {entry!r}")
+            raise UserError(f"dataset_filters: expected [column, expression] such as {example}, found {brief(entry)}")
         columns = (entry[0],) if isinstance(entry[0], str) else tuple(entry[0])
         expression = compile_expression(entry[1])
         if expression.num_arguments != len(columns):
             raise UserError(
                 f"dataset_filters: {expression.text!r} takes {expression.num_arguments} values, "
-                f"but {len(columns)} columns are named: {', '.join(map(repr, columns))}"
+                f"but {len(columns)} columns are named: {brief(list(columns))}"
             )
         return cls(columns, expression)
 

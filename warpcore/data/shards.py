@@ -6,23 +6,25 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from warpcore.data.braces import Braces
 from warpcore.data.storage import complete_url, is_remote, read_ranges, storage_for
 from warpcore.data.storage_protocol import COMPRESSED_ENDINGS, TAR_ENDINGS
 from warpcore.errors import UserError
-from warpcore.text import decode_text
+from warpcore.safe_yaml import parse_yaml
+from warpcore.text import brief, decode_text, shortened
 
 __all__ = ["Shard", "Source", "folders_named_whole", "named_folders", "read_ranges", "resolve_sources"]
 
-MAX_BRACE_EXPANSIONS = 10_000_000
+LOOKED_UP = 10_000
+"""Of a pattern with braces, so many paths are looked up together."""
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
+"""With less than the first, thousands of epochs draw nothing; more than the second is more rows than memory holds."""
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_PATTERN_CHARACTERS = re.compile(r"[*?\[{]")
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +80,19 @@ def resolve_sources(webdataset_path: Any) -> list[Source]:
         MissingShardError: names what is missing, and what lies near it.
         UserError: an entry that is none of the above, no tar in a folder, or a tar that is named twice.
     """
-    entries = _entries(webdataset_path, str(Path.cwd()))
-    sources = [Source(weight, _shards(text, folder)) for weight, text, folder in entries]
+    sources: list[Source] = []
     seen: dict[str, int] = {}
-    for number, source in enumerate(sources):
-        for shard in source.shards:
+    for number, (weight, text, folder) in enumerate(_entries(webdataset_path, str(Path.cwd()))):
+        shards = []
+        for shard in _shards(text, folder):
             if shard.url in seen:
                 raise UserError(
                     f"webdataset_path names {shard.url} twice (entries {seen[shard.url] + 1} and {number + 1}); "
                     "name it once, with {path: ..., weight: 2} if its rows shall occur more often"
                 )
             seen[shard.url] = number
+            shards.append(shard)
+        sources.append(Source(weight, sorted(shards, key=lambda shard: shard.url)))
     if not seen:
         raise UserError("webdataset_path names no tar")
     return sources
@@ -102,18 +106,34 @@ def named_folders(webdataset_path: Any) -> list[str]:
     """
     folders = []
     for _, text, folder in _entries(webdataset_path, str(Path.cwd())):
-        fixed = re.split(r"[*?\[{]", text, maxsplit=1)[0]
-        url = _literal(fixed, folder)
-        is_part = fixed != text or url.endswith(TAR_ENDINGS)
-        folders.append(url.rpartition("/")[0] if is_part and not fixed.endswith("/") else url.rstrip("/"))
+        url = _literal(text, folder)
+        there = _existing(url)
+        fixed = url[:there] + _PATTERN_CHARACTERS.split(url[there:], maxsplit=1)[0]
+        is_part = fixed != url or url.endswith(TAR_ENDINGS)
+        folders.append(fixed.rpartition("/")[0] if is_part and not fixed.endswith("/") else fixed.rstrip("/"))
     return list(dict.fromkeys(folders))
 
 
 def folders_named_whole(webdataset_path: Any) -> list[str]:
     """The folders that entries of a `webdataset_path` name without choosing tars in them."""
     entries = _entries(webdataset_path, str(Path.cwd()))
-    whole = [_literal(text, folder).rstrip("/") for _, text, folder in entries if not re.search(r"[*?\[{]", text)]
-    return [url for url in dict.fromkeys(whole) if not url.endswith(TAR_ENDINGS)]
+    urls = [_literal(text, folder).rstrip("/") for _, text, folder in entries]
+    return [url for url in dict.fromkeys(urls) if _existing(url) == len(url) and not url.endswith(TAR_ENDINGS)]
+
+
+def _existing(url: str) -> int:
+    """How much of a URL is a name, not a pattern: up to the last slash before which all is there as it is written,
+    brackets and all; up to the first character of a pattern otherwise."""
+    first = _PATTERN_CHARACTERS.search(url)
+    if first is None:
+        return len(url)
+    storage = storage_for(url)
+    if storage.is_folder(url) or storage.stats([url]):
+        return len(url)
+    slashes = (place.start() for place in re.finditer("/", url))
+    return next(
+        (end for end in sorted(slashes, reverse=True) if end < first.start() or storage.is_folder(url[:end])), 0
+    )
 
 
 def _entries(
@@ -128,10 +148,10 @@ def _entries(
             yield from _entries(entry, folder, weight, within)
     elif isinstance(value, dict):
         if set(value) - {"path", "weight"} or "path" not in value:
-            raise UserError(f"webdataset_path: expected {{path: ..., weight: 2}}, found {value!r}")
-        yield from _entries(value["path"], folder, weight * _checked_weight(value), within)
+            raise UserError(f"webdataset_path: expected {{path: ..., weight: 2}}, found {brief(value)}")
+        yield from _entries(value["path"], folder, _checked_weight(value, weight), within)
     elif not isinstance(value, str | Path) or not str(value):
-        raise UserError(f"webdataset_path: expected a path, URL or list of those, found {value!r}")
+        raise UserError(f"webdataset_path: expected a path, URL or list of those, found {brief(value)}")
     elif str(value).endswith((".yml", ".yaml")):
         if within:
             raise UserError(f"webdataset_path: {within} names another .yml, {value}; write its paths here")
@@ -140,48 +160,51 @@ def _entries(
         yield weight, str(value), folder
 
 
-def _checked_weight(entry: dict) -> float:
+def _checked_weight(entry: dict, outer: float) -> float:
+    """The weight of an entry, times that of the entry around it."""
     weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise UserError(f"webdataset_path: a weight is a number above 0, found {weight!r} in {entry!r}")
-    return float(weight)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not MIN_WEIGHT <= outer * weight <= MAX_WEIGHT:
+        raise UserError(
+            f"webdataset_path: a weight is a number above 0, found {brief(weight)} in {brief(entry)}; write one from "
+            f"{MIN_WEIGHT} to {MAX_WEIGHT}"
+        )
+    return outer * float(weight)
 
 
 def _yaml_entries(url: str, weight: float) -> Iterator[tuple[float, str, str]]:
     storage = storage_for(url)
     if not storage.stats([url]):
         raise MissingShardError(f"webdataset_path: there is no {url}.{_near(url)}")
-    try:
-        with storage.open(url) as file:
-            entries = yaml.safe_load(decode_text(file.read(), url))
-    except yaml.YAMLError as error:
-        raise UserError(f"webdataset_path: {url} is not valid YAML: {error}") from None
+    with storage.open(url) as file:
+        entries = parse_yaml(decode_text(file.read(), url), f"webdataset_path: {url}")
     if not isinstance(entries, list | dict | str):
         raise UserError(f"webdataset_path: {url} should hold a list of paths, found {type(entries).__name__}")
     yield from _entries(entries, url.rpartition("/")[0], weight, within=url)
 
 
-def _shards(text: str, folder: str) -> list[Shard]:
+def _shards(text: str, folder: str) -> Iterator[Shard]:
     if text.startswith("pipe:"):
         raise UserError(f"webdataset_path: {text!r}: commands are never run; write the path or URL of the tars")
-    storage = storage_for(_literal(text, folder))
-    known = storage.stats([_literal(text, folder)])
-    expanded = [text] if known else list(expand_braces(text))
-    if expanded != [text]:
-        known = storage.stats([_literal(path, folder) for path in expanded])
-    found: list[Shard] = []
-    missing: list[str] = []
-    for path in expanded:
-        shards = _found(path, folder, known)
-        missing += [] if shards else [_literal(path, folder)]
-        found += shards
-    if missing:
-        named = f"{text!r} matches nothing" if len(expanded) == 1 and _GLOB_CHARACTERS.search(text) else "no such tar"
-        more = f" and {len(missing) - 3} more of {len(expanded)}" if len(missing) > 3 else ""
-        raise MissingShardError(
-            f"webdataset_path: {named}: {', '.join(missing[:3])}{more} (from {text!r}).{_near(missing[0])}"
-        )
-    return sorted(found, key=lambda shard: shard.url)
+    url = _literal(text, folder)
+    known = storage_for(url).stats([url])
+    paths = iter([text] if known else (braces := Braces(text)))
+    count = 1 if known else braces.count
+    while batch := list(islice(paths, LOOKED_UP)):  # a million paths of which none is there end with the first batch
+        if batch != [text]:
+            known = storage_for(url).stats([_literal(path, folder) for path in batch])
+        missing = []
+        for path in batch:
+            shards = _found(path, folder, known)
+            missing += [] if shards else [_literal(path, folder)]
+            yield from shards
+        if missing:
+            is_glob = count == 1 and _GLOB_CHARACTERS.search(text)
+            named = f"{shortened(repr(text))} matches nothing" if is_glob else "no such tar"
+            more = f" and {len(missing) - 3} more of {min(count, LOOKED_UP)}" if len(missing) > 3 else ""
+            raise MissingShardError(
+                f"webdataset_path: {named}: {', '.join(missing[:3])}{more} (from {brief(text)}).{_near(missing[0])}"
+            )
 
 
 def _literal(text: str, folder: str) -> str:
@@ -205,7 +228,9 @@ def _found(text: str, folder: str, known: dict[str, tuple[int, str]]) -> list[Sh
     if url in known:
         return [Shard(url, *known[url])]
     if _GLOB_CHARACTERS.search(text):
-        return _not_compressed(storage.glob(_literal(text, glob.escape(folder))), url)
+        there = _existing(url)
+        pattern = re.sub(r"(\*\*/)+", "**/", url[there:])  # folders in folders are looked through once
+        return _not_compressed(storage.glob(glob.escape(url[:there]) + pattern), url)
     return []
 
 
@@ -228,29 +253,3 @@ def _not_compressed(found: list[tuple[str, int, str]], url: str) -> list[Shard]:
 def _near(url: str) -> str:
     near = storage_for(url).near(url)
     return f" Near it: {', '.join(near)}" if near else ""
-
-
-def expand_braces(pattern: str) -> Iterator[str]:
-    """`a{00..02}{x,y}` -> a00x, a00y, a01x, ...; numbers keep the width of the first one."""
-    parts: list[list[str] | range] = []
-    position, width_of = 0, {}
-    for match in _BRACES.finditer(pattern):
-        numbers = _RANGE.fullmatch(match[1])
-        if not numbers and "," not in match[1]:
-            continue
-        parts.append([pattern[position : match.start()]])
-        if numbers:
-            first, last = int(numbers[1]), int(numbers[2])
-            width_of[len(parts)] = len(numbers[1]) if numbers[1].startswith("0") else 0
-            parts.append(range(first, last + 1))
-        else:
-            parts.append(match[1].split(","))
-        position = match.end()
-    parts.append([pattern[position:]])
-    count = 1
-    for part in parts:
-        count *= len(part)
-    if not 0 < count <= MAX_BRACE_EXPANSIONS:
-        raise UserError(f"webdataset_path: {pattern!r} stands for {count} paths, expected 1 to {MAX_BRACE_EXPANSIONS}")
-    for chosen in product(*parts):
-        yield "".join(str(piece).zfill(width_of.get(place, 0)) for place, piece in enumerate(chosen))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from families.common.lora_formats.adapters import Adapter, LoraFileError
+from warpcore.patterns import searching
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -78,5 +79,9 @@ def alpha_of(config: Mapping, layer: str, rank: int) -> float:
 
 
 def _matching(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
-    return next(found, default)
+    try:
+        with searching(CONFIG):
+            found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+            return next(found, default)
+    except re.error as error:
+        raise LoraFileError(f"{CONFIG}: a pattern is no regular expression: {error}") from None

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from families.common.library_networks import adapt
 from tests.families.common.tiny_unets import SD15, SDXL, inputs, library_call, unet
 from warpcore.networks import Network
+from warpcore.offload import keep_inputs_on_cpu
 
 LAYOUTS = {"SD 1.5": SD15, "SDXL": SDXL}
 
@@ -46,6 +47,16 @@ def test_outputs_and_gradients_are_those_of_diffusers_at_every_level(layout):
     assert kept == sorted(set(kept), reverse=True)  # each level keeps less than the one before
     with pytest.raises(ValueError, match="level 4 does not exist"):
         network.set_activation_checkpointing(4)
+
+
+def test_inputs_of_blocks_that_are_called_with_keywords_wait_on_the_cpu():
+    networks = [adapt(unet(SDXL).train()) for _ in range(2)]
+    keep_inputs_on_cpu(networks[0])
+    found = []
+    for network in networks:
+        network.set_activation_checkpointing(3)
+        found.append(gradients(network, network(**inputs(SDXL))))
+    assert_same(*found)
 
 
 @pytest.mark.integration

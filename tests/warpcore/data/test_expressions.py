@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.bounds import bounded
 from warpcore.data.captions import BadCaption, CaptionGetter
 from warpcore.data.expressions import ExpressionError, compile_expression
 from warpcore.data.filters import Filter
@@ -66,7 +67,7 @@ def test_an_expression_does_what_python_does(text, values, expected):
         ("lambda s: str(s, encoding='x')", "encoding"),
         ("lambda s: b'1'", "bytes"),
         ("lambda s: len", "'len'"),
-        ("lambda s: [[0] * 99999] * 99999", "list of lists"),
+        ("lambda s: [[0] * 9999] * 9999", "list of lists"),
         ("lambda s: [1][5] * 2", "IndexError"),
         ("lambda s: {'a': 1}['b'] * 2", "KeyError"),
         ("lambda s: (1).lower() * 2", "AttributeError"),
@@ -115,11 +116,21 @@ def test_the_place_of_a_refused_piece_is_named():
         ("lambda s: sum([s, s], s)", [0] * 1000),
         ("lambda s: [s * 1000] * 1000", [0]),
         ("lambda s: s * (s,)", 10**9),
+        ("lambda s: s in [s * 100 + 'b'] * 100", "a" * 1000),
     ],
 )
 def test_what_could_fill_the_memory_is_stopped_while_it_runs(text, value):
     with pytest.raises((ValueError, TypeError), match="allowed"):
         compile_expression(text)(value)
+
+
+def test_the_costliest_expression_takes_no_second_for_a_row(tmp_path):
+    looking = "1"
+    for _ in range(8):
+        looking = f"(({looking}) in [s * 90 + 'b'] * 99 + [s * 90 + 'c'] * 99)"
+    function = compile_expression(f"lambda s: {looking}")
+    with bounded(tmp_path, seconds=1):
+        assert function("a") is False
 
 
 _OPERATORS = ["+", "-", "*", "/", "//", "%", "<", ">=", "==", "!=", " and ", " or "]
@@ -260,6 +271,29 @@ def test_captions_come_from_several_members_and_columns():
 def test_a_caption_entry_of_the_wrong_shape_is_explained(entry, message):
     with pytest.raises(UserError, match=message):
         CaptionGetter.parse(entry)
+
+
+NESTED = {"json": json.dumps({"meta": {"title": 1, "tags": ["x"]}, "text": "t"}).encode()}
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ('lambda j: j["meta"]["caption"]', r"the \.json has no key 'caption' in \['meta'\]; it has: title, tags$"),
+        ('lambda j: j["meta"]["caption"]["en"]', r"no key 'caption' in \['meta'\]; it has: title, tags$"),
+        ('lambda j: j["text"]["en"]', r"no key 'en' in \['text'\]: that is no mapping but 't'$"),
+        (
+            'lambda j: j["meta"]["tags"][0]["en"]',
+            r"no key 'en' in \['meta'\]\['tags'\]\[0\]: that is no mapping but 'x'$",
+        ),
+        ('lambda j: j["no"] if "no" in j else j["meta"]["b"]', r"no key 'b' in \['meta'\]; it has: title, tags$"),
+        ('lambda j: j["meta"]["tags"][5]', "IndexError"),
+        ('lambda j: {"a": 1}["b"] + j["text"]', "KeyError: 'b'"),
+    ],
+)
+def test_an_absent_key_inside_of_another_is_named_with_those_beside_it(expression, reason):
+    with pytest.raises(BadCaption, match=reason):
+        CaptionGetter.parse(["json", expression])(NESTED)
 
 
 @pytest.mark.parametrize(

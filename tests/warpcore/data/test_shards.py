@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import bounded
 from tests.warpcore.data.tars import write_shard
 from warpcore.data import storage
-from warpcore.data.shards import expand_braces, resolve_sources
+from warpcore.data.shards import folders_named_whole, named_folders, resolve_sources
 from warpcore.data.storage import read_ranges
 from warpcore.data.storage_protocol import ChangedShardError
 from warpcore.errors import UserError
@@ -45,6 +46,8 @@ ALL = ["00000.tar", "00001.tar", "00002.tar", "more/00003.tar"]
         ("data/{{00000..00002}}.tar", ALL[:3]),
         ("data/{{00000,more/00003}}.tar", [ALL[0], ALL[3]]),
         ("data/{{more,.}}/*.tar", ALL),
+        ("data/{{00000..00002..2}}.tar", [ALL[0], ALL[2]]),
+        ("data/{{0000{{0..1}},more/00003}}.tar", [ALL[0], ALL[1], ALL[3]]),
     ],
 )
 def test_every_way_of_naming_tars_finds_them_in_order(folder, path, expected):
@@ -79,6 +82,9 @@ def test_size_and_time_identify_a_shard(folder):
         ("sets.yml", "there is no .*sets.yml"),
         (["data/00000.tar", "data/*.tar"], r"00000.tar twice \(entries 1 and 2\).*weight: 2"),
         ({"path": "data", "weight": 0}, "a number above 0, found 0"),
+        ({"path": "data", "weight": 1e300}, "found 1e.300 .*write one from 0.001 to 1000"),
+        ({"path": {"path": "data", "weight": 500}, "weight": 500}, "found 500 .*from 0.001 to 1000"),
+        ("data/{00000..00009..0}.tar", "not a valid range: write"),
         ({"path": "data", "wieght": 2}, "expected {path"),
         (5, "found 5"),
         ([], "names no tar"),
@@ -128,9 +134,31 @@ def test_a_missing_tar_is_a_file_not_found_error_too(folder):
         resolve_sources("nowhere.tar")
 
 
-def test_brace_ranges_keep_leading_zeros_only():
-    assert list(expand_braces("a{08..11}b{x,y}{z}"))[:3] == ["a08bx{z}", "a08by{z}", "a09bx{z}"]
-    assert list(expand_braces("{8..11}")) == ["8", "9", "10", "11"]
+@pytest.mark.parametrize("path", ["odd[1]/0.tar", "odd[1]", "odd[1]/*.tar", "odd[1]/{{0,1}}.tar", "odd[1]/[0-1].tar"])
+def test_brackets_in_a_name_that_is_there_are_no_pattern(folder, path):
+    (folder / "odd[1]").mkdir()
+    for name in "01":
+        write_shard(folder / f"odd[1]/{name}.tar", 1)
+    path = path.format()
+    found = [shard.url.rpartition("/")[2] for shard in resolve_sources(path)[0].shards]
+    assert found == (["0.tar"] if path.endswith("/0.tar") else ["0.tar", "1.tar"])
+    assert named_folders(path) == [f"{folder}/odd[1]"]
+    assert folders_named_whole(path) == ([f"{folder}/odd[1]"] if path == "odd[1]" else [])
+    assert named_folders("odd[12]/*.tar") == [str(folder)]
+
+
+def test_a_million_paths_of_which_none_is_there_end_soon(folder):
+    with bounded(folder), pytest.raises(UserError, match=r"no such tar: .* and 9997 more of 10000 \(from .*Near it"):
+        resolve_sources("data/0" + "{0,1}" * 20 + ".tar")
+    with bounded(folder), pytest.raises(UserError, match=r"names .*data/00000\.tar twice"):
+        resolve_sources("data/0000" + "{,}" * 20 + "0.tar")
+
+
+def test_a_yml_that_grows_by_aliases_is_refused(folder):
+    lines = [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]" for n in range(12)]
+    (folder / "sets.yml").write_text("\n".join(lines))
+    with bounded(folder), pytest.raises(UserError, match=r"sets\.yml is not valid YAML.*aliases of aliases"):
+        resolve_sources("sets.yml")
 
 
 def test_ranges_are_read_exactly(tmp_path):
