@@ -22,7 +22,7 @@ from families.stable_diffusion.autoencoder_training import (
     LatentStatistics,
     TrainedAutoencoder,
     from_scratch,
-    scaled_weights,
+    whitened_weights,
 )
 from warpcore.data.buckets import whole_size
 from warpcore.data.reader import Batch
@@ -109,7 +109,7 @@ class TrainVae(ReconstructionTraining):
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         model, is_new = self.networks["autoencoder"].model, self.config.autoencoder_checkpoint_path is None
-        return {"autoencoder": scaled_weights(model, self.latents) if is_new else model.state_dict()}
+        return {"autoencoder": whitened_weights(model, self.latents) if is_new else model.state_dict()}
 
     def file_metadata(self) -> dict[str, str]:
         return self.about_autoencoder | {FAMILY_KEY: "stable_diffusion"}
