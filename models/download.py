@@ -16,16 +16,15 @@ example-dataset: fernando.tar, pictures of a dog, for the LoRA example of the tr
 bfloat16 (default) or float32: the type of Stage B's and C's weights.
 
 Folders of diffusers need no command: their names on the hub can stand in a config. HF_ENDPOINT chooses a mirror,
-HF_TOKEN or `hf auth login` an account. Files are checked against the hub's size and SHA-256, those of Stable Diffusion
-also against the published ones.
+HF_TOKEN or `hf auth login` an account. Files are checked against the hub's size and SHA-256, against
+models/SHA256SUMS, and against what they were when they were first downloaded (.sha256sums in the folder).
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-from families.common.hub import DownloadError, RemoteFile, check_space, difference, fetch, look_up
+from families.common.hub import DownloadError, check_space, difference, expected_sha256, fetch, look_up
 
 WEIGHTS, EXAMPLES = "stabilityai/stable-cascade", "dome272/stable-cascade"
 VARIANTS = {
@@ -45,33 +44,13 @@ SETS = {
 """Of Stable Cascade, in `WEIGHTS` and `EXAMPLES`."""
 
 
-class Published(NamedTuple):
-    """A file as it was published."""
-
-    repository: str
-    path: str
-    size_bytes: int
-    sha256: str
-
-
 STABLE_DIFFUSION = {
-    "sd15": Published(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors", 4_265_146_304,
-        "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
-    ),
-    "sd15-vae": Published(
-        "stabilityai/sd-vae-ft-mse-original", "vae-ft-mse-840000-ema-pruned.safetensors", 334_641_190,
-        "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
-    ),
-    "sdxl": Published(
-        "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", 6_938_078_334,
-        "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
-    ),
-    "sdxl-vae": Published(
-        "madebyollin/sdxl-vae-fp16-fix", "sdxl_vae.safetensors", 334_641_162,
-        "235745af8d86bf4a4c1b5b4f529868b37019a10f7c0b2e79ad0abca3a22bc6e1",
-    ),
-}  # fmt: skip
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors"),
+    "sd15-vae": ("stabilityai/sd-vae-ft-mse-original", "vae-ft-mse-840000-ema-pruned.safetensors"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"),
+    "sdxl-vae": ("madebyollin/sdxl-vae-fp16-fix", "sdxl_vae.safetensors"),
+}
+"""Repository and path of each."""
 LICENCES = {
     WEIGHTS: "non-commercial", EXAMPLES: "unknown",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -97,7 +76,7 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     if len(suffixes) > 1:
         raise DownloadError("bfloat16 and float32 are both named; write one of them")
     (suffix,) = suffixes
-    named = [STABLE_DIFFUSION[word][:2] for word in words if word in STABLE_DIFFUSION]
+    named = [STABLE_DIFFUSION[word] for word in words if word in STABLE_DIFFUSION]
     named += [
         (EXAMPLES if word == "example-dataset" else WEIGHTS, path.format(dtype=suffix))
         for word in words
@@ -106,41 +85,32 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(named))
 
 
-def check_published(file: RemoteFile) -> None:
-    """Raise DownloadError where the hub announces another file than was published under this name."""
-    for one in STABLE_DIFFUSION.values():
-        found = (file.size_bytes, file.etag)
-        if one[:2] == (file.repository, file.path) and found != (one.size_bytes, one.sha256):
-            raise DownloadError(
-                f"{file.name} of {file.repository} has {file.size_bytes} bytes and SHA-256 {file.etag} on the hub; "
-                f"published were {one.size_bytes} and {one.sha256}. Check HF_ENDPOINT; if you trust the file, "
-                "download it by hand"
-            )
-
-
 def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
     """Downloads what the words name into `folder`, or only lists it.
 
     Raises:
-        DownloadError: see `choose`, `look_up` and `fetch`; or a local file of that name is another one.
+        DownloadError: see `choose`, `look_up`, `expected_sha256` and `fetch`; or a local file of that name
+            is another one.
     """
     files = [look_up(*named) for named in choose(words)]
     missing = [file for file in files if not (folder / file.name).exists()]
     for file in files:
-        check_published(file)
+        expected_sha256(file, folder)
         state = "to download" if file in missing else "here"
         print(f"{file.size_bytes / 1e6:>10,.1f} MB  {file.name:<40} {LICENCES[file.repository]:<22} {state}")
     if dry_run:
         return
     for file in files:
-        problem = None if file in missing else difference(folder / file.name, file)
+        problem = None if file in missing else difference(folder / file.name, file, folder)
         if problem:
             raise DownloadError(
                 f"{folder / file.name} is not the hub's ({problem}); move or delete it and run the same command again"
             )
     check_space(missing, folder)
     for file in missing:
-        print(f"{fetch(file, folder)}: complete, size and hash are right", flush=True)
+        known = expected_sha256(file, folder) or file.git_blob
+        told = "size and hash are right" if known else "size is right, no hash known; the present one is recorded"
+        print(f"{fetch(file, folder, folder)}: complete, {told}", flush=True)
 
 
 def _folder(text: str) -> Path:
@@ -159,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         download(options.words, options.folder, options.dry_run)
     except DownloadError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("stopped; run the same command to go on from here", file=sys.stderr)
         return 130

@@ -110,7 +110,7 @@ def text_tower(encoder: Path, tokenizer_folder: Path, weights: Mapping[str, Tens
         UserError: a tokenizer that is neither CLIP's nor a list of words.
     """
     config = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
-    theirs = AutoTokenizer.from_pretrained(tokenizer_folder)
+    theirs = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
     text = {
         "width": config["hidden_size"],
         "heads": config["num_attention_heads"],

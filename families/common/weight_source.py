@@ -19,7 +19,7 @@ from families.common.hub import DownloadError, check_space, difference, fetch, l
 from families.common.weight_files import weights_in
 from families.common.weights import are_only_shapes
 from warpcore.config import Settings
-from warpcore.files import write_whole
+from warpcore.files import open_plain, write_whole
 from warpcore.keys import weights_keys
 from warpcore.locks import lock_file
 
@@ -76,11 +76,11 @@ def local_weights(name: Path, key: str, models: Path | None = None) -> Path:
     if _is_complete(folder):
         return _single_file(folder)
     models.mkdir(parents=True, exist_ok=True)
-    with (models / f".{text.replace('/', '--')}.lock").open("w", encoding="utf-8") as lock:
+    with open_plain(models / f".{text.replace('/', '--')}.lock", "a") as lock:
         lock_file(lock, str(folder))
         if not _is_complete(folder):
             try:
-                _download(text, folder)
+                _download(text, folder, models)
             except DownloadError as error:
                 raise DownloadError(
                     f"{key}: {text} is no file or folder here, and as a name of the hub: {error}"
@@ -117,7 +117,7 @@ def _single_file(folder: Path) -> Path:
     return files[0] if single else folder
 
 
-def _download(name: str, folder: Path) -> None:
+def _download(name: str, folder: Path, root: Path) -> None:
     owner, repository, *inside = name.split("/")
     repository = f"{owner}/{repository}"
     prefix = "".join(f"{part}/" for part in inside)
@@ -126,14 +126,14 @@ def _download(name: str, folder: Path) -> None:
     targets = {file: folder / PurePosixPath(file.path.removeprefix(prefix)).parent for file in files}
     missing = [file for file in files if not (targets[file] / file.name).exists()]
     for file in files:
-        problem = None if file in missing else difference(targets[file] / file.name, file)
+        problem = None if file in missing else difference(targets[file] / file.name, file, root)
         if problem:
             raise DownloadError(
                 f"{targets[file] / file.name} is not the hub's ({problem}); move or delete it and start again"
             )
     check_space(missing, folder)
     for file in missing:
-        fetch(file, targets[file])
+        fetch(file, targets[file], root)
     sizes = {file.path.removeprefix(prefix): file.size_bytes for file in files}
     write_whole(folder / DONE, json.dumps(sizes, indent=1) + "\n")
 
@@ -149,8 +149,8 @@ def wanted(sizes: Mapping[str, int], prefix: str, name: str) -> Iterator[str]:
     """
     by_folder: dict[str, list[str]] = {}
     for path in sizes:
-        if ".." in path.split("/") or path.startswith("/"):  # no repository has such a file; a false mirror may say so
-            raise DownloadError(f"{name}: the hub names a file outside of its folder: {path}")
+        if ".." in path.split("/") or path.startswith("/") or "\0" in path:  # a false mirror may say so
+            raise DownloadError(f"{name}: the hub names a file outside of its folder: {path!r}")
         by_folder.setdefault("".join(path.rpartition("/")[:2]), []).append(path)
     own = by_folder.get(prefix, [])
     pipeline = f"{prefix}{PIPELINE}" in own
@@ -165,12 +165,16 @@ def wanted(sizes: Mapping[str, int], prefix: str, name: str) -> Iterator[str]:
         found = found or bool(weights)
         if weights or folder == prefix or pipeline:
             yield from weights
-            yield from (path for path in files if path.endswith(_BESIDE_WEIGHTS))
+            yield from (path for path in files if _is_beside(path.rpartition("/")[2]))
     if not found:
         raise DownloadError(f"{name} holds no .safetensors" + (
             "; name one of its folders: " + ", ".join(sorted({f.rstrip("/") for f in by_folder if f != prefix}))
             if len(by_folder) > 1 else ""
         ))  # fmt: skip
+
+
+def _is_beside(name: str) -> bool:
+    return name.endswith(_BESIDE_WEIGHTS) and not name.startswith(".")  # or it could pass for our own `DONE`
 
 
 def _weights_of(files: list[str], name: str) -> list[str]:
