@@ -1,11 +1,13 @@
 """What arguments of the tools can be, for argparse."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 
 from warpcore.data import storage
 from warpcore.errors import UserError
+from warpcore.text import brief
 
 
 def local_path(text: str) -> Path:
@@ -20,8 +22,29 @@ def local_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def positive(text: str) -> int:
-    """A number above 0."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+def positive(text: str, most: int = 1_000_000_000) -> int:
+    """A whole number above 0, up to `most`."""
+    if not re.fullmatch("[0-9]{1,18}", text) or not 0 < int(text) <= most:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to {most}, found {brief(text)}")
     return int(text)
+
+
+def process_count(text: str) -> int:
+    """A number of processes, of one machine or of a run on many."""
+    return positive(text, 100_000)
+
+
+def worker_count(text: str) -> int:
+    """A number of processes that a tool starts on this machine."""
+    return positive(text, 1024)
+
+
+def amount(text: str) -> float:
+    """A number above 0, such as GiB or seconds."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {brief(text)}")
+    return number

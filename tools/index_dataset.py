@@ -22,7 +22,7 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from tools.arguments import positive
+from tools.arguments import worker_count
 from tools.shared_work import ALONE, SharedWork
 from warpcore.data.catalog import read_summaries, told_of_older_indexes, write_manifests
 from warpcore.data.identity import HASHED_BYTES
@@ -141,7 +141,9 @@ def _end_with_parent() -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, globs, brace ranges, s3:// of those")
-    parser.add_argument("--workers", type=positive, help="of each process; default: one per CPU core of the machine")
+    parser.add_argument(
+        "--workers", type=worker_count, help="of each process; default: one per CPU core of the machine"
+    )
     parser.add_argument("--cache", metavar="PLACE", help="folder or URL for the indexes, if not beside the tars")
     given = parser.parse_args(arguments)
     processes = start_processes("cpu")

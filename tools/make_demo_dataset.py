@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from tools.arguments import local_path
+from tools.arguments import local_path, positive
 from tools.demo_scenes import SEEN_PAIRS, UNSEEN_PAIRS, Scene, captioned_scene, render, score
 from warpcore.errors import UserError, run_script
 
@@ -75,7 +75,7 @@ def write_picture(stem: Path, scene: Scene, text: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=local_path, help="where the pictures go")
-    parser.add_argument("--num_pictures", type=int, default=6000)
+    parser.add_argument("--num_pictures", type=positive, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held_out", action="store_true", help="sentences and pairs that the demo set never shows")
     options = parser.parse_args(arguments)

@@ -15,7 +15,7 @@ from functools import cached_property
 import yaml
 
 from families.common.weights import only_shapes
-from tools.arguments import local_path
+from tools.arguments import amount, local_path, process_count
 from warpcore import optim
 from warpcore.batch_size import divisors, split_batch
 from warpcore.config import Config, load_config, make_config
@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("script", type=local_path, help="the training script, such as train/train_c.py")
     parser.add_argument("config", help="its config; keys may follow as key=value")
-    parser.add_argument("--gpu-memory", type=float, help="GiB of one GPU: suggest settings that fit")
-    parser.add_argument("--processes", type=int, help="GPUs of the run; by default the config's key, or 1")
+    parser.add_argument("--gpu-memory", type=amount, help="GiB of one GPU: suggest settings that fit")
+    parser.add_argument("--processes", type=process_count, help="GPUs of the run; by default the config's key, or 1")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what it will run on")
     parser.add_argument("--buckets", action="store_true", help="also every bucket, not only the largest")
     options, keys = parser.parse_known_args()

@@ -13,7 +13,7 @@ import warpcore.openmp
 import argparse
 import re
 
-from tools.arguments import local_path
+from tools.arguments import amount, local_path, positive, process_count
 from warpcore.batch_size import fitting_sizes
 from warpcore.config import ConfigError, load_config
 from warpcore.config_files import bases_from
@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("script", type=local_path, help="the training script, such as train/train_c.py")
     parser.add_argument("config", type=local_path, help="its config; keys may follow as key=value")
     parser.add_argument("tuned", type=local_path, help="the config to write")
-    parser.add_argument("--max-memory", type=float, help="GiB to stay under; needed on a CPU, else all of the GPU")
-    parser.add_argument("--step-seconds", type=float, help="a micro-batch takes no longer than this")
+    parser.add_argument("--max-memory", type=amount, help="GiB to stay under; needed on a CPU, else all of the GPU")
+    parser.add_argument("--step-seconds", type=amount, help="a micro-batch takes no longer than this")
     parser.add_argument("--best", choices=("size", "speed"), default="size", help="which of those that fit")
-    parser.add_argument("--guess", type=int, help="where to begin; by default the config's micro-batch")
-    parser.add_argument("--processes", type=int, help="GPUs of the run; by default the config's key, or 1")
+    parser.add_argument("--guess", type=positive, help="where to begin; by default the config's micro-batch")
+    parser.add_argument("--processes", type=process_count, help="GPUs of the run; by default the config's key, or 1")
     options, keys = parser.parse_known_args()
     check_new([options.tuned], "give the name of a new file")
     use_case = load_use_case(options.script)
