@@ -50,6 +50,6 @@ def fitting_sizes(batch_size: int, num_processes: int) -> list[int]:
 
 
 def divisors(number: int) -> list[int]:
-    """Those of a positive number, ascending."""
+    """The divisors of a positive number, ascending."""
     low = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
     return sorted({*low, *(number // one for one in low)})

@@ -30,7 +30,7 @@ from warpcore.errors import UserError
 from warpcore.processes import Processes
 
 SURVEYED_ROWS = 1_000_000
-"""Up to so many rows, a run says at its start how many its filters leave; beyond, that pass would take too long."""
+"""Up to this number of rows, a run says at its start how many its filters leave; a pass over more takes too long."""
 
 
 MARKS = 3

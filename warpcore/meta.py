@@ -47,7 +47,7 @@ class PeakMemory(TorchDispatchMode):
         self.alive -= size
 
 
-class BesideTheCPU(TorchDispatchMode):
+class MixMetaWithCPU(TorchDispatchMode):
     """Lets tensors of the CPU take part in computations on the meta device, as if that were the same device.
 
     What has values keeps them when it is moved to the meta device, so that code can decide by them; what is computed
@@ -64,10 +64,10 @@ class BesideTheCPU(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-class AsIfOn(TorchFunctionMode):
-    """Inside, tensors on the meta device are computed with as on another: its attention kernels, and its autocast.
+class MetaAsDevice(TorchFunctionMode):
+    """Computes with tensors of the meta device as another device would: with its attention kernels and its autocast.
 
-    kind: "cuda" or "cpu". dtype: that of autocast; float32 for none.
+    kind: "cuda" or "cpu". dtype: what autocast computes in; float32 for none.
     """
 
     LOWERED = {

@@ -22,7 +22,7 @@ from warpcore.data.geometry import CropGeometry
 from warpcore.data.images import place
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
-from warpcore.meta import META, AsIfOn, BesideTheCPU, PeakMemory
+from warpcore.meta import META, MetaAsDevice, MixMetaWithCPU, PeakMemory
 from warpcore.networks import Checkpointing, HasBlocks, blocks
 from warpcore.use_case import UseCase
 
@@ -44,7 +44,7 @@ def load_use_case(path: Path) -> type[UseCase]:
 
 
 def _module(path: Path) -> ModuleType:
-    """That of a script: where it lies in a package, the package's, so that there is one of it."""
+    """The module of a script; where it lies in a package, the package's, so that it is imported once."""
     names, folder = [path.stem], path.resolve().parent
     while (folder / "__init__.py").is_file():
         names, folder = [folder.name, *names], folder.parent
@@ -89,9 +89,9 @@ class Needs:
     """Bytes of memory that a process needs for a run, by what for: on the device, but for `on_cpu`."""
 
     frozen: int
-    """Networks that aren't trained."""
+    """Weights of the networks that aren't trained."""
     weights: int
-    """Those that are."""
+    """Weights of the networks that are trained."""
     gradients: int
     optimizer: int
     ema: int
@@ -134,9 +134,9 @@ class OnShapes:
         run.build = lambda: {name: network.to_empty(device=META) for name, network in build().items()}
         self.run = run
         try:
-            self._modes.enter_context(BesideTheCPU())
+            self._modes.enter_context(MixMetaWithCPU())
             run.make_networks()
-            self._modes.enter_context(AsIfOn(self.kind, run.dtype))
+            self._modes.enter_context(MetaAsDevice(self.kind, run.dtype))
         except BaseException:
             self.__exit__()
             raise
@@ -258,7 +258,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _backward(loss: Tensor) -> None:
-    """`loss.backward()`, which would leave the mode of `AsIfOn`; checkpointed blocks need it when they run again."""
+    """`loss.backward()` inside `MetaAsDevice`, which checkpointed blocks need when they run again."""
     torch.autograd.Variable._execution_engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )

@@ -14,7 +14,7 @@ from warpcore.text import format_bytes
 
 RECORD_SUFFIX = ".cache.json"
 MAX_REPORTED = 20
-"""So many unreadable samples a report names."""
+"""How many unreadable samples a report names at most."""
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Record:
     samples: int = 0
     """How many of the rows have features."""
     reused: int = 0
-    """Of how many of them all features were copied from an earlier tar of the cache."""
+    """How many samples had all their features copied from an earlier tar of the cache."""
     partly_reused: int = 0
-    """Of how many some were: those of the text, or of pictures whose crops stayed the same."""
+    """How many had some copied: those of the text, or of pictures whose crops stayed the same."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Reason -> rows that the training would not draw."""
     unreadable: list[str] = field(default_factory=list)
@@ -39,9 +39,9 @@ class Record:
     tar_bytes: int = 0
     feature_bytes: dict[str, int] = field(default_factory=dict)
     largest_error: dict[str, float] = field(default_factory=dict)
-    """Of the stored numbers, by feature; of those that were encoded, not copied, as for the sums below."""
+    """Largest error of the stored numbers, by feature. It and the sums below count what was encoded, not copies."""
     squared_error: dict[str, float] = field(default_factory=dict)
-    """Summed over those numbers."""
+    """Sum of the squared errors of the same numbers."""
     squared: dict[str, float] = field(default_factory=dict)
     """The sum of their squares."""
     seconds: float = 0.0
@@ -52,7 +52,7 @@ class Record:
 
     @classmethod
     def total(cls, records: "Sequence[Record]") -> Self:
-        """That of all these shards together."""
+        """The record of several shards together."""
 
         def added(name: str, add: Callable = operator.add) -> dict:
             result: dict = {}
@@ -79,7 +79,7 @@ class Record:
 
     @classmethod
     def read(cls, tar: Path, source: Shard) -> Self | None:
-        """That of a tar that is whole and was made from this very shard, else None."""
+        """The record of a tar that is whole and was made from this very shard; None of another one."""
         path = tar.with_name(tar.name + RECORD_SUFFIX)
         if not (tar.is_file() and path.is_file()):
             return None

@@ -32,7 +32,7 @@ from warpcore.errors import UserError
 from warpcore.files import naming
 
 CHUNK_ROWS = 512
-"""So many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
+"""How many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Chunk:
     """Some rows of a shard."""
 
     rows: pa.Table
-    """Those of the index, in its order."""
+    """Rows of the index, in its order."""
     micro_batches: list[MicroBatch]
     """Of those rows that can be drawn and whose features are not all copied; `state` holds their places in `rows`, the
     variant of the crop, and whether the features of `pictures` and of `texts` are wanted."""
@@ -93,7 +93,7 @@ class Work:
         return -(-int(self.catalog.rows[number]) // CHUNK_ROWS)
 
     def select(self, number: int) -> Rows:
-        """Those rows of a shard that can be drawn, and why the others can't."""
+        """The rows of a shard that can be drawn, and why the others can't."""
         return self.selection.load(self.catalog, Piece(number, 0, int(self.catalog.rows[number])))
 
     def copied(self, members: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -125,7 +125,7 @@ class Work:
     def _micro_batches(
         self, places: list[int], samples: list[Sample], copied: dict[int, Copied], variant: int
     ) -> Iterator[MicroBatch]:
-        """Of those rows that lack features, together where they lack the same ones."""
+        """The micro-batches of rows that lack features; rows that lack the same features are together."""
         alike: dict[tuple[tuple[int, int], bool, bool], list[int]] = defaultdict(list)
         for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
             pictures = self.has_pictures and variant not in copied[place].crops

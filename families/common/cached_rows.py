@@ -92,7 +92,7 @@ def hash_sources(
 
 
 def _contents(samples: Sequence[Sample], wanted: Collection[str]) -> list[dict[str, bytes]]:
-    """Those members of samples of one tar, by lower-case extension."""
+    """The content of these members of samples of one tar, by lower-case extension."""
     spans = sorted(
         (offset, size, name.lower(), place)
         for place, sample in enumerate(samples)
@@ -208,7 +208,7 @@ def keep_old(path: Path) -> None:
 
 
 def old_tars(folder: Path) -> list[Path]:
-    """Those in a cache."""
+    """The tars of a cache that another one took the place of."""
     return sorted(folder.rglob(f".*.tar{_OLD}*"))
 
 

@@ -57,15 +57,15 @@ class Origin:
     networks: dict[str, dict[str, str]]
     """File name and SHA-256 of each network's weights."""
     settings: dict[str, Any]
-    """Those that the features depend on."""
+    """Values of the settings that the features depend on."""
     dtype: str
     """The precision in which features are stored."""
     variants: int
     """Crops of each picture."""
     seed: int
-    """Of the crops."""
+    """The seed of the crops."""
     shapes: dict[str, dict[str, list[int]]]
-    """Of the features, by bucket."""
+    """Shapes of the features, by bucket."""
     variable_length: list[str] = field(default_factory=list)
     """Features that differ in length from sample to sample."""
     source: Any = None
@@ -78,7 +78,7 @@ class Origin:
 
     @classmethod
     def read(cls, folder: str, remedy: str = "remove the folder, or name another one") -> "Origin | None":
-        """That of a folder, given as a complete URL; None where it holds no cache.
+        """What the cache in a folder, a complete URL, was made with; None where it holds no cache.
 
         remedy: what to do where it is damaged, for the error message.
 

@@ -27,7 +27,7 @@ BLOCK_PX = 8
 
 
 class ReconstructionKeys(Settings):
-    """How reconstructions are judged."""
+    """How reconstructions are hinge."""
 
     squared_weight: NonNegativeFloat = 1.0
     """Weight of the squared error, beside the absolute error."""
@@ -92,7 +92,7 @@ class ReconstructionTraining(WarpCore):
 
         The discriminator adds its loss for the autoencoder and, as hinge loss (arXiv:1705.02894), that for itself. Its
         gradient on each picture is scaled to `discriminator_weight` of the other losses' there. (VQGAN compares
-        gradients on the last layer's weights, which would depend on batch mates.)
+        gradients on the last layer's weights, which would depend on the other pictures of the batch.)
         """
         config = self.config
         if not config.discriminator_weight or self.update < config.discriminator_start:
@@ -100,13 +100,13 @@ class ReconstructionTraining(WarpCore):
         discriminator = self.networks["discriminator"]
         fake = rebuilt.detach().requires_grad_()
         score = discriminator(fake).float()
-        (wished,) = torch.autograd.grad(-score.sum(), fake, retain_graph=True)
+        (adversarial_gradient,) = torch.autograd.grad(-score.sum(), fake, retain_graph=True)
         (other,) = torch.autograd.grad(loss.sum(), rebuilt, retain_graph=True)
-        scale = config.discriminator_weight * _norm(other) / (_norm(wished) + 1e-12)
-        taught = (rebuilt * (wished * scale)).sum(dim=(1, 2, 3))  # its gradient is all that matters
-        judged = per_sample((1 + score).relu()) + per_sample((1 - discriminator(pictures).float()).relu())
-        judged = judged / 2
-        return loss + (taught - taught.detach()) + judged, {"discriminator_loss": judged}
+        scale = config.discriminator_weight * _norm(other) / (_norm(adversarial_gradient) + 1e-12)
+        adversarial = (rebuilt * (adversarial_gradient * scale)).sum(dim=(1, 2, 3))  # its gradient is all that matters
+        hinge = per_sample((1 + score).relu()) + per_sample((1 - discriminator(pictures).float()).relu())
+        hinge = hinge / 2
+        return loss + (adversarial - adversarial.detach()) + hinge, {"discriminator_loss": hinge}
 
 
 def _norm(gradients: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tests.fake_gpu import GPU, FakeGpu, Waits
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings, use_case  # noqa: F401
 from warpcore.config import make_config
-from warpcore.meta import AsIfOn
+from warpcore.meta import MetaAsDevice
 
 FURTHER: dict[str, dict] = {
     "train_c": {"clip_image_dropout": 0.5, "adaptive_loss_weight": True, "offset_noise": 0.1},
@@ -38,7 +38,7 @@ def train_on_gpu(name: str, settings: dict) -> None:  # noqa: F811
     kind = use_case(name)
     run = kind(make_config(kind.Config, settings | {"clip_grad_norm": 1.0}))
     run.device, run.processes = GPU, replace(run.processes, device=GPU)
-    run.dtype, run.autocast = torch.bfloat16, partial(AsIfOn, "cuda", torch.bfloat16)
+    run.dtype, run.autocast = torch.bfloat16, partial(MetaAsDevice, "cuda", torch.bfloat16)
     with FakeGpu() as gpu:
         run.setup()
         batch = next(run.feed.batches())

@@ -11,7 +11,7 @@ from tests.tiers import represented_by
 from tests.train.test_every_script import files, settings, train, use_case  # noqa: F401
 from tests.warpcore.runs import numbers
 from warpcore.config import ConfigError, make_config
-from warpcore.meta import META, BesideTheCPU, PeakMemory
+from warpcore.meta import META, MixMetaWithCPU, PeakMemory
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def test_the_maps_of_checkpointed_blocks_wait_on_the_cpu_and_nothing_else(level)
         if block.checkpointed:
             block.register_forward_hook(lambda _, inputs, __: maps.append(inputs[0].nbytes))
     for one in networks:
-        with BesideTheCPU(), PeakMemory(one.parameters(), "meta") as memory, PeakMemory(device="cpu") as kept:
+        with MixMetaWithCPU(), PeakMemory(one.parameters(), "meta") as memory, PeakMemory(device="cpu") as kept:
             output = one(**{name: tensor.to(META) for name, tensor in INPUTS.items()})
             waiting.append(kept.alive)
             on_device.append(memory.alive)

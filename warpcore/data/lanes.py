@@ -23,7 +23,7 @@ from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
 CHUNK_ROWS = 256
-"""So many rows at a time become samples: few enough to start quickly, enough to amortise pyarrow's calls."""
+"""How many rows become samples at a time: few enough to start quickly, enough to amortise pyarrow's calls."""
 PIECES_PER_LANE = 8
 """At least so many, where there are several lanes: their loads differ by less than a piece."""
 PASSED, DRAWN = "passed", "drawn"

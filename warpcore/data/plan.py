@@ -59,7 +59,7 @@ class Plan:
         max_picture_pixels: rows with larger pictures are rejected.
         seed: of the run.
         validation: the catalog of `validation_path`.
-        validation_samples: so many rows of the data set are kept for validation where there is no `validation`.
+        validation_samples: how many rows of the data set are kept for validation where there is no `validation`.
         counted_members: members of which the survey counts how many rows have them.
         columns: index columns whose values samples bring along, as `column_types` gives them.
         num_lanes, group_rows: by default they follow from the number of rows.
@@ -338,7 +338,7 @@ def describe_difference(saved: dict, current: dict) -> str | None:
 
 
 def _shard_differences(saved: dict, current: dict, shown: int = 3) -> list[str]:
-    """Of two fingerprints of catalogs."""
+    """What differs between two fingerprints of catalogs."""
     if any("digest" in one and one.get("table") is None for one in (saved, current)):
         counts = [f"{one.get('shards', 0)} shards with {one.get('rows', 0)} rows" for one in (saved, current)]
         return [f"shards changed: {counts[0]} -> {counts[1]}, of other names, sizes, times or weights"]

@@ -26,7 +26,7 @@ from warpcore.random import stable_hash
 BASE_COLUMNS = ["key", "width", "height", *MEMBER_COLUMNS]
 HELD_OUT = "held out for validation"
 PASS_ROWS = 262_144
-"""So many rows of a shard are looked at together in a pass over the whole index."""
+"""How many rows of a shard are looked at together in a pass over the whole index."""
 
 
 class Piece(NamedTuple):
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 
 def cut(catalog: Catalog, max_rows: int | np.ndarray) -> np.ndarray:
-    """(pieces, 3) int64, the pieces of all shards in order, of at most `max_rows` rows, or so many of each shard."""
+    """(pieces, 3) int64, the pieces of all shards in order, of at most `max_rows` rows (one number, or per shard)."""
     limits = np.broadcast_to(max_rows, len(catalog))
     counts = -(-catalog.rows // limits)
     shards = np.repeat(np.arange(len(catalog)), counts)
@@ -47,7 +47,7 @@ def cut(catalog: Catalog, max_rows: int | np.ndarray) -> np.ndarray:
 
 
 def as_pieces(rows: np.ndarray) -> Iterator[Piece]:
-    """Those that `cut` gives, as such."""
+    """The pieces that `cut` gives."""
     return (Piece(*row.tolist()) for row in rows)
 
 
@@ -283,8 +283,8 @@ def choose_by_hash(
 ) -> tuple[dict[int, np.ndarray], int]:
     """At most `count` rows by the hash of their keys, shard number -> row numbers, sorted; and of how many.
 
-    Of a large data set only so many shards (by the hash of their names) are looked at that they hold `candidates`
-    rows, so that the choice costs no pass over all indexes.
+    Of a large data set, shards are looked at (by the hash of their names) until they hold `candidates` rows, so that
+    the choice costs no pass over all indexes.
     """
     hashes: list[tuple[int, int, int]] = []
     looked_at = 0
