@@ -21,6 +21,7 @@ from warpcore.data.storage import local_path
 from warpcore.errors import UserError
 from warpcore.keys import choices_of, describe, help_text
 from warpcore.safe_yaml import parse_yaml
+from warpcore.text import read_text
 
 PACKAGES = ["families"]
 """Packages whose sub-packages with a `family.py` are families."""
@@ -86,7 +87,7 @@ def _has_weights(family: Family, file: Path) -> bool:
 def _indexes(folder: Path) -> list[dict[str, Any]]:
     """What a folder says that it holds; where it says nothing, what those directly inside say of themselves."""
     for pattern in (*INDEXES, *(f"*/{name}" for name in INDEXES)):
-        read = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(pattern))]
+        read = [json.loads(read_text(file)) for file in sorted(folder.glob(pattern))]
         if found := [index for index in read if isinstance(index, dict)]:
             return found
     return []

@@ -58,6 +58,7 @@ from warpcore.data.reader import Batch, Reader
 from warpcore.data.selection import Selection, survey
 from warpcore.data.shards import named_folders, resolve_sources
 from warpcore.errors import UserError, run_script
+from warpcore.files import open_plain
 from warpcore.locks import lock_file
 from warpcore.processes import stop_processes
 from warpcore.random import SampleRandom
@@ -169,7 +170,7 @@ class Caching:
         elif self.out.exists() and any(path.name not in (_LOCK, MARK_NAME) for path in self.out.iterdir()):
             raise UserError(f"{self.out} is not empty and holds no cache ({CACHE_NAME}); choose another folder")
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.out / _LOCK).open("w", encoding="utf-8")  # held until it is closed
+        self._lock = open_plain(self.out / _LOCK, "w")  # held until it is closed
         try:
             lock_file(self._lock, str(self.out), wait=False)
         except BlockingIOError:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from tools.arguments import local_path
 from warpcore.errors import UserError, run_script
+from warpcore.files import why_no_file
 from warpcore.outputs import check_new
 from warpcore.weights import converted, dtype_name, write_weights
 
@@ -21,8 +22,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype, overwrite: bool = Fa
     Raises:
         UserError: `source` is missing or no safetensors file, `target` is there already, or a number is too large.
     """
-    if not source.is_file():
-        raise UserError(f"{source} does not exist")
+    if problem := why_no_file(source):
+        raise UserError(f"{source} {problem}")
     if not overwrite:
         check_new([target], "name another file, or give --overwrite")
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from warpcore.data.picture_files import is_picture
 from warpcore.errors import UserError
+from warpcore.files import read_bytes, why_no_file
 from warpcore.text import decode_text, read_text
 
 NAMES = ("metadata.jsonl", "metadata.csv")
@@ -28,8 +29,8 @@ def read_metadata(folder: Path, listed: Sequence[Path], given: Path | None = Non
     Raises:
         UserError: no such file, a line that can't be read, a caption that is not text, or no column with file names.
     """
-    if given is not None and not given.is_file():
-        raise UserError(f"--metadata {given}: there is no such file")
+    if given is not None and (problem := why_no_file(given)):
+        raise UserError(f"--metadata {given}: it {problem}")
     files = [given] if given else sorted(path for path in listed if path.name in NAMES)
     found: dict[Path, dict] = {}
     by_key: dict[str, Path] = {}
@@ -78,7 +79,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict]]:
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(decode_text(file.read_bytes(), file), newline=""))
+    reader = csv.DictReader(io.StringIO(decode_text(read_bytes(file), file), newline=""))
     as_text = {*FILE_COLUMNS, KEY_COLUMN, *CAPTION_COLUMNS}
     for line in reader:
         if surplus := line.pop(None, None):

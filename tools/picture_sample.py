@@ -13,6 +13,7 @@ from warpcore.data.images import MAX_PIXELS, BadPicture, decode_alike, place
 from warpcore.data.member_headers import picture_size
 from warpcore.data.picture_files import extension
 from warpcore.data.samples import FORMATS
+from warpcore.files import NotAFileError, read_bytes
 from warpcore.text import EncodingError, decode_text
 
 _LOOKED_AT = 64, 64
@@ -51,9 +52,10 @@ def load_again(entry: Entry) -> Outcome:
 def _read(path: Path) -> bytes:
     if not path.exists():
         raise Unusable("a link that leads nowhere")
-    if not path.is_file():
-        raise Unusable("no regular file")  # reading a pipe would never end
-    return path.read_bytes()
+    try:
+        return read_bytes(path)
+    except NotAFileError:
+        raise Unusable("no regular file") from None
 
 
 def _check_picture(content: bytes) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from warpcore.errors import UserError
 from warpcore.processes import Processes, explain
+from warpcore.text import read_text
 
 WAIT_TIMEOUT = timedelta(days=30)
 """A process that has done its share waits this long for others at work."""
@@ -78,7 +79,7 @@ class SharedWork:
         if self._mark is None or self.processes.count == 1:
             return
         with suppress(FileNotFoundError):
-            told = self._mark.read_text(encoding="utf-8") or "its own output says why"
+            told = read_text(self._mark) or "its own output says why"
             raise UserError(f"another process failed: {told}")
 
     def _described(self, error: Exception) -> str:

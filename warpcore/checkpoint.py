@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from warpcore.errors import UserError
-from warpcore.files import refuse_links, write_whole
+from warpcore.files import open_to_read, read_bytes, refuse_links, write_whole
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
 from warpcore.quiet import ignore_expected_warnings
@@ -226,7 +226,7 @@ class Checkpoints:
             self._place.leave()
 
     def values(self, update: int) -> dict:
-        return json.loads((state_folder(self.folder, update) / "state.json").read_text(encoding="utf-8"))
+        return json.loads(read_bytes(state_folder(self.folder, update) / "state.json"))
 
     def stored(self, update: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor of a checkpoint, by name."""
@@ -387,7 +387,7 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args, **kwargs) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
-            with path.open("rb") as file:
+            with open_to_read(path) as file:
                 metadata = _TableUnpickler(file).load()
         except (OSError, pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(f"{self._name} cannot be read: {error}") from error

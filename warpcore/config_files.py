@@ -15,6 +15,7 @@ from typing import Any
 
 from warpcore.data.storage import local_path
 from warpcore.errors import ConfigError
+from warpcore.files import why_no_file
 from warpcore.safe_yaml import parse_mapping
 from warpcore.text import brief, is_whole, read_text
 
@@ -66,9 +67,8 @@ def read_mapping(path: Path, led: str = "") -> dict[str, Any]:
     Raises:
         ConfigError: it is missing, or is not a mapping of keys in YAML.
     """
-    if not os.path.isfile(path):
-        what = "is no file" if os.path.exists(path) else "does not exist"
-        raise ConfigError(f"config file {path} {what}{led}")
+    if problem := why_no_file(path):
+        raise ConfigError(f"config file {path} {problem}{led}")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise ConfigError(f"config file {path} has {size} bytes{led}: no config needs more than {MAX_FILE_BYTES}")
     return parse_mapping(read_text(path), str(path))

@@ -372,9 +372,11 @@ class Feed:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """A file that is gone, or a disk that fails, is no fault of the program."""
+    """A disk that fails is no fault of the program."""
     try:
         yield
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(
             f"the {what} can't be read any more: {error}. Restore it and start the same command again"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from warpcore.files import writing
+from warpcore.files import open_to_read, writing
 from warpcore.processes import Processes
+from warpcore.text import read_text
 
 MAX_LINE_BYTES = 2**20
 
@@ -34,7 +35,7 @@ class Metrics:
         """Forget every line after `update`: those updates will be repeated."""
         if not self.processes.is_main or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= update]
+        kept = [line for line in read_text(self.path).splitlines() if _update_of(line) <= update]
         partial = self.path.with_suffix(".partial")
         with writing(partial, "w") as file:
             file.writelines(line + "\n" for line in kept)
@@ -69,7 +70,7 @@ class Metrics:
         """The last line that was written, empty where there is none."""
         if not self.path.exists():
             return {}
-        with self.path.open("rb") as file:
+        with open_to_read(self.path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LINE_BYTES))
             lines = file.read().splitlines()
         return json.loads(lines[-1]) if lines else {}

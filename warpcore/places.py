@@ -17,7 +17,7 @@ from typing import Protocol
 
 from warpcore.data.storage import in_folder_named_tilde
 from warpcore.errors import UserError
-from warpcore.files import open_plain, refuse_links
+from warpcore.files import open_plain, open_to_read, read_bytes, refuse_links
 from warpcore.locks import lock_file
 from warpcore.processes import Processes
 
@@ -195,14 +195,14 @@ def update_of(name: str) -> int | None:
 
 def fingerprint(path: Path) -> dict:
     """What a manifest says of a file."""
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def read_manifest(state: Path) -> dict[str, dict] | str:
     """The fingerprints of a checkpoint's files by name, or why there are none."""
     try:
-        files = json.loads((state / MANIFEST).read_bytes())["files"]
+        files = json.loads(read_bytes(state / MANIFEST))["files"]
         files = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
         strange = [name for name in files if name in ("", ".", "..") or re.search(r"[/\\\0]", name)]
         if strange:  # it would lead out of the checkpoint

@@ -22,6 +22,7 @@ from warpcore.data.geometry import CropGeometry
 from warpcore.data.images import place
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
+from warpcore.files import why_no_file
 from warpcore.meta import META, MetaAsDevice, MixMetaWithCPU, PeakMemory
 from warpcore.networks import Checkpointing, HasBlocks, blocks
 from warpcore.use_case import UseCase
@@ -33,8 +34,8 @@ def load_use_case(path: Path) -> type[UseCase]:
     Raises:
         UserError: there is none.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the training script comes first, then its config")
+    if problem := why_no_file(path):
+        raise UserError(f"{path} {problem}: the training script comes first, then its config")
     module = _module(path)
     own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
     found = [kind for kind in own if issubclass(kind, UseCase)]

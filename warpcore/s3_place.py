@@ -24,6 +24,7 @@ from warpcore.places import (
     update_of,
 )
 from warpcore.processes import Processes
+from warpcore.text import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -214,4 +215,4 @@ def _mark(folder: Path) -> str:
         pass
     finally:
         own.unlink()
-    return (folder / ".machine").read_text(encoding="utf-8")
+    return read_text(folder / ".machine")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from warpcore.errors import UserError
+from warpcore.files import read_bytes
 
 _BROKEN = re.compile("[\0\ud800-\udfff]")
 # The longer mark first: that of UTF-16 is how the one of UTF-32 begins.
@@ -55,8 +56,9 @@ def read_text(path: Path) -> str:
 
     Raises:
         EncodingError: it is of an encoding that is not understood.
+        NotAFileError: it is a folder, a pipe, a socket or a device.
     """
-    return decode_text(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+    return decode_text(read_bytes(path), path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def format_bytes(number: float) -> str:

@@ -20,6 +20,7 @@ from warpcore.config import ConfigError
 from warpcore.data.images import BadPicture, decode_alike, place
 from warpcore.diffusion.diffusion import GDF
 from warpcore.errors import UserError
+from warpcore.files import read_bytes
 
 Size = tuple[int, int]
 Margins = float | tuple[float, float, float, float]
@@ -119,13 +120,13 @@ def _image(path: Path, size: Sequence[int]) -> Tensor:
 def _with_mask(path: Path, mask: Path, size: Size) -> tuple[Tensor, Tensor]:
     """A picture (1, 3, H, W), and its mask (1, 1, H, W) with the same crop. Raises BadPicture for the mask."""
     height, width = size_of(path)
-    pixels = decode_alike(mask.read_bytes(), place((height, width), size))
+    pixels = decode_alike(read_bytes(mask), place((height, width), size))
     return _image(path, size), torch.from_numpy(pixels[None, None, :, :, 0] > 127)
 
 
 def _people(path: Path, size: Size) -> Tensor:
     try:
-        people = read_people(path.read_bytes(), size)
+        people = read_people(read_bytes(path), size)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} can't be read as poses: {error}") from error
     return torch.from_numpy(draw_people(people, size)).permute(2, 0, 1) / 255

@@ -38,6 +38,8 @@ from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 from warpcore.errors import UserError
+from warpcore.files import require_file
+from warpcore.text import read_text
 from warpcore.weights import write_weights
 
 TIMES = 1000
@@ -186,8 +188,11 @@ def read_component(folder: Path) -> dict[str, Tensor]:
         for variant in ("", ".bf16", ".fp16"):
             index = folder / f"{name}.safetensors.index{variant}.json"
             if index.is_file():
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                return {key: tensor for file in files for key, tensor in load_file(folder / Path(file).name).items()}
+                files = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+                paths = [folder / Path(file).name for file in files]
+                for path in paths:
+                    require_file(path)
+                return {key: tensor for path in paths for key, tensor in load_file(path).items()}
             if (folder / f"{name}{variant}.safetensors").is_file():
                 return load_file(folder / f"{name}{variant}.safetensors")
     raise UserError(f"{folder} holds no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
@@ -276,9 +281,7 @@ def _scheduler(target: str, ddim: bool) -> DDPMWuerstchenScheduler | DDIMSchedul
 
 def _target(scheduler: Path) -> dict[str, str]:
     """What the network beside a scheduler predicts."""
-    prediction = json.loads((scheduler / "scheduler_config.json").read_text(encoding="utf-8")).get(
-        "prediction_type", "epsilon"
-    )
+    prediction = json.loads(read_text(scheduler / "scheduler_config.json")).get("prediction_type", "epsilon")
     found = [ours for ours, theirs in PREDICTIONS.items() if theirs == prediction]
     if not found:
         raise UserError(f"{scheduler}: prediction_type is {prediction}, not one of {', '.join(PREDICTIONS.values())}")

@@ -16,6 +16,7 @@ from families.common.pictures import size_of
 from families.common.weight_source import listed_weights
 from modules.filters.inpaint import InpaintFilter
 from warpcore.config import ConfigError, FileName, Share
+from warpcore.files import why_no_file
 
 OF_EACH = ("control_image", "control_ready", "control_strength", "control_start", "control_end")
 """Keys that hold a value for each ControlNet, or one for all."""
@@ -79,8 +80,9 @@ class SteeringSettings(DrawingSettings):
             if start >= end:
                 raise ValueError(f"control_start {start} is not before control_end {end}: the ControlNet never counts")
         for key, paths in (("control_image", self.control_image), ("control_mask", [self.control_mask])):
-            if absent := [path for path in paths if path is not None and not path.is_file()]:
-                raise ValueError(f"{key}: {absent[0]} does not exist")
+            for path in paths:
+                if path is not None and (problem := why_no_file(path)):
+                    raise ValueError(f"{key}: {path} {problem}")
         if count > 1 and self.said_of_file:
             raise ValueError(f"{next(iter(self.said_of_file))} is for one ControlNet: of several, their files have to "
                              "say it (tools/export.py controlnet)")  # fmt: skip

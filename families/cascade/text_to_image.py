@@ -18,6 +18,7 @@ from families.cascade.steering import SteeringSettings, open_controls
 from families.common.pictures import read_picture, size_of
 from families.common.text_to_image import Drawn, TextToImageConfig
 from warpcore.config import Share
+from warpcore.files import why_no_file
 
 
 class CascadeTextToImageConfig(TextToImageConfig, SteeringSettings):
@@ -38,8 +39,8 @@ class CascadeTextToImageConfig(TextToImageConfig, SteeringSettings):
             raise ValueError("noise_level says how far to go away from a picture: give image too")
         if self.noise_level == 0:
             raise ValueError("noise_level 0 would draw nothing: write a number above 0, up to 1")
-        if self.image is not None and not self.image.is_file():
-            raise ValueError(f"image: {self.image} does not exist")
+        if self.image is not None and (problem := why_no_file(self.image)):
+            raise ValueError(f"image: {self.image} {problem}")
         if self.generator_checkpoint_path is None:
             raise ValueError("no weights of Stage C: give run or generator_checkpoint_path")
         return self

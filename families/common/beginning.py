@@ -10,6 +10,7 @@ from pathlib import Path
 from families.common.config import DiffusionConfig
 from families.common.weight_files import TARGET_KEY, contradictions
 from warpcore.config import ConfigError
+from warpcore.files import open_to_read
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 """How much of a large file is read to know it again: even a short finetuning changes all of its tensors."""
@@ -80,7 +81,7 @@ def _hash(path: Path) -> str:
     """SHA-256 of a file's size and of blocks spread over it."""
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         for block in range(_BLOCKS):
             file.seek(max(0, size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
             found.update(file.read(_BLOCK_BYTES))

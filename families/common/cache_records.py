@@ -10,6 +10,7 @@ from typing import Self
 
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
+from warpcore.files import read_bytes
 from warpcore.text import format_bytes
 
 RECORD_SUFFIX = ".cache.json"
@@ -83,7 +84,7 @@ class Record:
         path = tar.with_name(tar.name + RECORD_SUFFIX)
         if not (tar.is_file() and path.is_file()):
             return None
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(path))
         found = cls(**(values | {"source": tuple(values["source"])}))
         accepted = [(source.size_bytes, identity) for identity in (source.content, source.etag)]
         return found if found.source in accepted else None

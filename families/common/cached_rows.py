@@ -20,6 +20,7 @@ from warpcore.data.fields import variant_member
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample, picture_member
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
+from warpcore.files import open_to_read
 from warpcore.random import SampleRandom
 
 T = TypeVar("T")
@@ -164,7 +165,7 @@ class OldRows:
             return None
         path, offset = self._places[digest]
         found: dict[str, bytes] = {}
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             file.seek(offset)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 first = tar.next()

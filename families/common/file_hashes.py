@@ -10,6 +10,7 @@ from pathlib import Path
 
 from warpcore.data.sidecars import ABSENT, cache_locations
 from warpcore.errors import UserError
+from warpcore.files import open_to_read, read_bytes
 
 SUFFIX = ".sha256.json"
 SETTLED_SECONDS = 2.0
@@ -25,7 +26,7 @@ def sha256(path: Path) -> str:
     for place in places:
         if known := _remembered(place, version):
             return known
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if _version(path) == version and time.time() - version[1] / 1e9 > SETTLED_SECONDS:
         _remember(places, version, found)
@@ -58,8 +59,7 @@ def _version(path: Path) -> list[int]:
 
 def _remembered(place: str, version: list[int]) -> str | None:
     try:
-        with open(place, encoding="ascii") as file:
-            known = json.load(file)
+        known = json.loads(read_bytes(place))
         return known["sha256"] if known["version"] == version else None
     except ABSENT:
         return None

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from families.common.known_hashes import PINNED, RECORDED, known_hash, record_hash
 from warpcore.errors import UserError
-from warpcore.files import open_plain
+from warpcore.files import open_plain, open_to_read
 
 BLOCK_BYTES = 1 << 24
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -194,7 +194,7 @@ def _sha256(path: Path) -> str:
 
 
 def _digest(path: Path, digest: "hashlib._Hash") -> str:
-    with path.open("rb") as opened:
+    with open_to_read(path) as opened:
         while block := opened.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

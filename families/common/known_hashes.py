@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from warpcore.files import open_plain
+from warpcore.text import read_text
 
 PINNED = Path(__file__).parents[2] / "models" / "SHA256SUMS"
 RECORDED = ".sha256sums"
@@ -43,7 +44,7 @@ def _read(path: Path) -> dict[str, str]:
     """Hashes by place; the first line of a place counts."""
     hashes: dict[str, str] = {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_text(path).splitlines():
             if match := _LINE.fullmatch(line):
                 hashes.setdefault(match[2], match[1])
     return hashes

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from families.common.weights import check_names
 from warpcore.errors import UserError
+from warpcore.files import why_no_file
+from warpcore.text import read_text
 
 T = TypeVar("T")
 CONFIG, CONFIG_KEY = "config.json", "config"
@@ -44,7 +46,7 @@ def read_config(path: Path, key: str) -> dict[str, Any] | None:
     if path.is_file():
         text = (_open(path, key).metadata() or {}).get(CONFIG_KEY)
     elif (path / CONFIG).is_file():
-        text = (path / CONFIG).read_text(encoding="utf-8")
+        text = read_text(path / CONFIG)
     return None if text is None else parse_config(text, f"{key}: the config of {path}")
 
 
@@ -105,7 +107,7 @@ def weights_files(folder: Path, key: str) -> list[Path]:
         for variant in VARIANTS:
             index = folder / f"{name}.safetensors.index{variant}.json"
             if index.is_file():
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                names = set(json.loads(read_text(index))["weight_map"].values())
                 return [folder / Path(name).name for name in sorted(names)]
             if (file := folder / f"{name}{variant}.safetensors").is_file():
                 return [file]
@@ -126,6 +128,8 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, key: str
 
 
 def _open(file: Path, key: str):
+    if problem := why_no_file(file):
+        raise UserError(f"{key}: {file} {problem}")
     try:
         return safe_open(file, "pt")
     except (OSError, SafetensorError) as error:

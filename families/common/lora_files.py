@@ -18,6 +18,7 @@ from families.common.lora_formats import embeddings, named, ours, peft, programs
 from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens
 from families.common.lora_formats.tensors import read_tensors
 from modules.lora import Place, places
+from warpcore.text import read_text
 
 FORMATS = ("warpcore", "diffusers", "kohya")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -31,7 +32,7 @@ def peft_config(path: Path) -> dict:
     if not path.is_dir():
         return {}
     try:
-        return json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))
+        return json.loads(read_text(path / peft.CONFIG))
     except (OSError, ValueError) as error:
         raise LoraFileError(f"{peft.CONFIG} cannot be read: {error}") from None
 

@@ -1,5 +1,6 @@
 """Between the tensors of the networks, pictures to look at, and files."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from warpcore.data.images import BadPicture, decode
 from warpcore.data.member_headers import picture_size
 from warpcore.errors import UserError
+from warpcore.files import read_bytes
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -46,7 +48,7 @@ def size_of(path: Path) -> tuple[int, int]:
         UserError: it is no picture.
     """
     try:
-        return picture_size(path)[::-1]
+        return picture_size(io.BytesIO(read_bytes(path)))[::-1]
     except Exception as error:  # Pillow's readers meet broken bytes with exceptions of many kinds
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
 
@@ -58,7 +60,7 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         UserError: it is no picture, or a broken one.
     """
     try:
-        pixels = decode(path.read_bytes(), size or size_of(path)).pixels
+        pixels = decode(read_bytes(path), size or size_of(path)).pixels
     except BadPicture as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255

@@ -12,6 +12,7 @@ from warpcore.config import ConfigError
 from warpcore.config_keys import SidePx, Steps
 from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.files import why_no_file
 from warpcore.text import read_text
 
 
@@ -111,8 +112,8 @@ class TextToImage(Protocol):
 def _lines(path: Path | None) -> list[str]:
     if path is None:
         return []
-    if not path.is_file():
-        raise ConfigError(f"prompt_file: {path} does not exist")
+    if problem := why_no_file(path):
+        raise ConfigError(f"prompt_file: {path} {problem}")
     lines = [line.strip() for line in read_text(path).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:

@@ -21,6 +21,7 @@ from modules.clip import ClipSettings, TextTower
 from modules.clip_weights import convert_hugging_face
 from modules.tokenizers import UNKNOWN_WORD, BytePairTokenizer
 from warpcore.errors import UserError
+from warpcore.text import read_text
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 PROBES = ["", "A red circle, on the left: 3 × 'stars'!", "word " * 200]
@@ -109,7 +110,7 @@ def text_tower(encoder: Path, tokenizer_folder: Path, weights: Mapping[str, Tens
     Raises:
         UserError: a tokenizer that is neither CLIP's nor a list of words.
     """
-    config = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(read_text(encoder / "config.json"))
     theirs = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
     text = {
         "width": config["hidden_size"],

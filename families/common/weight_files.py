@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from warpcore.config import Settings
 from warpcore.errors import UserError
+from warpcore.files import require_file
 
 RUN_CONFIG = "config.yaml"
 """The file of a run's folder that holds its settings."""
@@ -34,6 +35,7 @@ def read_header(path: Path) -> Header:
     Raises:
         UserError: the file cannot be read as weights.
     """
+    require_file(path)
     if path.suffix != ".safetensors":
         return Header(frozenset(_pickled_names(path)), {})
     try:

@@ -22,6 +22,7 @@ from warpcore.config import Settings
 from warpcore.files import open_plain, write_whole
 from warpcore.keys import weights_keys
 from warpcore.locks import lock_file
+from warpcore.text import read_text
 
 MODELS = Path(__file__).parents[2] / "models"
 DONE = ".downloaded.json"
@@ -106,7 +107,7 @@ def _is_complete(folder: Path) -> bool:
     done = folder / DONE
     if not done.is_file():
         return False
-    sizes = json.loads(done.read_text(encoding="utf-8"))
+    sizes = json.loads(read_text(done))
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 

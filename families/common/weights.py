@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from warpcore.errors import UserError
+from warpcore.files import why_no_file
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -92,9 +93,9 @@ def existing_file(path: Path, key: str) -> Path:
     Raises:
         WeightsError: there is no such file.
     """
-    if not path.is_file():
+    if problem := why_no_file(path):
         raise WeightsError(
-            f"{key}: {path} does not exist. `python3 models/download.py` lists and fetches published weights; "
+            f"{key}: {path} {problem}. `python3 models/download.py` lists and fetches published weights; "
             "those of mini sizes come with the repository"
         )
     return path

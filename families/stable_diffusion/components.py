@@ -38,6 +38,7 @@ from families.stable_diffusion.single_file import (
     read_single_file,
 )
 from warpcore.errors import UserError
+from warpcore.text import read_text
 
 TITLES = {
     "unet": "a U-Net", "vae": "an autoencoder", "text_encoder": "a text encoder",
@@ -185,7 +186,7 @@ def _schedule(folder: Path, key: str) -> tuple[str | None, bool | None]:
 
 
 def _json(file: Path, key: str) -> Mapping[str, Any]:
-    return parse_config(file.read_text(encoding="utf-8"), f"{key}: {file}")
+    return parse_config(read_text(file), f"{key}: {file}")
 
 
 def _content(folder: Path) -> str:

@@ -19,6 +19,7 @@ from warpcore.config_keys import SidePx, Steps
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.diffusion.times import Spacing
 from warpcore.errors import UserError
+from warpcore.files import why_no_file
 
 IMAGE_SIZE = {"sd15": 512, "sdxl": 1024, "mini": 128}
 """Side of the squares that a version was trained with."""
@@ -73,8 +74,8 @@ class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
     def _possible(self) -> Self:
         if self.generator_checkpoint_path is None:
             raise ValueError("no weights of the U-Net: give run or generator_checkpoint_path")
-        if self.init_image is not None and not self.init_image.is_file():
-            raise ValueError(f"init_image: {self.init_image} does not exist")
+        if self.init_image is not None and (problem := why_no_file(self.init_image)):
+            raise ValueError(f"init_image: {self.init_image} {problem}")
         if "strength" in self.model_fields_set and self.init_image is None:
             raise ValueError("strength says how far to go away from a picture: give init_image too")
         if self.negative_prompts and self.negative_prompt:

@@ -141,9 +141,9 @@ def test_configs_that_start_from_many_others_end_soon(tmp_path):
     ("base", "told"),
     [
         ("loop.yaml", "does not exist"),
-        ("pipe.yaml", "is no file"),
-        ("/dev/zero", "is no file"),
-        (".", "is no file"),
+        ("pipe.yaml", "is a pipe"),
+        ("/dev/zero", "is a device"),
+        (".", "is a folder"),
         ("large.yaml", "20000000 bytes .base: .*: no config needs more than 10000000"),
         ('"a\\0b"', "base: found .*write the name of a config file"),
         ('"\\ud800"', "base: found .*write the name of a config file"),

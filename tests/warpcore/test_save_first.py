@@ -52,7 +52,7 @@ def saved_updates(settings: dict) -> list[int]:
 
 def test_a_validation_tar_that_goes_away_costs_no_update(data):
     settings, tar = settings_of(data, "run"), data.parents[1] / "held_out.tar"
-    with pytest.raises(UserError, match=r"validation data can't be read any more: .*held_out\.tar"):
+    with pytest.raises(UserError, match=r"held_out\.tar is gone"):
         train_here(settings, doing(lambda: tar.rename(tar.with_suffix(".away")), update=6))
     assert saved_updates(settings) == [4, 8]
     tar.with_suffix(".away").rename(tar)
@@ -104,9 +104,7 @@ def removed(tar: Path) -> None:
     tar.rename(tar.with_suffix(".old"))
 
 
-@pytest.mark.parametrize(
-    ("disturb", "told"), [(replaced, "changed while it was in use"), (removed, "any more.*a.tar")]
-)
+@pytest.mark.parametrize(("disturb", "told"), [(replaced, "changed while it was in use"), (removed, "a\.tar is gone")])
 @pytest.mark.parametrize("update", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_training_data_that_changes_ends_the_run_with_its_last_complete_update_saved(data, disturb, told, update):
     settings, before = settings_of(data, "run", ema_start_iters=7), os.stat(data)

@@ -25,6 +25,7 @@ import numpy as np
 from warpcore.data.storage import is_remote, read_ranges
 from warpcore.data.storage_protocol import Version
 from warpcore.errors import UserError
+from warpcore.files import open_to_change, open_to_read, read_bytes
 from warpcore.locks import lock_file
 
 RECORD = np.dtype([("offset", "<i8"), ("size", "<i8"), ("checksum", "<u8")])
@@ -76,8 +77,9 @@ class DiskCache:
     def _read(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes | None]:
         """The ranges that are there, None for the others."""
         try:
-            listed = np.fromfile(self.folder / (name + _LIST), RECORD)
-            with open(self.folder / (name + _DATA), "rb", buffering=0) as file:
+            content = read_bytes(self.folder / (name + _LIST))
+            listed = np.frombuffer(content, RECORD, len(content) // RECORD.itemsize)
+            with open_to_read(self.folder / (name + _DATA), buffering=0) as file:
                 found = [_checked(file.fileno(), listed, *one) for one in ranges]
             os.utime(self.folder / (name + _LIST))  # when it was last used
         except FileNotFoundError:
@@ -99,7 +101,7 @@ class DiskCache:
         self._full_until = time.monotonic() + FULL_SECONDS
 
     def _write(self, name: str, ranges: list[tuple[int, int]], blocks: list[bytes]) -> None:
-        with open(os.open(self.folder / (name + _DATA), os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+        with open_to_change(self.folder / (name + _DATA)) as file:
             for (offset, _), block in zip(ranges, blocks, strict=True):
                 file.seek(offset)
                 file.write(block)
@@ -144,7 +146,7 @@ class DiskCache:
     @contextmanager
     def _count(self) -> Iterator[np.ndarray]:
         """(1,) int64: the bytes in use, to be changed by one process at a time; too many only after a crash."""
-        with open(os.open(self.folder / "used_bytes", os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+        with open_to_change(self.folder / "used_bytes", buffering=0) as file:
             lock_file(file, f"{self.folder} (cache_path)")
             count = np.frombuffer(file.read(8).ljust(8, b"\0"), np.int64).copy()
             yield count

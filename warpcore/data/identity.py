@@ -8,11 +8,14 @@ import hashlib
 import json
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from warpcore.data.shards import Shard
 from warpcore.data.sidecars import ABSENT, cache_locations
 from warpcore.data.storage import read_ranges, real_url
+from warpcore.errors import UserError
+from warpcore.files import open_plain, read_bytes
 
 HASHED_BYTES = 8192
 """The hash covers this much of the start of every member, which is the buffer that indexing reads of a picture."""
@@ -50,11 +53,11 @@ def remember(shard: Shard, content: str) -> None:
         _looked_at(location)[name] = (shard.size_bytes, shard.etag, content)
         try:
             os.makedirs(os.path.dirname(location), exist_ok=True)
-            with open(location, "a", encoding="ascii") as file:
+            with open_plain(Path(location), "a") as file:
                 file.write(line)
             return
-        except OSError as error:
-            refusals.append(f"{location}: {error.strerror}")
+        except (OSError, UserError) as error:
+            refusals.append(f"{location}: {getattr(error, 'strerror', error)}")
     logger.warning("%s is read again at the next start: %s", shard.url, "; ".join(refusals))
 
 
@@ -80,12 +83,12 @@ def _looked_at(location: str) -> _Looked:
 
 def _read_looked_at(location: str) -> _Looked:
     try:
-        with open(location, encoding="ascii", errors="replace") as file:
-            lines = file.read().splitlines()
+        lines = read_bytes(location).decode("ascii", "replace").splitlines()
     except ABSENT:
         return {}
-    except OSError as error:
-        logger.warning("%s can't be read (%s): what it remembers is looked at again", location, error.strerror)
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", error)
+        logger.warning("%s can't be read (%s): what it remembers is looked at again", location, reason)
         return {}
     found = {}
     for line in lines:

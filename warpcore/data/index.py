@@ -27,7 +27,7 @@ from warpcore.data.member_headers import look
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, picture_member
 from warpcore.data.shards import Shard
 from warpcore.data.sidecars import ABSENT, locations, write_beside
-from warpcore.data.storage import storage_for
+from warpcore.data.storage import reading, storage_for
 from warpcore.data.storage_protocol import ChangedShardError, StorageError
 from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSample, clean, read_samples, whole_ones
 
@@ -76,11 +76,11 @@ def index_shard(shard: Shard, *, replace: bool = False) -> Summary:
     Raises:
         BadShardError: the tar is damaged, or holds no picture that is whole.
         ChangedShardError: it changed meanwhile.
-        OSError: it can't be read.
+        LostShardError, ReadFaultError: it can't be read.
         UserError: the index can be written nowhere.
     """
     storage, content_hash = storage_for(shard.url), new_hash()
-    with storage.open(shard.url) as file, warnings.catch_warnings():
+    with reading(shard.url), storage.open(shard.url) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow about broken headers: a picture's problem says it
         try:
             samples = read_samples(file, shard.url, shard.size_bytes, partial(look, file, content_hash), content_hash)
@@ -89,8 +89,7 @@ def index_shard(shard: Shard, *, replace: bool = False) -> Summary:
     _refuse_ambiguous(samples)
     _check_pictures(samples, shard.url)
     rows, nested = _make_table(samples, shard.url)
-    if storage.stat(shard.url) != (shard.size_bytes, shard.etag):
-        raise ChangedShardError(shard.url)
+    _check_unchanged(shard)
     fields = [name for name in rows.column_names if name.startswith(FIELD_PREFIX)]
     summary = Summary(
         rows=len(rows),
@@ -144,12 +143,17 @@ def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, st
                 raise
             except UNREADABLE as error:
                 logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
-        if storage_for(shard.url).stat(shard.url) != (shard.size_bytes, shard.etag):
-            raise ChangedShardError(shard.url)
+        _check_unchanged(shard)
         summary = index_shard(shard, replace=True)
         if shard.content not in (None, summary.content):
             raise ChangedShardError(shard.url)
     raise BadShardError(f"{shard.url}: its index can't be kept at {' or '.join(index_locations(shard.url))}")
+
+
+def _check_unchanged(shard: Shard) -> None:
+    with reading(shard.url):
+        if storage_for(shard.url).stat(shard.url) != (shard.size_bytes, shard.etag):
+            raise ChangedShardError(shard.url)
 
 
 def index_locations(url: str) -> list[str]:

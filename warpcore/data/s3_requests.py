@@ -22,7 +22,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -42,6 +41,7 @@ from tqdm import tqdm
 from warpcore.data.s3_errors import CREDENTIALS, brief, is_refused, reason, refusal_hint, status_of
 from warpcore.data.storage_protocol import TAR_ENDINGS, ChangedShardError, StorageError, Version
 from warpcore.errors import UserError
+from warpcore.files import read_bytes
 
 T = TypeVar("T")
 REQUEST_BYTES = 2 << 20
@@ -98,7 +98,7 @@ class Bucket:
         client_options = {"allow_http": url.startswith("http:")}
         self._authority = core.get_config_variable("ca_bundle")
         if self._authority:
-            client_options["root_certificate"] = Path(self._authority).read_bytes()
+            client_options["root_certificate"] = read_bytes(self._authority)
         lifetime = timedelta(seconds=CREDENTIALS_SECONDS)
         self.store, self.sender = (
             S3Store(

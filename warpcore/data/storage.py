@@ -10,7 +10,6 @@ import glob
 import os
 import re
 import shlex
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +21,13 @@ from warpcore.data.storage_protocol import (
     COMPRESSED_ENDINGS,
     TAR_ENDINGS,
     ChangedShardError,
+    LostShardError,
+    ReadFaultError,
     Storage,
     Version,
 )
 from warpcore.errors import UserError
-from warpcore.files import naming
+from warpcore.files import naming, open_to_read
 
 T = TypeVar("T")
 READ_ATTEMPTS = 3
@@ -81,10 +82,7 @@ class LocalStorage:
         return [os.path.join(folder, near) for near in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
 
     def open(self, url: str) -> BinaryIO:
-        mode = os.stat(url).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe would wait forever
-            raise UserError(f"{url} is a pipe, a socket or a device; a file is needed")
-        return open(url, "rb")
+        return open_to_read(url)
 
     def write(self, url: str, content: bytes) -> None:
         aside = os.path.join(os.path.dirname(url), f".{os.path.basename(url)[-100:]}.{os.getpid()}.part")
@@ -101,13 +99,11 @@ class LocalStorage:
             raise
 
     def read_ranges(self, url: str, ranges: list[tuple[int, int]], version: Version | None = None) -> list[bytes]:
-        file = os.open(url, os.O_RDONLY)
-        try:
-            if version is not None and _size_and_etag(os.fstat(file)) != tuple(version):
+        with open_to_read(url, buffering=0) as file:
+            number = file.fileno()
+            if version is not None and _size_and_etag(os.fstat(number)) != tuple(version):
                 raise ChangedShardError(url)
-            return [_read_exactly(file, url, offset, size) for offset, size in ranges]
-        finally:
-            os.close(file)
+            return [_read_exactly(number, url, offset, size) for offset, size in ranges]
 
 
 def _stat_of_tar(path: str) -> Version:
@@ -223,10 +219,25 @@ def read_ranges(url: str, ranges: list[tuple[int, int]], version: Version | None
     """The bytes of every (offset, size) of a tar: the only way that picture bytes are read.
 
     Raises:
-        OSError: the read failed READ_ATTEMPTS times. FileNotFoundError is not tried again.
+        ReadFaultError: the read failed READ_ATTEMPTS times.
+        LostShardError: the tar is gone.
         ChangedShardError: the tar is not of this version, or ends before a range does.
     """
-    return patiently(lambda: storage_for(url).read_ranges(url, ranges, version))
+    with reading(url):
+        return patiently(lambda: storage_for(url).read_ranges(url, ranges, version))
+
+
+@contextlib.contextmanager
+def reading(url: str) -> Iterator[None]:
+    """What keeps a tar from being read, though it was there before, becomes a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise LostShardError(url) from None
+    except OSError as error:
+        raise ReadFaultError(url, error.strerror or str(error)) from error
 
 
 def in_parallel(function: Callable[..., T], arguments: Sequence[tuple]) -> Iterator[T]:

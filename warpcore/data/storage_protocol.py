@@ -28,8 +28,32 @@ class ChangedShardError(UserError):
         return ChangedShardError, (self.url,)
 
 
+class LostShardError(UserError, FileNotFoundError):
+    """A tar is gone that was there when the run began."""
+
+    def __init__(self, url: str):
+        super().__init__(f"{url} is gone: it was deleted or moved while it was in use. Put it back, and start again")
+        self.url = url
+
+    def __reduce__(self):
+        return LostShardError, (self.url,)
+
+
 class StorageError(UserError):
     """The place that holds the data can't be reached, or refuses. It was tried often enough."""
+
+
+class ReadFaultError(StorageError, OSError):
+    """A tar can't be read though it is there. It was tried often enough."""
+
+    def __init__(self, url: str, reason: str):
+        super().__init__(
+            f"{url} can't be read ({reason}): look after its disk or mount, and start the same command again"
+        )
+        self.url, self.reason = url, reason
+
+    def __reduce__(self):
+        return ReadFaultError, (self.url, self.reason)
 
 
 class Storage(Protocol):

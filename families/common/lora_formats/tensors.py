@@ -7,6 +7,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from families.common.lora_formats.adapters import LoraFileError
+from warpcore.files import why_no_file
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -15,8 +16,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         LoraFileError: it is missing or unreadable.
     """
-    if not path.is_file():
-        raise LoraFileError(f"there is no LoRA file {path}")
+    if problem := why_no_file(path):
+        raise LoraFileError(f"there is no LoRA file {path}: it {problem}")
     try:
         if path.suffix != ".safetensors":
             tensors = torch.load(path, map_location="cpu", weights_only=True)
