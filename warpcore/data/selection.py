@@ -1,7 +1,7 @@
 """Which rows of a data set can be drawn, why the others can't, and how a row becomes a sample."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,62 +91,21 @@ class Selection:
         """Read the rows of a piece and keep those that meet the conditions, each rejection counted once."""
         shard = catalog.shard(piece.shard)
         found = with_joined(read_rows(shard, self._columns(), piece.start, piece.stop), shard, piece.start, piece.stop)
-        numbers = np.arange(piece.start, piece.stop)
-        rejected: Counter[str] = Counter()
-
-        def keep(passed: np.ndarray, reason: str) -> None:
-            nonlocal found, numbers
-            if not passed.all():
-                rejected[reason] += int((~passed).sum())
-                found, numbers = found.filter(pa.array(passed)), numbers[passed]
-
-        no_picture = _as_bool(pc.starts_with(found["problem"], "no picture").fill_null(False))
-        keep(~no_picture, "no picture")
-        cut_off = _as_bool(pc.ends_with(found["problem"], CUT_SHORT).fill_null(False))
-        for tar in pc.unique(found["problem"].filter(pa.array(cut_off))).to_pylist():
-            keep(_as_bool(pc.not_equal(found["problem"], tar).fill_null(True)), tar)
-        examples = {}
-        for problem, remedy in NAMING_PROBLEMS.items():
-            passed = _as_bool(pc.invert(pc.starts_with(found["problem"], problem).fill_null(False)))
-            if not passed.all():
-                first = found["problem"][int(np.argmin(passed))].as_py()
-                examples[problem] = _example(first.removeprefix(problem + ": "), shard, remedy)
-            keep(passed, problem)
-        if HIDDEN_COLUMN in found.column_names:
-            hidden = found.filter(found[HIDDEN_COLUMN].is_valid())
-            rejected[DOTTED_NAME] += sum(map(len, hidden[HIDDEN_COLUMN].to_pylist()))
-            for row in hidden.slice(0, 1).to_pylist():
-                example = as_read(row["key"], row[HIDDEN_COLUMN])
-                examples.setdefault(DOTTED_NAME, _example(example, shard, NAMING_PROBLEMS[DOTTED_NAME]))
-        keep(_as_bool(found["problem"].is_null()), "undecodable picture")
+        sieve = _Sieve(shard, found, np.arange(piece.start, piece.stop))
+        sieve.reject_problems()
         if self.max_picture_pixels is not None:
-            pixels = found["width"].to_numpy().astype(np.int64) * found["height"].to_numpy()
-            keep(pixels <= self.max_picture_pixels, f"more than {self.max_picture_pixels} pixels (max_picture_pixels)")
+            limit = f"more than {self.max_picture_pixels} pixels (max_picture_pixels)"
+            sieve.keep(sieve.numbers_of("width") * sieve.numbers_of("height") <= self.max_picture_pixels, limit)
         for suffixes in self.required_members:
-            held = [_as_bool(has_member(found, suffix)) for suffix in suffixes]
-            passed, reason = np.logical_or.reduce(held), f"no {_any_of(suffixes)}"
-            if near := _near_member(found.filter(pa.array(~passed)), suffixes):
-                key, name = near
-                remedy = f"rename it to .{suffixes[0]}, or make tars of the folder with tools/build_dataset.py"
-                examples[reason] = _example(f"{key}, which has a .{name} instead,", shard, remedy)
-            keep(passed, reason)
+            sieve.require_member(suffixes)
         for name in self.required_columns:
-            column = column_name(name)
-            held = _as_bool(found[column].is_valid()) if column in found.column_names else np.zeros(len(found), bool)
-            keep(held, f"no {name} in the index (captions_getter)")
+            sieve.require_column(name)
         for condition in self.filters:
-            try:
-                verdict = condition.evaluate(found)
-            except ValueError as error:
-                raise UserError(f"{shard.url}: {error}") from error
-            if verdict.num_missing:
-                rejected[f"{condition} (value missing)"] += verdict.num_missing
-            rejected[str(condition)] -= verdict.num_missing
-            keep(verdict.passed, str(condition))
-        keep(~np.isin(numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
-        base = found.select([*BASE_COLUMNS, *joined_columns(found)])
-        table = with_columns(base, found, self.columns, shard.url)
-        return Rows(table, numbers, +rejected, examples)
+            sieve.apply(condition)
+        sieve.keep(~np.isin(sieve.numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
+        base = sieve.rows.select([*BASE_COLUMNS, *joined_columns(sieve.rows)])
+        table = with_columns(base, sieve.rows, self.columns, shard.url)
+        return Rows(table, sieve.numbers, +sieve.rejected, sieve.examples)
 
     def read(self, shard: Shard, start: int, stop: int, also: Sequence[str] = ()) -> pa.Table:
         """Rows of a shard as `load` gives them, whether they meet the conditions or not; `also` more of the index."""
@@ -178,6 +137,77 @@ class Selection:
         wanted = [name for condition in self.filters for name in condition.column_names]
         wanted += map(column_name, self.columns)
         return list(dict.fromkeys([*BASE_COLUMNS, "problem", HIDDEN_COLUMN, *wanted]))
+
+
+class _Sieve:
+    """Rows of a piece, while those that fail a condition are taken out, each counted under the first that it fails."""
+
+    def __init__(self, shard: Shard, rows: pa.Table, numbers: np.ndarray):
+        self.shard, self.rows, self.numbers = shard, rows, numbers
+        self.rejected: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def numbers_of(self, column: str) -> np.ndarray:
+        return self.rows[column].to_numpy().astype(np.int64)
+
+    def keep(self, passed: np.ndarray, reason: str) -> None:
+        """Keep the rows that passed (rows,); the others are rejected for a reason."""
+        if not passed.all():
+            self.rejected[reason] += int((~passed).sum())
+            self.rows, self.numbers = self.rows.filter(pa.array(passed)), self.numbers[passed]
+
+    def reject_problems(self) -> None:
+        """Reject the rows that can't be drawn, and count the pictures that dots in their names hide in others."""
+        self.keep(~self._problem(pc.starts_with, "no picture"), "no picture")
+        for tar in pc.unique(
+            self.rows["problem"].filter(pa.array(self._problem(pc.ends_with, CUT_SHORT)))
+        ).to_pylist():
+            self.keep(~self._problem(pc.equal, tar), tar)
+        for problem, remedy in NAMING_PROBLEMS.items():
+            failed = self._problem(pc.starts_with, problem)
+            if failed.any():
+                first = self.rows["problem"][int(np.argmax(failed))].as_py()
+                self.examples[problem] = _example(first.removeprefix(problem + ": "), self.shard, remedy)
+            self.keep(~failed, problem)
+        if HIDDEN_COLUMN in self.rows.column_names:
+            hidden = self.rows.filter(self.rows[HIDDEN_COLUMN].is_valid())
+            self.rejected[DOTTED_NAME] += sum(map(len, hidden[HIDDEN_COLUMN].to_pylist()))
+            for row in hidden.slice(0, 1).to_pylist():
+                example = as_read(row["key"], row[HIDDEN_COLUMN])
+                self.examples.setdefault(DOTTED_NAME, _example(example, self.shard, NAMING_PROBLEMS[DOTTED_NAME]))
+        self.keep(_as_bool(self.rows["problem"].is_null()), "undecodable picture")
+
+    def require_member(self, suffixes: Sequence[str]) -> None:
+        """Reject the rows that have a member of none of these extensions."""
+        held = [_as_bool(has_member(self.rows, suffix)) for suffix in suffixes]
+        passed, reason = np.logical_or.reduce(held), f"no {_any_of(suffixes)}"
+        if near := _near_member(self.rows.filter(pa.array(~passed)), suffixes):
+            key, name = near
+            remedy = f"rename it to .{suffixes[0]}, or make tars of the folder with tools/build_dataset.py"
+            self.examples[reason] = _example(f"{key}, which has a .{name} instead,", self.shard, remedy)
+        self.keep(passed, reason)
+
+    def require_column(self, name: str) -> None:
+        """Reject the rows without a value in a column of the index."""
+        column = column_name(name)
+        known = column in self.rows.column_names
+        held = _as_bool(self.rows[column].is_valid()) if known else np.zeros(len(self.rows), bool)
+        self.keep(held, f"no {name} in the index (captions_getter)")
+
+    def apply(self, condition: Filter) -> None:
+        """Reject the rows that don't pass a filter, or lack a value that it reads, which is counted apart."""
+        try:
+            verdict = condition.evaluate(self.rows)
+        except ValueError as error:
+            raise UserError(f"{self.shard.url}: {error}") from error
+        if verdict.num_missing:
+            self.rejected[f"{condition} (value missing)"] += verdict.num_missing
+        self.rejected[str(condition)] -= verdict.num_missing
+        self.keep(verdict.passed, str(condition))
+
+    def _problem(self, test: Callable[[pa.ChunkedArray, str], pa.ChunkedArray], text: str) -> np.ndarray:
+        """(rows,) bool: which rows have a problem that passes a test with a text."""
+        return _as_bool(test(self.rows["problem"], text).fill_null(False))
 
 
 @dataclass
