@@ -5,7 +5,8 @@
 
 Takes the pictures of the folder and its sub-folders, also linked ones, and what belongs to them. The caption of
 NAME.jpg is NAME.txt (or NAME.jpg.txt, NAME.caption), its fields for filters are NAME.json; both may also come from a
-metadata.jsonl or .csv with the columns file_name and text (or caption), whose other columns become fields.
+metadata.jsonl, .csv or .parquet with the columns file_name and text (or caption, prompt, description: the first that a
+line has), whose other columns become fields.
 NAME.mask.png, NAME.depth.png, NAME.seg.png and NAME.pose.json go with their picture. What is left out is counted by
 reason. The same folder always gives the same bytes, whether one process builds them or many (of torchrun or srun, on
 machines that share FOLDER and OUT).
@@ -29,6 +30,7 @@ from families.common.captions import CLIP_LENGTH, is_cut
 from families.common.members import SIDE_MEMBERS
 from modules.tokenizers import BytePairTokenizer
 from tools.arguments import local_path, positive
+from tools.metadata import FORMATS
 from tools.picture_folder import Entry, find_entries
 from tools.picture_sample import Outcome, Unusable, load_again, load_sample
 from tools.shard_writer import Packing, ShardWriter, sample_bytes
@@ -42,6 +44,7 @@ from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
 from warpcore.processes import Processes, start_processes, stop_processes
 from warpcore.random import stable_hash
+from warpcore.text import counted, format_bytes
 
 TEXT_ENCODERS = ("clip", "none")
 RATIOS = ("9:21", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "21:9")
@@ -59,10 +62,14 @@ class Report:
     left_out: LeftOut = field(default_factory=LeftOut)
     members: Counter[str] = field(default_factory=Counter)
     """How many of those that were kept have a member such as `txt` or `mask.png`."""
+    without_caption: list[str] = field(default_factory=list)
+    """Pictures that have none."""
     empty_captions: list[str] = field(default_factory=list)
-    """Their pictures."""
+    """Pictures whose caption is empty."""
     long_captions: list[str] = field(default_factory=list)
     """Pictures with captions of which the text encoder reads only the beginning."""
+    notes: list[str] = field(default_factory=list)
+    """How the metadata were read."""
     shards: int = 0
     bytes_written: int = 0
 
@@ -74,6 +81,8 @@ class Report:
             return False
         self.sizes.append(checked.size)
         self.members.update(checked.members.keys())
+        if "txt" not in checked.members:
+            self.without_caption.append(name)
         if checked.is_empty:
             self.empty_captions.append(name)
         if checked.is_long:
@@ -87,17 +96,22 @@ class Report:
             raise UserError(f"{folder} holds no usable picture: {why}")
 
     def __str__(self) -> str:
-        lines = [f"kept {len(self.sizes)} pictures in {self.shards} tars ({self.bytes_written / 1e6:.1f} MB)"]
-        if beside := ", ".join(f"{self.members[name]} a .{name}" for name in SIDE_MEMBERS if self.members[name]):
-            lines.append(f"  of them have {beside}")
-        if without := len(self.sizes) - self.members["txt"]:
-            lines.append(f"  {without} have no .txt; training with captions from .txt leaves them out")
+        kept, tars = counted(len(self.sizes), "picture"), counted(self.shards, "tar")
+        lines = [f"kept {kept} in {tars} ({format_bytes(self.bytes_written)})"]
+        if beside := ", ".join(f"{self.members[name]} .{name}" for name in SIDE_MEMBERS if self.members[name]):
+            lines.append(f"  beside them: {beside}")
+        lines += [f"  {note}" for note in self.notes]
+        if self.without_caption:
+            lines.append(
+                f"  no caption: {len(self.without_caption)} ({_first(self.without_caption)}); training with captions "
+                "from .txt leaves them out"
+            )
         if self.empty_captions:
-            lines.append(f"  {len(self.empty_captions)} have an empty caption: {_first(self.empty_captions)}")
+            lines.append(f"  empty caption: {len(self.empty_captions)} ({_first(self.empty_captions)})")
         if self.long_captions:
             lines.append(
-                f"  {len(self.long_captions)} of {self.members['txt']} captions are longer than the {CLIP_LENGTH} "
-                f"tokens that CLIP reads; training cuts off the rest: {_first(self.long_captions)}"
+                f"  caption longer than the {CLIP_LENGTH} tokens that CLIP reads: {len(self.long_captions)} of "
+                f"{self.members['txt']} ({_first(self.long_captions)}); training cuts off the rest"
             )
         lines.append(str(self.left_out))
         pixels = sorted(width * height for width, height in self.sizes)
@@ -144,7 +158,7 @@ def build_dataset(
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder of pictures")
         _check_free(out, overwrite)
-        found = find_entries(folder, metadata, report.left_out, out, extra)
+        found = find_entries(folder, metadata, report.left_out, report.notes, out, extra)
         entries = sorted(found, key=lambda entry: stable_hash(entry.key))
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -328,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     limits = parser.add_mutually_exclusive_group()
     limits.add_argument("--samples-per-shard", type=positive, default=1000, help="default 1000")
     limits.add_argument("--shard-size", type=parse_bytes, help="such as 500MB, instead of a number of samples")
-    parser.add_argument("--metadata", type=local_path, help="a .jsonl or .csv; default: the metadata files in FOLDER")
+    parser.add_argument("--metadata", type=local_path, help=f"{FORMATS}; default: the metadata files in FOLDER")
     parser.add_argument("--overwrite", action="store_true", help="replace the tars in OUT")
     parser.add_argument(
         "--extra", nargs="+", default=(), metavar="KIND",

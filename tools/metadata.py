@@ -1,75 +1,167 @@
-"""Captions and fields of pictures from a `metadata.jsonl` or `metadata.csv`, as Hugging Face's imagefolder has."""
+"""Captions and fields of pictures from a `metadata.jsonl`, `.csv` or `.parquet`, as Hugging Face's imagefolder has."""
 
 import csv
 import io
 import json
 import os
 import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from warpcore.data.picture_files import is_picture
-from warpcore.errors import UserError
-from warpcore.files import read_bytes, why_no_file
-from warpcore.text import decode_text, read_text
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-NAMES = ("metadata.jsonl", "metadata.csv")
+from warpcore.data.index import UNREADABLE
+from warpcore.data.picture_files import LeftOut, is_picture
+from warpcore.errors import UserError
+from warpcore.files import open_to_read, read_bytes, why_no_file
+from warpcore.text import brief, decode_text, read_text, shortened
+
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "filename", "image", "path")
 KEY_COLUMN = "key"
 """img2dataset's: the name of the file without its suffix, unique in the data set."""
-CAPTION_COLUMNS = ("text", "caption")
+CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
+"""The caption is the first of these that a line has."""
+NOT_IN_FOLDER = "in the metadata but not in the folder"
 
 
-def read_metadata(folder: Path, listed: Sequence[Path], given: Path | None = None) -> dict[Path, dict]:
-    """Resolved path of a picture -> its fields; the caption stands under "text".
+@dataclass
+class Metadata:
+    """What the metadata files of a folder say of its pictures."""
 
-    Reads `given`, or else every metadata file among the `listed` files of the folder and its sub-folders. File names
-    in it start at its own folder, or at `folder` where that is how they lead to a file; a key may lie in any folder.
+    lines: dict[Path, dict] = field(default_factory=dict)
+    """Resolved path of a picture -> its fields; the caption stands under "text"."""
+    captions: Counter[str] = field(default_factory=Counter)
+    """Number of captions by the column that they are from."""
+    other_captions: set[str] = field(default_factory=set)
+    """Columns that hold captions of other lines, or further captions of a picture: these are kept as fields."""
+    unread: set[str] = field(default_factory=set)
+    """Columns of bytes, which are no fields."""
+
+    def notes(self) -> list[str]:
+        """Lines for a report."""
+        notes = []
+        if self.captions:
+            taken = ", ".join(f"{count} from the column {name!r}" for name, count in self.captions.most_common())
+            kept = ", ".join(map(repr, sorted(self.other_captions)))
+            notes.append(f"captions in the metadata: {taken}" + (f"; kept as a field: {kept}" if kept else ""))
+        if self.unread:
+            notes.append(f"columns of the metadata that hold bytes are left out: {', '.join(sorted(self.unread))}")
+        return notes
+
+
+def read_metadata(folder: Path, listed: Sequence[Path], left_out: LeftOut, given: Path | None = None) -> Metadata:
+    """The metadata of a folder: of the file `given`, or else of every metadata file among the `listed` ones.
+
+    File names in it start at its own folder, or at `folder` where that is how they lead to a file; a key may lie in
+    any folder. Lines that lead to no file, or are nested too deeply, are left out.
 
     Raises:
         UserError: no such file, a line that can't be read, a caption that is not text, or no column with file names.
     """
-    if given is not None and (problem := why_no_file(given)):
-        raise UserError(f"--metadata {given}: it {problem}")
-    files = [given] if given else sorted(path for path in listed if path.name in NAMES)
-    found: dict[Path, dict] = {}
-    by_key: dict[str, Path] = {}
-    for file in files:
+    if given is not None:
+        if problem := why_no_file(given):
+            raise UserError(f"--metadata {given}: it {problem}")
+        if given.suffix.lower() not in _READERS:
+            raise UserError(f"--metadata {given}: read are {FORMATS}; convert it to one of them")
+    found = Metadata()
+    files = _Files(folder, listed)
+    for file in [given] if given else sorted(path for path in listed if path.name in NAMES):
         try:
-            for place, line in _read_csv(file) if file.suffix.lower() == ".csv" else _read_jsonl(file):
-                if not by_key and KEY_COLUMN in line:
-                    by_key = {path.stem: path for path in listed if is_picture(path)}
-                path = _picture(line, f"{file}, line {place}", file.parent, folder, by_key)
-                found[Path(os.path.realpath(path))] = _with_caption(line, f"{file}, line {place}")
+            for place, line in _READERS[file.suffix.lower()](file, found):
+                where = f"{file}, line {place}"
+                if line is None:
+                    left_out.add("a line of metadata that is nested too deeply", where)
+                    continue
+                name, path = _picture(line, where, file.parent, files)
+                if path is None:
+                    left_out.add(NOT_IN_FOLDER, shortened(name))
+                else:
+                    found.lines[Path(os.path.realpath(path))] = _with_caption(line, where, found)
         except csv.Error as error:
             raise UserError(f"{file} is no CSV that can be read: {error}") from None
     return found
 
 
-def _picture(line: dict, where: str, beside: Path, folder: Path, by_key: dict[str, Path]) -> Path:
-    """Take the file name out of a line: the picture that it names, whether there is one or not."""
+class _Files:
+    """The files of a folder, found by the names that another system gave them."""
+
+    def __init__(self, folder: Path, listed: Sequence[Path]):
+        self.folder, self._listed = folder, listed
+        self._by_key: dict[str, Path] | None = None
+        self._by_folded: dict[str, list[Path]] | None = None
+
+    def named(self, name: str, beside: Path) -> Path | None:
+        """The file of a name that starts at `beside`, or else at the folder.
+
+        Names of Windows have backslashes, those of macOS accents that are characters of their own, and in both, case
+        does not matter: such a name leads to a file where there is only one that it can mean.
+        """
+        for place in (beside, self.folder):
+            if _exists(path := place / name):
+                return path
+        if self._by_folded is None:
+            self._by_folded = {}
+            for path in self._listed:
+                self._by_folded.setdefault(_folded(path), []).append(path)
+        found = [self._by_folded.get(_folded(place / name.replace("\\", "/"))) for place in (beside, self.folder)]
+        return next((paths[0] for paths in found if paths and len(paths) == 1), None)
+
+    def of_key(self, key: str) -> Path | None:
+        """The picture whose name without its suffix is `key`, in whichever folder."""
+        if self._by_key is None:
+            self._by_key = {path.stem: path for path in self._listed if is_picture(path)}
+        return self._by_key.get(key)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have: too long, with the character zero, half a character
+        return False
+
+
+def _folded(path: Path) -> str:
+    return unicodedata.normalize("NFC", os.path.normpath(path).casefold())
+
+
+def _picture(line: dict, where: str, beside: Path, files: _Files) -> tuple[str, Path | None]:
+    """Take the file name out of a line: the name, and the file that it leads to, where there is one."""
     name = next((line.pop(column) for column in FILE_COLUMNS if line.get(column)), None)
     if name is None and isinstance(key := line.pop(KEY_COLUMN, None), str):
-        return by_key.get(key, folder / key)
+        return key, files.of_key(key)
     if not isinstance(name, str):
-        raise UserError(f"{where}: no {FILE_COLUMNS[0]}; it has: {', '.join(map(str, line))}")
-    own = beside / name
-    return own if own.exists() or not (folder / name).exists() else folder / name
+        raise UserError(f"{where}: no {FILE_COLUMNS[0]}; it has: {shortened(', '.join(map(str, line)))}")
+    return name, files.named(name, beside)
 
 
-def _with_caption(line: dict, where: str) -> dict:
-    caption = next((line.pop(column) for column in CAPTION_COLUMNS if line.get(column) is not None), None)
-    if not isinstance(caption, str | None):
-        raise UserError(f"{where}: the caption is not text but {str(caption)[:60]}")
-    return line if caption is None else {**line, "text": caption}
+def _with_caption(line: dict, where: str, found: Metadata) -> dict:
+    """A line whose caption, from the first of CAPTION_COLUMNS that it has, stands under "text"."""
+    columns = [column for column in CAPTION_COLUMNS if line.get(column) is not None]
+    if not columns:
+        return line
+    caption = line.pop(columns[0])
+    if not isinstance(caption, str):
+        raise UserError(f"{where}: the caption is not text but {brief(caption)}")
+    found.captions[columns[0]] += 1
+    found.other_captions.update(columns[1:])
+    return {**line, "text": caption}
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[int, dict]]:
+def _read_jsonl(file: Path, _: Metadata) -> Iterator[tuple[int, dict | None]]:
     for place, text in enumerate(read_text(file).split("\n"), 1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
+        except RecursionError:
+            yield place, None
+            continue
         except ValueError as error:
             raise UserError(f"{file}, line {place} is not JSON: {error}") from None
         if not isinstance(line, dict):
@@ -77,9 +169,9 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict]]:
         yield place, line
 
 
-def _read_csv(file: Path) -> Iterator[tuple[int, dict]]:
+def _read_csv(file: Path, _: Metadata, delimiter: str = ",") -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(decode_text(read_bytes(file), file), newline=""))
+    reader = csv.DictReader(io.StringIO(decode_text(read_bytes(file), file), newline=""), delimiter=delimiter)
     as_text = {*FILE_COLUMNS, KEY_COLUMN, *CAPTION_COLUMNS}
     for line in reader:
         if surplus := line.pop(None, None):
@@ -99,3 +191,40 @@ def _value(text: str) -> str | int | float:
         except ValueError:
             continue
     return text
+
+
+def _read_parquet(file: Path, found: Metadata) -> Iterator[tuple[int, dict]]:
+    try:
+        with open_to_read(file) as opened:
+            table, place = pq.ParquetFile(opened), 0
+            of_bytes = {column.name for column in table.schema_arrow if _holds_bytes(column.type)}
+            found.unread |= of_bytes
+            names = [name for name in table.schema_arrow.names if name not in of_bytes]
+            for batch in table.iter_batches(columns=names):
+                columns = {name: _as_json(column).to_pylist() for name, column in zip(names, batch, strict=True)}
+                for values in zip(*columns.values(), strict=True):
+                    place += 1
+                    yield place, {n: value for n, value in zip(columns, values, strict=True) if value is not None}
+    except UNREADABLE as error:
+        raise UserError(f"{file} is no Parquet that can be read: {shortened(str(error))}") from None
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or any(map(_holds_bytes, inner))
+
+
+def _as_json(column: pa.Array) -> pa.Array:
+    """A column whose values JSON knows: times as text, decimals as numbers."""
+    if pa.types.is_decimal(column.type):
+        return column.cast(pa.float64())
+    return column.cast(pa.string()) if pa.types.is_temporal(column.type) else column
+
+
+_READERS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_jsonl),
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".parquet": _read_parquet,
+}
+FORMATS = ".jsonl (a JSON object in each line), .csv, .tsv and .parquet"

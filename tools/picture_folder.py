@@ -1,6 +1,7 @@
 """What a folder of pictures holds: each picture with its caption, its fields and what else belongs to it."""
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from families.common.members import SIDE_MEMBERS
 from tools.metadata import NAMES as METADATA_NAMES
-from tools.metadata import read_metadata
+from tools.metadata import NOT_IN_FOLDER, read_metadata
 from warpcore.data.picture_files import UNREAD_EXTENSIONS, LeftOut, extension, is_picture, no_decoder, walk
 from warpcore.data.samples import PICTURE_EXTENSIONS
 
@@ -29,15 +30,22 @@ class Entry:
 
 
 def find_entries(
-    folder: Path, metadata: Path | None, left_out: LeftOut, without: Path | None = None, extra: Sequence[str] = ()
+    folder: Path,
+    metadata: Path | None,
+    left_out: LeftOut,
+    notes: list[str],
+    without: Path | None = None,
+    extra: Sequence[str] = (),
 ) -> Iterator[Entry]:
     """The pictures of a folder and its sub-folders, also linked ones, with what belongs to them.
 
-    metadata: the file with captions and fields; by default those in the folder. without: a folder that is passed over.
-    extra: kinds of pictures beside the pictures, such as `normal` for NAME.normal.png, besides those that are known.
+    metadata: the file with captions and fields; by default those in the folder. notes: gets lines of the report on
+    how the metadata were read. without: a folder that is passed over. extra: kinds of pictures beside the pictures,
+    such as `normal` for NAME.normal.png, besides those that are known.
     """
     folders = list(walk(folder, left_out, without))
-    lines = read_metadata(folder, [path for files in folders for path in files], metadata)
+    read = read_metadata(folder, [path for files in folders for path in files], left_out, metadata)
+    notes += read.notes()
     kinds = dict(member.split(".") for member in SIDE_MEMBERS) | dict.fromkeys(extra, "png")
     named: set[Path] = set()
     keys: set[str] = set()
@@ -46,13 +54,15 @@ def find_entries(
         for picture in beside.pictures(left_out, folder):
             real = Path(realpath(picture))
             named.add(real)
-            yield Entry(_key(picture.relative_to(folder), keys), picture, beside.take(picture), lines.get(real, {}))
+            yield Entry(
+                _key(picture.relative_to(folder), keys), picture, beside.take(picture), read.lines.get(real, {})
+            )
         for path in beside.rest():
             if path != metadata and (metadata or path.name not in METADATA_NAMES):
                 left_out.add(_why_unused(path, kinds), path.relative_to(folder))
-    for path in lines:
+    for path in read.lines:
         if path not in named:
-            left_out.add("in the metadata but not in the folder", path)
+            left_out.add(NOT_IN_FOLDER, path)
 
 
 class _Folder:
@@ -66,8 +76,12 @@ class _Folder:
         self._files: dict[tuple[str, str], Path] = {}
         """By the name without the last extension, and that extension in lower case."""
         self._rest = dict.fromkeys(files)
+        self._composed: dict[tuple[str, str], Path] = {}
+        """The same, however accents are written: macOS and others write them differently."""
         for path in files:
-            self._files.setdefault((_plain(path.stem, kinds), extension(path)), path)
+            name = _plain(path.stem, kinds), extension(path)
+            self._files.setdefault(name, path)
+            self._composed.setdefault(_with_composed_accents(name), path)
 
     def pictures(self, left_out: LeftOut, folder: Path) -> Iterator[Path]:
         """One for each name; those that lie beside another, such as masks, are none."""
@@ -104,7 +118,8 @@ class _Folder:
         return iter(self._rest)
 
     def _first(self, names: Iterable[tuple[str, str]]) -> Path | None:
-        return next((self._files[name] for name in names if name in self._files), None)
+        found = (self._files.get(name) or self._composed.get(_with_composed_accents(name)) for name in names)
+        return next(filter(None, found), None)
 
 
 def side_kind(path: Path, kinds: Mapping[str, str]) -> str | None:
@@ -112,6 +127,10 @@ def side_kind(path: Path, kinds: Mapping[str, str]) -> str | None:
     kind = Path(path.stem).suffix.lower()[1:]
     readable = is_picture(path) or extension(path) == "json" == kinds.get(kind)
     return kind if kind in kinds and readable else None
+
+
+def _with_composed_accents(name: tuple[str, str]) -> tuple[str, str]:
+    return unicodedata.normalize("NFC", name[0]), name[1]
 
 
 def _plain(name: str, kinds: Mapping[str, str]) -> str:

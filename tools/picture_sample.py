@@ -3,7 +3,9 @@
 import io
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -14,7 +16,7 @@ from warpcore.data.member_headers import picture_size
 from warpcore.data.picture_files import extension
 from warpcore.data.samples import FORMATS
 from warpcore.files import NotAFileError, read_bytes
-from warpcore.text import EncodingError, decode_text
+from warpcore.text import EncodingError, decode_text, is_whole
 
 _LOOKED_AT = 64, 64
 """(H, W) in px at which masks and their kind are looked at, only to see that they can be."""
@@ -84,19 +86,27 @@ def _description(entry: Entry) -> dict[str, bytes]:
     if "txt" in entry.companions:
         caption = _text(entry.companions["txt"], "caption")
     if caption is not None:
-        members["txt"] = str(caption).encode()
-    if "json" in entry.companions:
-        text = _text(entry.companions["json"], ".json")
-        members["json"] = text.encode()
-        try:
+        if not is_whole(caption):
+            raise Unusable("caption holds the character zero or half a character (a surrogate)")
+        members["txt"] = caption.encode()
+    try:
+        if "json" in entry.companions:
+            text = _text(entry.companions["json"], ".json")
             fields = json.loads(text)
-        except ValueError:
-            raise Unusable(".json is not JSON") from None
-        if metadata and isinstance(fields, dict):
-            members["json"] = json.dumps(metadata | fields, ensure_ascii=False).encode()
-    elif metadata:
-        members["json"] = json.dumps(metadata, ensure_ascii=False).encode()
+            merge = metadata and isinstance(fields, dict)
+            members["json"] = _json(metadata | fields) if merge else text.encode()
+        elif metadata:
+            members["json"] = _json(metadata)
+    except ValueError:
+        raise Unusable(".json is not JSON") from None
+    except RecursionError:
+        raise Unusable(".json is nested too deeply") from None
     return members
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    text = json.dumps(fields, ensure_ascii=False, default=str)
+    return (text if is_whole(text) else json.dumps(fields, default=str)).encode()  # half a character as an escape
 
 
 def _text(path: Path, what: str) -> str:
@@ -119,7 +129,7 @@ def _beside(entry: Entry, size: tuple[int, int]) -> dict[str, bytes]:
             else:
                 decode_alike(content, place(size[::-1], _LOOKED_AT))
                 content = content if extension(path) == "png" else _as_png(content)
-        except (BadPicture, ValueError, TypeError, KeyError) as error:
+        except (BadPicture, ValueError) as error:
             raise Unusable(f"its .{member} can't be used ({_reason(error)})") from None
         members[member] = content
     return members

@@ -70,6 +70,11 @@ def format_bytes(number: float) -> str:
     return f"{number:.1f} TB"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 tar`, `2 tars`."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def is_whole(text: str) -> bool:
     """Whether it is text that files can hold: no character zero, and no half of a character, as surrogates are."""
     return _BROKEN.search(text) is None

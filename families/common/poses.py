@@ -13,6 +13,9 @@ from warpcore.data.images import Geometry
 from warpcore.data.samples import Sample
 from warpcore.errors import UserError
 
+FARTHEST_PX = 2**20
+"""Points lie within this distance of the corner of their picture; OpenCV could not draw those that are very far."""
+
 
 def read_people(data: bytes, size: tuple[int, int]) -> list[np.ndarray]:
     """The key points (18, 3) of people, x, y and confidence, in px of a picture of `size` (H, W).
@@ -22,6 +25,18 @@ def read_people(data: bytes, size: tuple[int, int]) -> list[np.ndarray]:
 
     Raises ValueError where it is something else.
     """
+    try:
+        people = _people(data, size)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (TypeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if not all((np.abs(points) < FARTHEST_PX).all() for points in people):  # neither is what is no number
+        raise ValueError("a point lies far outside the picture")
+    return people
+
+
+def _people(data: bytes, size: tuple[int, int]) -> list[np.ndarray]:
     content = json.loads(data)
     if not isinstance(content, dict) or not isinstance(content.get("people"), list):
         raise ValueError('a pose is JSON such as {"people": [{"pose_keypoints_2d": [x, y, confidence, ...]}]}')
@@ -42,8 +57,8 @@ class PoseField:
             raise UserError(f".{self.suffixes[0]} is cropped like its picture, but this run reads no pictures")
         try:
             people = read_people(data, geometry.source)
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadMember(f"{type(error).__name__}: {error}") from error
+        except ValueError as error:
+            raise BadMember(str(error)) from error
         scale = np.array(geometry.resized[::-1]) / geometry.source[::-1]
         for points in people:
             points[:, :2] = points[:, :2] * scale - (geometry.left, geometry.top)

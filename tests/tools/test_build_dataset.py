@@ -69,8 +69,8 @@ def test_what_is_skipped_is_told_with_the_reason(folder, tmp_path, capsys):
     main([str(folder), str(tmp_path / "out")])
     told = capsys.readouterr().out
     for line in (
-        "kept 5 pictures in 1 tars",
-        "3 have no .txt",
+        "kept 5 pictures in 1 tar (",
+        "no caption: 3 (nested/c_v1.webp, nested/c.v1.png, same.jpg); training",
         "left out 9",
         "1 no picture (.md): notes.md",
         "2 hidden (its name begins with a dot): ",

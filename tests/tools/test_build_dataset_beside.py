@@ -52,7 +52,7 @@ def test_masks_depths_segments_and_poses_go_with_their_picture(build):
     assert set(samples) == {"a", "b"}
     assert {member: samples["a"][member] for member in beside} == beside
     assert report.members["mask.png"] == report.members["pose.json"] == 1
-    assert "of them have 1 a .mask.png, 1 a .depth.png, 1 a .pose.json, 1 a .seg.png" in str(report)
+    assert "beside them: 1 .mask.png, 1 .depth.png, 1 .pose.json, 1 .seg.png" in str(report)
 
 
 def test_a_caption_of_a_mask_makes_no_picture_of_it(build):
@@ -188,7 +188,7 @@ def test_captions_are_stored_as_utf_8_and_empty_ones_are_named(build):
     assert samples["a"]["txt"] == samples["b"]["txt"] == "naïve".encode()
     assert json.loads(samples["a"]["json"]) == {"who": "ï"}
     assert sorted(report.empty_captions) == ["c.jpg", "d.jpg"]
-    assert "2 have an empty caption: " in str(report)
+    assert "empty caption: 2 (" in str(report)
 
 
 def test_captions_that_are_longer_than_clip_reads_are_counted(build, tmp_path, capsys):
@@ -196,7 +196,7 @@ def test_captions_that_are_longer_than_clip_reads_are_counted(build, tmp_path, c
     files = {f"{name}.txt": text.encode() for name, text in captions.items()}
     _, report = build(files | {f"{name}.jpg": picture() for name in captions})
     assert report.long_captions == ["long.jpg"]
-    assert "1 of 3 captions are longer than the 77 tokens that CLIP reads" in str(report)
+    assert "longer than the 77 tokens that CLIP reads: 1 of 3 (long.jpg)" in str(report)
     main([str(tmp_path / "pictures"), str(tmp_path / "out2"), "--text-encoder", "none"])
     assert "CLIP" not in capsys.readouterr().out
 
