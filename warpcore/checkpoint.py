@@ -332,7 +332,7 @@ def _place(folder: Path, url: str | None) -> Place:
 
 def writer_of(name: str) -> int:
     """The process that wrote a file of a checkpoint: DCP puts its rank into the names of what it writes."""
-    found = re.match(r"__(\d+)_", name)
+    found = re.match(r"__(\d{1,9})_", name)
     return int(found[1]) if found else 0
 
 

@@ -24,6 +24,8 @@ from warpcore.processes import Processes
 MANIFEST = "manifest.json"
 WRITTEN = ("state", "backups", "samples", "metrics.jsonl", "tensorboard", "wandb", "profile")
 """What a run writes to in its folder, beside files that it replaces."""
+_PLAIN_NAME = re.compile(r"[\w.-]{1,255}", re.ASCII)
+"""What names of a checkpoint's files are made of; anything else might lead out of it."""
 _UPDATE_NAME = re.compile(r"\d{8}")
 
 logger = logging.getLogger(__name__)
@@ -204,14 +206,19 @@ def read_manifest(state: Path) -> dict[str, dict] | str:
     try:
         files = json.loads(read_bytes(state / MANIFEST))["files"]
         files = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
-        strange = [name for name in files if name in ("", ".", "..") or re.search(r"[/\\\0]", name)]
+        strange = [name for name in files if name in (".", "..") or not _PLAIN_NAME.fullmatch(name)]
         if strange:  # it would lead out of the checkpoint
             return f"{MANIFEST} lists {strange[0]!r}, which is not a plain file name"
+        wrong = [
+            n for n, file in files.items() if type(file["bytes"]) is not int or not isinstance(file["sha256"], str)
+        ]
+        if wrong:
+            return f"{MANIFEST} says no size and hash of {wrong[0]}"
         missing = [name for name in ("state.json", ".metadata") if name not in files]
         return f"{MANIFEST} does not list {missing[0]}" if missing else files
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
 
 

@@ -21,14 +21,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from warpcore.data.identity import remembered, same_blocks
-from warpcore.data.index import UNREADABLE, Summary, has_older_index, index_shard, read_summary
+from warpcore.data.index import MANIFEST_NAME, UNREADABLE, Summary, has_older_index, index_shard, read_summary
+from warpcore.data.index_checks import check_manifest, check_manifest_length, checked, saved_metadata
 from warpcore.data.shards import Shard, Source
 from warpcore.data.sidecars import ABSENT, locations, write_beside
 from warpcore.data.storage import in_parallel, is_remote, real_url, storage_for
 from warpcore.data.storage_protocol import StorageError, Version
 from warpcore.errors import UserError
 
-MANIFEST_NAME = "dataset.manifest.parquet"
 MANIFEST_VERSION = 3
 MAX_LISTED_SHARDS = 10_000
 """A fingerprint names so many shards at most, so that checkpoints stay small."""
@@ -68,8 +68,8 @@ class Catalog:
 
     def shard(self, number: int) -> Shard:
         row = self._table.slice(number, 1)
-        size, etag, content = (row[name][0].as_py() for name in ("size_bytes", "etag", "content"))
-        return Shard(os.fsdecode(row["url"][0].as_py()), size, etag, content)
+        known = (row[name][0].as_py() for name in ("size_bytes", "etag", "content", "rows"))
+        return Shard(os.fsdecode(row["url"][0].as_py()), *known)
 
     def shards(self) -> Iterator[Shard]:
         """Every shard, in order: faster than one by one."""
@@ -324,10 +324,15 @@ def _read_manifest(folder: str) -> pa.Table:
     for url in locations(folder + "/", MANIFEST_NAME):
         try:
             with storage_for(url).open(url) as file:
-                table = pq.read_table(file, use_threads=False)
-            if json.loads(table.schema.metadata[_METADATA_KEY])["version"] != MANIFEST_VERSION:
+                parquet = pq.ParquetFile(file)
+                check_manifest_length(parquet, file.seek(0, os.SEEK_END))
+                table = parquet.read(use_threads=False)
+            if saved_metadata(table.schema.metadata, _METADATA_KEY).get("version") != MANIFEST_VERSION:
                 continue
-            return table.cast(_SCHEMA)
+            table = table.select(_SCHEMA.names).cast(_SCHEMA)
+            check_manifest(table)
+            _names_in(table)
+            return table
         except ABSENT:
             continue
         except StorageError:
@@ -341,7 +346,7 @@ def _lookup(table: pa.Table) -> Callable[[Shard], Summary | None]:
     columns = [table[name].to_pylist() for name in ("url", "size_bytes", "etag", "rows", "problems")]
     rest = [table[name].to_pylist() for name in ("content", "renumbered")]
     texts = table["names"].combine_chunks()
-    names = [{kind: tuple(found) for kind, found in json.loads(text).items()} for text in texts.dictionary.to_pylist()]
+    names = _names_in(table)
     entries = dict(zip(columns[0], zip(*columns[1:], *rest, texts.indices.to_pylist(), strict=True), strict=True))
 
     def find(shard: Shard) -> Summary | None:
@@ -354,6 +359,14 @@ def _lookup(table: pa.Table) -> Callable[[Shard], Summary | None]:
         return Summary(rows, problems, **names[place], content=content, renumbered=renumbered)
 
     return find
+
+
+def _names_in(table: pa.Table) -> list[dict[str, tuple[str, ...]]]:
+    """Fields, nested fields and members of each entry of the dictionary of names. Raises DamagedError."""
+    kinds = dict.fromkeys(("fields", "nested", "members"), list)
+    texts = table["names"].combine_chunks().dictionary.to_pylist()
+    read = (checked(saved_metadata({b"": text.encode()}, b""), kinds) for text in texts)
+    return [{kind: tuple(found) for kind, found in names.items()} for names in read]
 
 
 def _as_table(shards: Sequence[Shard], summaries: dict[str, Summary]) -> pa.Table:

@@ -23,28 +23,38 @@ import pyarrow.parquet as pq
 from warpcore.data.dotted_names import DOTTED_NAME, as_read, dotted, hidden_pictures
 from warpcore.data.filters import FIELD_PREFIX
 from warpcore.data.identity import new_hash, remember, remembered
+from warpcore.data.index_checks import (
+    HIDDEN_COLUMN,
+    MEMBER_COLUMNS,
+    check_group_sizes,
+    check_index,
+    check_rows,
+    checked,
+    saved_metadata,
+)
+from warpcore.data.json_columns import gather_fields, typed_column
 from warpcore.data.member_headers import look
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, picture_member
 from warpcore.data.shards import Shard
 from warpcore.data.sidecars import ABSENT, locations, write_beside
 from warpcore.data.storage import reading, storage_for
 from warpcore.data.storage_protocol import ChangedShardError, StorageError
-from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSample, clean, read_samples, whole_ones
+from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSample, read_samples, whole_ones
 
 INDEX_SUFFIX = ".index.parquet"
 CUT_SHORT = "is cut short"
 """The end of the problem of a row that stands for all that a tar is missing."""
 INDEX_VERSION = 3
 ROW_GROUP_ROWS = 16_384
-MAX_FIELDS = 256
-"""A .json with more different keys than this over a shard is taken to hold data under them, not fields."""
-MEMBER_COLUMNS = ["member_names", "member_offsets", "member_sizes"]
-HIDDEN_COLUMN = "hidden_pictures"
-"""Members that are pictures of other names, see `dotted_names`; only where there are any."""
-UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+MANIFEST_NAME = "dataset.manifest.parquet"
+"""Of a folder: what the indexes of its tars say in short, see `catalog`."""
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError)
 """What pyarrow and we raise on a damaged parquet file: an index that is written again."""
+_SAVED = {"version": int, "size_bytes": int, "etag": str, "summary": dict}
+_SUMMARY = {
+    "rows": int, "problems": int, "fields": list, "nested": list, "members": list, "content": str, "renumbered": bool,
+}  # fmt: skip
 _METADATA_KEY = b"warpcore.index"
-_INT64 = range(-(2**63), 2**63)
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +126,7 @@ def read_summary(shard: Shard) -> Summary | None:
     for url in index_locations(shard.url):
         try:
             with storage_for(url).open(url) as file:
-                return _summary_of(pq.read_schema(file), shard, url)
+                return _summary_of(pq.ParquetFile(file), shard, url)
         except ABSENT:
             continue
         except _StaleIndexError as reason:
@@ -145,8 +155,7 @@ def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, st
                 logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
         _check_unchanged(shard)
         summary = index_shard(shard, replace=True)
-        if shard.content not in (None, summary.content):
-            raise ChangedShardError(shard.url)
+        _check_agrees(shard, summary)
     raise BadShardError(f"{shard.url}: its index can't be kept at {' or '.join(index_locations(shard.url))}")
 
 
@@ -165,8 +174,18 @@ class _StaleIndexError(Exception):
     """The index belongs to another state of the tar, or to another version of Warpcore. The message may be empty."""
 
 
-def _summary_of(schema: pa.Schema, shard: Shard, url: str) -> Summary:
-    saved = json.loads((schema.metadata or {})[_METADATA_KEY])
+def _check_agrees(shard: Shard, summary: Summary) -> None:
+    """Raise BadShardError where the tar is not what planning was told of it."""
+    if shard.content not in (None, summary.content) or shard.rows not in (None, summary.rows):
+        folder = shard.url.rpartition("/")[0]
+        raise BadShardError(
+            f"{shard.url} holds other samples ({summary.rows}) than {MANIFEST_NAME} in {folder} says: remove that "
+            "file, and start again"
+        )
+
+
+def _summary_of(parquet: pq.ParquetFile, shard: Shard, url: str) -> Summary:
+    saved = checked(saved_metadata(parquet.schema_arrow.metadata, _METADATA_KEY), _SAVED)
     if saved["size_bytes"] != shard.size_bytes:
         changed = f"{saved['size_bytes']} -> {shard.size_bytes} bytes"
         raise _StaleIndexError(f"{shard.url} changed since it was indexed ({changed})")
@@ -174,7 +193,8 @@ def _summary_of(schema: pa.Schema, shard: Shard, url: str) -> Summary:
         raise _StaleIndexError()  # told once for all tars, see `catalog.told_of_older_indexes`
     if saved["version"] != INDEX_VERSION:
         raise _StaleIndexError(f"{url} has version {saved['version']} instead of {INDEX_VERSION}")
-    summary = saved["summary"]
+    summary = checked(saved["summary"], _SUMMARY)
+    check_index(parquet, summary["rows"], summary["fields"], shard.size_bytes, ROW_GROUP_ROWS)
     if shard.content is not None:
         is_same = summary["content"] == shard.content
     else:
@@ -182,7 +202,9 @@ def _summary_of(schema: pa.Schema, shard: Shard, url: str) -> Summary:
     if not is_same:
         raise _StaleIndexError()
     names = {name: tuple(summary[name]) for name in ("fields", "nested", "members")}
-    return Summary(**(summary | names))
+    found = Summary(**(summary | names))
+    _check_agrees(shard, found)
+    return found
 
 
 def _present_indexes(shard: Shard) -> Iterator[dict]:
@@ -190,9 +212,8 @@ def _present_indexes(shard: Shard) -> Iterator[dict]:
     for url in index_locations(shard.url):
         try:
             with storage_for(url).open(url) as file:
-                saved = json.loads(pq.read_schema(file).metadata[_METADATA_KEY])
-            known = {"version": int(saved["version"]), "size_bytes": saved["size_bytes"], "etag": saved["etag"]}
-            yield known | {"content": saved["summary"].get("content")}
+                saved = checked(saved_metadata(pq.read_schema(file).metadata, _METADATA_KEY), _SAVED)
+            yield saved | {"content": saved["summary"].get("content")}
         except ABSENT:
             continue
         except StorageError:
@@ -238,12 +259,14 @@ def _read_slice(
     file: BinaryIO, shard: Shard, url: str, columns: list[str] | None, start: int, stop: int | None
 ) -> pa.Table:
     parquet = pq.ParquetFile(file)
-    summary = _summary_of(parquet.schema_arrow, shard, url)
+    summary = _summary_of(parquet, shard, url)
     stop = summary.rows if stop is None else stop
     names = parquet.schema_arrow.names
     columns = names if columns is None else [name for name in columns if name in names]
     first, last = start // ROW_GROUP_ROWS, -(-stop // ROW_GROUP_ROWS)
+    check_group_sizes(parquet, first, last, ROW_GROUP_ROWS)
     rows = parquet.read_row_groups(list(range(first, last)), columns=columns, use_threads=False)
+    check_rows(rows, shard.size_bytes)
     return rows.slice(start - first * ROW_GROUP_ROWS, stop - start).replace_schema_metadata(None)
 
 
@@ -308,8 +331,8 @@ def _make_table(samples: list[TarSample], url: str) -> tuple[pa.Table, list[str]
     hidden = hidden_pictures(samples)
     if any(hidden):
         columns[HIDDEN_COLUMN] = pa.array(hidden, pa.list_(pa.string()))
-    fields, nested = _gather_fields(samples)
-    columns |= {FIELD_PREFIX + name: _typed_column(values, f"{url}: {name!r}") for name, values in fields.items()}
+    fields, nested = gather_fields(samples)
+    columns |= {FIELD_PREFIX + name: typed_column(values, f"{url}: {name!r}") for name, values in fields.items()}
     return pa.table(columns), nested
 
 
@@ -332,48 +355,6 @@ def _why_no_picture(sample: TarSample) -> str:
 def _measured_member(sample: TarSample) -> str | None:
     """The extension of its picture, or of what stands for it."""
     return picture_member(sample.members) or (PICTURE_FACTS if PICTURE_FACTS in sample.members else None)
-
-
-def _gather_fields(samples: list[TarSample]) -> tuple[dict[str, list], list[str]]:
-    """Scalar fields as columns of len(samples) with None where absent, and the keys of lists and mappings."""
-    contents = [sample.seen.get("json", {}) for sample in samples]
-    scalars: Counter[str] = Counter()
-    nested: Counter[str] = Counter()
-    for content in contents:
-        for name, value in content.items():
-            (nested if isinstance(value, list | dict) else scalars)[name] += value is not None
-    kept = sorted(name for name, number in scalars.most_common(MAX_FIELDS) if number)
-    fields = {
-        clean(name): [
-            None if isinstance(content.get(name), list | dict) else content.get(name) for content in contents
-        ]
-        for name in kept
-    }
-    return fields, sorted(clean(name) for name, _ in nested.most_common(MAX_FIELDS))
-
-
-def _typed_column(values: list, name: str) -> pa.Array:
-    """int64, double, bool or string. Numbers with fewer texts among them stay numbers, the texts are left out."""
-    texts = Counter(value for value in values if isinstance(value, str))
-    if 0 < 2 * texts.total() <= sum(value is not None for value in values):
-        logger.warning("%s is a number, but text in %d samples (%.40r): missing", name, texts.total(), min(texts))
-        values = [None if isinstance(value, str) else value for value in values]
-    types = {type(value) for value in values if value is not None}
-    if types == {bool}:
-        return pa.array(values, pa.bool_())
-    if types <= {int, bool} and all(value is None or value in _INT64 for value in values):
-        return pa.array([None if value is None else int(value) for value in values], pa.int64())
-    if types <= {int, bool, float}:
-        return pa.array([None if value is None else _as_float(value) for value in values], pa.float64())
-    texts = [value if isinstance(value, str | None) else json.dumps(value) for value in values]
-    return pa.array([None if text is None else clean(text) for text in texts], pa.string())
-
-
-def _as_float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return float("inf") if value > 0 else float("-inf")
 
 
 def has_member(rows: pa.Table, extension: str) -> pa.Array:

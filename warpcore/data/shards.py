@@ -43,6 +43,8 @@ class Shard:
     """Changes with the content: the ETag on S3, the time of the last change for a local file."""
     content: str | None = field(default=None, compare=False)
     """Hash of what indexing reads of it, where that is known: what makes it the same data as another tar."""
+    rows: int | None = field(default=None, compare=False)
+    """How many samples it holds, where that is known."""
     joined: "tuple[JoinedTar, ...]" = field(default=(), compare=False)
     """Tars with further members of its samples."""
 

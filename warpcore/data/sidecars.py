@@ -20,6 +20,8 @@ CACHE_VARIABLE = "WARPCORE_INDEX_CACHE"
 ABSENT = (FileNotFoundError, NotADirectoryError, PermissionError)
 """What opening a file raises where there is none to be read; the next place is tried then."""
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR)
+"""How a folder in the place of a file, or a file in that of a folder, is told."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def write_beside(url: str, suffix: str, content: bytes) -> str:
         try:
             storage_for(location).write(location, content)
         except OSError as error:
-            is_expected = isinstance(error, PermissionError) or error.errno in (*_READ_ONLY, *_FULL)
+            is_expected = isinstance(error, PermissionError) or error.errno in (*_READ_ONLY, *_FULL, *_IN_THE_WAY)
             if location == url + suffix and not is_expected:
                 raise
             refusals.append(f"{os.path.dirname(location)}: {error.strerror or error}")

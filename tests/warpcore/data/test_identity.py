@@ -57,14 +57,15 @@ def test_several_threads_know_what_was_looked_at(tmp_path, monkeypatch):
         identity.remember(shard, shard.content)
     identity._of_files.clear()
     found = []
+    read_bytes = identity.read_bytes
 
-    def open_slowly(*args, **kwargs):
-        monkeypatch.delattr(identity, "open")
+    def read_slowly(location):
+        monkeypatch.setattr(identity, "read_bytes", read_bytes)
         with ThreadPoolExecutor(1) as other:
             found.append(other.submit(identity.remembered, shards[1]).result(timeout=60))
-        return open(*args, **kwargs)
+        return read_bytes(location)
 
-    monkeypatch.setattr(identity, "open", open_slowly, raising=False)
+    monkeypatch.setattr(identity, "read_bytes", read_slowly)
     found.append(identity.remembered(shards[0]))
     assert found == [shards[1].content, shards[0].content]
 
