@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from families.common.poses import read_people
 from tools.picture_folder import Entry
-from warpcore.data.images import MAX_PIXELS, BadPicture, decode_alike, place
+from warpcore.data.images import BadPicture, check, decode_alike, place
 from warpcore.data.member_headers import picture_size
 from warpcore.data.picture_files import extension
 from warpcore.data.samples import FORMATS
@@ -65,17 +65,9 @@ def _check_picture(content: bytes) -> tuple[int, int]:
     if not content:
         raise Unusable("empty file")
     try:
-        size = picture_size(io.BytesIO(content))
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Unusable(f"larger than {MAX_PIXELS / 1e6:.0f} megapixels")
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))  # reads all, computes little
-            image.load()
-    except Unusable:
-        raise
-    except Exception as error:  # whatever Pillow makes of it, it is no picture to train on
+        return check(content)[::-1]
+    except BadPicture as error:
         raise Unusable(f"unreadable ({_reason(error)})") from None
-    return size
 
 
 def _description(entry: Entry) -> dict[str, bytes]:

@@ -232,7 +232,8 @@ class DataKeys(Settings):
     background: tuple[ByteValue, ByteValue, ByteValue] = (255, 255, 255)
     """Colour (0-255) behind transparent pictures."""
     max_picture_pixels: PositiveInt = 200_000_000
-    """Pictures with more pixels are bad samples (decompression bombs)."""
+    """Pictures with more pixels are bad samples (decompression bombs), and so are those that would take over 1 GiB of
+    memory to decode, or over 5 bytes for each of these pixels if that's more."""
     max_bad_samples: PositiveInt = 100
     """The run stops after this many unreadable samples in a row."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 4

@@ -76,7 +76,7 @@ def test_what_is_skipped_is_told_with_the_reason(folder, tmp_path, capsys):
         "2 hidden (its name begins with a dot): ",
         "1 of the same name as another picture (same): same.png",
         "1 empty file: empty.png",
-        "1 unreadable (cannot identify image file): fake.jpg",
+        "1 unreadable (it is no picture in a known format): fake.jpg",
         "1 caption is not UTF-8: latin.jpg",
         "1 .json is not JSON: broken.jpg",
         "megapixels: smallest 0.00",
@@ -255,7 +255,7 @@ def test_odd_pictures_are_kept_or_skipped_with_a_reason(tmp_path):
     report = build_dataset(folder, tmp_path / "out")
     assert report.sizes == [(300, 3)]
     assert {reason: len(files) for reason, files in report.left_out.files.items()} == {
-        "unreadable (image file is truncated)": 3,
+        "unreadable (the JPEG is cut off: it has no end marker)": 3,
         "a link that leads nowhere": 2,
         "empty file": 1,
     }

@@ -13,10 +13,12 @@ from typing import Literal, NamedTuple, get_args
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 
+from warpcore.data import jpeg_scans
 from warpcore.data.buckets import resized_size
+from warpcore.data.picture_costs import MAX_PIXELS, BadPicture, check_memory, check_pixels
 from warpcore.data.samples import FORMATS
 from warpcore.errors import UserError
 from warpcore.quiet import ignore_expected_warnings
@@ -27,7 +29,8 @@ ignore_expected_warnings()
 Crop = Literal["center", "random", "smart"]
 CROPS: tuple[str, ...] = get_args(Crop)
 
-MAX_PIXELS = 2**27  # 134 MP: above what cameras make, and 400 MB once decoded
+_STRIP_PIXELS = 2**22
+"""A larger picture becomes RGB in strips: the steps to it take several times its memory."""
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -48,10 +51,6 @@ _REDUCED = {
 }
 _DETAIL_SIDE = 128  # longer side in px of the small grey picture that `smart` looks at
 _KEPT_LEAST = 0.5  # a crop that keeps less than this of the resized picture resizes only what it keeps
-
-
-class BadPicture(Exception):
-    """The bytes are no picture that can be read; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +139,21 @@ def place(
     return Geometry(source, resized, top, left, size)
 
 
+def check(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) of an upright picture, which can be decoded to its end; raises BadPicture as `decode` does."""
+    return _read(data, (1, 1), (0, 0, 0), max_pixels).size
+
+
 def _read(data: bytes, size: tuple[int, int], background: tuple[int, int, int], max_pixels: int) -> _Stored:
     """Decode; a JPEG no larger than covering the bucket `size` needs."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has a guard of its own, and the caller asks for a wider one
     try:
         picture = Image.open(BytesIO(data), formats=FORMATS)
-        width, height = picture.size
-        if width * height > max_pixels:
-            raise BadPicture(f"{width} x {height} px is more than the limit of {max_pixels} pixels")
-        if picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB"):
-            return _read_jpeg(data, picture, size)
+        check_pixels(picture, max_pixels)
+        if picture.format in ("JPEG", "MPO"):
+            return _read_jpeg(data, picture, size, background, max_pixels)
+        check_memory(picture, max_pixels)
         return _read_any(picture, background)
     except (BadPicture, MemoryError):
         raise
@@ -159,25 +162,48 @@ def _read(data: bytes, size: tuple[int, int], background: tuple[int, int, int], 
         raise BadPicture(_reason(error, data)) from error
 
 
-def _read_jpeg(data: bytes, header: Image.Image, size: tuple[int, int]) -> _Stored:
-    """`header` is the opened, undecoded picture: its file stands right behind the start of the scan."""
-    if data.rfind(b"\xff\xd9", header.fp.tell()) < 0:
-        raise BadPicture("the JPEG is cut off: it has no end marker")
-    orientation = header.getexif().get(_EXIF_ORIENTATION, 1)
-    orientation = orientation if orientation in _UPRIGHT else 1
-    upright = header.size if orientation >= 5 else header.size[::-1]
-    resized = resized_size(*upright, size)
-    reduction = next((k for k in (8, 4, 2) if upright[0] >= k * resized[0] and upright[1] >= k * resized[1]), 1)
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if pixels is None or pixels.shape[:2] != (-(-header.height // reduction), -(-header.width // reduction)):
-        raise BadPicture("the JPEG's data is damaged")
-    return _Stored(pixels, upright, orientation, reduction)
+def _read_jpeg(
+    data: bytes, header: Image.Image, size: tuple[int, int], background: tuple[int, int, int], max_pixels: int
+) -> _Stored:
+    """`header` is the opened, undecoded picture."""
+    scans = jpeg_scans.check(data, header)
+    if header.mode not in ("L", "RGB"):
+        check_memory(header, max_pixels, scans=scans.found)
+        stored = _read_any(header, background)
+        last = header.getpixel((header.width - 1, header.height - 1))
+    else:
+        orientation = header.getexif().get(_EXIF_ORIENTATION, 1)
+        orientation = orientation if orientation in _UPRIGHT else 1
+        upright = header.size if orientation >= 5 else header.size[::-1]
+        resized = resized_size(*upright, size)
+        reduction = next((k for k in (8, 4, 2) if upright[0] >= k * resized[0] and upright[1] >= k * resized[1]), 1)
+        check_memory(header, max_pixels, scans=scans.found, reduction=reduction)
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if pixels is None or pixels.shape[:2] != (-(-header.height // reduction), -(-header.width // reduction)):
+            raise BadPicture("the JPEG's data is damaged")
+        stored = _Stored(pixels, upright, orientation, reduction)
+        last = pixels[-1, -1]
+    if all(value in jpeg_scans.GREY for value in last) and jpeg_scans.ran_out(data, scans.end):
+        raise BadPicture("the JPEG is cut off: its data ends before the picture does, of which the rest would be grey")
+    return stored
 
 
 def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> _Stored:
     picture.load()
-    picture = ImageOps.exif_transpose(picture)
+    orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
+    (width, height), depth = picture.size, max(1, _STRIP_PIXELS // picture.width)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, depth):
+        rows = min(depth, height - top)
+        strip = picture if rows == height else picture.crop((0, top, width, top + rows))
+        pixels[top : top + rows] = np.asarray(_to_rgb(strip, background))
+    if orientation in range(2, 9):
+        pixels = np.ascontiguousarray(_UPRIGHT[orientation](pixels))
+    return _Stored(pixels, pixels.shape[:2])
+
+
+def _to_rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if picture.mode.startswith("I"):
         # 16 bit grey, in whichever byte order: Pillow's own conversion would clip it at 255.
         grey = np.clip(np.asarray(picture).astype(np.int32), 0, 65535)
@@ -187,7 +213,7 @@ def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> _Stored
     elif picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
-    return _Stored(np.array(picture.convert("RGB")), picture.size[::-1])
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _resample(stored: _Stored, geometry: Geometry) -> np.ndarray:

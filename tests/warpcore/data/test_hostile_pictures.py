@@ -1,0 +1,263 @@
+"""Pictures that nobody meant: far more expensive than their files are large, cut off, or damaged in any place."""
+
+import struct
+import zlib
+from contextlib import suppress
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from tests.bounds import bounded
+from tests.warpcore.data.test_images import encoded, textured
+from tools.build_dataset import build_dataset
+from warpcore.data.images import BadPicture, check, decode
+from warpcore.data.member_headers import picture_size
+
+SIZE = 64, 64
+END = b"\xff\xd9"
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def palette_png(side: int) -> bytes:
+    """One colour, transparent: a byte for each pixel, which was a dozen on its way to RGB."""
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + side)) for _ in range(side)) + packer.flush()
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 3, 0, 0, 0))
+    colours = _chunk(b"PLTE", bytes(3)) + _chunk(b"tRNS", b"\0")
+    return b"\x89PNG\r\n\x1a\n" + header + colours + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
+
+
+def webp(side: int) -> bytes:
+    """Lossless, of one colour: its codes are of no bits, so that the size in the header is all there is."""
+    data = bytearray(encoded(Image.new("RGB", (16, 16), (1, 2, 3)), "WEBP", lossless=True))
+    (bits,) = struct.unpack_from("<I", data, 21)
+    struct.pack_into("<I", data, 21, bits & ~(2**28 - 1) | (side - 1) << 14 | (side - 1))
+    return bytes(data)
+
+
+def qoi(side: int) -> bytes:
+    return b"qoif" + struct.pack(">IIBB", side, side, 3, 0) + b"\xfd" * (side * side // 62 + 1) + bytes(7) + b"\1"
+
+
+def jpeg_of_many_scans(side: int, count: int = 300) -> bytes:
+    data = encoded(Image.new("L", (side, side), 90), "JPEG", progressive=True)
+    last = data[data.rfind(b"\xff\xc4") : -2]  # the last scan with its table
+    return data[:-2] + last * (count - data.count(b"\xff\xda")) + END
+
+
+def jpeg_that_claims(side: int, **options) -> bytes:
+    data = bytearray(encoded(Image.new("RGB", (16, 16), (9, 90, 200)), "JPEG", **options))
+    struct.pack_into(">HH", data, data.find(b"\xff\xc2" if "progressive" in options else b"\xff\xc0") + 5, side, side)
+    return bytes(data)
+
+
+BOMBS = {
+    "webp": (
+        lambda: webp(9500),
+        "too much memory to decode .a WEBP of 9500 x 9500 px: 1,715 MB, the limit is 1,074 MB",
+    ),
+    "qoi": (lambda: qoi(11_500), "too much memory to decode .a QOI"),
+    "scans": (lambda: jpeg_of_many_scans(4000), "too long to decode .a JPEG of 4000 x 4000 px in 300 scans"),
+    "grey jpeg": (lambda: jpeg_that_claims(11_500), "data is too short for its size .* 11500 x 11500 px"),
+    "grey progressive jpeg": (lambda: jpeg_that_claims(11_500, progressive=True), "data is too short for its size"),
+    "progressive jpeg": (
+        lambda: jpeg_that_claims(11_500, progressive=True, subsampling=0) + END + bytes(2**23) + END,
+        "data is too short for its size",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_what_costs_far_more_than_its_size_is_a_bad_picture_by_its_header(tmp_path, bomb):
+    make, reason = BOMBS[bomb]
+    data = make()
+    # The decoder of WebP reserves its canvas when it is opened, which takes no memory until it is written.
+    with bounded(tmp_path, seconds=1, gibibytes=1 if bomb == "webp" else 0.1), pytest.raises(BadPicture, match=reason):
+        decode(data, SIZE)
+
+
+def test_the_largest_palette_takes_no_more_than_the_limit(tmp_path):
+    data = palette_png(11_500)
+    assert len(data) < 200_000
+    with bounded(tmp_path):
+        assert (decode(data, SIZE, background=(7, 8, 9)).pixels == (7, 8, 9)).all()
+
+
+def test_indexing_reads_a_bombs_size_only(tmp_path):
+    for data in (palette_png(300), qoi(300), jpeg_that_claims(9000), jpeg_of_many_scans(64)):
+        with bounded(tmp_path, seconds=1, gibibytes=0.1):
+            assert picture_size(BytesIO(data))
+
+
+def test_a_wider_limit_of_pixels_widens_the_limit_of_memory():
+    data = webp(7600)  # 58 MP, 1.1 GB
+    with pytest.raises(BadPicture, match="too much memory"):
+        check(data)
+    assert check(data, max_pixels=240_000_000) == (7600, 7600)
+
+
+# Cut off
+
+
+@pytest.mark.parametrize("reading", [SIZE, (200, 300)], ids=["reduced", "whole"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"restart_marker_rows": 1}, {"progressive": True}, {"optimize": True, "subsampling": 0}],
+    ids=["baseline", "restarts", "progressive", "optimized"],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_was_cut_and_ended_is_a_bad_picture(mode, options, reading):
+    data = encoded(textured(400, 600).convert(mode), "JPEG", **options)
+    for kept in (0.3, 0.5) if "progressive" in options else (0.3, 0.5, 0.8):  # its last scan adds a bit of detail
+        with pytest.raises(BadPicture, match="cut off"):
+            decode(data[: int(len(data) * kept)] + END, reading)
+    assert decode(data, reading)
+
+
+def test_a_jpeg_cut_between_two_restart_intervals_is_a_bad_picture():
+    data = encoded(textured(400, 600), "JPEG", restart_marker_rows=1)
+    with pytest.raises(BadPicture, match="cut off"):
+        decode(data[: data.find(b"\xff\xd5", data.find(b"\xff\xda"))] + END, SIZE)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"optimize": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_picture_that_ends_in_grey_is_none_that_was_cut(mode, options):
+    pixels = np.array(textured(96, 112).convert(mode))
+    pixels[40:] = 128
+    for grey in (pixels, np.full_like(pixels, 128), np.full_like(pixels, 127)):
+        data = encoded(Image.fromarray(grey, mode), "JPEG", quality=95, **options)
+        assert decode(data + b"appended \xff\xd9", (96, 112)).pixels[-1, -1].shape == (3,)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF", "BMP", "QOI"])
+def test_other_pictures_that_are_cut_are_bad_ones(kind):
+    data = encoded(textured(100, 150), kind)
+    for kept in (0.3, 0.6, 0.95):
+        with pytest.raises(BadPicture):
+            decode(data[: int(len(data) * kept)], SIZE)
+
+
+# What cameras and phones make
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+def test_forty_eight_megapixels_of_a_phone_are_read_upright(tmp_path, options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (8000, 6000), (200, 120, 40))
+    picture.paste((30, 60, 220), (0, 3000, 8000, 6000))
+    data = encoded(picture, "JPEG", exif=exif, **options)
+    with bounded(tmp_path):
+        pixels, geometry = decode(data, (640, 480))
+    assert geometry.source == (8000, 6000)
+    assert np.abs(pixels[300, [40, 440]].astype(int) - [(30, 60, 220), (200, 120, 40)]).max() < 4
+
+
+def test_a_phones_picture_of_several_images_and_appended_video_is_read():
+    picture = textured(240, 320)
+    preview = textured(60, 80)
+    several = encoded(picture, "MPO", save_all=True, append_images=[preview])
+    assert Image.open(BytesIO(several)).format == "MPO"
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    with_profile = encoded(picture, "JPEG", icc_profile=icc, progressive=True) + b"\xff\xda" * 1000
+    for data in (several, with_profile):
+        assert np.abs(decode(data, (240, 320)).pixels.astype(int) - np.array(picture)).mean() < 8
+
+
+def test_strips_of_a_large_picture_are_one_picture(monkeypatch):
+    picture = textured(90, 70)
+    picture.putalpha(picture.convert("L"))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for one in (picture, picture.convert("P"), Image.fromarray(np.arange(6300, dtype=np.uint16).reshape(90, 70) * 10)):
+        data = encoded(one, exif=exif)
+        whole = decode(data, (70, 90)).pixels
+        monkeypatch.setattr("warpcore.data.images._STRIP_PIXELS", 70 * 7)
+        assert (decode(data, (70, 90)).pixels == whole).all()
+        monkeypatch.undo()
+
+
+# Where they are told
+
+
+def test_a_dataset_is_built_without_them(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    cut = encoded(textured(200, 300), "JPEG")
+    for name, data in {
+        "good.png": encoded(textured(20, 30)),
+        "bomb.webp": webp(11_500),
+        "grey.jpg": jpeg_that_claims(9000),
+        "cut.jpg": cut[: len(cut) // 2] + END,
+    }.items():
+        (folder / name).write_bytes(data)
+    report = build_dataset(folder, tmp_path / "out")
+    assert {reason: len(files) for reason, files in report.left_out.files.items()} == {
+        "unreadable (it takes too much memory to decode)": 1,
+        "unreadable (the JPEG is damaged: its data is too short for its size)": 1,
+        "unreadable (the JPEG is cut off: its data ends before the picture does, of which the rest would be grey)": 1,
+    }
+
+
+# Any damage
+
+KINDS = {
+    "JPEG": {},
+    "progressive": {"progressive": True},
+    "CMYK": {},
+    "PNG": {},
+    "palette": {},
+    "WEBP": {},
+    "lossless": {"lossless": True},
+    "GIF": {},
+    "BMP": {},
+    "TIFF": {},
+    "LZW": {"compression": "tiff_lzw"},
+    "QOI": {},
+}
+_FORMATS = {"progressive": "JPEG", "CMYK": "JPEG", "palette": "PNG", "lossless": "WEBP", "LZW": "TIFF"}
+_MODES = {"CMYK": "CMYK", "palette": "P"}
+SEEDS = {
+    kind: encoded(textured(40, 48).convert(_MODES.get(kind, "RGB")), _FORMATS.get(kind, kind), **options)
+    for kind, options in KINDS.items()
+}
+places = st.one_of(st.integers(0, 63), st.integers(0, 2**16))
+changes = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "set", "cut", "insert", "drop", "repeat"]),
+        places,
+        st.binary(min_size=1, max_size=8) | st.sampled_from([b"\xff\xff", b"\xff\xff\xff\xff", b"\0\0\0\0", END]),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def changed(data: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
+    for what, place, content in changes:
+        at = place % (len(data) + 1)
+        following = {
+            "set": data[at + len(content) :],
+            "cut": END,
+            "insert": data[at:],
+            "drop": data[at + 9 * len(content) :],
+            "repeat": data[max(0, at - 200) :],
+        }[what]
+        data = data[:at] + (content if what in ("set", "insert") else b"") + following
+    return data
+
+
+@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(list(KINDS)), changes)
+def test_any_change_gives_pixels_or_a_bad_picture_within_the_bounds(tmp_path_factory, kind, changes):
+    data = changed(SEEDS[kind], changes)
+    with bounded(tmp_path_factory.getbasetemp()), suppress(BadPicture):
+        assert decode(data, (32, 40), "smart").pixels.shape == (32, 40, 3)
