@@ -77,6 +77,8 @@ def _note(event: str, arguments: tuple) -> None:
         if isinstance(path, bytes):
             path = path.decode(errors="surrogateescape")
         if isinstance(path, str | Path) and not str(path).startswith("/dev/") and "__pycache__" not in str(path):
+            # Only opening a file follows a link that stands at its path; the others change the link itself.
+            real = Path(path).resolve() if event == "open" else Path(path).parent.resolve() / Path(path).name
             for written, folder in _watchers:
-                if not Path(path).resolve().is_relative_to(folder):
+                if not real.is_relative_to(folder):
                     written.append(f"{event} {path}")
