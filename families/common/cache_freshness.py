@@ -77,13 +77,13 @@ def check_fresh(catalog: Catalog, caches: Mapping[str, MadeFrom], data: Any) -> 
     Raises:
         UserError: a tar has other content than its features were made from, or two caches are of different content.
     """
-    rows = [[shard, *(tar.shard for tar in shard.joined)] for shard in catalog.shards()] if caches else []
+    rows = [[shard, *(tar.shard for tar in shard.joined)] for shard in catalog.shards() if shard.joined]
     sources = _sources([shard for row in rows for shard in row if _folder_of(shard, caches)])
     notes: dict[tuple[str, str], str] = {}
     for row in rows:
-        first, *others = [*_of_sources_elsewhere(row, sources, caches, data), None]
-        for other in filter(None, others):
-            _check_alike(first, other, caches, notes)
+        apart = list(_of_sources_elsewhere(row, sources, caches, data))
+        for other in apart[1:]:
+            _check_alike(apart[0], other, caches, notes)
     return list(notes.values())
 
 
