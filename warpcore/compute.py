@@ -12,7 +12,7 @@ from warpcore.errors import ConfigError, UserError
 from warpcore.networks import Compiling, blocks
 
 COMPILED_VARIANTS = 64
-"""Of one block: kinds of layers, widths, training and evaluation. Beyond PyTorch's 8, the rest would stay plain."""
+"""Compiled variants of a block: kinds of layers, widths, training, evaluation. Beyond PyTorch's 8, more stay plain."""
 GRAPH_VARIANTS = 1024
 """With CUDA graphs, which have fixed shapes, each of those variants once per bucket."""
 

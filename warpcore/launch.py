@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LOOKS = 0.1
 GRACE_SECONDS = 10
 """Once a process has failed, the others have this long to end by themselves, as after the same error."""
 LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Those for which PyTorch's launcher sets handlers of its own."""
+"""Signals for which PyTorch's launcher sets handlers of its own."""
 
 
 def launch(wanted: int | Literal["all"] | None, device: str) -> int | None:

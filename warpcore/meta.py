@@ -98,7 +98,7 @@ class MetaAsDevice(TorchFunctionMode):
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                    is_causal: bool = False, scale: float | None = None, **others) -> Tensor:  # fmt: skip
-        """Of the fused kernels, which never hold positions x positions numbers."""
+        """Attention by the fused kernels, which never hold positions x positions numbers."""
         aten = torch.ops.aten
         if q.is_meta and not any(others.values()):
             if self.kind == "cuda" and attn_mask is None:

@@ -36,7 +36,7 @@ class SampleRandom:
 
     @property
     def on_cpu(self) -> "SampleRandom":
-        """The same numbers, on the CPU."""
+        """The same random numbers, on the CPU."""
         return SampleRandom(self.seeds)
 
     def uniform(self, name: str) -> Tensor:

@@ -75,7 +75,7 @@ class UseCase:
         return []
 
     def data_to_draw(self) -> Any:
-        """Where those of the training data come from, written like `webdataset_path`."""
+        """Where the training samples for `sample` come from, written like `webdataset_path`."""
         return self.config.webdataset_path
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:

@@ -42,7 +42,7 @@ class LatentScale:
     """What makes the latents of an autoencoder about standard normal: (z - mean) / std."""
 
     mean: tuple[float, ...] = (0.0,)
-    """Of each channel, or one number for all: `shift_factor` or `latents_mean` of diffusers' configs."""
+    """The mean of each channel, or of all: `shift_factor` or `latents_mean` of diffusers' configs."""
     std: tuple[float, ...] = (1.0,)
     """1 / `scaling_factor`, times `latents_std` where the config has it."""
 

@@ -123,7 +123,7 @@ class _Named:
     key: str
     own: dict[str, Origin]
     pictures: list[str]
-    """Those folders that hold no cache."""
+    """The named folders that hold no cache."""
     further: dict[str, Origin]
 
     @classmethod

@@ -34,7 +34,7 @@ class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
     data/texts]`. What they hold is not computed again. Without `webdataset_path` (or with null there), the samples are
     those of the first folder, and no pictures are needed."""
     validation_caches: list[str] = []
-    """The same for the samples of `validation_path`."""
+    """Caches of the samples of `validation_path`, as `caches` are of the training data."""
     change_target: bool = False
     """Allow another `diffusion_target` than the weights file to start from says; the network then learns it."""
     caption_dropout: Share = 0.05

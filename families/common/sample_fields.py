@@ -192,7 +192,7 @@ class FromField:
     """Whether a sample comes from one of some shards."""
 
     suffixes: tuple[str, ...]
-    """Of any member that every sample has; it is read anyway."""
+    """The extension of a member that every sample has; it is read anyway."""
     shards: frozenset[str]
 
     def decode(self, data: bytes, geometry: Geometry | None, sample: Sample) -> bool:

@@ -70,7 +70,7 @@ class TensorField:
 
     name: str
     shapes: Mapping[tuple[int, int], tuple[int, ...]]
-    """Of the tensor, by bucket (H, W): what stands in where nothing is readable."""
+    """Shape of the tensor by bucket (H, W): zeros of it stand in where nothing is readable."""
     variants: int = 1
     bfloat16: bool = False
     """Its bits are stored as 16-bit integers, as .npy knows no bfloat16."""

@@ -27,13 +27,13 @@ class FurtherTars:
     """A folder of tars that mirror those of a data set."""
 
     folder: str
-    """Its complete URL."""
+    """The complete URL of the folder."""
     members: frozenset[str]
     """The extensions to take from there."""
     remedy: str
     """What a user does where it lacks rows: the end of an error message."""
     remedy_of_data: str | None = None
-    """The same for tars that only it has; None where it may have more than the data set."""
+    """What a user does where it has tars that the data set lacks; None where it may have more."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Part:
         return self._joined(self.catalog.shard(int(self.numbers[number])))
 
     def tars(self) -> Iterator[JoinedTar]:
-        """That of every shard, in order."""
+        """The joined tar of every shard, in order."""
         shards = list(self.catalog.shards())
         return (self._joined(shards[number]) for number in self.numbers.tolist())
 

@@ -20,7 +20,7 @@ class PseudoHuber:
     smooth_l1: bool = False
 
     def __call__(self, error: Tensor, logsnr: Tensor) -> Tensor:
-        """Of an error (B, ...) at logSNR (B,), for each element."""
+        """The loss of each element of an error (B, ...) at logSNR (B,)."""
         c = torch.full_like(logsnr, self.c)
         if self.schedule == "snr":
             c = c + (1 - c) / (1 + (-logsnr / 2).exp()).square()

@@ -47,7 +47,7 @@ class PNDMSampler(HeunSampler):
     """
 
     _WEIGHTS = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-    """Of the noise found last, before that, and so on."""
+    """The weights of the noise found last, before that, and so on, by how many are known."""
 
     _found: Sequence[Tensor] = ()
     """The noise found in the steps before, the last first."""
