@@ -63,7 +63,7 @@ from warpcore.locks import lock_file
 from warpcore.processes import stop_processes
 from warpcore.random import SampleRandom
 from warpcore.rehearsal import load_use_case
-from warpcore.text import format_bytes
+from warpcore.text import counted, format_bytes
 
 TIMED_SAMPLES = 256
 """How many samples are taken once more from pictures, and from the cache, to say when it pays."""
@@ -302,13 +302,17 @@ class Caching:
             path.unlink()
         if self.maker.of_texts:
             self._store_prompts()
-        return Record.total(records)
+        total = Record.total(records)
+        if not total.samples:
+            raise UserError(
+                f"none of the {counted(len(total.unreadable), 'sample')} could be read: {self.out} holds nothing to "
+                f"train from; the first one is {total.unreadable[0]}"
+            )
+        return total
 
     def waits(self) -> tuple[float, float]:
         """Seconds that a run waits for a sample's features: from pictures, and from this cache."""
-        number = next((n for n in range(len(self.catalog)) if self._record(n).samples), None)
-        if number is None:
-            raise UserError(f"{self.training.config.webdataset_path}: no sample could be read, see above")
+        number = next(number for number in range(len(self.catalog)) if self._record(number).samples)
         shards = self.catalog.shard(number), shard_at(self._path(number))
         origin = Origin.read(str(self.out))
         return seconds_per_sample(self.training, self.work, self.reader, shards, origin, TIMED_SAMPLES)

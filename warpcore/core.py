@@ -193,6 +193,7 @@ class WarpCore(UseCase):
         self.checkpoints.wait()
         if fault is not None:
             raise fault
+        self.feed.check_read()
 
     def _start_profiling(self) -> None:
         """Record a few updates, if the config asks for it, on the main process."""

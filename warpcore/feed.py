@@ -28,6 +28,7 @@ from warpcore.data.shards import resolve_sources
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
 from warpcore.processes import Processes
+from warpcore.text import counted
 
 SURVEYED_ROWS = 1_000_000
 """Up to this number of rows, a run says at its start how many its filters leave; a pass over more takes too long."""
@@ -87,6 +88,9 @@ class Feed:
             )
         self.bad_samples = saved["bad_samples"] if saved else 0
         self._bad_in_a_row = saved["bad_in_a_row"] if saved else 0
+        self._num_consumed = self._num_read = 0
+        """Samples of this start, of all processes, and those among them that could be read."""
+        self._last_bad: BadSample | None = None
         self._number = saved["next_micro_batch"] if saved else 0
         self._lane_states = {int(lane): state for lane, state in saved["lane_states"].items()} if saved else {}
         self._lane_numbers: dict[int, int] = {}
@@ -226,6 +230,9 @@ class Feed:
             lines += [f"bad sample {event.source}: {event.reason}" for event in events]
             bad = {event.place: event for event in events}
             self.bad_samples += len(bad)
+            self._num_consumed += num_samples
+            self._num_read += num_samples - len(bad)
+            self._last_bad = events[-1] if events else self._last_bad
             for place in range(num_samples):
                 self._bad_in_a_row = self._bad_in_a_row + 1 if place in bad else 0
                 if problem is None and place in bad and self._bad_in_a_row >= self.config.max_bad_samples:
@@ -234,6 +241,14 @@ class Feed:
                         f"{bad[place].source}: {bad[place].reason}"
                     )
         return lines, problem
+
+    def check_read(self) -> None:
+        """Raises UserError where none of the samples that this start consumed, and has reported, could be read."""
+        if self._num_consumed and not self._num_read:
+            raise UserError(
+                f"none of the {counted(self._num_consumed, 'sample')} of this run could be read: it has learned "
+                f"nothing. The last one is {self._last_bad.source}: {self._last_bad.reason}"
+            )
 
     def state(self) -> dict:
         """The position after the batches taken so far, of all lanes, as JSON."""

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from families.cascade.versions import VERSIONS, Version
 from families.common.config import DiffusionConfig, GeneratorSettings
+from families.common.prompt_flags import Prompt
 from warpcore.config import FileName, Settings, Share
 from warpcore.config_keys import Steps
 from warpcore.keys import Weights
@@ -82,6 +83,6 @@ class StageCConfig(CascadeConfig):
 
     clip_image_dropout: Share = 0.9
     """Share of the samples without the image condition; at 1 the image tower is not even loaded."""
-    sample_prompts: list[str] = []
+    sample_prompts: list[Prompt] = []
     """Captions to draw at every save; without them those of held-out samples, or else of a few training samples, are
     taken."""

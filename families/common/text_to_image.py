@@ -8,12 +8,13 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import Tensor
 
 from families.common.inference import ComputeSettings, RunSettings
+from families.common.prompt_flags import Prompt, without_flags
 from warpcore.config import ConfigError
 from warpcore.config_keys import SidePx, Steps
 from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.files import why_no_file
-from warpcore.text import read_text
+from warpcore.text import read_text, shortened
 
 
 class TextToImageConfig(RunSettings, ComputeSettings):
@@ -24,11 +25,11 @@ class TextToImageConfig(RunSettings, ComputeSettings):
     of `pictures`, `pictures_2`, ... that is free."""
     overwrite: bool = False
     """Write over pictures of the same names in `output_path`."""
-    prompts: list[str] = []
+    prompts: list[Prompt] = []
     """What to draw."""
     prompt_file: Path | None = None
     """A text file with a prompt per line, drawn after `prompts`."""
-    negative_prompt: str = ""
+    negative_prompt: Prompt = ""
     """What guidance leads away from."""
     seeds: list[int] = Field([0], min_length=1)
     """Each prompt is drawn once for each of these; a seed gives the same noise whatever else is drawn."""
@@ -118,4 +119,9 @@ def _lines(path: Path | None) -> list[str]:
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ConfigError(f"prompt_file: {path} holds no prompt; write one per line")
+    for prompt in prompts:
+        try:
+            without_flags(prompt)
+        except ValueError as error:
+            raise ConfigError(f"prompt_file: {path}, {shortened(prompt)!r}: {error}") from None
     return prompts

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from families.common.autoencoders import Latent
 from families.common.config import DiffusionConfig, GeneratorSettings
 from families.common.precision import Precision
+from families.common.prompt_flags import Prompt
 from families.stable_diffusion.versions import VERSIONS, Version
 from warpcore.config import Share
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
@@ -53,7 +54,7 @@ class SdConfig(SdSettings, DiffusionConfig):
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "constant"
     """How much the loss of each noise level counts. A formula published for the error of another prediction than
     `diffusion_target` is converted."""
-    sample_prompts: list[str] = []
+    sample_prompts: list[Prompt] = []
     """Captions to draw at every save; without them those of held-out samples, or else of a few training samples, are
     taken."""
     sample_guidance: float = 7.5

@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from families.common.pictures import read_picture, size_of
+from families.common.prompt_flags import Prompt
 from families.common.text_to_image import Drawn, TextToImageConfig
 from families.stable_diffusion import build
 from families.stable_diffusion.drawing import StableDiffusionNetworks, open_loras, sampling_process, time_ids
@@ -50,7 +51,7 @@ class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
     guidance_rescale: Share = 0.0
     """Share of the guided prediction that is scaled back to the contrast of the unguided one (arXiv:2305.08891,
     section 3.4): 0.7 for networks trained with zero terminal SNR; 0 for none."""
-    negative_prompts: list[str] = []
+    negative_prompts: list[Prompt] = []
     """One for each prompt, instead of `negative_prompt`."""
     init_image: Path | None = None
     """A picture to start from instead of noise; it is scaled and cropped to the size that is drawn."""

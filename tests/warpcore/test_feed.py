@@ -50,6 +50,21 @@ def test_too_many_bad_pictures_in_a_row_stop_all_processes_at_the_same_update(tm
     assert len(read_metrics(settings)) == 2
 
 
+@pytest.mark.parametrize("what", ["pictures", "captions"])
+def test_a_run_that_could_read_none_of_its_samples_ends_with_an_error(tmp_path, what):
+    data = write_shard(tmp_path / "a.tar", 8)
+    if what == "pictures":
+        spoil(data, *range(8))
+    else:
+        data.write_bytes(data.read_bytes().replace(b"picture ", b"\xff\xfe\xfd\xfc\xfb\xfa\xf9\xf8"))
+    settings = tiny_settings(tmp_path, data, updates=1)
+    with pytest.raises(
+        UserError, match=r"none of the 4 samples of this run could be read.*The last one is .*a\.tar/0000"
+    ):
+        train_here(settings)
+    assert len(read_metrics(settings)) == 1
+
+
 def test_a_bad_validation_picture_counts_nowhere(tmp_path, capfd):
     write_shard(tmp_path / "a.tar", 8)
     write_shard(tmp_path / "whole" / "b.tar", 2, first=20)
