@@ -29,7 +29,8 @@ from warpcore.data.plan import Plan
 from warpcore.data.shards import Shard, resolve_sources
 
 ROWS_PER_SHARD = 1000
-SHARD_BYTES = 1 << 20
+SHARD_BYTES = 1 << 30
+"""Size of the tars: sparse files, which take no room. The members that their index names lie within it."""
 MTIME_NS = 1_700_000_000_000_000_000
 LINKS_PER_FILE = 50_000
 FILTERS = (["aesthetic_score", "lambda s: s > 4.5"], [["width", "height"], "lambda w, h: w*h >= 589824"])

@@ -255,6 +255,19 @@ def test_what_does_not_fit_is_refused(settings, tmp_path):
         train(settings, caches=[latents], crop_mode="random")
     with pytest.raises(UserError, match="--variants are crops of pictures"):
         make(settings, tmp_path, "again", "--features", "texts", "--variants", "2")
+    origin = Path(texts, "cache.json").read_text()
+    for damaged, told in (
+        ("{", "is incomplete"),
+        ('{"version": 1}', "is damaged"),
+        ('{"version": 2}', "not of version"),
+    ):
+        Path(texts, "cache.json").write_text(damaged)
+        with pytest.raises(UserError, match=rf"texts/cache.json .*{told}.*; make another: ") as error:
+            train(settings, caches=[texts])
+        assert told_command(str(error.value))[2] == f"{texts}_new"
+        with pytest.raises(UserError, match=rf"texts/cache.json .*{told}.*; remove the folder"):
+            make(settings, tmp_path, "texts", "--features", "texts")
+    Path(texts, "cache.json").write_text(origin)
 
 
 def test_held_out_samples_have_caches_of_their_own(settings, tmp_path):

@@ -97,7 +97,10 @@ class Origin:
             raise UserError(f"{url} is incomplete: {error}; {remedy}") from None
         if not isinstance(values, dict) or values.get("version") != CACHE_VERSION:
             raise UserError(f"{url} is not of version {CACHE_VERSION}; {remedy}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:  # of keys that are missing, or unknown
+            raise UserError(f"{url} is damaged ({error}); {remedy}") from None
 
     def fields(self, names: Collection[str]) -> dict[str, TensorField]:
         """How the loader reads these features of a sample, by their names in `Batch.extra`."""
