@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import hypothesis
 import torch
 
 from tests.many_processes import THREADS
@@ -9,6 +10,9 @@ from tests.small_cascade import small_cascade as small_cascade
 from tests.tiers import Tiers
 
 torch.set_num_threads(THREADS)
+# The same examples each time: what fails on one machine fails on all. For others: pytest --hypothesis-profile=default
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):

@@ -134,7 +134,8 @@ def _range(inside: str, pattern: str) -> _Range:
     found = None
     if match := _NUMBERS.fullmatch(inside):
         first, last, step = match.groups()
-        found = _Range(int(first), int(last), int(step or 1), len(first) if first[0] == "0" else 0)
+        padded = any(end != "0" and end.startswith("0") for end in (first, last))
+        found = _Range(int(first), int(last), int(step or 1), max(len(first), len(last)) if padded else 0)
     elif match := _LETTERS.fullmatch(inside):
         first, last, step = match.groups()
         found = _Range(ord(first), ord(last), int(step or 1), letters=True)
