@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 from families.common.hub import DownloadError, check_space, difference, expected_sha256, fetch, look_up
+from warpcore.errors import clear_errors
 
 WEIGHTS, EXAMPLES = "stabilityai/stable-cascade", "dome272/stable-cascade"
 VARIANTS = {
@@ -126,10 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")
     options = parser.parse_args(arguments)
     try:
-        download(options.words, options.folder, options.dry_run)
-    except DownloadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with clear_errors():
+            download(options.words, options.folder, options.dry_run)
     except KeyboardInterrupt:
         print("stopped; run the same command to go on from here", file=sys.stderr)
         return 130

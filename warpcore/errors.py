@@ -6,9 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from warpcore.redaction import redact, redact_output
+
 
 class UserError(ValueError):
-    """Says what is wrong, where, and what to write instead."""
+    """Says what is wrong, where, and what to write instead, without credentials."""
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class ConfigError(UserError):
@@ -24,6 +29,7 @@ def run_script(main: Callable[[], int | None]) -> None:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """A `UserError`, or a full disk, becomes one clear message and exit status 2."""
+    redact_output()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a caption is no reason to end
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

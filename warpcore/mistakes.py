@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from warpcore.errors import ConfigError
 from warpcore.keys import type_name
+from warpcore.redaction import CREDENTIALS_ELSEWHERE, has_credentials
 from warpcore.safe_yaml import MAX_LEVELS
 from warpcore.text import brief, is_whole, shortened
 
@@ -42,6 +43,8 @@ def _problem_of(value: Any, levels: int = MAX_LEVELS) -> str:
         return f"integers go from {-MAX_INTEGER} to {MAX_INTEGER}"
     if isinstance(value, str) and not is_whole(value):
         return "text can't hold the character zero, or half a character (a surrogate, or bytes that are not UTF-8)"
+    if isinstance(value, str) and has_credentials(value):
+        return f"a URL is written without credentials, as they would be saved with the config. {CREDENTIALS_ELSEWHERE}"
     return ""
 
 

@@ -6,6 +6,8 @@ import sys
 import torch
 from tqdm import tqdm
 
+from warpcore.redaction import redact
+
 _SECONDS_BETWEEN_LINES_IN_A_LOG = 30
 
 
@@ -34,7 +36,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""
         if not self._bar.disable:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(redact(text), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.refresh()

@@ -9,6 +9,7 @@ from typing import Any
 
 from warpcore.errors import UserError
 from warpcore.files import read_bytes
+from warpcore.redaction import redact
 
 _BROKEN = re.compile("[\0\ud800-\udfff]")
 # The longer mark first: that of UTF-16 is how the one of UTF-32 begins.
@@ -81,8 +82,9 @@ def is_whole(text: str) -> bool:
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """The text, cut off where it has more characters than `most`."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+    """The text without credentials, cut off where it has more characters than `most`."""
+    start = redact(text[: 10 * most])  # before it is cut off: half a password does not look like one
+    return start if len(text) <= most else f"{start[:most]}... ({len(text)} characters)"
 
 
 def brief(value: Any) -> str:
@@ -95,6 +97,9 @@ class _Brief(reprlib.Repr):
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother = 4, 200, 200
         self.maxlist = self.maxtuple = self.maxset = self.maxdict = 10
+
+    def repr_str(self, value: str, level: int) -> str:
+        return super().repr_str(redact(value[: 10 * self.maxstring]), level)
 
     def repr_int(self, value: int, level: int) -> str:
         if value.bit_length() > 256:  # Python refuses to write a number of thousands of digits

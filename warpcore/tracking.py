@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from warpcore.redaction import redact
+
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_SECONDS = 30
@@ -121,7 +123,7 @@ class Trackers(Tracker):
         self._each("images", update, name, picture, caption)
 
     def alert(self, title, text):
-        self._each("alert", title, text)
+        self._each("alert", title, redact(text))
 
     def close(self):
         self._each("close")
@@ -155,7 +157,7 @@ def make_tracker(
         resume_update: the update whose checkpoint the run goes on from; None for a fresh run.
         name: shown by wandb; default: the folder's name.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), json.loads(redact(json.dumps(dict(config))))
     trackers: list[Tracker] = []
     if wandb_project:
         trackers.append(Wandb(wandb_project, wandb_entity, folder, run_id, config, name or folder.resolve().name))

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from warpcore.data.reader import Batch, Reader
 from warpcore.data.samples import MicroBatch
 from warpcore.errors import UserError
+from warpcore.redaction import redact_output
 from warpcore.signals import STOP_SIGNALS
 
 SHARED_MEMORY = "/dev/shm"
@@ -297,6 +298,7 @@ def _as_it_is(batch: Batch) -> Batch:
 def _start_worker(_: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    redact_output()
     cv2.setNumThreads(0)
 
 

@@ -14,6 +14,7 @@ from warpcore.data.braces import Braces
 from warpcore.data.storage import complete_url, is_remote, read_ranges, storage_for
 from warpcore.data.storage_protocol import COMPRESSED_ENDINGS, TAR_ENDINGS
 from warpcore.errors import UserError
+from warpcore.redaction import CREDENTIALS_ELSEWHERE, has_credentials
 from warpcore.safe_yaml import parse_yaml
 from warpcore.text import brief, decode_text, shortened
 
@@ -210,7 +211,11 @@ def _shards(text: str, folder: str) -> Iterator[Shard]:
 
 
 def _literal(text: str, folder: str) -> str:
-    """The complete URL of a path as it is written."""
+    """The complete URL of a path as it is written. Raises UserError where it holds credentials."""
+    if has_credentials(text):
+        raise UserError(
+            f"webdataset_path: {text!r} holds credentials; write the URL without them. {CREDENTIALS_ELSEWHERE}"
+        )
     if re.match(r"[A-Za-z][A-Za-z0-9]+:", text) or text.startswith("~"):
         return complete_url(text)
     return f"{folder}/{text}" if is_remote(folder) else complete_url(os.path.join(folder, text))
