@@ -184,7 +184,7 @@ def _read_jpeg(
             raise BadPicture("the JPEG's data is damaged")
         stored = _Stored(pixels, upright, orientation, reduction)
         last = pixels[-1, -1]
-    if all(value in jpeg_scans.GREY for value in last) and jpeg_scans.ran_out(data, scans.end):
+    if all(value in jpeg_scans.GREY for value in last) and jpeg_scans.ran_out(data, scans):
         raise BadPicture("the JPEG is cut off: its data ends before the picture does, of which the rest would be grey")
     return stored
 

@@ -29,11 +29,13 @@ class Scan(NamedTuple):
 
 
 class Scans(NamedTuple):
-    """The scans of a picture from `start` to its end marker at `end`."""
+    """The scans of a picture."""
 
     found: list[Scan]
-    start: int
-    end: int
+    last: int
+    """Where the marker of the last one is."""
+    size: int
+    """Bytes of all at most, with markers and tables."""
     arithmetic: bool
     """Not Huffman coded."""
 
@@ -49,7 +51,7 @@ def blocks(header: JpegImagePlugin.JpegImageFile) -> float:
 
 def scans(data: bytes, header: JpegImagePlugin.JpegImageFile) -> Scans:
     """The scans that are decoded. Raises ValueError where there is no end marker."""
-    found, start, arithmetic = [], 0, False
+    found, start, last, arithmetic = [], 0, 0, False
     marker = _MARKER.search(data, 2)
     try:
         while marker[0] != END:
@@ -57,17 +59,17 @@ def scans(data: bytes, header: JpegImagePlugin.JpegImageFile) -> Scans:
             (size,) = struct.unpack_from(">H", data, at + 2)
             arithmetic = arithmetic or marker[0] in _ARITHMETIC
             if marker[0] == START_OF_SCAN:
-                start = start or at
+                start, last = start or at, at
                 count = data[at + 4]
                 first, last, bits = data[at + 5 + 2 * count : at + 8 + 2 * count]
                 found.append(Scan(data[at + 5 : at + 5 + 2 * count : 2], first, last, bits & 15))
                 if "progressive" not in header.info and count == len(header.layer):
-                    # libjpeg reads no other scan. This search is fast, and no end marker can be in a scan's data.
-                    return Scans(found, start, data.index(END, at + 2 + size), arithmetic)
+                    # libjpeg reads no other scan. The search from behind is a hundred times faster.
+                    return Scans(found, at, data.rindex(END, at + 2 + size) - at, arithmetic)
             marker = _MARKER.search(data, at + 2 + size)
     except (struct.error, ValueError, IndexError, TypeError):  # there is no marker, or less than it announces
         raise ValueError("the JPEG is cut off: it has no end marker") from None
-    return Scans(found, start, marker.start(), arithmetic)
+    return Scans(found, last, marker.start() - start, arithmetic)
 
 
 def are_complete(found: list[Scan], header: JpegImagePlugin.JpegImageFile) -> bool:
@@ -81,8 +83,8 @@ def are_complete(found: list[Scan], header: JpegImagePlugin.JpegImageFile) -> bo
     for scan in found:
         for component in scan.components:
             if component in missing_bits:
-                for number in range(scan.first, min(scan.last, _BLOCK_PIXELS - 1) + 1):
-                    missing_bits[component][number] = scan.lowest_bit
+                numbers = slice(scan.first, min(scan.last + 1, _BLOCK_PIXELS))
+                missing_bits[component][numbers] = [scan.lowest_bit] * len(missing_bits[component][numbers])
     return not any(missing_bits[header.layer[0][0]]) and not any(bits[0] for bits in missing_bits.values())
 
 
@@ -92,9 +94,9 @@ def check(data: bytes, header: JpegImagePlugin.JpegImageFile) -> Scans:
     # A block of a progressive JPEG takes a bit or more (one code of the later scans may stand for 32,767 blocks), any
     # other one two. Arithmetic coding has no such bound.
     bits = 0 if told.arithmetic else 1 if "progressive" in header.info else 2
-    if told.end - told.start < blocks(header) * bits / 8:
+    if told.size < blocks(header) * bits / 8:
         raise ValueError(
-            f"the JPEG is damaged: its data is too short for its size ({told.end - told.start:,} bytes for "
+            f"the JPEG is damaged: its data is too short for its size ({told.size:,} bytes for "
             f"{header.width} x {header.height} px)"
         )
     if not are_complete(told.found, header):
@@ -102,9 +104,12 @@ def check(data: bytes, header: JpegImagePlugin.JpegImageFile) -> Scans:
     return told
 
 
-def ran_out(data: bytes, end: int) -> bool:
-    """Whether a JPEG has less data than its picture, of which libjpeg makes the rest grey: the end tells it from grey
-    rows. Data before the end marker at `end` changes the picture only where data was missing."""
+def ran_out(data: bytes, scans: Scans) -> bool:
+    """Whether a JPEG has less data than its picture.
+
+    Of the rest libjpeg makes grey rows. What tells them from a picture's own: data before the end marker changes them.
+    """
+    end = data.index(END, scans.last)  # 0xff in a scan's data is followed by 0
     small, other = (_in_eighths(one) for one in (data, data[:end] + _FILLING + data[end:]))
     return not np.array_equal(small, other)
 

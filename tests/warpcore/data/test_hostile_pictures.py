@@ -11,11 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from families.common.pictures import read_picture
 from tests.bounds import bounded
 from tests.warpcore.data.test_images import encoded, textured
 from tools.build_dataset import build_dataset
-from warpcore.data.images import BadPicture, check, decode
+from warpcore.data.images import BadPicture, check, decode, decode_alike, place
 from warpcore.data.member_headers import picture_size
+from warpcore.errors import UserError
 
 SIZE = 64, 64
 END = b"\xff\xd9"
@@ -207,6 +209,20 @@ def test_a_dataset_is_built_without_them(tmp_path):
     }
 
 
+def test_a_picture_for_inference_is_refused_by_name(tmp_path):
+    bomb, cut, path = webp(9500), encoded(textured(200, 300), "JPEG"), tmp_path / "picture"
+    for data, reason in ((bomb, "too much memory"), (cut[: len(cut) // 2] + END, "cut off")):
+        path.write_bytes(data)
+        with bounded(tmp_path, seconds=1), pytest.raises(UserError, match=rf"{path} cannot be read .*{reason}"):
+            read_picture(path, SIZE)
+
+
+def test_a_mask_is_bound_as_a_picture_is(tmp_path):
+    geometry = place((9500, 9500), SIZE)
+    with bounded(tmp_path, seconds=1), pytest.raises(BadPicture, match="too much memory"):
+        decode_alike(webp(9500), geometry)
+
+
 # Any damage
 
 KINDS = {
@@ -242,8 +258,8 @@ changes = st.lists(
 
 
 def changed(data: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
-    for what, place, content in changes:
-        at = place % (len(data) + 1)
+    for what, position, content in changes:
+        at = position % (len(data) + 1)
         following = {
             "set": data[at + len(content) :],
             "cut": END,
