@@ -87,10 +87,18 @@ def _has_weights(family: Family, file: Path) -> bool:
 def _indexes(folder: Path) -> list[dict[str, Any]]:
     """What a folder says that it holds; where it says nothing, what those directly inside say of themselves."""
     for pattern in (*INDEXES, *(f"*/{name}" for name in INDEXES)):
-        read = [json.loads(read_text(file)) for file in sorted(folder.glob(pattern))]
+        read = [_json(file) for file in sorted(folder.glob(pattern))]
         if found := [index for index in read if isinstance(index, dict)]:
             return found
     return []
+
+
+def _json(file: Path) -> Any:
+    text = read_text(file)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
 
 
 def _what(path: Path) -> str:

@@ -109,6 +109,13 @@ def test_a_pipeline_s_index_counts_more_than_its_parts(tmp_path):
         registry.family_of(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "9" * 5000])
+def test_an_index_that_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json cannot be read as JSON: .{,200}$"):
+        registry.family_of(tmp_path)
+
+
 def test_metadata_that_names_a_family_counts_more_than_tensors(networks, tmp_path):
     file = written(tmp_path / "c.safetensors", networks["stage_c"], family="another")
     with pytest.raises(UserError, match="is a file of no family"):

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 from warpcore.data import s3_requests
+from warpcore.data.globs import matching
 from warpcore.data.s3_requests import ask, bare_etag, list_tars, split
 from warpcore.data.storage_protocol import ChangedShardError, Version
-from warpcore.errors import UserError
-from warpcore.patterns import searching
 
 COALESCED_BYTES = 64 << 10
 """Ranges with no more than this between them are one request: the members of a sample, mostly."""
@@ -33,11 +32,10 @@ class S3Storage:
 
     def glob(self, pattern: str) -> list[tuple[str, int, str]]:
         bucket, key = split(pattern)
-        fits, literal = _glob(key), re.split(r"[*?\[]", key)[0]
+        literal = re.split(r"[*?\[]", key)[0]
         folder = f"s3://{bucket}/{literal.rpartition('/')[0]}"
-        listed = list(list_tars(bucket, literal))
-        with searching(f"webdataset_path: {pattern}", seconds=30):
-            found = sorted(one for one in listed if fits.fullmatch(split(one[0])[1]))
+        listed = {split(one[0])[1]: one for one in list_tars(bucket, literal)}
+        found = sorted(listed[key] for key in matching(listed, key))
         return [one for one in found if "/." in pattern or not _is_hidden(one[0], folder)]
 
     def is_folder(self, url: str) -> bool:
@@ -158,19 +156,6 @@ def _as_folder(key: str) -> str:
 
 def _is_hidden(url: str, folder: str) -> bool:
     return "/." in url[len(folder.rstrip("/")) :]
-
-
-def _glob(pattern: str) -> re.Pattern:
-    """`*`, `?` and `[...]` stop at a slash, `**` does not."""
-    parts = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    found = ""
-    for piece in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
-        is_set = piece.startswith("[") and piece.endswith("]")
-        found += re.sub(r"^\[!", "[^", piece.replace("\\", r"\\")) if is_set else parts.get(piece, re.escape(piece))
-    try:
-        return re.compile(found, re.DOTALL)
-    except re.error as error:
-        raise UserError(f"webdataset_path: {pattern}: what is in brackets is no set of letters: {error}") from None
 
 
 def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -153,7 +153,7 @@ def _entries(
         if set(value) - {"path", "weight"} or "path" not in value:
             raise UserError(f"webdataset_path: expected {{path: ..., weight: 2}}, found {brief(value)}")
         yield from _entries(value["path"], folder, _checked_weight(value, weight), within)
-    elif not isinstance(value, str | Path) or not str(value):
+    elif not isinstance(value, str | Path) or not str(value) or not _can_be_a_name(str(value)):
         raise UserError(f"webdataset_path: expected a path, URL or list of those, found {brief(value)}")
     elif str(value).endswith((".yml", ".yaml")):
         if within:
@@ -161,6 +161,13 @@ def _entries(
         yield from _yaml_entries(_literal(str(value), folder), weight)
     else:
         yield weight, str(value), folder
+
+
+def _can_be_a_name(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)  # names of files need not be UTF-8
+    except UnicodeEncodeError:
+        return False
 
 
 def _checked_weight(entry: dict, outer: float) -> float:

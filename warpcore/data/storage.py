@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from warpcore.data.globs import matching
 from warpcore.data.storage_protocol import (
     COMPRESSED_ENDINGS,
     TAR_ENDINGS,
@@ -55,7 +56,11 @@ class LocalStorage:
                     yield entry.path, *_stat_of_tar(entry.path)
 
     def glob(self, pattern: str) -> list[tuple[str, int, str]]:
-        paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        if "**" in pattern.split("/"):  # where links lead in circles, `glob` would go round them
+            folders = filter(os.path.isdir, glob.glob(pattern.partition("/**")[0] or "/"))
+            found = {path: (path, *version) for folder in folders for path, *version in self._walk(folder)}
+            return sorted(found[path] for path in matching(found, pattern))
+        paths = sorted(path for path in glob.glob(pattern) if not os.path.isdir(path))
         return [(path, *_stat_of_tar(path)) for path in paths if path.endswith(TAR_ENDINGS)]
 
     def is_folder(self, url: str) -> bool:

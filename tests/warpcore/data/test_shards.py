@@ -7,6 +7,7 @@ import pytest
 from tests.bounds import bounded
 from tests.warpcore.data.tars import write_shard
 from warpcore.data import storage
+from warpcore.data.globs import matching
 from warpcore.data.shards import folders_named_whole, named_folders, resolve_sources
 from warpcore.data.storage import read_ranges
 from warpcore.data.storage_protocol import ChangedShardError
@@ -152,6 +153,27 @@ def test_a_million_paths_of_which_none_is_there_end_soon(folder):
         resolve_sources("data/0" + "{0,1}" * 20 + ".tar")
     with bounded(folder), pytest.raises(UserError, match=r"names .*data/00000\.tar twice"):
         resolve_sources("data/0000" + "{,}" * 20 + "0.tar")
+
+
+@pytest.mark.parametrize(("path", "expected"), [("data/**/*.tar", ALL), ("dat?/**", ALL), ("**/more/*.tar", ALL[3:])])
+def test_links_that_lead_in_circles_are_followed_once(folder, path, expected):
+    for name in "abcdef":
+        (folder / "data" / name).symlink_to(".")
+        (folder / "data" / "more" / name).symlink_to("..")
+    with bounded(folder):
+        assert names(path, folder) == [(1.0, expected)]
+
+
+def test_a_glob_in_which_no_set_of_letters_is_one_is_refused():
+    with pytest.raises(UserError, match=r"data/\*\*/\[9-0\].*no set of letters"):
+        matching(["a"], "data/**/[9-0]")
+
+
+@pytest.mark.parametrize("name", ['"a\\0.tar"', '"a\\ud800.tar"'])
+def test_a_name_that_no_file_can_have_is_refused(folder, name):
+    (folder / "sets.yml").write_text(f"- {name}\n")
+    with pytest.raises(UserError, match="expected a path, URL or list of those, found 'a"):
+        resolve_sources("sets.yml")
 
 
 def test_a_yml_that_grows_by_aliases_is_refused(folder):
