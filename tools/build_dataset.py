@@ -24,8 +24,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from families.common.captions import CLIP_LENGTH, is_cut
 from families.common.members import SIDE_MEMBERS
 from modules.tokenizers import BytePairTokenizer
@@ -43,6 +41,7 @@ from warpcore.data.shards import Shard
 from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
 from warpcore.processes import Processes, start_processes, stop_processes
+from warpcore.progress_bar import ProgressBar
 from warpcore.random import stable_hash
 from warpcore.text import counted, format_bytes
 
@@ -305,7 +304,7 @@ def _load_all(
     load: Callable[[Entry], Outcome] = load_sample,
 ) -> Iterator[tuple[Entry, Outcome]]:
     """Load pictures in threads, a few at a time, in order; `check` is called in between."""
-    progress = tqdm(total=len(entries), unit="picture", desc=what, mininterval=0.5, disable=not shown)
+    progress = ProgressBar(total=len(entries), unit="picture", desc=what, mininterval=0.5, disable=not shown)
     with ThreadPoolExecutor() as pool, progress:
         for start in range(0, len(entries), _CHECKED_TOGETHER):
             check()

@@ -28,7 +28,6 @@ from typing import TextIO, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from families.common.cache import buckets_of, origin_of
 from families.common.cache_commands import KINDS
@@ -61,6 +60,7 @@ from warpcore.errors import UserError, run_script
 from warpcore.files import open_plain
 from warpcore.locks import lock_file
 from warpcore.processes import stop_processes
+from warpcore.progress_bar import ProgressBar
 from warpcore.random import SampleRandom
 from warpcore.rehearsal import load_use_case
 from warpcore.text import counted, format_bytes
@@ -221,16 +221,24 @@ class Caching:
         planned = (one for chunk in ahead for one in chunk.micro_batches)
         others = f", {processes.count} processes" if processes.count > 1 else ""
         with (
-            Loader(planned, self.reader, num_workers=self.training.config.num_workers, device=self.training.device)
-            as loader,
-            tqdm(total=int(sum(self.catalog.rows[number] for number in own)), unit="row", desc=f"caching{others}",
-                 disable=not processes.is_main, mininterval=0.5) as progress,
-        ):  # fmt: skip
+            Loader(
+                planned, self.reader, num_workers=self.training.config.num_workers, device=self.training.device
+            ) as loader,
+            ProgressBar(
+                total=int(sum(self.catalog.rows[number] for number in own)),
+                unit="row",
+                desc=f"caching{others}",
+                disable=not processes.is_main,
+                mininterval=0.5,
+            ) as progress,
+        ):
             batches = iter(loader)
             for number in own:
                 self._encode_shard(number, chunks, batches, progress)
 
-    def _encode_shard(self, number: int, chunks: Iterator[Chunk], batches: Iterator[Batch], progress: tqdm) -> None:
+    def _encode_shard(
+        self, number: int, chunks: Iterator[Chunk], batches: Iterator[Batch], progress: ProgressBar
+    ) -> None:
         began, shard = time.perf_counter(), self.catalog.shard(number)
         record = Record((shard.size_bytes, shard.content), rejected=dict(self.work.select(number).rejected))
         with new_tar(self._path(number), record, self.dtype) as tar:

@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import chain
 
-from tqdm import tqdm
-
 from tools.arguments import worker_count
 from tools.shared_work import ALONE, SharedWork
 from warpcore.data.catalog import read_summaries, told_of_older_indexes, write_manifests
@@ -34,6 +32,7 @@ from warpcore.data.storage import complete_url, is_remote, storage_for
 from warpcore.data.tars import BLOCK_BYTES, read_samples
 from warpcore.errors import UserError, run_script
 from warpcore.processes import Processes, start_processes, stop_processes
+from warpcore.progress_bar import ProgressBar
 from warpcore.text import format_bytes
 
 REMOTE_BLOCK_BYTES = 512 << 10
@@ -115,7 +114,7 @@ def _index(shards: Sequence[Shard], num_workers: int, shown: bool) -> tuple[dict
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(shards)), context, initializer=_end_with_parent) as pool:
         tasks = {pool.submit(index_shard, shard): shard for shard in shards}
-        with tqdm(
+        with ProgressBar(
             total=sum(shard.size_bytes for shard in shards), unit="B", unit_scale=True, disable=not shown
         ) as progress:
             for task in as_completed(tasks):

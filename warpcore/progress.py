@@ -4,11 +4,9 @@ import resource
 import sys
 
 import torch
-from tqdm import tqdm
 
+from warpcore.progress_bar import ProgressBar
 from warpcore.redaction import redact
-
-_SECONDS_BETWEEN_LINES_IN_A_LOG = 30
 
 
 class Progress:
@@ -16,11 +14,14 @@ class Progress:
 
     def __init__(self, shown: bool, updates: int, update: int, device: torch.device):
         self.device = device
-        interactive = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=updates, initial=update, disable=not shown, unit="update", dynamic_ncols=interactive,
-            mininterval=0.5 if interactive else _SECONDS_BETWEEN_LINES_IN_A_LOG,
-        )  # fmt: skip
+        self._bar = ProgressBar(
+            total=updates,
+            initial=update,
+            disable=not shown,
+            unit="update",
+            dynamic_ncols=sys.stderr.isatty(),
+            mininterval=0.5,
+        )
 
     def show(self, line: dict) -> None:
         """Show a line of the metrics."""
@@ -36,7 +37,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""
         if not self._bar.disable:
-            tqdm.write(redact(text), file=sys.stderr)
+            ProgressBar.write(redact(text), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.refresh()

@@ -20,11 +20,10 @@ from types import ModuleType
 from typing import BinaryIO
 from urllib.parse import urljoin, urlsplit
 
-from tqdm import tqdm
-
 from families.common.known_hashes import PINNED, RECORDED, known_hash, record_hash
 from warpcore.errors import UserError
 from warpcore.files import open_plain, open_to_read
+from warpcore.progress_bar import ProgressBar
 
 BLOCK_BYTES = 1 << 24
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -204,7 +203,7 @@ def _receive(file: RemoteFile, opened: BinaryIO) -> None:
     """Appends what is missing of a file; a connection that breaks off or stalls is followed by another one."""
     _, errors = _library()
     failures = 0
-    with tqdm(desc=file.name, total=file.size_bytes, unit="B", unit_scale=True, mininterval=1) as progress:
+    with ProgressBar(desc=file.name, total=file.size_bytes, unit="B", unit_scale=True, mininterval=1) as progress:
         while (before := opened.tell()) < file.size_bytes:
             fault: object = "the connection ended early"
             try:
@@ -222,7 +221,7 @@ def _receive(file: RemoteFile, opened: BinaryIO) -> None:
                 time.sleep(PAUSE_SECONDS * 2**failures)
 
 
-def _append(file: RemoteFile, opened: BinaryIO, progress: tqdm) -> None:
+def _append(file: RemoteFile, opened: BinaryIO, progress: ProgressBar) -> None:
     """One request for what is missing.
 
     Raises:

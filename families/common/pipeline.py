@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from families.common.inference import ComputeSettings
 from warpcore.config import Settings
 from warpcore.processes import choose_device, choose_dtype
+from warpcore.progress_bar import ProgressBar
 
 Network = TypeVar("Network", bound=nn.Module)
 Size = tuple[int, int]
@@ -75,7 +75,7 @@ class Pipeline:
         most = self.settings.batch_size
         batches = [rows[i : i + most] for rows in groups.values() for i in range(0, len(rows), most)]
         made: dict[int, Tensor] = {}
-        for rows in tqdm(batches, desc=name, unit="batch"):
+        for rows in ProgressBar(batches, desc=name, unit="batch"):
             made |= zip(rows, work(rows).float().cpu(), strict=True)
         return [made[row] for row in range(len(kinds))]
 

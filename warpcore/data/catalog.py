@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from warpcore.data.identity import remembered, same_blocks
 from warpcore.data.index import MANIFEST_NAME, UNREADABLE, Summary, has_older_index, index_shard, read_summary
@@ -28,6 +27,7 @@ from warpcore.data.sidecars import ABSENT, locations, write_beside
 from warpcore.data.storage import in_parallel, is_remote, real_url, storage_for
 from warpcore.data.storage_protocol import StorageError, Version
 from warpcore.errors import UserError
+from warpcore.progress_bar import ProgressBar
 
 MANIFEST_VERSION = 3
 MAX_LISTED_SHARDS = 10_000
@@ -241,7 +241,7 @@ def index_shards(shards: Sequence[Shard]) -> Iterator[tuple[str, Summary]]:
     if told := told_of_older_indexes(shards):
         logger.warning("%s (tools/index_dataset.py does it with several processes)", told)
     what = "indexing (tools/index_dataset.py does it with several processes)"
-    with tqdm(desc=what, total=size, unit="B", unit_scale=True, delay=2, mininterval=2) as progress:
+    with ProgressBar(desc=what, total=size, unit="B", unit_scale=True, delay=2, mininterval=2) as progress:
         for shard in shards:
             yield shard.url, index_shard(shard)
             progress.update(shard.size_bytes)
@@ -298,7 +298,9 @@ def _known_summaries(shards: Sequence[Shard]) -> tuple[dict[str, Summary], int]:
 def read_summaries(shards: Sequence[Shard]) -> dict[Shard, Summary | None]:
     """`read_summary` of every shard."""
     found = in_parallel(read_summary, [(shard,) for shard in shards])
-    with tqdm(found, desc="looking for indexes", total=len(shards), unit=" tars", delay=5, mininterval=2) as progress:
+    with ProgressBar(
+        found, desc="looking for indexes", total=len(shards), unit=" tars", delay=5, mininterval=2
+    ) as progress:
         return dict(zip(shards, progress, strict=True))
 
 

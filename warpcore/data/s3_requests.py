@@ -36,12 +36,12 @@ from botocore.parsers import ResponseParserError
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import S3Store
-from tqdm import tqdm
 
 from warpcore.data.s3_errors import CREDENTIALS, brief, is_refused, reason, refusal_hint, status_of
 from warpcore.data.storage_protocol import TAR_ENDINGS, ChangedShardError, StorageError, Version
 from warpcore.errors import UserError
 from warpcore.files import read_bytes
+from warpcore.progress_bar import ProgressBar
 
 T = TypeVar("T")
 REQUEST_BYTES = 2 << 20
@@ -340,7 +340,7 @@ def list_tars(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
 def list_objects(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
     """The same of every object."""
     url, parameters = f"s3://{bucket}/{prefix}", {"Prefix": prefix}
-    with tqdm(desc=f"listing {url}", unit=" objects", delay=2, mininterval=2) as progress:
+    with ProgressBar(desc=f"listing {url}", unit=" objects", delay=2, mininterval=2) as progress:
         while parameters:
             page = ask(url, "list_objects_v2", **parameters)
             entries = page.get("Contents", ())
