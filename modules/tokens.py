@@ -117,7 +117,8 @@ class TokenRows(nn.Module):
         def start(sources: tuple[int, ...]) -> Tensor:
             if not sources:
                 return torch.zeros(encoder.width, device=device)
-            return encoder.token_embedding(torch.tensor(sources, device=device)).float().mean(dim=0)
+            rows = encoder.token_embedding(torch.tensor(sources, device=device))
+            return rows.double().mean(dim=0).float()  # the same whatever the order of summation is
 
         return cls(tokens, torch.stack([start(token.sources) for token in tokens]))
 

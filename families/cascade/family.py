@@ -1,7 +1,7 @@
 """Stable Cascade (Wuerstchen, arXiv:2306.00637) for the registry: its runs, files and folders, and what it can do."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from families.cascade.files import WEIGHT_KEYS, is_of_cascade
@@ -12,15 +12,8 @@ from families.common.weight_files import Header
 PIPELINES = ("StableCascade", "Wuerstchen")
 
 
-def _format(kind: str, source: str, target: str, function: str, *first: Any, writes_folder: bool = False):
-    """A format that a function of `families.cascade.exports` writes, which is imported when it is called."""
-
-    def write(source: Path, target: Path, arguments: list[str]) -> None:
-        from families.cascade import exports
-
-        getattr(exports, function)(*first, source, target, arguments)
-
-    return ExportFormat(kind, source, target, write, writes_folder)
+_format = partial(ExportFormat.of, "families.cascade.exports")
+_lora = partial(_format, keys="LoraExportSettings")
 
 
 class Cascade(Family):
@@ -29,24 +22,24 @@ class Cascade(Family):
     weight_keys = WEIGHT_KEYS
     formats = (
         _format("diffusers", "a run, or weights of Stage C", "a folder for StableCascadePriorPipeline, and one for "
-                "StableCascadeDecoderPipeline", "to_diffusers", writes_folder=True),
+                "StableCascadeDecoderPipeline", "to_diffusers", keys="ExportSettings", writes_folder=True),
         _format("from-diffusers", "such a folder", "a folder of our files, with the same weights", "from_diffusers",
                 writes_folder=True),
-        _format("lora", "a LoRA: a run, a file, peft's folder", "our file, which says rank, alpha and tokens",
-                "export_lora", "warpcore"),
-        _format("lora-comfyui", "the same", "a file for ComfyUI; tokens as embeddings beside it", "export_lora",
-                "comfyui"),
-        _format("lora-kohya", "the same", "a file for kohya's scripts; tokens the same way", "export_lora", "kohya"),
-        _format("lora-onetrainer", "the same", "a file for OneTrainer, with the tokens", "export_lora", "onetrainer"),
-        _format("lora-peft", "the same", "a folder for peft, on diffusers' StableCascadeUNet", "export_lora", "peft",
-                writes_folder=True),
-        _format("lora-reference", "the same", "a numbered file of the reference implementation", "export_lora",
-                "reference"),
-        _format("lora-merged", "the same", "weights of Stage C that hold it; tokens as embeddings", "merge_lora"),
+        _lora("lora", "a LoRA: a run, a file, peft's folder", "our file, which says rank, alpha and tokens",
+              "export_lora", "warpcore"),
+        _lora("lora-comfyui", "the same", "a file for ComfyUI; tokens as embeddings beside it", "export_lora",
+              "comfyui"),
+        _lora("lora-kohya", "the same", "a file for kohya's scripts; tokens the same way", "export_lora", "kohya"),
+        _lora("lora-onetrainer", "the same", "a file for OneTrainer, with the tokens", "export_lora", "onetrainer"),
+        _lora("lora-peft", "the same", "a folder for peft, on diffusers' StableCascadeUNet", "export_lora", "peft",
+              writes_folder=True),
+        _lora("lora-reference", "the same", "a numbered file of the reference implementation", "export_lora",
+              "reference"),
+        _lora("lora-merged", "the same", "weights of Stage C that hold it; tokens as embeddings", "merge_lora"),
         _format("controlnet", "a ControlNet: a run or a file", "our file, which says filter and blocks",
-                "export_controlnet", False),
+                "export_controlnet", False, keys="ControlNetExportSettings"),
         _format("controlnet-reference", "the same", "a file that the reference implementation loads",
-                "export_controlnet", True),
+                "export_controlnet", True, keys="ControlNetExportSettings"),
     )  # fmt: skip
     format_notes = """\
 Tensors keep every bit, but in lora-merged, and in lora-reference where alpha is no power of two. Tokens beside

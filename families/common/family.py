@@ -6,8 +6,9 @@ builds networks or imports diffusers, transformers or peft is imported inside it
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from families.common.weight_files import Header
 from warpcore.config import Settings
@@ -33,6 +34,33 @@ class ExportFormat:
     """Writes the target of a source, given further `key=value` arguments; see `families.common.exports`."""
     writes_folder: bool = False
     """Whether the target is a folder, and not a safetensors file."""
+    keys: Callable[[], type[Settings]] | None = None
+    """Gives the class that holds its further arguments; None where it takes none."""
+
+    @classmethod
+    def of(
+        cls,
+        module: str,
+        name: str,
+        source: str,
+        target: str,
+        function: str,
+        *first: Any,
+        keys: str | None = None,
+        writes_folder: bool = False,
+    ) -> Self:
+        """The format that a function of a module writes, called with `first` before the arguments of `write`.
+
+        The module is imported when the function, or its class of keys named `keys`, is needed.
+        """
+
+        def write(source: Path, target: Path, arguments: list[str]) -> None:
+            getattr(import_module(module), function)(*first, source, target, arguments)
+
+        def keys_of() -> type[Settings]:
+            return getattr(import_module(module), keys)
+
+        return cls(name, source, target, write, writes_folder, keys and keys_of)
 
 
 class Family:

@@ -1,33 +1,25 @@
 """Drawing with Stable Diffusion: text encoders, U-Net, autoencoder, one in memory at a time."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from families.common.lora import merge_loras, parse_lora
-from families.common.lora_formats import Lora
-from families.common.lora_training import add_tokens, missing_tokens
+from families.common.lora_training import add_tokens
 from families.common.pipeline import Pipeline, Size, sizes_of
+from families.common.precision import freeze
 from families.common.sampling import draw_latents
 from families.common.text_encoders import ClipTextEncoders
-from families.common.weight_source import listed_weights
-from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.conditions import SIZES, told
-from families.stable_diffusion.lora import encoders_by_name, networks_by_name, read_lora
+from families.stable_diffusion.lora import UNET, Loras, encoders_by_name, merge, of_network
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.tables import TableSchedule
 from warpcore.diffusion.times import TIME_RULES, Spacing, flow_times, sampling_times
 from warpcore.errors import UserError
-
-logger = logging.getLogger(__name__)
-Loras = Sequence[tuple[Mapping[str, Lora], float]]
-"""What each LoRA changes of each network (`unet`, `text_encoder`, `text_encoder_2`), and its strength."""
 
 
 class StableDiffusionNetworks(Pipeline):
@@ -42,10 +34,9 @@ class StableDiffusionNetworks(Pipeline):
 
         clip_skip: which hidden state from the end is taken, 1 being the last; None as the network was trained.
         """
-        with self.holding("text encoders", partial(build.text_encoders, device=self.device)) as encoders:
+        with self.holding("text encoders", partial(text_encoders, loras=self.loras, device=self.device)) as encoders:
             for name, encoder in encoders_by_name(encoders).items():
-                self._merge(name, encoder.model)
-                add_tokens(encoder, [(lora[name], strength) for lora, strength in self.loras if name in lora])
+                add_tokens(encoder, of_network(self.loras, name))
             if clip_skip is not None:
                 skip_layers(encoders, clip_skip)
             most = self.settings.batch_size
@@ -81,7 +72,7 @@ class StableDiffusionNetworks(Pipeline):
             start: latents (C, h, w) to begin with, see `draw_latents`; **sampling are its other arguments.
         """
         with self.holding("U-Net", partial(build.unet, dtype=self.dtype)) as unet:
-            self._merge("unet", unet)
+            merge(self.loras, UNET, unet)
             shape = (unet.config.in_channels, *size)
 
             def draw(rows: list[int]) -> Tensor:
@@ -101,8 +92,18 @@ class StableDiffusionNetworks(Pipeline):
                 lambda rows: autoencoder.decode(self.batch(latents, rows, torch.float32)),
             )
 
-    def _merge(self, name: str, network: nn.Module) -> None:
-        merge_loras(network, [(lora[name], strength) for lora, strength in self.loras if name in lora])
+
+def text_encoders(settings, loras: Loras, device: torch.device) -> ClipTextEncoders:
+    """The text encoders with what LoRAs change of them, in their precision."""
+    precision = settings.text_encoder_precision
+    if loras and precision == "nf4":  # four bits cannot be changed: they are made of the changed weights
+        settings = settings.model_copy(update={"text_encoder_precision": "bfloat16"})
+    encoders = build.text_encoders(settings, device)
+    for name, encoder in encoders_by_name(encoders).items():
+        merge(loras, name, encoder.model)
+        if precision != settings.text_encoder_precision:
+            freeze(encoder.model, precision, build.TEXT, device)
+    return encoders
 
 
 def skip_layers(encoders: ClipTextEncoders, clip_skip: int) -> None:
@@ -121,28 +122,6 @@ def skip_layers(encoders: ClipTextEncoders, clip_skip: int) -> None:
 def time_ids(original: Size, crop: tuple[int, int], size: Size) -> dict[str, Tensor]:
     """SDXL's six numbers (1, 6), as a condition: true size, top left corner of the crop, and size (H, W) in pixels."""
     return {SIZES: torch.tensor([[*original, *crop, *size]], dtype=torch.float32)}
-
-
-def open_loras(files: Sequence[str], settings, use_ema: bool = True) -> Loras:
-    """Read LoRAs, written as FILE[:STRENGTH], for the networks that the settings name.
-
-    A FILE may be the folder of a training run; use_ema takes its averaged weights, where there are some.
-
-    Raises:
-        LoraFileError: a file is missing or made for another network.
-    """
-    if not files:
-        return []
-    with only_shapes():
-        networks = networks_by_name(build.unet(settings), build.text_encoders(settings))
-    opened = []
-    for place, strength in map(parse_lora, files):
-        found = read_lora(listed_weights(place, "lora", use_ema), networks, settings.model_version)
-        opened.append((found, strength))
-        for lora in found.values():
-            if lora.missing_tokens:
-                logger.warning("%s: %s. Add the embeddings to `lora`", place, missing_tokens(lora))
-    return opened
 
 
 def sampling_process(

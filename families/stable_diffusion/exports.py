@@ -11,17 +11,23 @@ from torch import Tensor, nn
 
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import constructor_numbers
-from families.common.lora import merge_loras, parse_lora
 from families.common.lora_files import lora_files
 from families.common.lora_training import missing_tokens
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
-from families.common.weight_source import listed_weights
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.components import TITLES, VERSION_KEY
 from families.stable_diffusion.diffusers_folder import pipeline
 from families.stable_diffusion.inference import SdInferenceSettings
-from families.stable_diffusion.lora import encoders_by_name, networks_by_name, read_lora, version_of
+from families.stable_diffusion.lora import (
+    UNET,
+    encoders_by_name,
+    merge,
+    networks_by_name,
+    open_loras,
+    read_lora,
+    version_of,
+)
 from families.stable_diffusion.single_file import CONFIG_KEY, ZERO_SNR_KEY, single_file_tensors
 from warpcore.config import load_config
 from warpcore.errors import UserError
@@ -104,19 +110,20 @@ def read_settings(source: Path, arguments: list[str]) -> ExportSettings:
 
 def open_networks(settings: ExportSettings) -> Networks:
     """The networks of the settings in float32, with their LoRAs."""
-    found = Networks({"unet": build.unet(settings)}, {})
+    loras = open_loras(settings.lora, settings, settings.use_ema)
+    found = Networks({UNET: build.unet(settings)}, {})
+    merge(loras, UNET, found.modules[UNET])
     if not settings.only_unet:
         found.modules["vae"] = build.autoencoder(settings).model
         for name, encoder in encoders_by_name(build.text_encoders(settings)).items():
+            merge(loras, name, encoder.model)
             found.modules[name] = encoder.model if name == "text_encoder_2" else without_projection(encoder.model)
             found.tokenizers[name.replace("text_encoder", "tokenizer")] = encoder.tokenizer
-    adapted = {name: module for name, module in found.modules.items() if name != "vae"}
-    for place, strength in map(parse_lora, settings.lora):
-        loras = read_lora(listed_weights(place, "lora", settings.use_ema), adapted, settings.model_version)
-        for name, lora in loras.items():
-            merge_loras(adapted[name], [(lora, strength)])
-        if any(lora.tokens for lora in loras.values()):
+    for place, (lora, _) in zip(settings.lora, loras, strict=True):
+        if any(own.tokens for own in lora.values()):
             print(f"The tokens of {place} are not in it: lora-kohya and lora-diffusers write them as embeddings.")
+        if settings.only_unet and any(own.adapters for name, own in lora.items() if name != UNET):
+            print(f"What {place} changes of the text encoders is not in it: only_unet leaves them out.")
     return found
 
 

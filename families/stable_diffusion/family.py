@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from families.common.family import RECONSTRUCTION, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
@@ -19,15 +19,8 @@ LORA_NAMES = re.compile(
 NETWORKS = ("UNet2DConditionModel", "AutoencoderKL")
 
 
-def _format(name: str, source: str, target: str, function: str, *first: Any, writes_folder: bool = False):
-    """A format that a function of `families.stable_diffusion.exports` writes, which is imported when it is called."""
-
-    def write(source: Path, target: Path, arguments: list[str]) -> None:
-        from families.stable_diffusion import exports
-
-        getattr(exports, function)(*first, source, target, arguments)
-
-    return ExportFormat(name, source, target, write, writes_folder)
+_format = partial(ExportFormat.of, "families.stable_diffusion.exports")
+_lora = partial(_format, keys="LoraExportSettings")
 
 
 class StableDiffusion(Family):
@@ -39,14 +32,15 @@ class StableDiffusion(Family):
 
     formats = (
         _format("single-file", "a run, a single file, a pipeline's folder",
-                "a checkpoint in one file, for A1111, Forge and ComfyUI", "to_single_file"),
+                "a checkpoint in one file, for A1111, Forge and ComfyUI", "to_single_file",
+                keys="ExportSettings"),
         _format("diffusers", "the same", "a folder for StableDiffusion(XL)Pipeline",
-                "to_diffusers", writes_folder=True),
-        _format("lora", "a LoRA: a run, a file, peft's folder", "our file, which holds its tokens", "export_lora",
-                "warpcore"),
-        _format("lora-kohya", "the same", "a file for kohya's scripts, A1111, Forge and "
-                "ComfyUI", "export_lora", "kohya"),
-        _format("lora-diffusers", "the same", "a file for diffusers' load_lora_weights", "export_lora", "diffusers"),
+                "to_diffusers", keys="ExportSettings", writes_folder=True),
+        _lora("lora", "a LoRA: a run, a file, peft's folder", "our file, which holds its tokens", "export_lora",
+              "warpcore"),
+        _lora("lora-kohya", "the same", "a file for kohya's scripts, A1111, Forge and "
+              "ComfyUI", "export_lora", "kohya"),
+        _lora("lora-diffusers", "the same", "a file for diffusers' load_lora_weights", "export_lora", "diffusers"),
     )  # fmt: skip
     format_notes = """\
 Of the first two, export_dtype chooses the precision, only_unet leaves out autoencoder and text encoders, and lora adds

@@ -1,17 +1,26 @@
 """LoRA and trained tokens on Stable Diffusion's U-Net and text encoders: networks by name, and their files."""
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
+from families.common.lora import merge_loras, parse_lora
 from families.common.lora_files import DIFFUSERS_FILE, read_loras
 from families.common.lora_formats import Lora, LoraFileError, peft
+from families.common.lora_training import missing_tokens
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders
 from families.common.weight_files import read_header
+from families.common.weight_source import listed_weights
+from families.common.weights import only_shapes
+from families.stable_diffusion import build
 from families.stable_diffusion.versions import TITLES
 
+logger = logging.getLogger(__name__)
+Loras = Sequence[tuple[Mapping[str, Lora], float]]
+"""What each LoRA changes of each network (`unet`, `text_encoder`, `text_encoder_2`), and its strength."""
 UNET = "unet"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """The networks of a pipeline, as LoRA files call them."""
@@ -30,6 +39,38 @@ def encoders_by_name(text: ClipTextEncoders) -> dict[str, ClipTextEncoder]:
 def networks_by_name(unet: nn.Module, text: ClipTextEncoders) -> dict[str, nn.Module]:
     """The libraries' networks by the names that a pipeline has for them."""
     return {UNET: unet} | {name: encoder.model for name, encoder in encoders_by_name(text).items()}
+
+
+def open_loras(files: Sequence[str], settings, use_ema: bool = True) -> Loras:
+    """Read LoRAs, written as FILE[:STRENGTH], for the networks that the settings name.
+
+    A FILE may be the folder of a training run; use_ema takes its averaged weights, where there are some.
+
+    Raises:
+        LoraFileError: a file is missing or made for another network.
+    """
+    if not files:
+        return []
+    with only_shapes():
+        networks = networks_by_name(build.unet(settings), build.text_encoders(settings))
+    opened = []
+    for place, strength in map(parse_lora, files):
+        found = read_lora(listed_weights(place, "lora", use_ema), networks, settings.model_version)
+        opened.append((found, strength))
+        for lora in found.values():
+            if lora.missing_tokens:
+                logger.warning("%s: %s. Add the embeddings to `lora`", place, missing_tokens(lora))
+    return opened
+
+
+def of_network(loras: Loras, name: str) -> list[tuple[Lora, float]]:
+    """What LoRAs change of one network, each with its strength."""
+    return [(lora[name], strength) for lora, strength in loras if name in lora]
+
+
+def merge(loras: Loras, name: str, network: nn.Module) -> None:
+    """Add the changes of LoRAs to the weights of the network of this name."""
+    merge_loras(network, of_network(loras, name))
 
 
 def read_lora(path: Path, networks: Mapping[str, nn.Module], version: str) -> dict[str, Lora]:

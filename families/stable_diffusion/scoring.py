@@ -8,8 +8,9 @@ import torch
 from families.common.inference import ComputeSettings
 from families.common.scoring import SIDE_PX, ScoredSettings, Ways, as_uint8
 from families.stable_diffusion import build
-from families.stable_diffusion.drawing import Loras, StableDiffusionNetworks, open_loras, sampling_process
+from families.stable_diffusion.drawing import StableDiffusionNetworks, sampling_process
 from families.stable_diffusion.inference import SdInferenceSettings
+from families.stable_diffusion.lora import Loras, open_loras
 from warpcore.errors import UserError
 
 DRAWN = "drawn"

@@ -13,8 +13,9 @@ from families.common.pictures import read_picture, size_of
 from families.common.prompt_flags import Prompt
 from families.common.text_to_image import Drawn, TextToImageConfig
 from families.stable_diffusion import build
-from families.stable_diffusion.drawing import StableDiffusionNetworks, open_loras, sampling_process, time_ids
+from families.stable_diffusion.drawing import StableDiffusionNetworks, sampling_process, time_ids
 from families.stable_diffusion.inference import SdInferenceSettings
+from families.stable_diffusion.lora import open_loras
 from warpcore.config import Share
 from warpcore.config_keys import SidePx, Steps
 from warpcore.diffusion.samplers import SAMPLERS

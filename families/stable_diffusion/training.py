@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from families.common.autoencoders import LatentScale
@@ -34,6 +35,14 @@ class SdTraining(DiffusionTraining):
         about = None if saved is None else saved.get("about", {})
         self.config = build.with_zero_terminal_snr(self.config, about)
         super().begin(saved)
+
+    def setup(self) -> None:
+        super().setup()
+        if self.dtype == torch.float16 and "autoencoder" in self.networks:
+            self.progress.say(
+                f"dtype: float16 is not for the autoencoder, which computes in {self.config.autoencoder_precision} "
+                "(autoencoder_precision): SDXL's overflows in float16"
+            )
 
     def said_target(self) -> str | None:
         found = build.generator_source(self.config)

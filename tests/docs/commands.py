@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from families.registry import export_formats
+from families.registry import families
 from tests.docs.pages import ROOT
 from tools.config_reference import scripts, settings_of
 from warpcore.arguments import read_arguments
@@ -132,11 +132,10 @@ def own_config(kind: type[Settings], folder: Path) -> Path:
 
 
 def check_export(script: str, given: argparse.Namespace) -> None:
-    """Keys behind a format have to be among those that `--help` lists for it."""
-    assert given.format in export_formats()
-    keys = {word.lstrip("-").partition("=")[0] for word in given.arguments}
-    known = {name for kind in scripts() for one in settings_of(kind) for name in one.model_fields}
-    assert keys <= known, f"{script} {given.format}: {keys - known}"
+    """Keys behind a format have to be those that one of the families with this format takes there."""
+    forms = [form for family in families() for form in family.formats if form.name == given.format]
+    mistakes = [mistakes_of(form.keys(), given.arguments) if form.keys else given.arguments for form in forms]
+    assert [] in mistakes, f"{script} {given.format}: {mistakes}"
 
 
 def parse(script: str, arguments: list[str]) -> Parsed:

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import yaml
 
+from families.registry import families
 from tests.docs.commands import REQUIRED, check, commands
 from tests.docs.pages import GUIDE, PAGES, ROOT, anchors, blocks, guide_files, inline_code, links, prose
 from tools.config_reference import scripts, settings_of
@@ -31,7 +32,9 @@ def _in_the_repository(monkeypatch):
 
 @cache
 def known_keys() -> set[str]:
-    return {"base", *(key for script in scripts() for kind in settings_of(script) for key in kind.model_fields)}
+    kinds = [kind for script in scripts() for kind in settings_of(script)]
+    kinds += [form.keys() for family in families() for form in family.formats if form.keys]
+    return {"base", *(key for kind in kinds for key in kind.model_fields)}
 
 
 @cache
@@ -76,6 +79,9 @@ def test_the_commands_in_a_sentence_or_table_could_start(page, tmp_path):
         "python3 tools/build_dataset.py pictures data/shards --shards 4",
         "python3 tools/memory.py train/train_c.py CONFIG.yaml --gpu-memory 80 rank=4",
         "python3 tools/export.py lora-of-another runs/a b.safetensors",
+        "python3 tools/export.py single-file runs/a b.safetensors export_dtyp=float16",
+        "python3 tools/export.py single-file runs/a b.safetensors export_dtype=half",
+        "python3 tools/export.py lora-comfyui runs/a b.safetensors export_dtype=float16",
     ],
 )
 def test_a_command_that_could_not_start_is_found(command, tmp_path):

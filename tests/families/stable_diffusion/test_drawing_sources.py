@@ -17,7 +17,7 @@ from families.common.lora_formats import Adapter, Lora
 from families.registry import family_of
 from families.stable_diffusion import build
 from families.stable_diffusion.components import find_component
-from families.stable_diffusion.drawing import open_loras
+from families.stable_diffusion.lora import open_loras
 from families.stable_diffusion.text_to_image import StableDiffusionTextToImage
 from families.stable_diffusion.versions import VERSIONS
 from modules.lora import places

@@ -1,5 +1,6 @@
 """The published sizes without the memory for them: names, shapes and numbers of parameters."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from families.stable_diffusion import build
 from families.stable_diffusion.config import SdSettings
 from tests.golden import load_manifest
 from warpcore.config import load_config
-from warpcore.rehearsal import OnShapes, bucket_sizes, load_use_case
+from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 
 TEXT = {"sd15": ["clip_l_text"], "sdxl": ["clip_l_text", "clip_bigg_text"]}
 
@@ -33,21 +34,42 @@ def test_networks_have_the_tensors_of_the_published_files(version):
         assert all(tensor.is_meta for tensor in network.parameters())
 
 
+def counted(script: str, config: str) -> list[Needs]:
+    """The memory of an update of one sample on a GPU, without checkpointing and with all of it."""
+    root = Path(__file__).parents[3]
+    use_case = load_use_case(root / "train" / script)
+    settings = load_config(use_case.Config, [str(root / "configs" / "training" / config)])
+    with only_shapes(), OnShapes(use_case, settings, "cuda") as shapes:
+        size, kept = bucket_sizes(shapes.run)[0], []
+        for level in (0, 3):
+            shapes.set_checkpointing(level)
+            kept.append(shapes.needs(size, 1))
+    return kept
+
+
 @pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize("version", TEXT)
 def test_an_update_of_the_published_size_passes_on_shapes(version):
-    root = Path(__file__).parents[3]
-    use_case = load_use_case(root / "train" / "train_sd.py")
-    config = load_config(use_case.Config, [str(root / "configs" / "training" / f"finetune_{version}.yaml")])
-    with only_shapes(), OnShapes(use_case, config, "cuda") as shapes:
-        size = bucket_sizes(shapes.run)[0]
-        kept = []
-        for level in (0, 3):
-            shapes.set_checkpointing(level)
-            kept.append(shapes.needs(size, 1))
+    kept = counted("train_sd.py", f"finetune_{version}.yaml")
     weights = 4 * load_manifest(f"{version}_unet", "sd_t5")["parameter_count"]
     for needs in kept:
         assert needs.weights == needs.gradients == weights
         assert needs.optimizer == pytest.approx(2 * weights, rel=1e-5)
     assert kept[1].activations < 0.6 * kept[0].activations
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize("version", TEXT)
+def test_an_update_of_a_lora_on_the_published_networks_passes_on_shapes(version):
+    """Adapters of rank 8 on attention of the U-Net and on all layers of text encoders, and a token in each."""
+    sizes = [shapes_of(f"{version}_unet")] + [shapes_of(manifest) for manifest in TEXT[version]]
+    layers = r".*\.(to_[qkv]|to_out\.0|self_attn\.\w+_proj|fc[12])\.weight"
+    adapters = sum(8 * sum(shape) for own in sizes for name, shape in own.items() if re.fullmatch(layers, name))
+    tokens = {"sd15": 768, "sdxl": 768 + 1280}[version]
+    first, last = counted("train_sd_lora.py", f"finetune_{version}_lora.yaml")
+    for needs in (first, last):
+        assert needs.weights == needs.gradients == 4 * (adapters + tokens)
+        assert needs.optimizer == pytest.approx(2 * needs.weights, rel=1e-3)
+    assert last.activations < first.activations

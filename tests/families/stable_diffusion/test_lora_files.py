@@ -15,8 +15,7 @@ from families.common.lora_training import add_tokens, lora_of, train_tokens
 from families.common.weight_source import DONE
 from families.stable_diffusion import build
 from families.stable_diffusion.config import SdSettings
-from families.stable_diffusion.drawing import open_loras
-from families.stable_diffusion.lora import encoders_by_name, networks_by_name, read_lora
+from families.stable_diffusion.lora import encoders_by_name, networks_by_name, open_loras, read_lora
 from modules.lora import LoraSettings, adapters
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
 from warpcore.config import make_config

@@ -138,11 +138,14 @@ def test_pictures_of_one_given_size_are_trained_and_drawn(tmp_path):
             TrainSd(make_config(TrainSd.Config, settings | {"experiment_id": "other"} | wrong)).run()
 
 
-def test_sdxl_s_autoencoder_computes_in_float32_in_a_run_of_float16(tmp_path):
+def test_sdxl_s_autoencoder_computes_in_float32_in_a_run_of_float16_which_says_so_once(tmp_path, capfd):
     settings = settings_of(tmp_path, "sdxl", dtype="float16", updates=1)
     run = TrainSd(make_config(TrainSd.Config, settings))
-    run.begin(None)
-    assert {p.dtype for p in run.encoders()["autoencoder"]().to(torch.float16).parameters()} == {torch.float32}
+    run.setup()
+    assert {p.dtype for p in run.networks["autoencoder"].to(torch.float16).parameters()} == {torch.float32}
+    run.close()
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("float16 is not for the autoencoder, which computes in float32 (autoencoder_precision)") == 1
     with pytest.raises(UserError, match="overflows in float16"):
         TrainSd(make_config(TrainSd.Config, settings | {"autoencoder_precision": "float16"})).run()
 
