@@ -195,8 +195,10 @@ def _read_json(url: str, read: Callable[[Any], T]) -> T | None:
     """
     try:
         with storage_for(url).open(url) as file:
-            return read(json.loads(file.read()))
+            content = file.read()
     except ABSENT:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{url} is damaged ({error}): remove it") from None
+    try:
+        return read(json.loads(content))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{url} is damaged ({str(error)[:200]}): remove it") from None

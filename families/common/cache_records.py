@@ -1,6 +1,7 @@
 """What became of the rows of a cache: a record for each tar, and the report of all."""
 
 import json
+import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -8,10 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
+from pydantic import TypeAdapter
+
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
 from warpcore.files import read_bytes
 from warpcore.text import format_bytes
+
+logger = logging.getLogger(__name__)
 
 RECORD_SUFFIX = ".cache.json"
 MAX_REPORTED = 20
@@ -84,8 +89,11 @@ class Record:
         path = tar.with_name(tar.name + RECORD_SUFFIX)
         if not (tar.is_file() and path.is_file()):
             return None
-        values = json.loads(read_bytes(path))
-        found = cls(**(values | {"source": tuple(values["source"])}))
+        try:
+            found = TypeAdapter(cls).validate_json(read_bytes(path), strict=True)
+        except ValueError as error:
+            logger.warning("%s is damaged (%.200s): %s is made again", path, error, tar.name)
+            return None
         accepted = [(source.size_bytes, identity) for identity in (source.content, source.etag)]
         return found if found.source in accepted else None
 

@@ -5,11 +5,12 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -22,6 +23,8 @@ from warpcore.errors import UserError
 
 CACHE_NAME = "cache.json"
 CACHE_VERSION = 1
+MAX_VARIANTS = 100_000
+"""Of crops; a cache that says that it has more is damaged."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 CAPTION_SETTINGS = ("captions_getter", "token_ids")
 PICTURE_SETTINGS = ("bucket_sizes", "crop_mode", "background")
@@ -93,14 +96,34 @@ class Origin:
             return None
         try:
             values = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{url} is incomplete: {error}; {remedy}") from None
         if not isinstance(values, dict) or values.get("version") != CACHE_VERSION:
             raise UserError(f"{url} is not of version {CACHE_VERSION}; {remedy}")
         try:
-            return cls(**values)
-        except TypeError as error:  # of keys that are missing, or unknown
-            raise UserError(f"{url} is damaged ({error}); {remedy}") from None
+            if unknown := sorted(values.keys() - {one.name for one in fields(cls)}):
+                raise ValueError(f"it has a key {unknown[0]!r:.40}")
+            found = TypeAdapter(cls).validate_json(content, strict=True)
+            found._check()
+        except ValueError as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else error
+            raise UserError(f"{url} is damaged ({str(reason)[:200]}); {remedy}") from None
+        return found
+
+    def _check(self) -> None:
+        """Raise ValueError where parts that belong together do not."""
+        for name in self.features:
+            if name not in self.makers:
+                raise ValueError(f"it does not say which network made {name}")
+            for bucket, shape in self.shapes.get(name, {}).items():
+                parse_size(bucket)
+                if any(size < 0 for size in shape):
+                    raise ValueError(f"a shape of {name} is {shape}")
+        if wrong := [name for name, one in self.networks.items() if not {"file", "sha256"} <= one.keys()]:
+            raise ValueError(f"it does not say which weights the {wrong[0]} network had")
+        if not 0 < self.variants <= MAX_VARIANTS or self.dtype not in get_args(Dtype):
+            raise ValueError(f"variants is {self.variants}, dtype is {self.dtype!r:.40}")
 
     def fields(self, names: Collection[str]) -> dict[str, TensorField]:
         """How the loader reads these features of a sample, by their names in `Batch.extra`."""

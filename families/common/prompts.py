@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from families.common.features import stack_rows, take_row
 from warpcore.data.storage import storage_for
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "prompts.safetensors"
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -70,12 +73,22 @@ def read_prompts(folder: str, made_with: Mapping[str, str]) -> Rows:
     try:
         with storage_for(url).open(url) as file:
             content = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    try:
         about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         features = load(content)
-    except (FileNotFoundError, NotADirectoryError, SafetensorError, ValueError, KeyError):
-        return {}  # they are encoded again
-    texts = json.loads(about.pop("texts"))
-    return {text: take_row(features, place) for place, text in enumerate(texts)} if about == made_with else {}
+        texts = json.loads(about.pop("texts"))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        logger.warning("%s is damaged (%.200s): its texts are encoded again", url, error)
+        return {}
+    if about != made_with:
+        return {}
+    fits = isinstance(texts, list) and all(value.ndim and len(value) == len(texts) for value in features.values())
+    if not fits or not all(isinstance(text, str) for text in texts):
+        logger.warning("%s is damaged (its texts are not those of its tensors): they are encoded again", url)
+        return {}
+    return {text: take_row(features, place) for place, text in enumerate(texts)}
 
 
 def _said(file: Path) -> dict[str, str] | None:

@@ -34,6 +34,8 @@ MAX_LISTED_SHARDS = 10_000
 """A fingerprint names so many shards at most, so that checkpoints stay small."""
 MANIFEST_WORTHWHILE_SHARDS = 8
 """Opening more indexes than this at start-up leaves a manifest behind for the next start."""
+_OF_SHARD = ("size_bytes", "etag", "content", "rows")
+"""The columns that a `Shard` has, behind its URL."""
 _METADATA_KEY = b"warpcore.manifest"
 _SCHEMA = pa.schema(
     [
@@ -68,12 +70,12 @@ class Catalog:
 
     def shard(self, number: int) -> Shard:
         row = self._table.slice(number, 1)
-        known = (row[name][0].as_py() for name in ("size_bytes", "etag", "content", "rows"))
+        known = (row[name][0].as_py() for name in _OF_SHARD)
         return Shard(os.fsdecode(row["url"][0].as_py()), *known)
 
     def shards(self) -> Iterator[Shard]:
         """Every shard, in order: faster than one by one."""
-        return map(Shard, self.urls, *(self._table[name].to_pylist() for name in ("size_bytes", "etag", "content")))
+        return map(Shard, self.urls, *(self._table[name].to_pylist() for name in _OF_SHARD))
 
     def versions(self) -> Iterator[tuple[str, Version]]:
         """URL, and size and etag, of every shard."""
