@@ -8,17 +8,20 @@ found in it has its features copied as they stand, so that a data set that grows
 import hashlib
 import itertools
 import json
+import os
 import shutil
-import tarfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
+
+from pydantic import TypeAdapter
 
 from warpcore.data.fields import variant_member
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample, picture_member
 from warpcore.data.storage import read_ranges
+from warpcore.data.tar_headers import Member, TarHeaderError, padded, read_members
 from warpcore.errors import UserError
 from warpcore.files import open_to_read
 from warpcore.random import SampleRandom
@@ -132,51 +135,87 @@ class OldRows:
         for path in tars:
             try:
                 self._scan(path)
-            except tarfile.TarError as error:
+            except (TarHeaderError, UserError) as error:
                 raise UserError(f"{path}, of before the source changed, is damaged ({error}): remove it") from None
 
     def _scan(self, path: Path) -> None:
-        with tarfile.open(path, "r:") as tar:
-            while (info := tar.next()) is not None:
-                tar.members = []  # it would keep every header
-                if info.name.endswith(f".{PICTURE_FACTS}"):
-                    sources = json.loads(tar.extractfile(info).read()).get("sources")
-                    for digest in [*sources["pictures"], sources["text"]] if sources else []:
-                        self._places.setdefault(digest, (path, info.offset))
+        with open_to_read(path) as file:
+            size, begin = file.seek(0, os.SEEK_END), 0
+            for member in read_members(file):
+                end = member.offset + padded(member.size)
+                if end > size:
+                    raise UserError(f"{member.name} ends behind its end")
+                if member.name.endswith(f".{PICTURE_FACTS}"):
+                    facts = _as_facts(_content(file, member))
+                    for digest in [*facts.pictures, facts.text] if facts else []:
+                        self._places.setdefault(digest, (path, begin))
+                begin = end
 
     def copy(self, sources: Sources) -> Copied:
         """What was made from the same bytes. Raises OSError where it can't be read."""
         copied = Copied()
         for variant, digest in enumerate(sources.pictures):
             names = [variant_member(name, variant) for name in self._picture_features]
-            if row := self._row(digest, names):
+            row = self._row(digest, names)
+            crops = _as_facts(row[PICTURE_FACTS]).crops if row else []
+            if variant < len(crops):
                 copied.members |= {name: row[name] for name in names}
-                copied.crops[variant] = json.loads(row[PICTURE_FACTS])["crops"][variant]
+                copied.crops[variant] = crops[variant]
         names = [variant_member(name, 0) for name in self._text_features]
         if names and (row := self._row(sources.text, names)):
             copied.members |= {name: row[name] for name in names}
             copied.has_text = True
-            copied.caption_cut = json.loads(row[PICTURE_FACTS])["sources"]["caption_cut"]
+            copied.caption_cut = _as_facts(row[PICTURE_FACTS]).caption_cut
         return copied
 
     def _row(self, digest: str, names: Collection[str]) -> dict[str, bytes] | None:
         """Members of the row with a hash, the facts among them; None where there is no such row."""
         if digest not in self._places:
             return None
-        path, offset = self._places[digest]
+        path, start = self._places[digest]
         found: dict[str, bytes] = {}
         with open_to_read(path) as file:
-            file.seek(offset)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                first = tar.next()
-                key = first.name.removesuffix(PICTURE_FACTS)
-                found[PICTURE_FACTS] = tar.extractfile(first).read()
-                while (info := tar.next()) is not None and info.name.startswith(key):
-                    if (name := info.name.removeprefix(key)) in names:
-                        found[name] = tar.extractfile(info).read()
-                    if name == PICTURE_FACTS or len(found) > len(names):
-                        break
+            members = read_members(file, start)
+            first = next(members)
+            key = first.name.removesuffix(PICTURE_FACTS)
+            found[PICTURE_FACTS] = _content(file, first)
+            for member in members:
+                name = member.name.removeprefix(key)
+                if not member.name.startswith(key) or name == PICTURE_FACTS:
+                    break
+                if name in names:
+                    found[name] = _content(file, member)
+                if len(found) > len(names):
+                    break
         return found if found.keys() >= set(names) else None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a row of a cache says that it was made from."""
+
+    pictures: list[str]
+    text: str
+    caption_cut: bool
+    crops: list[list[int]]
+
+
+def _as_facts(content: bytes) -> _Facts | None:
+    """Those in a row's PICTURE_FACTS; None where an earlier version made it. Raises UserError where it is damaged."""
+    try:
+        facts = json.loads(content)
+        sources = facts.get("sources")
+        if sources is None:
+            return None
+        found = TypeAdapter(_Facts).validate_python(sources | {"crops": facts.get("crops", [])})
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"a .{PICTURE_FACTS} in it: {str(error)[:200]}") from None
+    return found
+
+
+def _content(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
 
 
 class WatchedRandom(SampleRandom):

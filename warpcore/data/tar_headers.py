@@ -42,13 +42,15 @@ class Member(NamedTuple):
     is_sparse: bool
 
 
-def read_members(file: BinaryIO) -> Iterator[Member]:
+def read_members(file: BinaryIO, start: int = 0) -> Iterator[Member]:
     """The members of an open tar, up to the mark of its end; then `file` stands behind that mark's first block.
+
+    start: the byte of the header to begin with.
 
     Raises:
         TarHeaderError: a header is invalid, cut short, or longer than names reasonably are.
     """
-    offset, for_all = 0, {}
+    offset, for_all = start, {}
     told: dict[str, str] = {}  # of the next member, from the headers before it
     num_extended = 0
     while True:
@@ -73,7 +75,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
                 told = _pax_records(text, offset) | told  # what stands further out counts, as for tarfile
             elif kind in _PAX_GLOBAL:
                 for_all |= _pax_records(text, offset)
-            offset = content + _padded(size)
+            offset = content + padded(size)
             continue
         about = for_all | told if for_all else told
         name = about.get("path")
@@ -85,7 +87,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         is_sparse = kind in _GNU_SPARSE or any(key.startswith("GNU.sparse.") for key in about)
         if kind in _REGULAR or kind in _LINKS or is_sparse:
             yield Member(name, content, size, kind in _LINKS, is_sparse)
-        offset = content + (0 if kind in _WITHOUT_DATA else _padded(size))
+        offset = content + (0 if kind in _WITHOUT_DATA else padded(size))
         if told:
             told = {}
         num_extended = 0
@@ -150,5 +152,6 @@ def _decimal(text: str, offset: int) -> int:
     return int(text)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """How much room content of this size takes, in whole blocks."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families.common.cache_records import Record
+from families.common.cached_rows import Copied, OldRows, Sources
 from families.common.features import Origin
 from families.common.prompts import read_prompts, write_prompts
 from tests.bounds import bounded
+from tests.warpcore.data.tars import write_tar
+from tests.warpcore.data.test_tar_headers import base_256, header
 from warpcore.data.shards import Shard
 from warpcore.errors import UserError
 
@@ -31,7 +34,7 @@ VALUES = st.recursive(
     lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=3), some, max_size=3),
     max_leaves=5,
 )
-FUZZ = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+FUZZ = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 
 
 def damaged(draw, content) -> str:
@@ -93,6 +96,49 @@ def test_tampered_prompts_are_those_that_were_written_or_encoded_again(tmp_path_
     with bounded(folder):
         rows = read_prompts(str(folder), MADE_WITH)
     assert all(len(row) == 1 for row in rows.values())
+
+
+SOURCES = {"pictures": ["p0", "p1"], "text": "t0"}
+FACTS = {"width": 64, "height": 64, "crops": [[0, 1], [2, 3]], "sources": SOURCES | {"caption_cut": True}}
+
+
+def old_tar(folder: Path, facts: str) -> Path:
+    """A tar of a cache as it was before its source changed."""
+    others = [("0.latent.npy", b"zero"), ("0.latent.1.npy", b"one"), ("0.text.npy", b"text")]
+    return write_tar(folder / ".0.tar.old", [("0.picture.json", facts.encode()), *others])
+
+
+def copied_from(tar: Path) -> Copied:
+    return OldRows([tar], ["latent"], ["text"]).copy(Sources(("p0", "p1"), "t0"))
+
+
+def test_rows_of_a_whole_old_tar_are_copied(tmp_path):
+    members = {"latent.npy": b"zero", "latent.1.npy": b"one", "text.npy": b"text"}
+    assert copied_from(old_tar(tmp_path, json.dumps(FACTS))) == Copied(members, {0: [0, 1], 1: [2, 3]}, True, True)
+
+
+@FUZZ
+@given(st.data())
+def test_rows_of_a_tampered_old_tar_are_copied_or_the_tar_is_named(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("cache")
+    tar = old_tar(folder, damaged(data.draw, FACTS))
+    content = bytearray(tar.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, 5120))] = data.draw(st.integers(0, 255))
+    tar.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
+    told = None
+    with bounded(folder):
+        try:
+            assert len(copied_from(tar).members) <= 3
+        except UserError as error:
+            told = str(error)
+    assert told is None or told.startswith(f"{tar}, of before the source changed, is damaged")
+
+
+def test_an_old_tar_with_a_size_below_zero_is_named(tmp_path):
+    (tmp_path / ".0.tar.old").write_bytes(header(b"0.picture.json", b"0", base_256(-512)) + bytes(1024))
+    with pytest.raises(UserError, match=r"\.0\.tar\.old, of before .* damaged .*at byte 0.*: remove it"):
+        copied_from(tmp_path / ".0.tar.old")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "null", "5", "{", '"a"', '{"version": 1}', '{"version": 2}'])
