@@ -33,19 +33,20 @@ from warpcore.data.index_checks import (
     saved_metadata,
 )
 from warpcore.data.json_columns import gather_fields, typed_column
-from warpcore.data.member_headers import look
+from warpcore.data.member_headers import LONG_TEXT, MAX_TEXT_BYTES, TEXT_EXTENSIONS, look
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, picture_member
 from warpcore.data.shards import Shard
 from warpcore.data.sidecars import ABSENT, locations, write_beside
 from warpcore.data.storage import reading, storage_for
 from warpcore.data.storage_protocol import ChangedShardError, StorageError
-from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSample, read_samples, whole_ones
+from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSample, clean, read_samples, whole_ones
 
 INDEX_SUFFIX = ".index.parquet"
 CUT_SHORT = "is cut short"
 """The end of the problem of a row that stands for all that a tar is missing."""
 INDEX_VERSION = 3
 ROW_GROUP_ROWS = 16_384
+MAX_SIDE_PX = 2**31
 MANIFEST_NAME = "dataset.manifest.parquet"
 """Of a folder: what the indexes of its tars say in short, see `catalog`."""
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError)
@@ -340,10 +341,16 @@ def _size_or_problem(sample: TarSample) -> tuple[int, int, str | None]:
     """(width, height, None) of the sample's picture, or (0, 0, why it can't be used)."""
     if sample.problem:
         return 0, 0, sample.problem
+    for name in TEXT_EXTENSIONS:
+        if sample.members.get(name, (0, 0))[1] > MAX_TEXT_BYTES:
+            return 0, 0, f"{LONG_TEXT}: {sample.key}.{name}"
     extension = _measured_member(sample)
     if extension is None:
         return 0, 0, _why_no_picture(sample)
-    return sample.seen[extension]
+    width, height, problem = sample.seen[extension]
+    if problem is None and not (0 < width < MAX_SIDE_PX and 0 < height < MAX_SIDE_PX):
+        problem = "its picture has an impossible size"
+    return (width, height, None) if problem is None else (0, 0, clean(problem))
 
 
 def _why_no_picture(sample: TarSample) -> str:

@@ -14,6 +14,12 @@ from warpcore.errors import UserError
 
 TEXT_EXTENSIONS = ("txt", "json", PICTURE_FACTS)
 """Members that are read whole."""
+MAX_TEXT_BYTES = 16 << 20
+"""Of such a member; JSON takes twenty times its size in memory."""
+LONG_TEXT = f"a text of more than {MAX_TEXT_BYTES >> 20} MiB"
+"""The start of the problem of a row that has a longer one."""
+MAX_PROBLEM = 500
+"""Characters of what a file says of itself that is wrong with it."""
 _ROTATED_ORIENTATIONS = (5, 6, 7, 8)
 
 
@@ -22,7 +28,8 @@ def look(file: BinaryIO, content_hash: Any, extension: str, offset: int, size: i
 
     `content_hash` is updated with what it is identified by.
     """
-    start = _read_at(file, offset, size if extension in TEXT_EXTENSIONS else min(size, HASHED_BYTES))
+    is_whole = extension in TEXT_EXTENSIONS and size <= MAX_TEXT_BYTES
+    start = _read_at(file, offset, size if is_whole else min(size, HASHED_BYTES))
     content_hash.update(start)
     if extension in PICTURE_EXTENSIONS:
         return _measure(_Window(file, offset, size, start), extension)
@@ -36,7 +43,7 @@ def _told(facts: dict[str, Any]) -> tuple[int, int, str | None]:
     width, height, problem = (facts.get(name) for name in ("width", "height", "problem"))
     if not (isinstance(width, int) and isinstance(height, int)):
         return 0, 0, f"its .{PICTURE_FACTS} has no width and height"
-    return width, height, None if problem is None else str(problem)
+    return int(width), int(height), None if problem is None else str(problem)[:MAX_PROBLEM]
 
 
 def _measure(window: "_Window", extension: str) -> tuple[int, int, str | None]:

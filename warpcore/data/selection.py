@@ -17,6 +17,7 @@ from warpcore.data.expressions import near_names
 from warpcore.data.filters import Filter, column_name
 from warpcore.data.index import CUT_SHORT, HIDDEN_COLUMN, MEMBER_COLUMNS, has_member, read_rows
 from warpcore.data.joined import add_joined_members, joined_columns, with_joined
+from warpcore.data.member_headers import LONG_TEXT
 from warpcore.data.samples import Sample
 from warpcore.data.shards import Shard
 from warpcore.data.tars import SHARED_KEY
@@ -67,6 +68,7 @@ class Rows:
 
 NAMING_PROBLEMS = {
     SHARED_KEY: "rename one of them",
+    LONG_TEXT: "shorten it, or leave it out of the tar",
     DOTTED_NAME: "rename such pictures without dots, or make tars of their folder with tools/build_dataset.py",
 }
 """Problems of rows that begin so, and what to do."""

@@ -13,7 +13,9 @@ from tests.bounds import bounded
 from tests.warpcore.data.tars import catalog_of, picture, write_tar
 from tests.warpcore.data.test_tar_headers import base_256, header
 from tools.index_dataset import main
-from warpcore.data.index import index_shard
+from warpcore.data.buckets import Buckets
+from warpcore.data.index import index_shard, read_rows
+from warpcore.data.plan import Plan
 from warpcore.data.shards import resolve_sources
 from warpcore.data.tar_headers import BLOCK_BYTES
 from warpcore.errors import UserError
@@ -112,6 +114,13 @@ STRANGE = {
     "deep json": JPG + entry(b"a.json", b"[" * 100_000) + END,
     "json of 5000 digits": JPG + entry(b"a.json", b'{"a": ' + b"9" * 5000 + b"}") + END,
     "json of surrogates": JPG + entry(b"a.json", b'{"\\ud800": "\\udfff", "b": 1e999}') + END,
+    "facts of a huge picture": JPG + entry(b"b.picture.json", b'{"width": 1%s, "height": 1}' % (b"0" * 30)) + END,
+    "facts of nothing": JPG + entry(b"b.picture.json", b'{"width": 0, "height": -1}') + END,
+    "facts of truth": JPG + entry(b"b.picture.json", b'{"width": true, "height": true}') + END,
+    "facts of surrogates": JPG + entry(b"b.picture.json", b'{"width": 1, "height": 1, "problem": "\\ud800"}') + END,
+    "picture without width": JPG + entry(b"b.qoi", b"qoif" + bytes(8) + b"\3\0" + bytes(100)) + END,
+    "long text": JPG + entry(b"a.txt", bytes(20 << 20)) + END,
+    "long json": JPG + entry(b"a.json", b"[" + b"{}," * (8 << 20) + b"1]") + END,
     "20,000 members of one key": JPG + b"".join(header(b"a.%d" % number) for number in range(20_000)) + END,
 }  # fmt: skip
 
@@ -135,6 +144,7 @@ def index(folder: Path, content: bytes) -> str:
         try:
             ((shard,),) = (source.shards for source in resolve_sources(str(path)))
             index_shard(shard)
+            read_rows(shard)
         except UserError as error:
             return str(error)
     return ""
@@ -148,6 +158,16 @@ def test_a_strange_tar_is_indexed_or_named_in_one_line(tmp_path, name):
 
 
 TOLD_BY_BYTE = ("negative", "huge", "pax size", "pax length", "chain", "long name below", "long name of a GiB")
+
+
+def test_a_picture_with_a_long_text_is_left_out_counted_and_named(tmp_path):
+    (tmp_path / "x.tar").write_bytes(STRANGE["long text"][: -len(END)] + entry(b"b.jpg", picture(24)) + END)
+    buckets = Buckets.for_image_size(64, [], 32)
+    told = str(Plan(catalog_of(tmp_path / "x.tar"), micro_batch_size=1, buckets=buckets).survey)
+    assert "1 of 2 rows can be drawn; 1 rejected: a text of more than 16 MiB" in told
+    assert "a.txt" in told
+
+
 DAMAGED = [name for name in STRANGE if name.startswith(TOLD_BY_BYTE)]
 
 
