@@ -61,6 +61,13 @@ def _watch(written: list[str], folder: Path) -> None:
 _hooked: list[bool] = []
 
 
+def _in_folder(path, *arguments):
+    """The path of an event; `shutil.rmtree` names files in an opened folder, whose number comes last."""
+    opened = arguments[-1] if arguments else -1
+    relative = isinstance(path, str) and not path.startswith("/") and isinstance(opened, int) and opened >= 0
+    return Path(f"/proc/self/fd/{opened}") / path if relative else path
+
+
 def _note(event: str, arguments: tuple) -> None:
     if not _watchers:
         return
@@ -68,7 +75,7 @@ def _note(event: str, arguments: tuple) -> None:
         path, _, flags = arguments
         paths = [path] if isinstance(flags, int) and flags & WRITING_FLAGS else []
     elif event in EVENTS_OF_ONE_PATH:
-        paths = [arguments[0]]
+        paths = [_in_folder(*arguments)]
     elif event in EVENTS_OF_TWO_PATHS:
         paths = [arguments[1]]
     else:

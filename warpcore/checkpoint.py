@@ -7,13 +7,12 @@
 
 A checkpoint is written aside by a background thread and published when it is complete (`warpcore.places`): a process
 that dies at any moment leaves the last good one untouched. A run resumes only from what it has verified; a damaged one
-is passed over. Loading runs no code: the unpickler of DCP's table of contents knows only its descriptions of tensors.
+is passed over. Loading runs no code (`warpcore.checkpoint_table`).
 """
 
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,11 +25,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
+from warpcore.checkpoint_table import TableError, read_table
 from warpcore.errors import UserError
-from warpcore.files import open_to_read, read_bytes, refuse_links, write_whole
+from warpcore.files import read_bytes, refuse_links, write_whole
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
 from warpcore.quiet import ignore_expected_warnings
@@ -87,8 +87,11 @@ class Checkpoints:
         """Where the run is: its folder, or its address on S3."""
         return self._place.name
 
-    def newest(self) -> int | None:
+    def newest(self, check: Callable[[dict], None] = lambda values: None) -> int | None:
         """Update of the newest whole checkpoint, None where there is none at all; the same on every process.
+
+        Args:
+            check: of a checkpoint's `values`; raises CheckpointError where they are not what was saved.
 
         Every file is read once, by one process, and compared with the manifest; `load` brings what a process needs to
         where it is. Damaged checkpoints that are newer are renamed, not removed.
@@ -101,9 +104,12 @@ class Checkpoints:
             files = self.processes.on_main(lambda sought=update: self._place.manifest(sought))
             problem = self._problem(update, files)
             if problem is None:
-                self.processes.on_main(lambda whole=update: self._pass_over(problems, whole))
-                self._whole, self._files = update, files
+                self._files = files
                 self._fetch(update, {"state.json", ".metadata"})
+                problem = self.processes.on_main(lambda sought=update: self._problem_of_content(sought, check))
+            if problem is None:
+                self.processes.on_main(lambda whole=update: self._pass_over(problems, whole))
+                self._whole = update
                 return update
             problems[update] = problem
         if problems:
@@ -124,6 +130,15 @@ class Checkpoints:
         found = (self._place.difference(update, name, files[name]) for name in own)
         everyone = self.processes.gather(next(filter(None, found), None))
         return next(filter(None, everyone), None)
+
+    def _problem_of_content(self, update: int, check: Callable[[dict], None]) -> str | None:
+        """Why what has the right hashes is no checkpoint all the same, as its manifest may be from anyone too."""
+        try:
+            check(self.values(update))
+            self.stored(update)
+        except CheckpointError as error:
+            return str(error)
+        return None
 
     def _fetch(self, update: int, names: Collection[str]) -> None:
         """Bring files of the checkpoint that `newest` found to where they are read."""
@@ -226,7 +241,20 @@ class Checkpoints:
             self._place.leave()
 
     def values(self, update: int) -> dict:
-        return json.loads(read_bytes(state_folder(self.folder, update) / "state.json"))
+        """What was saved as JSON.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            values = json.loads(read_bytes(state_folder(self.folder, update) / "state.json"))
+        except RecursionError:
+            raise CheckpointError("state.json cannot be read: it is nested too deeply") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"state.json cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError("state.json is no JSON object")
+        return values
 
     def stored(self, update: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor of a checkpoint, by name."""
@@ -348,29 +376,6 @@ def _reason(error: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}"
 
 
-class _TableUnpickler(pickle.Unpickler):
-    """Builds descriptions of stored tensors and nothing else, whatever the file asks for."""
-
-    ALLOWED = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-            "StorageMeta", "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size"} | {str(kind).removeprefix("torch.") for kind in vars(torch).values()
-                             if isinstance(kind, torch.dtype)},
-        "pathlib": {"PosixPath", "Path"},
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str):
-        if name not in self.ALLOWED.get(module, ()):
-            raise CheckpointError(
-                f"this checkpoint's table of contents asks for {module}.{name}: it is not one of ours"
-            )
-        return super().find_class(module, name)
-
-
 class _Reader(FileSystemReader):
     """DCP's reader, with the table of contents read safely, and the files that a process needs fetched before."""
 
@@ -387,14 +392,8 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args, **kwargs) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
-            with open_to_read(path) as file:
-                metadata = _TableUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            metadata = read_table(path)
+        except (OSError, TableError) as error:
             raise CheckpointError(f"{self._name} cannot be read: {error}") from error
-        for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise CheckpointError(f"{self._name}: {name} is not a tensor, so it is not loaded")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata

@@ -15,6 +15,7 @@ import torch
 
 from warpcore import compute, evaluation, gradients, optim, reports
 from warpcore.checkpoint import Checkpoints
+from warpcore.checkpoint_values import check_values
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
 from warpcore.errors import clear_errors
@@ -120,7 +121,7 @@ class WarpCore(UseCase):
         self.checkpoints = Checkpoints(
             config.run_folder, self.processes, config.keep_last, config.run_url, export_dtype
         )
-        resumed = self.resumed = self.checkpoints.newest()
+        resumed = self.resumed = self.checkpoints.newest(check_values)
         saved = self.checkpoints.values(resumed) if resumed is not None else {}
 
         self.make_networks(saved if resumed is not None else None)

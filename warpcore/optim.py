@@ -268,6 +268,8 @@ def load_optimizer_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, 
         for key, value in rest["values"].items():
             name, _, state_key = key.rpartition(".")
             if name in parameters:
+                if isinstance(optimizer.state[parameters[name]].get(state_key), Tensor):
+                    raise UserError(f"optimizer state: {key!r} is no tensor in the checkpoint")
                 optimizer.state[parameters[name]][state_key] = value
 
 

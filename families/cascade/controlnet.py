@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from families.cascade.config import ModelSettings
+from families.common.library_files import parse_config
 from families.common.poses import PoseField
 from families.common.weights import WeightsError, read_weights, with_weights
 from modules.controlnet import BOTTLENECK_MODES, ControlNet
@@ -153,6 +153,12 @@ def load_controlnet(
     Raises UserErrors as `settings_of_file`, `make_filter` and `make_controlnet` do.
     """
     settings = settings_of_file(path, said)
+    name = settings.controlnet_filter
+    if name not in FILTERS and name != (said or {}).get("controlnet_filter"):  # importing a module runs its code
+        raise WeightsError(
+            f"controlnet: {path} says that its filter is {name!r}, which is none of {', '.join(FILTERS)}. Code that a "
+            f"file names is not run: if this filter is yours, write controlnet_filter: {name}"
+        )
     filter = make_filter(settings, for_drawing=True)
     with torch.device("meta"):
         widths = StageC(**model.version.stage_c).residual_widths
@@ -191,7 +197,7 @@ def settings_of_file(path: Path, said: Mapping[str, Any] | None = None) -> Contr
         with suppress(SafetensorError), safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get(METADATA_KEY)
             if about is not None:
-                return make_config(ControlNetSettings, json.loads(about) | said)
+                return _settings(parse_config(about, f"controlnet: the metadata of {path}") | said, path)
     state = read_weights(path, "controlnet")  # says what is wrong with a broken file
     stem = state.get("backbone.0.0.weight", state.get("backbone.0.weight"))
     modes = {"effnet": "backbone.0.0.weight", "large": "backbone.3.blocks.0.weight", "simple": "backbone.2.weight"}
@@ -210,7 +216,14 @@ def settings_of_file(path: Path, said: Mapping[str, Any] | None = None) -> Contr
             f"controlnet: {path} does not say how it was made, and is none of the published ones ({stem.shape[1]} "
             f"channels, {count} blocks): give {' and '.join(unsaid)} as in its training config"
         )
-    return make_config(ControlNetSettings, found)
+    return _settings(found, path)
+
+
+def _settings(found: Mapping[str, Any], path: Path) -> ControlNetSettings:
+    try:
+        return make_config(ControlNetSettings, found)
+    except ConfigError as error:
+        raise WeightsError(f"controlnet: {path}: {error}") from None
 
 
 def published_layout(path: Path) -> tuple[dict[str, Tensor], list[str]]:

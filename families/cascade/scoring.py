@@ -26,6 +26,8 @@ class ScoredCascadeSettings(ScoredSettings, DrawingSettings):
 
     stage_b_sampler: Literal[tuple(SAMPLERS)] = "ddim"
     """Sampler of Stage B."""
+    controlnet_filter: str | None = None
+    """The filter of a ControlNet whose file names a filter of your own, as in its training config."""
 
 
 class ScoredCascade:
@@ -97,7 +99,9 @@ class ScoredCascade:
     def _residuals(self, file: Path, pictures: Sequence[np.ndarray]) -> list[Tensor | None]:
         cascade = self.cascade
         batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-        controlnet, filter = load_controlnet(file, cascade.settings)
+        own_filter = self.settings.controlnet_filter
+        said = {} if own_filter is None else {"controlnet_filter": own_filter}
+        controlnet, filter = load_controlnet(file, cascade.settings, said)
         with cascade.holding("encoder", build.encoder) as encoder:
             condition = filter.to(cascade.device, encoder)(batch).condition
         with cascade.holding("ControlNet", lambda _: controlnet) as network:

@@ -58,6 +58,8 @@ def parse_config(text: str, what: str) -> dict[str, Any]:
     """
     try:
         config = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{what} cannot be read: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{what} cannot be read: {error}") from None
     if not isinstance(config, dict):

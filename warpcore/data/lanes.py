@@ -165,8 +165,15 @@ class Lane:
         self._group_number: int = state["group"]
         self._cursor: int = state["cursor"]
         self._counts: Counter[str] = Counter(state["counts"])
-        self._waiting = {parse_size(size): self._restore(draws) for size, draws in state["waiting"].items()}
         self._groups = recipe.groups(number, self._epoch)
+        try:
+            self._waiting = {parse_size(size): self._restore(draws) for size, draws in state["waiting"].items()}
+        except (LookupError, OverflowError) as error:
+            raise UserError(f"the saved state of lane {number} names rows that the data does not have") from error
+        if self._group_number >= len(self._groups) or any(
+            len(entries) >= recipe.micro_batch_size for entries in self._waiting.values()
+        ):
+            raise UserError(f"the saved state of lane {number} is not one of this data")
         self._group: Group | None = None
         self._chunk: deque[tuple[tuple[int, int], tuple[Draw, Sample]]] = deque()
 

@@ -42,6 +42,8 @@ ROWS_PER_LANE = 65_536
 """A data set of fewer than twice as many rows has a single lane."""
 GROUP_ROWS_OF_ALL_LANES = 1_048_576
 """What a process that serves every lane holds in memory at most, in index rows (about 150 bytes each)."""
+MAX_REPLAYED = 100_000
+"""Micro-batches that a lane may be behind where a run goes on: no run saves such a state."""
 LOOKED_AT_SHARDS = 16
 """Of how many shards `some_samples` takes some, besides as many that are the first of their folder."""
 
@@ -193,10 +195,13 @@ class Plan:
         One of an earlier version, which has etags in the place of content hashes, is compared with the present etags.
         """
         current = dict(self.fingerprint)
-        for name, catalog in (("shards", self._recipe.catalog), ("validation_shards", self._validation)):
-            if catalog is not None and saved.get(name) and "identity" not in saved[name]:
-                current[name] = catalog.fingerprint(by_time=True)
-        return describe_difference(saved, current)
+        try:
+            for name, catalog in (("shards", self._recipe.catalog), ("validation_shards", self._validation)):
+                if catalog is not None and saved.get(name) and "identity" not in saved[name]:
+                    current[name] = catalog.fingerprint(by_time=True)
+            return describe_difference(saved, current)
+        except (TypeError, AttributeError, LookupError) as error:  # anyone may have written the checkpoint
+            return f"the checkpoint's record of the data is damaged ({error})"
 
     def micro_batches(
         self, *, rank: int = 0, num_processes: int = 1, start: int = 0, lane_states: dict[int, dict] | None = None
@@ -235,6 +240,8 @@ class Plan:
                 f"the state of lane {lane.number} is after {lane.emitted} of its micro-batches, but only {given} of "
                 f"them come before number {start}"
             )
+        if lane.emitted and given - lane.emitted > MAX_REPLAYED:
+            raise UserError(f"the state of lane {lane.number} is {given - lane.emitted} micro-batches before {start}")
         while lane.emitted < given:
             lane.next_micro_batch(lane.number + lane.emitted * self.num_lanes)
 

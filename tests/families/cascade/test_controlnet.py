@@ -118,6 +118,28 @@ def test_a_file_says_how_its_controlnet_was_made(tmp_path):
         published_layout(tmp_path / "c.safetensors")
 
 
+def test_no_code_is_imported_that_only_a_file_names(tmp_path):
+    (tmp_path / "hostile.py").write_text("raise AssertionError('it has run')", encoding="utf-8")
+    made = settings(f"{__name__}.Negative")
+    state = make_controlnet(made, MINI, make_filter(made), MINI_WIDTHS).state_dict()
+    for name in ("hostile.Filter", f"{__name__}.Negative", "os.system"):
+        about = file_metadata(settings(name))
+        write_weights(tmp_path / "c.safetensors", state, about)
+        with pytest.raises(WeightsError, match=rf"its filter is '{name}'.*is not run.*controlnet_filter: {name}"):
+            load_controlnet(tmp_path / "c.safetensors", MINI)
+    said = {"controlnet_filter": f"{__name__}.Negative"}
+    assert isinstance(load_controlnet(tmp_path / "c.safetensors", MINI, said)[1], Negative)
+
+
+@pytest.mark.parametrize(
+    "about", ["", "[]", "{", "[" * 100_000, '{"controlnet_blocks": "x"}', '{"other": 1}', "1" * 5000]
+)
+def test_metadata_that_is_no_controlnets_is_named(tmp_path, about):
+    write_weights(tmp_path / "c.safetensors", {"weight": torch.zeros(1)}, {"controlnet": about})
+    with pytest.raises(UserError, match=r"controlnet: .*c\.safetensors"):
+        settings_of_file(tmp_path / "c.safetensors")
+
+
 PUBLISHED = {
     "canny": ("CannyFilter", "effnet", 8),
     "inpainting": ("InpaintFilter", "effnet", 8),
