@@ -59,6 +59,7 @@ def synthetic_rows(count: int) -> pa.Table:
 
 # The tars of the benchmark are copies of one; as data of a run they would be read once.
 catalog_module._without_doubles = lambda shards, _: sorted(shards, key=lambda shard: shard.url)
+catalog_module.check_manifest_length = lambda *_: None  # hashes that are all the same take no room in a manifest
 
 
 def make_data_set(folder: Path, num_shards: int) -> None:
