@@ -24,7 +24,9 @@ def run_in_two_processes(function: Callable, *args) -> None:
     """`function(*args)` in each of two processes of one process group; an exception in one is raised here."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'meeting'}"
-        mp.start_processes(_member, args=(meeting, function, args), nprocs=2, start_method="forkserver")
+        mp.start_processes(
+            _member, args=(dict(os.environ), meeting, function, args), nprocs=2, start_method="forkserver"
+        )
 
 
 def launch_processes(count: int, function: Callable, *args) -> None:
@@ -32,20 +34,23 @@ def launch_processes(count: int, function: Callable, *args) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    mp.start_processes(_launched, args=(count, port, function, args), nprocs=count, start_method="forkserver")
+    arguments = (dict(os.environ), count, port, function, args)
+    mp.start_processes(_launched, args=arguments, nprocs=count, start_method="forkserver")
 
 
-def _launched(rank: int, count: int, port: int, function: Callable, args: tuple) -> None:
+def _launched(rank: int, environment: dict, count: int, port: int, function: Callable, args: tuple) -> None:
     torch.set_num_threads(THREADS)
-    os.environ |= {
+    # That of the server is as old as the first test that started a process: a test's S3 endpoint is not in it.
+    os.environ |= environment | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     function(*args)
 
 
-def _member(rank: int, meeting: str, function: Callable, args: tuple) -> None:
+def _member(rank: int, environment: dict, meeting: str, function: Callable, args: tuple) -> None:
     torch.set_num_threads(THREADS)
+    os.environ |= environment
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     function(*args)
     # Networks that outlive the process group can abort the interpreter at its exit.
