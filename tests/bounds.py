@@ -1,5 +1,6 @@
 """Bounds for hostile input: processor time, time on the clock, memory, and the one folder that may be written to."""
 
+import os
 import resource
 import signal
 import sys
@@ -7,9 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 WRITING_FLAGS = 3  # os.O_WRONLY | os.O_RDWR
 EVENTS_OF_ONE_PATH = {"os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 EVENTS_OF_TWO_PATHS = {"os.rename", "os.link", "os.symlink"}
+
+FUZZ = int(os.environ.get("FUZZ", 1))
+
+
+def fuzz(examples: int) -> settings:
+    """Settings of a test of hostile input: the same inputs each time, or with FUZZ=100 in the environment others, 100
+    times as many."""
+    return settings(
+        max_examples=examples * FUZZ, derandomize=FUZZ == 1, database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Files and processes are read and written as UTF-8 by every part of the project, whatever the locale is."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -8,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import ROOT, calls, lines_found, mode_of_open
 from warpcore.config import load_config, make_config
 from warpcore.data.shards import resolve_sources
 from warpcore.errors import UserError
 from warpcore.text import EncodingError, read_text
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "families", "inference", "models", "modules", "tools", "train", "warpcore")
 NO_FILES_OF_TEXT = ("tarfile", "os", "Image")
 TEXT_MODE = re.compile(r"[rwax]t?\+?t?")
@@ -22,31 +21,20 @@ TEXT_MODE = re.compile(r"[rwax]t?\+?t?")
 def calls_without_encoding(source: str) -> list[int]:
     """The lines of calls that would read or write text in the locale's encoding."""
     found = []
-    for call in ast.walk(ast.parse(source)):
-        if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
+    for call, name, owner in calls(source):
+        if owner in NO_FILES_OF_TEXT or any(keyword.arg == "encoding" for keyword in call.keywords):
             continue
-        of_path = isinstance(call.func, ast.Attribute)
-        if of_path and getattr(call.func.value, "id", "") in NO_FILES_OF_TEXT:
-            continue
-        name = call.func.attr if of_path else getattr(call.func, "id", "")
-        reads_or_writes_text = name in ("read_text", "write_text") and of_path
-        if name == "open":  # of a path the mode comes first, of the built-in function second
-            arguments = [getattr(argument, "value", "?") for argument in call.args[0 if of_path else 1 :]]
-            reads_or_writes_text = TEXT_MODE.fullmatch(str(arguments[0] if arguments else "r")) is not None
+        is_text = name in ("read_text", "write_text") and owner is not None
+        if name == "open":
+            is_text = TEXT_MODE.fullmatch(mode_of_open(call, owner)) is not None
         as_text = [k.value for k in call.keywords if k.arg in ("text", "universal_newlines")]
-        if reads_or_writes_text or any(getattr(value, "value", False) is True for value in as_text):
+        if is_text or any(getattr(value, "value", False) is True for value in as_text):
             found.append(call.lineno)
     return found
 
 
 def test_every_text_file_is_opened_as_utf_8():
-    wanting = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for folder in FOLDERS
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        for line in calls_without_encoding(path.read_text(encoding="utf-8"))
-    ]
-    assert not wanting
+    assert not lines_found(FOLDERS, calls_without_encoding)
 
 
 def test_the_check_sees_calls_without_an_encoding():

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 
 import pytest
 
+from tests.bounds import FUZZ
 from warpcore.core import WarpCore
 
-MAX_SECONDS_PER_FILE = 60
+MAX_SECONDS_PER_FILE = 60 * FUZZ
 """Processor time of a file's tests without the mark `slow`, with fixtures and the processes that they wait for."""
 PROCESSOR_SECONDS = "processor_seconds"
 STARTS_A_PROCESS = (

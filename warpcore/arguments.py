@@ -84,14 +84,14 @@ def numbers_in(annotation: Any, value: Any) -> Any:
     """A value in which numbers such as `1e-4`, which YAML reads as text, are numbers where a key's type is any."""
     if annotation is Any and isinstance(value, str):
         return float(value) if _EXPONENT.fullmatch(value) else value
+    if not isinstance(value, dict | list):
+        return value
     inner = {kind: typing.get_args(kind) for kind in parts_of(annotation)}
     if isinstance(value, dict):
         of_values = next((args[1] for kind, args in inner.items() if typing.get_origin(kind) is dict), annotation)
         return {key: numbers_in(of_values, one) for key, one in value.items()}
-    if isinstance(value, list):
-        of_items = next((args[0] for kind, args in inner.items() if typing.get_origin(kind) is list), annotation)
-        return [numbers_in(of_items, one) for one in value]
-    return value
+    of_items = next((args[0] for kind, args in inner.items() if typing.get_origin(kind) is list), annotation)
+    return [numbers_in(of_items, one) for one in value]
 
 
 def _annotation(kind: type[BaseModel], dotted: str) -> Any:

@@ -92,7 +92,7 @@ class Record:
         try:
             found = TypeAdapter(cls).validate_json(read_bytes(path), strict=True)
         except ValueError as error:
-            logger.warning("%s is damaged (%.200s): %s is made again", path, error, tar.name)
+            logger.warning("%s is damaged (%.200s): %s is recreated", path, error, tar.name)
             return None
         accepted = [(source.size_bytes, identity) for identity in (source.content, source.etag)]
         return found if found.source in accepted else None

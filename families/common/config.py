@@ -1,8 +1,9 @@
 """Configuration keys that the training scripts of all families of diffusion models share."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from families.common.losses import LossSettings
 from families.common.sample_fields import SampleSettings
@@ -10,6 +11,8 @@ from warpcore.config import Config, Settings, Share
 from warpcore.config_keys import Gigabytes, Steps
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.keys import Weights
+
+Folder = Annotated[str, Field(min_length=1)]
 
 
 class GeneratorSettings(Settings):
@@ -29,11 +32,11 @@ class GeneratorSettings(Settings):
 class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
     """What is learned, and what is drawn on the way."""
 
-    caches: list[str] = []
+    caches: list[Folder] = []
     """Folders that tools/cache.py made, with features of the samples of `webdataset_path`: `[data/latents,
     data/texts]`. What they hold is not computed again. Without `webdataset_path` (or with null there), the samples are
     those of the first folder, and no pictures are needed."""
-    validation_caches: list[str] = []
+    validation_caches: list[Folder] = []
     """Caches of the samples of `validation_path`, as `caches` are of the training data."""
     change_target: bool = False
     """Allow another `diffusion_target` than the weights file to start from says; the network then learns it."""
@@ -59,7 +62,8 @@ class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
     def _samples_of_caches(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Where only caches are named, the first one says which samples there are, and has their captions."""
         for key, caches in (("webdataset_path", "caches"), ("validation_path", "validation_caches")):
-            if named := values.get(caches):
-                first = values.get(key) or (named[0] if isinstance(named, list) else named)
-                values = values | {key: first}
+            if not values.get(key) and (named := values.get(caches)):
+                first = named[0] if isinstance(named, list) else named
+                if first and isinstance(first, str | Path):  # what else is written there is the mistake of its own key
+                    values = values | {key: first}
         return values

@@ -30,7 +30,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_FILES = 10_000
 """Of a repository: more than any that is read here has; a listing may have no end."""
 ATTEMPTS = 5
-"""A download ends after so many connections in a row that brought less than PROGRESS_BYTES."""
+"""Connections in a row that brought less than PROGRESS_BYTES, after which a download ends."""
 PROGRESS_BYTES = 1 << 20
 SLOW_SECONDS, SLOW_BYTES = 60, 64 << 10
 """A connection that brings less than this in that time is given up for another one."""

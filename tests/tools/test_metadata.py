@@ -1,7 +1,9 @@
 """Metadata of pictures: formats and columns that are read, names from other systems, and lines that are unusable."""
 
+import csv
 import datetime
 import decimal
+import io
 import json
 import unicodedata
 from contextlib import suppress
@@ -10,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bounds import bounded
+from tests.bounds import bounded, fuzz
 from tests.tools.test_build_dataset import samples_of
 from tests.warpcore.data.tars import picture
 from tools.build_dataset import Report, build_dataset
@@ -198,7 +200,7 @@ _COLUMNS = st.sampled_from(["file_name", "key", "text", "caption", "image", "sco
 _LINES = st.lists(st.dictionaries(_COLUMNS, _VALUES, max_size=4), max_size=3)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@fuzz(100)
 @given(lines=_LINES, kind=st.sampled_from([".jsonl", ".csv", ".parquet"]), damage=st.none() | st.integers(0, 400))
 def test_metadata_of_anyone_are_read_or_explained(tmp_path_factory, lines, kind, damage):
     folder = tmp_path_factory.mktemp("metadata")
@@ -219,7 +221,9 @@ def _written(lines: list[dict], kind: str) -> bytes:
     columns = list(dict.fromkeys(name for line in lines for name in line))
     if kind == ".csv":
         rows = [columns, *([str(line.get(name, "")) for name in columns] for line in lines)]
-        return "\n".join(",".join(row) for row in rows).encode("utf-8", "surrogatepass")
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        return text.getvalue().encode("utf-8", "surrogatepass")
     sink = pa.BufferOutputStream()
     whole = [name for name in columns if name.encode("utf-8", "ignore").decode() == name]
     texts = {name: [json.dumps(line.get(name)) for line in lines] for name in whole}

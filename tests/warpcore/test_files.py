@@ -1,6 +1,5 @@
 """A pipe, a socket, a device or a folder in the place of a file is refused by name; nothing waits for it."""
 
-import ast
 import os
 import re
 import signal
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import calls, lines_found, mode_of_open
 from warpcore.config import load_config
 from warpcore.errors import UserError
 from warpcore.files import NotAFileError, open_plain, open_to_read, read_bytes, require_file, why_no_file
@@ -91,7 +91,6 @@ def test_a_manifest_of_a_checkpoint_that_is_no_file_is_damage(tmp_path, kind):
     assert f"manifest.json is {kind}" in read_manifest(tmp_path)
 
 
-ROOT = Path(__file__).parents[2]
 FOLDERS = ("families", "inference", "tools", "train", "warpcore")
 OPENED_ELSEWHERE = {"warpcore/files.py", "tools/config_reference.py"}
 """The helper itself, and what reads a page of this repository."""
@@ -101,28 +100,18 @@ READS = re.compile(r"rt?|rb")
 def reads_without_the_helper(source: str) -> list[int]:
     """The lines that open a path to read it, whatever lies there."""
     found = []
-    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
-        of_object = isinstance(call.func, ast.Attribute)
-        name = call.func.attr if of_object else getattr(call.func, "id", "")
-        owner = getattr(call.func.value, "id", "") if of_object else ""
+    for call, name, owner in calls(source):
         if name == "open" and owner not in ("tarfile", "Image", "os"):
-            mode = [getattr(argument, "value", "?") for argument in call.args[0 if of_object else 1 :]]
-            wrong = READS.fullmatch(str(mode[0] if mode else "r")) is not None
+            wrong = READS.fullmatch(mode_of_open(call, owner)) is not None
         else:
-            wrong = (of_object and name in ("read_text", "read_bytes")) or (owner, name) in (("os", "open"),)
+            wrong = (name in ("read_text", "read_bytes") and owner is not None) or (owner, name) == ("os", "open")
         if wrong:
             found.append(call.lineno)
     return found
 
 
 def test_every_file_is_opened_to_read_as_a_regular_one():
-    wanting = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for folder in FOLDERS
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        if str(path.relative_to(ROOT)) not in OPENED_ELSEWHERE
-        for line in reads_without_the_helper(path.read_text(encoding="utf-8"))
-    ]
+    wanting = lines_found(FOLDERS, reads_without_the_helper, but=OPENED_ELSEWHERE)
     assert not wanting, "open it with warpcore.files.open_to_read, read_bytes or warpcore.text.read_text"
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bounds import bounded
+from tests.bounds import bounded, fuzz
 from tools.config_reference import scripts, settings_of
 from warpcore.arguments import read_arguments
 from warpcore.batch_size import divisors, split_batch
@@ -283,8 +283,23 @@ def used(folder, make: Callable[[], Settings]) -> str:
     return ""
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, [[1] * 30_000]) for key in ("caches", "validation_caches", "train_tokens", "webdataset_path")),
+        *((key, [""]) for key in ("caches", "validation_caches")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_list_of_what_a_key_cannot_hold_is_told_by_its_name(tmp_path, key, value):
+    kind = KINDS["train/train_sd_lora.py SdLoraConfig"]
+    told = used(tmp_path, lambda: make_config(kind, needed(kind, tmp_path) | {key: value}))
+    assert key in told
+    assert len(told) < LONGEST_MESSAGE
+
+
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@fuzz(40)
 @given(data=st.data())
 def test_any_value_of_any_key_is_taken_or_refused_by_name(name, folder, data):
     kind = KINDS[name]
@@ -295,7 +310,7 @@ def test_any_value_of_any_key_is_taken_or_refused_by_name(name, folder, data):
     assert not told or any(key in told for key in changes), (told, changes)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@fuzz(150)
 @given(content=st.binary(max_size=60) | st.text("abc:[]{},&*!-? \n#|>'\"%@`0.<=~", max_size=60).map(str.encode))
 def test_any_bytes_are_a_config_or_are_refused(tmp_path, content):
     path = tmp_path / "config.yaml"
@@ -305,7 +320,7 @@ def test_any_bytes_are_a_config_or_are_refused(tmp_path, content):
     assert "config.yaml" in str(error.value) or "this key is required" in str(error.value)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@fuzz(150)
 @given(key=st.sampled_from(sorted(Config.model_fields)), dotted=st.sampled_from(["", "", ".a", ".a.b"]),
        text=st.text("ab01.:-_[]{},*&!\"'# \n\u00e9", max_size=20) | st.sampled_from(ODD_TEXT))  # fmt: skip
 def test_any_text_of_an_argument_is_taken_or_refused_by_name(folder, key, dotted, text):

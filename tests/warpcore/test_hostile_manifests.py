@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bounds import bounded
+from tests.bounds import bounded, fuzz
 from tests.warpcore.runs import tiny_settings, train_here, write_shard
 from warpcore.checkpoint import writer_of
 from warpcore.errors import UserError
@@ -50,7 +50,7 @@ def told_of(state: Path, content: bytes) -> str | None:
         return next(filter(None, (place.difference(5, name, file) for name, file in files.items())), None)
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=100)
+@fuzz(100)
 @given(st.data())
 def test_a_tampered_manifest_is_read_or_why_not_is_told(state, data):
     manifest = whole(state)

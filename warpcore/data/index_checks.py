@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -107,28 +108,31 @@ def check_rows(rows: pa.Table, size_bytes: int) -> None:
         DamagedError, pyarrow.ArrowInvalid: they can't be true.
     """
     rows.validate(full=True)  # of text, that it is UTF-8
-    for name in _NEVER_NULL & set(rows.column_names):
+    present = set(rows.column_names)
+    for name in _NEVER_NULL & present:
         if rows[name].null_count:
             raise DamagedError(f"a row has no {name}")
-    for name in {"width", "height"} & set(rows.column_names):
-        values = rows[name] if "problem" not in rows.column_names else rows[name].filter(rows["problem"].is_null())
-        least = pc.min(values).as_py()
-        if least is not None and least < ("problem" in rows.column_names):
-            raise DamagedError(f"a {name} is {least}")
-    lists = {name: rows[name].combine_chunks() for name in MEMBER_COLUMNS if name in rows.column_names}
-    lengths = [pc.list_value_length(values) for values in lists.values()]
-    if any(not one.equals(lengths[0]) for one in lengths[1:]):
+    for name in {"width", "height"} & present:
+        least = _least(rows[name])
+        if least == 0 and "problem" in present:  # right for pictures that can't be read
+            least = _least(rows[name].filter(rows["problem"].is_null())) - 1
+        if least < 0:
+            raise DamagedError(f"a picture has no {name}")
+    lists = [rows[name].combine_chunks() for name in MEMBER_COLUMNS if name in present]
+    if any(not one.offsets.equals(lists[0].offsets) for one in lists[1:]):
         raise DamagedError("a row has unequal numbers of names and places of members")
-    flat = {name: values.flatten() for name, values in lists.items()}
-    if any(values.null_count for values in flat.values()):
+    flat = [values.flatten() for values in lists]
+    if any(values.null_count for values in flat):
         raise DamagedError("a member has no name or place")
-    numbers = [values for name, values in flat.items() if name != MEMBER_COLUMNS[0]]
-    for values in numbers:
-        ends = pc.min_max(values).as_py()
-        if len(values) and not 0 <= ends["min"] <= ends["max"] <= size_bytes:
-            raise DamagedError("a member lies outside of the tar")
-    if len(numbers) == 2 and len(numbers[0]) and pc.max(pc.add(*numbers)).as_py() > size_bytes:
+    numbers = [values.to_numpy() for values in flat if values.type == pa.int64()]
+    if any(len(one) and not 0 <= one.min() <= one.max() <= size_bytes for one in numbers):
+        raise DamagedError("a member lies outside of the tar")
+    if len(numbers) == 2 and len(numbers[0]) and np.add(*numbers).max() > size_bytes:
         raise DamagedError("a member ends outside of the tar")
+
+
+def _least(values: pa.ChunkedArray) -> int:
+    return int(min((chunk.to_numpy().min() for chunk in values.chunks if len(chunk)), default=1))
 
 
 def check_manifest(table: pa.Table) -> None:

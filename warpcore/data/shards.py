@@ -21,7 +21,7 @@ from warpcore.text import brief, decode_text, shortened
 __all__ = ["Shard", "Source", "folders_named_whole", "named_folders", "read_ranges", "resolve_sources"]
 
 LOOKED_UP = 10_000
-"""Of a pattern with braces, so many paths are looked up together."""
+"""Paths of a pattern with braces that are looked up together."""
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
 """With less than the first, thousands of epochs draw nothing; more than the second is more rows than memory holds."""
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")

@@ -1,4 +1,4 @@
-"""Files of a cache that others tampered with are refused by name, or their rows are made again; never a traceback."""
+"""Files of a cache that others tampered with are refused by name, or their rows are recreated; never a traceback."""
 
 import json
 import os
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from families.common.cache_records import Record
 from families.common.cached_rows import Copied, OldRows, Sources
 from families.common.features import Origin
 from families.common.prompts import read_prompts, write_prompts
-from tests.bounds import bounded
+from tests.bounds import bounded, fuzz
 from tests.warpcore.data.tars import write_tar
 from tests.warpcore.data.test_tar_headers import base_256, header
 from warpcore.data.shards import Shard
@@ -34,7 +34,6 @@ VALUES = st.recursive(
     lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=3), some, max_size=3),
     max_leaves=5,
 )
-FUZZ = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 
 
 def damaged(draw, content) -> str:
@@ -52,7 +51,7 @@ def damaged(draw, content) -> str:
     return text[: draw(st.just(len(text)) | st.integers(0, len(text)))]
 
 
-@FUZZ
+@fuzz(40)
 @given(st.data())
 def test_a_tampered_cache_json_is_used_or_refused_by_name(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cache")
@@ -67,9 +66,9 @@ def test_a_tampered_cache_json_is_used_or_refused_by_name(tmp_path_factory, data
             assert str(folder / "cache.json") in told
 
 
-@FUZZ
+@fuzz(40)
 @given(st.data())
-def test_a_tar_with_a_tampered_record_is_made_again(tmp_path_factory, data):
+def test_a_tar_with_a_tampered_record_is_recreated(tmp_path_factory, data):
     tar = tmp_path_factory.mktemp("cache") / "0.tar"
     tar.write_bytes(bytes(1024))
     source = Shard("data/0.tar", 5, "etag", "content")
@@ -83,7 +82,7 @@ def test_a_tar_with_a_tampered_record_is_made_again(tmp_path_factory, data):
         assert record is None or Record.total([record, record]).rows == 2 * record.rows
 
 
-@FUZZ
+@fuzz(40)
 @given(st.data())
 def test_tampered_prompts_are_those_that_were_written_or_encoded_again(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cache")
@@ -117,7 +116,7 @@ def test_rows_of_a_whole_old_tar_are_copied(tmp_path):
     assert copied_from(old_tar(tmp_path, json.dumps(FACTS))) == Copied(members, {0: [0, 1], 1: [2, 3]}, True, True)
 
 
-@FUZZ
+@fuzz(40)
 @given(st.data())
 def test_rows_of_a_tampered_old_tar_are_copied_or_the_tar_is_named(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cache")

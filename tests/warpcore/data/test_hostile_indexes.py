@@ -1,4 +1,4 @@
-"""Indexes and manifests that others tampered with are made again with a message, or refused by name."""
+"""Indexes and manifests that others tampered with are recreated with a message, or refused by name."""
 
 import json
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bounds import bounded
+from tests.bounds import bounded, fuzz
 from tests.warpcore.data.tars import catalog_of, write_shard
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
@@ -75,11 +75,9 @@ NUMBERS = st.integers() | st.floats() | st.booleans() | st.none()
 VALUES = st.recursive(NUMBERS | st.text(max_size=5), lambda some: st.lists(some, max_size=3) | st.dictionaries(
     st.text(max_size=3), some, max_size=3), max_leaves=5)  # fmt: skip
 FILES = st.sampled_from([f"3.tar{INDEX_SUFFIX}", MANIFEST_NAME])
-FUZZ = settings(deadline=None, derandomize=True, database=None, max_examples=15,
-                suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 
 
-@FUZZ
+@fuzz(15)
 @given(st.data(), FILES)
 def test_changed_bytes_of_an_index_or_a_manifest_end_no_run_in_a_traceback(folder, data, name):
     content = bytearray((folder / name).read_bytes())
@@ -103,7 +101,7 @@ def written(table: pa.Table) -> bytes:
     return content.getvalue().to_pybytes()
 
 
-@FUZZ
+@fuzz(15)
 @given(st.data(), FILES)
 def test_changed_metadata_of_an_index_or_a_manifest_end_no_run_in_a_traceback(folder, data, name):
     def change(text: bytes) -> bytes:
@@ -123,7 +121,7 @@ COLUMNS = st.sampled_from([pa.int8(), pa.int32(), pa.int64(), pa.float64(), pa.s
                            pa.list_(pa.int64()), pa.list_(pa.string()), pa.null()])  # fmt: skip
 
 
-@FUZZ
+@fuzz(15)
 @given(st.data(), FILES)
 def test_changed_columns_of_an_index_or_a_manifest_end_no_run_in_a_traceback(folder, data, name):
     table = pq.read_table(folder / name)

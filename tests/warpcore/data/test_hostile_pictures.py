@@ -7,12 +7,12 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from families.common.pictures import read_picture
-from tests.bounds import bounded
+from tests.bounds import bounded, fuzz
 from tests.warpcore.data.test_images import encoded, textured
 from tools.build_dataset import build_dataset
 from warpcore.data.images import BadPicture, check, decode, decode_alike, place
@@ -271,7 +271,7 @@ def changed(data: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
     return data
 
 
-@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=list(HealthCheck))
+@fuzz(150)
 @given(st.sampled_from(list(KINDS)), changes)
 def test_any_change_gives_pixels_or_a_bad_picture_within_the_bounds(tmp_path_factory, kind, changes):
     data = changed(SEEDS[kind], changes)

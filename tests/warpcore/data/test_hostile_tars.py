@@ -6,10 +6,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bounds import bounded
+from tests.bounds import bounded, fuzz
 from tests.warpcore.data.tars import catalog_of, picture, write_tar
 from tests.warpcore.data.test_tar_headers import base_256, header
 from tools.index_dataset import main
@@ -210,7 +210,7 @@ def with_checksum(block: bytearray) -> bytes:
     return bytes(block)
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@fuzz(60)
 @given(st.data())
 def test_changed_headers_with_right_checksums_are_indexed_or_named(tmp_path_factory, data):
     content = bytearray(data.draw(st.sampled_from(SMALL)))
