@@ -10,8 +10,9 @@ from typing import BinaryIO
 
 from warpcore.data import s3_requests
 from warpcore.data.globs import matching
-from warpcore.data.s3_requests import ask, bare_etag, list_tars, split
-from warpcore.data.storage_protocol import ChangedShardError, Version
+from warpcore.data.s3_listing import list_tars
+from warpcore.data.s3_requests import ask, bare_etag, split
+from warpcore.data.storage_protocol import ChangedShardError, StorageError, Version
 
 COALESCED_BYTES = 64 << 10
 """Ranges with no more than this between them are one request: the members of a sample, mostly."""
@@ -46,6 +47,8 @@ class S3Storage:
 
     def stat(self, url: str) -> tuple[int, str]:
         found = ask(url, "head_object", Key=split(url)[1])
+        if found.get("ContentLength", -1) < 0:
+            raise StorageError(f"{url}: the endpoint does not say how large it is")
         return found["ContentLength"], bare_etag(found.get("ETag"))
 
     def stats(self, urls: Sequence[str]) -> dict[str, tuple[int, str]]:

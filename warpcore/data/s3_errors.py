@@ -4,6 +4,10 @@ import re
 
 from botocore.exceptions import ClientError
 
+from warpcore.text import shortened
+
+MAX_TOLD = 500
+"""Characters of each part of an answer in an error message."""
 CREDENTIALS = (
     "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_ENDPOINT_URL for another place than AWS); "
     "AWS_SKIP_SIGNATURE=true reads a public bucket without any, AWS_REQUEST_PAYER=requester one whose readers pay"
@@ -40,10 +44,12 @@ def brief(error: Exception) -> str:
     """An error of obstore with S3's code and message, without its XML and its history."""
     text = str(error).split(_HISTORY)[0]
     head, *xml = re.split(r"\s*(?=<\?xml|<Error>)", text, maxsplit=1)
-    return ": ".join(filter(None, [head.split("\n", 1)[0].strip().rstrip(":"), reason("".join(xml))]))
+    return ": ".join(
+        filter(None, [shortened(head.split("\n", 1)[0], MAX_TOLD).strip().rstrip(":"), reason("".join(xml))])
+    )
 
 
 def reason(xml: str) -> str:
     """The code and the message in the body of an answer: `ExpiredToken: The provided token has expired`."""
     parts = (re.search(rf"<{name}>(.*?)</{name}>", xml, re.DOTALL) for name in ("Code", "Message"))
-    return ": ".join(part[1].strip().rstrip(".") for part in parts if part)
+    return ": ".join(shortened(part[1], MAX_TOLD).strip().rstrip(".") for part in parts if part)

@@ -13,7 +13,8 @@ from obstore.exceptions import BaseError
 from warpcore.data import s3_requests
 from warpcore.data.s3 import S3Storage
 from warpcore.data.s3_errors import brief, refusal_hint, status_of
-from warpcore.data.s3_requests import ask, bare_etag, list_objects, split, with_bucket
+from warpcore.data.s3_listing import list_objects
+from warpcore.data.s3_requests import ask, bare_etag, split, with_bucket
 from warpcore.data.storage import in_parallel
 from warpcore.data.storage_protocol import StorageError
 from warpcore.files import open_plain

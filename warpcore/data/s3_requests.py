@@ -37,11 +37,11 @@ from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import S3Store
 
-from warpcore.data.s3_errors import CREDENTIALS, brief, is_refused, reason, refusal_hint, status_of
-from warpcore.data.storage_protocol import TAR_ENDINGS, ChangedShardError, StorageError, Version
+from warpcore.data.s3_errors import CREDENTIALS, MAX_TOLD, brief, is_refused, reason, refusal_hint, status_of
+from warpcore.data.storage_protocol import ChangedShardError, StorageError, Version
 from warpcore.errors import UserError
 from warpcore.files import read_bytes
-from warpcore.progress_bar import ProgressBar
+from warpcore.text import shortened
 
 T = TypeVar("T")
 REQUEST_BYTES = 2 << 20
@@ -314,8 +314,11 @@ def ask(url: str, operation: str, **parameters: Any) -> dict[str, Any]:
 
     def call(bucket: Bucket) -> dict[str, Any]:
         for _ in range(CALL_ATTEMPTS - 1):
-            with suppress(ResponseParserError):  # half an answer, which boto3 doesn't ask for again
+            try:
                 return getattr(bucket.client, operation)(Bucket=name, **parameters)
+            except ResponseParserError as error:  # half an answer, which boto3 doesn't ask for again
+                if "amplification" in str(error):  # entities that multiply: a whole one, and slow to refuse
+                    raise
         return getattr(bucket.client, operation)(Bucket=name, **parameters)
 
     with _explained(url):
@@ -332,25 +335,6 @@ def _say_why(bucket: Bucket, **parameters: Any) -> None:
     bucket.client.get_object(Bucket=bucket.name, Range="bytes=0-0", **parameters)["Body"].close()
 
 
-def list_tars(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
-    """(URL, size in bytes, etag) of every tar, compressed or not, whose key starts with the prefix."""
-    return (one for one in list_objects(bucket, prefix) if one[0].endswith(TAR_ENDINGS))
-
-
-def list_objects(bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
-    """The same of every object."""
-    url, parameters = f"s3://{bucket}/{prefix}", {"Prefix": prefix}
-    with ProgressBar(desc=f"listing {url}", unit=" objects", delay=2, mininterval=2) as progress:
-        while parameters:
-            page = ask(url, "list_objects_v2", **parameters)
-            entries = page.get("Contents", ())
-            for entry in entries:
-                yield f"s3://{bucket}/{entry['Key']}", entry["Size"], bare_etag(entry.get("ETag"))
-            progress.update(len(entries))
-            goes_on = page.get("IsTruncated")
-            parameters = goes_on and {"Prefix": prefix, "ContinuationToken": page["NextContinuationToken"]}
-
-
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
     """What boto3 and obstore raise becomes StorageError, or FileNotFoundError."""
@@ -362,10 +346,12 @@ def _explained(url: str) -> Iterator[None]:
         status = status_of(error)
         if status == 404:
             raise FileNotFoundError(errno.ENOENT, "no such object", url) from None
-        text = str(error).rstrip(".")
+        text = shortened(str(error).rstrip("."), MAX_TOLD)
         raise StorageError(f"{url}: {text}{refusal_hint(status, text)}") from None
-    except (BotoCoreError, ResponseParserError) as error:
-        raise StorageError(f"{url}: {error}") from None
+    except (BotoCoreError, ResponseParserError, ValueError, OverflowError) as error:  # numbers that are none, too
+        if isinstance(error, UserError):
+            raise
+        raise StorageError(f"{url}: the answer cannot be read: {shortened(str(error), MAX_TOLD)}") from None
     except BaseError as error:
         raise StorageError(f"{url}: {brief(error)}") from None
 
