@@ -64,8 +64,10 @@ def check_target(form: ExportFormat, target: Path) -> None:
         elif any(target.iterdir()):
             raise UserError(f"{target} is not empty: name another folder")
         return
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target}: {form.name} writes a safetensors file: name it {target}.safetensors")
+    if target.suffix not in form.endings:
+        named = " or ".join(f"{target}{ending}" for ending in form.endings)
+        kinds = " or ".join(ending.removeprefix(".") for ending in form.endings)
+        raise UserError(f"{target}: {form.name} writes a {kinds} file: name it {named}")
     check_new([target], OTHER_NAME)
 
 

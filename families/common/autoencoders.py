@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from families.common.library_files import (
     CONFIG_KEY,
@@ -109,20 +109,40 @@ class Autoencoder(FrozenNetwork):
             UserError: `float16` where the config says `force_upcast`, as SDXL's does: its activations overflow.
         """
         super().__init__()
-        from diffusers import AutoencoderKL
-
         if precision == "float16" and config.get("force_upcast", True):
             raise UserError(
                 f"{key}: this autoencoder overflows in float16 (force_upcast); write float32 or bfloat16, or use "
                 "weights that were made for float16"
             )
-        self.model = construct(AutoencoderKL, config, key)
+        self.model = construct(self.library_class(), config, key)
         self.key, self.precision, self.tiling = key, precision, tiling
         self.model.use_slicing = slicing
-        self.scale = LatentScale.of(self.model.config)
-        self.latent_channels: int = self.model.config.latent_channels
-        self.compression: int = 2 ** (len(self.model.config.block_out_channels) - 1)
+        self.scale = self.scale_of(self.model.config)
+        self.compression = self.compression_of(self.model.config)
+        self.latent_channels = self.channels_of(self.model.config)
         freeze(self.model.eval(), precision, key)
+
+    @staticmethod
+    def library_class() -> type[nn.Module]:
+        """diffusers' class."""
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL
+
+    @staticmethod
+    def scale_of(config: Mapping[str, Any]) -> LatentScale:
+        """The scale of the latents, by a config of the library's."""
+        return LatentScale.of(config)
+
+    @staticmethod
+    def compression_of(config: Mapping[str, Any]) -> int:
+        """Pixels per latent position and side."""
+        return 2 ** (len(config["block_out_channels"]) - 1)
+
+    @staticmethod
+    def channels_of(config: Mapping[str, Any]) -> int:
+        """C."""
+        return config["latent_channels"]
 
     @classmethod
     def load(
@@ -193,10 +213,16 @@ class Autoencoder(FrozenNetwork):
         pixels = to_device(pictures, self.device).to(self.model.dtype) / 127.5 - 1
         self.model.use_tiling = False  # tiles would change what is learnt; only large pictures are decoded in them
         with self.in_own_precision():
-            posterior = self.model.encode(pixels).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+            return self._encode(pixels).float()
 
     forward = moments
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        posterior = self.model.encode(pixels).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents).sample
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -206,7 +232,7 @@ class Autoencoder(FrozenNetwork):
         own = self.scale.undo(to_device(latents, self.device).float()).to(self.model.dtype)
         self.model.use_tiling = self.tiling
         with self.in_own_precision():
-            pixels = self.model.decode(own).sample
+            pixels = self._decode(own)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 

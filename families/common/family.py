@@ -36,6 +36,8 @@ class ExportFormat:
     """Whether the target is a folder, and not a safetensors file."""
     keys: Callable[[], type[Settings]] | None = None
     """Gives the class that holds its further arguments; None where it takes none."""
+    endings: tuple[str, ...] = (".safetensors",)
+    """How the name of the target may end, where it is a file."""
 
     @classmethod
     def of(
@@ -48,6 +50,7 @@ class ExportFormat:
         *first: Any,
         keys: str | None = None,
         writes_folder: bool = False,
+        endings: tuple[str, ...] = (".safetensors",),
     ) -> Self:
         """The format that a function of a module writes, called with `first` before the arguments of `write`.
 
@@ -60,7 +63,7 @@ class ExportFormat:
         def keys_of() -> type[Settings]:
             return getattr(import_module(module), keys)
 
-        return cls(name, source, target, write, writes_folder, keys and keys_of)
+        return cls(name, source, target, write, writes_folder, keys and keys_of, endings)
 
 
 class Family:

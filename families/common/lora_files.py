@@ -3,6 +3,8 @@
 warpcore     unet.NAME.lora.down, ...                   each tensor under the name of its parameter
 diffusers    unet.NAME.lora_A.weight, ...               alpha in the metadata; peft's names
 kohya        lora_unet_NAME.lora_down.weight, ...       `alpha` beside it; ComfyUI and A1111 read it too
+comfyui      diffusion_model.NAME.lora_A.weight, ...    published names of layers, `alpha` beside it
+published    net.NAME.lora_A.default.weight, ...        published names; nothing says alpha, which is the rank
 """
 
 import json
@@ -20,7 +22,7 @@ from families.common.lora_formats.tensors import read_tensors
 from modules.lora import Place, places
 from warpcore.text import read_text
 
-FORMATS = ("warpcore", "diffusers", "kohya")
+FORMATS = ("warpcore", "diffusers", "kohya", "comfyui", "published")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """The LoRA of a folder that diffusers wrote."""
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -79,6 +81,7 @@ def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the f
     of_peft = path.is_dir() and (path / peft.TENSORS).is_file()
     file = path / (peft.TENSORS if of_peft else DIFFUSERS_FILE) if path.is_dir() else path
     tensors, about = read_tensors(file)
+    tensors = _without_base(tensors)
     there = {name: places(network) | places(network, split_qkv=True) for name, network in networks.items()}
     try:
         if text_encoders(networks) and embeddings.is_embedding(tensors):
@@ -144,6 +147,15 @@ def lora_files(
                 ends = {place.removeprefix(programs.TEXT_MODEL): a for place, a in own.adapters.items()}
                 configs |= {f"{name}.{key}": value for key, value in peft.to_peft(ends, "")[1].items()}
             about[DIFFUSERS_METADATA] = json.dumps(configs)
+        case "comfyui" | "published":
+            for name, own in loras.items():
+                names = programs.published_names(networks[name], own.adapters)
+                if lacking := own.adapters.keys() - names.keys():
+                    raise LoraFileError(
+                        f"{sorted(lacking)[0]} has no published name: this network has no {kind} format"
+                    )
+                layers = {names[place]: adapter for place, adapter in own.adapters.items()}
+                tensors |= named.to_comfyui(layers) if kind == "comfyui" else named.to_published(layers)
         case _:
             raise LoraFileError(f"there is no LoRA format {kind!r}; write one of {', '.join(FORMATS)}")
     return {path: (tensors, about)} | beside
@@ -193,6 +205,13 @@ def _by_network(tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]
             raise LoraFileError(f"it holds {name}; here it is read for {', '.join(networks)} alone")
         found.setdefault(network or next(iter(networks)), {})[_without_processor(bare.removeprefix(prefix))] = tensor
     return found
+
+
+def _without_base(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a file of a whole network with peft's adapters in it holds of these; other files as they are."""
+    if not any(".base_layer." in name for name in tensors):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if re.search(r"\.lora_[AB]\.", name)}
 
 
 def _without_processor(name: str) -> str:

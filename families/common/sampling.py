@@ -12,6 +12,7 @@ from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.diffusion.tables import TableSchedule
 from warpcore.diffusion.times import last_part, sampling_times
 from warpcore.random import SampleRandom
+from warpcore.transfer import to_device
 
 
 def latent_size(height: int, width: int, compression: float, patch_size: int = 1) -> tuple[int, int]:
@@ -36,6 +37,7 @@ def draw_latents(
     times: Tensor | None = None,
     start: Tensor | None = None,
     noise_level: float = 1.0,
+    initial_noise: Tensor | None = None,
 ) -> Tensor:
     """Draw latents (B, *shape) from the noise that `seeds` stand for: the same seed, the same noise, in any batch.
 
@@ -44,11 +46,12 @@ def draw_latents(
             (`warpcore.diffusion.times.sampling_times`), else equal ones.
         start: clean latents (B, *shape) at which drawing begins, with noise of `noise_level` (1 is hardly anything but
             noise); it makes that share of the steps.
+        initial_noise: (B, *shape) normal numbers in place of those that the seeds stand for.
     """
     given = (value for value in conditions.values() if isinstance(value, Tensor))
     device = next(chain(given, network.parameters())).device  # weights may be offloaded to another
     random = SampleRandom(seeds, device)
-    x = random.normal("initial noise", *shape)
+    x = random.normal("initial noise", *shape) if initial_noise is None else to_device(initial_noise, random.device)
     if times is None and isinstance(diffusion.schedule, TableSchedule):
         times = sampling_times(diffusion.schedule, steps, sampler)
     if times is not None:

@@ -8,8 +8,8 @@ reference implementation's outputs, within the tolerances of the cases, for the 
 reference gave is in `reference_outputs.safetensors`: rounding moves it by less than `ROUNDING`. Sampling loops
 keep their first and last step; filters keep one picture of each size.
 
-The weights of the cases in `sd_t5` are those of the reference, to the bit of a rounding, made by the recipe that they
-turned out to follow.
+The weights of the cases in `sd_t5` and `cosmos` are those of the reference, to the bit of a rounding, made by the
+recipes that they turned out to follow.
 """
 
 import gzip
@@ -96,7 +96,7 @@ def _by_recipe(weights: dict) -> dict[str, torch.Tensor]:
             elif last == "gammas":
                 made[name] = 0.4 + 0.15 * draw
             elif last in ("gamma", "beta"):
-                made[name] = 0.3 * draw
+                made[name] = weights.get("gamma_deviation", 0.3) * draw
             elif draw.dim() >= 2:
                 made[name] = draw * (weights["gain"] / (draw.numel() / draw.shape[0]) ** 0.5)
             elif last == "weight":

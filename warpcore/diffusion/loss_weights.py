@@ -76,10 +76,13 @@ class P2LossWeight(LossWeight):
 
 
 class SNRPlusOneLossWeight(LossWeight):
-    """SNR + 1 (arXiv:2202.00512, section 4): turns the error of x0 into that of v."""
+    """SNR + 1 (arXiv:2202.00512, section 4): turns the error of x0 into that of v.
+
+    For a straight flow it is a^2 + b^2, the weight of Cosmos-Predict2 before 2025-08-29.
+    """
 
     of = "x0"
-    targets = ("x0",)
+    targets = ("x0", "rectified_flows")
 
     def weight(self, logsnr: Tensor) -> Tensor:
         return logsnr.exp() + 1

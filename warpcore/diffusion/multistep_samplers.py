@@ -94,14 +94,30 @@ class DPMSolverPP2MSampler(Sampler):
             x0_before, lam_before = self._before
             h_before = lam - lam_before
             usable = h.isfinite() & (h_before > 0)
-            slope = torch.where(usable, h / (2 * h_before), 0.0)
+            slope = torch.where(usable, self._middle(h) / h_before, 0.0)
             signal = x0 + slope * (x0 - x0_before)
         self._before = (x0, lam)
         return h, signal
 
+    def _middle(self, h: Tensor) -> Tensor:
+        """Where in a step of `h` the signal is taken, as a change of lambda."""
+        return h / 2
+
     def _lambda(self, logsnr: Tensor, like: Tensor) -> Tensor:
         a, b = self.scaler.weights(logsnr, like)
         return (a / b).log()
+
+
+class RES2MSampler(DPMSolverPP2MSampler):
+    """Exponential Adams-Bashforth of order 2 in lambda (Hochbruck and Ostermann, "Exponential integrators", Acta
+    Numerica 2010, section 2.5): the published sampler of Cosmos-Predict2.
+
+    Where DPM-Solver++(2M) takes the signal in the middle of a step, its change over the step is integrated exactly.
+    """
+
+    def _middle(self, h: Tensor) -> Tensor:
+        gone = -torch.expm1(-h)  # 1 - sigma_next / sigma
+        return torch.where(h > 0, (h - gone) / gone, 0.0)
 
 
 class DPMSolverPP2MSDESampler(DPMSolverPP2MSampler):

@@ -45,6 +45,7 @@ def flow_process(
     steps: float = 1000,
     shift: float = 1.0,
     min_sigma: float = 0.0,
+    logit_normal: bool = False,
     offset_noise: float = 0.0,
     **weight_settings,
 ) -> GDF:
@@ -53,10 +54,11 @@ def flow_process(
     Args:
         shift: above 1 there is more noise, for larger pictures (arXiv:2403.03206, eq. 23).
         min_sigma: of the noise's share in training, which ends at 1 - `min_sigma`.
+        logit_normal: train more at medium noise (arXiv:2403.03206, eq. 19).
         loss_weight, weight_settings: see `loss_weight_for`.
     """
     return GDF(
-        RectifiedFlowsSchedule((-math.inf, math.inf), min_sigma, shift=shift),
+        RectifiedFlowsSchedule((-math.inf, math.inf), min_sigma, logit_normal, shift=shift),
         LERPScaler(),
         RectifiedFlowsTarget(),
         FlowTimestepNoiseCond(steps),

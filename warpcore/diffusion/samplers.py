@@ -5,6 +5,7 @@ from warpcore.diffusion.multistep_samplers import (
     DPMSolverPP2MSDESampler,
     HeunSampler,
     PNDMSampler,
+    RES2MSampler,
     UniPCSampler,
 )
 from warpcore.diffusion.sampler import Sampler
@@ -72,4 +73,5 @@ SAMPLERS = {
     "dpmpp_2m": DPMSolverPP2MSampler,
     "dpmpp_2m_sde": DPMSolverPP2MSDESampler,
     "unipc": UniPCSampler,
+    "res_2m": RES2MSampler,
 }

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from warpcore.diffusion.buckets import mix_into_buckets
 
+SMALLEST_DRAW = 2.0**-25
+"""Half of the smallest uniform number above 0 that float32 draws give."""
+
 
 class Schedule:
     """Base of all schedules: steps, shift and limits around `log_snr`, which a subclass defines.
@@ -136,16 +139,27 @@ class SqrtSchedule(_VarianceSchedule):
 class RectifiedFlowsSchedule(Schedule):
     """Straight path (1 - t) * x0 + t * epsilon (arXiv:2209.03003, eq. 1 with time reversed).
 
-    Times of training are from `min_sigma` to 1 - `min_sigma`.
+    Times of training are from `min_sigma` to 1 - `min_sigma`. With `logit_normal` log(t / (1 - t)) is standard normal
+    (arXiv:2403.03206, eq. 19): there are more of medium noise.
     """
 
-    def __init__(self, logsnr_range: Sequence[float] = (-15.0, 15.0), min_sigma: float = 0.0, **kwargs):
+    def __init__(
+        self,
+        logsnr_range: Sequence[float] = (-15.0, 15.0),
+        min_sigma: float = 0.0,
+        logit_normal: bool = False,
+        **kwargs,
+    ):
         self.logsnr_range = tuple(logsnr_range)
         self.min_sigma = min_sigma
+        self.logit_normal = logit_normal
         super().__init__(**kwargs)
 
     def training_t(self, uniform: Tensor) -> Tensor:
-        t = super().training_t(uniform)
+        if self.logit_normal:  # at a draw of 0 the quantile is infinite
+            t = torch.special.ndtri(uniform.clamp(min=SMALLEST_DRAW)).sigmoid()
+        else:
+            t = super().training_t(uniform)
         return t * (1 - 2 * self.min_sigma) + self.min_sigma if self.min_sigma else t
 
     def log_snr(self, t: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ TIME_RULES = {
     "dpmpp_2m": TimeRule("linspace", solver=True),
     "dpmpp_2m_sde": TimeRule("linspace", solver=True),
     "unipc": TimeRule("linspace", solver=True),
+    "res_2m": TimeRule("linspace", solver=True),
 }
 """By the name of the sampler."""
 
@@ -124,6 +125,20 @@ def flow_times(steps: int, *, shift: float = 1.0, total: int = 1000) -> Tensor:
     _check_steps(steps, total)
     smallest = shift / (total + shift - 1)
     return torch.cat([torch.linspace(1, smallest, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+
+
+def flow_sigma_times(sigmas: Sequence[float] | Tensor) -> Tensor:
+    """(N + 1,) float64 times of a straight flow at N noise levels, falling sigmas = t / (1 - t), and the clean signal:
+    the last step goes from the last sigma to what the network finds there."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    return torch.cat([sigmas / (1 + sigmas), sigmas.new_zeros(1)])
+
+
+def karras_sigmas(steps: int, high: float, low: float, rho: float = 7.0) -> Tensor:
+    """(steps + 1,) float64 falling noise levels from `high` to `low`, between which sigma^(1/rho) falls evenly
+    (arXiv:2206.00364, eq. 5)."""
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    return (first + torch.arange(steps + 1, dtype=torch.float64) / steps * (last - first)) ** rho
 
 
 def last_part(times: Tensor, strength: float) -> Tensor:

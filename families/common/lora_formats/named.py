@@ -36,6 +36,37 @@ def to_named(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     return tensors
 
 
+def to_comfyui(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The tensors of adapters by the published names of their layers, as ComfyUI and diffusion-pipe have them."""
+    tensors = {}
+    for name, adapter in adapters.items():
+        tensors |= {
+            f"diffusion_model.{name}.lora_A.weight": adapter.down,
+            f"diffusion_model.{name}.lora_B.weight": adapter.up,
+            f"diffusion_model.{name}.alpha": torch.tensor(float(adapter.plain_alpha)),
+        }
+        if adapter.magnitude is not None:
+            lengths = adapter.magnitude if adapter.by_columns else adapter.magnitude[:, None]
+            tensors[f"diffusion_model.{name}.dora_scale"] = lengths
+    return tensors
+
+
+def to_published(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The tensors of adapters as peft names them inside a network called `net`; alpha is the rank, as nothing says it.
+
+    Raises LoraFileError for DoRA, which such files cannot say.
+    """
+    tensors = {}
+    for name, adapter in adapters.items():
+        if adapter.magnitude is not None:
+            raise LoraFileError(f"{name} is adapted with DoRA, which has no published names: use lora-comfyui")
+        tensors |= {
+            f"net.{name}.lora_A.default.weight": adapter.down,
+            f"net.{name}.lora_B.default.weight": adapter.up * (adapter.plain_alpha / adapter.rank),
+        }
+    return tensors
+
+
 # ---------------------------------------------------------------- reading
 
 _TENSORS = {

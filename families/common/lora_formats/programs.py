@@ -6,7 +6,9 @@
                      lora_te1_text_model_encoder_layers_0_mlp_fc1      SDXL
     text_encoder_2   lora_te2_text_model_encoder_layers_0_mlp_fc1      SDXL
 
-diffusers' names are those of the network behind `unet.`, `text_encoder.`, `text_encoder_2.` or `transformer.`.
+diffusers' names are those of the network behind `unet.`, `text_encoder.`, `text_encoder_2.` or `transformer.`. A
+network may have a third name for each layer, that of the program that it was published with (`published_layer`):
+ComfyUI reads these behind `diffusion_model.`, Cosmos-Predict2 behind `net.`.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -31,7 +33,8 @@ def kohya_prefix(network: str, others: Collection[str]) -> str:
 def prefixes(network: str) -> tuple[str, ...]:
     """What a file's names may begin with for a network."""
     kohya = {"text_encoder": ("lora_te1_", "lora_te_"), "text_encoder_2": ("lora_te2_",)}
-    return (f"{network}.", f"lora_{network}.", *kohya.get(network, ("lora_unet_", "diffusion_model.", "lycoris_")))
+    others = ("lora_unet_", "diffusion_model.", "lycoris_", "net.")
+    return (f"{network}.", f"lora_{network}.", *kohya.get(network, others))
 
 
 def kohya_names(network: str, module: nn.Module, places: Iterable[str]) -> dict[str, str]:
@@ -49,9 +52,16 @@ def diffusers_names(network: str, places: Iterable[str]) -> dict[str, str]:
     return {place: place if place.startswith(whole) else TEXT_MODEL + place for place in places}
 
 
+def published_names(module: nn.Module, places: Iterable[str]) -> dict[str, str]:
+    """Place -> what the program that a network was published with calls it, where that is known."""
+    named = getattr(module, "published_layer", lambda place: None)
+    return {place: name for place in places if (name := named(place)) is not None}
+
+
 def names_read(network: str, module: nn.Module, places: Collection[str]) -> dict[str, str]:
     """What any program may call a layer, with `_` for dots -> its place."""
-    tables: list[Mapping[str, str]] = [{place: place for place in places}, diffusers_names(network, places)]
+    same = {place: place for place in places}
+    tables: list[Mapping[str, str]] = [same, diffusers_names(network, places), published_names(module, places)]
     if network == "unet" and _has_levels(places):
         tables.append(_original_names(module, places))
     return {name.replace(".", "_"): place for table in tables for place, name in table.items()}

@@ -218,7 +218,10 @@ def test_every_weight_has_a_sensible_target_and_every_target_a_sensible_weight()
             "truncated_snr makes no sense for the target epsilon; write one of the loss "
             "weights constant, p2, min_snr, .* or one of the targets x0, v",
         ),
-        (("p2", "rectified_flows"), "p2 makes no sense .* constant, min_snr, sech, sigmoid, adaptive, or .* epsilon"),
+        (
+            ("p2", "rectified_flows"),
+            "p2 makes no sense .* constant, snr_plus_one, min_snr, sech, sigmoid, adaptive, or .* epsilon",
+        ),
         (("min_snr", "noise"), "target: 'noise' is unknown; write one of epsilon"),
         (("snr5", "v"), "loss_weight: 'snr5' is unknown; write one of constant"),
     ],

@@ -1,0 +1,72 @@
+"""diffusers' AutoencoderKLWan, the autoencoder of Wan 2.1 and of Cosmos-Predict2, on pictures: videos of one frame."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from families.common.autoencoders import Autoencoder, LatentScale
+from families.common.library_files import read_tensors
+from families.common.weights import read_weights
+
+LIBRARY_CLASS = "AutoencoderKLWan"
+CONSTRUCTOR = {
+    "z_dim": 16, "scale_factor_spatial": 8,
+    "latents_mean": [
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ],
+    "latents_std": [
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
+    ],
+}  # fmt: skip
+"""Of the published network; what is not here is the library's default."""
+
+
+class WanAutoencoder(Autoencoder):
+    """A frozen AutoencoderKLWan in its own precision; neither pictures nor latents have a dimension of frames."""
+
+    @staticmethod
+    def library_class() -> type[nn.Module]:
+        from diffusers import AutoencoderKLWan
+
+        return AutoencoderKLWan
+
+    @staticmethod
+    def scale_of(config: Mapping[str, Any]) -> LatentScale:
+        given = CONSTRUCTOR | dict(config)
+        return LatentScale(tuple(given["latents_mean"]), tuple(given["latents_std"]))
+
+    @staticmethod
+    def compression_of(config: Mapping[str, Any]) -> int:
+        return (CONSTRUCTOR | dict(config))["scale_factor_spatial"]
+
+    @staticmethod
+    def channels_of(config: Mapping[str, Any]) -> int:
+        return (CONSTRUCTOR | dict(config))["z_dim"]
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        posterior = self.model.encode(pixels[:, :, None]).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)[:, :, 0]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents[:, :, None]).sample[:, :, 0]
+
+
+def read_wan_tensors(path: Path, key: str) -> dict[str, Tensor]:
+    """The weights in a folder of diffusers, or in a file of its names or of the published ones (`tokenizer.pth`).
+
+    Raises:
+        UserError: they are missing, or cannot be read.
+    """
+    if path.is_dir():
+        return read_tensors(path, key)
+    tensors = read_weights(path, key)
+    if "encoder.conv1.weight" not in tensors:
+        return tensors
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    return convert_wan_vae_to_diffusers(tensors)
