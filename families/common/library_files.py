@@ -1,10 +1,10 @@
 """Networks in the files of diffusers and transformers: a folder with `config.json`, or one safetensors file.
 
-Nothing is unpickled, and nothing is downloaded: paths are local.
+Nothing is run that a file contains, and nothing is downloaded: paths are local.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from families.common.weights import check_names
+from families.common.weights import check_names, read_weights
 from warpcore.errors import UserError
 from warpcore.files import why_no_file
 from warpcore.text import read_text
@@ -21,6 +21,8 @@ T = TypeVar("T")
 CONFIG, CONFIG_KEY = "config.json", "config"
 """The file of a folder, and the key of a single file's metadata, that say how the network is built."""
 FILE_NAMES = ("diffusion_pytorch_model", "model")
+PICKLED = Path("pytorch_model.bin")
+"""How transformers named weights before safetensors; read without running any code in it."""
 VARIANTS = ("", ".fp16", ".bf16")
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 """What networks predict (`diffusion_target`), as schedulers of diffusers call it (`prediction_type`)."""
@@ -87,32 +89,48 @@ def construct(kind: Callable[..., T], config: Mapping[str, Any], key: str) -> T:
 
 
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a folder's one or several.
+    """The tensors of a weights file, or of a folder's one or several; see `each_tensor`."""
+    return dict(each_tensor(path, key))
+
+
+def each_tensor(
+    path: Path, key: str, is_wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a weights file, or of a folder's one or several, one by one.
+
+    A file is mapped into memory: only the tensors that are kept take any.
+
+    Args:
+        is_wanted: whether to read the tensor of a name.
 
     Raises:
         UserError: there are none, or they cannot be read.
     """
-    tensors = {}
     for file in [path] if path.is_file() else weights_files(path, key):
+        if file.suffix == PICKLED.suffix:
+            state = read_weights(file, key, mapped=True)
+            if other := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
+                raise UserError(f"{key}: {file} cannot be read as weights: {other!r:.80} is no tensor")
+            yield from ((name, state[name]) for name in state if is_wanted(name))
+            continue
         opened = _open(file, key)
-        tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return tensors
+        yield from ((name, opened.get_tensor(name)) for name in opened.keys() if is_wanted(name))  # noqa: SIM118
 
 
 def weights_files(folder: Path, key: str) -> list[Path]:
-    """The safetensors files of a network's folder.
+    """The weights files of a network's folder: safetensors, or else transformers' `pytorch_model.bin`.
 
     Raises:
         UserError: there are none.
     """
-    for name in FILE_NAMES:
-        for variant in VARIANTS:
-            index = folder / f"{name}.safetensors.index{variant}.json"
-            if index.is_file():
-                names = set(json.loads(read_text(index))["weight_map"].values())
-                return [folder / Path(name).name for name in sorted(names)]
-            if (file := folder / f"{name}{variant}.safetensors").is_file():
-                return [file]
+    places = [(f"{name}.safetensors", variant) for name in FILE_NAMES for variant in VARIANTS]
+    for place, variant in [*places, (PICKLED.name, "")]:
+        index = folder / f"{place}.index{variant}.json"
+        if index.is_file():
+            names = set(json.loads(read_text(index))["weight_map"].values())
+            return [folder / Path(name).name for name in sorted(names)]
+        if (file := folder / Path(place).with_suffix(f"{variant}{Path(place).suffix}")).is_file():
+            return [file]
     hint = "only .bin or .ckpt files, which are not read: convert them to safetensors" if any(
         folder.glob("*.bin")) or any(folder.glob("*.ckpt")) else "no weights"  # fmt: skip
     raise UserError(f"{key}: {folder} holds {hint} ({' or '.join(f'{name}.safetensors' for name in FILE_NAMES)})")

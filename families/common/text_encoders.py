@@ -20,6 +20,7 @@ from families.common.library_files import (
     read_tensors,
 )
 from families.common.precision import FrozenNetwork, Precision, freeze
+from families.common.text_conditions import LibraryTextEncoder, TextConditions, Tokens
 from families.common.weights import are_only_shapes
 from modules.clip import text_tower
 from modules.clip_weights import read_settings
@@ -50,37 +51,9 @@ PENULTIMATE = HiddenState(skip_layers=1, final_norm=False)
 """Both encoders of SDXL."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Texts as an encoder reads them."""
-
-    ids: Tensor
-    """(B, L) int64, on the CPU; where texts are read in chunks, those one after another."""
-    mask: Tensor
-    """(B, L) bool: true from the begin token to the end token; of chunks without the tokens between them."""
-
-
-@dataclass(frozen=True)
-class TextConditions:
-    """What texts are to the network that is trained."""
-
-    hidden: Tensor
-    """(B, L, D), padded positions included, as published networks read them; of several encoders beside each other."""
-    pooled: Tensor | None
-    """(B, P): the projected state of the end token; None where the last encoder has no projection."""
-    mask: Tensor
-    """(B, L) bool: where a text has tokens."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) int64: tokens of each text, the begin and the end token included."""
-        return self.mask.sum(dim=1)
-
-
-class ClipTextEncoder(FrozenNetwork):
+class ClipTextEncoder(LibraryTextEncoder):
     """A frozen CLIP text encoder and its tokenizer, in its own precision."""
 
-    forward_methods = ("encode",)
     chunks = 1
     """Parts in which longer texts are read, see `tokenize`."""
 
@@ -193,19 +166,14 @@ class ClipTextEncoder(FrozenNetwork):
         """L: tokens of a text that are read, the begin and the end token included."""
         return self.chunks * (self.window - 2) + 2
 
-    def are_cut(self, texts: Sequence[str]) -> list[bool]:
-        """Which texts have more than L tokens."""
-        ids = self.tokenizer(list(texts), truncation=True, max_length=self.length + 1).input_ids if texts else []
-        return [len(own) > self.length for own in ids]
-
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids, cut and padded to L. That texts are too long is logged once.
 
         With several `chunks`, L is more than the network reads at once: each chunk of 75 tokens gets a begin and an
         end token of its own, as in kohya's sd-scripts with `max_token_length` 150 and 225.
         """
-        too_long = sum(self.are_cut(texts))
-        if too_long and not self._warned:
+        too_long = 0 if self._warned else sum(self.are_cut(texts))
+        if too_long:
             self._warned = True
             logger.warning("%s: %d of %d texts are cut to %d tokens", self.key, too_long, len(texts), self.length)
         read = self.tokenizer(
@@ -283,10 +251,6 @@ class ClipTextEncoder(FrozenNetwork):
             hidden = torch.cat([parts[:, 0, :1], parts[:, :, 1:-1].flatten(1, 2), parts[:, -1, -1:]], dim=1)
             pooled = None if pooled is None else pooled[:: self.chunks]  # of the first chunk
         return TextConditions(hidden, pooled, to_device(tokens.mask, self.device))
-
-    def forward(self, texts: Sequence[str]) -> TextConditions:
-        """The conditions of texts."""
-        return self.encode(self.tokenize(texts))
 
 
 class ClipTextEncoders(FrozenNetwork):

@@ -37,6 +37,8 @@ _WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _BESIDE_WEIGHTS = (".json", ".txt", ".model")
 """Configs, vocabularies, and sentencepiece's tokenizers."""
 _PART = re.compile(r"-\d{5}-of-\d{5}")
+_PICKLED = re.compile(rf"pytorch_model({_PART.pattern})?\.bin")
+"""What transformers wrote before safetensors, as the first T5 are published; read without running code in it."""
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -143,7 +145,8 @@ def wanted(sizes: Mapping[str, int], prefix: str, name: str) -> Iterator[str]:
     """What of a repository's files is downloaded: configs, vocabularies and safetensors of the folder `prefix`, and of
     the folders of a pipeline's networks.
 
-    Of several precisions the full one is taken; pickled files are left out.
+    Of several precisions the full one is taken. Pickled files are left out, but for those of transformers where there
+    is nothing else.
 
     Raises:
         DownloadError: there are no safetensors, several that are not parts of one network, or a path that leads out.
@@ -180,6 +183,7 @@ def _is_beside(name: str) -> bool:
 
 def _weights_of(files: list[str], name: str) -> list[str]:
     weights = [path for path in files if path.endswith(".safetensors")]
+    weights = weights or [path for path in files if _PICKLED.fullmatch(path.rpartition("/")[2])]
     plain = [path for path in weights if not re.search(r"\.(fp16|bf16|non_ema)[.-]", path)] or weights
     parts = [path for path in plain if _PART.search(path)]
     usual = [path for usual in USUAL_NAMES for path in plain if path.rpartition("/")[2] == usual]

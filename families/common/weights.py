@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
@@ -71,8 +72,10 @@ def with_weights(
     return network
 
 
-def read_weights(path: Path, key: str) -> dict[str, Tensor]:
+def read_weights(path: Path, key: str, mapped: bool = False) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a PyTorch file read without running any code in it.
+
+    mapped: map a PyTorch file into memory, so that only tensors that are kept take any; not those of PyTorch 1.5.
 
     Raises:
         WeightsError: the file is missing or unreadable.
@@ -81,9 +84,11 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zipfile(path))
     except Exception as error:  # whatever a broken archive may raise
         raise WeightsError(f"{key}: {path} cannot be read as weights: {error}") from error
+    if not isinstance(state, dict):
+        raise WeightsError(f"{key}: {path} cannot be read as weights: it holds no tensors by name")
     return state.get("state_dict", state)
 
 
