@@ -33,6 +33,7 @@ from warpcore.config_keys import (
 from warpcore.data.storage import local_path
 from warpcore.errors import ConfigError, UserError
 from warpcore.keys import help_text, local_paths
+from warpcore.lr_schedules import CYCLE_KEYS, CYCLES, LinearCycles
 from warpcore.mistakes import check_values, explain_all
 from warpcore.unused_keys import check_unused
 
@@ -76,7 +77,47 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
             raise ValueError(
                 "offload: activations are what activation_checkpointing keeps: set that to 1, 2 or 3 (all blocks)"
             )
+        self._check_cycles()
+        self._check_average()
         return self
+
+    def _given(self, *keys: str) -> list[str]:
+        """Which of the keys have another value than their default."""
+        fields = type(self).model_fields
+        return [key for key in keys if getattr(self, key) != fields[key].get_default(call_default_factory=True)]
+
+    def _check_cycles(self) -> None:
+        if self.lr_schedule != CYCLES:
+            if given := self._given(*CYCLE_KEYS):
+                raise ValueError(
+                    f"{', '.join(given)}: only lr_schedule: {CYCLES} reads this: write that, or remove it"
+                )
+            return
+        if self.updates > self.lr_cycles.updates:
+            raise ValueError(
+                f"updates: {self.updates} are more than the {self.lr_cycles.updates} of all cycle_lengths, after "
+                f"which lr_schedule: {CYCLES} has no learning rate: write fewer, or lengthen a cycle"
+            )
+        if given := self._given("warmup_updates", "min_lr_ratio"):
+            raise ValueError(
+                f"{', '.join(given)}: the cycles of lr_schedule: {CYCLES} have warm_up_steps and f_min instead: write "
+                "those"
+            )
+
+    def _check_average(self) -> None:
+        if self.ema_profile == "power" and self.ema_start_iters is None:
+            raise ValueError("ema_profile: power needs ema_start_iters: write 0 to average from the first update on")
+        keys = ("ema_rate", "ema_iteration_shift") if self.ema_profile == "constant" else ("ema_beta",)
+        if given := self._given(*keys):
+            other = "power" if self.ema_profile == "constant" else "constant"
+            raise ValueError(f"{', '.join(given)}: only ema_profile: {other} reads this: write that, or remove it")
+
+    @property
+    def lr_cycles(self) -> LinearCycles | None:
+        """Those of `lambdalinear`; None for other schedules."""
+        if self.lr_schedule != CYCLES:
+            return None
+        return LinearCycles(*(tuple(getattr(self, key)) for key in CYCLE_KEYS))
 
     @property
     def run_folder(self) -> Path:

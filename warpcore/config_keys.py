@@ -157,12 +157,23 @@ class OptimisationKeys(Settings):
 
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate between warm-up and the last update."""
+    lr_schedule: Literal["constant", "cosine", "linear", "lambdalinear"] = "constant"
+    """Course of the learning rate between warm-up and the last update; or, with `lambdalinear`, `lr` times a factor
+    that goes up and down in cycles, each with an entry in the five lists below."""
     min_lr_ratio: Share = 0.0
     """Where `cosine` and `linear` end, as a fraction of `lr`."""
     warmup_updates: PositiveInt = 1
     """The learning rate rises linearly over this many updates; the first one already learns."""
+    warm_up_steps: list[NonNegativeInt] = Field([1000], max_length=MAX_ENTRIES)
+    """With `lambdalinear`: updates at the begin of each cycle in which the factor rises; fewer than the cycle has."""
+    cycle_lengths: list[PositiveInt] = Field([10_000_000_000_000], max_length=MAX_ENTRIES)
+    """With `lambdalinear`: updates of each cycle; `updates` may not be more than all of them."""
+    f_start: list[NonNegativeFloat] = Field([1e-6], max_length=MAX_ENTRIES)
+    """With `lambdalinear`: the factor of the first update of each cycle, if it has a warm-up."""
+    f_max: list[NonNegativeFloat] = Field([1.0], max_length=MAX_ENTRIES)
+    """With `lambdalinear`: the factor after the warm-up of each cycle."""
+    f_min: list[NonNegativeFloat] = Field([1.0], max_length=MAX_ENTRIES)
+    """With `lambdalinear`: the factor at the end of each cycle."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon", "lion", "prodigy"] = "adamw"
     """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, Muon, Lion
     (arXiv:2302.06675; with a third to a tenth of AdamW's `lr`, and usually `betas: [0.9, 0.99]`), or Prodigy
@@ -197,6 +208,15 @@ class AverageKeys(Settings):
     """The average moves at every this many updates."""
     ema_beta: ShareBelowOne = 0.999
     """Share of the old average that a step keeps."""
+    ema_profile: Literal["constant", "power"] = "constant"
+    """`power`: that share grows with the updates instead, so that the average always reaches back over the same part
+    of the run, `ema_rate` (EDM2, arXiv:2312.02696, section 3.1)."""
+    ema_rate: Annotated[float, Field(gt=0, le=0.28)] = 0.1
+    """With `ema_profile: power`: the standard deviation of the average's weights over time, as a fraction of the run
+    so far. 0.28 averages nearly evenly over all of it, 0.05 over about the last tenth."""
+    ema_iteration_shift: NonNegativeInt = 0
+    """With `ema_profile: power`: how many updates count as made before the first one, as when a run goes on from the
+    weights of another."""
     ema_device: Literal["same", "cpu"] = "same"
     """Keep the average beside the weights, or in the CPU's memory."""
 

@@ -2,13 +2,41 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from warpcore.errors import UserError
+
+
+@dataclass(frozen=True)
+class PowerProfile:
+    """How much of an average is kept so that it always reaches back over the same part of a run (arXiv:2312.02696).
+
+    The weights of update t enter the average with a share that grows as t to the power of `exponent` (section 3.1).
+
+    rate: the standard deviation of these shares over time, relative to the length of the run so far.
+    iteration_shift: how many updates count as made before the first.
+    """
+
+    rate: float
+    iteration_shift: int = 0
+
+    @cached_property
+    def exponent(self) -> float:
+        """The largest root of x^3 + 7 x^2 + (16 - rate^-2) x + 12 - rate^-2."""
+        inverse = self.rate**-2
+        return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+    def beta(self, update: int, every: int = 1) -> float:
+        """The share that is kept at an update, counted from 1, of an average that moves at every `every` updates."""
+        now = update + self.iteration_shift
+        return max(1 - every / now, 0.0) ** (self.exponent + 1)
 
 
 class EMA:
@@ -21,6 +49,7 @@ class EMA:
     Args:
         source: a module, or named tensors of it (a training of few weights averages only those). Its weights have to
             be in place (loaded, moved, sharded) before.
+        beta: the share that is kept, of each update the same or by a profile.
         device: where the average is kept; None: beside each weight. "cpu" frees device memory, and makes each change
             of the average wait for the device.
     """
@@ -31,10 +60,10 @@ class EMA:
         *,
         start: int,
         every: int,
-        beta: float,
+        beta: float | PowerProfile,
         device: torch.device | str | None = None,
     ):
-        if every < 1 or not 0.0 <= beta < 1.0 or start < 0:
+        if every < 1 or start < 0 or not (isinstance(beta, PowerProfile) or 0.0 <= beta < 1.0):
             raise UserError(
                 f"EMA needs ema_iters >= 1, 0 <= ema_beta < 1 and ema_start_iters >= 0; got ema_iters {every}, "
                 f"ema_beta {beta}, ema_start_iters {start}"
@@ -62,7 +91,8 @@ class EMA:
             return
         devices = {average.device for average in self._average.values()}
         taken = {d: torch.ones((), device=d) if ok is None else (ok.reshape(()).to(d) != 0).float() for d in devices}
-        shares = {device: (1 - self.beta) * value for device, value in taken.items()}
+        beta = self.beta.beta(update, self.every) if isinstance(self.beta, PowerProfile) else self.beta
+        shares = {device: (1 - beta) * value for device, value in taken.items()}
         for name, average in self._average.items():
             average, live = _local(average), _local(self._live[name])
             live = live.to(average.device, average.dtype)

@@ -1,22 +1,87 @@
 """The learning rate of each update."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from warpcore.errors import UserError
 
-SCHEDULES = ("constant", "cosine", "linear")
+CYCLES = "lambdalinear"
+"""The name of a schedule in `LinearCycles`."""
+SCHEDULES = ("constant", "cosine", "linear", CYCLES)
+
+
+@dataclass(frozen=True)
+class LinearCycles:
+    """A factor on the learning rate that goes up and down linearly in each of several cycles.
+
+    This is `LambdaLinearScheduler` of latent diffusion and of NVIDIA's Cosmos; each list has one entry per cycle. In a
+    cycle of `cycle_lengths` updates the factor rises from `f_start` to `f_max` in `warm_up_steps` updates, and then
+    falls to `f_min`, which it reaches at the end.
+
+    Raises:
+        ValueError: the lists have different lengths, or a warm-up is not shorter than its cycle.
+    """
+
+    warm_up_steps: Sequence[int]
+    cycle_lengths: Sequence[int]
+    f_start: Sequence[float]
+    f_max: Sequence[float]
+    f_min: Sequence[float]
+
+    def __post_init__(self):
+        counts = {name: len(values) for name, values in vars(self).items()}
+        if len(set(counts.values())) > 1 or 0 in counts.values():
+            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"write one entry per cycle into each list; there are {found}")
+        for warm_up, length in zip(self.warm_up_steps, self.cycle_lengths, strict=True):
+            if warm_up >= length:
+                raise ValueError(
+                    f"warm_up_steps: {warm_up} is not less than the {length} of cycle_lengths: write fewer steps, or "
+                    "a longer cycle"
+                )
+
+    @property
+    def updates(self) -> int:
+        """Of all cycles."""
+        return sum(self.cycle_lengths)
+
+    def factor(self, finished: int) -> float:
+        """The factor of an update before which `finished` were made. The last number of a cycle belongs to it."""
+        number, start = 0, 0
+        while finished > start + self.cycle_lengths[number]:
+            start += self.cycle_lengths[number]
+            number += 1
+        place, warm_up, length = finished - start, self.warm_up_steps[number], self.cycle_lengths[number]
+        low, high, end = self.f_start[number], self.f_max[number], self.f_min[number]
+        if place < warm_up:
+            return low + (high - low) / warm_up * place
+        return end + (high - end) * (length - place) / (length - warm_up)
+
+
+CYCLE_KEYS = tuple(field.name for field in fields(LinearCycles))
 
 
 def lr_at(
-    update: int, *, schedule: str, lr: float, warmup_updates: int, updates: int, min_lr_ratio: float = 0.0
+    update: int,
+    *,
+    schedule: str,
+    lr: float,
+    warmup_updates: int,
+    updates: int,
+    min_lr_ratio: float = 0.0,
+    cycles: LinearCycles | None = None,
 ) -> float:
     """The learning rate of an update, counted from 1.
 
     Warm-up is linear: update 1 runs at lr / warmup_updates, update `warmup_updates` at lr. From there `cosine`
     (arXiv:1608.03983, equation 5, without restarts) and `linear` go to lr * min_lr_ratio, reached at update `updates`.
+    `lambdalinear` is lr times the factor of `cycles` alone.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"lr_schedule: {schedule!r} is unknown; write one of {', '.join(SCHEDULES)}")
+    if schedule == CYCLES:
+        return lr * cycles.factor(update - 1)
     if update < warmup_updates:
         return lr * update / warmup_updates
     if schedule == "constant":

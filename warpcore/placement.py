@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
 
 from warpcore import compute
 from warpcore.config import Config
-from warpcore.ema import EMA
+from warpcore.ema import EMA, PowerProfile
 from warpcore.errors import UserError
 from warpcore.networks import Compiling, HasBlocks, blocks, forward_methods, keeps_inputs
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
@@ -100,5 +100,6 @@ def averages(trained: Mapping[str, nn.Module], config: Config) -> dict[str, EMA]
     if config.ema_start_iters is None:
         return {}
     device = "cpu" if config.ema_device == "cpu" else None
-    settings = {"start": config.ema_start_iters, "every": config.ema_iters, "beta": config.ema_beta}
+    power = PowerProfile(config.ema_rate, config.ema_iteration_shift) if config.ema_profile == "power" else None
+    settings = {"start": config.ema_start_iters, "every": config.ema_iters, "beta": power or config.ema_beta}
     return {name: EMA(network, **settings, device=device) for name, network in trained.items()}

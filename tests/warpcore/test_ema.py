@@ -9,8 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
+from tests.golden import load_case, resolve
 from tests.many_processes import run_in_two_processes
-from warpcore.ema import EMA
+from tests.warpcore.runs import load_weights, tiny_settings, train_here, write_shard
+from warpcore.config import Config, ConfigError, make_config
+from warpcore.ema import EMA, PowerProfile
 
 BETA = 0.7
 
@@ -188,3 +191,77 @@ def _sharded_run() -> None:
 @pytest.mark.bits
 def test_sharded_weights_are_averaged_and_swapped_like_whole_ones():
     run_in_two_processes(_sharded_run)
+
+
+GOLDEN, GOLDEN_TENSORS = load_case("cosmos/ema")
+
+
+@pytest.mark.parametrize("row", GOLDEN["table"], ids=lambda row: f"{row['rate']} after {row['iteration_shift']}")
+def test_golden_shares_of_the_power_profile(row):
+    profile = PowerProfile(row["rate"], row["iteration_shift"])
+    assert profile.exponent == pytest.approx(row["exponent"], rel=1e-9)
+    for iteration, beta in row["beta"].items():  # the first update has iteration 0
+        assert profile.beta(int(iteration) + 1) == pytest.approx(beta, rel=1e-9)
+
+
+@torch.no_grad()
+def test_golden_averages_of_the_power_profile():
+    case = GOLDEN["updates"]
+    net = nn.Module()
+    for name, start in zip(("weight", "bias"), resolve(case["start"], GOLDEN_TENSORS), strict=True):
+        setattr(net, name, nn.Parameter(start.clone()))
+    ema = EMA(net, start=0, every=1, beta=PowerProfile(case["rate"], case["iteration_shift"]))
+    for step in case["steps"]:
+        for name, weights in resolve(step["weights"], GOLDEN_TENSORS).items():
+            getattr(net, name).copy_(weights)
+        ema.step(step["iteration"] + 1)
+        for name, average in resolve(step["average"], GOLDEN_TENSORS).items():
+            torch.testing.assert_close(ema.state_dict()[name], average, rtol=0, atol=case["suggested_atol"])
+
+
+def test_the_power_profile_spreads_over_the_stated_part_of_the_run_however_often_it_moves():
+    for rate, every in ((0.05, 1), (0.1, 1), (0.1, 4), (0.28, 10)):
+        profile, updates = PowerProfile(rate), range(every, 4001, every)
+        shares = torch.zeros(0, dtype=torch.float64)
+        for update in updates:
+            beta = profile.beta(update, every)
+            shares = torch.cat([beta * shares, torch.tensor([1 - beta], dtype=torch.float64)])
+        times = torch.tensor(updates, dtype=torch.float64) / 4000
+        mean = (shares * times).sum()
+        assert shares.sum() == pytest.approx(1)
+        assert (shares * (times - mean) ** 2).sum().sqrt().item() == pytest.approx(rate, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ema_profile": "power"}, "ema_profile: power needs ema_start_iters: write 0"),
+        ({"ema_rate": 0.2, "ema_start_iters": 0}, "ema_rate: only ema_profile: power reads this"),
+        (
+            {"ema_profile": "power", "ema_start_iters": 0, "ema_beta": 0.9},
+            "ema_beta: only ema_profile: constant reads",
+        ),
+        ({"ema_profile": "power", "ema_start_iters": 0, "ema_rate": 0.4}, "ema_rate"),
+    ],
+)
+def test_keys_of_the_other_profile_are_one_clear_error(changes, message):
+    given = {"experiment_id": "a", "checkpoint_path": "b", "updates": 9, "batch_size": 8, "webdataset_path": "c.tar"}
+    with pytest.raises(ConfigError) as error:
+        make_config(Config, given | changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.bits
+@pytest.mark.integration
+def test_a_run_with_the_power_profile_resumes_exactly(tmp_path):
+    data = write_shard(tmp_path / "a.tar", 8)
+    given = {"updates": 6, "ema_profile": "power", "ema_rate": 0.2, "ema_iteration_shift": 2, "ema_start_iters": 0}
+    whole, halves = (tiny_settings(tmp_path / name, data, **given) for name in ("whole", "halves"))
+    for settings in (whole, halves):
+        del settings["ema_beta"]
+    train_here(whole)
+    train_here(halves | {"updates": 3})
+    train_here(halves)
+    average = load_weights(whole, "generator_ema")
+    assert_identical(load_weights(halves, "generator_ema"), average)
+    assert not torch.equal(average["0.weight"], load_weights(whole)["0.weight"])

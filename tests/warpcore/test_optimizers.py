@@ -8,6 +8,7 @@ from tests.golden import load_case, resolve
 from warpcore import optim
 from warpcore.optimizers.lion import Lion
 from warpcore.optimizers.prodigy import Prodigy
+from warpcore.parameter_groups import ParameterGroup, optimizer_groups
 from warpcore.sharded import full
 
 
@@ -28,6 +29,24 @@ def test_lion_takes_the_steps_of_its_authors(call):
         optim.step([lion], torch.tensor(0.0))
         for parameter, after in zip(parameters, expected, strict=True):
             torch.testing.assert_close(parameter.detach(), after[step], atol=1e-6, rtol=0)
+
+
+def test_adamw_with_decay_of_all_parameters_takes_the_steps_of_cosmos():
+    """Its `fusedadamw` keeps float32 copies of bfloat16 weights: here the weights are float32."""
+    case, tensors = load_case("cosmos/optimizer")
+    given, start = case["kwargs"], resolve(case["start"], tensors)
+    named = {f"net.{name}": nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+    made = optimizer_groups({"net": {}}, named, [ParameterGroup(pattern="*", weight_decay=given["weight_decay"])])
+    optimizers = optim.build_optimizers("adamw", made, lr=given["lr"], betas=tuple(given["betas"]), eps=given["eps"])
+    for update in case["updates"]:
+        for name, gradient in resolve(update["gradients"], tensors).items():
+            named[f"net.{name}"].grad = gradient.clone()
+        optim.step(optimizers, torch.tensor(0.0))
+        copies, rounded = resolve(update["copies"], tensors), resolve(update["parameters"], tensors)
+        for name, expected in copies.items():
+            found = named[f"net.{name}"].detach()
+            torch.testing.assert_close(found, expected, rtol=0, atol=case["suggested_atol"])
+            torch.testing.assert_close(found.bfloat16().float(), rounded[name], rtol=2**-7, atol=0)
 
 
 TARGET = torch.tensor([3.0, -2.0, 0.5, 10.0])
