@@ -12,9 +12,11 @@ from families.common.members import SIDE_MEMBERS
 from tools.metadata import NAMES as METADATA_NAMES
 from tools.metadata import NOT_IN_FOLDER, read_metadata
 from warpcore.data.picture_files import UNREAD_EXTENSIONS, LeftOut, extension, is_picture, no_decoder, walk
-from warpcore.data.samples import PICTURE_EXTENSIONS
+from warpcore.data.samples import NO_PICKLE, PICKLES, PICTURE_EXTENSIONS
 
 CAPTION_EXTENSIONS = ("txt", "caption")
+PICTURES, CAPTIONS = "images", "metas"
+"""Two folders beside each other, the second with the captions of the pictures in the first: the layout of Cosmos."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ def find_entries(
     """The pictures of a folder and its sub-folders, also linked ones, with what belongs to them.
 
     metadata: the file with captions and fields; by default those in the folder. notes: gets lines of the report on
-    how the metadata were read. without: a folder that is passed over. extra: kinds of pictures beside the pictures,
-    such as `normal` for NAME.normal.png, besides those that are known.
+    how the metadata, and captions in folders of their own, were read. without: a folder that is passed over. extra:
+    kinds of pictures beside the pictures, such as `normal` for NAME.normal.png, besides those that are known.
     """
     folders = list(walk(folder, left_out, without))
     read = read_metadata(folder, [path for files in folders for path in files], left_out, metadata)
@@ -49,7 +51,7 @@ def find_entries(
     kinds = dict(member.split(".") for member in SIDE_MEMBERS) | dict.fromkeys(extra, "png")
     named: set[Path] = set()
     keys: set[str] = set()
-    for files in folders:
+    for files in _with_captions_beside(folders, folder, notes):
         beside = _Folder(files, kinds)
         for picture in beside.pictures(left_out, folder):
             real = Path(realpath(picture))
@@ -63,6 +65,25 @@ def find_entries(
     for path in read.lines:
         if path not in named:
             left_out.add(NOT_IN_FOLDER, path)
+
+
+def _with_captions_beside(
+    folders: Sequence[Sequence[Path]], folder: Path, notes: list[str]
+) -> Iterator[Sequence[Path]]:
+    """The files of each folder, with those of `metas` among those of `images` beside it.
+
+    notes: gets a line for each such pair.
+    """
+    by_parent = {files[0].parent: files for files in folders if files}
+    pairs = {path: path.with_name(CAPTIONS) for path in by_parent if path.name == PICTURES}
+    pairs = {pictures: captions for pictures, captions in pairs.items() if captions in by_parent}
+    for pictures, captions in pairs.items():
+        count = sum(extension(path) in CAPTION_EXTENSIONS for path in by_parent[captions])
+        places = [path.relative_to(folder).as_posix() for path in (pictures, captions)]
+        notes.append(f"captions of the pictures in {places[0]}: those of {places[1]} ({count})")
+    for parent, files in by_parent.items():
+        if parent not in pairs.values():
+            yield [*files, *by_parent.get(pairs.get(parent), [])]
 
 
 class _Folder:
@@ -146,6 +167,8 @@ def _why_unused(path: Path, kinds: Mapping[str, str]) -> str:
         return no_decoder(path)
     if extension(path) in CAPTION_EXTENSIONS:
         return "a caption without a picture, or a second one"
+    if extension(path) in PICKLES:
+        return NO_PICKLE
     if extension(path) == "json":
         return "a .json without a picture, or a second one"
     return f"no picture ({path.suffix.lower() or 'no extension'})"

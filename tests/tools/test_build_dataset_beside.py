@@ -55,6 +55,31 @@ def test_masks_depths_segments_and_poses_go_with_their_picture(build):
     assert "beside them: 1 .mask.png, 1 .depth.png, 1 .pose.json, 1 .seg.png" in str(report)
 
 
+def test_captions_may_lie_in_a_folder_of_their_own_and_pickled_text_features_are_recreated(build):
+    """The layout of Cosmos: `images`, `metas` and `t5_xxl`, here of two data sets in one folder."""
+    files = {
+        "one/images/a.jpg": picture(), "one/images/b.PNG": picture(kind="PNG"), "one/images/c.jpg": picture(),
+        "one/metas/a.txt": b"a dog", "one/metas/b.txt": b"a cat\n", "one/metas/d.txt": b"nobody",
+        "one/t5_xxl/a.pickle": b"code", "one/t5_xxl/b.pickle": b"code",
+        "two/images/a.jpg": picture(), "two/images/a.txt": b"its own", "two/metas/a.txt": b"another",
+        "metas/a.txt": b"beside no pictures",
+    }  # fmt: skip
+    samples, report = build(files)
+    assert {key: sample.get("txt") for key, sample in samples.items()} == {
+        "one/images/a": b"a dog", "one/images/b": b"a cat\n", "one/images/c": None, "two/images/a": b"its own",
+    }  # fmt: skip
+    told = str(report)
+    for line in (
+        "captions of the pictures in one/images: those of one/metas (3)",
+        "captions of the pictures in two/images: those of two/metas (1)",
+        "no caption: 1 (one/images/c.jpg)",
+        "3 a caption without a picture, or a second one: ",
+        "2 a pickle, which can run code and is never read: where it holds text features, make them from the captions "
+        "with python3 tools/cache.py SCRIPT CONFIG OUT --features texts: one/t5_xxl/a.pickle, one/t5_xxl/b.pickle",
+    ):
+        assert line in told
+
+
 def test_a_caption_of_a_mask_makes_no_picture_of_it(build):
     files = {"a.jpg": picture(), "a.mask.png": encoded("L", "PNG"), "a.mask.txt": b"a white blob"}
     samples, report = build(files)

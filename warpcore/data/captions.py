@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from warpcore.data.expressions import Expression, compile_expression
+from warpcore.data.samples import NO_PICKLE, PICKLES
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 from warpcore.text import brief, shortened
@@ -50,7 +51,10 @@ class CaptionGetter:
             raise UserError(
                 f"captions_getter: {expression.text!r} takes {expression.num_arguments} values, not {len(names)}"
             )
-        return cls(tuple(name if _is_column(name) else name.lower().lstrip(".") for name in names), expression)
+        found = cls(tuple(name if _is_column(name) else name.lower().lstrip(".") for name in names), expression)
+        if pickles := [member for member in found.members if member.split(".")[-1] in PICKLES]:
+            raise UserError(f"captions_getter: .{pickles[0]} is {NO_PICKLE}")
+        return found
 
     @cached_property
     def members(self) -> tuple[str, ...]:

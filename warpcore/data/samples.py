@@ -20,6 +20,14 @@ COMMON_KINDS = ("mask.png", "depth.png", "seg.png")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI")
 
 
+PICKLES = ("pickle", "pkl")
+"""Extensions under which text features are published that are not read, as a pickle can run code."""
+NO_PICKLE = (
+    "a pickle, which can run code and is never read: where it holds text features, make them from the captions with "
+    "python3 tools/cache.py SCRIPT CONFIG OUT --features texts"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One row drawn once: everything a worker needs to read and decode it."""

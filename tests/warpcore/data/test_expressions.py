@@ -263,6 +263,7 @@ def test_captions_come_from_several_members_and_columns():
     [
         ([["txt", "json"], "lambda t: t"], "takes 1 values, not 2"),
         (["txt", "lambda t, j: t"], "takes 2 values, not 1"),
+        (["t5_xxl.pickle", "identity"], r"\.t5_xxl\.pickle is a pickle.*never read.*--features texts"),
         ([[], "identity"], r"expected \[member, expression\].*found \[\[\]"),
         ([["txt", 3], "lambda t, n: t"], r"found \[\['txt', 3\]"),
         ([["txt", "json"], "lambda t, j: j.__class__"], "attributes can't be read"),
