@@ -11,7 +11,6 @@ it never shows; true and rebuilt pictures say how far the scorer can be trusted.
 
 import warpcore.openmp
 import argparse
-from pathlib import Path
 
 import numpy as np
 
@@ -20,9 +19,12 @@ from benchmarks.scorer import ATTRIBUTES, accuracy, distance, sentences
 from families.common.family import SCORING, Family
 from families.common.scoring import Scored
 from families.registry import family_of
+from tools.arguments import amount, local_path, positive, seed
 from tools.demo_scenes import SEEN_PAIRS, UNSEEN_PAIRS, render
 from warpcore.config import make_config
+from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.errors import UserError, run_script
+from warpcore.outputs import check_new
 from warpcore.pictures import grid, save_png
 
 TARGETS = {"colour": 0.9, "position": 0.9, "shape": 0.75}
@@ -34,22 +36,25 @@ LEAST_PSNR = 28.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--run", type=Path, nargs="+", required=True, help="folders of training runs; the first says the family"
+        "--run", type=local_path, nargs="+", required=True, help="folders of training runs; the first says the family"
     )
-    parser.add_argument("--samples", type=int, default=200, help="sentences drawn")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--samples", type=positive, default=200, help="sentences drawn")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--guidance", type=amount, default=4.0)
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")
     parser.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
-    parser.add_argument("--grid", type=Path, help="also write some drawings to this PNG file")
+    parser.add_argument("--grid", type=local_path, help="also write some drawings to this PNG file")
     options = parser.parse_args()
+    if options.grid is not None:
+        check_new([options.grid], "name a file", overwrite=True)
     kind = scored_by(family_of(options.run[0]))
     settings = make_config(kind.Config, {"run": options.run, "use_ema": not options.no_ema})
     drawing = kind(settings, steps=options.steps, guidance=options.guidance, sampler=options.sampler)
     report = subject.report if settings.lora else edges.report if settings.controlnet else report_drawings
     cells, columns, captions = report(drawing, options.samples, options.seed)
     if options.grid is not None:
+        options.grid.parent.mkdir(parents=True, exist_ok=True)
         save_png(options.grid, grid(cells, columns, captions))
 
 

@@ -32,8 +32,7 @@ def main() -> None:
     found = find_pictures(config.pictures, left_out, without=folder)
     files, pictures = read_pictures(found, config.image_size, config.most_pictures, left_out)
     outputs = [folder / f"{number:04d}_{file.stem}.png" for number, file in enumerate(files)] + [folder / "grid.png"]
-    if not config.overwrite:
-        check_new(outputs, "give another output_path, or write overwrite=true")
+    check_new(outputs, "give another output_path, or write overwrite=true", config.overwrite)
     task = kind(config)
     show(outputs, files, pictures, task.rebuild(pictures))
     for note in [*([left_out] if left_out else []), *task.notes()]:

@@ -37,8 +37,7 @@ def main() -> None:
     prompts, seeds = zip(*product(config.all_prompts, config.seeds), strict=True)
     folder = config.output_path or free_folder("pictures")
     files = [folder / name for name in file_names(prompts, seeds, task.num_conditions)]
-    if not config.overwrite:
-        check_new(files, "give another output_path, or write overwrite=true")
+    check_new(files, "give another output_path, or write overwrite=true", config.overwrite)
     save(config, files, prompts, seeds, task.draw(prompts, seeds))
     for note in task.notes():
         print(note)

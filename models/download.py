@@ -25,7 +25,9 @@ import sys
 from pathlib import Path
 
 from families.common.hub import DownloadError, check_space, difference, expected_sha256, fetch, look_up
+from tools.arguments import local_path
 from warpcore.errors import clear_errors
+from warpcore.outputs import check_folder
 
 WEIGHTS, EXAMPLES = "stabilityai/stable-cascade", "dome272/stable-cascade"
 VARIANTS = {
@@ -93,7 +95,9 @@ def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
         DownloadError: see `choose`, `look_up`, `expected_sha256` and `fetch`; or a local file of that name
             is another one.
     """
-    files = [look_up(*named) for named in choose(words)]
+    named = choose(words)
+    check_folder(folder, "the files")
+    files = [look_up(*one) for one in named]
     missing = [file for file in files if not (folder / file.name).exists()]
     for file in files:
         expected_sha256(file, folder)
@@ -114,16 +118,12 @@ def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
         print(f"{fetch(file, folder, folder)}: complete, {told}", flush=True)
 
 
-def _folder(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "words", nargs="+", metavar="SET", help=f"{', '.join([*STABLE_DIFFUSION, *SETS])}; and {', '.join(DTYPES)}"
     )
-    parser.add_argument("--folder", type=_folder, default=Path(__file__).resolve().parent, help="default: models/")
+    parser.add_argument("--folder", type=local_path, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")
     options = parser.parse_args(arguments)
     try:

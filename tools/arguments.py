@@ -29,6 +29,13 @@ def positive(text: str, most: int = 1_000_000_000) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number from 0."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, found {brief(text)}")
+    return int(text)
+
+
 def process_count(text: str) -> int:
     """A number of processes, of one machine or of a run on many."""
     return positive(text, 100_000)

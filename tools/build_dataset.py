@@ -41,10 +41,11 @@ from warpcore.data.samples import PICTURE_EXTENSIONS
 from warpcore.data.shards import Shard
 from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
+from warpcore.outputs import check_folder
 from warpcore.processes import Processes, start_processes, stop_processes
 from warpcore.progress_bar import ProgressBar
 from warpcore.random import stable_hash
-from warpcore.text import counted, format_bytes
+from warpcore.text import brief, counted, format_bytes
 
 TEXT_ENCODERS = ("clip", "none")
 RATIOS = ("9:21", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "21:9")
@@ -151,7 +152,7 @@ def build_dataset(
     Raises:
         UserError: no such folder, nothing usable in it, or `out` holds something and `overwrite` is False.
     """
-    report, aside = Report(), out / _ASIDE
+    report, aside, is_new = Report(), out / _ASIDE, not out.exists()
     work = SharedWork(processes, aside)
 
     def begin() -> list[Entry]:
@@ -176,6 +177,8 @@ def build_dataset(
     finally:
         if processes.is_main:
             shutil.rmtree(aside, ignore_errors=True)
+            if is_new and out.is_dir() and not any(out.iterdir()):
+                out.rmdir()
     report.shards, report.bytes_written = len(shards), sum(shard.size_bytes for shard in shards)
     return report
 
@@ -282,8 +285,7 @@ def _tokenizer(text_encoder: str) -> BytePairTokenizer | None:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder to write the tars to")
+    check_folder(out, "the tars")
     if out.exists() and any(path.name != _ASIDE for path in out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder, or give --overwrite to replace the tars in it")
 
@@ -329,10 +331,11 @@ def _nearest_ratio(ratio: float) -> str:
 
 def parse_bytes(text: str) -> int:
     """ "500MB", "2GB" or a plain number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
-    if not match or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
-    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgt]?)i?b?", text.strip().lower())
+    size = int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, found {brief(text)}")
+    return size
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -59,6 +59,7 @@ from warpcore.data.shards import named_folders, resolve_sources
 from warpcore.errors import UserError, run_script
 from warpcore.files import open_plain
 from warpcore.locks import lock_file
+from warpcore.outputs import check_folder
 from warpcore.processes import stop_processes
 from warpcore.progress_bar import ProgressBar
 from warpcore.random import SampleRandom
@@ -106,6 +107,7 @@ class Caching:
             UserError: the training can't use a cache, `out` holds something else, weights or pictures are missing.
         """
         training, processes = self.training, self.training.processes
+        processes.on_main(self._check_folder)
         named = training.config.webdataset_path
         if self.maker.of_pictures:
             if any(map(Origin.read, named_folders(named))):
@@ -161,14 +163,18 @@ class Caching:
 
     # ------------------------------------------------------------------ before the work
 
+    def _check_folder(self) -> None:
+        """Raises UserError where `out` is something else than a cache, or a new or empty folder."""
+        check_folder(self.out, "the cache")
+        found = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
+        if found - {_LOCK, MARK_NAME} and Origin.read(str(self.out)) is None:
+            raise UserError(f"{self.out} is not empty and holds no cache ({CACHE_NAME}); choose another folder")
+
     def _prepare(self, shapes: dict[str, dict[str, tuple[int, ...]]]) -> None:
         """Check and mark the folder. Only the main process does this."""
         here = origin_of(self.training, self.maker.names, self.dtype, self.variants, shapes)
-        there = Origin.read(str(self.out))
-        if there is not None:
+        if (there := Origin.read(str(self.out))) is not None:
             self._check_same(there, here)
-        elif self.out.exists() and any(path.name not in (_LOCK, MARK_NAME) for path in self.out.iterdir()):
-            raise UserError(f"{self.out} is not empty and holds no cache ({CACHE_NAME}); choose another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = open_plain(self.out / _LOCK, "w")  # held until it is closed
         try:

@@ -14,8 +14,10 @@ from families.registry import families
 from tools.arguments import local_path
 from warpcore.config import Settings
 from warpcore.errors import UserError, run_script
+from warpcore.files import why_no_file
 from warpcore.keys import describe
 from warpcore.rehearsal import load_use_case
+from warpcore.text import read_text
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- tables of keys: written by `make docs` -->", "<!-- end of the tables of keys -->"
@@ -27,11 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=local_path, help="the page, which holds the two marks of the tables")
     page = parser.parse_args().page
-    page.write_text(with_reference(page.read_text(encoding="utf-8")), encoding="utf-8")
+    if problem := why_no_file(page):
+        raise UserError(f"{page} {problem}")
+    page.write_text(with_reference(read_text(page), page), encoding="utf-8")
 
 
-def with_reference(text: str) -> str:
-    """`text` with everything between the two marks replaced by the current tables.
+def with_reference(text: str, page: Path) -> str:
+    """The text of a page with everything between the two marks replaced by the current tables.
 
     Raises:
         UserError: the marks are missing.
@@ -39,7 +43,7 @@ def with_reference(text: str) -> str:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
-        raise UserError(f"no place for the tables: write the two lines {START} and {END} where they belong")
+        raise UserError(f"{page} has no place for the tables: write the two lines {START} and {END} where they belong")
     return "\n\n".join([before + START, *_sections(), END + after])
 
 

@@ -24,8 +24,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype, overwrite: bool = Fa
     """
     if problem := why_no_file(source):
         raise UserError(f"{source} {problem}")
-    if not overwrite:
-        check_new([target], "name another file, or give --overwrite")
+    check_new([target], "name another file, or give --overwrite", overwrite)
     try:
         with safe_open(source, "pt") as file:
             metadata = file.metadata()

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import chain
+from pathlib import Path
 
 from tools.arguments import worker_count
 from tools.shared_work import ALONE, SharedWork
@@ -31,6 +32,7 @@ from warpcore.data.sidecars import CACHE_VARIABLE
 from warpcore.data.storage import complete_url, is_remote, storage_for
 from warpcore.data.tars import BLOCK_BYTES, read_samples
 from warpcore.errors import UserError, run_script
+from warpcore.outputs import check_folder
 from warpcore.processes import Processes, start_processes, stop_processes
 from warpcore.progress_bar import ProgressBar
 from warpcore.text import format_bytes
@@ -147,6 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     processes = start_processes("cpu")
     if given.cache:
+        if not is_remote(given.cache):
+            check_folder(Path(complete_url(given.cache)), "the indexes")
         os.environ[CACHE_VARIABLE] = complete_url(given.cache)
         if processes.is_main:
             print(f"for training: export {CACHE_VARIABLE}={os.environ[CACHE_VARIABLE]}")

@@ -13,9 +13,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from tools.arguments import local_path, positive
+from tools.arguments import local_path, positive, seed
 from tools.demo_scenes import SEEN_PAIRS, UNSEEN_PAIRS, Scene, captioned_scene, render, score
 from warpcore.errors import UserError, run_script
+from warpcore.outputs import check_folder
 
 _PICTURES_PER_FOLDER = 1000
 _SPOILED = 0.06
@@ -56,8 +57,7 @@ def open_folder(folder: Path) -> None:
     Raises:
         UserError: it holds something else, which could be overwritten.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder to write the pictures to")
+    check_folder(folder, "the pictures")
     marker = folder / _MARKER
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         raise UserError(f"{folder} is not empty and no demo data set; name a new folder")
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=local_path, help="where the pictures go")
     parser.add_argument("--num_pictures", type=positive, default=6000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--held_out", action="store_true", help="sentences and pairs that the demo set never shows")
     options = parser.parse_args(arguments)
     make_demo_dataset(options.folder, options.num_pictures, options.seed, options.held_out)

@@ -59,10 +59,10 @@ def read_metadata(folder: Path, listed: Sequence[Path], left_out: LeftOut, given
     """The metadata of a folder: of the file `given`, or else of every metadata file among the `listed` ones.
 
     File names in it start at its own folder, or at `folder` where that is how they lead to a file; a key may lie in
-    any folder. Lines that lead to no file, or are nested too deeply, are left out.
+    any folder. Lines that can't be used, and those that lead to no file, are left out.
 
     Raises:
-        UserError: no such file, a line that can't be read, a caption that is not text, or no column with file names.
+        UserError: no such file, it can't be read, or it has no line that can be used; tells what the first one lacks.
     """
     if given is not None:
         if problem := why_no_file(given):
@@ -72,20 +72,42 @@ def read_metadata(folder: Path, listed: Sequence[Path], left_out: LeftOut, given
     found = Metadata()
     files = _Files(folder, listed)
     for file in [given] if given else sorted(path for path in listed if path.name in NAMES):
+        used, problem = 0, None
         try:
             for place, line in _READERS[file.suffix.lower()](file, found):
                 where = f"{file}, line {place}"
-                if line is None:
-                    left_out.add("a line of metadata that is nested too deeply", where)
+                try:
+                    name, path = _picture(line, file.parent, files)
+                    line = _with_caption(line, found)
+                except _BadLine as bad:
+                    left_out.add(f"a line of metadata {bad.kind}", where)
+                    problem = problem or f"{where}: {bad}"
                     continue
-                name, path = _picture(line, where, file.parent, files)
+                used += 1
                 if path is None:
                     left_out.add(NOT_IN_FOLDER, shortened(name))
                 else:
-                    found.lines[Path(os.path.realpath(path))] = _with_caption(line, where, found)
+                    found.lines[Path(os.path.realpath(path))] = line
         except csv.Error as error:
             raise UserError(f"{file} is no CSV that can be read: {error}") from None
+        if not used and problem:
+            raise UserError(problem)
+        if not used and given:
+            raise UserError(f"--metadata {given}: it has no line; read are {FORMATS}")
     return found
+
+
+class _BadLine(Exception):
+    """A line that can't be used.
+
+    Args:
+        kind: what all lines of this kind have wrong, for a report.
+        problem: what this one has wrong.
+    """
+
+    def __init__(self, kind: str, problem: str):
+        super().__init__(problem)
+        self.kind = kind
 
 
 class _Files:
@@ -130,55 +152,66 @@ def _folded(path: Path) -> str:
     return unicodedata.normalize("NFC", os.path.normpath(path).casefold())
 
 
-def _picture(line: dict, where: str, beside: Path, files: _Files) -> tuple[str, Path | None]:
+def _picture(line: dict | _BadLine, beside: Path, files: _Files) -> tuple[str, Path | None]:
     """Take the file name out of a line: the name, and the file that it leads to, where there is one."""
+    if isinstance(line, _BadLine):
+        raise line
     name = next((line.pop(column) for column in FILE_COLUMNS if line.get(column)), None)
     if name is None and isinstance(key := line.pop(KEY_COLUMN, None), str):
         return key, files.of_key(key)
+    if name is None:
+        columns = shortened(", ".join(map(str, line)))
+        raise _BadLine("without a file name", f"no {FILE_COLUMNS[0]}; it has: {columns}")
     if not isinstance(name, str):
-        raise UserError(f"{where}: no {FILE_COLUMNS[0]}; it has: {shortened(', '.join(map(str, line)))}")
+        raise _BadLine("whose file name is not text", f"the file name is not text but {brief(name)}")
     return name, files.named(name, beside)
 
 
-def _with_caption(line: dict, where: str, found: Metadata) -> dict:
+def _with_caption(line: dict, found: Metadata) -> dict:
     """A line whose caption, from the first of CAPTION_COLUMNS that it has, stands under "text"."""
     columns = [column for column in CAPTION_COLUMNS if line.get(column) is not None]
     if not columns:
         return line
     caption = line.pop(columns[0])
     if not isinstance(caption, str):
-        raise UserError(f"{where}: the caption is not text but {brief(caption)}")
+        raise _BadLine("whose caption is not text", f"the caption is not text but {brief(caption)}")
     found.captions[columns[0]] += 1
     found.other_captions.update(columns[1:])
     return {**line, "text": caption}
 
 
-def _read_jsonl(file: Path, _: Metadata) -> Iterator[tuple[int, dict | None]]:
+def _read_jsonl(file: Path, _: Metadata) -> Iterator[tuple[int, dict | _BadLine]]:
     for place, text in enumerate(read_text(file).split("\n"), 1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
         except RecursionError:
-            yield place, None
-            continue
+            yield place, _BadLine("that is nested too deeply", "it is nested too deeply")
         except ValueError as error:
-            raise UserError(f"{file}, line {place} is not JSON: {error}") from None
-        if not isinstance(line, dict):
-            raise UserError(f'{file}, line {place}: expected {{"file_name": ..., "text": ...}}, found {text[:60]!r}')
-        yield place, line
+            yield place, _BadLine("that is not JSON", f"it is not JSON: {error}")
+        else:
+            if not isinstance(line, dict):
+                wanted = f'expected {{"file_name": ..., "text": ...}}, found {text[:60]!r}'
+                line = _BadLine("that is no JSON object", wanted)
+            yield place, line
 
 
-def _read_csv(file: Path, _: Metadata, delimiter: str = ",") -> Iterator[tuple[int, dict]]:
+def _read_csv(file: Path, _: Metadata, delimiter: str = ",") -> Iterator[tuple[int, dict | _BadLine]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(decode_text(read_bytes(file), file), newline=""), delimiter=delimiter)
     as_text = {*FILE_COLUMNS, KEY_COLUMN, *CAPTION_COLUMNS}
     for line in reader:
         if surplus := line.pop(None, None):
-            raise UserError(
-                f"{file}, line {reader.line_num}: {len(surplus)} values more than columns, {surplus[0][:40]!r} is "
-                "the first; put text with commas between double quotes"
+            yield (
+                reader.line_num,
+                _BadLine(
+                    "with more values than columns",
+                    f"{len(surplus)} values more than columns, {surplus[0][:40]!r} is the first; put text with commas "
+                    "between double quotes",
+                ),
             )
+            continue
         values = {name: text for name, text in line.items() if name and text}
         yield reader.line_num, {n: text if n in as_text else _value(text) for n, text in values.items()}
 
@@ -218,7 +251,8 @@ def _as_json(column: pa.Array) -> pa.Array:
     """A column whose values JSON knows: times as text, decimals as numbers."""
     if pa.types.is_decimal(column.type):
         return column.cast(pa.float64())
-    return column.cast(pa.string()) if pa.types.is_temporal(column.type) else column
+    is_time = pa.types.is_temporal(column.type) and not pa.types.is_duration(column.type)
+    return column.cast(pa.string()) if is_time else column
 
 
 _READERS = {

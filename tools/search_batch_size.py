@@ -59,6 +59,7 @@ def main() -> None:
     if bases and config.grad_accum_steps is not None:
         inherited.append("grad_accum_steps=null")  # it follows from the two sizes
     text = with_micro_batch(read_text(options.config), least, [*inherited, *keys])
+    options.tuned.parent.mkdir(parents=True, exist_ok=True)
     options.tuned.write_text(text, encoding="utf-8")
     load_config(use_case.Config, [str(options.tuned)])
     print(f"written to {options.tuned}")

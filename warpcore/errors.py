@@ -6,7 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from warpcore.quiet import ignore_expected_warnings
 from warpcore.redaction import redact, redact_output
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""A folder in the place of a file, a file in that of a folder, or a name that no file can have."""
 
 
 class UserError(ValueError):
@@ -28,8 +34,9 @@ def run_script(main: Callable[[], int | None]) -> None:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """A `UserError`, or a full disk, becomes one clear message and exit status 2."""
+    """A `UserError`, a full disk, or a path that can't be used becomes one clear message and exit status 2."""
     redact_output()
+    ignore_expected_warnings()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a caption is no reason to end
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -38,11 +45,20 @@ def clear_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (problem := _explained(error)) is None:
             raise
-        disk = f"the disk that holds {error.filename}" if error.filename is not None else "a disk"
-        print(
-            f"error: {disk} is full ({error.strerror}). Make room there and start the same command again",
-            file=sys.stderr,
-        )
+        print(f"error: {redact(problem)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _explained(error: OSError) -> str | None:
+    """What is wrong, and what to do about it, where that is the user's to fix."""
+    path, reason = error.filename, error.strerror
+    if error.errno in _FULL:
+        disk = "a disk" if path is None else f"the disk that holds {path}"
+        return f"{disk} is full ({reason}). Make room there and start the same command again"
+    if error.errno in _FORBIDDEN and path is not None:
+        return f"{path} may not be read or written ({reason}): change its permissions, or name another place"
+    if error.errno in _IN_THE_WAY and path is not None:
+        return f"{path} can't be used ({reason}): name another path"
+    return None

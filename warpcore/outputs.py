@@ -8,26 +8,42 @@ from pathlib import Path
 from warpcore.errors import UserError
 
 
-def check_new(files: Iterable[Path], remedy: str) -> None:
+def check_new(files: Iterable[Path], remedy: str, overwrite: bool = False) -> None:
     """Called with every file that a tool will write, before it writes the first.
 
     Names that differ only in upper and lower case count as one, as on the file systems of macOS and Windows.
 
-    remedy: what to do where one is there, such as `name another file`.
+    remedy: what to do where one is there, such as `name another file`. overwrite: a file may be there, but no folder.
 
     Raises:
         UserError: a file is there already (a link counts, wherever it leads), is named twice, or lies in a file.
     """
     named: set[str] = set()
     for file in files:
-        if file.exists() or file.is_symlink():
+        if file.is_dir() or (not overwrite and (file.exists() or file.is_symlink())):
             raise UserError(f"{file} is there already: {remedy}")
         name = unicodedata.normalize("NFC", str(file)).casefold()
         if name in named:
             raise UserError(f"{file} would be written twice: {remedy}")
         named.add(name)
-        if parent := next((parent for parent in file.parents if parent.exists() and not parent.is_dir()), None):
+        if parent := _file_in(file.parents):
             raise UserError(f"{file} can't be written: {parent} is a file; {remedy}")
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Called with the folder that a tool will write to, before it does anything else.
+
+    what: it will write, for the message.
+
+    Raises:
+        UserError: it, or one that it lies in, is a file.
+    """
+    if file := _file_in((folder, *folder.parents)):
+        raise UserError(f"{file} is a file; name a folder to write {what} to")
+
+
+def _file_in(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.exists() and not path.is_dir()), None)
 
 
 def free_folder(name: str) -> Path:

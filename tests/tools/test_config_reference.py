@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 def test_the_page_is_current():
     text = PAGE.read_text(encoding="utf-8")
-    assert with_reference(text) == text, "run `make docs`"
+    assert with_reference(text, PAGE) == text, "run `make docs`"
 
 
 @pytest.mark.parametrize("script", scripts())
@@ -28,5 +28,5 @@ def test_every_key_of_a_script_is_in_a_table_whose_heading_names_it(script):
 
 
 def test_a_page_without_the_marks_is_refused():
-    with pytest.raises(UserError, match="write the two lines <!-- tables of keys"):
-        with_reference("# Configuration\n")
+    with pytest.raises(UserError, match=r"page\.md has no place for the tables: write the two lines <!-- tables"):
+        with_reference("# Configuration\n", Path("page.md"))

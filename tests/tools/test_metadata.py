@@ -161,7 +161,6 @@ def test_files_beside_a_picture_belong_to_it_however_accents_are_written(tmp_pat
         ({"b.pose.json": _pose(POINTS, canvas_width=0)}, "its .pose.json can't be used", "b.jpg"),
         ({"b.pose.json": _pose([9e99, *POINTS[1:]])}, "its .pose.json can't be used", "b.jpg"),
         ({"b.pose.json": _pose([10**400])}, "its .pose.json can't be used", "b.jpg"),
-        (_line(b'"b.jpg", "x": %s' % DEEP), "a line of metadata that is nested too deeply", "line 1"),
         (_line(b'"b.jpg", "text": "\\ud800"'), "caption holds the character zero or half", "b.jpg"),
         (_line(b'"b.jpg", "text": "x\\u0000"'), "caption holds the character zero or half", "b.jpg"),
         (_line(b'"\\ud800.jpg", "text": "x"'), NOT_IN_FOLDER, "\ud800.jpg"),
@@ -179,6 +178,84 @@ def test_what_one_picture_or_line_has_wrong_is_named_and_the_rest_is_built(tmp_p
     assert name in named
     assert len(samples) == (1 if named == "b.jpg" else 2)
     str(report).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "kind", "place"),
+    [
+        ("metadata.jsonl", ["{", "{}]", '{"file_name": }'], "that is not JSON", 2),
+        ("metadata.jsonl", ['{"file_name": "b.jpg", "x": ' + "9" * 5000 + "}"], "that is not JSON", 2),
+        ("metadata.jsonl", ['{"file_name": "b.jpg", "x": ' + DEEP.decode() + "}"], "that is nested too deeply", 2),
+        ("metadata.jsonl", ['["b.jpg", "x"]', "5", "null"], "that is no JSON object", 2),
+        ("metadata.jsonl", ['{"text": "x"}', '{"file_name": "", "key": 5}', "{}"], "without a file name", 2),
+        ("metadata.jsonl", ['{"file_name": 5}', '{"file_name": ["b.jpg"]}'], "whose file name is not text", 2),
+        ("metadata.jsonl", ['{"file_name": "b.jpg", "text": ["x"]}'], "whose caption is not text", 2),
+        ("metadata.csv", ["b.jpg,a dog, running", "b.jpg,x,,,"], "with more values than columns", 3),
+        ("metadata.csv", [",a dog", '"",""'], "without a file name", 3),
+    ],
+)
+def test_lines_of_metadata_that_cannot_be_used_are_counted_and_named(tmp_path, name, lines, kind, place):
+    good = {
+        "metadata.jsonl": ['{"file_name": "a.jpg", "text": "a bear"}'],
+        "metadata.csv": ["file_name,text", "a.jpg,a bear"],
+    }
+    content = "\n".join([*good[name], *lines, ""]).encode()
+    samples, report = build(tmp_path, {"a.jpg": picture(), "b.jpg": picture(), name: content})
+    assert samples["a"]["txt"] == b"a bear"
+    assert "txt" not in samples["b"]
+    places = report.left_out.files[f"a line of metadata {kind}"]
+    assert places[0] == f"{tmp_path / 'pictures' / name}, line {place}"
+    assert sum(map(len, report.left_out.files.values())) == len(lines)
+    assert f"{len(places)} a line of metadata {kind}: {places[0]}" in str(report)
+
+
+def test_rows_of_parquet_whose_values_have_other_types_are_counted_and_named(tmp_path):
+    names = pa.array(["a.jpg", "b.jpg", None])
+    columns = {"file_name": names, "text": [["a bear"], None, ["x"]], "caption": ["a bear", "a dog", "x"]}
+    files = {"a.jpg": picture(), "b.jpg": picture()}
+    path = write_parquet(tmp_path / "x.parquet", columns)
+    samples, report = build(tmp_path, files, metadata=path)
+    assert "txt" not in samples["a"]
+    assert samples["b"]["txt"] == b"a dog"
+    assert report.left_out.files == {
+        "a line of metadata whose caption is not text": [f"{path}, line 1"],
+        "a line of metadata without a file name": [f"{path}, line 3"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"file_name": [5, 6]}, "the file name is not text but 5"),
+        ({"file_name": ["a.jpg", "b.jpg"], "text": [5, 6]}, "the caption is not text but 5"),
+        ({"file_name": pa.array([None], pa.string()), "text": ["x"]}, "no file_name; it has: text"),
+    ],
+)
+def test_a_column_of_another_type_is_an_error(tmp_path, columns, problem):
+    path = write_parquet(tmp_path / "x.parquet", columns)
+    with pytest.raises(UserError, match=f"x.parquet, line 1: {problem}"):
+        build(tmp_path, {"a.jpg": picture(), "b.jpg": picture()}, metadata=path)
+
+
+def test_durations_and_other_types_of_parquet_are_fields(tmp_path):
+    columns = {
+        "file_name": ["a.jpg"],
+        "length": [datetime.timedelta(seconds=90)],
+        "taken": [datetime.time(1, 2, 3)],
+        "place": [{"when": datetime.date(2026, 1, 2)}],
+    }
+    path = write_parquet(tmp_path / "x.parquet", columns)
+    samples, _ = build(tmp_path, {"a.jpg": picture()}, metadata=path)
+    fields = {"length": "0:01:30", "taken": "01:02:03.000000", "place": {"when": "2026-01-02"}}
+    assert json.loads(samples["a"]["json"]) == fields
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.tsv"])
+def test_metadata_that_are_given_and_hold_no_line_are_an_error(tmp_path, name):
+    (tmp_path / name).write_text("" if name == "x.jsonl" else "file_name,text\n")
+    with pytest.raises(UserError, match=f"--metadata .*{name}: it has no line; read are .jsonl"):
+        build(tmp_path, {"a.jpg": picture()}, metadata=tmp_path / name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_fields_with_half_a_character_are_kept(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from warpcore.errors import UserError
-from warpcore.outputs import check_new, free_folder
+from warpcore.outputs import check_folder, check_new, free_folder
 
 
 def test_what_is_there_is_named_with_the_remedy(tmp_path):
@@ -19,6 +19,23 @@ def test_what_is_there_is_named_with_the_remedy(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             check_new([tmp_path / name for name in files], "name another")
+
+
+def test_files_may_be_written_over_where_that_is_asked_for_but_no_folder_is(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_new([tmp_path / "file"], "name another", overwrite=True)
+    for name, words in (("", "is there already"), ("file/a", "file is a file")):
+        with pytest.raises(UserError, match=words):
+            check_new([tmp_path / name], "name another", overwrite=True)
+
+
+def test_a_folder_to_write_to_may_be_missing_but_is_no_file_and_in_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("", "new", "new/below"):
+        check_folder(tmp_path / name, "the tars")
+    for name in ("file", "file/below"):
+        with pytest.raises(UserError, match="file is a file; name a folder to write the tars to"):
+            check_folder(tmp_path / name, "the tars")
 
 
 def test_the_first_free_folder_is_found(tmp_path, monkeypatch):
