@@ -4,12 +4,15 @@ A new script joins by its name in `SETTINGS`; one that is missing there fails a 
 """
 
 import importlib
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException
 
 from families.cascade import versions
 from tests.families.stable_diffusion.tiny_pipeline import write_sdxl
@@ -18,7 +21,8 @@ from tests.small_cascade import put_cascade
 from tests.tiers import represented_by
 from tests.warpcore.runs import numbers, read_metrics, write_shard
 from warpcore.config import make_config
-from warpcore.core import WarpCore
+from warpcore.core import STOPPED_EARLY, WarpCore
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 
@@ -33,6 +37,7 @@ SETTINGS: dict[str, dict] = {
     },
     "train_encoder": {},
     "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
+    "train_sd texts": {"train_text_encoder": True, "text_encoder_lr": [1e-3, 1e-4], "model_version": "sdxl"},
     "train_sd_lora": {
         "model_version": "sdxl", "module_filters": ["to_q", "conv1"], "rank": 2, "lr": 0.01, "dora": True,
         "text_encoder_filters": ["self_attn"], "text_encoder_lr": 0.005, "train_tokens": [["[fernando]", "^p"]],
@@ -186,17 +191,26 @@ def test_two_processes_with_whole_networks_make_the_updates_of_one(settings, tmp
 
 
 def check_two_processes(settings, name: str, tmp_path: Path, use_fsdp: bool) -> None:
-    wide = write_shard(tmp_path / "wide.tar", 6, (32, 96), first=100)  # a second bucket, sometimes in the same update
-    alone = settings(name, "alone", micro_batch_size=1, batch_size=2, updates=3, save_every=3)
-    if name.startswith("train_sd"):
-        alone |= {"image_size": 128}  # a bucket three times as wide as high has sides of 64 px and more
-    if name not in NEEDS_WHOLE_BATCHES - {"train_a"}:
-        alone |= {"webdataset_path": [alone["webdataset_path"], str(wide)], "multi_aspect_ratio": [1, 3]}
-    else:
-        alone |= {"micro_batch_size": 2, "batch_size": 4}
+    alone = settings_for_two(settings, name, tmp_path) | {"updates": 3, "save_every": 3}
     expected = train(name, alone)
     together = alone | {"experiment_id": "together", "use_fsdp": use_fsdp}
     launch_processes(2, _member, name, together, versions.VERSIONS["mini"])
+    check_equal(together, alone, expected)
+
+
+def settings_for_two(settings, name: str, tmp_path: Path) -> dict:
+    """Settings of a run that one process or two can make, named `alone`."""
+    wide = write_shard(tmp_path / "wide.tar", 6, (32, 96), first=100)  # a second bucket, sometimes in the same update
+    alone = settings(name, "alone", micro_batch_size=1, batch_size=2)
+    if name.startswith("train_sd"):
+        alone |= {"image_size": 128}  # a bucket three times as wide as high has sides of 64 px and more
+    if name in NEEDS_WHOLE_BATCHES - {"train_a"}:
+        return alone | {"micro_batch_size": 2, "batch_size": 4}
+    return alone | {"webdataset_path": [alone["webdataset_path"], str(wide)], "multi_aspect_ratio": [1, 3]}
+
+
+def check_equal(together: dict, alone: dict, expected: list[dict]) -> None:
+    """Fail where a run has other metrics than those of the run `alone`, or other weights."""
     for line, other in zip(expected, read_metrics(together), strict=True):
         assert line["samples_hash"] == other["samples_hash"]
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-6)
@@ -208,6 +222,47 @@ def check_two_processes(settings, name: str, tmp_path: Path, use_fsdp: bool) -> 
                 torch.testing.assert_close(ours[file][key], tensor, rtol=1e-3, atol=1e-3, msg=f"{file} {key}")
 
 
-def _member(name: str, settings: dict, mini: versions.Version) -> None:
+@pytest.mark.parametrize("name", represented_by(of=SETTINGS))
+def test_a_run_that_is_killed_then_stopped_goes_on_with_other_numbers_of_processes(settings, name, tmp_path):
+    alone = settings_for_two(settings, name, tmp_path) | {"updates": 6, "save_every": 2}
+    expected = train(name, alone)
+    disturbed = alone | {"experiment_id": "disturbed"}
+    mini = versions.VERSIONS["mini"]
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):  # after the save at update 2
+        launch_processes(1, _member, name, disturbed, mini, signal.SIGKILL, 3)
+    launch_processes(2, _member, name, disturbed, mini, signal.SIGTERM, 3)
+    assert 4 <= len(read_metrics(disturbed)) < 6
+    assert train(name, disturbed)
+    check_equal(disturbed, alone, expected)
+
+
+def _member(
+    name: str, settings: dict, mini: versions.Version, number: signal.Signals | None = None, after: int = 0
+) -> None:
+    """Make a run, to which a signal is sent while it makes the update behind `after`."""
+
+    class Disturbed(use_case(name)):
+        def loss(self, *args):
+            if number is not None and self.update == after and self.processes.is_main:
+                os.kill(os.getpid(), number)
+            return super().loss(*args)
+
     versions.VERSIONS["mini"] = mini
-    assert use_case(name)(make_config(use_case(name).Config, settings)).run() == 0
+    status = Disturbed(make_config(Disturbed.Config, settings)).run()
+    assert status == (0 if number is None else STOPPED_EARLY)
+
+
+@pytest.mark.parametrize("name", represented_by("train_vae", of=SETTINGS))
+def test_a_second_run_of_the_same_experiment_is_refused(settings, name):
+    kind, refused = use_case(name), []
+
+    class StartedTwice(kind):
+        def loss(self, *args):
+            if not refused:
+                with pytest.raises(UserError, match="another run") as found:
+                    kind(make_config(kind.Config, given)).run()
+                refused.append(found.value)
+            return super().loss(*args)
+
+    given = settings(name, "twice", updates=1, save_every=1)
+    assert len(train(name, given, StartedTwice)) == len(refused) == 1

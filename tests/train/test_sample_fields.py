@@ -4,11 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings_of, train, use_case
 from tests.train.test_train_c_lora import write_samples
 
 pytestmark = pytest.mark.integration
 SCRIPTS = [name for name in SETTINGS if "masked_loss" in use_case(name).Config.model_fields]
+QUICK = [name for name in SCRIPTS if name != "train_sd texts"]
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def recorded(small_cascade, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", represented_by(*QUICK, of=SCRIPTS))
 def test_masks_prior_and_templates_work_in_every_script(recorded, name):
     seen = recorded(name)
     batch, mask = seen["batch"], seen["mask"]

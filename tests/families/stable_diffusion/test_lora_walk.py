@@ -60,6 +60,7 @@ def drawn(**settings) -> torch.Tensor:
     return StableDiffusionTextToImage(config).draw(config.prompts, [0]).pictures[0]
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_exported_for_kohya_s_scripts_and_drawn_with_strengths(base, tmp_path, call):
     run, file = trained(tmp_path), tmp_path / "exported" / "dog.safetensors"
     call(export, "lora-kohya", run, file, f"generator_checkpoint_path={base}")
@@ -130,6 +131,7 @@ def test_a_lora_changes_text_encoders_that_are_kept_in_four_bits(wide, tmp_path)
     assert (found - exact).abs().mean() < (plain - exact).abs().mean()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_two_loras_in_it_draws_as_the_two_together(base, tmp_path, call):
     """Lengths of DoRA are those of the base, so the second must not see what the first did to it."""
     files = []
