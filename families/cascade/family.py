@@ -48,6 +48,11 @@ TARGET.safetensors are in TARGET_embeddings, a file each.
 With further keys, diffusers takes other networks, every LoRA its model_version, and files that do not say it what they
 need: lora the module_filters and train_tokens of the training, controlnet the controlnet_filter and controlnet_blocks.
 diffusers has no previewer and no encoder, and for the mini cascade it wants sides that 32 divides."""
+    tasks = {
+        TEXT_TO_IMAGE: "families.cascade.text_to_image.CascadeTextToImage",
+        RECONSTRUCTION: "families.cascade.reconstruction.CascadeReconstruction",
+        SCORING: "families.cascade.scoring.ScoredCascade",
+    }
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
         return config.get("model_version") in VERSIONS or super().has_run(config, weights)
@@ -57,21 +62,6 @@ diffusers has no previewer and no encoder, and for the mini cascade it wants sid
 
     def has_model_folder(self, index: Mapping[str, Any]) -> bool:
         return str(index.get("_class_name", "")).startswith(PIPELINES)
-
-    def task(self, name: str) -> type | None:
-        if name == TEXT_TO_IMAGE:
-            from families.cascade.text_to_image import CascadeTextToImage
-
-            return CascadeTextToImage
-        if name == RECONSTRUCTION:
-            from families.cascade.reconstruction import CascadeReconstruction
-
-            return CascadeReconstruction
-        if name == SCORING:
-            from families.cascade.scoring import ScoredCascade
-
-            return ScoredCascade
-        return None
 
 
 FAMILY = Cascade()

@@ -1,7 +1,7 @@
 """What a family tells tools and inference scripts about itself, so that these need not name it.
 
 Each family folder has a `family.py` with one object, `FAMILY`, of a subclass of `Family`. Importing it is quick: what
-builds networks or imports diffusers, transformers or peft is imported inside its methods.
+builds networks or imports diffusers, transformers or peft is named as text, or imported inside its methods.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +80,9 @@ class Family:
     """The formats that it exports; names are shared where two families export the same format."""
     format_notes: ClassVar[str] = ""
     """What the help of `tools/export.py` says beneath its formats."""
+    tasks: ClassVar[Mapping[str, str]] = {}
+    """The class that does each of the tasks above, as MODULE.CLASS, which is imported when it is needed. It has a
+    `Config`, a subclass of `Settings`, and is made of one."""
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
         """Whether a run is this family's.
@@ -99,9 +102,11 @@ class Family:
         return False
 
     def task(self, name: str) -> type | None:
-        """The class that does a task for this family, of those named above; None where it has none. It has a `Config`,
-        a subclass of `Settings`, and is made of one."""
-        return None
+        """The class that does a task for this family; None where it has none."""
+        if name not in self.tasks:
+            return None
+        module, _, kind = self.tasks[name].rpartition(".")
+        return getattr(import_module(module), kind)
 
     def config_of(self, name: str) -> type[Settings] | None:
         """The keys of a task, None where the family has none."""

@@ -46,6 +46,11 @@ class StableDiffusion(Family):
 Of the first two, export_dtype chooses the precision, only_unet leaves out autoencoder and text encoders, and lora adds
 LoRAs to the weights: a LoRA's run is written with its LoRA in them. What stands beside the U-Net of a run is that of
 the run's config. A LoRA's file that does not say it needs its model_version."""
+    tasks = {
+        TEXT_TO_IMAGE: "families.stable_diffusion.text_to_image.StableDiffusionTextToImage",
+        RECONSTRUCTION: "families.stable_diffusion.reconstruction.AutoencoderReconstruction",
+        SCORING: "families.stable_diffusion.scoring.ScoredStableDiffusion",
+    }
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
         return config.get("model_version") in ("sd15", "sdxl") or super().has_run(config, weights)
@@ -58,21 +63,6 @@ the run's config. A LoRA's file that does not say it needs its model_version."""
     def has_model_folder(self, index: Mapping[str, Any]) -> bool:
         kind = str(index.get("_class_name"))
         return kind in NETWORKS or PIPELINES.fullmatch(kind) is not None
-
-    def task(self, name: str) -> type | None:
-        if name == RECONSTRUCTION:
-            from families.stable_diffusion.reconstruction import AutoencoderReconstruction
-
-            return AutoencoderReconstruction
-        if name == TEXT_TO_IMAGE:
-            from families.stable_diffusion.text_to_image import StableDiffusionTextToImage
-
-            return StableDiffusionTextToImage
-        if name == SCORING:
-            from families.stable_diffusion.scoring import ScoredStableDiffusion
-
-            return ScoredStableDiffusion
-        return None
 
 
 FAMILY = StableDiffusion()

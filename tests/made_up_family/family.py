@@ -20,19 +20,13 @@ class MadeUp(Family):
         ExportFormat("diffusers", "a run", "a folder", to_folder, writes_folder=True),
         ExportFormat("cloud", "a run", "a folder", to_folder, writes_folder=True),
     )
+    tasks = {TEXT_TO_IMAGE: "tests.made_up_family.text_to_image.MadeUpTextToImage"}
 
     def has_weights(self, header):
         return {"clock.weight", "puffs.0.inner.weight"} <= header.names or header.metadata.get("family") == self.name
 
     def has_model_folder(self, index):
         return index.get("_class_name") == "Cloud"
-
-    def task(self, name):
-        if name == TEXT_TO_IMAGE:
-            from tests.made_up_family.text_to_image import MadeUpTextToImage
-
-            return MadeUpTextToImage
-        return None
 
 
 FAMILY = MadeUp()
