@@ -1,6 +1,5 @@
 """LoRA and trained tokens on the networks of the cascade: for training, and from files for drawing."""
 
-import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -10,18 +9,15 @@ from torch import nn
 from families.cascade.config import ModelSettings
 from families.cascade.inference import warn_of_contradictions
 from families.cascade.lora_files import read_lora
-from families.common.lora import add_adapters, parse_lora
+from families.common.lora import add_adapters, listed_loras
 from families.common.lora_formats import Lora, LoraFileError
-from families.common.lora_training import differences, missing_tokens, start_from
-from families.common.weight_source import listed_weights
+from families.common.lora_training import differences, start_from, warn_of_missing_tokens
 from modules.lora import EVERY_LAYER, LoraSettings, adapters, places
 from modules.stage_c import StageC
 from modules.tokens import TokenRows
 
 NAMES_WITH_A_DOT = r"\."
 """The filter for all layers but those beside the network's blocks: what the filter '.' found in older versions."""
-
-logger = logging.getLogger(__name__)
 
 
 def adapt(
@@ -77,14 +73,11 @@ def open_loras(files: Sequence[str], settings: ModelSettings, use_ema: bool = Tr
     if not files:
         return []
     network = outline(settings)
-    found = [(listed_weights(place, "lora", use_ema), strength) for place, strength in map(parse_lora, files)]
+    found = listed_loras(files, use_ema)
     for path, _ in found:
         warn_of_contradictions(path, settings)
     opened = [(read_lora(path, network), strength) for path, strength in found]
-    known = {token for lora, _ in opened for token in lora.tokens}
-    for (lora, _), file in zip(opened, files, strict=True):
-        if not known.issuperset(lora.missing_tokens):
-            logger.warning("%s: %s. Add the embeddings to `lora`", file, missing_tokens(lora))
+    warn_of_missing_tokens(files, [[lora] for lora, _ in opened])
     return opened
 
 

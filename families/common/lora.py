@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.lora_formats import Adapter, Lora, split
+from families.common.weight_source import listed_weights
 from modules import lora
 from modules.lora import LoraSettings, LowRank, adapters, places
 from warpcore.errors import UserError
@@ -87,6 +88,18 @@ def _change(weight: Tensor, source: Adapter) -> Tensor:
     adapter = LowRank(weight, settings)
     fill(adapter, source)
     return adapter.change(weight)
+
+
+def listed_loras(files: Sequence[str], use_ema: bool = True) -> list[tuple[Path, float]]:
+    """The paths and strengths of a list of LoRAs, each written as FILE[:STRENGTH].
+
+    A FILE may be the folder of a training run, or a name of the hub; use_ema takes a run's averaged weights, where
+    there are some.
+
+    Raises:
+        UserError: see `listed_weights`.
+    """
+    return [(listed_weights(place, "lora", use_ema), strength) for place, strength in map(parse_lora, files)]
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

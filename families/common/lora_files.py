@@ -9,7 +9,7 @@ published    net.NAME.lora_A.default.weight, ...        published names; nothing
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the f
     """What a LoRA file changes of each of some networks, in any of the formats.
 
     Args:
-        path: a .safetensors file, a folder that diffusers wrote, or one of peft's.
+        path: a .safetensors file, a folder that diffusers wrote, one of peft's, or one of embeddings.
         networks: by their names in a pipeline of diffusers: `unet` or `transformer`, `text_encoder`,
             `text_encoder_2`; they may be on the meta device.
         hint: which keys to check where shapes differ.
@@ -79,8 +79,9 @@ def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the f
     """
     path = Path(path)
     of_peft = path.is_dir() and (path / peft.TENSORS).is_file()
-    file = path / (peft.TENSORS if of_peft else DIFFUSERS_FILE) if path.is_dir() else path
-    tensors, about = read_tensors(file)
+    if path.is_dir() and not of_peft and not (path / DIFFUSERS_FILE).is_file():
+        return _read_embeddings(path, text_encoders(networks))
+    tensors, about = read_tensors(path / (peft.TENSORS if of_peft else DIFFUSERS_FILE) if path.is_dir() else path)
     tensors = _without_base(tensors)
     there = {name: places(network) | places(network, split_qkv=True) for name, network in networks.items()}
     try:
@@ -101,6 +102,22 @@ def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the f
     except LoraFileError as error:
         raise LoraFileError(f"{path}: {error}") from None
     return embeddings.with_tokens_beside(found, path, named_tokens(about), text_encoders(networks))
+
+
+def _read_embeddings(folder: Path, encoders: Sequence[str]) -> dict[str, Lora]:
+    """The tokens of all embeddings in a folder, such as the one that is written beside a LoRA."""
+    found: dict[str, Lora] = {}
+    for file in sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".pt")):
+        tensors, about = read_tensors(file)
+        if not (encoders and embeddings.is_embedding(tensors)):
+            raise LoraFileError(f"{file} is no embedding: name the file itself, or a folder of embeddings alone")
+        try:
+            embeddings.add(found, embeddings.from_embedding(tensors, about, file.stem, encoders))
+        except LoraFileError as error:
+            raise LoraFileError(f"{file}: {error}") from None
+    if not found:
+        raise LoraFileError(f"{folder} holds no LoRA ({DIFFUSERS_FILE}, or {peft.TENSORS}) and no embeddings")
+    return found
 
 
 def write_loras(

@@ -1,7 +1,7 @@
 """LoRA and trained tokens in a training, for any network and any text encoder."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -84,6 +84,18 @@ def start_from(lora: Lora, network: nn.Module, rows: TokenRows | None, path: Pat
 def differences(lora: Lora, there: Mapping[str, nn.Module], tokens: Sequence[str]) -> list[str]:
     """Layers and tokens that only one of a file and a run has."""
     return sorted(there.keys() ^ lora.adapters.keys()) + sorted({*tokens} ^ {*lora.tokens})
+
+
+def warn_of_missing_tokens(files: Sequence[str], loras: Sequence[Collection[Lora]]) -> None:
+    """Log which LoRAs, read together, lack tokens that none of them has.
+
+    loras: what each of the files holds.
+    """
+    known = {token for own in loras for lora in own for token in lora.tokens}
+    for file, own in zip(files, loras, strict=True):
+        for lora in own:
+            if not known.issuperset(lora.missing_tokens):
+                logger.warning("%s: %s. Add the embeddings to `lora`", file, missing_tokens(lora))
 
 
 def missing_tokens(lora: Lora) -> str:

@@ -1,24 +1,22 @@
 """LoRA and trained tokens on Stable Diffusion's U-Net and text encoders: networks by name, and their files."""
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from families.common.lora import merge_loras, parse_lora
+from families.common.lora import listed_loras, merge_loras
 from families.common.lora_files import DIFFUSERS_FILE, read_loras
 from families.common.lora_formats import Lora, LoraFileError, peft
-from families.common.lora_training import missing_tokens
+from families.common.lora_training import warn_of_missing_tokens
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders
 from families.common.weight_files import read_header
-from families.common.weight_source import listed_weights
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
+from families.stable_diffusion.single_file import SUPPORTED
 from families.stable_diffusion.versions import TITLES
 
-logger = logging.getLogger(__name__)
 Loras = Sequence[tuple[Mapping[str, Lora], float]]
 """What each LoRA changes of each network (`unet`, `text_encoder`, `text_encoder_2`), and its strength."""
 UNET = "unet"
@@ -53,13 +51,11 @@ def open_loras(files: Sequence[str], settings, use_ema: bool = True) -> Loras:
         return []
     with only_shapes():
         networks = networks_by_name(build.unet(settings), build.text_encoders(settings))
-    opened = []
-    for place, strength in map(parse_lora, files):
-        found = read_lora(listed_weights(place, "lora", use_ema), networks, settings.model_version)
-        opened.append((found, strength))
-        for lora in found.values():
-            if lora.missing_tokens:
-                logger.warning("%s: %s. Add the embeddings to `lora`", place, missing_tokens(lora))
+    opened = [
+        (read_lora(path, networks, settings.model_version), strength)
+        for path, strength in listed_loras(files, use_ema)
+    ]
+    warn_of_missing_tokens(files, [lora.values() for lora, _ in opened])
     return opened
 
 
@@ -92,7 +88,11 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module], version: str) -> di
 
 
 def version_of(path: Path) -> str | None:
-    """The `model_version` that a LoRA file is for, where it can be told."""
+    """The `model_version` that a LoRA file is for, where it can be told.
+
+    Raises:
+        LoraFileError: it says that it is for Stable Diffusion 2.x.
+    """
     if path.is_dir():
         path = next((path / name for name in (peft.TENSORS, DIFFUSERS_FILE) if (path / name).is_file()), path)
     if path.suffix != ".safetensors" or not path.is_file():
@@ -101,6 +101,8 @@ def version_of(path: Path) -> str | None:
     said = header.metadata.get("model_version") or header.metadata.get("ss_base_model_version", "")
     if said in TITLES:
         return said
+    if said.startswith("sd_v2"):
+        raise LoraFileError(f"{path} is a LoRA of Stable Diffusion 2.x; supported are {SUPPORTED}")
     of_kohya = {"sdxl": "sdxl", "sd_v1": "sd15"}
     told = next((version for start, version in of_kohya.items() if said.startswith(start)), None)
     by_names = (version for version, own in _NAMES.items() if any(re.match(own, name) for name in header.names))

@@ -63,7 +63,7 @@ class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
     as SDXL and many finetunes of 1.5 were. By default as trained."""
     lora: list[str] = []
     """LoRAs, as WEIGHTS or WEIGHTS:STRENGTH (1 by default): files in kohya's, diffusers' or our names, a LoRA's run,
-    or names of the Hugging Face hub; textual-inversion embeddings too."""
+    or names of the Hugging Face hub; textual-inversion embeddings, and folders of them, too."""
     original_size: tuple[PositiveInt, PositiveInt] | None = None
     """SDXL: [height, width] of the picture that it is told to draw; small ones are blurred as small pictures of the
     training data were when they were scaled up. By default the size that is drawn."""

@@ -150,7 +150,7 @@ def without_bundled(
         if unknown := own.keys() - {ALONE, *OF_ENCODER.values()} or not encoders:
             what = next(iter(unknown), "") if encoders else next(iter(own))
             raise LoraFileError(f"it holds bundle_emb.{name}.{what}, for which there is no text encoder here")
-        _add(found, from_embedding(own, {"token": names.get(name, name)}, name, encoders))
+        add(found, from_embedding(own, {"token": names.get(name, name)}, name, encoders))
     return others, found
 
 
@@ -167,11 +167,12 @@ def with_tokens_beside(
         if tensors is None:
             found.setdefault(encoders[0], Lora({})).missing_tokens.append(token)
         else:
-            _add(found, from_embedding(tensors, {"token": token}, path.stem, encoders))
+            add(found, from_embedding(tensors, {"token": token}, path.stem, encoders))
     return found
 
 
-def _add(found: dict[str, Lora], tokens: Mapping[str, Lora]) -> None:
+def add(found: dict[str, Lora], tokens: Mapping[str, Lora]) -> None:
+    """Add the tokens of an embedding to those of LoRAs, by text encoder."""
     for encoder, own in tokens.items():
         there = found.get(encoder, Lora({}))
         found[encoder] = there.with_tokens(own.tokens, own.token_initial, own.token_delta)

@@ -1,6 +1,7 @@
 """LoRAs and trained tokens of Stable Diffusion in the files of diffusers, kohya's scripts and A1111, both ways."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -173,6 +174,28 @@ def test_embeddings_of_other_programs_are_read(folders, tmp_path):
     assert found["unet"].adapters.keys() == two.loras["unet"].adapters.keys()
 
 
+def test_a_folder_of_embeddings_is_an_entry_of_the_list(folders, tmp_path, caplog):
+    trained = Trained(folders["sd15"], "sd15")
+    lora, embeddings = trained.write(tmp_path / "x.safetensors", "kohya"), tmp_path / "x_embeddings"
+    save_file({"<cat>": torch.randn(2, 16)}, embeddings / "cat.safetensors")
+    (embeddings / "preview.png").touch()
+    apart = lora.rename(tmp_path / "apart.safetensors")
+    (found, strength), (tokens, _) = open_loras([f"{apart}:0.5", str(embeddings)], trained.settings)
+    assert strength == 0.5
+    assert not found["text_encoder"].tokens
+    assert tokens["text_encoder"].tokens == ["<cat>", "<cat.2>", "[fernando]"]
+    assert "Add the embeddings" not in caplog.text
+    open_loras([str(apart)], trained.settings)
+    assert "apart.safetensors: The LoRA was trained with the tokens [fernando], which are neither" in caplog.text
+    shutil.copy(apart, embeddings)
+    with pytest.raises(
+        LoraFileError, match=r"apart\.safetensors is no embedding: name the file itself, or a folder of"
+    ):
+        open_loras([str(embeddings)], trained.settings)
+    with pytest.raises(LoraFileError, match=r"pipelines.* holds no LoRA \(pytorch_lora_weights\.safetensors, or "):
+        open_loras([str(folders["sd15"].parent)], trained.settings)
+
+
 @pytest.mark.parametrize("form", ["warpcore", "diffusers", "kohya"])
 def test_a_lora_of_the_other_version_is_one_error_that_names_both(folders, form, tmp_path):
     titles = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
@@ -182,6 +205,14 @@ def test_a_lora_of_the_other_version_is_one_error_that_names_both(folders, form,
         said = f"{path} is a LoRA of {titles[version]}, and the networks here are {titles[other]}"
         with pytest.raises(LoraFileError, match=said):
             read_lora(path, here.networks, other)
+
+
+def test_a_lora_that_says_it_is_of_stable_diffusion_2_is_refused_by_name(folders, tmp_path):
+    trained = Trained(folders["sd15"], "sd15", tokens=False)
+    tensors = load_file(trained.write(tmp_path / "x.safetensors", "kohya"))
+    save_file(tensors, tmp_path / "v2.safetensors", {"ss_base_model_version": "sd_v2_v"})
+    with pytest.raises(LoraFileError, match=r"v2\.safetensors is a LoRA of Stable Diffusion 2\.x; supported are"):
+        read_lora(tmp_path / "v2.safetensors", trained.networks, "sd15")
 
 
 def test_tensors_that_are_not_known_are_named(folders, tmp_path):
