@@ -8,13 +8,12 @@ The run's folder gets `autoencoder.safetensors` with diffusers' names, and its c
 """
 
 import warpcore.openmp
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from families.common.autoencoders import Autoencoder
 from families.common.pictures import image_metrics, to_pictures, to_uint8
 from families.common.reconstruction_losses import ReconstructionConfig, ReconstructionTraining
 from families.common.weight_files import FAMILY_KEY
@@ -24,6 +23,7 @@ from families.stable_diffusion.autoencoder_training import (
     from_scratch,
     whitened_weights,
 )
+from families.stable_diffusion.build import autoencoder_by_itself
 from warpcore.data.buckets import whole_size
 from warpcore.data.reader import Batch
 from warpcore.keys import Weights
@@ -39,8 +39,10 @@ Channels = Annotated[int, Field(gt=0, le=8192)]
 
 class VaeConfig(ReconstructionConfig):
     autoencoder_checkpoint_path: Weights | None = None
-    """Autoencoder to start from, a diffusers folder or file; a new one without it. It keeps its `scaling_factor`, as
-    denoisers of its latents were trained with that."""
+    """Autoencoder to start from: a folder of diffusers, a pipeline, a checkpoint in one file, or a file of its own; a
+    new one without it. It keeps its `scaling_factor`, as denoisers of its latents were trained with that."""
+    autoencoder_version: Literal["sd15", "sdxl"] | None = None
+    """Whose autoencoder it is, where its file does not say it: they differ in their `scaling_factor`."""
     decoder_only: bool = False
     """Train the decoder alone: pictures keep their latents, so denoisers and caches of them stay valid."""
     kl_weight: NonNegativeFloat = 1e-6
@@ -61,6 +63,10 @@ class VaeConfig(ReconstructionConfig):
         if self.autoencoder_checkpoint_path is None:
             if self.decoder_only:
                 raise ValueError("decoder_only needs the encoder's weights: give autoencoder_checkpoint_path")
+            if self.autoencoder_version is not None:
+                raise ValueError(
+                    "autoencoder_version says which autoencoder a file holds: give autoencoder_checkpoint_path"
+                )
             if odd := [n for n in self.block_out_channels if n % self.norm_num_groups]:
                 raise ValueError(
                     f"norm_num_groups: {self.norm_num_groups} does not divide block_out_channels {odd[0]}"
@@ -77,7 +83,7 @@ class TrainVae(ReconstructionTraining):
             sizes = {key: getattr(config, key) for key in SIZES}
             model = from_scratch(**sizes, sample_size=max(whole_size(config.image_size)))
         else:
-            model = Autoencoder.load(path, key="autoencoder_checkpoint_path").model
+            model = autoencoder_by_itself(path, config.autoencoder_version).model
         autoencoder = TrainedAutoencoder(model, config.decoder_only)
         self.latents = LatentStatistics(autoencoder.latent_channels).to(self.device)
         self.bookkeeping["latents"] = self.latents

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders, pub
 from families.common.weights import WeightsError, are_only_shapes
 from families.stable_diffusion.components import ZERO_SNR_KEY, Component, find_component, holds
 from families.stable_diffusion.config import SdConfig, SdSettings
+from families.stable_diffusion.versions import VERSIONS
 from warpcore.config import ConfigError
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import discrete_process, flow_process
@@ -26,8 +28,7 @@ def unet(settings: SdSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The U-Net as the engine wants it; random weights where the settings name no file."""
     from diffusers import UNet2DConditionModel
 
-    found = generator_source(settings)
-    config = (found and found.config) or settings.version.unet
+    found, config = generator_source(settings), unet_config(settings)
     if found is None and not are_only_shapes():
         return nn.Module.to(adapt(construct(UNet2DConditionModel, config, GENERATOR)), dtype)
     with torch.device("meta"):
@@ -35,6 +36,12 @@ def unet(settings: SdSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
     if not are_only_shapes():
         fill(network, found.tensors(), found.path, GENERATOR, dtype)
     return nn.Module.to(adapt(network), dtype)  # not its own `to`, which warns of every change
+
+
+def unet_config(settings: SdSettings) -> Mapping[str, Any]:
+    """The constructor numbers of the U-Net."""
+    found = generator_source(settings)
+    return (found and found.config) or settings.version.unet
 
 
 def generator_source(settings: SdSettings) -> Component | None:
@@ -59,7 +66,37 @@ def autoencoder(settings: SdSettings) -> Autoencoder:
     """The autoencoder, in its own precision."""
     found = autoencoder_source(settings)
     config = found.config or settings.version.autoencoder
+    made, wanted = config.get("latent_channels", 4), unet_config(settings).get("in_channels", 4)
+    if made != wanted:
+        raise WeightsError(
+            f"{AUTOENCODER}: latents of {found.path} have {made} channels, and the U-Net reads {wanted}: name the "
+            "autoencoder that the U-Net was trained with"
+        )
     return Autoencoder.of(config, found.tensors, found.path, AUTOENCODER, precision=settings.autoencoder_precision)
+
+
+def autoencoder_by_itself(path: Path, version: str | None = None, any_scale: bool = False, **options) -> Autoencoder:
+    """The autoencoder of a folder, of a checkpoint in one file, or of a file of its own, whatever U-Net it is for.
+
+    Args:
+        version: which one it is, where its file does not say it.
+        any_scale: nothing depends on the scale of its latents.
+        options: see `Autoencoder`.
+
+    Raises:
+        WeightsError: nothing says which one it is: files of Stable Diffusion 1.5's and of SDXL's are alike.
+    """
+    if path.is_dir():
+        return Autoencoder.load(path, key=AUTOENCODER, **options)
+    found = find_component(path, "vae", AUTOENCODER)
+    version = found.version or version or ("sd15" if any_scale else None)
+    if found.config is None and version is None:
+        raise WeightsError(
+            f"{AUTOENCODER}: {path} does not say which autoencoder it is: those of Stable Diffusion 1.5 and of SDXL "
+            "are alike but for the scale of their latents. Write autoencoder_version: sd15 or sdxl"
+        )
+    config = found.config or VERSIONS[version].autoencoder
+    return Autoencoder.of(config, found.tensors, path, AUTOENCODER, **options)
 
 
 def autoencoder_source(settings: SdSettings) -> Component:
@@ -75,20 +112,28 @@ def latents_of(settings: SdSettings) -> tuple[LatentScale, int]:
 
 def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> ClipTextEncoders:
     """The text encoders as one network: hidden states (B, L, D), and SDXL's pooled states (B, P)."""
-    version = settings.version
+    encoders = _encoders(settings, device)
+    width, wanted = sum(encoder.width for encoder in encoders), unet_config(settings).get("cross_attention_dim")
+    if isinstance(wanted, int) and width != wanted:
+        raise WeightsError(
+            f"{TEXT}: the states of these text encoders are {width} wide, and the U-Net reads {wanted}: name the text "
+            "encoders that the U-Net was trained with"
+        )
+    return ClipTextEncoders(encoders, zeros_for_empty=len(settings.version.text) > 1, chunks=settings.text_chunks)
+
+
+def _encoders(settings: SdSettings, device: torch.device | str) -> list[ClipTextEncoder]:
+    version, encoders = settings.version, []
     if not version.text:  # the shipped tower of the mini, or another in its place
         path = settings.text_encoder_checkpoint_path or version.text_file
-        return ClipTextEncoders(
-            [ClipTextEncoder.load(path, hidden=version.hidden, key=TEXT)], chunks=settings.text_chunks
-        )
-    encoders = []
+        return [ClipTextEncoder.load(path, hidden=version.hidden, key=TEXT)]
     for number, (config, padding) in enumerate(zip(version.text, version.padding, strict=True), start=1):
         found = _part(settings, "text_encoder" if number == 1 else f"text_encoder_{number}", TEXT, None)
         encoders.append(ClipTextEncoder.of(
             found.config or config, found.tokenizer or public_tokenizer(padding), found.tensors, found.path,
             version.hidden, settings.text_encoder_precision, device, TEXT,
         ))  # fmt: skip
-    return ClipTextEncoders(encoders, zeros_for_empty=len(encoders) > 1, chunks=settings.text_chunks)
+    return encoders
 
 
 def network_files(settings: SdSettings, network: str) -> list[Path]:

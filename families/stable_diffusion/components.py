@@ -147,6 +147,8 @@ def _pipeline(path: Path, key: str) -> str | None:
     pipeline = str(index.get("_class_name"))
     if not PIPELINES.fullmatch(pipeline):
         raise UserError(f"{key}: {path} holds a {pipeline}; supported are {SUPPORTED}")
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{key}: {path} holds SDXL's refiner; supported are {SUPPORTED}")
     return pipeline
 
 
@@ -163,6 +165,8 @@ def _check_class(folder: Path, config: Mapping[str, Any], name: str, key: str) -
             f"{key}: the U-Net in {folder} sees {seen} channels and predicts {predicted}, as inpainting and edit "
             f"models do; supported are {SUPPORTED}"
         )
+    if name == "unet" and config.get("use_linear_projection") and _version(config) == "sd15":
+        raise UserError(f"{key}: the U-Net in {folder} is that of Stable Diffusion 2.x; supported are {SUPPORTED}")
 
 
 def _schedule(folder: Path, key: str) -> tuple[str | None, bool | None]:

@@ -14,16 +14,17 @@ from families.common.pictures import pad
 from families.common.pipeline import Pipeline, sizes_of
 from families.common.reconstruction import ReconstructConfig
 from families.common.weight_source import with_local_weights
+from families.stable_diffusion.build import AUTOENCODER, autoencoder_by_itself, autoencoder_source
+from families.stable_diffusion.config import SdSettings
 from warpcore.keys import Weights
-
-AUTOENCODER = "autoencoder_checkpoint_path"
 
 
 class AutoencoderReconstructConfig(ReconstructConfig):
     """Keys of `inference/reconstruct.py` for an autoencoder of Stable Diffusion."""
 
     autoencoder_checkpoint_path: Weights
-    """Autoencoder, a diffusers folder or file; by default what the last `run` trained, or was trained with."""
+    """Autoencoder: a folder of diffusers, a pipeline, a checkpoint in one file, or a file of its own; by default what
+    the last `run` trained, or was trained with."""
     tiling: bool = False
     """Decode large pictures in overlapping tiles, which bounds the memory."""
 
@@ -44,9 +45,10 @@ def autoencoder_of_run(folder: Path, use_ema: bool = True) -> Path:
         ValueError: it is not a run's folder, holds no weights yet, or names no autoencoder.
     """
     saved, exported = read_run(folder, ("autoencoder", "generator", "lora"), use_ema)
-    found = exported.get("autoencoder") or saved.get(AUTOENCODER) or saved.get("generator_checkpoint_path")
-    if found is None:
-        raise ValueError(f"run: {folder} names no autoencoder: give {AUTOENCODER}")
+    found = exported.get("autoencoder") or saved.get(AUTOENCODER)
+    if found is None:  # beside the U-Net that it began with, or the one that comes with the project
+        settings = SdSettings(**{key: saved[key] for key in SdSettings.model_fields if saved.get(key) is not None})
+        found = autoencoder_source(with_local_weights(settings)).path
     return Path(found)
 
 
@@ -79,6 +81,6 @@ class AutoencoderReconstruction:
 
     def _load(self, config: AutoencoderReconstructConfig) -> Autoencoder:
         precision = str(self.pipeline.dtype).removeprefix("torch.")
-        return Autoencoder.load(
-            config.autoencoder_checkpoint_path, key=AUTOENCODER, precision=precision, tiling=config.tiling
+        return autoencoder_by_itself(
+            config.autoencoder_checkpoint_path, any_scale=True, precision=precision, tiling=config.tiling
         )

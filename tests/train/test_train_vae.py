@@ -1,17 +1,24 @@
 """Training an autoencoder: its update in plain PyTorch, the files that it exports, its beginnings, finetuning."""
 
+import json
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from families.common.autoencoders import Autoencoder
 from families.common.weight_files import metadata_of
 from families.stable_diffusion.autoencoder_training import FIRST_LOG_VARIANCE, from_scratch
+from families.stable_diffusion.versions import VERSIONS
+from tests.families.stable_diffusion.original_files import original_file
+from tests.families.stable_diffusion.tiny_pipeline import write_sd15
 from tests.warpcore.runs import read_metrics, tiny_settings, write_shard
 from train.train_vae import TrainVae
 from warpcore.config import ConfigError, make_config
+from warpcore.errors import UserError
 from warpcore.random import SampleRandom
 
 pytestmark = pytest.mark.integration
@@ -155,6 +162,31 @@ def test_finetuning_the_decoder_keeps_latents_and_scale(settings, tmp_path):
     assert torch.equal(*moments)
 
 
+def test_the_autoencoder_of_a_checkpoint_in_one_file_is_a_beginning(settings, tmp_path, monkeypatch):
+    pipeline, whole, alone = (tmp_path / name for name in ("sd15", "whole.safetensors", "vae.safetensors"))
+    tensors, prefix = original_file(write_sd15(pipeline)), "first_stage_model."
+    save_file(tensors, whole)
+    save_file({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}, alone)
+    config = json.loads((pipeline / "vae" / "config.json").read_text())
+    for version, factor in (("sd15", 0.18215), ("sdxl", 0.13025)):  # whose published sizes are larger
+        own = replace(VERSIONS[version], autoencoder=config | {"scaling_factor": factor})
+        monkeypatch.setitem(VERSIONS, version, own)
+    given = {key: value for key, value in settings.items() if key not in SIZES}
+    before = diffusers.AutoencoderKL.from_pretrained(pipeline / "vae").state_dict()
+    for changes, factor in (
+        ({"autoencoder_checkpoint_path": str(whole)}, 0.18215),
+        ({"autoencoder_checkpoint_path": str(alone), "autoencoder_version": "sdxl"}, 0.13025),
+    ):
+        run = TrainVae(make_config(TrainVae.Config, given | changes))
+        state = run.build()["autoencoder"].model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+        assert json.loads(run.file_metadata()["config"])["scaling_factor"] == factor
+    with pytest.raises(
+        UserError, match=r"does not say which autoencoder it is.*Write autoencoder_version: sd15 or sdxl"
+    ):
+        TrainVae(make_config(TrainVae.Config, given | {"autoencoder_checkpoint_path": str(alone)})).build()
+
+
 def test_validation_reports_pictures_and_divergence(settings):
     settings |= {"validation_samples": 2, "updates": 2, "save_every": 2, "ema_start_iters": 1}
     trained(settings)
@@ -169,6 +201,10 @@ def test_validation_reports_pictures_and_divergence(settings):
     ("wrong", "message"),
     [
         ({"decoder_only": True}, "decoder_only needs the encoder's weights: give autoencoder_checkpoint_path"),
+        (
+            {"autoencoder_version": "sdxl"},
+            "autoencoder_version says which autoencoder a file holds: give autoencoder_checkpoint_path",
+        ),
         ({"norm_num_groups": 3}, "norm_num_groups: 3 does not divide block_out_channels 8"),
     ],
 )

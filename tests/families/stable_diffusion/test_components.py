@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from families.stable_diffusion import build
 from families.stable_diffusion.components import find_component, holds
 from families.stable_diffusion.config import SdSettings
+from families.stable_diffusion.versions import VERSIONS
 from tests.families.stable_diffusion.original_files import component_tensors, original_file
 from tests.families.stable_diffusion.test_single_file import same
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
@@ -123,6 +124,8 @@ def test_a_folder_that_is_no_pipeline_is_named_with_what_it_holds(folders, copy,
 @pytest.mark.parametrize(("pipeline", "network", "changes", "message"), [
     (True, None, {"_class_name": "StableDiffusion3Pipeline"}, "holds a StableDiffusion3Pipeline; supported are"),
     (True, None, {"_class_name": "StableCascadePriorPipeline"}, "holds a StableCascadePriorPipeline"),
+    (True, None, {"requires_aesthetics_score": True}, "holds SDXL's refiner; supported are"),
+    (False, "unet", {"use_linear_projection": True}, "unet is that of Stable Diffusion 2.x; supported are"),
     (False, "unet", {"in_channels": 9}, r"the U-Net in .*unet sees 9 channels and predicts 4, as inpainting"),
     (False, "unet", {"_class_name": "PixArtTransformer2DModel"}, "holds PixArtTransformer2DModel, not a U-Net"),
     (False, "scheduler", {"prediction_type": "noise"}, "prediction_type is noise, not one of epsilon, sample"),
@@ -174,3 +177,18 @@ def test_a_config_that_cannot_be_read_is_an_error(copy):
     (copy / "model_index.json").write_text("[]")
     with pytest.raises(UserError, match=r"model_index\.json is no JSON object"):
         find_component(copy, "unet", KEY)
+
+
+def test_networks_that_were_not_trained_together_are_named(folders):
+    wide = SdSettings(
+        generator_checkpoint_path=folders["sd15"], text_encoder_checkpoint_path=folders["sdxl"] / "text_encoder_2"
+    )
+    with pytest.raises(UserError, match=r"text_encoder_checkpoint_path: .* are 24 wide, and the U-Net reads 16: name"):
+        build.text_encoders(wide)
+    deep = SdSettings(
+        generator_checkpoint_path=folders["sd15"], autoencoder_checkpoint_path=VERSIONS["mini"].autoencoder_file
+    )
+    with pytest.raises(
+        UserError, match=r"autoencoder_checkpoint_path: .* have 16 channels, and the U-Net reads 4: name"
+    ):
+        build.autoencoder(deep)

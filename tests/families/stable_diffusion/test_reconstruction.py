@@ -1,13 +1,20 @@
 """Pictures through an autoencoder, out of a run or a file, as diffusers' own network takes them."""
 
+import json
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from families.stable_diffusion.reconstruction import AutoencoderReconstructConfig
+from families.stable_diffusion.versions import VERSIONS
 from inference.reconstruct import main
+from tests.families.stable_diffusion.original_files import original_file
+from tests.families.stable_diffusion.tiny_pipeline import write_sd15
 from tests.warpcore.runs import tiny_settings, write_shard
 from train.train_vae import TrainVae
 from warpcore.config import ConfigError, make_config
@@ -57,6 +64,35 @@ def test_runs_and_files_rebuild_pictures_of_any_size(reconstruct, library, tmp_p
         f"autoencoder_checkpoint_path={tmp_path / 'tiny/autoencoder.safetensors'}",
     ):
         assert np.abs(reconstruct(source).astype(int) - expected).max() <= 1
+
+
+def test_every_place_of_an_autoencoder_rebuilds_alike(reconstruct, tmp_path, monkeypatch):
+    """In a pipeline, in a checkpoint in one file, and in files of its own that do not say which one it is."""
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    pipeline, whole, alone, run = (tmp_path / name for name in ("sd15", "whole.safetensors", "vae.safetensors", "run"))
+    write_sd15(pipeline)
+    config = json.loads((pipeline / "vae" / "config.json").read_text())
+    monkeypatch.setitem(VERSIONS, "sd15", replace(VERSIONS["sd15"], autoencoder=config))  # published ones are larger
+    tensors = original_file(pipeline)
+    save_file(tensors, whole)
+    prefix = "first_stage_model."
+    save_file({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}, alone)
+    run.mkdir()
+    (run / "config.yaml").write_text(f"model_version: sd15\ngenerator_checkpoint_path: {whole}\n")
+    save_file({"x": torch.zeros(1)}, run / "lora.safetensors", {"family": "stable_diffusion"})
+    expected = reconstruct(f"autoencoder_checkpoint_path={pipeline / 'vae'}")
+    library = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    for source in (pipeline, whole, alone, library):
+        assert np.array_equal(reconstruct(f"autoencoder_checkpoint_path={source}"), expected), source
+    assert np.array_equal(reconstruct(f"run={run}"), expected)
+
+
+def test_a_run_of_the_mini_has_the_autoencoder_that_ships(tmp_path):
+    (tmp_path / "config.yaml").write_text("model_version: mini\n")
+    save_file({"x": torch.zeros(1)}, tmp_path / "generator.safetensors")
+    config = make_config(AutoencoderReconstructConfig, {"run": [str(tmp_path)], "pictures": ["photo.png"]})
+    assert config.autoencoder_checkpoint_path == VERSIONS["mini"].autoencoder_file
 
 
 def test_a_run_without_weights_is_refused(tmp_path):

@@ -127,5 +127,5 @@ def test_a_cache_of_another_autoencoder_with_the_same_shapes_is_refused(tmp_path
     cache = make_cache("train_sd", given, tmp_path / "cache")
     weights = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
-    with pytest.raises(UserError, match="autoencoder"):
+    with pytest.raises(UserError, match="the weights of the autoencoder network are"):
         TrainSd(make_config(TrainSd.Config, given | {"webdataset_path": str(cache)})).run()
