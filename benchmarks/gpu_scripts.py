@@ -18,6 +18,7 @@ from torch import nn
 from benchmarks.data import photographs, write_tars
 from benchmarks.gpu_part import Bench, no_waiting
 from families.cascade import versions
+from families.stable_diffusion import versions as sd_versions
 from modules.stage_c import StageC
 from warpcore.config import make_config
 from warpcore.core import WarpCore
@@ -36,6 +37,12 @@ SCRIPTS: dict[str, dict] = {
     "train_towers": {
         "words": ["a", "photograph", "number"], "tower_width": 16, "tower_heads": 2, "text_length": 6,
         "text_layers": 1, "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
+    },
+    "train_sd": {},
+    "train_sd_lora": {"module_filters": ["to_q", "conv1"], "rank": 4},
+    "train_vae": {
+        "block_out_channels": [8, 16], "norm_num_groups": 2, "discriminator_start": 1,
+        "discriminator_channels": 8,
     },
 }  # fmt: skip
 """What each script needs beside the common settings; a word after the name is another way to run it."""
@@ -72,15 +79,28 @@ def mini_generator(bench: Bench) -> Path:
     return path
 
 
+def mini_unet(bench: Bench) -> Path:
+    """A folder with random weights of the mini Stable Diffusion's U-Net."""
+    folder = bench.scratch / "mini_unet"
+    if not folder.exists():
+        from diffusers import UNet2DConditionModel
+
+        torch.manual_seed(0)
+        UNet2DConditionModel(**sd_versions.VERSIONS["mini"].unet).save_pretrained(folder)
+    return folder
+
+
 def script_settings(bench: Bench, name: str, run: str, device: torch.device, **changes) -> dict:
-    """Settings of two updates of a script: with the mini cascade in float32, if the changes say nothing else."""
+    """Settings of two updates of a script: with mini networks in float32, if the changes say nothing else."""
     every = {
         "experiment_id": run, "checkpoint_path": str(bench.scratch / "runs"), "model_version": "mini", "updates": 2,
         "webdataset_path": str(pictures(bench, 8, 64)), "batch_size": 4, "image_size": 64, "num_workers": 0,
         "log_every": 1, "device": device.type, "lr": 1e-3, "seed": 3, "dtype": "float32", "allow_tf32": False,
         "crop_mode": "center",
     }  # fmt: skip
-    if changes.get("model_version", "mini") == "mini":  # fresh networks predict zeros, in every precision
+    if name.startswith("train_sd"):
+        every["generator_checkpoint_path"] = str(mini_unet(bench))
+    elif changes.get("model_version", "mini") == "mini":  # fresh networks predict zeros, in every precision
         stage_b = name.startswith("train_b")
         every["generator_checkpoint_path"] = str(versions.MINI.folder / "stage_b.safetensors" if stage_b else
                                                  mini_generator(bench))  # fmt: skip

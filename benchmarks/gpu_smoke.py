@@ -167,7 +167,7 @@ def rows(bench: Bench) -> list[Row]:
     add("train_c", "fp8", AUTOCAST | {"fp8": True}, FEW_BITS, needs=("torchao",))
     sharded = {"use_fsdp": True, "fsdp_cpu_offload": True}
     add("train_c", "FSDP2, one process, weights in the CPU's memory", AUTOCAST | sharded)
-    for name in ("train_c",) if bench.tiny else ("train_c", "train_c_lora", "train_b"):
+    for name in ("train_c",) if bench.tiny else ("train_c", "train_c_lora", "train_b", "train_sd"):
         found.append((f"{name}: from a cache", partial(from_cache, name)))
     found.append(("train_c: SIGTERM and resume", stopped_and_resumed))
     found.append(("the whole cascade draws a picture", drawn))
@@ -176,7 +176,7 @@ def rows(bench: Bench) -> list[Row]:
     if not bench.tiny:
         for name in ("train_c_lora", "train_c_controlnet", "train_b"):
             add(name, "bfloat16 weights", AUTOCAST | {"weights_dtype": "bfloat16"})
-        for name in ("train_c_lora", "train_c_controlnet", "train_b"):
+        for name in ("train_c_lora", "train_c_controlnet", "train_b", "train_sd", "train_sd_lora", "train_vae"):
             add(name, "compile", AUTOCAST | {"compile": True})
         add("train_c", "compile, checkpointing 3", AUTOCAST | {"compile": True, "activation_checkpointing": 3})
         add("train_c", "compile, fp8", AUTOCAST | {"compile": True, "fp8": True}, FEW_BITS, needs=("torchao",))
@@ -184,8 +184,9 @@ def rows(bench: Bench) -> list[Row]:
             add(name, "compile: graphs", graphs)
         add("train_c", "compile: graphs, two micro-batches", graphs | {"grad_accum_steps": 2})
         add("train_c", "compile: graphs, checkpointing 3", graphs | {"activation_checkpointing": 3})
-        add("train_b", "checkpointing 3", AUTOCAST | {"activation_checkpointing": 3})
-        add("train_b", "offload encoders and activations", AUTOCAST | everything)
+        for name in ("train_b", "train_sd"):
+            add(name, "checkpointing 3", AUTOCAST | {"activation_checkpointing": 3})
+            add(name, "offload encoders and activations", AUTOCAST | everything)
         add("train_b", "FSDP2, one process, weights in the CPU's memory", AUTOCAST | sharded)
         add("train_c", "EMA in the CPU's memory", AUTOCAST | {"ema_start_iters": 0, "ema_device": "cpu"})
     return [Row(name, measure) for name, measure in found]
@@ -199,7 +200,7 @@ PART = Part(
     name="smoke",
     title="Smoke: every training script, two updates in every mode",
     about=f"""
-The mini cascade, batches of 4 photographs of 64 px. Checked: losses are finite; the samples are those of the CPU; the
+Mini networks, batches of 4 photographs of 64 px. Checked: losses are finite; the samples are those of the CPU; the
 two losses are those of the same updates on the CPU in float32, within a relative difference of {FLOAT32:g} (float32,
 TF32 off), {BFLOAT16:g} (16 bits) or {FEW_BITS:g} (fp8, nf4). From the second update on, waiting for the GPU inside
 an update is an error (`torch.cuda.set_sync_debug_mode("error")`), except with weights in the CPU's memory.

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.train.test_every_script import SETTINGS, settings, train  # noqa: F401
 from tests.warpcore.runs import TINY, tiny_settings, train_here, write_shard
-from tools.search_batch_size import search, with_micro_batch
+from tools.search_batch_size import main, search, with_micro_batch
 from warpcore.config_files import read_config
 from warpcore.errors import UserError
 
@@ -79,3 +80,17 @@ def test_a_search_at_the_command_line_writes_a_config_that_trains(tmp_path):
     assert 1 <= tuned["micro_batch_size"] < 8
     assert "too much memory" in done.stdout
     assert train_here(tuned)[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_a_micro_batch_is_found_for_every_script(settings, name, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings(name, "searched", batch_size=4, updates=1, save_every=1)))
+    script = Path(__file__).parents[2] / "train" / f"{name.split()[0]}.py"
+    arguments = [str(script), str(tmp_path / "c.yaml"), str(tmp_path / "tuned.yaml"), "--max-memory", "1"]
+    monkeypatch.setattr(sys, "argv", ["search_batch_size.py", *arguments])
+    main()
+    tuned, _ = read_config(tmp_path / "tuned.yaml")
+    assert tuned["micro_batch_size"] == 4
+    assert len(train(name, tuned)) == 1

@@ -54,6 +54,9 @@ SETTINGS: dict[str, dict] = {
 NEEDS_WHOLE_BATCHES = {"train_a", "train_b joint", "train_encoder", "train_towers"}
 """Batch norms and contrastive losses look at a micro-batch as a whole: accumulation is another training."""
 
+WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers"}
+"""Scripts whose networks have no blocks to compile."""
+
 NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""
 
@@ -250,6 +253,18 @@ def _member(
     versions.VERSIONS["mini"] = mini
     status = Disturbed(make_config(Disturbed.Config, settings)).run()
     assert status == (0 if number is None else STOPPED_EARLY)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - WITHOUT_COMPILING))
+def test_compiled_blocks_make_the_same_updates(settings, name):
+    plain = settings(name, "plain", updates=2, save_every=2)
+    compiled = train(name, plain | {"experiment_id": "compiled", "compile": True})
+    for line, other in zip(train(name, plain), compiled, strict=True):
+        assert line["samples_hash"] == other["samples_hash"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", represented_by("train_vae", of=SETTINGS))

@@ -60,7 +60,9 @@ def test_from_pictures(settings, name, tmp_path):  # noqa: F811
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", represented_by("train_c", of=("train_b", "train_c", "train_c_lora")))
+@pytest.mark.parametrize(
+    "name", represented_by("train_c", of=("train_b", "train_c", "train_c_lora", "train_sd", "train_sd_lora"))
+)
 def test_from_a_cache(settings, name, tmp_path):  # noqa: F811
     pictures = write_pictures(tmp_path / "pictures" / "0.tar", 6)
     given = settings(name, "update", webdataset_path=str(pictures), **FURTHER.get(name, {}))

@@ -4,8 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.caches import make_cache, write_pictures
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings_of, train, use_case
+from tests.train.test_separate_caches import CACHED, CHANGES
 from tests.train.test_train_c_lora import write_samples
 
 pytestmark = pytest.mark.integration
@@ -67,3 +69,22 @@ def test_masks_prior_and_templates_work_in_every_script(recorded, name):
     if width % 2 == 0:
         assert (mask[~prior][..., : width // 2] == 1).all()
         assert (mask[~prior][..., width // 2 :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "name", represented_by("train_sd", of=[n for n, kinds in CACHED.items() if "latents" in kinds])
+)
+def test_a_cache_with_masks_gives_the_losses_of_pictures_with_masks(small_cascade, name, tmp_path):
+    given = settings_of(small_cascade, name, "pictures") | {
+        "webdataset_path": str(write_pictures(tmp_path / "pictures" / "0.tar", 4)), "crop_mode": "center",
+        "masked_loss": True, "updates": 2, "save_every": 2, "validation_samples": 0, "sample_count": 1,
+        "sample_steps": 1,
+    }  # fmt: skip
+    given |= CHANGES.get(name, {})
+    cache = make_cache(name, given, tmp_path / "cache", "--features", "latents", "--dtype", "float32")
+    expected = train(name, given)
+    found = train(name, given | {"experiment_id": "cached", "caches": [str(cache)]})
+    assert [line["samples_hash"] for line in found] == [line["samples_hash"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=2e-5)
+    (plain,) = train(name, given | {"experiment_id": "plain", "masked_loss": False, "updates": 1})
+    assert plain["loss"] != pytest.approx(expected[0]["loss"], rel=1e-4)
