@@ -66,6 +66,8 @@ def check(words: list[str], folder: Path) -> None:
         assert {word for word in arguments if "=" not in word} <= targets, words
     elif program in ("python3", "python"):
         check_script(arguments[0], arguments[1:], folder)
+    elif program == "srun":
+        check(arguments[next(place for place, word in enumerate(arguments) if not word.startswith("-")) :], folder)
     elif program == "torchrun":
         given = torchrun_parser().parse_args(arguments)
         check_script(given.training_script, given.training_script_args, folder)
