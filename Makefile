@@ -63,12 +63,14 @@ demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subj
 # The whole mini cascade from scratch, in about 30 minutes on two cores: towers, Stage A, encoder and previewer, Stage B, the autoencoder
 # of the mini Stable Diffusion (the weights of these become those in models/mini), and Stage C.
 mini: demo/ready
-	rm -rf runs/mini_towers runs/mini_a runs/mini_encoder runs/mini_b runs/mini_vae runs/quickstart_c
+	rm -rf runs/mini_towers runs/mini_t5 runs/mini_a runs/mini_encoder runs/mini_b runs/mini_vae runs/quickstart_c
 	$(PY) train/train_towers.py configs/training/mini_towers.yaml
+	$(PY) train/train_towers.py configs/training/mini_t5.yaml
 	$(PY) train/train_a.py configs/training/mini_a.yaml
 	$(PY) train/train_encoder.py configs/training/mini_encoder.yaml
 	$(call publish,mini_towers/text_tower,text_tower)
 	$(call publish,mini_towers/image_tower,image_tower)
+	$(call publish,mini_t5/text_tower,t5)
 	$(call publish,mini_a/stage_a,stage_a)
 	$(call publish,mini_encoder/effnet_encoder,effnet_encoder)
 	$(call publish,mini_encoder/previewer,previewer)

@@ -1,5 +1,7 @@
 """Caches of pictures and of texts, joined: read from S3, on several processes, and resumed exactly."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.many_processes import launch_processes
@@ -8,9 +10,10 @@ from tests.s3_server import s3_endpoint as s3_endpoint
 from tests.test_made_up_caches import both
 from tests.test_made_up_caches import of_family as of_family
 from tests.test_made_up_caches import settings as settings
+from tests.test_made_up_family import SCRIPT, config_file, losses, run_tool, train
 from tests.test_made_up_family import _known as _known
-from tests.test_made_up_family import losses, train
 from tests.warpcore.runs import numbers, read_metrics
+from tools import cache
 from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
@@ -64,3 +67,21 @@ def test_joined_caches_on_two_processes_go_on_exactly_and_on_another_number(give
     found = train(changing)
     assert [line["samples_hash"] for line in found] == [line["samples_hash"] for line in alone]
     assert losses(found) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def _cache_texts(config: Path, out: Path) -> None:
+    run_tool(cache.main, SCRIPT, config, out, "--features", "texts")
+
+
+@pytest.mark.slow
+@pytest.mark.bits
+def test_texts_are_encoded_by_two_processes_as_by_one(settings, tmp_path):
+    config = config_file(settings, tmp_path)
+    for count in (1, 2):
+        launch_processes(count, _cache_texts, config, tmp_path / str(count))
+    alone, together = (
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*.tar")}
+        for out in (tmp_path / "1", tmp_path / "2")
+    )
+    assert len(alone) == 2
+    assert together == alone

@@ -4,12 +4,13 @@
 
 The text tower of a cascade must tell apart what its pictures differ in. A caption and its picture are pulled together,
 the other captions of the micro-batch pushed away. The run's folder gets `text_tower.safetensors` and
-`image_tower.safetensors`, with their settings inside.
+`image_tower.safetensors`, with their settings inside. With `text_encoder: t5` the text tower is a T5 encoder, for
+families whose networks read T5's states.
 """
 
 import warpcore.openmp
 import math
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from families.common.captions import say_of_captions
+from families.common.t5_tower import T5Tower
 from modules.clip import ClipSettings, ImageTower, TextTower
 from warpcore.config import Config
 from warpcore.core import Losses, WarpCore
@@ -32,10 +34,14 @@ class TowersConfig(Config):
 
     words: list[str] = Field(min_length=1)
     """Every word and punctuation mark that captions use; all others count as one unknown word."""
+    text_encoder: Literal["clip", "t5"] = "clip"
+    """What the text tower is: CLIP's causal transformer, or T5's encoder, whose states do not depend on padding."""
     tower_width: Annotated[int, Field(gt=0, le=8192)] = 64
     """Channels of both towers, and width of the vectors they give."""
     tower_heads: Annotated[int, Field(gt=0, le=1024)] = 4
     """Attention heads of both towers."""
+    text_width: Annotated[int, Field(gt=0, le=8192)] | None = None
+    """Channels of the text tower; by default those of `tower_width`."""
     text_length: Annotated[int, Field(gt=2, le=10_000)] = 24
     """Tokens of a caption, its begin and end included; longer captions are cut."""
     text_layers: Layers = 3
@@ -49,8 +55,9 @@ class TowersConfig(Config):
 
     @model_validator(mode="after")
     def _dividing(self) -> Self:
-        if self.tower_width % self.tower_heads:
-            raise ValueError(f"tower_heads: {self.tower_heads} does not divide tower_width {self.tower_width}")
+        for key in ("tower_width", "text_width"):
+            if (width := getattr(self, key)) is not None and width % self.tower_heads:
+                raise ValueError(f"tower_heads: {self.tower_heads} does not divide {key} {width}")
         if self.image_tower_size % self.image_tower_patch:
             raise ValueError(
                 f"image_tower_patch: {self.image_tower_patch} does not divide image_tower_size {self.image_tower_size}"
@@ -60,7 +67,7 @@ class TowersConfig(Config):
     @property
     def clip(self) -> ClipSettings:
         width = self.tower_width
-        text = {"width": width, "heads": self.tower_heads, "layers": self.text_layers}
+        text = {"width": self.text_width or width, "heads": self.tower_heads, "layers": self.text_layers}
         image = {"width": width, "head_width": width // self.tower_heads, "layers": self.image_layers}
         return ClipSettings(
             embed_dim=width,
@@ -88,7 +95,8 @@ class TrainTowers(WarpCore):
 
     def build(self) -> dict[str, nn.Module]:
         settings = self.config.clip
-        return {"text": TextTower(settings), "image": ImageTower(settings), "temperature": Temperature()}
+        kind = TextTower if self.config.text_encoder == "clip" else T5Tower
+        return {"text": kind(settings), "image": ImageTower(settings), "temperature": Temperature()}
 
     def setup(self) -> None:
         super().setup()
@@ -112,7 +120,7 @@ class TrainTowers(WarpCore):
         return {f"{name}_tower": self.networks[name].weights_to_save() for name in ("text", "image")}
 
     def file_metadata(self) -> dict[str, str]:
-        return self.networks["text"].metadata_to_save()
+        return self.networks["image"].metadata_to_save() | self.networks["text"].metadata_to_save()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from families.common.t5 import T5TextEncoder
+from families.common.t5_tower import T5Tower
 from modules.clip import image_tower, text_tower
 from tests.warpcore.runs import train_here
 from train.train_towers import TowersConfig, TrainTowers
@@ -52,6 +54,31 @@ def test_pictures_find_their_captions_with_the_towers_that_a_run_leaves(settings
     pictures = torch.tensor(list(COLOURS.values()))[:, :, None, None].expand(-1, -1, 16, 16) / 255
     similarities = torch.cosine_similarity(image.encode(pictures)[:, None], captions[None], dim=-1)
     assert similarities.argmax(dim=1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.integration
+def test_a_t5_finds_them_too_and_its_file_is_an_encoder_of_transformers(settings):
+    given = settings | {"text_encoder": "t5", "text_width": 24}
+    status, lines = train_here(given, TrainTowers, TowersConfig)
+    assert status == 0
+    assert lines[-1]["loss"] < 0.3 < lines[0]["loss"]
+    folder = Path(settings["checkpoint_path"]) / "towers"
+    encoder = T5TextEncoder.load(folder / "text_tower.safetensors", length=6)
+    captions = ["a red picture", "a", "a blue picture picture picture picture, of wombats"]
+    conditions = encoder(captions)
+    assert conditions.lengths.tolist() == [4, 2, 6]
+    tower = T5Tower(TowersConfig(**given).clip)
+    tower.model.load_state_dict(encoder.model.state_dict())
+    hidden, _ = tower(*tower.tokenize(captions))
+    torch.testing.assert_close(conditions.hidden, hidden.detach() * conditions.mask[..., None])
+    image = image_tower(path=folder / "image_tower.safetensors", dtype=torch.float32)
+    assert image.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
+
+
+def test_a_t5_reads_words_that_it_does_not_know_as_unknown(settings):
+    tokenizer = T5Tower(TowersConfig(**settings).clip).tokenizer
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("a green wombat").input_ids)
+    assert pieces == ["▁a", "▁green", "▁", "<unk>", "</s>"]
 
 
 def test_unknown_words_are_one_word(settings):
