@@ -69,7 +69,7 @@ def _owns(family: Family, path: Path) -> bool:
         return family.has_run(config, weights)
     if loras := [path / name for name in LORA_FILES if (path / name).is_file()]:
         return _has_weights(family, loras[0])
-    return any(family.has_model_folder(index) for index in _indexes(path))
+    return family.has_folder(path) or any(family.has_model_folder(index) for index in _indexes(path))
 
 
 def _named_in(run: Path) -> set[str]:

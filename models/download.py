@@ -8,6 +8,10 @@ sd15: Stable Diffusion 1.5, without the averages that it was trained with. sdxl:
 sd15-vae: the autoencoder whose decoder was trained further (sd-vae-ft-mse).
 sdxl-vae: SDXL's autoencoder, changed so that it does not overflow in float16 (sdxl-vae-fp16-fix).
 
+Cosmos-Predict2 Text2Image, each with its autoencoder, in a folder of its name:
+cosmos-0.6b, cosmos-2b, cosmos-14b; cosmos-0.6b-distilled: the one that draws in 1 to 4 steps.
+Their licence has to be accepted on the hub. The text encoder is `google-t5/t5-11b`, which a config can name.
+
 Stable Cascade:
 essential: what every use case needs (encoder of Stage C's latents, its previewer, Stage A).
 big-big, big-small, small-big, small-small: Stage B and Stage C (in this order), the large or the small version.
@@ -24,7 +28,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from families.common.hub import DownloadError, check_space, difference, expected_sha256, fetch, look_up
+from families.common.hub import (
+    DownloadError,
+    RemoteFile,
+    check_space,
+    difference,
+    expected_sha256,
+    fetch,
+    look_up,
+)
 from tools.arguments import local_path
 from warpcore.errors import clear_errors
 from warpcore.outputs import check_folder
@@ -54,7 +66,16 @@ STABLE_DIFFUSION = {
     "sdxl-vae": ("madebyollin/sdxl-vae-fp16-fix", "sdxl_vae.safetensors"),
 }
 """Repository and path of each."""
+COSMOS = {
+    f"cosmos-{name.lower()}": (f"nvidia/Cosmos-Predict2-{name.partition('-')[0]}-Text2Image", file)
+    for name, file in {
+        "0.6B": "model.pt", "0.6B-distilled": "model_distilled.pt", "2B": "model.pt", "14B": "model.pt",
+    }.items()
+}  # fmt: skip
+"""Repository and denoiser of each. Beside it lies `COSMOS_AUTOENCODER`; both keep their places."""
+COSMOS_AUTOENCODER = "tokenizer/tokenizer.pth"
 LICENCES = {
+    **{repository: "nvidia-open-model" for repository, _ in COSMOS.values()},
     WEIGHTS: "non-commercial", EXAMPLES: "unknown",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
@@ -70,7 +91,7 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     Raises:
         DownloadError: a word is unknown, or none names a set.
     """
-    sets = [*STABLE_DIFFUSION, *SETS]
+    sets = [*STABLE_DIFFUSION, *COSMOS, *SETS]
     unknown = [word for word in words if word not in sets and word not in DTYPES]
     if unknown or not any(word in sets for word in words):
         problem = f"{unknown[0]!r} is unknown" if unknown else "nothing to download is named"
@@ -81,11 +102,21 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     (suffix,) = suffixes
     named = [STABLE_DIFFUSION[word] for word in words if word in STABLE_DIFFUSION]
     named += [
+        (COSMOS[word][0], path) for word in words if word in COSMOS for path in (COSMOS[word][1], COSMOS_AUTOENCODER)
+    ]
+    named += [
         (EXAMPLES if word == "example-dataset" else WEIGHTS, path.format(dtype=suffix))
         for word in words
         for path in SETS.get(word, [])
     ]
     return list(dict.fromkeys(named))
+
+
+def folder_of(file: RemoteFile, folder: Path) -> Path:
+    """Where a file lands: Cosmos' files have the same names in each size, so they keep their folders."""
+    if file.repository not in {repository for repository, _ in COSMOS.values()}:
+        return folder
+    return (folder / file.repository.rpartition("/")[2] / file.path).parent
 
 
 def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
@@ -98,30 +129,35 @@ def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
     named = choose(words)
     check_folder(folder, "the files")
     files = [look_up(*one) for one in named]
-    missing = [file for file in files if not (folder / file.name).exists()]
+    targets = {file: folder_of(file, folder) / file.name for file in files}
+    missing = [file for file in files if not targets[file].exists()]
     for file in files:
         expected_sha256(file, folder)
         state = "to download" if file in missing else "here"
-        print(f"{file.size_bytes / 1e6:>10,.1f} MB  {file.name:<40} {LICENCES[file.repository]:<22} {state}")
+        name = targets[file].relative_to(folder).as_posix()
+        print(f"{file.size_bytes / 1e6:>10,.1f} MB  {name:<40} {LICENCES[file.repository]:<22} {state}")
     if dry_run:
         return
     for file in files:
-        problem = None if file in missing else difference(folder / file.name, file, folder)
+        problem = None if file in missing else difference(targets[file], file, folder)
         if problem:
             raise DownloadError(
-                f"{folder / file.name} is not the hub's ({problem}); move or delete it and run the same command again"
+                f"{targets[file]} is not the hub's ({problem}); move or delete it and run the same command again"
             )
     check_space(missing, folder)
     for file in missing:
         known = expected_sha256(file, folder) or file.git_blob
         told = "size and hash are right" if known else "size is right, no hash known; the present one is recorded"
-        print(f"{fetch(file, folder, folder)}: complete, {told}", flush=True)
+        print(f"{fetch(file, targets[file].parent, folder)}: complete, {told}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "words", nargs="+", metavar="SET", help=f"{', '.join([*STABLE_DIFFUSION, *SETS])}; and {', '.join(DTYPES)}"
+        "words",
+        nargs="+",
+        metavar="SET",
+        help=f"{', '.join([*STABLE_DIFFUSION, *COSMOS, *SETS])}; and {', '.join(DTYPES)}",
     )
     parser.add_argument("--folder", type=local_path, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")

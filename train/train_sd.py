@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from families.common.features import PICTURE_SETTINGS, Feature, stored
 from families.common.library_files import CONFIG_KEY, constructor_numbers
-from families.common.pictures import to_uint8
 from families.stable_diffusion import build
 from families.stable_diffusion.components import ZERO_SNR_KEY
 from families.stable_diffusion.conditions import SIZES, TEXT, sizes_of, told
 from families.stable_diffusion.config import SdFinetuneConfig
 from families.stable_diffusion.lora import encoders_by_name
 from families.stable_diffusion.training import SdTraining, with_text_rates
-from warpcore.core import Losses, Sampled
-from warpcore.data.buckets import whole_size
+from warpcore.core import Losses
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
 
@@ -93,15 +91,6 @@ class TrainSd(SdTraining):
     def loss(self, inputs: tuple[Tensor, dict[str, Tensor]], random: SampleRandom) -> Losses:
         latents, conditions = inputs
         return self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions))
-
-    def sample(self, held_out: Batch | None) -> list[Sampled]:
-        config = self.config
-        if config.sample_prompts:
-            prompts, size = config.sample_prompts[: config.sample_count], whole_size(config.image_size)
-            return Sampled.rows(prompts, self.draw(prompts, size))
-        prompts = held_out.captions[: config.sample_count]
-        shown = {} if held_out.images is None else {"picture": to_uint8(held_out.images[: len(prompts)])}
-        return Sampled.rows(prompts, shown | self.draw(prompts, held_out.size))
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         texts = encoders_by_name(self.networks["text"]) if self.config.trains_text_encoders else {}

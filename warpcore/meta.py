@@ -96,15 +96,28 @@ class MetaAsDevice(TorchFunctionMode):
     def _cast(dtype: torch.dtype, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-                   is_causal: bool = False, scale: float | None = None, **others) -> Tensor:  # fmt: skip
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **others,
+    ) -> Tensor:
         """Attention by the fused kernels, which never hold positions x positions numbers."""
         aten = torch.ops.aten
-        if q.is_meta and not any(others.values()):
+        if query.is_meta and not any(others.values()):
             if self.kind == "cuda" and attn_mask is None:
-                return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+                return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
+                    0
+                ]
             if self.kind != "cuda" and not dropout_p:
                 return aten._scaled_dot_product_flash_attention_for_cpu(
-                    q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+                    query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
                 )[0]  # fmt: skip
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **others)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others
+        )

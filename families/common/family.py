@@ -101,6 +101,10 @@ class Family:
         """Whether a model folder is this family's, given its `model_index.json` or `config.json`."""
         return False
 
+    def has_folder(self, folder: Path) -> bool:
+        """Whether a folder without such a file holds what this family was published as."""
+        return False
+
     def task(self, name: str) -> type | None:
         """The class that does a task for this family; None where it has none."""
         if name not in self.tasks:

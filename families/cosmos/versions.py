@@ -40,11 +40,6 @@ class Version:
     text_file: Path | None = None
     """Where the text encoder is by default."""
 
-    @property
-    def patch_size(self) -> int:
-        """Latent positions per token and side."""
-        return self.transformer["patch_size"][1]
-
 
 def _published(heads: int, head_size: int, blocks: int) -> Version:
     sizes = {"num_attention_heads": heads, "attention_head_dim": head_size, "num_layers": blocks}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from families.common.autoencoders import LatentScale
 from families.common.features import CAPTION_SETTINGS, Origin
 from families.common.pictures import to_pictures
+from families.common.prompt_samples import PromptSamples
 from families.common.sampling import draw_latents
-from families.common.training import DiffusionTraining
 from families.stable_diffusion import build
 from families.stable_diffusion.conditions import SIZES, told, whole_pictures
 from families.stable_diffusion.config import SdConfig, SdFinetuneConfig
@@ -22,7 +22,7 @@ from warpcore.parameter_groups import ParameterGroup
 from warpcore.random import stable_hash
 
 
-class SdTraining(DiffusionTraining):
+class SdTraining(PromptSamples):
     """Trains the U-Net of Stable Diffusion, or what steers it."""
 
     config: SdConfig
@@ -76,12 +76,7 @@ class SdTraining(DiffusionTraining):
     def needs_geometry(self) -> bool:
         return self.config.version.sees_sizes
 
-    @property
-    def draws_samples(self) -> bool:
-        return not self.config.sample_prompts
-
     def draw(self, prompts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Columns of drawings, uint8 (B, H, W, 3) of `size` (H, W), by their name."""
         config, autoencoder = self.config, self.networks["autoencoder"]
         sides = [self.drawing_conditions(texts, size) for texts in (prompts, [""] * len(prompts))]
         latents = draw_latents(

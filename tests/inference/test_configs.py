@@ -8,6 +8,7 @@ import yaml
 
 from families.cascade.reconstruction import CascadeReconstructConfig
 from families.cascade.text_to_image import CascadeTextToImageConfig
+from families.cosmos.text_to_image import CosmosTextToImageConfig
 from families.stable_diffusion.text_to_image import SdTextToImageConfig
 from warpcore.config import make_config
 
@@ -29,4 +30,10 @@ def test_a_shipped_config_fits_the_script_that_it_names(path, tmp_path):
     if "Stable Diffusion" in text or "SDXL" in text:
         (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
         kind, needed = SdTextToImageConfig, needed | {"generator_checkpoint_path": tmp_path}
+    if "Cosmos" in text:
+        (tmp_path / "config.json").write_text(
+            '{"_class_name": "CosmosTransformer3DModel", "extra_pos_embed_type": null}'
+        )
+        kind = CosmosTextToImageConfig
+        needed = needed | dict.fromkeys(["generator_checkpoint_path", "text_encoder_checkpoint_path"], tmp_path)
     make_config(kind, yaml.safe_load(text) | {"run": []} | needed)

@@ -19,7 +19,7 @@ import pytest
 
 from families.common.hub import DownloadError, RemoteFile, check_space, expected_sha256, fetch
 from families.common.known_hashes import PINNED
-from models.download import LICENCES, SETS, STABLE_DIFFUSION, choose
+from models.download import COSMOS, LICENCES, SETS, STABLE_DIFFUSION, choose, folder_of
 
 pytestmark = pytest.mark.integration
 
@@ -282,15 +282,25 @@ def test_a_file_of_stable_diffusion_is_the_published_one(hub, tmp_path):
 def test_files_without_a_pinned_hash_are_listed_in_the_docs():
     pinned = PINNED.read_text(encoding="utf-8")
     page = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
-    for words in [[*STABLE_DIFFUSION], [*SETS], [*SETS, "float32"]]:
+    for words in [[*STABLE_DIFFUSION], [*COSMOS], [*SETS], [*SETS, "float32"]]:
         for repository, path in choose(words):
             assert (f"  {repository}/{path}\n" in pinned) != (f"`{path}`" in page), path
 
 
 def test_every_set_has_a_licence_in_one_word():
-    for words in ([*SETS], [*STABLE_DIFFUSION]):
+    for words in ([*SETS], [*STABLE_DIFFUSION], [*COSMOS]):
         for repository, _ in choose(words):
             assert re.fullmatch(r"\S+", LICENCES[repository])
+
+
+def test_files_of_cosmos_which_have_equal_names_keep_their_folders(tmp_path):
+    files = [RemoteFile(*place, "https://nowhere", 1, "") for place in choose(["cosmos-2b", "cosmos-14b", "sd15"])]
+    found = [(folder_of(file, tmp_path) / file.name).relative_to(tmp_path).as_posix() for file in files]
+    assert found == [
+        "v1-5-pruned-emaonly.safetensors",
+        *(f"Cosmos-Predict2-{size}-Text2Image/{path}" for size in ("2B", "14B")
+          for path in ("model.pt", "tokenizer/tokenizer.pth")),
+    ]  # fmt: skip
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
 
 from families.cascade import versions
+from tests.families.cosmos.tiny_pipeline import write_cosmos
 from tests.families.stable_diffusion.tiny_pipeline import write_sdxl
 from tests.many_processes import launch_processes
 from tests.small_cascade import put_cascade
@@ -35,6 +36,8 @@ SETTINGS: dict[str, dict] = {
     "train_c_lora": {
         "module_filters": [".attn"], "rank": 2, "lr": 0.01, "train_tokens": [["[fernando]", "^picture</w>"]],
     },
+    "train_cosmos": {"model_version": "mini", "loss_reduce": "sum", "text_encoder_precision": "float32"},
+    "train_cosmos_lora": {"model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32"},
     "train_encoder": {},
     "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
     "train_sd texts": {"train_text_encoder": True, "text_encoder_lr": [1e-3, 1e-4], "model_version": "sdxl"},
@@ -61,6 +64,8 @@ NEEDS_WHOLE_BATCHES = {"train_a", "train_b joint", "train_encoder", "train_tower
 WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers"}
 """Scripts whose networks have no blocks to compile."""
 
+PIPELINES = {"train_sd": write_sdxl, "train_cosmos": write_cosmos}
+"""What writes the pipeline that scripts with such a name start from."""
 NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""
 
@@ -77,9 +82,9 @@ def settings_of(cascade: dict, name: str, run: str) -> dict:
         "experiment_id": run, "updates": 4, "save_every": 2, "log_every": 1, "seed": 3, "ema_start_iters": 1,
         "ema_beta": 0.5, "validation_samples": 2, "sample_count": 2, "sample_steps": 2,
     }  # fmt: skip
-    if name.startswith("train_sd"):
-        pipeline = Path(cascade["checkpoint_path"]).with_name("pipeline")
-        every["generator_checkpoint_path"] = str(pipeline if pipeline.exists() else write_sdxl(pipeline))
+    if kind := next((kind for kind in PIPELINES if name.startswith(kind)), None):
+        pipeline = Path(cascade["checkpoint_path"]).with_name(f"pipeline_{kind}")
+        every["generator_checkpoint_path"] = str(pipeline if pipeline.exists() else PIPELINES[kind](pipeline))
     elif name not in NEEDS_GENERATOR:
         del every["generator_checkpoint_path"]  # that of another network
     return {key: value for key, value in every.items() if key in use_case(name).Config.model_fields} | SETTINGS[name]

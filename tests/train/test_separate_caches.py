@@ -14,6 +14,8 @@ CACHED: dict[str, tuple[str, ...]] = {
     "train_c": ("latents", "texts"),
     "train_c_controlnet": ("texts",),
     "train_c_lora": ("latents", "texts"),
+    "train_cosmos": ("latents", "texts"),
+    "train_cosmos_lora": ("latents", "texts"),
     "train_sd": ("latents", "texts"),
     "train_sd_lora": ("latents", "texts"),
 }
@@ -25,7 +27,8 @@ CHANGES = {
 }
 SPARED = {
     "train_b": {"encoder", "text"}, "train_c": {"encoder", "text"}, "train_c_controlnet": {"text"},
-    "train_c_lora": {"encoder", "text"}, "train_sd": {"text"}, "train_sd_lora": {"text"},
+    "train_c_lora": {"encoder", "text"}, "train_cosmos": {"text"}, "train_cosmos_lora": {"text"},
+    "train_sd": {"text"}, "train_sd_lora": {"text"},
 }  # fmt: skip
 """Networks that are not built then; the autoencoders of the others draw samples."""
 

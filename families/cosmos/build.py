@@ -1,0 +1,153 @@
+"""Build the networks of Cosmos-Predict2 with their weights, and its diffusion process."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from families.common.autoencoders import Autoencoder, LatentScale
+from families.common.library_files import CONFIG, construct, fill
+from families.common.library_networks import adapt
+from families.common.t5 import T5TextEncoder
+from families.common.wan_autoencoder import LIBRARY_CLASS, WanAutoencoder
+from families.common.weights import WeightsError, are_only_shapes
+from families.cosmos.components import (
+    Component,
+    check_version,
+    find_autoencoder,
+    find_beside,
+    find_text_encoder,
+    find_transformer,
+)
+from families.cosmos.config import CosmosSettings
+from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.processes import flow_process
+
+GENERATOR, AUTOENCODER, TEXT = (
+    "generator_checkpoint_path", "autoencoder_checkpoint_path", "text_encoder_checkpoint_path",
+)  # fmt: skip
+
+
+def transformer(settings: CosmosSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The denoiser as the engine wants it; random weights where the settings name no file."""
+    from families.cosmos.transformer import CosmosTransformer3DModel
+
+    found = generator_source(settings)
+    config = settings.version.transformer if found is None else found.config
+    if found is None and not are_only_shapes():
+        network = construct(CosmosTransformer3DModel, config, GENERATOR)
+        initialise(network)
+        return nn.Module.to(adapt(network), dtype)
+    with torch.device("meta"):
+        network = construct(CosmosTransformer3DModel, config, GENERATOR)
+    if not are_only_shapes():
+        fill(network, found.tensors(), found.path, GENERATOR, dtype)
+    return nn.Module.to(adapt(network), dtype)
+
+
+@torch.no_grad()
+def initialise(network: nn.Module) -> None:
+    """Random weights as the published program has them, instead of the library's: linear layers truncated normal with
+    deviation 1 / sqrt(fan-in), the second matrices of the blocks' modulations zero."""
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if ".norm" in name and name.endswith("linear_2"):
+            nn.init.zeros_(module.weight)
+        else:
+            deviation = module.in_features**-0.5
+            nn.init.trunc_normal_(module.weight, std=deviation, a=-3 * deviation, b=3 * deviation)
+
+
+def generator_source(settings: CosmosSettings) -> Component | None:
+    """The denoiser in `generator_checkpoint_path`; None without one, or where it may be missing.
+
+    Raises:
+        WeightsError: it is of another `model_version`.
+    """
+    path = settings.generator_checkpoint_path
+    if path is None or (are_only_shapes() and not path.exists()):
+        return None
+    found = find_transformer(path, GENERATOR, settings.takes_average)
+    check_version(found, settings.model_version, GENERATOR)
+    return found
+
+
+def transformer_numbers(settings: CosmosSettings) -> Mapping[str, Any]:
+    """The constructor numbers of the denoiser; its weights are not read."""
+    found = generator_source(settings)
+    return settings.version.transformer if found is None else found.config
+
+
+def autoencoder(settings: CosmosSettings) -> Autoencoder:
+    """The autoencoder, in its own precision."""
+    found, kind, config = _autoencoder(settings)
+    return kind.of(config, found.tensors, found.path, AUTOENCODER, precision=settings.autoencoder_precision)
+
+
+def autoencoder_source(settings: CosmosSettings) -> Component:
+    """Where the autoencoder is."""
+    return _part(settings, "vae", AUTOENCODER, settings.version.autoencoder_file)
+
+
+def latents_of(settings: CosmosSettings) -> tuple[LatentScale, int]:
+    """The scale of the autoencoder's latents, and the pixels per position and side; its weights are not read."""
+    _, kind, config = _autoencoder(settings)
+    return kind.scale_of(config), kind.compression_of(config)
+
+
+def _autoencoder(settings: CosmosSettings) -> tuple[Component, type[Autoencoder], Mapping[str, Any]]:
+    found, version = autoencoder_source(settings), settings.version
+    said = (found.config or {}).get("_class_name", LIBRARY_CLASS if version.autoencoder is not None else None)
+    return found, WanAutoencoder if said == LIBRARY_CLASS else Autoencoder, found.config or version.autoencoder or {}
+
+
+def text_encoder(settings: CosmosSettings, device: torch.device | str = "cpu") -> T5TextEncoder:
+    """The text encoder, whose condition of the empty text is zeros."""
+    found, version = _part(settings, "text_encoder", TEXT, settings.version.text_file), settings.version
+    options = {"length": version.text_length, "zeros_for_empty": True}
+    if are_only_shapes() and found.config is None:
+        return T5TextEncoder.of(version.text, _NoTokenizer(), found.tensors, found.path, key=TEXT, **options)
+    return T5TextEncoder.load(
+        found.path, found.tokenizer, precision=settings.text_encoder_precision, device=device, key=TEXT, **options
+    )
+
+
+class _NoTokenizer:
+    """In place of a tokenizer where only shapes are wanted and no files are there."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def network_files(settings: CosmosSettings, network: str) -> list[Path]:
+    """What the features of the `autoencoder` or of the `text` encoder depend on: its weights, and its config."""
+    if network == "autoencoder":
+        place = autoencoder_source(settings).path
+    else:
+        place = _part(settings, "text_encoder", TEXT, settings.version.text_file).path
+    return [file for file in (place, place / CONFIG) if file == place or file.is_file()]
+
+
+def process(settings: CosmosSettings, loss_weight: str = "constant", offset_noise: float = 0.0) -> GDF:
+    """The straight flow, whose network is told the noise's share from 0 to 1."""
+    logit_normal = getattr(settings, "timestep_sampling", "logit_normal") == "logit_normal"
+    return flow_process(loss_weight, steps=1, logit_normal=logit_normal, offset_noise=offset_noise)
+
+
+def _part(settings: CosmosSettings, name: str, key: str, default: Path | None) -> Component:
+    """A network beside the denoiser: where its key says, else beside the denoiser, else the default."""
+    find = find_autoencoder if name == "vae" else find_text_encoder
+    given, base = getattr(settings, key), settings.generator_checkpoint_path
+    if given is None and base is not None and (found := find_beside(base, name, key)) is not None:
+        return found
+    place = given or default
+    if are_only_shapes() and (place is None or not place.exists()):
+        return Component(place or Path(name), dict)  # what the version says is all that is known
+    if place is None:
+        there = f"none stands beside {base}" if base else f"there is no {GENERATOR}"
+        example = "tokenizer/tokenizer.pth" if name == "vae" else "google-t5/t5-11b"
+        raise WeightsError(f"{key} is missing, and {there}: name one, such as {example}")
+    return find(place, key)

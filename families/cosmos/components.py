@@ -1,0 +1,213 @@
+"""The denoiser, the autoencoder and the text encoder wherever a config may say that they are.
+
+a pipeline of diffusers    runs/exported               its folders transformer, vae, text_encoder, tokenizer
+one network's folder       runs/exported/transformer   config.json and safetensors
+a published file           model.pt                    names of the published program, after `net.` or `net_ema.`
+a published folder         Cosmos-Predict2-2B/         model.pt, tokenizer/tokenizer.pth (which is the autoencoder)
+a published training run   checkpoints/                model/iter_NUMBER.pt, latest_checkpoint.txt says which
+one network's file         generator.safetensors       diffusers' names, as runs export them
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from families.common.library_files import CONFIG, component_folder, read_config, read_tensors
+from families.common.wan_autoencoder import read_wan_tensors
+from families.common.weight_files import read_header
+from families.common.weights import WeightsError, existing_file, read_weights
+from families.cosmos.original_names import AVERAGE, PREFIX, is_published, library_tensors
+from families.cosmos.published_folder import LATEST, PUBLISHED_FILE, published_file
+from families.cosmos.versions import COMMON, VERSIONS, version_of
+from warpcore.errors import UserError
+
+TRANSFORMER = "CosmosTransformer3DModel"
+PUBLISHED_AUTOENCODER = Path("tokenizer", "tokenizer.pth")
+_LORA = re.compile(r"\.lora_[AB]\.")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network in a file or folder: what is known before its weights are read."""
+
+    path: Path
+    """The file, or the network's own folder."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """Reads the weights, in the library's names."""
+    config: Mapping[str, Any] | None = None
+    """The library's constructor numbers; None where nothing says them."""
+    tokenizer: Path | None = None
+    """The folder of a text encoder's tokenizer, where there is one beside it."""
+
+
+# ---------------------------------------------------------------- the denoiser
+
+
+def find_transformer(path: Path, key: str, average: bool = False) -> Component:
+    """The denoiser of a file or folder; see this module.
+
+    Args:
+        key: the config key that named the path, which an error names.
+        average: take `net_ema.` of a published file that has both.
+
+    Raises:
+        UserError: it is missing, damaged, or something else.
+    """
+    if path.is_dir():
+        if (file := published_file(path)) is not None:
+            if not file.is_file():
+                raise WeightsError(f"{key}: {path / LATEST} names {file.name}, but there is no {file}")
+            return _of_published_file(file, key, average)
+        folder = component_folder(path, "transformer")
+        config = read_config(folder, key)
+        if config is None:
+            raise UserError(
+                f"{key}: {path} is no folder with a Cosmos-Predict2: it holds none of transformer/{CONFIG}, {CONFIG}, "
+                f"{PUBLISHED_FILE} and {LATEST}"
+            )
+        _check_config(config, folder, key)
+        return Component(folder, partial(read_tensors, folder, key), config)
+    existing_file(path, key)
+    if path.suffix != ".safetensors":
+        return _of_published_file(path, key, average)
+    config = read_config(path, key)
+    if config is None or any(map(is_published, read_header(path).names)):
+        return _of_published_file(path, key, average, config)
+    _check_config(config, path, key)
+    return Component(path, partial(read_tensors, path, key), config)
+
+
+def _of_published_file(path: Path, key: str, average: bool, config: Mapping[str, Any] | None = None) -> Component:
+    """A file with published names, with a prefix or without, or with diffusers'; config: what it says."""
+    state = _without_prefix(read_weights(path, key, mapped=True), path, average)
+    adapted = [name for name in state if _LORA.search(name)]
+    if adapted:
+        logger.warning(
+            "%s: %s holds a LoRA beside the weights that it changes: only those are read. Name the file in `lora` too",
+            key, path,
+        )  # fmt: skip
+    state = {name.replace(".base_layer.", "."): t for name, t in state.items() if not _LORA.search(name)}
+    found = library_tensors(state) if any(map(is_published, state)) else state
+    return Component(path, lambda: found, config or _numbers_of(found, path, key))
+
+
+def _without_prefix(state: Mapping[str, Tensor], path: Path, average: bool) -> dict[str, Tensor]:
+    kinds = {prefix: any(name.startswith(prefix) for name in state) for prefix in (PREFIX, AVERAGE)}
+    if not any(kinds.values()):
+        return dict(state)
+    prefix = AVERAGE if kinds[AVERAGE] and (average or not kinds[PREFIX]) else PREFIX
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _numbers_of(tensors: Mapping[str, Tensor], path: Path, key: str) -> dict[str, Any]:
+    """The constructor numbers that weights with published numbers of channels and patches have.
+
+    Raises:
+        UserError: they are those of another network.
+    """
+    needed = {
+        "patch": "patch_embed.proj.weight", "norm": "transformer_blocks.0.attn1.norm_q.weight",
+        "text": "transformer_blocks.0.attn2.to_k.weight", "rank": "transformer_blocks.0.norm1.linear_1.weight",
+        "mlp": "transformer_blocks.0.ff.net.0.proj.weight",
+    }  # fmt: skip
+    if missing := [name for name in needed.values() if name not in tensors]:
+        raise WeightsError(
+            f"{key}: {path} holds no denoiser of Cosmos-Predict2: {missing[0]} is missing, and it has "
+            f"{', '.join(sorted(tensors)[:3]) or 'nothing'}"
+        )
+    shape = {name: tuple(tensors[tensor].shape) for name, tensor in needed.items()}
+    width, columns = shape["patch"]
+    blocks = {int(match[1]) for name in tensors if (match := re.match(r"transformer_blocks\.(\d+)\.", name))}
+    config = COMMON | {
+        "in_channels": columns // 4 - 1, "num_attention_heads": width // shape["norm"][0],
+        "attention_head_dim": shape["norm"][0], "num_layers": max(blocks) + 1, "text_embed_dim": shape["text"][1],
+        "adaln_lora_dim": shape["rank"][0], "mlp_ratio": shape["mlp"][0] / width,
+    }  # fmt: skip
+    _check_config(config, path, key)
+    return config
+
+
+def _check_config(config: Mapping[str, Any], path: Path, key: str) -> None:
+    """Raise UserError for a config of another network, or of one that sees more than noised latents."""
+    if (kind := config.get("_class_name", TRANSFORMER)) != TRANSFORMER:
+        raise UserError(f"{key}: {path} holds {kind}, not {TRANSFORMER}")
+    seen, made = config.get("in_channels", 16), config.get("out_channels", 16)
+    if seen != made:
+        raise UserError(
+            f"{key}: the network in {path} sees {seen} channels and predicts {made}, as Video2World models do; only "
+            "Text2Image models are supported"
+        )
+    unlike = {name: config[name] for name in ("use_crossattn_projection", "img_context_dim_in") if config.get(name)}
+    if config.get("extra_pos_embed_type", "learnable") is not None:
+        unlike["extra_pos_embed_type"] = config.get("extra_pos_embed_type", "learnable")
+    if unlike:
+        told = ", ".join(f"{name}: {value}" for name, value in unlike.items())
+        raise UserError(f"{key}: {path} is of another Cosmos than Predict2 ({told})")
+
+
+def check_version(found: Component, model_version: str, key: str) -> None:
+    """Raise WeightsError where a denoiser is not of the size that the config says."""
+    version = version_of(found.config)
+    if version is not None and version != model_version:
+        raise WeightsError(
+            f"{key}: {found.path} is of size {version}; write model_version: {version}, or name other weights"
+        )
+    expected = VERSIONS[model_version].transformer
+    if version is None and model_version != "mini":
+        names = ("num_attention_heads", "attention_head_dim", "num_layers")
+        here, there = ("x".join(str(config.get(name)) for name in names) for config in (found.config, expected))
+        raise WeightsError(
+            f"{key}: {found.path} is of no published size (heads x head size x blocks: {here}; {model_version} has "
+            f"{there})"
+        )
+
+
+# ---------------------------------------------------------------- what stands beside it
+
+
+def find_beside(path: Path, name: str, key: str) -> Component | None:
+    """The `vae` or the `text_encoder` that stands beside a denoiser; None where there is none."""
+    if not path.exists():
+        return None
+    root = path if path.is_dir() else path.parent
+    if name == "vae" and (file := root / PUBLISHED_AUTOENCODER).is_file():
+        return find_autoencoder(file, key)
+    if root.name == "transformer":
+        root = root.parent
+    if not (root / name / CONFIG).is_file():
+        return None
+    return find_autoencoder(root / name, key) if name == "vae" else find_text_encoder(root / name, key)
+
+
+def find_autoencoder(path: Path, key: str) -> Component:
+    """The autoencoder of a pipeline, a folder, or a file (safetensors, or the published `tokenizer.pth`).
+
+    Raises:
+        UserError: it is missing, or damaged.
+    """
+    path = component_folder(path, "vae")
+    if path.is_dir() and not (path / CONFIG).is_file() and (path / PUBLISHED_AUTOENCODER).is_file():
+        path = path / PUBLISHED_AUTOENCODER
+    config = read_config(path, key) if path.is_dir() or path.suffix == ".safetensors" else None
+    if path.is_file() and path.name.endswith("tokenizer_fast.pth"):
+        raise UserError(f"{key}: {path} is TorchScript, which is code, and is never run")
+    return Component(path, partial(read_wan_tensors, path, key), config)
+
+
+def find_text_encoder(path: Path, key: str) -> Component:
+    """The text encoder of a pipeline, or the folder or file of a T5.
+
+    Raises:
+        UserError: it is missing, or damaged.
+    """
+    path = component_folder(path, "text_encoder")
+    config = read_config(path, key)
+    beside = path.with_name("tokenizer")
+    return Component(path, partial(read_tensors, path, key), config, beside if beside.is_dir() else None)

@@ -1,0 +1,72 @@
+"""Drawing with Cosmos-Predict2: text encoder, denoiser, autoencoder, one in memory at a time."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from families.common.pipeline import Pipeline, Size, sizes_of
+from families.common.t5 import padded
+from families.cosmos import build
+from families.cosmos.lora import Loras, transformer
+from families.cosmos.sampling import draw
+from families.cosmos.training import TEXT
+
+
+class CosmosNetworks(Pipeline):
+    """The networks of a Cosmos-Predict2, each on the device only while it works; LoRAs are merged into one."""
+
+    def __init__(self, settings, loras: Loras = ()):
+        super().__init__(settings)
+        self.loras = loras
+
+    def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The text conditions (N, L, D) of texts, by the denoiser's name; zeros of the empty one."""
+        make = partial(build.text_encoder, device=self.device)
+        most, length = self.settings.batch_size, self.settings.version.text_length
+        with self.holding("text encoder", make) as encoder:
+            parts = [encoder(texts[start : start + most]).hidden.cpu() for start in range(0, len(texts), most)]
+        return {TEXT: torch.cat([padded(part.float(), length) for part in parts])}
+
+    def draw(
+        self,
+        conditions: Mapping[str, Tensor],
+        unconditional: Mapping[str, Tensor],
+        size: Size,
+        seeds: Sequence[int],
+        *,
+        noise: Tensor | None = None,
+        **sampling: Any,
+    ) -> list[Tensor]:
+        """Draw scaled latents (C, h, w), on the CPU.
+
+        Args:
+            conditions: of the denoiser, (N, ...) each.
+            unconditional: the same, for guidance.
+            size: (h, w) of the latents.
+            noise: (N, C, h, w) to begin with; by default that of `seeds`, which are the same on any machine.
+            sampling: other arguments of `families.cosmos.sampling.draw`.
+        """
+        with self.holding("denoiser", partial(transformer, loras=self.loras, dtype=self.dtype)) as network:
+            diffusion, shape = build.process(self.settings), (network.config.in_channels, *size)
+
+            def made(rows: list[int]) -> Tensor:
+                sides = (self.rows(side, rows) for side in (conditions, unconditional))
+                begin = None if noise is None else noise[rows]
+                return draw(
+                    diffusion, network, *sides, shape, [seeds[i] for i in rows], initial_noise=begin, **sampling
+                )
+
+            return self.in_batches("denoiser", [size] * len(seeds), made)
+
+    def decode(self, latents: Sequence[Tensor], tiled: bool = False) -> list[Tensor]:
+        """Pictures (3, H, W) in [0, 1] of scaled latents (C, h, w)."""
+        with self.holding("autoencoder", build.autoencoder) as autoencoder:
+            autoencoder.tiling = tiled
+            return self.in_batches(
+                "autoencoder",
+                sizes_of(latents),
+                lambda rows: autoencoder.decode(self.batch(latents, rows, torch.float32)),
+            )

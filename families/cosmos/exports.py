@@ -1,0 +1,103 @@
+"""What Cosmos-Predict2 exports: the formats of `tools/export.py`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from families.common.exports import OTHER_NAME, print_sizes, write_new_files
+from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.common.lora_files import lora_files
+from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
+from families.common.weights import only_shapes
+from families.cosmos import build
+from families.cosmos.config import TARGET
+from families.cosmos.inference import CosmosInferenceSettings
+from families.cosmos.lora import TRANSFORMER, open_loras, read_lora, transformer
+from families.cosmos.original_names import PREFIX, published_tensors
+from warpcore.config import load_config
+from warpcore.errors import UserError
+from warpcore.files import open_plain
+from warpcore.outputs import check_new
+from warpcore.weights import converted, write_weights
+
+FAMILY = "cosmos"
+
+
+class ExportSettings(CosmosInferenceSettings):
+    """Keys of `published` and `diffusers`, beside those of the networks."""
+
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the written weights; bfloat16 is what published files have."""
+    lora: list[str] = []
+    """LoRAs that the weights are changed by, as FILE or FILE:STRENGTH: files, or runs that trained them."""
+
+
+def to_published(source: Path, target: Path, arguments: list[str]) -> None:
+    check_new([target], OTHER_NAME)
+    settings, network = opened(source, arguments)
+    tensors = published_tensors(weights(network, settings), network.config.attention_head_dim)
+    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".safetensors":
+        config = json.dumps(constructor_numbers(dict(network.config)))
+        write_weights(target, tensors, about(settings) | {CONFIG_KEY: config})
+    else:
+        partial = target.with_suffix(".partial")
+        with open_plain(partial, "wb") as file:
+            torch.save(tensors, file)
+        partial.replace(target)
+    print_sizes([target])
+
+
+def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
+    settings, network = opened(source, arguments)
+    network.load_state_dict(weights(network, settings), assign=True)
+    network.save_pretrained(target)
+    print_sizes(sorted(target.rglob("*.safetensors")))
+
+
+def opened(source: Path, arguments: list[str]) -> tuple[ExportSettings, nn.Module]:
+    """The settings of an export of a run, a file or a folder, and the denoiser with its LoRAs, in float32."""
+    key = "run" if (source / RUN_CONFIG).is_file() else build.GENERATOR
+    settings = load_config(ExportSettings, [f"--{key}", str(source), *arguments])
+    if settings.generator_checkpoint_path is None:
+        raise UserError(
+            f"{build.GENERATOR}: there are no weights of the denoiser to write; give them, or a run's folder"
+        )
+    return settings, transformer(settings, open_loras(settings.lora, settings, settings.use_ema))
+
+
+def weights(network: nn.Module, settings: ExportSettings) -> dict[str, Tensor]:
+    """The weights of the network in the precision that is asked for."""
+    return converted(network.state_dict(), getattr(torch, settings.export_dtype))
+
+
+def about(settings: CosmosInferenceSettings) -> Mapping[str, str]:
+    """What a file of weights says of itself."""
+    return {"format": "pt", FAMILY_KEY: FAMILY, "model_version": settings.model_version, TARGET_KEY: TARGET}
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+class LoraExportSettings(CosmosInferenceSettings):
+    """Keys of the LoRA formats, beside those of the networks."""
+
+    lora: list[str] = []
+    """The LoRA: this is SOURCE."""
+
+
+def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> None:
+    key = "run" if (source / RUN_CONFIG).is_file() else "lora"
+    settings = load_config(LoraExportSettings, [f"--{key}", str(source), *arguments])
+    if len(settings.lora) != 1:
+        raise UserError(f"one LoRA at a time, not {len(settings.lora)}: {', '.join(settings.lora) or source}")
+    with only_shapes():
+        network = build.transformer(settings)
+    lora = read_lora(weights_in(source, "lora", settings.use_ema), network)
+    said = {name: value for name, value in about(settings).items() if name in (FAMILY_KEY, "model_version")}
+    write_new_files(lora_files({TRANSFORMER: lora}, target, kind, {TRANSFORMER: network}, said))

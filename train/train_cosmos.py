@@ -1,0 +1,37 @@
+"""Post-train Cosmos-Predict2 Text2Image (0.6B, 2B, 14B) on pictures with prompts.
+
+    python3 train/train_cosmos.py configs/training/finetune_cosmos_2b.yaml
+    torchrun --nproc-per-node 8 train/train_cosmos.py configs/training/finetune_cosmos_14b.yaml
+
+`generator_checkpoint_path` names what to start from: a published `model.pt`, a published training run, or a folder of
+diffusers. The run's folder gets `generator.safetensors`; tools/export.py makes a published file or a folder of
+diffusers of it.
+"""
+
+import warpcore.openmp
+import json
+
+from torch import Tensor, nn
+
+from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.cosmos import build
+from families.cosmos.config import CosmosConfig
+from families.cosmos.training import CosmosTraining
+
+
+class TrainCosmos(CosmosTraining):
+    Config = CosmosConfig
+
+    def build(self) -> dict[str, nn.Module]:
+        return {"generator": build.transformer(self.config)} | self.needed_encoders()
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        return {"generator": self.networks["generator"].state_dict()}
+
+    def file_metadata(self) -> dict[str, str]:
+        config = constructor_numbers(dict(self.networks["generator"].config))
+        return super().file_metadata() | {CONFIG_KEY: json.dumps(config)}
+
+
+if __name__ == "__main__":
+    TrainCosmos.main()
