@@ -61,7 +61,7 @@ SETTINGS: dict[str, dict] = {
 NEEDS_WHOLE_BATCHES = {"train_a", "train_b joint", "train_encoder", "train_towers", "train_towers t5"}
 """Batch norms and contrastive losses look at a micro-batch as a whole: accumulation is another training."""
 
-WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers"}
+WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers", "train_towers t5"}
 """Scripts whose networks have no blocks to compile."""
 
 PIPELINES = {"train_sd": write_sdxl, "train_cosmos": write_cosmos}

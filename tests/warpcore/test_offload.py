@@ -15,7 +15,7 @@ from warpcore.meta import META, MixMetaWithCPU, PeakMemory
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
 
 CPU = torch.device("cpu")
-WITHOUT_CHECKPOINTING = {"train_a", "train_encoder", "train_towers"}
+WITHOUT_CHECKPOINTING = {"train_a", "train_encoder", "train_towers", "train_towers t5"}
 """Scripts whose networks have no blocks that compute their activations again."""
 COMMON = {"grad_accum_steps": 2, "activation_checkpointing": 3}
 
