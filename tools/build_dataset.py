@@ -42,6 +42,7 @@ from warpcore.data.shards import Shard
 from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
 from warpcore.outputs import check_folder
+from warpcore.peers import tell_once
 from warpcore.processes import Processes, start_processes, stop_processes
 from warpcore.progress_bar import ProgressBar
 from warpcore.random import stable_hash
@@ -375,4 +376,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, tell_once)

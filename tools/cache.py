@@ -60,6 +60,7 @@ from warpcore.errors import UserError, run_script
 from warpcore.files import open_plain
 from warpcore.locks import lock_file
 from warpcore.outputs import check_folder
+from warpcore.peers import tell_once
 from warpcore.processes import stop_processes
 from warpcore.progress_bar import ProgressBar
 from warpcore.random import SampleRandom
@@ -385,4 +386,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, tell_once)

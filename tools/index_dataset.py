@@ -33,6 +33,7 @@ from warpcore.data.storage import complete_url, is_remote, storage_for
 from warpcore.data.tars import BLOCK_BYTES, read_samples
 from warpcore.errors import UserError, run_script
 from warpcore.outputs import check_folder
+from warpcore.peers import tell_once
 from warpcore.processes import Processes, start_processes, stop_processes
 from warpcore.progress_bar import ProgressBar
 from warpcore.text import format_bytes
@@ -161,4 +162,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, tell_once)

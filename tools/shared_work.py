@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from warpcore.errors import UserError
-from warpcore.processes import Processes, explain
+from warpcore.peers import explained
+from warpcore.processes import Processes
 from warpcore.text import read_text
 
 WAIT_TIMEOUT = timedelta(days=30)
@@ -54,11 +55,8 @@ class SharedWork:
             own, fault = error, self._described(error)
             self._leave_mark(fault)
         results = [None] * self.processes.count
-        try:
+        with explained():
             dist.all_gather_object(results, (made, fault), group=self._group)
-        except RuntimeError as error:
-            explain(error)
-            raise
         if own is not None:
             raise own
         if faults := [fault for _, fault in results if fault is not None]:

@@ -25,8 +25,9 @@ from warpcore.keys import changed_keys
 from warpcore.launch import launch
 from warpcore.lr_schedules import lr_at
 from warpcore.metrics import Metrics
+from warpcore.peers import explained, tell_once
 from warpcore.pictures import save_png
-from warpcore.processes import Vote, explain
+from warpcore.processes import Vote
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
 from warpcore.random import stable_hash
@@ -54,7 +55,7 @@ class WarpCore(UseCase):
     @classmethod
     def main(cls) -> None:
         """Run from the command line: `SCRIPT config.yaml [key=value ...]`."""
-        with clear_errors():
+        with clear_errors(tell_once):
             config = load_config(cls.Config)
             status = launch(config.processes, config.device)
             raise SystemExit(cls(config).run() if status is None else status)
@@ -206,10 +207,8 @@ class WarpCore(UseCase):
     def _closing(self) -> Iterator[None]:
         """Afterwards everything is let go of, whatever happened inside."""
         try:
-            yield
-        except RuntimeError as error:
-            explain(error)
-            raise
+            with explained():
+                yield
         finally:
             self.close()
 

@@ -26,15 +26,23 @@ class ConfigError(UserError):
     """A mistake in a configuration: the message names the key, what was found and what to write."""
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+def print_error(message: str) -> None:
+    """As every script tells of an error that is the user's to fix."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def run_script(main: Callable[[], int | None], tell: Callable[[str], None] = print_error) -> None:
     """Run a script's `main` and exit with its status; see `clear_errors`."""
-    with clear_errors():
+    with clear_errors(tell):
         raise SystemExit(main())
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """A `UserError`, a full disk, or a path that can't be used becomes one clear message and exit status 2."""
+def clear_errors(tell: Callable[[str], None] = print_error) -> Iterator[None]:
+    """A `UserError`, a full disk, or a path that can't be used becomes one clear message and exit status 2.
+
+    tell: what prints the message; of a script that runs in several processes `warpcore.peers.tell_once`.
+    """
     redact_output()
     ignore_expected_warnings()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a caption is no reason to end
@@ -42,12 +50,12 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(str(error))
         raise SystemExit(2) from None
     except OSError as error:
         if (problem := _explained(error)) is None:
             raise
-        print(f"error: {redact(problem)}", file=sys.stderr)
+        tell(redact(problem))
         raise SystemExit(2) from None
 
 

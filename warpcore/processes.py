@@ -153,9 +153,33 @@ def start_processes(
     # "cpu:gloo", a group would have no default backend, and PyTorch would warn of that as the group is destroyed.
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     with _no_longer_than(timeout):
-        store = dist.HashStore() if count == 1 else _meeting_point(rank, count, timeout)
+        store = dist.HashStore() if count == 1 else _meet(rank, count, timeout)
         dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout, store=store)
         return Processes(rank, count, place, _mesh(place.type, rank, count, shards, timeout), timeout)
+
+
+_met: dist.Store | None = None
+"""Where this process last met the others."""
+
+
+def meet_others(timeout: timedelta | None = None) -> tuple[dist.Store, int, int] | None:
+    """Where this process met the others of the run, its rank, and their number; None where it has met none.
+
+    timeout: how long it waits for them where they have not met yet; by default it does not.
+
+    Raises:
+        UserError: they can't be met.
+    """
+    rank, count, _ = launched()
+    if count == 1 or (_met is None and timeout is None):
+        return None
+    return _met or _meet(rank, count, timeout), rank, count
+
+
+def _meet(rank: int, count: int, timeout: timedelta) -> dist.Store:
+    global _met
+    _met = _meeting_point(rank, count, timeout)
+    return _met
 
 
 def _meeting_point(rank: int, count: int, timeout: timedelta) -> dist.Store:
@@ -221,15 +245,6 @@ def _give_up(timeout: timedelta) -> None:
         "says why", file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(1)  # the thread that waits can't be interrupted
-
-
-def explain(error: RuntimeError) -> None:
-    """Add to a fault of the connection between processes what it usually means."""
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        error.add_note(
-            "Another process of the run ended, or gave no answer within process_timeout_seconds: its own output, or "
-            "that of its machine, says why"
-        )
 
 
 def stop_processes() -> None:

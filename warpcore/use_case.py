@@ -18,6 +18,7 @@ from warpcore.loss_scale import LossScale
 from warpcore.networks import check_networks
 from warpcore.offload import OnDemand
 from warpcore.parameter_groups import freeze, optimizer_groups
+from warpcore.peers import explained
 from warpcore.placement import Placement, averages
 from warpcore.processes import choose_dtype, start_processes, stop_processes
 from warpcore.random import SampleRandom
@@ -116,9 +117,14 @@ class UseCase:
     def __init__(self, config: Config):
         self.config = config
         self.update = 0
-        self.processes = start_processes(
-            config.device, config.use_fsdp, config.fsdp_shards, config.process_timeout_seconds, config.fsdp_cpu_offload
-        )
+        with explained():
+            self.processes = start_processes(
+                config.device,
+                config.use_fsdp,
+                config.fsdp_shards,
+                config.process_timeout_seconds,
+                config.fsdp_cpu_offload,
+            )
         self.device = self.processes.device
         compute.check_graphs(config, self.device, sharded=self.processes.mesh is not None)
         of_weights = "bfloat16" if config.weights_dtype == "bfloat16" else None
