@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from modules.pickled_weights import read_pickled_tensors
+
 # The names that the public training configs use, as open_clip's model and pretrained tag.
 PUBLIC_NAMES = {
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": ("ViT-bigG-14", "laion2b_s39b_b160k"),
@@ -105,8 +107,10 @@ def read_tower(path: Path, kind: str) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             return _select(file.keys(), file.get_tensor, kind)
-    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    tensors = tensors.get("state_dict", tensors)
+    try:
+        tensors = read_pickled_tensors(path, mmap=True)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}") from error
     return _select(tensors.keys(), tensors.__getitem__, kind)
 
 

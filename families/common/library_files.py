@@ -109,12 +109,15 @@ def each_tensor(
     for file in [path] if path.is_file() else weights_files(path, key):
         if file.suffix == PICKLED.suffix:
             state = read_weights(file, key, mapped=True)
-            if other := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
-                raise UserError(f"{key}: {file} cannot be read as weights: {other!r:.80} is no tensor")
             yield from ((name, state[name]) for name in state if is_wanted(name))
             continue
         opened = _open(file, key)
-        yield from ((name, opened.get_tensor(name)) for name in opened.keys() if is_wanted(name))  # noqa: SIM118
+        try:
+            for name in opened.keys():  # noqa: SIM118
+                if is_wanted(name):
+                    yield name, opened.get_tensor(name)
+        except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:  # such as a dtype of the future
+            raise UserError(f"{key}: {file} cannot be read as safetensors: {error}") from None
 
 
 def weights_files(folder: Path, key: str) -> list[Path]:
@@ -127,13 +130,25 @@ def weights_files(folder: Path, key: str) -> list[Path]:
     for place, variant in [*places, (PICKLED.name, "")]:
         index = folder / f"{place}.index{variant}.json"
         if index.is_file():
-            names = set(json.loads(read_text(index))["weight_map"].values())
-            return [folder / Path(name).name for name in sorted(names)]
+            return _shards(index, key)
         if (file := folder / Path(place).with_suffix(f"{variant}{Path(place).suffix}")).is_file():
             return [file]
     hint = "only .bin or .ckpt files, which are not read: convert them to safetensors" if any(
         folder.glob("*.bin")) or any(folder.glob("*.ckpt")) else "no weights"  # fmt: skip
     raise UserError(f"{key}: {folder} holds {hint} ({' or '.join(f'{name}.safetensors' for name in FILE_NAMES)})")
+
+
+def _shards(index: Path, key: str) -> list[Path]:
+    """The files that an index lists, which have to lie beside it."""
+    parts = parse_config(read_text(index), f"{key}: {index}").get("weight_map")
+    if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+        raise UserError(f"{key}: {index} lists no files (weight_map)")
+    files = []
+    for name in sorted(set(parts.values())):
+        if name != Path(name).name or not (index.parent / name).is_file():
+            raise UserError(f"{key}: {index} lists {name!r}, which is no file beside it: download the folder again")
+        files.append(index.parent / name)
+    return files
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, key: str, dtype: torch.dtype) -> None:

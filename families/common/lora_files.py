@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from families.common.exports import Files, write_files
 from families.common.lora_formats import embeddings, named, ours, peft, programs
-from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens
+from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, named_alpha, named_tokens
 from families.common.lora_formats.tensors import read_tensors
 from modules.lora import Place, places
 from warpcore.text import read_text
@@ -202,7 +202,7 @@ def _from_ours(
         if name not in networks:
             raise LoraFileError(f"it changes {place}; here it is read for {', '.join(networks)} alone")
         found.setdefault(name, {})[own] = tensor
-    alpha = json.loads(about.get("alpha", "null"))
+    alpha = named_alpha(about)
     alphas = {name: {place.removeprefix(f"{name}."): value for place, value in alpha.items()
                      if place.startswith(f"{name}.")} if isinstance(alpha, dict) else alpha
               for name in found}  # fmt: skip
@@ -247,7 +247,7 @@ def _config(about: Mapping[str, str], network: str, of_folder: Mapping | None) -
     try:
         noted = json.loads(about.get(DIFFUSERS_METADATA, "{}"))
         return {key.removeprefix(f"{network}."): v for key, v in noted.items() if key.startswith(f"{network}.")}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise LoraFileError(f"its metadata's {DIFFUSERS_METADATA} is no JSON object") from None
 
 

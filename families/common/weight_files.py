@@ -1,13 +1,14 @@
 """What weights files and runs say of themselves; only headers are read."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from modules.pickled_weights import read_pickled
 from warpcore.config import Settings
 from warpcore.errors import UserError
 from warpcore.files import require_file
@@ -47,11 +48,9 @@ def read_header(path: Path) -> Header:
 
 def _pickled_names(path: Path) -> Iterator[str]:
     try:
-        state = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # whatever a broken archive may raise, or one with code
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read as weights, or holds code, which is never run: {reason}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        state = read_pickled(path, map_location="meta")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as weights: {error}") from error
     return (name for name in state if isinstance(name, str))
 
 
@@ -77,11 +76,17 @@ def weights_of_run(folder: Path, name: str, use_ema: bool) -> Path | None:
     plain, average = folder / f"{name}.safetensors", folder / f"{name}_ema.safetensors"
     if not (use_ema and average.is_file()):
         return plain if plain.is_file() else None
-    made, averaged = (int(metadata_of(file).get("update", 0)) for file in (plain, average))
+    made, averaged = map(_update_of, (plain, average))
     if averaged < made:
         logger.warning("%s is of update %d and %s of %d: taking the latter", average, averaged, plain.name, made)
         return plain
     return average
+
+
+def _update_of(file: Path) -> int:
+    """The update after which a file was written; 0 where it doesn't say that."""
+    said = metadata_of(file).get("update", "")
+    return int(said) if re.fullmatch(r"[0-9]{1,18}", said) else 0
 
 
 def weights_in(place: Path, name: str, use_ema: bool = True) -> Path:
@@ -94,5 +99,6 @@ def weights_in(place: Path, name: str, use_ema: bool = True) -> Path:
         return place
     found = weights_of_run(place, name, use_ema)
     if found is None:
-        raise UserError(f"{name}: the training run {place} holds no {name}.safetensors")
+        there = ", ".join(sorted(file.name for file in place.glob("*.safetensors"))) or "no weights yet"
+        raise UserError(f"{name}: the training run {place} holds no {name}.safetensors, but {there}")
     return found

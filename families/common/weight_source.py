@@ -2,6 +2,7 @@
 
     generator_checkpoint_path: models/stage_c_bf16.safetensors
     autoencoder: models/sdxl                                  # a folder, with config.json and safetensors
+    generator_checkpoint_path: runs/my_run                    # a training run: what it exported
     autoencoder: madebyollin/sdxl-vae-fp16-fix                # owner/name on the hub
     autoencoder: stabilityai/stable-diffusion-xl-base-1.0/vae # owner/name/subfolder
 
@@ -19,6 +20,7 @@ from families.common.hub import DownloadError, check_space, difference, fetch, l
 from families.common.weight_files import weights_in
 from families.common.weights import are_only_shapes
 from warpcore.config import Settings
+from warpcore.errors import UserError
 from warpcore.files import open_plain, write_whole
 from warpcore.keys import weights_keys
 from warpcore.locks import lock_file
@@ -48,14 +50,18 @@ def with_local_weights(settings: AnySettings) -> AnySettings:
 
     Processes that ask at the same time wait for the one that downloads. Inside `only_shapes` nothing is downloaded.
 
+    A run's folder stands for what it exported: `generator_checkpoint_path` for its generator, averaged where it is.
+
     Raises:
         DownloadError: see `local_weights`.
+        UserError: a run exported something else.
     """
     if are_only_shapes():
         return settings
     values = dict(settings)
     named = {key: values[key] for key in weights_keys(type(settings)) if key not in settings.unused}
-    local = {key: local_weights(path, key) for key, path in named.items() if path is not None}
+    use_ema = values.get("use_ema", True)
+    local = {key: _exported(local_weights(path, key), key, use_ema) for key, path in named.items() if path is not None}
     changed = {key: path for key, path in local.items() if path != named[key]}
     return settings.model_copy(update=changed) if changed else settings
 
@@ -102,6 +108,14 @@ def listed_weights(entry: Path, key: str, use_ema: bool = True) -> Path:
         UserError: the run exported something else; see `local_weights`.
     """
     return weights_in(local_weights(entry, key), key, use_ema)
+
+
+def _exported(place: Path, key: str, use_ema: bool) -> Path:
+    """The exported weights where a key such as `generator_checkpoint_path` names a run's folder."""
+    try:
+        return weights_in(place, key.removesuffix("_checkpoint_path"), use_ema)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _is_complete(folder: Path) -> bool:

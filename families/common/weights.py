@@ -5,17 +5,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
-from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modules.pickled_weights import read_pickled_tensors
 from warpcore.errors import UserError
 from warpcore.files import why_no_file
 
 Network = TypeVar("Network", bound=nn.Module)
 
+LOOKED_AT = 64
+"""Numbers of each tensor of a file that are looked at before it is used."""
 _ONLY_SHAPES = ContextVar("only shapes", default=False)
 
 
@@ -84,12 +86,9 @@ def read_weights(path: Path, key: str, mapped: bool = False) -> dict[str, Tensor
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zipfile(path))
+        return read_pickled_tensors(path, mmap=mapped)
     except Exception as error:  # whatever a broken archive may raise
         raise WeightsError(f"{key}: {path} cannot be read as weights: {error}") from error
-    if not isinstance(state, dict):
-        raise WeightsError(f"{key}: {path} cannot be read as weights: it holds no tensors by name")
-    return state.get("state_dict", state)
 
 
 def existing_file(path: Path, key: str) -> Path:
@@ -107,7 +106,8 @@ def existing_file(path: Path, key: str) -> Path:
 
 
 def check_names(network: Mapping[str, Tensor], file: Mapping[str, Tensor], path: Path, key: str) -> None:
-    """Raise WeightsError where names or shapes of a file's tensors are not those of a network's state."""
+    """Raise WeightsError where names or shapes of a file's tensors are not those of a network's state, where numbers
+    of another kind are in their place, or the first of them are not numbers at all."""
     wrong = [f"{name} is missing in the file" for name in network if name not in file]
     wrong += [f"{name} is only in the file" for name in file if name not in network]
     wrong += [
@@ -120,3 +120,19 @@ def check_names(network: Mapping[str, Tensor], file: Mapping[str, Tensor], path:
             f"{key}: {path} was made for another network: {wrong[0]} ({len(wrong)} differences). Check the file, and "
             "the keys that choose the network's size"
         )
+    for name, tensor in network.items():
+        if tensor.is_floating_point() and not file[name].is_floating_point():
+            raise WeightsError(
+                f"{key}: {path} holds {file[name].dtype} for {name}: quantised weights are not read, name others"
+            )
+        if file[name].is_floating_point() and not file[name].is_meta and _begins_with_nan(file[name]):
+            raise WeightsError(
+                f"{key}: {path}: {name} holds NaN: its training went wrong, or it is damaged; name other weights"
+            )
+
+
+def _begins_with_nan(tensor: Tensor) -> bool:
+    """Whether one of the first numbers is NaN. Training that went wrong leaves no other, and all would take long."""
+    while tensor.dim() > 1:
+        tensor = tensor[0] if len(tensor) else tensor.flatten()
+    return bool(tensor.reshape(-1)[:LOOKED_AT].float().isnan().any())

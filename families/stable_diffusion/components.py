@@ -6,7 +6,6 @@ a checkpoint in one file     v1-5-pruned-emaonly.safetensors    see `single_file
 one network in diffusers' or transformers' names                generator.safetensors of a run
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -239,7 +238,8 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
     if found != name and (found, name) != ("text_encoder_2", "text_encoder"):
         raise UserError(f"{key}: {path} holds the weights of {TITLES.get(found)}, not of {TITLES[name]}")
     said = header.metadata.get(CONFIG_KEY.format(name))  # beside the U-Net's, in files of a run that trained both
-    config = read_config(path, key) if said is None else json.loads(said)
+    what = f"{key}: {CONFIG_KEY.format(name)} of {path}"
+    config = read_config(path, key) if said is None else parse_config(said, what)
     zero_snr = header.metadata.get(ZERO_SNR_KEY)
     return Component(
         path,

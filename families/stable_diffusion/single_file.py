@@ -11,13 +11,11 @@ files that hold nothing but tensors: code in them is never run.
 """
 
 import logging
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +24,7 @@ from torch import Tensor
 from families.common.weight_files import TARGET_KEY
 from families.common.weights import existing_file
 from families.stable_diffusion.original_names import COMPONENTS, NOT_READ, library_tensors, original_tensors
+from modules.pickled_weights import read_pickled_tensors
 from warpcore.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -268,15 +267,6 @@ def _open(path: Path, key: str) -> _Opened:
 def _unpickled(path: Path, key: str) -> dict[str, Tensor]:
     """The tensors of a PyTorch file, which stay on the disk until they are copied, where its format allows it."""
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"{key}: {path} is damaged, or holds code beside tensors{f' ({found[1]})' if found else ''}, which is "
-            "never run; name the .safetensors file of the same weights"
-        ) from None
-    except Exception as error:  # whatever a broken archive may raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{key}: {path} is damaged, or no PyTorch file: {reason}") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    return {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+        return read_pickled_tensors(path, mmap=True)
+    except ValueError as error:
+        raise UserError(f"{key}: {path} cannot be read: {error}") from None

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modules.pickled_weights import read_pickled_tensors
+
 
 class Filtered(NamedTuple):
     """What a filter makes of pictures.
@@ -106,10 +108,9 @@ def read_state(path: Path | str, advice: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return read_pickled_tensors(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as weights: {error}") from error
-    return state.get("state_dict", state)
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], path: Path | str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, fused, split_part
+from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, fused, named_alpha, split_part
 from modules.lora import Place
 from modules.tokens import TokenRows
 
@@ -77,7 +77,7 @@ def from_reference(
             "give the model_version and the module_filters that it was trained with (tools/export.py lora makes a "
             "file that says them)"
         )
-    alpha, stabilised = json.loads(about.get("alpha", "1")), about.get("rank_stabilised") == "true"
+    alpha, stabilised = named_alpha({"alpha": "1"} | dict(about)), about.get("rank_stabilised") == "true"
     adapters = {}
     for number, place in enumerate(places):
         if place not in there:

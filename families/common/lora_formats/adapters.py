@@ -11,6 +11,9 @@ from torch import Tensor
 from modules.lora import PARTS
 from warpcore.errors import UserError
 
+LARGEST_ALPHA = 1e9
+"""Far above what is trained with; NaN is not below it."""
+
 
 class LoraFileError(UserError):
     """A LoRA file is missing, unreadable, made for another network, or cannot be put into a format."""
@@ -24,11 +27,32 @@ def named_tokens(about: Mapping[str, str]) -> list[str]:
     text = about.get("tokens", "[]")
     try:
         tokens = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         tokens = None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise LoraFileError(f"its metadata say tokens: {text[:60]}, which is not a JSON list of texts")
     return tokens
+
+
+def named_alpha(about: Mapping[str, str]) -> float | dict[str, float] | None:
+    """The alpha that a file's metadata give, for all adapters or by their names; None where they give none.
+
+    Raises LoraFileError where it is neither a number nor numbers by name.
+    """
+    text = about.get("alpha", "null")
+    try:
+        alpha = json.loads(text)
+    except (ValueError, RecursionError):
+        alpha = text
+    values = alpha.values() if isinstance(alpha, dict) else [alpha]
+    if alpha is not None and not all(is_alpha(value) for value in values):
+        raise LoraFileError(f"its metadata say alpha: {text[:60]}, which is no number, and no numbers by name")
+    return alpha
+
+
+def is_alpha(value: object) -> bool:
+    """Whether a number of a file can be an alpha."""
+    return type(value) in (int, float) and abs(value) < LARGEST_ALPHA
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, named_tokens, pair, split_part
+from families.common.lora_formats.adapters import (
+    Adapter,
+    Lora,
+    LoraFileError,
+    named_alpha,
+    named_tokens,
+    pair,
+    split_part,
+)
 
 _NAME = re.compile(r"(?P<layer>.+)\.lora(?:\.(?P<part>[qkv]))?\.(?P<tensor>down|up|magnitude)")
 _TOKENS = ("tokens.initial", "tokens.delta")
@@ -55,10 +63,10 @@ def from_ours(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Lora:
             found.setdefault(place, {})[match["tensor"]] = tensor
         elif name not in _TOKENS:
             raise LoraFileError(f"it holds {name}, which belongs to no adapter and no token")
-    alpha, stabilised = json.loads(about.get("alpha", "null")), about.get("rank_stabilised") == "true"
+    alpha, stabilised = named_alpha(about), about.get("rank_stabilised") == "true"
 
     def adapter(place: str, own: dict[str, Tensor]) -> Adapter:
-        own_alpha = alpha[place] if isinstance(alpha, dict) else alpha
+        own_alpha = alpha.get(place) if isinstance(alpha, dict) else alpha
         down, up = pair(place, own)
         return Adapter(down, up, up.shape[1] if own_alpha is None else own_alpha, own.get("magnitude"), stabilised)
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from families.common.lora_formats.adapters import LoraFileError
+from modules.pickled_weights import read_pickled
 from warpcore.files import why_no_file
 
 
@@ -20,10 +20,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoraFileError(f"there is no LoRA file {path}: it {problem}")
     try:
         if path.suffix != ".safetensors":
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict):
-                raise ValueError("it holds no tensors by name")
-            return tensors, {}
+            return read_pickled(path), {}
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # whatever unpickling may raise

@@ -19,6 +19,7 @@ from tests.models.test_download import hub as hub
 from tests.small_cascade import small_cascade as small_cascade
 from train.train_c import TrainStageC
 from warpcore.config import make_config
+from warpcore.errors import UserError
 from warpcore.keys import describe, weights_keys
 
 PROGRAM = """
@@ -198,3 +199,16 @@ def test_weights_that_a_script_has_no_use_for_are_not_downloaded(small_cascade, 
     config = make_config(StageCConfig, small_cascade | {"generator_checkpoint_path": None})
     assert "stage_a_checkpoint_path" in StageCConfig.unused
     with_local_weights(config.model_copy(update={"stage_a_checkpoint_path": Path("owner/stage-a")}))
+
+
+def test_the_folder_of_a_run_stands_for_what_it_exported(small_cascade, tmp_path):
+    config = make_config(StageCConfig, small_cascade | {"generator_checkpoint_path": str(tmp_path / "run")})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("updates: 1\n", encoding="utf-8")
+    save_file({"a": torch.zeros(1)}, run / "lora.safetensors", {"update": "1"})
+    with pytest.raises(UserError, match=r"generator_checkpoint_path: .*holds no generator\.safetensors, but lora"):
+        with_local_weights(config)
+    for name in ("generator", "generator_ema"):
+        save_file({"a": torch.zeros(1)}, run / f"{name}.safetensors", {"update": "1"})
+    assert with_local_weights(config).generator_checkpoint_path == run / "generator_ema.safetensors"
