@@ -6,7 +6,6 @@ somebody asks, what it needs for its networks only when they are built.
 
 import difflib
 import importlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from warpcore.config_files import read_config, read_mapping
 from warpcore.data.storage import local_path
 from warpcore.errors import UserError
 from warpcore.keys import choices_of, describe, help_text
+from warpcore.safe_json import read_json
 from warpcore.safe_yaml import parse_yaml
-from warpcore.text import read_text
 
 PACKAGES = ["families"]
 """Packages whose sub-packages with a `family.py` are families."""
@@ -94,10 +93,11 @@ def _indexes(folder: Path) -> list[dict[str, Any]]:
 
 
 def _json(file: Path) -> Any:
-    text = read_text(file)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return read_json(file)
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 import torchvision.transforms.v2.functional as TF
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
@@ -29,6 +30,8 @@ from modules.clip_weights import (
 from modules.effnet import normalise_images
 from modules.tokenizers import BytePairTokenizer, ExtendedTokenizer, WordTokenizer, tokenize
 
+MAX_LAYERS = 1000
+"""A file whose settings say more is damaged."""
 # Normalisation of OpenAI's CLIP models, as in open_clip's OPENAI_DATASET_MEAN and OPENAI_DATASET_STD.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -258,17 +261,37 @@ def tower_settings(name: str | None = None, path: str | Path | None = None) -> C
     file = tower_file(name, path)
     saved = read_settings(file)
     if saved is not None:
-        return ClipSettings(**saved)
+        return _checked(saved, file)
     if name is None:
         raise ValueError(f"{file} does not say which CLIP model it holds: give its name too")
     return ClipSettings.published(name)
 
 
+def _checked(saved: object, file: Path) -> ClipSettings:
+    """The settings that a file says of its tower. Raises ValueError where they are damaged."""
+    try:
+        settings = TypeAdapter(ClipSettings).validate_python(saved)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{file}: its settings are damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
+    layers = [(config or {}).get("layers", 0) for config in (settings.text_cfg, settings.vision_cfg)]
+    if any(isinstance(count, int | float) and count > MAX_LAYERS for count in layers):
+        raise ValueError(f"{file}: its settings are damaged: {max(layers)} layers")
+    return settings
+
+
 def _load(tower_class, name, path, settings, device, dtype):
     file = tower_file(name, path)
     settings = settings or tower_settings(name, path)
-    with torch.device("meta"):  # no time and memory for weights that are replaced at once
-        tower = tower_class(settings)
+    try:
+        with torch.device("meta"):  # no time and memory for weights that are replaced at once
+            tower = tower_class(settings)
+    except ValueError:
+        raise
+    except Exception as error:  # open_clip checks little of what settings say: anything may follow from them
+        raise ValueError(f"{file}: its settings make no {tower_class.kind} tower: {error}") from error
     weights = read_tower(file, tower.kind)
     _check(tower, weights, file, name)
     weights = {key: tensor.to(device, dtype) for key, tensor in weights.items()}

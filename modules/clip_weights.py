@@ -7,10 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from modules.pickled_weights import read_pickled_tensors
+from modules.safetensors_files import open_weights
 
 # The names that the public training configs use, as open_clip's model and pretrained tag.
 PUBLIC_NAMES = {
@@ -90,12 +91,18 @@ def find_file(path: str | Path) -> Path:
 
 
 def read_settings(path: Path) -> dict | None:
-    """The tower settings in the metadata of a file that `save` of a tower wrote; None for other files."""
+    """The tower settings in the metadata of a file that `save` of a tower wrote; None for other files.
+
+    Raises ValueError where they are damaged.
+    """
     if path.suffix != ".safetensors":
         return None
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(SETTINGS_KEY)
-    return None if text is None else json.loads(text)
+    try:
+        with open_weights(path) as file:
+            text = (file.metadata() or {}).get(SETTINGS_KEY)
+        return None if text is None else json.loads(text)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as the weights of a CLIP tower: {error}") from error
 
 
 def read_tower(path: Path, kind: str) -> dict[str, Tensor]:
@@ -103,15 +110,17 @@ def read_tower(path: Path, kind: str) -> dict[str, Tensor]:
 
     The file holds a whole CLIP or one tower, in open_clip's or Hugging Face's names; of a safetensors file only the
     tower's own tensors are read.
+
+    Raises ValueError where it is damaged.
     """
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return _select(file.keys(), file.get_tensor, kind)
     try:
+        if path.suffix == ".safetensors":
+            with open_weights(path) as file:
+                return _select(file.keys(), file.get_tensor, kind)
         tensors = read_pickled_tensors(path, mmap=True)
-    except ValueError as error:
+        return _select(tensors.keys(), tensors.__getitem__, kind)
+    except (SafetensorError, ValueError, RuntimeError) as error:  # the last of tensors that do not fit together
         raise ValueError(f"{path} cannot be read as weights: {error}") from error
-    return _select(tensors.keys(), tensors.__getitem__, kind)
 
 
 def _select(names: Iterable[str], read: Callable[[str], Tensor], kind: str) -> dict[str, Tensor]:

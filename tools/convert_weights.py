@@ -7,8 +7,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from modules.safetensors_files import open_weights
 from tools.arguments import local_path
 from warpcore.errors import UserError, run_script
 from warpcore.files import why_no_file
@@ -26,10 +27,10 @@ def convert(source: Path, target: Path, dtype: torch.dtype, overwrite: bool = Fa
         raise UserError(f"{source} {problem}")
     check_new([target], "name another file, or give --overwrite", overwrite)
     try:
-        with safe_open(source, "pt") as file:
+        with open_weights(source) as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:  # such as a dtype of the future
         raise UserError(f"{source} is no whole safetensors file: {error}") from None
     tensors = converted(tensors, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import sys
 import unicodedata
@@ -19,6 +18,7 @@ from warpcore.data.index import UNREADABLE
 from warpcore.data.picture_files import LeftOut, is_picture
 from warpcore.errors import UserError
 from warpcore.files import open_to_read, read_bytes, why_no_file
+from warpcore.safe_json import ExcessiveJsonError, parse_json
 from warpcore.text import brief, decode_text, read_text, shortened
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -185,9 +185,9 @@ def _read_jsonl(file: Path, _: Metadata) -> Iterator[tuple[int, dict | _BadLine]
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
-        except RecursionError:
-            yield place, _BadLine("that is nested too deeply", "it is nested too deeply")
+            line = parse_json(text)
+        except ExcessiveJsonError as error:
+            yield place, _BadLine(str(error).replace("it", "that", 1), str(error))
         except ValueError as error:
             yield place, _BadLine("that is not JSON", f"it is not JSON: {error}")
         else:

@@ -16,6 +16,7 @@ from warpcore.data.member_headers import picture_size
 from warpcore.data.picture_files import extension
 from warpcore.data.samples import FORMATS
 from warpcore.files import NotAFileError, read_bytes
+from warpcore.safe_json import ExcessiveJsonError, parse_json
 from warpcore.text import EncodingError, decode_text, is_whole
 
 _LOOKED_AT = 64, 64
@@ -84,15 +85,17 @@ def _description(entry: Entry) -> dict[str, bytes]:
     try:
         if "json" in entry.companions:
             text = _text(entry.companions["json"], ".json")
-            fields = json.loads(text)
+            fields = parse_json(text)
             merge = metadata and isinstance(fields, dict)
             members["json"] = _json(metadata | fields) if merge else text.encode()
         elif metadata:
             members["json"] = _json(metadata)
+    except ExcessiveJsonError as error:
+        raise Unusable(str(error).replace("it", ".json", 1)) from None
+    except RecursionError:  # of columns that a .parquet nests
+        raise Unusable(".json is nested too deeply") from None
     except ValueError:
         raise Unusable(".json is not JSON") from None
-    except RecursionError:
-        raise Unusable(".json is nested too deeply") from None
     return members
 
 

@@ -29,11 +29,13 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from warpcore.checkpoint_table import TableError, read_table
+from warpcore.checkpoint_values import MAX_STATE_BYTES
 from warpcore.errors import UserError
-from warpcore.files import read_bytes, refuse_links, write_whole
+from warpcore.files import open_to_read, refuse_links, write_whole
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
 from warpcore.quiet import ignore_expected_warnings
+from warpcore.safe_json import load_json
 from warpcore.weights import export_weights
 
 ignore_expected_warnings()
@@ -247,9 +249,8 @@ class Checkpoints:
             CheckpointError: it cannot be read.
         """
         try:
-            values = json.loads(read_bytes(state_folder(self.folder, update) / "state.json"))
-        except RecursionError:
-            raise CheckpointError("state.json cannot be read: it is nested too deeply") from None
+            with open_to_read(state_folder(self.folder, update) / "state.json") as file:
+                values = load_json(file, MAX_STATE_BYTES)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"state.json cannot be read: {error}") from error
         if not isinstance(values, dict):

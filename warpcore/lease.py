@@ -14,12 +14,14 @@ import time
 import uuid
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from warpcore.data import s3_requests
 from warpcore.data.s3_files import put_if, remove
 from warpcore.data.s3_requests import ask, bare_etag, split
 from warpcore.data.storage_protocol import StorageError
 from warpcore.errors import UserError
+from warpcore.safe_json import parse_json
 
 LEASE_SECONDS = 60
 RENEW_SECONDS = 10
@@ -27,6 +29,7 @@ LOOK_SECONDS = 1
 """How often a run looks whether a lease that stands in its way is still renewed."""
 
 logger = logging.getLogger(__name__)
+_SAID = {"owner": str, "restarts": int, "token": str, "who": str}
 
 
 class LeaseError(UserError):
@@ -150,5 +153,15 @@ class Lease:
             if etag == bare_etag(head["ETag"]):
                 break
         now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
-        age, said = (now - head["LastModified"]).total_seconds(), json.loads(content)
-        return _Found(etag, age, said["owner"], said.get("restarts", 0), said["token"], said["who"])
+        return _Found(etag, (now - head["LastModified"]).total_seconds(), **_said(content))
+
+
+def _said(content: bytes) -> dict[str, Any]:
+    """What a lease says of its run; one that cannot be read belongs to a run that nobody knows."""
+    try:
+        said = {"restarts": 0} | parse_json(content)
+    except (ValueError, TypeError):
+        said = {}
+    if all(isinstance(said.get(name), kind) for name, kind in _SAID.items()):
+        return {name: said[name] for name in _SAID}
+    return {"owner": "", "restarts": 0, "token": "", "who": "unknown: its lease cannot be read"}

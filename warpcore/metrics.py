@@ -12,6 +12,7 @@ import torch
 
 from warpcore.files import open_to_read, writing
 from warpcore.processes import Processes
+from warpcore.safe_json import parse_json
 from warpcore.text import read_text
 
 MAX_LINE_BYTES = 2**20
@@ -73,7 +74,7 @@ class Metrics:
         with open_to_read(self.path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LINE_BYTES))
             lines = file.read().splitlines()
-        return json.loads(lines[-1]) if lines else {}
+        return _as_object(lines[-1]) if lines else {}
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
@@ -119,10 +120,17 @@ def _signed(value: int) -> int:
 
 def _update_of(line: str) -> float:
     """The update of a line; a line cut short by a crash belongs to no update."""
+    update = _as_object(line).get("update")
+    return update if isinstance(update, int) else math.inf
+
+
+def _as_object(line: str | bytes) -> dict:
+    """What a line says; nothing where a crash cut it short, or it is no line of ours."""
     try:
-        return json.loads(line)["update"]
-    except json.JSONDecodeError:
-        return math.inf
+        found = parse_json(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _finite(line: dict) -> dict:

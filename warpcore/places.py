@@ -5,7 +5,6 @@ checkpoint of that update, in one step.
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -17,9 +16,10 @@ from typing import Protocol
 
 from warpcore.data.storage import in_folder_named_tilde
 from warpcore.errors import UserError
-from warpcore.files import open_plain, open_to_read, read_bytes, refuse_links
+from warpcore.files import open_plain, open_to_read, refuse_links
 from warpcore.locks import lock_file
 from warpcore.processes import Processes
+from warpcore.safe_json import load_json
 
 MANIFEST = "manifest.json"
 WRITTEN = ("state", "backups", "samples", "metrics.jsonl", "tensorboard", "wandb", "profile")
@@ -204,7 +204,8 @@ def fingerprint(path: Path) -> dict:
 def read_manifest(state: Path) -> dict[str, dict] | str:
     """The fingerprints of a checkpoint's files by name, or why there are none."""
     try:
-        files = json.loads(read_bytes(state / MANIFEST))["files"]
+        with open_to_read(state / MANIFEST) as file:
+            files = load_json(file)["files"]
         files = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
         strange = [name for name in files if name in (".", "..") or not _PLAIN_NAME.fullmatch(name)]
         if strange:  # it would lead out of the checkpoint
@@ -218,7 +219,7 @@ def read_manifest(state: Path) -> dict[str, dict] | str:
         return f"{MANIFEST} does not list {missing[0]}" if missing else files
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from warpcore.redaction import redact
+from warpcore.safe_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def make_tracker(
         resume_update: the update whose checkpoint the run goes on from; None for a fresh run.
         name: shown by wandb; default: the folder's name.
     """
-    folder, config = Path(folder), json.loads(redact(json.dumps(dict(config))))
+    folder, config = Path(folder), parse_json(redact(json.dumps(dict(config))))
     trackers: list[Tracker] = []
     if wandb_project:
         trackers.append(Wandb(wandb_project, wandb_entity, folder, run_id, config, name or folder.resolve().name))

@@ -9,19 +9,20 @@ from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeInt, create_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from families.cascade.config import ModelSettings
-from families.common.library_files import parse_config
 from families.common.poses import PoseField
 from families.common.weights import WeightsError, read_weights, with_weights
 from modules.controlnet import BOTTLENECK_MODES, ControlNet
 from modules.effnet import EFFICIENTNET_V2_S
 from modules.filters import FILTERS, Filter
+from modules.safetensors_files import open_weights
 from modules.stage_c import StageC
 from warpcore.config import ConfigError, Settings, make_config
 from warpcore.data.fields import PictureField
+from warpcore.safe_json import parse_object
 
 METADATA_KEY = "controlnet"
 """Where a file of ours says how its ControlNet was made."""
@@ -194,10 +195,10 @@ def settings_of_file(path: Path, said: Mapping[str, Any] | None = None) -> Contr
     """
     said = dict(said or {})
     if path.suffix == ".safetensors" and path.is_file():
-        with suppress(SafetensorError), safe_open(path, "pt") as file:
+        with suppress(SafetensorError), open_weights(path) as file:
             about = (file.metadata() or {}).get(METADATA_KEY)
             if about is not None:
-                return _settings(parse_config(about, f"controlnet: the metadata of {path}") | said, path)
+                return _settings(parse_object(about, f"controlnet: the metadata of {path}") | said, path)
     state = read_weights(path, "controlnet")  # says what is wrong with a broken file
     stem = state.get("backbone.0.0.weight", state.get("backbone.0.weight"))
     modes = {"effnet": "backbone.0.0.weight", "large": "backbone.3.blocks.0.weight", "simple": "backbone.2.weight"}

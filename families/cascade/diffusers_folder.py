@@ -9,8 +9,7 @@ are those of our `ddim` sampler.
 """
 
 import inspect
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,12 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_single_file_to_diffusers
 from diffusers.pipelines.stable_cascade.pipeline_stable_cascade import PaellaVQModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from families.cascade import build
 from families.cascade.diffusion import make_diffusion
 from families.cascade.inference import CascadeSettings
-from families.common.library_files import PREDICTIONS
+from families.common.library_files import PREDICTIONS, read_tensors
 from families.common.transformers_text import text_encoder, text_tower, tokenizer
 from families.common.weight_files import TARGET_KEY
 from families.common.weights import read_weights
@@ -38,10 +36,13 @@ from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 from warpcore.errors import UserError
-from warpcore.files import require_file
-from warpcore.text import read_text
+from warpcore.files import why_no_file
+from warpcore.safe_json import read_object
+from warpcore.text import shortened
 from warpcore.weights import write_weights
 
+Read = tuple[dict[str, Tensor], dict[str, str]]
+"""The tensors of a network in our names, and what its file says of itself."""
 TIMES = 1000
 """Steps of the table of noise levels in diffusers' schedulers."""
 BLOCKS = {"C": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCascadeAttnBlock"}
@@ -147,29 +148,41 @@ def read_folder(source: Path, target: Path) -> list[Path]:
         for component, (name, read) in COMPONENTS.items():
             file = target / f"{name}.safetensors"
             if (pipeline / component).is_dir() and file not in written:
-                tensors, about = read(pipeline / component)
+                tensors, about = _read(pipeline / component, read)
                 write_weights(file, tensors, {"format": "pt"} | about)
                 written.append(file)
     return written
 
 
-def _read_prior(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    return _official_unet(read_component(folder)), _target(folder.with_name("scheduler"))
+def _read(folder: Path, read: Callable[[Path], Read]) -> Read:
+    """What `read` makes of a network's folder. Raises UserError."""
+    try:
+        return read(folder)
+    except UserError:
+        raise
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of tensors that are not there, or not alike
+        raise UserError(
+            f"{folder} holds another network than Stable Cascade's: {type(error).__name__}: {shortened(str(error))}"
+        ) from error
 
 
-def _read_decoder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    official = _official_unet(read_component(folder))
+def _read_prior(folder: Path) -> Read:
+    return _official_unet(read_tensors(folder, "SOURCE")), _target(folder.with_name("scheduler"))
+
+
+def _read_decoder(folder: Path) -> Read:
+    official = _official_unet(read_tensors(folder, "SOURCE"))
     renamed = {name.replace("clip_txt_pooled_mapper", "clip_mapper"): official[name] for name in official}
     return renamed, _target(folder.with_name("scheduler"))
 
 
-def _read_vqgan(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    state = read_component(folder)
+def _read_vqgan(folder: Path) -> Read:
+    state = read_tensors(folder, "SOURCE")
     return {name.replace("vquantizer.embedding", "vquantizer.codebook"): state[name] for name in state}, {}
 
 
-def _read_text_encoder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tower = text_tower(folder, folder.with_name("tokenizer"), read_component(folder))
+def _read_text_encoder(folder: Path) -> Read:
+    tower = text_tower(folder, folder.with_name("tokenizer"), read_tensors(folder, "SOURCE"))
     return tower.weights_to_save(), tower.metadata_to_save()
 
 
@@ -179,23 +192,7 @@ COMPONENTS = {
     "vqgan": ("stage_a", _read_vqgan),
     "text_encoder": ("text_tower", _read_text_encoder),
 }
-"""A component's folder, the name of our file, and what reads it: tensors, and what the file says of itself."""
-
-
-def read_component(folder: Path) -> dict[str, Tensor]:
-    """The weights of a network in diffusers' or transformers' folder, in one file or in several."""
-    for name in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".bf16", ".fp16"):
-            index = folder / f"{name}.safetensors.index{variant}.json"
-            if index.is_file():
-                files = sorted(set(json.loads(read_text(index))["weight_map"].values()))
-                paths = [folder / Path(file).name for file in files]
-                for path in paths:
-                    require_file(path)
-                return {key: tensor for path in paths for key, tensor in load_file(path).items()}
-            if (folder / f"{name}{variant}.safetensors").is_file():
-                return load_file(folder / f"{name}{variant}.safetensors")
-    raise UserError(f"{folder} holds no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
+"""A component's folder, the name of our file, and what reads it."""
 
 
 def _unet(network: type[nn.Module], arguments: Mapping[str, Any], path: Path, key: str) -> StableCascadeUNet:
@@ -281,8 +278,12 @@ def _scheduler(target: str, ddim: bool) -> DDPMWuerstchenScheduler | DDIMSchedul
 
 def _target(scheduler: Path) -> dict[str, str]:
     """What the network beside a scheduler predicts."""
-    prediction = json.loads(read_text(scheduler / "scheduler_config.json")).get("prediction_type", "epsilon")
+    file = scheduler / "scheduler_config.json"
+    if problem := why_no_file(file):
+        raise UserError(f"{file} {problem}: it says what the network beside it predicts")
+    prediction = read_object(file, str(file)).get("prediction_type", "epsilon")
     found = [ours for ours, theirs in PREDICTIONS.items() if theirs == prediction]
     if not found:
-        raise UserError(f"{scheduler}: prediction_type is {prediction}, not one of {', '.join(PREDICTIONS.values())}")
+        said, known = shortened(str(prediction)), ", ".join(PREDICTIONS.values())
+        raise UserError(f"{scheduler}: prediction_type is {said}, not one of {known}")
     return {TARGET_KEY: found[0]}

@@ -5,7 +5,6 @@ into latents: a run from caches needs no autoencoder for it.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,10 +28,14 @@ from families.common.precision import FrozenNetwork, freeze
 from families.common.weights import are_only_shapes
 from warpcore.errors import UserError
 from warpcore.random import SampleRandom
+from warpcore.text import brief
 from warpcore.transfer import to_device
 
 Latent = Literal["sample", "mean"]
 """What of the moments a latent is: drawn for each sample, or the mean."""
+MAX_LEVELS = 10
+"""Of an autoencoder; each halves the sides of a picture."""
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the attention layers in folders written before 2023."""
 
@@ -48,12 +51,20 @@ class LatentScale:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """The scale in a config of diffusers' AutoencoderKL. Raises UserError where it is no number above 0."""
+        """The scale in a config of diffusers' AutoencoderKL. Raises UserError where it is of other numbers."""
         factor = config.get("scaling_factor", 0.18215)
-        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
-            raise UserError(f"scaling_factor in the autoencoder's config is {factor!r}; write a number above 0")
+        if not _is_number(factor) or not factor > 0:
+            raise UserError(f"scaling_factor in the autoencoder's config is {brief(factor)}; write a number above 0")
         mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
         std = config.get("latents_std") or [1.0]
+        channels = config.get("latent_channels", 4)
+        for name, values in {"latents_mean or shift_factor": mean, "latents_std": std}.items():
+            are_numbers = isinstance(values, list | tuple) and all(map(_is_number, values))
+            if not are_numbers or len(values) not in (1, channels) or (values is std and min(values) <= 0):
+                raise UserError(
+                    f"{name} in the autoencoder's config is {brief(values)}; write a number, or one for each of the "
+                    f"{brief(channels)} channels of the latents" + (", above 0" if values is std else "")
+                )
         return cls(tuple(mean), tuple(value / factor for value in std))
 
     def apply(self, latents: Tensor) -> Tensor:
@@ -80,6 +91,10 @@ class LatentScale:
         if len(values) == 1:  # filled on the device, which waits for nothing
             return like.new_full((1, 1, 1, 1), values[0])
         return torch.cat([like.new_full((1, 1, 1, 1), value) for value in values], dim=1)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST_FLOAT32
 
 
 class Autoencoder(FrozenNetwork):
@@ -136,8 +151,12 @@ class Autoencoder(FrozenNetwork):
 
     @staticmethod
     def compression_of(config: Mapping[str, Any]) -> int:
-        """Pixels per latent position and side."""
-        return 2 ** (len(config["block_out_channels"]) - 1)
+        """Pixels per latent position and side. Raises UserError where the config has no levels."""
+        levels = config.get("block_out_channels", [64])
+        if not isinstance(levels, list | tuple) or not 0 < len(levels) <= MAX_LEVELS:
+            said = brief(levels)
+            raise UserError(f"block_out_channels in the autoencoder's config is {said}; list one for each level")
+        return 2 ** (len(levels) - 1)
 
     @staticmethod
     def channels_of(config: Mapping[str, Any]) -> int:

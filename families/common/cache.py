@@ -21,6 +21,7 @@ from warpcore.data.fields import TensorField
 from warpcore.data.joined import FurtherTars
 from warpcore.data.shards import folders_named_whole, named_folders
 from warpcore.data.storage import is_remote
+from warpcore.safe_json import parse_json
 
 
 class Cacheable(Protocol):
@@ -64,7 +65,7 @@ def origin_of(
         features={name: list(feature.settings) for name, feature in features.items()},
         makers={name: feature.network for name, feature in features.items()},
         networks={name: {"file": paths[0].name, "sha256": sha256_of(paths)} for name, paths in networks.items()},
-        settings=json.loads(json.dumps(values)),
+        settings=parse_json(json.dumps(values)),
         dtype=dtype,
         variants=variants,
         seed=config.seed,

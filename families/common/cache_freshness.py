@@ -18,10 +18,14 @@ from warpcore.data.shards import Shard
 from warpcore.data.sidecars import ABSENT
 from warpcore.data.storage import complete_url, in_parallel, storage_for
 from warpcore.errors import UserError
+from warpcore.safe_json import parse_json
 
 SOURCES_NAME = "cache.sources.json"
 MAX_RECORDS = 256
 """Where a cache has no such file, the records of this many tars are read at most, spread over the data set."""
+
+MAX_SOURCES_BYTES = 2**28
+"""Of such a file: it has a line for each tar."""
 
 T = TypeVar("T")
 
@@ -195,10 +199,10 @@ def _read_json(url: str, read: Callable[[Any], T]) -> T | None:
     """
     try:
         with storage_for(url).open(url) as file:
-            content = file.read()
+            content = file.read(MAX_SOURCES_BYTES + 1)
     except ABSENT:
         return None
     try:
-        return read(json.loads(content))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return read(parse_json(content, MAX_SOURCES_BYTES))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{url} is damaged ({str(error)[:200]}): remove it") from None

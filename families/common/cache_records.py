@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
-from warpcore.files import read_bytes
+from warpcore.files import open_to_read
+from warpcore.safe_json import MAX_JSON_BYTES
 from warpcore.text import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,10 @@ class Record:
         path = tar.with_name(tar.name + RECORD_SUFFIX)
         if not (tar.is_file() and path.is_file()):
             return None
+        with open_to_read(path) as file:
+            content = file.read(MAX_JSON_BYTES + 1)
         try:
-            found = TypeAdapter(cls).validate_json(read_bytes(path), strict=True)
+            found = TypeAdapter(cls).validate_json(content, strict=True)
         except ValueError as error:
             logger.warning("%s is damaged (%.200s): %s is recreated", path, error, tar.name)
             return None

@@ -25,6 +25,7 @@ from warpcore.data.tar_headers import Member, TarHeaderError, padded, read_membe
 from warpcore.errors import UserError
 from warpcore.files import open_to_read
 from warpcore.random import SampleRandom
+from warpcore.safe_json import parse_json
 
 T = TypeVar("T")
 HASH_BYTES = 16
@@ -203,12 +204,12 @@ class _Facts:
 def _as_facts(content: bytes) -> _Facts | None:
     """Those in a row's PICTURE_FACTS; None where an earlier version made it. Raises UserError where it is damaged."""
     try:
-        facts = json.loads(content)
+        facts = parse_json(content)
         sources = facts.get("sources")
         if sources is None:
             return None
         found = TypeAdapter(_Facts).validate_python(sources | {"crops": facts.get("crops", [])})
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"a .{PICTURE_FACTS} in it: {str(error)[:200]}") from None
     return found
 

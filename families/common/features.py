@@ -20,6 +20,7 @@ from warpcore.data.reader import Batch
 from warpcore.data.samples import PICTURE_FACTS
 from warpcore.data.storage import storage_for
 from warpcore.errors import UserError
+from warpcore.safe_json import MAX_JSON_BYTES, parse_json
 
 CACHE_NAME = "cache.json"
 CACHE_VERSION = 1
@@ -91,12 +92,12 @@ class Origin:
         url = f"{folder}/{CACHE_NAME}"
         try:
             with storage_for(url).open(url) as file:
-                content = file.read()
+                content = file.read(MAX_JSON_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            values = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(content)
+        except ValueError as error:
             raise UserError(f"{url} is incomplete: {error}; {remedy}") from None
         if not isinstance(values, dict) or values.get("version") != CACHE_VERSION:
             raise UserError(f"{url} is not of version {CACHE_VERSION}; {remedy}")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from warpcore.data.sidecars import ABSENT, cache_locations
 from warpcore.errors import UserError
-from warpcore.files import open_to_read, read_bytes
+from warpcore.files import open_to_read
+from warpcore.safe_json import load_json
 
 SUFFIX = ".sha256.json"
 SETTLED_SECONDS = 2.0
@@ -59,11 +60,12 @@ def _version(path: Path) -> list[int]:
 
 def _remembered(place: str, version: list[int]) -> str | None:
     try:
-        known = json.loads(read_bytes(place))
+        with open_to_read(place) as file:
+            known = load_json(file)
         return known["sha256"] if known["version"] == version else None
     except ABSENT:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         logger.info("%s can't be read (%s): the file is hashed again", place, error)
         return None
 

@@ -3,21 +3,25 @@
 Nothing is run that a file contains, and nothing is downloaded: paths are local.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from families.common.weights import check_names, read_weights
+from modules.safetensors_files import open_weights
 from warpcore.errors import UserError
 from warpcore.files import why_no_file
-from warpcore.text import read_text
+from warpcore.safe_json import parse_object, read_object
+from warpcore.text import brief, shortened
 
 T = TypeVar("T")
+MAX_LAYERS = 1000
+"""Of a network; a config that says more would keep a library busy for hours."""
 CONFIG, CONFIG_KEY = "config.json", "config"
 """The file of a folder, and the key of a single file's metadata, that say how the network is built."""
 FILE_NAMES = ("diffusion_pytorch_model", "model")
@@ -44,29 +48,11 @@ def read_config(path: Path, key: str) -> dict[str, Any] | None:
     """
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist")
-    text = None
-    if path.is_file():
-        text = (_open(path, key).metadata() or {}).get(CONFIG_KEY)
-    elif (path / CONFIG).is_file():
-        text = read_text(path / CONFIG)
-    return None if text is None else parse_config(text, f"{key}: the config of {path}")
-
-
-def parse_config(text: str, what: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: it is none; the message begins with `what`.
-    """
-    try:
-        config = json.loads(text)
-    except RecursionError:
-        raise UserError(f"{what} cannot be read: it is nested too deeply") from None
-    except ValueError as error:
-        raise UserError(f"{what} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{what} is no JSON object")
-    return config
+    what = f"{key}: the config of {path}"
+    if not path.is_file():
+        return read_object(path / CONFIG, what) if (path / CONFIG).is_file() else None
+    text = (_open(path, key).metadata() or {}).get(CONFIG_KEY)
+    return None if text is None else parse_object(text, what)
 
 
 def constructor_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,18 +60,49 @@ def constructor_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
+def class_names(config: Mapping[str, Any]) -> set[str]:
+    """The classes that a config of diffusers (`_class_name`) or transformers (`architectures`) is of."""
+    named = config.get("architectures")
+    names = [config.get("_class_name"), *(named if isinstance(named, list | tuple) else [named])]
+    return {name for name in names if name and isinstance(name, str)}
+
+
 def construct(kind: Callable[..., T], config: Mapping[str, Any], key: str) -> T:
     """A network of diffusers, or a config of transformers, by the numbers of a file.
 
     Raises:
-        UserError: `kind` does not take them.
+        UserError: `kind` does not take them, or they are of a network that no computer could build.
     """
-    from huggingface_hub.errors import StrictDataclassError  # what configs of transformers raise
+    check_layers(config, kind.__name__, key)
+    return built(partial(kind, **constructor_numbers(config)), kind.__name__, key)
 
+
+def built(make: Callable[[], T], name: str, key: str) -> T:
+    """What `make` makes of the numbers of a file: a `name`, as errors call it.
+
+    Raises:
+        UserError: they make none.
+    """
     try:
-        return kind(**constructor_numbers(config))
-    except (TypeError, ValueError, ArithmeticError, LookupError, StrictDataclassError) as error:
-        raise UserError(f"{key}: its config is none of {kind.__name__}: {error}") from None
+        return make()
+    except UserError:
+        raise
+    except Exception as error:  # libraries check little of what a config says: anything may follow from it
+        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
+        raise UserError(f"{key}: its config is none of {name}: {shortened(reason, 500)}") from error
+
+
+def check_layers(config: Mapping[str, Any], name: str, key: str) -> None:
+    """Raise UserError where the config of a `name` asks for more layers than any network has."""
+    for one, value in config.items():
+        if _is_endless(value, is_count="layers" in one or "blocks" in one):
+            raise UserError(f"{key}: its config is none of {name}: {one} is {brief(value)}")
+
+
+def _is_endless(value: Any, is_count: bool) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) > MAX_LAYERS or any(_is_endless(one, is_count) for one in value)
+    return is_count and isinstance(value, int | float) and value > MAX_LAYERS
 
 
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
@@ -140,7 +157,7 @@ def weights_files(folder: Path, key: str) -> list[Path]:
 
 def _shards(index: Path, key: str) -> list[Path]:
     """The files that an index lists, which have to lie beside it."""
-    parts = parse_config(read_text(index), f"{key}: {index}").get("weight_map")
+    parts = read_object(index, f"{key}: {index}").get("weight_map")
     if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
         raise UserError(f"{key}: {index} lists no files (weight_map)")
     files = []
@@ -166,6 +183,6 @@ def _open(file: Path, key: str):
     if problem := why_no_file(file):
         raise UserError(f"{key}: {file} {problem}")
     try:
-        return safe_open(file, "pt")
+        return open_weights(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{key}: {file} cannot be read as safetensors: {error}") from None

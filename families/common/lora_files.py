@@ -20,7 +20,8 @@ from families.common.lora_formats import embeddings, named, ours, peft, programs
 from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, named_alpha, named_tokens
 from families.common.lora_formats.tensors import read_tensors
 from modules.lora import Place, places
-from warpcore.text import read_text
+from warpcore.errors import UserError
+from warpcore.safe_json import parse_json, read_object
 
 FORMATS = ("warpcore", "diffusers", "kohya", "comfyui", "published")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -34,9 +35,11 @@ def peft_config(path: Path) -> dict:
     if not path.is_dir():
         return {}
     try:
-        return json.loads(read_text(path / peft.CONFIG))
-    except (OSError, ValueError) as error:
+        return read_object(path / peft.CONFIG, peft.CONFIG)
+    except OSError as error:
         raise LoraFileError(f"{peft.CONFIG} cannot be read: {error}") from None
+    except UserError as error:
+        raise LoraFileError(str(error)) from None
 
 
 def check_adapters(adapters: Mapping[str, Adapter], there: Mapping[str, Place], hint: str) -> None:
@@ -245,9 +248,9 @@ def _config(about: Mapping[str, str], network: str, of_folder: Mapping | None) -
     if of_folder is not None:
         return dict(of_folder)
     try:
-        noted = json.loads(about.get(DIFFUSERS_METADATA, "{}"))
+        noted = parse_json(about.get(DIFFUSERS_METADATA, "{}"))
         return {key.removeprefix(f"{network}."): v for key, v in noted.items() if key.startswith(f"{network}.")}
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         raise LoraFileError(f"its metadata's {DIFFUSERS_METADATA} is no JSON object") from None
 
 

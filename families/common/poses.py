@@ -1,6 +1,5 @@
 """Key points of people, read beside a picture and drawn with its crop. Workers import this, so it stays light."""
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from warpcore.data.fields import BadMember
 from warpcore.data.images import Geometry
 from warpcore.data.samples import Sample
 from warpcore.errors import UserError
+from warpcore.safe_json import parse_json
 
 FARTHEST_PX = 2**20
 """Points lie within this distance of the corner of their picture; OpenCV could not draw those that are very far."""
@@ -27,8 +27,6 @@ def read_people(data: bytes, size: tuple[int, int]) -> list[np.ndarray]:
     """
     try:
         people = _people(data, size)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     except (TypeError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if not all((np.abs(points) < FARTHEST_PX).all() for points in people):  # neither is what is no number
@@ -37,7 +35,7 @@ def read_people(data: bytes, size: tuple[int, int]) -> list[np.ndarray]:
 
 
 def _people(data: bytes, size: tuple[int, int]) -> list[np.ndarray]:
-    content = json.loads(data)
+    content = parse_json(data)
     if not isinstance(content, dict) or not isinstance(content.get("people"), list):
         raise ValueError('a pose is JSON such as {"people": [{"pose_keypoints_2d": [x, y, confidence, ...]}]}')
     height, width = size

@@ -8,12 +8,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file, save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from families.common.features import stack_rows, take_row
+from modules.safetensors_files import load_weights, open_weights
 from warpcore.data.storage import storage_for
+from warpcore.safe_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def prompt_features(
     """
     about = {"texts": json.dumps(list(texts)), **made_with}
     if file.is_file() and _said(file) == about:
-        return load_file(file)
+        return load_weights(file)
     lacking = [text for text in texts if text not in known]
     rows = {**known, **(encode_each(lacking, open_encoder()) if lacking else {})}
     features = stack_rows([rows[text] for text in texts])
@@ -76,10 +78,10 @@ def read_prompts(folder: str, made_with: Mapping[str, str]) -> Rows:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     try:
-        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        about = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         features = load(content)
-        texts = json.loads(about.pop("texts"))
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        texts = parse_json(about.pop("texts"))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%.200s): its texts are encoded again", url, error)
         return {}
     if about != made_with:
@@ -94,7 +96,7 @@ def read_prompts(folder: str, made_with: Mapping[str, str]) -> Rows:
 def _said(file: Path) -> dict[str, str] | None:
     """What a file says that it was made with; None where it can't be read."""
     try:
-        with safe_open(file, "pt") as opened:
+        with open_weights(file) as opened:
             return opened.metadata()
     except (SafetensorError, OSError):
         return None

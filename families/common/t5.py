@@ -1,6 +1,5 @@
 """T5's text encoder (arXiv:1910.10683) of transformers, of any size: the first version, v1.1, and the mini."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from families.common.library_files import (
+    built,
     component_folder,
     construct,
     constructor_numbers,
@@ -24,6 +24,8 @@ from families.common.text_conditions import LibraryTextEncoder, TextConditions, 
 from families.common.weight_files import metadata_of
 from families.common.weights import are_only_shapes
 from warpcore.errors import UserError
+from warpcore.safe_json import parse_json
+from warpcore.text import brief, shortened
 from warpcore.transfer import to_device
 
 if TYPE_CHECKING:
@@ -70,8 +72,11 @@ class T5TextEncoder(LibraryTextEncoder):
         from transformers import T5Config, T5EncoderModel
 
         if (kind := config.get("model_type", "t5")) != "t5":
-            raise UserError(f"{key}: its config is that of {kind!r}, not of t5")
-        self.model = T5EncoderModel(construct(T5Config, config, key)).eval().requires_grad_(False)
+            raise UserError(f"{key}: its config is that of {brief(kind)}, not of t5")
+        settings = construct(T5Config, config, key)
+        self.model = (
+            built(partial(T5EncoderModel, settings), T5EncoderModel.__name__, key).eval().requires_grad_(False)
+        )
         self.key, self._length, self.padding, self.zeros_for_empty = key, length, padding, zeros_for_empty
         self.tokenizer = _read_tokenizer(tokenizer, key) if isinstance(tokenizer, str | Path) else tokenizer
         if len(self.tokenizer) > self.model.config.vocab_size:
@@ -220,14 +225,14 @@ def _read_tokenizer(folder: Path, key: str) -> "PreTrainedTokenizerBase":
             raise UserError(f"{key}: {folder / 'spiece.model'} needs a package: pip install sentencepiece")
     try:
         return T5Tokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {error}") from None
+    except Exception as error:  # its files may say anything, and tokenizers raises plain exceptions
+        raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {shortened(str(error))}") from None
 
 
 def _tokenizer_in(file: Path, key: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a single file."""
     try:
-        pieces = [(str(piece), float(score)) for piece, score in json.loads(metadata_of(file)[TOKENIZER_KEY])]
+        pieces = [(str(piece), float(score)) for piece, score in parse_json(metadata_of(file)[TOKENIZER_KEY])]
         return tokenizer_of(pieces)
     except Exception as error:  # the Rust library behind it has exceptions of its own
         raise UserError(f"{key}: {file} holds no tokenizer of T5: {error!r}") from None

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from families.common.library_files import (
+    built,
+    class_names,
     component_folder,
     construct,
     constructor_numbers,
@@ -25,6 +27,7 @@ from families.common.weights import are_only_shapes
 from modules.clip import text_tower
 from modules.clip_weights import read_settings
 from warpcore.errors import UserError
+from warpcore.text import shortened
 from warpcore.transfer import to_device
 
 if TYPE_CHECKING:
@@ -78,9 +81,10 @@ class ClipTextEncoder(LibraryTextEncoder):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-        self.projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        self.projects = "CLIPTextModelWithProjection" in class_names(config)
         settings = construct(CLIPTextConfig, config, key)
-        self.model = (CLIPTextModelWithProjection if self.projects else CLIPTextModel)(settings).eval()
+        kind = CLIPTextModelWithProjection if self.projects else CLIPTextModel
+        self.model = built(partial(kind, settings), kind.__name__, key).eval()
         self.key, self.hidden = key, hidden
         self.window = min(LENGTH, settings.max_position_embeddings)
         named = isinstance(tokenizer, str | Path)
@@ -124,8 +128,8 @@ class ClipTextEncoder(LibraryTextEncoder):
         if config is not None:
             beside, tensors = path.with_name(f"tokenizer{suffix}"), partial(read_tensors, path, key)
             tokenizer = tokenizer or (beside if beside.is_dir() else path)
-        elif path.is_file() and read_settings(path) is not None:
-            config, own_tokenizer, tensors = _tower(path)
+        elif path.is_file() and (tower := _tower(path, key)) is not None:
+            config, own_tokenizer, tensors = tower
             tokenizer = tokenizer or own_tokenizer
         else:
             raise UserError(f"{key}: {path} has no config.json: name the folder of a text encoder of transformers")
@@ -313,8 +317,8 @@ def _read_tokenizer(folder: Path, key: str) -> "CLIPTokenizer":
         raise UserError(f"{key}: {folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {error}") from None
+    except Exception as error:  # its files may say anything, and tokenizers raises plain exceptions
+        raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {shortened(str(error))}") from None
 
 
 def public_tokenizer(pad_token: str = "<|endoftext|>") -> "CLIPTokenizer":
@@ -327,11 +331,20 @@ def public_tokenizer(pad_token: str = "<|endoftext|>") -> "CLIPTokenizer":
     return byte_pair_tokenizer(LENGTH, pad_token)
 
 
-def _tower(file: Path) -> "tuple[dict[str, Any], PreTrainedTokenizerBase, Callable[[], dict[str, Tensor]]]":
-    """Config, tokenizer and weights of a text tower's file, as transformers has them."""
+def _tower(file: Path, key: str) -> "tuple[dict[str, Any], PreTrainedTokenizerBase, Callable] | None":
+    """Config, tokenizer and weights of a text tower's file, as transformers has them; None of another file.
+
+    Raises:
+        UserError: it is damaged.
+    """
     from families.common import transformers_text
 
-    tower = text_tower(path=file)
+    try:
+        if read_settings(file) is None:
+            return None
+        tower = text_tower(path=file)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
     model = transformers_text.text_encoder(tower)
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     return config, transformers_text.tokenizer(tower), model.state_dict

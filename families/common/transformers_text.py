@@ -1,9 +1,9 @@
 """Text towers as transformers keeps them, a CLIPTextModelWithProjection and its tokenizer, and back."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -17,11 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from families.common.library_files import built, check_layers
 from modules.clip import ClipSettings, TextTower
 from modules.clip_weights import convert_hugging_face
 from modules.tokenizers import UNKNOWN_WORD, BytePairTokenizer
 from warpcore.errors import UserError
-from warpcore.text import read_text
+from warpcore.safe_json import read_object
+from warpcore.text import shortened
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 PROBES = ["", "A red circle, on the left: 3 × 'stars'!", "word " * 200]
@@ -108,10 +110,21 @@ def text_tower(encoder: Path, tokenizer_folder: Path, weights: Mapping[str, Tens
     """The tower in transformers' folders of a text encoder and its tokenizer.
 
     Raises:
-        UserError: a tokenizer that is neither CLIP's nor a list of words.
+        UserError: a tokenizer that is neither CLIP's nor a list of words; the folder of another network.
     """
-    config = json.loads(read_text(encoder / "config.json"))
-    theirs = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+    config = read_object(encoder / "config.json", str(encoder / "config.json"))
+    try:
+        theirs = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its files may say anything, and tokenizers raises plain exceptions
+        raise UserError(f"the tokenizer in {tokenizer_folder} cannot be read: {shortened(str(error))}") from None
+    name = "CLIPTextModelWithProjection"
+    check_layers(config, name, str(encoder))
+    return built(lambda: _tower(config, theirs, tokenizer_folder, weights), name, str(encoder))
+
+
+def _tower(
+    config: Mapping[str, Any], theirs: PreTrainedTokenizerFast, tokenizer_folder: Path, weights: Mapping[str, Tensor]
+) -> TextTower:
     text = {
         "width": config["hidden_size"],
         "heads": config["num_attention_heads"],

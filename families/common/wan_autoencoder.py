@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from families.common.autoencoders import Autoencoder, LatentScale
 from families.common.library_files import read_tensors
 from families.common.weights import read_weights
+from warpcore.errors import UserError
+from warpcore.text import brief
 
 LIBRARY_CLASS = "AutoencoderKLWan"
 CONSTRUCTOR = {
@@ -24,6 +26,7 @@ CONSTRUCTOR = {
     ],
 }  # fmt: skip
 """Of the published network; what is not here is the library's default."""
+COMPRESSIONS = [2**levels for levels in range(11)]
 
 
 class WanAutoencoder(Autoencoder):
@@ -38,11 +41,14 @@ class WanAutoencoder(Autoencoder):
     @staticmethod
     def scale_of(config: Mapping[str, Any]) -> LatentScale:
         given = CONSTRUCTOR | dict(config)
-        return LatentScale(tuple(given["latents_mean"]), tuple(given["latents_std"]))
+        return LatentScale.of(given | {"scaling_factor": 1.0, "latent_channels": given["z_dim"]})
 
     @staticmethod
     def compression_of(config: Mapping[str, Any]) -> int:
-        return (CONSTRUCTOR | dict(config))["scale_factor_spatial"]
+        said = (CONSTRUCTOR | dict(config))["scale_factor_spatial"]
+        if said not in COMPRESSIONS:
+            raise UserError(f"scale_factor_spatial in the autoencoder's config is {brief(said)}; write a power of two")
+        return said
 
     @staticmethod
     def channels_of(config: Mapping[str, Any]) -> int:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from modules.pickled_weights import read_pickled
+from modules.safetensors_files import open_weights
 from warpcore.config import Settings
 from warpcore.errors import UserError
 from warpcore.files import require_file
@@ -40,7 +41,7 @@ def read_header(path: Path) -> Header:
     if path.suffix != ".safetensors":
         return Header(frozenset(_pickled_names(path)), {})
     try:
-        with safe_open(path, "pt") as file:
+        with open_weights(path) as file:
             return Header(frozenset(file.keys()), file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error

@@ -24,7 +24,7 @@ from warpcore.errors import UserError
 from warpcore.files import open_plain, write_whole
 from warpcore.keys import weights_keys
 from warpcore.locks import lock_file
-from warpcore.text import read_text
+from warpcore.safe_json import read_object
 
 MODELS = Path(__file__).parents[2] / "models"
 DONE = ".downloaded.json"
@@ -123,7 +123,7 @@ def _is_complete(folder: Path) -> bool:
     done = folder / DONE
     if not done.is_file():
         return False
-    sizes = json.loads(read_text(done))
+    sizes = read_object(done, f"{done}, which may be removed,")
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 

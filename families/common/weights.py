@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.pickled_weights import read_pickled_tensors
+from modules.safetensors_files import load_weights
 from warpcore.errors import UserError
 from warpcore.files import why_no_file
 
@@ -85,7 +85,7 @@ def read_weights(path: Path, key: str, mapped: bool = False) -> dict[str, Tensor
     existing_file(path, key)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_weights(path)
         return read_pickled_tensors(path, mmap=mapped)
     except Exception as error:  # whatever a broken archive may raise
         raise WeightsError(f"{key}: {path} cannot be read as weights: {error}") from error

@@ -18,6 +18,7 @@ from families.stable_diffusion.versions import VERSIONS
 from warpcore.config import ConfigError
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import discrete_process, flow_process
+from warpcore.text import brief, shortened
 
 GENERATOR, AUTOENCODER, TEXT = (
     "generator_checkpoint_path", "autoencoder_checkpoint_path", "text_encoder_checkpoint_path",
@@ -55,10 +56,9 @@ def generator_source(settings: SdSettings) -> Component | None:
         return None
     found, version = find_component(path, "unet", GENERATOR), settings.version
     if found.version is not None and (found.version == "sdxl") != version.sees_sizes:
-        title = {"sdxl": "SDXL", "sd15": "Stable Diffusion 1.5"}.get(found.version, found.version)
-        raise WeightsError(
-            f"{GENERATOR}: {path} is {title}; write model_version: {found.version}, or name other weights"
-        )
+        said = shortened(found.version)
+        title = {"sdxl": "SDXL", "sd15": "Stable Diffusion 1.5"}.get(said, said)
+        raise WeightsError(f"{GENERATOR}: {path} is {title}; write model_version: {said}, or name other weights")
     return found
 
 
@@ -69,8 +69,8 @@ def autoencoder(settings: SdSettings) -> Autoencoder:
     made, wanted = config.get("latent_channels", 4), unet_config(settings).get("in_channels", 4)
     if made != wanted:
         raise WeightsError(
-            f"{AUTOENCODER}: latents of {found.path} have {made} channels, and the U-Net reads {wanted}: name the "
-            "autoencoder that the U-Net was trained with"
+            f"{AUTOENCODER}: latents of {found.path} have {brief(made)} channels, and the U-Net reads "
+            f"{brief(wanted)}: name the autoencoder that the U-Net was trained with"
         )
     return Autoencoder.of(config, found.tensors, found.path, AUTOENCODER, precision=settings.autoencoder_precision)
 
@@ -90,7 +90,7 @@ def autoencoder_by_itself(path: Path, version: str | None = None, any_scale: boo
         return Autoencoder.load(path, key=AUTOENCODER, **options)
     found = find_component(path, "vae", AUTOENCODER)
     version = found.version or version or ("sd15" if any_scale else None)
-    if found.config is None and version is None:
+    if found.config is None and version not in VERSIONS:
         raise WeightsError(
             f"{AUTOENCODER}: {path} does not say which autoencoder it is: those of Stable Diffusion 1.5 and of SDXL "
             "are alike but for the scale of their latents. Write autoencoder_version: sd15 or sdxl"
@@ -107,7 +107,7 @@ def autoencoder_source(settings: SdSettings) -> Component:
 def latents_of(settings: SdSettings) -> tuple[LatentScale, int]:
     """The scale of the autoencoder's latents, and the pixels per position and side; its weights are not read."""
     config = autoencoder_source(settings).config or settings.version.autoencoder
-    return LatentScale.of(config), 2 ** (len(config["block_out_channels"]) - 1)
+    return LatentScale.of(config), Autoencoder.compression_of(config)
 
 
 def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> ClipTextEncoders:

@@ -19,8 +19,8 @@ from torch import Tensor
 from families.common.library_files import (
     CONFIG,
     PREDICTIONS,
+    class_names,
     component_folder,
-    parse_config,
     read_config,
     read_tensors,
 )
@@ -37,7 +37,8 @@ from families.stable_diffusion.single_file import (
     read_single_file,
 )
 from warpcore.errors import UserError
-from warpcore.text import read_text
+from warpcore.safe_json import parse_object, read_object
+from warpcore.text import brief, shortened
 
 TITLES = {
     "unet": "a U-Net", "vae": "an autoencoder", "text_encoder": "a text encoder",
@@ -145,7 +146,7 @@ def _pipeline(path: Path, key: str) -> str | None:
     index = _json(path / PIPELINE, key)
     pipeline = str(index.get("_class_name"))
     if not PIPELINES.fullmatch(pipeline):
-        raise UserError(f"{key}: {path} holds a {pipeline}; supported are {SUPPORTED}")
+        raise UserError(f"{key}: {path} holds a {shortened(pipeline)}; supported are {SUPPORTED}")
     if index.get("requires_aesthetics_score"):
         raise UserError(f"{key}: {path} holds SDXL's refiner; supported are {SUPPORTED}")
     return pipeline
@@ -153,13 +154,14 @@ def _pipeline(path: Path, key: str) -> str | None:
 
 def _check_class(folder: Path, config: Mapping[str, Any], name: str, key: str) -> None:
     """Raise UserError for a folder of another network, or of a U-Net that sees more than the noised latents."""
-    classes = {str(config.get("_class_name") or ""), *map(str, config.get("architectures") or ())} - {""}
+    classes = class_names(config)
     if classes and not classes & {*_CLASSES[name]}:
         raise UserError(
             f"{key}: {folder} holds {', '.join(sorted(classes))}, not {TITLES[name]} ({' or '.join(_CLASSES[name])})"
         )
     seen, predicted = config.get("in_channels", 4), config.get("out_channels", 4)
     if name == "unet" and seen != predicted:
+        seen, predicted = brief(seen), brief(predicted)
         raise UserError(
             f"{key}: the U-Net in {folder} sees {seen} channels and predicts {predicted}, as inpainting and edit "
             f"models do; supported are {SUPPORTED}"
@@ -179,17 +181,18 @@ def _schedule(folder: Path, key: str) -> tuple[str | None, bool | None]:
         return "rectified_flows", False
     betas = {name: config.get(name, value) for name, value in BETAS.items()}
     if betas != BETAS:
-        logger.warning("%s: %s has the noise schedule %s; the one taken here is %s", key, file, betas, BETAS)
+        logger.warning(
+            "%s: %s has the noise schedule %s; the one taken here is %s", key, file, shortened(str(betas)), BETAS
+        )
     target = next((ours for ours, theirs in PREDICTIONS.items() if theirs == prediction), None)
     if target is None:
-        raise UserError(
-            f"{key}: {file}: prediction_type is {prediction}, not one of {', '.join(PREDICTIONS.values())}"
-        )
+        said, known = shortened(str(prediction)), ", ".join(PREDICTIONS.values())
+        raise UserError(f"{key}: {file}: prediction_type is {said}, not one of {known}")
     return target, bool(config.get("rescale_betas_zero_snr", False))
 
 
 def _json(file: Path, key: str) -> Mapping[str, Any]:
-    return parse_config(read_text(file), f"{key}: {file}")
+    return read_object(file, f"{key}: {file}")
 
 
 def _content(folder: Path) -> str:
@@ -223,7 +226,7 @@ def _of_single_file(path: Path, name: str, key: str) -> Component:
     return Component(
         path,
         lambda: read_single_file(path, key, [name])[name],
-        None if config is None else parse_config(config, f"{key}: {CONFIG_KEY.format(name)} of {path}"),
+        None if config is None else parse_object(config, f"{key}: {CONFIG_KEY.format(name)} of {path}"),
         contents.metadata.get(VERSION_KEY, contents.version),
         contents.diffusion_target,
         contents.zero_terminal_snr or None,
@@ -239,7 +242,7 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
         raise UserError(f"{key}: {path} holds the weights of {TITLES.get(found)}, not of {TITLES[name]}")
     said = header.metadata.get(CONFIG_KEY.format(name))  # beside the U-Net's, in files of a run that trained both
     what = f"{key}: {CONFIG_KEY.format(name)} of {path}"
-    config = read_config(path, key) if said is None else parse_config(said, what)
+    config = read_config(path, key) if said is None else parse_object(said, what)
     zero_snr = header.metadata.get(ZERO_SNR_KEY)
     return Component(
         path,

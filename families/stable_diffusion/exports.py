@@ -32,6 +32,7 @@ from families.stable_diffusion.single_file import CONFIG_KEY, ZERO_SNR_KEY, sing
 from warpcore.config import load_config
 from warpcore.errors import UserError
 from warpcore.outputs import check_new
+from warpcore.safe_json import parse_json
 from warpcore.weights import converted, dtype_name, write_weights
 
 FAMILY = "stable_diffusion"
@@ -164,7 +165,7 @@ def config_of(network: nn.Module) -> dict[str, Any]:
     """The config of a network of diffusers or transformers, as its `config.json` has it."""
     config = network.config
     if hasattr(config, "to_json_string"):
-        return json.loads(config.to_json_string()) | {"architectures": [type(network).__name__]}
+        return parse_json(config.to_json_string()) | {"architectures": [type(network).__name__]}
     return constructor_numbers(dict(config))
 
 

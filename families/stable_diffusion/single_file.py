@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from families.common.weight_files import TARGET_KEY
 from families.common.weights import existing_file
 from families.stable_diffusion.original_names import COMPONENTS, NOT_READ, library_tensors, original_tensors
 from modules.pickled_weights import read_pickled_tensors
+from modules.safetensors_files import open_weights
 from warpcore.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -253,7 +254,7 @@ def _open(path: Path, key: str) -> _Opened:
     existing_file(path, key)
     if path.suffix == ".safetensors":
         try:
-            file = safe_open(path, "pt")
+            file = open_weights(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{key}: {path} is damaged, or no safetensors file: {error}") from None
         slices = file.get_slice

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.pickled_weights import read_pickled_tensors
+from modules.safetensors_files import load_weights
 
 
 class Filtered(NamedTuple):
@@ -107,7 +107,7 @@ def read_state(path: Path | str, advice: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} does not exist. {advice}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_weights(path)
         return read_pickled_tensors(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as weights: {error}") from error

@@ -15,6 +15,7 @@ from warpcore import lease
 from warpcore.checkpoint import Checkpoints
 from warpcore.config import make_config
 from warpcore.data import s3_requests
+from warpcore.data.s3_files import put_if, remove
 from warpcore.lease import Lease, LeaseError
 
 pytestmark = pytest.mark.integration
@@ -75,6 +76,21 @@ def test_a_slurm_job_out_of_the_queue_takes_its_lease_over_and_the_process_befor
     before.release()
     later.renew()
     later.release()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"null", b'{"owner": 1, "token": "a", "who": "b"}'])
+def test_a_lease_that_cannot_be_read_runs_out_as_any_other_does(bucket, quick, monkeypatch, content):
+    held = Lease(f"{bucket.url}/lease.json", "held")
+    held.take()
+    remove([held.url])
+    put_if(held.url, content, None)
+    with pytest.raises(LeaseError, match="another run took held over"):
+        held.renew()
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 1)
+    after = Lease(held.url, "after")
+    after.take()
+    after.release()
+    held.release()
 
 
 @pytest.mark.parametrize("conditions", ["known", "ignored", "not implemented"])

@@ -1,6 +1,5 @@
 """What a sample's caption is: `captions_getter`. Workers import this, so it stays light."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from warpcore.data.expressions import Expression, compile_expression
 from warpcore.data.samples import NO_PICKLE, PICKLES
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
+from warpcore.safe_json import parse_json
 from warpcore.text import brief, shortened
 
 COLUMN_PREFIX = "json."
@@ -161,6 +161,6 @@ def _value(member: str, contents: Mapping[str, bytes]) -> Any:
     if member.split(".")[-1] != "json":
         return text.strip()
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise BadCaption(f"the .{member} is not JSON: {error}") from None

@@ -28,6 +28,7 @@ from warpcore.data.storage import in_parallel, is_remote, real_url, storage_for
 from warpcore.data.storage_protocol import StorageError, Version
 from warpcore.errors import UserError
 from warpcore.progress_bar import ProgressBar
+from warpcore.safe_json import parse_json
 
 MANIFEST_VERSION = 3
 MAX_LISTED_SHARDS = 10_000
@@ -179,7 +180,7 @@ class Catalog:
 
     def _names(self, kind: str) -> frozenset[str]:
         texts = self._table["names"].combine_chunks().unique().to_pylist()
-        return frozenset(name for text in texts for name in json.loads(text)[kind])
+        return frozenset(name for text in texts for name in parse_json(text)[kind])
 
 
 def open_catalog(sources: Sequence[Source], *, keep_copies: bool = False) -> Catalog:

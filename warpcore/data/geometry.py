@@ -1,6 +1,5 @@
 """How the pictures of a batch were resized and cropped: computed as they are decoded, or read from a cache."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -8,10 +7,11 @@ from typing import Self
 import torch
 
 from warpcore.data.buckets import resized_size
-from warpcore.data.images import Geometry
+from warpcore.data.images import BadPicture, Geometry
 from warpcore.data.samples import PICTURE_FACTS, Sample
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
+from warpcore.safe_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,9 @@ def stored_geometry(facts: bytes, sample: Sample, size: tuple[int, int], remedy:
 
     Raises:
         UserError: that was not stored.
+        BadPicture: what was stored is damaged.
     """
-    crops = json.loads(facts).get("crops")
+    crops = _crops(facts)
     if not crops:
         raise UserError(
             f"{sample.tar_of(PICTURE_FACTS)[0]} does not say how its pictures were cropped, which this run wants to "
@@ -64,6 +65,21 @@ def stored_geometry(facts: bytes, sample: Sample, size: tuple[int, int], remedy:
         )
     source, (top, left) = (sample.height, sample.width), crops[drawn_variant(sample, len(crops))]
     return Geometry(source, resized_size(*source, size), top, left, size)
+
+
+def _crops(facts: bytes) -> list[list[int]] | None:
+    try:
+        crops = parse_json(facts).get("crops")
+    except (ValueError, AttributeError) as error:
+        raise BadPicture(f"it is damaged: {error}") from None
+    if crops and not (isinstance(crops, list) and all(map(_is_corner, crops))):
+        raise BadPicture("its crops are damaged")
+    return crops
+
+
+def _is_corner(crop: object) -> bool:
+    """Whether it is [top, left] in px."""
+    return isinstance(crop, list) and len(crop) == 2 and all(type(one) is int and 0 <= one < 2**31 for one in crop)
 
 
 def drawn_variant(sample: Sample, variants: int) -> int:

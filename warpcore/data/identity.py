@@ -16,6 +16,7 @@ from warpcore.data.sidecars import ABSENT, cache_locations
 from warpcore.data.storage import read_ranges, real_url
 from warpcore.errors import UserError
 from warpcore.files import open_plain, read_bytes
+from warpcore.safe_json import parse_json
 
 HASHED_BYTES = 8192
 """The hash covers this much of the start of every member, which is the buffer that indexing reads of a picture."""
@@ -93,8 +94,8 @@ def _read_looked_at(location: str) -> _Looked:
     found = {}
     for line in lines:
         try:
-            name, size, etag, content = json.loads(line)
+            name, size, etag, content = parse_json(line)
             found[name] = (size, etag, content)
-        except (ValueError, TypeError, RecursionError):  # cut off while it was written: the tar is looked at again
+        except (ValueError, TypeError):  # cut off while it was written: the tar is looked at again
             logger.info("%s: a damaged line is passed over", location)
     return found

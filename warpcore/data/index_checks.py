@@ -1,6 +1,5 @@
 """Whether an index or a manifest holds what it should: a data set of others brings its own, and disks damage files."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from warpcore.data.filters import FIELD_PREFIX
 from warpcore.data.tar_headers import BLOCK_BYTES
+from warpcore.safe_json import parse_json
 
 MEMBER_COLUMNS = ["member_names", "member_offsets", "member_sizes"]
 HIDDEN_COLUMN = "hidden_pictures"
@@ -34,10 +34,10 @@ class DamagedError(ValueError):
 def saved_metadata(metadata: Mapping[bytes, bytes] | None, key: bytes) -> dict[str, Any]:
     """The JSON object that we keep in the metadata of a parquet file. Raises DamagedError."""
     try:
-        saved = json.loads((metadata or {})[key])
+        saved = parse_json((metadata or {})[key])
     except KeyError:
         raise DamagedError("another program wrote it") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedError(f"its metadata are damaged: {error}") from None
     if not isinstance(saved, dict):
         raise DamagedError("its metadata are damaged")

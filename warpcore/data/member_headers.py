@@ -1,7 +1,6 @@
 """What indexing reads of a tar's members: the sizes of pictures, from their headers, and the content of texts."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +10,7 @@ from warpcore.data.identity import HASHED_BYTES
 from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, PICTURE_FACTS
 from warpcore.data.storage import patiently
 from warpcore.errors import UserError
+from warpcore.safe_json import parse_json
 
 TEXT_EXTENSIONS = ("txt", "json", PICTURE_FACTS)
 """Members that are read whole."""
@@ -112,7 +112,7 @@ class _Window(io.RawIOBase):
 def _as_json(text: bytes) -> dict[str, Any]:
     """A sample's .json; a broken one counts as empty here: it is a bad sample only where its caption is read."""
     try:
-        content = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        content = parse_json(text.decode("utf-8-sig"))
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

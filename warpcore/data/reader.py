@@ -237,8 +237,11 @@ class Reader:
             target[:] = picture.pixels
             geometry = picture.geometry
         elif self.geometry:
-            facts = _content([PICTURE_FACTS], contents, sample)[1]
-            geometry = stored_geometry(facts, sample, size, self.geometry_remedy)
+            suffix, facts = _content([PICTURE_FACTS], contents, sample)
+            try:
+                geometry = stored_geometry(facts, sample, size, self.geometry_remedy)
+            except BadPicture as error:
+                raise _BadContent(suffix, str(error)) from error
         extra = {}
         for name, one in self.extra.items():
             suffix, content = _content(wanted(one, sample), contents, sample)

@@ -11,7 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, fused, named_alpha, split_part
+from families.common.lora_formats.adapters import (
+    Adapter,
+    Lora,
+    LoraFileError,
+    fused,
+    named_alpha,
+    named_texts,
+    split_part,
+)
 from modules.lora import Place
 from modules.tokens import TokenRows
 
@@ -77,7 +85,7 @@ def from_reference(
             "give the model_version and the module_filters that it was trained with (tools/export.py lora makes a "
             "file that says them)"
         )
-    alpha, stabilised = named_alpha({"alpha": "1"} | dict(about)), about.get("rank_stabilised") == "true"
+    alpha, stabilised = named_alpha(about), about.get("rank_stabilised") == "true"
     adapters = {}
     for number, place in enumerate(places):
         if place not in there:
@@ -85,11 +93,13 @@ def from_reference(
         down, up = (tensors.get(f"weights.{number}.lora_{part}") for part in ("down", "up"))
         if down is None or up is None:
             raise LoraFileError(f"number {number} has no lora_up or no lora_down: the file is not whole")
+        if down.dim() < 2 or up.dim() != 2:
+            raise LoraFileError(f"number {number} has tensors of {down.dim()} and {up.dim()} dimensions: no matrices")
         shape = (down.shape[0], *there[place].weight.shape[1:])
         if len(shape) == 4 and down.shape[1] == shape[1]:
             down = _constant_kernels(down, shape)
-        own_alpha = alpha[place] if isinstance(alpha, dict) else alpha
-        adapter = Adapter(down, up, own_alpha, rank_stabilised=stabilised)
+        own_alpha = alpha.get(place) if isinstance(alpha, dict) else alpha
+        adapter = Adapter(down, up, 1 if own_alpha is None else own_alpha, rank_stabilised=stabilised)
         adapters[place] = replace(adapter, up=up / adapter.plain_alpha)
     return _with_tokens(Lora(adapters), tensors, rows)
 
@@ -97,15 +107,17 @@ def from_reference(
 def _numbered(about: Mapping[str, str], there: Mapping[str, Place], filters: Sequence[str]) -> list[str]:
     """The layers of the numbers 0, 1, ... of a file."""
     if "layers" in about:
-        return json.loads(about["layers"])
+        return named_texts(about, "layers")
     found = [place for place in there if not split_part(place)[1] and any(text in place for text in filters)]
     return found if "alpha" in about else walked(found)  # files of ours that name no layers have our order
 
 
 def _with_tokens(lora: Lora, tensors: Mapping[str, Tensor], rows: TokenRows | None) -> Lora:
-    ids = tensors.get("embeddings.indices", torch.empty(0)).tolist()
+    ids = tensors.get("embeddings.indices", torch.empty(0)).flatten().tolist()
     if not ids:
         return lora
+    if "embeddings.embeddings" not in tensors:
+        raise LoraFileError(f"it names {len(ids)} tokens without their embeddings: the file is not whole")
     known = {token.id: i for i, token in enumerate(rows.tokens)} if rows else {}
     if unknown := [i for i in ids if i not in known]:
         raise LoraFileError(

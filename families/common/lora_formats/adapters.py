@@ -1,6 +1,5 @@
 """What a LoRA holds, whatever file it came from: adapters by the names of their places, and trained tokens."""
 
-import json
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from modules.lora import PARTS
 from warpcore.errors import UserError
+from warpcore.safe_json import parse_json
 
 LARGEST_ALPHA = 1e9
 """Far above what is trained with; NaN is not below it."""
@@ -24,14 +24,19 @@ def named_tokens(about: Mapping[str, str]) -> list[str]:
 
     Raises LoraFileError where they are no list of texts.
     """
-    text = about.get("tokens", "[]")
+    return named_texts(about, "tokens")
+
+
+def named_texts(about: Mapping[str, str], key: str) -> list[str]:
+    """The texts that a file's metadata name under a key. Raises LoraFileError where they are no JSON list of texts."""
+    text = about.get(key, "[]")
     try:
-        tokens = json.loads(text)
-    except (ValueError, RecursionError):
-        tokens = None
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise LoraFileError(f"its metadata say tokens: {text[:60]}, which is not a JSON list of texts")
-    return tokens
+        texts = parse_json(text)
+    except ValueError:
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+        raise LoraFileError(f"its metadata say {key}: {text[:60]}, which is not a JSON list of texts")
+    return texts
 
 
 def named_alpha(about: Mapping[str, str]) -> float | dict[str, float] | None:
@@ -41,8 +46,8 @@ def named_alpha(about: Mapping[str, str]) -> float | dict[str, float] | None:
     """
     text = about.get("alpha", "null")
     try:
-        alpha = json.loads(text)
-    except (ValueError, RecursionError):
+        alpha = parse_json(text)
+    except ValueError:
         alpha = text
     values = alpha.values() if isinstance(alpha, dict) else [alpha]
     if alpha is not None and not all(is_alpha(value) for value in values):

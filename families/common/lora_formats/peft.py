@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from families.common.lora_formats.adapters import Adapter, LoraFileError
+from families.common.lora_formats.adapters import Adapter, LoraFileError, is_alpha
 from warpcore.patterns import searching
+from warpcore.text import brief, shortened
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -57,14 +59,16 @@ def check(config: Mapping) -> None:
     """Raises LoraFileError for a config of something else than LoRA, or of parts that are not read."""
     kind, start, bias = (config.get(key) for key in ("peft_type", "init_lora_weights", "bias"))
     if kind not in (None, "LORA"):
-        raise LoraFileError(f"its {CONFIG} says peft_type {kind}: only LORA is read")
+        raise LoraFileError(f"its {CONFIG} says peft_type {shortened(str(kind))}: only LORA is read")
     if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-        raise LoraFileError(f"init_lora_weights {start} changed the base too: convert it to a plain LoRA with peft")
+        raise LoraFileError(
+            f"init_lora_weights {shortened(start)} changed the base too: convert it to a plain LoRA with peft"
+        )
     if bias not in (None, "none"):
-        raise LoraFileError(f"it was trained with bias {bias}: the trained biases have no place here")
+        raise LoraFileError(f"it was trained with bias {shortened(str(bias))}: the trained biases have no place here")
     for key in ("modules_to_save", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices"):
         if config.get(key):
-            raise LoraFileError(f"it was trained with {key}: {config[key]}, which has no place here")
+            raise LoraFileError(f"it was trained with {key}: {shortened(str(config[key]))}, which has no place here")
 
 
 def alpha_of(config: Mapping, layer: str, rank: int) -> float:
@@ -72,13 +76,19 @@ def alpha_of(config: Mapping, layer: str, rank: int) -> float:
 
     Raises LoraFileError where the config speaks of another rank.
     """
-    said = _matching(config.get("rank_pattern"), layer, config.get("r", rank))
+    said = _matching(config, "rank_pattern", layer, config.get("r", rank))
     if said != rank:
-        raise LoraFileError(f"{layer} has rank {rank}, but {CONFIG} says {said}")
-    return _matching(config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
+        raise LoraFileError(f"{layer} has rank {rank}, but {CONFIG} says {brief(said)}")
+    alpha = _matching(config, "alpha_pattern", layer, config.get("lora_alpha", rank))
+    if not is_alpha(alpha):
+        raise LoraFileError(f"{CONFIG} says that {layer} has the alpha {brief(alpha)}, which is no number")
+    return alpha
 
 
-def _matching(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
+def _matching(config: Mapping, key: str, layer: str, default: Any) -> Any:
+    patterns = config.get(key)
+    if patterns and not isinstance(patterns, dict):
+        raise LoraFileError(f"{CONFIG}: {key} is {brief(patterns)}; it has to name layers")
     try:
         with searching(CONFIG):
             found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))

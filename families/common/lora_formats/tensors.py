@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from families.common.lora_formats.adapters import LoraFileError
 from modules.pickled_weights import read_pickled
+from modules.safetensors_files import open_weights
 from warpcore.files import why_no_file
 
 
@@ -21,7 +21,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.suffix != ".safetensors":
             return read_pickled(path), {}
-        with safe_open(path, "pt") as file:
+        with open_weights(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # whatever unpickling may raise
         raise LoraFileError(f"{path} cannot be read as a LoRA: {error}") from error

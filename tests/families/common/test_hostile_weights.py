@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
 from families.common.library_files import read_tensors, weights_files
-from families.common.lora_files import FORMATS, read_loras, write_loras
+from families.common.lora_files import read_loras, write_loras
+from families.common.lora_formats import peft
 from families.common.lora_formats.adapters import Adapter, Lora
 from families.common.weight_files import read_header
 from families.common.weights import with_weights
-from tests.bounds import bounded
+from tests.bounds import bounded, fuzz
 from warpcore.errors import UserError
 
 
@@ -124,6 +125,14 @@ def test_a_header_that_lies_is_an_error(tmp_path, what, read):
         read(path)
 
 
+def test_a_header_of_which_millions_of_tensors_could_be_made_is_refused_unread(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(safetensors(b"", length=90_000_000))
+    os.truncate(path, 90_000_008)
+    with bounded(tmp_path, gibibytes=0.1), pytest.raises(UserError, match=r"header says that it has 90000000 bytes"):
+        read_header(path)
+
+
 # ---------------------------------------------------------------- fuzz
 
 
@@ -173,6 +182,17 @@ def mutated(content: bytes, data: st.DataObject) -> bytes:
     return safetensors(header, bytes(rest))
 
 
+def damaged(data: st.DataObject, content: object) -> str:
+    """A JSON object in which some value is another one or missing, perhaps cut off."""
+    content = json.loads(json.dumps(content))
+    key = data.draw(st.sampled_from(sorted(content)))
+    content[key] = data.draw(VALUES | st.dictionaries(st.text(max_size=3) | st.just("to_q"), VALUES, max_size=2))
+    if data.draw(st.booleans()):
+        del content[key]
+    text = json.dumps(content)
+    return text[: data.draw(st.just(len(text)) | st.integers(0, len(text)))]
+
+
 def fuzzed(path: Path, content: bytes, data: st.DataObject, *readers: Callable[[Path], object]) -> None:
     path.write_bytes(mutated(content, data))
     for read in readers:
@@ -180,13 +200,7 @@ def fuzzed(path: Path, content: bytes, data: st.DataObject, *readers: Callable[[
             read(path)
 
 
-FUZZED = settings(
-    max_examples=int(os.environ.get("EXAMPLES", "150")), derandomize="EXAMPLES" not in os.environ, deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
-
-
-@FUZZED
+@fuzz(150)
 @given(data=st.data())
 def test_any_weights_file_is_read_or_refused(tmp_path, data):
     save_file(linear().state_dict(), tmp_path / "whole.safetensors", {"config": '{"a": 1}', "update": "3"})
@@ -197,8 +211,8 @@ def test_any_weights_file_is_read_or_refused(tmp_path, data):
     )  # fmt: skip
 
 
-@FUZZED
-@given(data=st.data(), kind=st.sampled_from(FORMATS))
+@fuzz(150)
+@given(data=st.data(), kind=st.sampled_from(["warpcore", "diffusers", "kohya"]))
 def test_any_lora_file_is_read_or_refused(tmp_path, data, kind):
     lora = Lora({
         "to_q": Adapter(torch.ones(2, 4), torch.ones(4, 2), 2.0),
@@ -207,3 +221,28 @@ def test_any_lora_file_is_read_or_refused(tmp_path, data, kind):
     write_loras({"unet": lora}, tmp_path / "whole.safetensors", kind, NETWORKS)
     content = (tmp_path / "whole.safetensors").read_bytes()
     fuzzed(tmp_path / "a.safetensors", content, data, lambda path: read_loras(path, NETWORKS))
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_any_config_of_peft_is_read_or_refused(tmp_path, data):
+    adapters = {"to_q": Adapter(torch.ones(2, 4), torch.ones(4, 2), 2.0)}
+    tensors, config = peft.to_peft(adapters, "base_model.model.")
+    save_file(tensors, tmp_path / peft.TENSORS)
+    (tmp_path / peft.CONFIG).write_text(damaged(data, config), encoding="utf-8")
+    with bounded(tmp_path), suppress(UserError):
+        read_loras(tmp_path, NETWORKS)
+
+
+def test_an_alpha_that_is_no_number_is_named(tmp_path):
+    tensors, config = peft.to_peft({"to_q": Adapter(torch.ones(2, 4), torch.ones(4, 2), 2.0)}, "base_model.model.")
+    save_file(tensors, tmp_path / peft.TENSORS)
+    for changed, reason in (
+        ({"lora_alpha": "8"}, "adapter_config.json says that to_q has the alpha '8', which is no number"),
+        ({"alpha_pattern": {"to_q": None}}, "to_q has the alpha None"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; it has to name layers"),
+        ({"rank_pattern": "to_q"}, "rank_pattern is 'to_q'; it has to name layers"),
+    ):
+        (tmp_path / peft.CONFIG).write_text(json.dumps(config | changed), encoding="utf-8")
+        with pytest.raises(UserError, match=reason):
+            read_loras(tmp_path, NETWORKS)

@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_one_clear_error(folder, tmp_path):
         "small": "te: the tokenizer has 58 tokens, the encoder 8",
         "wrong": "te: its config is none of T5Config",
         "code": "te: .*pytorch_model.bin cannot be read as weights",
-        "list": "holds no tensors by name",
+        "list": "holds a list instead of tensors by name",
         "none": "te: .* holds no weights",
         "no tokenizer": "holds no tokenizer of T5",
         "missing": "te: .* does not exist",

@@ -12,6 +12,7 @@ from families.stable_diffusion import build
 from families.stable_diffusion.components import find_component, holds
 from families.stable_diffusion.config import SdSettings
 from families.stable_diffusion.versions import VERSIONS
+from tests.bounds import bounded
 from tests.families.stable_diffusion.original_files import component_tensors, original_file
 from tests.families.stable_diffusion.test_single_file import same
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
@@ -162,12 +163,38 @@ def test_a_file_of_another_network_is_refused(folders, tmp_path):
     ("unet", {"layers_per_block": "x"}, build.unet, f"{KEY}: its config is none of UNet2D"),
     ("unet", {"block_out_channels": None}, build.unet, "its config is none of UNet2DConditionModel"),
     ("vae", {"scaling_factor": "x"}, build.autoencoder, "scaling_factor in the autoencoder's config is 'x'"),
+    ("unet", {"layers_per_block": 10**9}, build.unet, r"none of UNet2D.*: layers_per_block is 1000000000"),
+    ("unet", {"transformer_layers_per_block": [1, [10**9]]}, build.unet, "transformer_layers_per_block is "),
+    ("unet", {"block_out_channels": [8] * 5000}, build.unet, "block_out_channels is "),
+    ("unet", {"cross_attention_dim": 2**62}, build.unet, "its config is none of UNet2D"),
+    ("unet", {"norm_num_groups": 0}, build.unet, "its config is none of UNet2D"),
+    ("unet", {"in_channels": [4] * 99}, build.unet, r"sees \[4, .*\] channels and predicts 4"),
+    ("vae", {"latents_mean": 3}, build.latents_of, "latents_mean or shift_factor in the autoencoder's config is 3"),
+    ("vae", {"latents_mean": ["0"] * 4}, build.latents_of, r"is \['0', '0', '0', '0'\]; write a number, or"),
+    ("vae", {"shift_factor": {}, "latents_mean": [1, 2]}, build.latents_of, "for each of the 4 channels"),
+    ("vae", {"latents_std": [0.0]}, build.latents_of, r"latents_std .* is \[0.0\]; .*, above 0"),
+    ("vae", {"latents_std": [10**400]}, build.latents_of, "latents_std in the autoencoder's config is"),
+    ("vae", {"scaling_factor": [1]}, build.latents_of, r"scaling_factor in the autoencoder's config is \[1\]"),
+    ("vae", {"block_out_channels": 3}, build.latents_of, "block_out_channels in the autoencoder's config is 3"),
+    ("vae", {"block_out_channels": []}, build.latents_of, r"block_out_channels in the autoencoder's config is \[\]"),
+    ("vae", {"latent_channels": "4"}, build.autoencoder, "have '4' channels, and the U-Net reads 4"),
     ("text_encoder", {"hidden_size": "x"}, build.text_encoders, "text_encoder_checkpoint_path: its config is none of"),
+    ("text_encoder", {"num_hidden_layers": 10**9}, build.text_encoders, "num_hidden_layers is 1000000000"),
+    ("text_encoder", {"max_position_embeddings": -3}, build.text_encoders, "its config is none of CLIPTextModel"),
+    ("text_encoder", {"architectures": 3, "hidden_act": "no"}, build.text_encoders, "its config is none of CLIPText"),
+    ("text_encoder", {"architectures": [3, {}], "vocab_size": 2**62}, build.text_encoders, "its config is none of"),
 ])  # fmt: skip
 def test_a_config_with_wrong_numbers_is_an_error(network, changes, make, message, copy):
     edit(copy / network / "config.json", changes)
-    with pytest.raises(UserError, match=message):
+    with bounded(copy), pytest.raises(UserError, match=message):
         make(SdSettings(generator_checkpoint_path=copy))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": 3}', '{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_tokenizer_that_cannot_be_read_is_an_error(content, copy):
+    (copy / "tokenizer" / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"text_encoder_checkpoint_path: the tokenizer in .*tokenizer cannot be read"):
+        build.text_encoders(SdSettings(generator_checkpoint_path=copy))
 
 
 def test_a_config_that_cannot_be_read_is_an_error(copy):

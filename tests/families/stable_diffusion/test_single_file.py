@@ -198,7 +198,7 @@ def test_a_file_that_is_not_whole_is_an_error(sd15, tmp_path):
         content = (tmp_path / f"whole.{kind}").read_bytes()
         for length in (0, 5, len(content) // 2, len(content) - 1):
             (tmp_path / f"cut.{kind}").write_bytes(content[:length])
-            with pytest.raises(UserError, match=rf"^{KEY}: .*cut\.{kind} is damaged"):
+            with pytest.raises(UserError, match=rf"^{KEY}: .*cut\.{kind} (cannot be read: it )?is damaged"):
                 read_single_file(tmp_path / f"cut.{kind}", KEY)
     with pytest.raises(UserError, match=rf"{KEY}: .*none.safetensors does not exist"):
         look_into(tmp_path / "none.safetensors", KEY)

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from tests.warpcore.data.tars import catalog_of, write_tar
 from warpcore.data.buckets import Buckets
+from warpcore.data.geometry import stored_geometry
+from warpcore.data.images import BadPicture
 from warpcore.data.plan import Plan
 from warpcore.data.reader import Reader
 from warpcore.errors import UserError
@@ -68,6 +70,19 @@ def test_a_batch_without_a_readable_picture_has_numbers_too(tmp_path):
     batch = Reader(geometry=True).__getitems__(micro_batch)
     assert batch.weight == 0
     assert batch.geometry.source.tolist() == [[50, 70]]
+
+
+@pytest.mark.parametrize("crops", [3, [[1]], [["1", 2]], [[-1, 2]], [[0, 2**40]], {"a": 1}])
+def test_damaged_crops_of_stored_features_make_a_bad_sample(tmp_path, crops):
+    facts = [json.dumps({"width": 70, "height": 50, "crops": one}).encode() for one in ([[0, 1]], crops)]
+    write_tar(tmp_path / "a.tar", [(f"{number}.picture.json", one) for number, one in enumerate(facts)])
+    plan = Plan(catalog_of(tmp_path), micro_batch_size=2, buckets=Buckets(32 * 32, 8))
+    batch = Reader(pictures=False, geometry=True).__getitems__(next(plan.micro_batches()))
+    assert [(one.source[-15:], one.reason) for one in batch.events] == [("/1.picture.json", "its crops are damaged")]
+    assert batch.geometry.crop.tolist() == [[0, 1], [0, 1]]
+    for damaged in (b"{", b"[]", b"[" * 100_000):
+        with pytest.raises(BadPicture, match="it is damaged"):
+            stored_geometry(damaged, next(plan.micro_batches()).samples[0], (32, 32), "")
 
 
 def test_stored_features_without_crops_are_named(tmp_path):
