@@ -15,11 +15,11 @@ machines that share FOLDER and OUT).
 
 import argparse
 import re
-import shutil
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from tools.arguments import local_path, positive
 from tools.metadata import FORMATS
 from tools.picture_folder import Entry, find_entries
 from tools.picture_sample import Outcome, Unusable, load_again, load_sample
-from tools.shard_writer import Packing, ShardWriter, sample_bytes
+from tools.shard_writer import Packing, ShardWriter, reserved, sample_bytes
 from tools.shared_work import ALONE, SharedWork
 from warpcore.data.catalog import MANIFEST_NAME, write_manifests
 from warpcore.data.index import Summary
@@ -153,20 +153,19 @@ def build_dataset(
     Raises:
         UserError: no such folder, nothing usable in it, or `out` holds something and `overwrite` is False.
     """
-    report, aside, is_new = Report(), out / _ASIDE, not out.exists()
+    report, aside = Report(), out / _ASIDE
     work = SharedWork(processes, aside)
+    with ExitStack() as until_done:
 
-    def begin() -> list[Entry]:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder of pictures")
-        _check_free(out, overwrite)
-        found = find_entries(folder, metadata, report.left_out, report.notes, out, extra)
-        entries = sorted(found, key=lambda entry: stable_hash(entry.key))
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        return entries
+        def begin() -> list[Entry]:
+            if not folder.is_dir():
+                raise UserError(f"{folder} is not a folder of pictures")
+            _check_free(out, overwrite)
+            found = find_entries(folder, metadata, report.left_out, report.notes, out, extra)
+            entries = sorted(found, key=lambda entry: stable_hash(entry.key))
+            until_done.enter_context(reserved(aside))
+            return entries
 
-    try:
         entries = work.on_main(begin)
         build = _build_alone if processes.count == 1 else _build_together
         shards = build(
@@ -175,11 +174,6 @@ def build_dataset(
         if processes.is_main:
             write_manifests(list(shards), {shard.url: summary for shard, summary in shards.items()})
             _swap(aside, out)
-    finally:
-        if processes.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            if is_new and out.is_dir() and not any(out.iterdir()):
-                out.rmdir()
     report.shards, report.bytes_written = len(shards), sum(shard.size_bytes for shard in shards)
     return report
 
@@ -297,7 +291,8 @@ def _swap(aside: Path, out: Path) -> None:
         if _OURS.fullmatch(path.name):
             path.unlink()
     for path in aside.iterdir():
-        path.replace(out / path.name)
+        if _OURS.fullmatch(path.name):
+            path.replace(out / path.name)
 
 
 def _load_all(

@@ -19,7 +19,7 @@ from warpcore.data.picture_files import LeftOut, is_picture
 from warpcore.errors import UserError
 from warpcore.files import open_to_read, read_bytes, why_no_file
 from warpcore.safe_json import ExcessiveJsonError, parse_json
-from warpcore.text import brief, decode_text, read_text, shortened
+from warpcore.text import brief, counted, decode_text, read_text, shortened
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "filename", "image", "path")
@@ -42,6 +42,8 @@ class Metadata:
     """Columns that hold captions of other lines, or further captions of a picture: these are kept as fields."""
     unread: set[str] = field(default_factory=set)
     """Columns of bytes, which are no fields."""
+    repeated: int = 0
+    """Lines on a picture that has one already."""
 
     def notes(self) -> list[str]:
         """Lines for a report."""
@@ -52,6 +54,12 @@ class Metadata:
             notes.append(f"captions in the metadata: {taken}" + (f"; kept as a field: {kept}" if kept else ""))
         if self.unread:
             notes.append(f"columns of the metadata that hold bytes are left out: {', '.join(sorted(self.unread))}")
+        if self.repeated:
+            notes.append(
+                f"{counted(self.repeated, 'line')} of the metadata came after one on the same picture: only the "
+                "last one counts. Several captions are a list in one line of a .jsonl, "
+                '"captions": ["...", "..."], with captions_getter: [\'json\', \'lambda j: j["captions"]\']'
+            )
         return notes
 
 
@@ -87,7 +95,9 @@ def read_metadata(folder: Path, listed: Sequence[Path], left_out: LeftOut, given
                 if path is None:
                     left_out.add(NOT_IN_FOLDER, shortened(name))
                 else:
-                    found.lines[Path(os.path.realpath(path))] = line
+                    real = Path(os.path.realpath(path))
+                    found.repeated += real in found.lines
+                    found.lines[real] = line
         except csv.Error as error:
             raise UserError(f"{file} is no CSV that can be read: {error}") from None
         if not used and problem:
@@ -217,8 +227,8 @@ def _read_csv(file: Path, _: Metadata, delimiter: str = ",") -> Iterator[tuple[i
 
 
 def _value(text: str) -> str | int | float:
-    """Numbers of a .csv as numbers, so that filters can compare them."""
-    for kind in (int, float):
+    """Numbers of a .csv as numbers, so that filters can compare them; 20_10 is one for Python alone, and is text."""
+    for kind in (int, float) if "_" not in text else ():
         try:
             return kind(text)
         except ValueError:

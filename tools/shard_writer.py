@@ -1,8 +1,10 @@
 """The tars of a data set while they are written: which samples go into which tar, and their bytes."""
 
 import os
+import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import webdataset
@@ -10,7 +12,38 @@ import webdataset
 from warpcore.data.index import Summary, index_shard
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
-from warpcore.files import naming
+from warpcore.errors import UserError
+from warpcore.files import naming, open_plain
+from warpcore.locks import lock_file
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def reserved(aside: Path) -> Iterator[None]:
+    """The folder that tars are written to first, empty, for one build alone; it is removed in the end, and so is the
+    folder around it where that is new and nothing came into it.
+
+    Raises:
+        UserError: another process builds there.
+    """
+    out = aside.parent
+    is_new = not out.exists()
+    aside.mkdir(parents=True, exist_ok=True)
+    with open_plain(aside / _LOCK, "w") as lock:
+        try:
+            lock_file(lock, str(out), wait=False)
+        except BlockingIOError:
+            raise UserError(f"{out}: another process builds a data set there; wait for it, or stop it") from None
+        for path in aside.iterdir():  # of a build that was killed
+            if path.name != _LOCK:
+                path.unlink()
+        try:
+            yield
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
 
 
 class Packing:

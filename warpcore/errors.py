@@ -65,6 +65,8 @@ def _explained(error: OSError) -> str | None:
     if error.errno in _FULL:
         disk = "a disk" if path is None else f"the disk that holds {path}"
         return f"{disk} is full ({reason}). Make room there and start the same command again"
+    if error.errno == errno.EFBIG:
+        return f"{path or 'a file'} would be larger than a file may be here ({reason}): raise the limit (ulimit -f)"
     if error.errno in _FORBIDDEN and path is not None:
         return f"{path} may not be read or written ({reason}): change its permissions, or name another place"
     if error.errno in _IN_THE_WAY and path is not None:

@@ -10,7 +10,7 @@ import webdataset
 
 from tests.warpcore.data.tars import picture
 from tools.build_dataset import build_dataset, main, parse_bytes
-from warpcore.data.catalog import MANIFEST_NAME, open_catalog
+from warpcore.data.catalog import MANIFEST_NAME, open_catalog, write_manifests
 from warpcore.data.index import INDEX_SUFFIX, read_rows
 from warpcore.data.shards import resolve_sources
 from warpcore.errors import UserError
@@ -235,6 +235,22 @@ def test_what_is_there_stays_until_the_new_tars_are_whole(folder, tmp_path, monk
     with pytest.raises((UserError, KeyboardInterrupt)):
         build_dataset(folder, out, overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_second_build_into_the_same_folder_is_refused_and_the_first_one_goes_on(folder, tmp_path, monkeypatch):
+    def build_again(*arguments):
+        with pytest.raises(UserError, match="out: another process builds a data set there"):
+            build_dataset(folder, tmp_path / "out")
+        write_manifests(*arguments)
+
+    monkeypatch.setattr("tools.build_dataset.write_manifests", build_again)
+    build_dataset(folder, tmp_path / "out")
+    assert len(samples_of(tmp_path / "out")) == 5
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "00000.tar",
+        f"00000.tar{INDEX_SUFFIX}",
+        MANIFEST_NAME,
+    }
 
 
 def test_an_out_that_is_a_file_is_explained(folder, tmp_path):

@@ -122,6 +122,20 @@ def test_the_report_says_which_column_the_captions_are_from(tmp_path):
     )
 
 
+def test_lines_that_repeat_a_picture_are_told(tmp_path):
+    lines = b"file_name,text\na.jpg,a bear\nb.jpg,a cat\na.jpg,a brown bear\n"
+    samples, report = build(tmp_path, {"a.jpg": picture(), "b.jpg": picture(), "metadata.csv": lines})
+    assert samples["a"]["txt"] == b"a brown bear"
+    assert "1 line of the metadata came after one on the same picture: only the last one counts" in str(report)
+
+
+def test_only_numbers_of_a_csv_become_numbers(tmp_path):
+    lines = b"file_name,score,series\na.jpg,5.5,20_10\n"
+    samples, report = build(tmp_path, {"a.jpg": picture(), "metadata.csv": lines})
+    assert json.loads(samples["a"]["json"]) == {"score": 5.5, "series": "20_10"}
+    assert "came after one" not in str(report)
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_names_that_another_system_wrote_lead_to_their_files(tmp_path, form):
     other = {"NFC": "NFD", "NFD": "NFC"}[form]

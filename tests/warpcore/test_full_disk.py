@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -44,6 +45,22 @@ def test_a_full_disk_is_named_by_the_file_that_was_written(tmp_path, monkeypatch
             fail(errno.EDQUOT)()
 
     assert f"the disk that holds {tmp_path / 'metrics.jsonl'} is full (Disk quota" in message_of(write_line, capsys)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.EACCES, "may not be read or written (Permission denied): change its permissions"),
+        (errno.EROFS, "may not be read or written (Read-only file system)"),
+        (errno.EFBIG, "would be larger than a file may be here (File too large): raise the limit (ulimit -f)"),
+    ],
+)
+def test_a_place_that_refuses_what_a_tool_writes_is_named(tmp_path, monkeypatch, capsys, number, told):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "0.jpg").write_bytes(picture())
+    monkeypatch.setattr("tarfile.TarFile.addfile", fail(number))
+    message = message_of(lambda: build_dataset([str(tmp_path / "pictures"), str(tmp_path / "out")]), capsys)
+    assert re.search(rf"error: {re.escape(str(tmp_path / 'out'))}\S* {re.escape(told)}", message)
 
 
 def test_a_disk_that_is_full_for_weights_is_named(tmp_path, monkeypatch, capsys):
