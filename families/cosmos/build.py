@@ -28,6 +28,8 @@ from warpcore.diffusion.processes import flow_process
 GENERATOR, AUTOENCODER, TEXT = (
     "generator_checkpoint_path", "autoencoder_checkpoint_path", "text_encoder_checkpoint_path",
 )  # fmt: skip
+LIBRARY_DEFAULTS = {"in_channels": 16, "patch_size": (1, 2, 2), "max_size": (128, 240, 240)}
+"""Of the numbers of a denoiser that are looked at before it is built."""
 
 
 def transformer(settings: CosmosSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -78,7 +80,7 @@ def generator_source(settings: CosmosSettings) -> Component | None:
 def transformer_numbers(settings: CosmosSettings) -> Mapping[str, Any]:
     """The constructor numbers of the denoiser; its weights are not read."""
     found = generator_source(settings)
-    return settings.version.transformer if found is None else found.config
+    return settings.version.transformer if found is None else LIBRARY_DEFAULTS | dict(found.config)
 
 
 def autoencoder(settings: CosmosSettings) -> Autoencoder:

@@ -26,6 +26,7 @@ from families.cosmos.original_names import AVERAGE, PREFIX, is_published, librar
 from families.cosmos.published_folder import LATEST, PUBLISHED_FILE, published_file
 from families.cosmos.versions import COMMON, VERSIONS, version_of
 from warpcore.errors import UserError
+from warpcore.text import brief, shortened
 
 TRANSFORMER = "CosmosTransformer3DModel"
 PUBLISHED_AUTOENCODER = Path("tokenizer", "tokenizer.pth")
@@ -123,8 +124,12 @@ def _numbers_of(tensors: Mapping[str, Tensor], path: Path, key: str) -> dict[str
             f"{', '.join(sorted(tensors)[:3]) or 'nothing'}"
         )
     shape = {name: tuple(tensors[tensor].shape) for name, tensor in needed.items()}
+    if wrong := [one for one, size in shape.items() if len(size) != (1 if one == "norm" else 2) or 0 in size]:
+        raise WeightsError(
+            f"{key}: {path} holds no denoiser of Cosmos-Predict2: {needed[wrong[0]]} is of the shape {shape[wrong[0]]}"
+        )
     width, columns = shape["patch"]
-    blocks = {int(match[1]) for name in tensors if (match := re.match(r"transformer_blocks\.(\d+)\.", name))}
+    blocks = {int(match[1]) for name in tensors if (match := re.match(r"transformer_blocks\.(\d{1,9})\.", name))}
     config = COMMON | {
         "in_channels": columns // 4 - 1, "num_attention_heads": width // shape["norm"][0],
         "attention_head_dim": shape["norm"][0], "num_layers": max(blocks) + 1, "text_embed_dim": shape["text"][1],
@@ -137,9 +142,13 @@ def _numbers_of(tensors: Mapping[str, Tensor], path: Path, key: str) -> dict[str
 def _check_config(config: Mapping[str, Any], path: Path, key: str) -> None:
     """Raise UserError for a config of another network, or of one that sees more than noised latents."""
     if (kind := config.get("_class_name", TRANSFORMER)) != TRANSFORMER:
-        raise UserError(f"{key}: {path} holds {kind}, not {TRANSFORMER}")
+        raise UserError(f"{key}: {path} holds {shortened(str(kind))}, not {TRANSFORMER}")
+    for name in ("patch_size", "max_size"):
+        if name in config and not _are_sizes(config[name]):
+            raise UserError(f"{key}: {name} of {path} is {brief(config[name])}, which is no three numbers")
     seen, made = config.get("in_channels", 16), config.get("out_channels", 16)
     if seen != made:
+        seen, made = brief(seen), brief(made)
         raise UserError(
             f"{key}: the network in {path} sees {seen} channels and predicts {made}, as Video2World models do; only "
             "Text2Image models are supported"
@@ -148,8 +157,14 @@ def _check_config(config: Mapping[str, Any], path: Path, key: str) -> None:
     if config.get("extra_pos_embed_type", "learnable") is not None:
         unlike["extra_pos_embed_type"] = config.get("extra_pos_embed_type", "learnable")
     if unlike:
-        told = ", ".join(f"{name}: {value}" for name, value in unlike.items())
+        told = ", ".join(f"{name}: {shortened(str(value))}" for name, value in unlike.items())
         raise UserError(f"{key}: {path} is of another Cosmos than Predict2 ({told})")
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether it is three whole numbers above 0: frames, height, width."""
+    is_list = isinstance(value, list | tuple) and len(value) == 3
+    return is_list and all(type(one) is int and one > 0 for one in value)
 
 
 def check_version(found: Component, model_version: str, key: str) -> None:
@@ -162,7 +177,7 @@ def check_version(found: Component, model_version: str, key: str) -> None:
     expected = VERSIONS[model_version].transformer
     if version is None and model_version != "mini":
         names = ("num_attention_heads", "attention_head_dim", "num_layers")
-        here, there = ("x".join(str(config.get(name)) for name in names) for config in (found.config, expected))
+        here, there = ("x".join(brief(config.get(name)) for name in names) for config in (found.config, expected))
         raise WeightsError(
             f"{key}: {found.path} is of no published size (heads x head size x blocks: {here}; {model_version} has "
             f"{there})"
