@@ -120,7 +120,7 @@ def _image_source(settings: ModelSettings) -> tuple[str | None, Path | None]:
 
 
 def _source(name: str, path: Path | None) -> tuple[str | None, Path | None]:
-    return (None, Path(name)) if name.endswith((".safetensors", ".pt", ".bin")) else (name, path)
+    return (None, path or Path(name)) if name.endswith((".safetensors", ".pt", ".bin")) else (name, path)
 
 
 def _shape(kind: type[Tower], load: Callable[[str | None, Path | None], Tower]) -> Callable:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from families.cascade import build
 from families.cascade.diffusion import make_diffusion
 from families.cascade.inference import CascadeSettings
-from families.common.library_files import PREDICTIONS, read_tensors
+from families.common.library_files import PREDICTIONS, read_tensors, save_library_folder
 from families.common.transformers_text import text_encoder, text_tower, tokenizer
 from families.common.weight_files import TARGET_KEY
 from families.common.weights import read_weights
@@ -101,7 +101,7 @@ def write_folder(settings: CascadeSettings, target: Path, ddim: bool = False) ->
     if settings.stage_b.generator_checkpoint_path is not None:
         pipelines["decoder"] = _decoder(settings, text, ddim)
     for name, pipeline in pipelines.items():
-        pipeline.save_pretrained(target / name)
+        save_library_folder(pipeline, target / name)
     return list(pipelines)
 
 

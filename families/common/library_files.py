@@ -32,6 +32,14 @@ PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 """What networks predict (`diffusion_target`), as schedulers of diffusers call it (`prediction_type`)."""
 
 
+def save_library_folder(network: Any, folder: Path) -> None:
+    """Write a network or a pipeline of diffusers or transformers as their folder, without progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    network.save_pretrained(folder)
+
+
 def component_folder(path: Path, subfolder: str) -> Path:
     """The folder of a network, in a pipeline's folder or given by itself."""
     return path / subfolder if (path / subfolder / CONFIG).is_file() else path

@@ -27,7 +27,7 @@ BLOCK_PX = 8
 
 
 class ReconstructionKeys(Settings):
-    """How reconstructions are hinge."""
+    """What says how good a reconstruction is."""
 
     squared_weight: NonNegativeFloat = 1.0
     """Weight of the squared error, beside the absolute error."""

@@ -126,7 +126,11 @@ def _encoders(settings: SdSettings, device: torch.device | str) -> list[ClipText
     version, encoders = settings.version, []
     if not version.text:  # the shipped tower of the mini, or another in its place
         path = settings.text_encoder_checkpoint_path or version.text_file
-        return [ClipTextEncoder.load(path, hidden=version.hidden, key=TEXT)]
+        return [
+            ClipTextEncoder.load(
+                path, hidden=version.hidden, precision=settings.text_encoder_precision, device=device, key=TEXT
+            )
+        ]
     for number, (config, padding) in enumerate(zip(version.text, version.padding, strict=True), start=1):
         found = _part(settings, "text_encoder" if number == 1 else f"text_encoder_{number}", TEXT, None)
         encoders.append(ClipTextEncoder.of(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
-from families.common.library_files import constructor_numbers
+from families.common.library_files import constructor_numbers, save_library_folder
 from families.common.lora_files import lora_files
 from families.common.lora_training import missing_tokens
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
@@ -66,9 +66,9 @@ def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
     for name, network in networks.modules.items():
         network.load_state_dict(weights(name, network, settings), assign=True)
     if settings.only_unet:
-        networks.modules["unet"].save_pretrained(target)
+        save_library_folder(networks.modules["unet"], target)
     else:
-        pipeline(networks.modules, networks.tokenizers, settings).save_pretrained(target)
+        save_library_folder(pipeline(networks.modules, networks.tokenizers, settings), target)
     print_sizes(sorted(target.rglob("*.safetensors")))
 
 

@@ -23,6 +23,8 @@ from tests.warpcore.runs import (
     train_here,
     write_shard,
 )
+from tests.warpcore.tiny import Denoiser, TinyConfig
+from warpcore.config import make_config
 from warpcore.core import STOPPED_EARLY
 from warpcore.errors import UserError
 
@@ -282,3 +284,16 @@ def test_a_checkpoint_that_asks_for_code_is_refused(shard, tmp_path):
     (state / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"asks for (posix|os)\.system"):
         train_here(settings | {"updates": 8})
+
+
+def test_threads_lanes_and_groups_are_those_of_the_config(tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    data = write_shard(tmp_path / "a.tar", 8)
+    for keys, recipe in (({}, None), ({"num_threads": 3, "lanes": 2, "shard_group_rows": 4}, (2, 4))):
+        run = Denoiser(make_config(TinyConfig, tiny_settings(tmp_path / str(len(keys)), data, batch_size=2, **keys)))
+        run.setup()
+        plan = run.feed.plan.fingerprint
+        run.close()
+        assert recipe in (None, (plan["lanes"], plan["shard_group_rows"]))
+    assert threads == [3]
