@@ -62,7 +62,7 @@ def test_weights_of_a_tower_take_the_place_of_those_that_its_name_has(drawing_ca
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_text_encoders_have_the_precision_that_is_asked_for(tmp_path, version, precision):
     given = {"model_version": version, "text_encoder_precision": precision}
-    given |= {"text_encoder_checkpoint_path": str(write_sd15(tmp_path))} if version == "sd15" else {}
+    given |= {"generator_checkpoint_path": str(write_sd15(tmp_path))} if version == "sd15" else {}
     encoders = sd_build.text_encoders(make_config(SdSettings, given))
     assert {parameter.dtype for parameter in encoders.parameters()} == {getattr(torch, precision)}
 
