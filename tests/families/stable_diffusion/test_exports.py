@@ -304,5 +304,5 @@ def test_what_cannot_be_exported_is_said(folders, export, tmp_path):
         export("single-file", folders["sd15"], tmp_path / "taken.safetensors")
     with pytest.raises(UserError, match="autoencoder_checkpoint_path is missing, and generator_checkpoint_path"):
         export("diffusers", folders["sd15"] / "unet", tmp_path / "folder")
-    with pytest.raises(UserError, match="there is no LoRA file"):
+    with pytest.raises(UserError, match="holds no LoRA"):
         export("lora-kohya", folders["sd15"], tmp_path / "x.safetensors")
