@@ -49,7 +49,7 @@ def read_header(path: Path) -> Header:
 
 def _pickled_names(path: Path) -> Iterator[str]:
     try:
-        state = read_pickled(path, map_location="meta")
+        state = read_pickled(path, map_location="meta", mmap=True)
     except ValueError as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error
     return (name for name in state if isinstance(name, str))

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from families.common.family import TEXT_TO_IMAGE, ExportFormat, Family
+from families.common.family import SCORING, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header, read_header
 from families.cosmos.published_folder import published_file
 
@@ -40,7 +40,10 @@ class Cosmos(Family):
         _lora("lora-comfyui", "the same", "a file for ComfyUI", "export_lora", "comfyui"),
         _lora("lora-published", "the same", "a file of the published program's names", "export_lora", "published"),
     )  # fmt: skip
-    tasks = {TEXT_TO_IMAGE: "families.cosmos.text_to_image.CosmosTextToImage"}
+    tasks = {
+        TEXT_TO_IMAGE: "families.cosmos.text_to_image.CosmosTextToImage",
+        SCORING: "families.cosmos.scoring.ScoredCosmos",
+    }
     format_notes = """\
 Of the first two, export_dtype chooses the precision, and lora adds LoRAs to the weights: a LoRA's run is written with
 its LoRA in them."""

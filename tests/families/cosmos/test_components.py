@@ -56,6 +56,16 @@ def test_published_files_folders_and_runs_are_read(tmp_path, pipeline):
         assert family_of(place).name == "cosmos"
 
 
+def test_random_weights_are_drawn_as_the_published_program_does():
+    torch.manual_seed(0)
+    network = build.transformer(CosmosSettings(model_version="mini"))
+    assert not network.transformer_blocks[0].norm1.linear_2.weight.any()
+    for layer in (network.transformer_blocks[1].ff.net[2], network.norm_out.linear_2, network.patch_embed.proj):
+        scaled = layer.weight * layer.in_features**0.5
+        assert scaled.abs().max() <= 3
+        assert scaled.std().item() == pytest.approx(0.987, abs=0.05)  # of a normal number that is cut at 3
+
+
 def test_the_average_of_a_published_file_is_read_where_it_is_asked_for(tmp_path):
     network = transformer()
     both = write_published(tmp_path / "both.pt", network, **average(network))

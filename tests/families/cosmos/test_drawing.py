@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.learning import scored_by
+from families.common.pictures import to_pictures
 from families.cosmos.components import find_transformer
 from families.cosmos.exports import export_lora, to_diffusers, to_published
 from families.cosmos.text_to_image import CosmosTextToImage
+from families.registry import family_of
 from tests.families.cosmos.tiny_pipeline import transformer, write_cosmos, write_published
 from tests.golden import load_case
 from tests.warpcore.runs import tiny_settings, write_shard
@@ -108,6 +112,17 @@ def test_a_lora_is_trained_drawn_from_and_exported(pipeline, tmp_path):
     to_published(run, tmp_path / "merged.pt", ["export_dtype=float32"])
     merged = drawn(generator_checkpoint_path=tmp_path / "merged.pt", **beside(pipeline))
     torch.testing.assert_close(merged, with_lora, rtol=0, atol=1e-4)
+
+
+def test_a_run_is_scored_by_the_drawings_that_inference_makes_of_it(pipeline, tmp_path):
+    run, sampling = trained(TrainCosmos, pipeline, tmp_path), {"steps": 2, "guidance": 4.0, "sampler": "res_2m"}
+    kind, prompts = scored_by(family_of(run)), ["a red circle", "two blue stars"]
+    settings = make_config(kind.Config, {"run": [run], "text_encoder_precision": "float32", "device": "cpu"})
+    (ours,) = kind(settings, **sampling).draw(prompts, seed=3).values()
+    given = GIVEN | {"run": [run], "prompts": prompts, "size": [128, 128]} | sampling
+    theirs = CosmosTextToImage(make_config(CosmosTextToImage.Config, given)).draw(prompts, [3, 4])
+    for one, other in zip(ours, theirs.pictures, strict=True):
+        assert np.abs(one.astype(int) - to_pictures(other[None])[0]).max() <= 1
 
 
 def test_published_sizes_follow_from_their_aspect_ratios():
