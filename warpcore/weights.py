@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,19 +38,26 @@ def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
     return made
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What safetensors says of a full disk inside becomes the OSError that it was, of `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
 def write_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, with `about` as its metadata, that appears whole and that others may read."""
     partial = path.with_suffix(".partial")
     open_plain(partial, "wb").close()
     mode = partial.stat().st_mode  # what the umask says: safetensors' own files are for their owner only
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
+    with disk_errors(partial):
         save_file(whole, partial, metadata=None if about is None else dict(about))
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(partial)) from error
     partial.chmod(mode)
     os.replace(partial, path)
 

@@ -18,6 +18,7 @@ from warpcore.errors import UserError
 from warpcore.files import why_no_file
 from warpcore.safe_json import parse_object, read_object
 from warpcore.text import brief, shortened
+from warpcore.weights import disk_errors
 
 T = TypeVar("T")
 MAX_LAYERS = 1000
@@ -37,7 +38,8 @@ def save_library_folder(network: Any, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    network.save_pretrained(folder)
+    with disk_errors(folder):
+        network.save_pretrained(folder)
 
 
 def component_folder(path: Path, subfolder: str) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from warpcore.data.images import BadPicture, decode
@@ -49,6 +50,8 @@ def size_of(path: Path) -> tuple[int, int]:
     """
     try:
         return picture_size(io.BytesIO(read_bytes(path)))[::-1]
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} cannot be read as a picture: it is of no known format") from error
     except Exception as error:  # Pillow's readers meet broken bytes with exceptions of many kinds
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
 

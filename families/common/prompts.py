@@ -16,6 +16,7 @@ from families.common.features import stack_rows, take_row
 from modules.safetensors_files import load_weights, open_weights
 from warpcore.data.storage import storage_for
 from warpcore.safe_json import parse_json
+from warpcore.weights import disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def prompt_features(
     if lacking and not any(value.is_meta for value in features.values()):
         aside = file.with_name(f".{file.name}.partial")
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(features, aside, about)
+        with disk_errors(aside):
+            save_file(features, aside, about)
         aside.replace(file)
     return features
 

@@ -54,7 +54,7 @@ class TextToImageConfig(RunSettings, ComputeSettings):
     @field_validator("aspect_ratio", mode="before")
     @classmethod
     def _ratio(cls, value: Any) -> float | None:
-        return None if value is None else parse_ratio(value)
+        return None if value is None else parse_ratio(value, "aspect_ratio")
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> Self:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
-from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.common.library_files import CONFIG_KEY, constructor_numbers, save_library_folder
 from families.common.lora_files import lora_files
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
 from families.common.weights import only_shapes
@@ -56,7 +56,7 @@ def to_published(source: Path, target: Path, arguments: list[str]) -> None:
 def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
     settings, network = opened(source, arguments)
     network.load_state_dict(weights(network, settings), assign=True)
-    network.save_pretrained(target)
+    save_library_folder(network, target)
     print_sizes(sorted(target.rglob("*.safetensors")))
 
 

@@ -17,6 +17,8 @@ TEST = "tests/families/shapes/test_shapes.py"
 @pytest.fixture
 def followed(tmp_path, monkeypatch):
     """A folder with the files of the guide, which `families` and `train` find as if they were their own."""
+    if (ROOT / "families" / "shapes").is_dir():
+        pytest.skip(f"the guide was followed in this copy of the repository, which has the same test: {TEST}")
     for path, text in guide_files().items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text, encoding="utf-8")
@@ -58,5 +60,5 @@ def test_it_imports_no_other_family_and_no_library_at_the_top():
 
 def test_its_line_for_the_linter_adds_the_family_to_those_that_are_there():
     shown = next(block.text.strip() for block in blocks("text", pages=[GUIDE]) if block.text.startswith("layers"))
-    there = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
-    assert shown.replace(" | shapes", "") in there
+    there = (ROOT / "pyproject.toml").read_text(encoding="utf-8").replace(" | shapes", "")  # where it was followed
+    assert shown.replace(" | shapes", "") in there.splitlines()

@@ -166,13 +166,14 @@ def test_a_mistake_is_named(draw, tmp_path, picture):
         ("prompt_file: nowhere does not exist", "prompt_file=nowhere"),
         ("is no training run", 'prompts=["w1"]', f"run={tmp_path}"),
         ("image: nowhere.png does not exist", "--image", "nowhere.png"),
-        ("text.png cannot be read as a picture", "--image", str(tmp_path / "text.png")),
+        ("text.png cannot be read as a picture: it is of no known format", "--image", str(tmp_path / "text.png")),
         ("give image too", 'prompts=["w1"]', "noise_level=0.5"),
         ("noise_level 0 would draw nothing", "--image", str(picture("a.png", 1)), "noise_level=0"),
         ("b.safetensors does not exist", 'prompts=["w1"]', f"stage_b_checkpoint_path={tmp_path / 'b.safetensors'}"),
         ("stage_b_checkpoint_path: ", "prompts=w1", f"stage_b_checkpoint_path={tmp_path / 'previewer.safetensors'}"),
         ("less than 16 px", 'prompts=["w1"]', "size=[8, 64]"),
         ("size: found", 'prompts=["w1"]', "size=[0, 64]"),
+        ("but aspect_ratio has 0, which is no ratio", 'prompts=["w1"]', "aspect_ratio=0"),
     ):  # fmt: skip
         with pytest.raises((ConfigError, UserError)) as error:
             draw(*arguments)

@@ -101,16 +101,15 @@ def whole_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return (image_size, image_size) if isinstance(image_size, int) else (image_size[1], image_size[0])
 
 
-def parse_ratio(value: str | int | float) -> float:
-    """Width / height from "16/9", "16:9", 1.78 or 969; raises UserError for anything else.
+def parse_ratio(value: str | int | float, key: str = "multi_aspect_ratio") -> float:
+    """Width / height from "16/9", "16:9", 1.78 or 969; raises UserError, which names `key`, for anything else.
 
     YAML 1.1 reads a bare `16:9` as a number in base 60: 16 * 60 + 9 = 969. No ratio is 60 or more, so that is undone.
     """
     ratio = _ratio(value)
     if ratio is None or not 1 / 60 < ratio < 60:
         raise UserError(
-            f"multi_aspect_ratio has {brief(value)}, which is no ratio of width to height; write '16/9', '16:9' or "
-            "1.78"
+            f"{key} has {brief(value)}, which is no ratio of width to height; write '16/9', '16:9' or 1.78"
         )
     return ratio
 

@@ -1,13 +1,15 @@
 """Exports of Stable Diffusion are read by diffusers, and give the same weights and pictures there."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from families.common.lora import adapters_of, add_adapters
@@ -125,6 +127,17 @@ def test_the_u_net_is_exported_by_itself(folders, export, tmp_path):
     assert look_into(tmp_path / "unet.safetensors", KEY).components.keys() == {"unet"}
     assert same(find_component(tmp_path / "unet.safetensors", "unet", KEY).tensors(), expected)
     assert same(diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict(), expected)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_disk_that_is_full_for_a_folder_of_diffusers_is_named(folders, export, tmp_path, monkeypatch, number):
+    def save_file(*_, **__):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    with pytest.raises(OSError, match=os.strerror(number)) as error:
+        export("diffusers", folders["sd15"] / "unet", tmp_path / "unet", "only_unet=true")
+    assert (error.value.errno, error.value.filename) == (number, str(tmp_path / "unet"))
 
 
 def settings(folder, **changes) -> ExportSettings:
