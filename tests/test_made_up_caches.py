@@ -290,34 +290,6 @@ def test_held_out_samples_have_caches_of_their_own(settings, tmp_path):
     assert (names, found) == ({"generator"}, pytest.approx(expected, rel=1e-5))
 
 
-def test_captions_of_all_sizes_of_pictures_are_encoded_together_by_their_length(settings, tmp_path, monkeypatch):
-    for number, size in enumerate(((16, 16), (16, 32), (32, 16))):
-        write_shard(tmp_path / "more" / f"{number}.tar", 12 * number + 6, size, 0)
-    tars = [str(tmp_path / "more" / f"{number}.tar") for number in range(3)]
-    plain, seen = TrainMadeUp.text_features, []
-    monkeypatch.setattr(TrainMadeUp, "text_features", lambda *args: seen.append(list(args[2])) or plain(*args))
-    make(settings | {"webdataset_path": tars}, tmp_path, "texts", "--features", "texts", "--batch-size", "8")
-    encoded = [captions for captions in seen if len(captions) > 1]
-    assert sum(map(len, encoded)) == 6 + 18 + 30
-    for captions in encoded:
-        lengths = [len(caption) for caption in captions]
-        assert lengths == sorted(lengths)
-    assert len(encoded) == 1 + 3 + 4
-
-
-def test_texts_need_neither_pictures_nor_an_autoencoder_and_are_encoded_again_where_they_changed(
-    settings, tmp_path, monkeypatch
-):
-    given = settings | {"squeeze_path": str(tmp_path / "none.safetensors")}
-    monkeypatch.setattr("warpcore.data.images.decode", lambda *_, **__: pytest.fail("a picture was decoded"))
-    texts = make(given, tmp_path, "texts", "--features", "texts")
-    edit(Path(settings["webdataset_path"], "two", "a.tar"), b"picture 7", b"pictures!")
-    plain, encoded = TrainMadeUp.text_features, []
-    monkeypatch.setattr(TrainMadeUp, "text_features", lambda *args: encoded.extend(args[2]) or plain(*args))
-    assert make(given, tmp_path, "texts", "--features", "texts") == texts
-    assert [caption for caption in encoded if caption.startswith("picture")] == ["pictures!"]
-
-
 class TrainOnWords(TrainMadeUp):
     """Reads a vector for each word, so that captions differ in length."""
 

@@ -45,6 +45,7 @@ from tools.cache_features import Maker
 from tools.cache_timing import seconds_per_sample
 from tools.shared_work import MARK_NAME, SharedWork
 from warpcore.config import load_config
+from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
 from warpcore.data.columns import column_types
@@ -152,7 +153,8 @@ class Caching:
         return Work(
             self.catalog,
             selection,
-            buckets_of(training),
+            # Captions have no size: nothing is asked of the autoencoder, whose weights need not be there.
+            buckets_of(training) if has_pictures else Buckets.for_image_size(config.image_size, factor=1),
             captions.members if captions else (),
             config.seed,
             self.variants,

@@ -64,8 +64,7 @@ class Maker:
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         draws = False
         differ = any(self.training.features[name].variable_length for name in self.names)
-        sizes = list(dict.fromkeys(sizes))
-        for size in sizes if self.of_pictures else sizes[:1]:
+        for size in dict.fromkeys(sizes):
             extra = collate(fields, [{name: one.blank(size) for name, one in fields.items()}])
             images = torch.zeros(1, 3, *size, dtype=torch.uint8) if self.of_pictures else None
             batch = Batch(0, size, 0, 0, {}, images, [LONG_CAPTION if differ else ""], [""], [0], 1.0, extra=extra)
@@ -73,8 +72,6 @@ class Maker:
             for name, values in self.make(batch.to(self.training.device), random).items():
                 shapes.setdefault(name, {})[bucket_name(size)] = tuple(values[0].shape)
             draws |= random.was_used
-        if not self.of_pictures:
-            shapes = {name: dict.fromkeys(map(bucket_name, sizes), *one.values()) for name, one in shapes.items()}
         return shapes, draws
 
     def bytes_per_sample(self, origin: Origin) -> int:

@@ -227,8 +227,12 @@ def _check_stored_alike(
 
     key: of the data whose features the other one holds.
     """
+    by_bucket = [made.shapes.get(name, {}) for _, made in (one, other)]
+    if not training.features[name].of_picture:  # its shape is the same in every bucket
+        by_bucket = [list(shapes.values())[:1] for shapes in by_bucket]
     stored = [
-        {"dtype": made.dtype, "variants": made.variants, "shapes": made.shapes.get(name)} for _, made in (one, other)
+        {"dtype": made.dtype, "variants": made.variants, "shapes": shapes}
+        for (_, made), shapes in zip((one, other), by_bucket, strict=True)
     ]
     if wrong := [what for what in stored[0] if stored[0][what] != stored[1][what]]:
         differences = "; ".join(f"{what}: {stored[0][what]} and {stored[1][what]}" for what in wrong)

@@ -127,14 +127,14 @@ class Work:
     ) -> Iterator[MicroBatch]:
         """The micro-batches of rows that lack features; rows that lack the same features are together.
 
-        Without pictures there is one size, and captions of about one length are together, which takes little padding.
+        Without pictures, captions of about one length are together, which takes little padding.
         """
         alike: dict[tuple[tuple[int, int], bool, bool], list[int]] = defaultdict(list)
         for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
             pictures = self.has_pictures and variant not in copied[place].crops
             texts = self.has_text and variant == 0 and not copied[place].has_text
             if pictures or texts:
-                alike[self._size(sample), pictures, texts].append(i)
+                alike[self.buckets.choose(sample.width, sample.height, sample.seed), pictures, texts].append(i)
         for (size, pictures, texts), members in sorted(alike.items()):
             if not self.has_pictures:
                 members.sort(key=lambda i: self._caption_bytes(samples[i]))
@@ -143,11 +143,6 @@ class Work:
                 state = {"places": [places[i] for i in chosen], "variant": variant}
                 state |= {"pictures": pictures, "texts": texts}
                 yield MicroBatch(0, size, tuple(samples[i] for i in chosen), 0, state, variant)
-
-    def _size(self, sample: Sample) -> tuple[int, int]:
-        if not self.has_pictures:
-            return self.buckets.sizes[0]
-        return self.buckets.choose(sample.width, sample.height, sample.seed)
 
     def _caption_bytes(self, sample: Sample) -> int:
         return sum(size for name, (_, size) in sample.members.items() if name in self.caption_members)

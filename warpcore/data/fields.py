@@ -70,7 +70,8 @@ class TensorField:
 
     name: str
     shapes: Mapping[tuple[int, int], tuple[int, ...]]
-    """Shape of the tensor by bucket (H, W): zeros of it stand in where nothing is readable."""
+    """Shape of the tensor by bucket (H, W): zeros of it stand in where nothing is readable. What depends on captions
+    alone has one shape, whatever the bucket."""
     variants: int = 1
     bfloat16: bool = False
     """Its bits are stored as 16-bit integers, as .npy knows no bfloat16."""
@@ -95,7 +96,7 @@ class TensorField:
         return tensor.view(torch.bfloat16) if self.bfloat16 else tensor
 
     def blank(self, size: tuple[int, int]) -> Tensor:
-        return torch.zeros(self.shapes[size])
+        return torch.zeros(self.shapes.get(size) or next(iter(self.shapes.values())))
 
 
 def variant_member(name: str, variant: int) -> str:
