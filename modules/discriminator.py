@@ -1,6 +1,7 @@
 """A patch discriminator: tells, patch by patch, pictures from reconstructions (arXiv:1611.07004)."""
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class PatchDiscriminator(nn.Module):
@@ -13,6 +14,8 @@ class PatchDiscriminator(nn.Module):
         c_hidden: channels after the first layer; doubled by each of the following `levels`, up to 8 times as many.
         levels: further layers that halve the sides.
     """
+
+    checkpointed = False
 
     def __init__(self, c_hidden: int = 64, levels: int = 2):
         super().__init__()
@@ -27,5 +30,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
+    def set_activation_checkpointing(self, level: int) -> None:
+        """Level 3 computes all layers again in the backward pass."""
+        self.checkpointed = level == 3
+
     def forward(self, pictures: Tensor) -> Tensor:
+        if self.checkpointed and is_grad_enabled():
+            return checkpoint(self.layers, pictures * 2 - 1, use_reentrant=False)
         return self.layers(pictures * 2 - 1)

@@ -23,8 +23,8 @@ LEAST_DEVIATION = 0.15
 class TrainedAutoencoder(nn.Module):
     """An AutoencoderKL whose `forward` is what training needs of it.
 
-    Levels of activation checkpointing: 3 computes the residual blocks again in the backward pass; 1 and 2 keep all, as
-    no block has attention.
+    Levels of activation checkpointing: 3 computes the residual blocks, and the discriminator's layers, again in the
+    backward pass; 1 and 2 keep all, as no block has attention.
     """
 
     def __init__(self, model: nn.Module, decoder_only: bool = False):
