@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from families.common.family import ExportFormat, Family
-from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, read_header
+from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, exported_file, read_header
 from families.common.weight_source import local_weights
 from warpcore.arguments import pairs
 from warpcore.config import Settings, load_config
@@ -63,8 +63,8 @@ def _owns(family: Family, path: Path) -> bool:
         config = read_mapping(path / RUN_CONFIG)
         if named := _named_in(path):
             return family.name in named
-        files = {name: path / f"{name}.safetensors" for name in family.weight_keys}
-        weights = {name: read_header(file) for name, file in files.items() if file.is_file()}
+        files = {name: exported_file(path, name) for name in family.weight_keys}
+        weights = {name: read_header(file) for name, file in files.items() if file is not None}
         return family.has_run(config, weights)
     if loras := [path / name for name in LORA_FILES if (path / name).is_file()]:
         return _has_weights(family, loras[0])

@@ -62,8 +62,9 @@ class LowRank(nn.Module):
         self.active = True
         self.unmerged: Tensor | None = None  # what `merge` has changed
         down, up = (settings.rank, *weight.shape[1:]), (weight.shape[0], settings.rank)
-        self.down = nn.Parameter(torch.empty(down, dtype=torch.float32, device=weight.device))
-        self.up = nn.Parameter(torch.empty(up, dtype=torch.float32, device=weight.device))
+        device = "cpu" if weight.is_meta else weight.device  # the values of a weight may come later
+        self.down = nn.Parameter(torch.empty(down, dtype=torch.float32, device=device))
+        self.up = nn.Parameter(torch.empty(up, dtype=torch.float32, device=device))
         self.magnitude = None
         if settings.dora:
             squared_norms = _matrix(weight.detach().to(torch.float32)).square().sum(dim=1)

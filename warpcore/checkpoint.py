@@ -2,7 +2,7 @@
 
     state/<update>/            tensors (distributed checkpoint), state.json, and manifest.json with the size and hash
                                of each file; resuming reads nothing else
-    NAME.safetensors           full weights with official names, the update in their metadata
+    NAME.safetensors           full weights with official names, the update in their metadata (`warpcore.exports`)
     backups/<update>/          copies of those weights that are never deleted
 
 A checkpoint is written aside by a background thread and published when it is complete (`warpcore.places`): a process
@@ -12,7 +12,7 @@ is passed over. Loading runs no code (`warpcore.checkpoint_table`).
 
 import json
 import logging
-import os
+import math
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,12 +31,12 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from warpcore.checkpoint_table import TableError, read_table
 from warpcore.checkpoint_values import MAX_STATE_BYTES
 from warpcore.errors import UserError
+from warpcore.exports import Weights, file_metadata, publish, take
 from warpcore.files import open_to_read, refuse_links, write_whole
 from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
 from warpcore.processes import Processes
 from warpcore.quiet import ignore_expected_warnings
 from warpcore.safe_json import load_json
-from warpcore.weights import export_weights
 
 ignore_expected_warnings()
 
@@ -49,7 +49,7 @@ class Checkpoints:
     Args:
         folder: the run's; with `url`, a place on each machine's disk where files wait to be sent.
         url: of the run on S3.
-        export_dtype: of the exported weights; None: as they are trained.
+        export_dtype: of the exported weights; None: as they are trained. export_bytes: the most that one file takes.
 
     Raises:
         CheckpointError, LeaseError: another process writes this experiment.
@@ -62,11 +62,12 @@ class Checkpoints:
         keep_last: int = 2,
         url: str | None = None,
         export_dtype: torch.dtype | None = None,
+        export_bytes: float = math.inf,
     ):
         self.folder = folder
         self.processes = processes
         self.keep_last = keep_last
-        self.export_dtype = export_dtype
+        self.export_dtype, self.export_bytes = export_dtype, export_bytes
         self._place = _place(folder, url)
         self._whole: int | None = None
         self._files: Mapping[str, Mapping] = {}
@@ -159,12 +160,18 @@ class Checkpoints:
                 update, problem, aside, whole,
             )  # fmt: skip
 
+    def export(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], update: int) -> Weights:
+        """Take weights to export as the file `name` out of networks that are trained on (collective), for `save`."""
+        self.wait()  # what the save before may still be writing has the same name
+        about = file_metadata(metadata, update)
+        return take(self.folder / name, tensors, about, self.export_dtype, self.export_bytes, self.processes)
+
     def save(
         self,
         update: int,
         tensors: Mapping[str, Tensor],
         values: Mapping,
-        weights: Mapping[str, Mapping[str, Tensor]],
+        weights: Mapping[str, Weights],
         metadata: Mapping[str, str],
         backup: bool = False,
     ) -> None:
@@ -174,7 +181,7 @@ class Checkpoints:
             update: the number of the last finished update.
             tensors: everything needed to go on, by name; may be sharded.
             values: the rest of it, as JSON.
-            weights: exported weights, by file name: full state dicts on the CPU, needed on the main process only.
+            weights: exported weights, by file name, as `export` gives them; needed on the main process only.
             metadata: what those files say about themselves.
             backup: also keep a copy of `weights` for good.
         """
@@ -196,7 +203,7 @@ class Checkpoints:
             process_group=self._group,
             no_dist=self._group is None,
         )
-        about = {"format": "pt", **metadata, "update": str(update)}
+        about = file_metadata(metadata, update)
         self._pending = self._thread.submit(self._publish, written, update, dict(values), dict(weights), about, backup)
 
     def bring_files(self) -> None:
@@ -338,16 +345,9 @@ class Checkpoints:
         write_whole(partial / "state.json", json.dumps(values))
         files |= {name: fingerprint(partial / name) for name in ("state.json", ".metadata")}
         write_whole(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
-        for name, state in weights.items():
-            file = self.folder / f"{name}.safetensors"
-            export_weights(file, state, about, self.export_dtype)
-            if backup:
-                copy = self.folder / "backups" / f"{update:08d}" / file.name
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = copy.with_suffix(".partial")
-                refuse_links(copy.parents[1], copy.parent, unfinished)
-                shutil.copy2(file, unfinished)
-                os.replace(unfinished, copy)
+        copies = self.folder / "backups" / f"{update:08d}" if backup else None
+        for name, exported in weights.items():
+            publish(exported, self.folder / name, about, self.export_dtype, copies)
         self._place.publish(update, self.keep_last)
 
 

@@ -109,6 +109,9 @@ class RunKeys(Settings):
     """Export weights files only with the checkpoints of updates that are multiples of this, with backups and with the
     last update; between them, and where a signal stops the run, the files stay those of the export before. By default
     every checkpoint exports them."""
+    export_file_gb: PositiveFloat = 20.0
+    """The most GB of an exported weights file. A larger network is gathered and written tensor by tensor, to several
+    files with an index (`generator.safetensors.index.json`), as diffusers and transformers read them."""
     keep_last: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
     on_data_change: Literal["error", "new_epoch"] = "error"

@@ -9,6 +9,7 @@ import math
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,8 +121,9 @@ class WarpCore(UseCase):
         config = self.config
         export_dtype = getattr(torch, config.export_dtype) if config.export_dtype else None
         self.checkpoints = Checkpoints(
-            config.run_folder, self.processes, config.keep_last, config.run_url, export_dtype
-        )
+            config.run_folder, self.processes, config.keep_last, config.run_url, export_dtype,
+            config.export_file_gb * 1e9,
+        )  # fmt: skip
         resumed = self.resumed = self.checkpoints.newest(check_values)
         saved = self.checkpoints.values(resumed) if resumed is not None else {}
 
@@ -264,7 +266,8 @@ class WarpCore(UseCase):
         weights = {}
         if config.is_exported(self.update):
             both = evaluation.variants(self.state, averaged=bool(self.averages))
-            weights = evaluation.exported_weights(both, self.weights, self.processes)
+            export = partial(self.checkpoints.export, metadata=about, update=self.update)
+            weights = evaluation.exported_weights(both, self.weights, export)
         tensors, values = self.state.save()
         values |= {
             "about": about,

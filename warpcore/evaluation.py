@@ -11,9 +11,9 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from warpcore.data.reader import Batch
+from warpcore.exports import Weights
 from warpcore.pictures import grid
 from warpcore.processes import Processes
 from warpcore.random import stable_hash
@@ -32,24 +32,20 @@ def variants(state: TrainedState, averaged: bool) -> Variants:
 
 
 def exported_weights(
-    variants: Variants, weights: Callable[[], dict[str, dict[str, Tensor]]], processes: Processes
-) -> dict[str, dict[str, Tensor]]:
-    """State dicts by file name, those of an average as NAME_ema, on the CPU of the main process.
+    variants: Variants,
+    weights: Callable[[], dict[str, dict[str, Tensor]]],
+    export: Callable[[str, Mapping[str, Tensor]], Weights],
+) -> dict[str, Weights]:
+    """Exported weights by file name, those of an average as NAME_ema (collective).
 
-    weights: gives them, of the weights in use.
+    Args:
+        weights: gives state dicts by file name, of the weights in use. export: takes one out.
     """
     exported = {}
     for suffix, in_use in variants.items():
         with in_use():
-            for name, state in weights().items():
-                exported[name + suffix] = {key: _on_main_cpu(tensor, processes) for key, tensor in state.items()}
-    return exported if processes.is_main else {}
-
-
-def _on_main_cpu(tensor: Tensor, processes: Processes) -> Tensor | None:
-    """A whole copy on the main process, one tensor at a time (collective); nothing on the others."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True).contiguous() if processes.is_main else None
+            exported |= {name + suffix: export(name + suffix, state) for name, state in weights().items()}
+    return exported
 
 
 def validation_means(

@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from warpcore.sharded import local
+
 META = torch.device("meta")
 
 
@@ -24,7 +26,7 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self, there: Iterable[Tensor] = (), device: str | None = None):
         super().__init__()
         self.alive, self.peak, self.device = 0, 0, device
-        self._seen = {tensor.untyped_storage()._cdata for tensor in there}
+        self._seen = {local(tensor).untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -34,7 +36,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         if storage._cdata in self._seen or self.device not in (None, tensor.device.type):
             return
         self._seen.add(storage._cdata)

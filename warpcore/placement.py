@@ -18,6 +18,7 @@ from warpcore import compute
 from warpcore.config import Config
 from warpcore.ema import EMA, PowerProfile
 from warpcore.errors import UserError
+from warpcore.loading import load_deferred
 from warpcore.networks import Compiling, HasBlocks, blocks, forward_methods, keeps_inputs
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
 from warpcore.statistics import has_batch_norms
@@ -52,6 +53,7 @@ class Placement:
             network.set_activation_checkpointing(config.activation_checkpointing)
         self._adapt(network, graphs=config.compile == "graphs")
         if self.mesh is None:
+            load_deferred(network, self.device)
             network.to(self.device)
             return
         # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
@@ -68,10 +70,12 @@ class Placement:
         self._adapt(network, graphs=False)  # it may compute what outlives a micro-batch, such as remembered texts
         if self.mesh is not None and self.config.use_fsdp and isinstance(network, HasBlocks):
             self._shard(network, MixedPrecisionPolicy(cast_forward_inputs=False))
-        elif "encoders" in self.config.offload:
+            return None
+        on_demand = "encoders" in self.config.offload
+        load_deferred(network, "cpu" if on_demand else self.device)
+        if on_demand:
             return OnDemand(network, self.device)
-        else:
-            network.to(self.device)
+        network.to(self.device)
         return None
 
     def _adapt(self, network: nn.Module, graphs: bool) -> None:
@@ -83,7 +87,8 @@ class Placement:
     def _shard(self, network: nn.Module, policy: MixedPrecisionPolicy) -> None:
         """Spread the parameters over the processes, gathered again block by block as they are used.
 
-        They come to the device block by block, too, so a network that is too large for it may pass through.
+        Those without values yet get them afterwards, each process its rows. Others come to the device block by block,
+        so a network that is too large for it may pass through.
         """
         for parameter in network.parameters():  # sharding wants plain memory order
             parameter.data = parameter.data.contiguous()
@@ -93,6 +98,7 @@ class Placement:
             fully_shard(part, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
         for method in forward_methods(network):
             register_fsdp_forward_method(network, method)
+        load_deferred(network, "cpu" if self.config.fsdp_cpu_offload else self.device)
 
 
 def averages(trained: Mapping[str, nn.Module], config: Config) -> dict[str, EMA]:

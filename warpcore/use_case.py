@@ -14,6 +14,7 @@ from warpcore import compute, gradients, optim
 from warpcore.config import Config
 from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
+from warpcore.loading import deferring
 from warpcore.loss_scale import LossScale
 from warpcore.networks import check_networks
 from warpcore.offload import OnDemand
@@ -52,7 +53,9 @@ class UseCase:
     # ------------------------------------------------------------------ hooks
 
     def build(self) -> dict[str, nn.Module]:
-        """All networks by name, with their weights loaded. Those in `trainable` are trained, the others frozen."""
+        """All networks by name, with their weights. Those in `trainable` are trained, the others frozen.
+
+        The weights of large ones are only noted here (`warpcore.loading`), and read once they are placed."""
         raise NotImplementedError
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
@@ -140,7 +143,8 @@ class UseCase:
         self.begin(saved)
         config = self.config
         torch.manual_seed(config.seed)
-        self.networks = self.build()
+        with deferring():
+            self.networks = self.build()
         check_networks(self.networks, self.trainable, config)
         trained = {name: self.networks[name] for name in self.trainable}
         freeze(trained, config.parameter_groups)

@@ -23,7 +23,9 @@ Made = TypeVar("Made")
 def stage_c(settings: ModelSettings, dtype: torch.dtype = torch.float32) -> StageC:
     """Stage C; random weights where the settings name no file."""
     path = settings.generator_checkpoint_path
-    return with_weights(lambda: StageC(**settings.version.stage_c), path, "generator_checkpoint_path", dtype=dtype)
+    return with_weights(
+        lambda: StageC(**settings.version.stage_c), path, "generator_checkpoint_path", dtype=dtype, deferrable=True
+    )
 
 
 def stage_b(
@@ -31,7 +33,7 @@ def stage_b(
 ) -> StageB:
     """Stage B; random weights where the settings name no file, for which the user wrote `key`."""
     path = settings.generator_checkpoint_path
-    return with_weights(lambda: StageB(**settings.version.stage_b), path, key, dtype=dtype)
+    return with_weights(lambda: StageB(**settings.version.stage_b), path, key, dtype=dtype, deferrable=True)
 
 
 def stage_a(settings: ModelSettings, from_scratch: bool = False) -> StageA:

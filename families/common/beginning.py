@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from families.common.config import DiffusionConfig
-from families.common.weight_files import TARGET_KEY, contradictions
+from families.common.weight_files import TARGET_KEY, contradictions, files_of
 from warpcore.config import ConfigError
 from warpcore.files import open_to_read
 
@@ -65,7 +65,7 @@ def same_base(path: Path | None, before: Mapping[str, str] | None) -> dict[str, 
     """
     if path is None or not path.exists():
         return None
-    hashes = [_hash(file) for file in (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path])]
+    hashes = [_hash(file) for file in (sorted(path.rglob("*.safetensors")) if path.is_dir() else files_of(path))]
     joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     here = {"file": str(path), "hash": joined}
     if before is not None and before["hash"] != here["hash"]:

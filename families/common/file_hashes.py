@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from families.common.weight_files import files_of
 from warpcore.data.sidecars import ABSENT, cache_locations
 from warpcore.errors import UserError
 from warpcore.files import open_to_read
@@ -40,7 +41,7 @@ def sha256_of(paths: Sequence[Path]) -> str:
     Raises:
         UserError: a folder holds no weights.
     """
-    files = [file for path in paths for file in (_weights_in(path) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (_weights_in(path) if path.is_dir() else files_of(path))]
     hashes = [sha256(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 

@@ -12,10 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from families.common.weight_files import files_of
 from families.common.weights import check_names, read_weights
 from modules.safetensors_files import open_weights
 from warpcore.errors import UserError
+from warpcore.exports import is_index, read_index
 from warpcore.files import why_no_file
+from warpcore.loading import assign
 from warpcore.safe_json import parse_object, read_object
 from warpcore.text import brief, shortened
 from warpcore.weights import disk_errors
@@ -61,7 +64,8 @@ def read_config(path: Path, key: str) -> dict[str, Any] | None:
     what = f"{key}: the config of {path}"
     if not path.is_file():
         return read_object(path / CONFIG, what) if (path / CONFIG).is_file() else None
-    text = (_open(path, key).metadata() or {}).get(CONFIG_KEY)
+    about = read_index(path).about if is_index(path) else _open(path, key).metadata() or {}
+    text = about.get(CONFIG_KEY)
     return None if text is None else parse_object(text, what)
 
 
@@ -133,9 +137,9 @@ def each_tensor(
     Raises:
         UserError: there are none, or they cannot be read.
     """
-    for file in [path] if path.is_file() else weights_files(path, key):
+    for file in files_of(path) if path.is_file() else weights_files(path, key):
         if file.suffix == PICKLED.suffix:
-            state = read_weights(file, key, mapped=True)
+            state = read_weights(file, key)
             yield from ((name, state[name]) for name in state if is_wanted(name))
             continue
         opened = _open(file, key)
@@ -178,15 +182,23 @@ def _shards(index: Path, key: str) -> list[Path]:
     return files
 
 
-def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, key: str, dtype: torch.dtype) -> None:
+def fill(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    key: str,
+    dtype: torch.dtype,
+    deferrable: bool = False,
+) -> None:
     """Give a network, which may be on the meta device, the weights of a file, strictly.
+
+    deferrable: in a training they may wait until the network is where it lives, see `warpcore.loading`.
 
     Raises:
         UserError: a name or a shape differs.
     """
     check_names(network.state_dict(), tensors, path, key)
-    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    network.load_state_dict(converted, strict=True, assign=True)
+    assign(network, tensors, dtype, deferrable)
 
 
 def _open(file: Path, key: str):

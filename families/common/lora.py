@@ -16,6 +16,7 @@ from families.common.weight_source import listed_weights
 from modules import lora
 from modules.lora import LoraSettings, LowRank, adapters, places
 from warpcore.errors import UserError
+from warpcore.loading import load_deferred
 from warpcore.patterns import searching
 
 
@@ -34,6 +35,8 @@ def add_adapters(network: nn.Module, filters: Sequence[str], settings: LoraSetti
     try:
         with searching("module_filters"):
             lora.choose(list(places(network, settings.split_qkv)), filters)
+        if settings.dora:
+            load_deferred(network, "cpu")  # the lengths of its rows are where magnitudes begin
         return lora.add_adapters(network, filters, settings)
     except UserError:
         raise

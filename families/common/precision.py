@@ -8,6 +8,7 @@ from torch import nn
 
 from modules.quantise import quantise
 from warpcore.errors import UserError
+from warpcore.loading import load_deferred
 
 Precision = Literal["float32", "bfloat16", "float16", "nf4"]
 """How a frozen network is kept; `nf4` in four bits (QLoRA, arXiv:2305.14314), computing in bfloat16."""
@@ -31,6 +32,7 @@ def freeze(
     nn.Module.to(network, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if precision != "nf4":
         return
+    load_deferred(network, "cpu")
     try:
         quantise(network, device)
     except ImportError as error:

@@ -12,6 +12,7 @@ from modules.pickled_weights import read_pickled
 from modules.safetensors_files import open_weights
 from warpcore.config import Settings
 from warpcore.errors import UserError
+from warpcore.exports import INDEX, is_index, read_index
 from warpcore.files import require_file
 
 RUN_CONFIG = "config.yaml"
@@ -32,12 +33,16 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, or of a PyTorch file (`.ckpt`, `.pt`, ...), in which no code is run.
+    """The header of a safetensors file, or of a PyTorch file (`.ckpt`, `.pt`, ...), in which no code is run; or of a
+    network in several files, by its index.
 
     Raises:
         UserError: the file cannot be read as weights.
     """
     require_file(path)
+    if is_index(path):
+        index = read_index(path)
+        return Header(frozenset(index.files), index.about)
     if path.suffix != ".safetensors":
         return Header(frozenset(_pickled_names(path)), {})
     try:
@@ -56,8 +61,9 @@ def _pickled_names(path: Path) -> Iterator[str]:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty where there is no such file, or it is in another format."""
-    return read_header(path).metadata if path.suffix == ".safetensors" and path.is_file() else {}
+    """The metadata of a safetensors file, or of several by their index; empty without a file, or in other formats."""
+    known = path.suffix == ".safetensors" or is_index(path)
+    return read_header(path).metadata if known and path.is_file() else {}
 
 
 def target_of(path: Path | str | None) -> str | None:
@@ -72,11 +78,35 @@ def contradictions(path: Path | None, settings: Settings, keys: Sequence[str]) -
     return {key: (about[key], value) for key, value in here.items() if about.get(key, value) != value}
 
 
+def exported_file(folder: Path, name: str) -> Path | None:
+    """The file with the exported weights `name` of a run, the index of several, or None: it has not exported them."""
+    return next((file for ending in (".safetensors", INDEX) if (file := folder / f"{name}{ending}").is_file()), None)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that hold what a path to weights leads to: that file, or those of an index.
+
+    Raises:
+        UserError: the index is damaged, or files are of another export than it.
+    """
+    if not is_index(path):
+        return [path]
+    index = read_index(path)
+    files = sorted(set(index.files.values()))
+    for file in files:
+        update, own = index.about.get("update"), metadata_of(file).get("update")
+        if own != update and file.is_file():
+            raise UserError(f"{file} is of update {own}, but {path.name} of {update}: its run ended between the two")
+    return files
+
+
 def weights_of_run(folder: Path, name: str, use_ema: bool) -> Path | None:
     """The exported weights `name` of a run, or None: its average where `use_ema` asks for it and it is not older."""
-    plain, average = folder / f"{name}.safetensors", folder / f"{name}_ema.safetensors"
-    if not (use_ema and average.is_file()):
-        return plain if plain.is_file() else None
+    plain, average = exported_file(folder, name), exported_file(folder, f"{name}_ema")
+    if average is None or not use_ema:
+        return plain
+    if plain is None:
+        return average
     made, averaged = map(_update_of, (plain, average))
     if averaged < made:
         logger.warning("%s is of update %d and %s of %d: taking the latter", average, averaged, plain.name, made)

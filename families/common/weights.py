@@ -9,10 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from families.common.weight_files import files_of
 from modules.pickled_weights import read_pickled_tensors
 from modules.safetensors_files import load_weights
 from warpcore.errors import UserError
+from warpcore.exports import is_index
 from warpcore.files import why_no_file
+from warpcore.loading import assign
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -47,6 +50,7 @@ def with_weights(
     key: str,
     only: bool = False,
     dtype: torch.dtype = torch.float32,
+    deferrable: bool = False,
 ) -> Network:
     """Build a network; with a file on the meta device first, so that its random weights cost no time and memory.
 
@@ -54,6 +58,7 @@ def with_weights(
         path: its weights; None leaves them random.
         key: the config key that named the path, which an error names.
         only: the file may hold more than the network's weights.
+        deferrable: in a training the weights may wait until the network is where it lives, see `warpcore.loading`.
 
     Raises:
         WeightsError: the file is missing, unreadable, or made for another network.
@@ -69,24 +74,25 @@ def with_weights(
     if only:
         state = {name: tensor for name, tensor in state.items() if name in network.state_dict()}
     check_names(network.state_dict(), state, path, key)
-    converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    network.load_state_dict(converted, assign=True)
+    assign(network, state, dtype, deferrable)
     return network
 
 
-def read_weights(path: Path, key: str, mapped: bool = False) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a PyTorch file read without running any code in it.
+def read_weights(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, of the several of an index, or of a PyTorch file, which runs no code in it.
 
-    mapped: map a PyTorch file into memory, so that only tensors that are kept take any; not those of PyTorch 1.5.
+    They are mapped into memory, where they take room only as they are used; not those of PyTorch 1.5 and before.
 
     Raises:
         WeightsError: the file is missing or unreadable.
     """
     existing_file(path, key)
+    if is_index(path):
+        return {name: tensor for file in files_of(path) for name, tensor in read_weights(file, key).items()}
     try:
         if path.suffix == ".safetensors":
             return load_weights(path)
-        return read_pickled_tensors(path, mmap=mapped)
+        return read_pickled_tensors(path, mmap=True)
     except Exception as error:  # whatever a broken archive may raise
         raise WeightsError(f"{key}: {path} cannot be read as weights: {error}") from error
 

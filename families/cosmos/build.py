@@ -45,7 +45,7 @@ def transformer(settings: CosmosSettings, dtype: torch.dtype = torch.float32) ->
     with torch.device("meta"):
         network = construct(CosmosTransformer3DModel, config, GENERATOR)
     if not are_only_shapes():
-        fill(network, found.tensors(), found.path, GENERATOR, dtype)
+        fill(network, found.tensors(), found.path, GENERATOR, dtype, deferrable=True)
     return nn.Module.to(adapt(network), dtype)
 
 

@@ -26,6 +26,7 @@ from families.cosmos.original_names import AVERAGE, PREFIX, is_published, librar
 from families.cosmos.published_folder import LATEST, PUBLISHED_FILE, published_file
 from families.cosmos.versions import COMMON, VERSIONS, version_of
 from warpcore.errors import UserError
+from warpcore.exports import is_index
 from warpcore.text import brief, shortened
 
 TRANSFORMER = "CosmosTransformer3DModel"
@@ -76,7 +77,7 @@ def find_transformer(path: Path, key: str, average: bool = False) -> Component:
         _check_config(config, folder, key)
         return Component(folder, partial(read_tensors, folder, key), config)
     existing_file(path, key)
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" and not is_index(path):
         return _of_published_file(path, key, average)
     config = read_config(path, key)
     if config is None or any(map(is_published, read_header(path).names)):
@@ -87,7 +88,7 @@ def find_transformer(path: Path, key: str, average: bool = False) -> Component:
 
 def _of_published_file(path: Path, key: str, average: bool, config: Mapping[str, Any] | None = None) -> Component:
     """A file with published names, with a prefix or without, or with diffusers'; config: what it says."""
-    state = _without_prefix(read_weights(path, key, mapped=True), path, average)
+    state = _without_prefix(read_weights(path, key), path, average)
     adapted = [name for name in state if _LORA.search(name)]
     if adapted:
         logger.warning(

@@ -35,7 +35,7 @@ def unet(settings: SdSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.device("meta"):
         network = construct(UNet2DConditionModel, config, GENERATOR)
     if not are_only_shapes():
-        fill(network, found.tensors(), found.path, GENERATOR, dtype)
+        fill(network, found.tensors(), found.path, GENERATOR, dtype, deferrable=True)
     return nn.Module.to(adapt(network), dtype)  # not its own `to`, which warns of every change
 
 

@@ -37,6 +37,7 @@ from families.stable_diffusion.single_file import (
     read_single_file,
 )
 from warpcore.errors import UserError
+from warpcore.exports import is_index
 from warpcore.safe_json import parse_object, read_object
 from warpcore.text import brief, shortened
 
@@ -205,7 +206,7 @@ def _content(folder: Path) -> str:
 
 def _in_one_file(path: Path, key: str) -> bool:
     """Whether a file has the names of single files; PyTorch's files, which would have to be opened for it, do."""
-    return path.suffix != ".safetensors" or is_single_file(_header(path, key).names)
+    return (path.suffix != ".safetensors" and not is_index(path)) or is_single_file(_header(path, key).names)
 
 
 def _header(path: Path, key: str) -> Header:

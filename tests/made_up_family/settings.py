@@ -24,7 +24,7 @@ class MadeUpSettings(GeneratorSettings):
 
 def cloud(settings: MadeUpSettings) -> Cloud:
     path = settings.generator_checkpoint_path
-    return with_weights(lambda: Cloud(settings.cloud_width), path, "generator_checkpoint_path")
+    return with_weights(lambda: Cloud(settings.cloud_width), path, "generator_checkpoint_path", deferrable=True)
 
 
 def squeeze(settings: MadeUpSettings) -> Squeeze:

@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import safetensors
 import torch
 
 from tests.warpcore.data.tars import picture
@@ -64,10 +63,7 @@ def test_a_place_that_refuses_what_a_tool_writes_is_named(tmp_path, monkeypatch,
 
 
 def test_a_disk_that_is_full_for_weights_is_named(tmp_path, monkeypatch, capsys):
-    def save_file(*_, **__):
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
-
-    monkeypatch.setattr(weights, "save_file", save_file)
+    monkeypatch.setattr(weights, "content", fail(errno.ENOSPC))
     told = message_of(lambda: write_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}), capsys)
     assert f"the disk that holds {tmp_path / 'w.partial'} is full" in told
 
