@@ -29,6 +29,8 @@ from warpcore.core import Losses
 from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.tables import TableSchedule
+from warpcore.diffusion.times import sampling_times
 from warpcore.random import SampleRandom
 
 
@@ -137,6 +139,8 @@ class DiffusionTraining(SampleFields):
             "adaptive" if config.adaptive_loss_weight else config.loss_weight,
             convert_weight=self.kept["loss_weight"] == self.conventions["loss_weight"],
         )
+        if isinstance(diffusion.schedule, TableSchedule):  # too many steps are refused now, not at the first save
+            sampling_times(diffusion.schedule, config.sample_steps, config.sample_sampler)
         self.diffusion = with_loss(diffusion, config, config.diffusion_target)
         self.bookkeeping["diffusion"] = self.diffusion
 

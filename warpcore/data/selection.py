@@ -302,6 +302,8 @@ def hold_out(catalog: Catalog, selection: Selection, count: int, candidates: int
         UserError: no row would be left for training.
     """
     chosen, found = choose_by_hash(catalog, selection, count, candidates)
+    if not found:
+        raise UserError(f"no sample can be drawn: {survey(catalog, selection)}")
     if found <= count:
         raise UserError(
             f"validation_samples: {count} leaves no row for training: only {found} of {catalog.num_rows} rows "

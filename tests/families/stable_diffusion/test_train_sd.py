@@ -70,6 +70,14 @@ def test_weights_of_another_version_are_named(tmp_path):
         TrainSd(make_config(TrainSd.Config, settings)).run()
 
 
+def test_more_sampling_steps_than_timesteps_are_refused_before_training(tmp_path):
+    settings = settings_of(tmp_path, "sd15", sample_steps=1001)
+    with pytest.raises(UserError, match="sampling steps: 1001 of 1000 timesteps"):
+        TrainSd(make_config(TrainSd.Config, settings)).run()
+    assert not (tmp_path / settings["experiment_id"] / "state").exists()
+    assert not (tmp_path / settings["experiment_id"] / "metrics.jsonl").exists()
+
+
 def test_a_unet_alone_wants_the_other_networks(tmp_path):
     settings = settings_of(tmp_path, "sd15", generator_checkpoint_path=str(tmp_path / "pipeline" / "unet"))
     with pytest.raises(

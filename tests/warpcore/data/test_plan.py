@@ -291,6 +291,10 @@ def test_a_lane_left_without_rows_names_the_remedy(folder):
         ),
         ({"required_members": ["mask.png"]}, r"no sample has a \.mask\.png"),
         ({"validation_samples": 80}, "80 leaves no row for training: only 80 of 80"),
+        (
+            {"validation_samples": 8, "filters": [Filter.parse(["width", "lambda w: w > 9999"])]},
+            "no sample can be drawn: 0 of 80 rows.*80 rejected: .*w > 9999",
+        ),
         ({"num_lanes": 81}, "lanes is 81, more than"),
         ({"micro_batch_size": 0}, "at least 1"),
     ],
