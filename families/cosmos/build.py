@@ -1,7 +1,8 @@
 """Build the networks of Cosmos-Predict2 with their weights, and its diffusion process."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -111,17 +112,25 @@ def text_encoder(settings: CosmosSettings, device: torch.device | str = "cpu") -
     found, version = _part(settings, "text_encoder", TEXT, settings.version.text_file), settings.version
     options = {"length": version.text_length, "zeros_for_empty": True}
     if are_only_shapes() and found.config is None:
-        return T5TextEncoder.of(version.text, _NoTokenizer(), found.tensors, found.path, key=TEXT, **options)
+        return T5TextEncoder.of(version.text, _StandInTokenizer(), found.tensors, found.path, key=TEXT, **options)
     return T5TextEncoder.load(
         found.path, found.tokenizer, precision=settings.text_encoder_precision, device=device, key=TEXT, **options
     )
 
 
-class _NoTokenizer:
-    """In place of a tokenizer where only shapes are wanted and no files are there."""
+class _StandInTokenizer:
+    """In place of a tokenizer where only shapes are wanted, without files: texts are as long as they may be."""
 
     def __len__(self) -> int:
         return 0
+
+    def __call__(
+        self, texts: Sequence[str], max_length: int, return_tensors: str | None = None, **options: Any
+    ) -> SimpleNamespace:
+        if return_tensors is None:  # asked which texts are cut: none
+            return SimpleNamespace(input_ids=[[1]] * len(texts))
+        ids = torch.ones(len(texts), max_length, dtype=torch.int64)
+        return SimpleNamespace(input_ids=ids, attention_mask=ids)
 
 
 def network_files(settings: CosmosSettings, network: str) -> list[Path]:
