@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from warpcore.data.bounded_parquet import read_row_groups
 from warpcore.data.identity import remembered, same_blocks
 from warpcore.data.index import MANIFEST_NAME, UNREADABLE, Summary, has_older_index, index_shard, read_summary
 from warpcore.data.index_checks import check_manifest, check_manifest_length, checked, saved_metadata
@@ -331,10 +332,9 @@ def _read_manifest(folder: str) -> pa.Table:
             with storage_for(url).open(url) as file:
                 parquet = pq.ParquetFile(file)
                 check_manifest_length(parquet, file.seek(0, os.SEEK_END))
-                table = parquet.read(use_threads=False)
-            if saved_metadata(table.schema.metadata, _METADATA_KEY).get("version") != MANIFEST_VERSION:
-                continue
-            table = table.select(_SCHEMA.names).cast(_SCHEMA)
+                if saved_metadata(parquet.schema_arrow.metadata, _METADATA_KEY).get("version") != MANIFEST_VERSION:
+                    continue
+                table = read_row_groups(file, parquet, range(parquet.num_row_groups), _SCHEMA.names).cast(_SCHEMA)
             check_manifest(table)
             _names_in(table)
             return table

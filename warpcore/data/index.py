@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from warpcore.data.bounded_parquet import read_row_groups
 from warpcore.data.dotted_names import DOTTED_NAME, as_read, dotted, hidden_pictures
 from warpcore.data.filters import FIELD_PREFIX
 from warpcore.data.identity import new_hash, remember, remembered
@@ -143,6 +144,7 @@ def read_summary(shard: Shard) -> Summary | None:
 
 def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
     """Rows [start, stop) of a shard's index; columns that it lacks are left out. Indexes the tar if need be."""
+    unreadable = ""
     for _ in range(2):
         for url in index_locations(shard.url):
             try:
@@ -153,11 +155,13 @@ def read_rows(shard: Shard, columns: list[str] | None = None, start: int = 0, st
             except StorageError:
                 raise
             except UNREADABLE as error:
-                logger.warning("%s can't be read (%s); the tar will be indexed again", url, error)
+                unreadable = f"{url} can't be read ({error})"
+                logger.warning("%s; the tar will be indexed again", unreadable)
         _check_unchanged(shard)
         summary = index_shard(shard, replace=True)
         _check_agrees(shard, summary)
-    raise BadShardError(f"{shard.url}: its index can't be kept at {' or '.join(index_locations(shard.url))}")
+    places = " or ".join(index_locations(shard.url))
+    raise BadShardError(f"{shard.url}: " + (unreadable or f"its index can't be kept at {places}"))
 
 
 def _check_unchanged(shard: Shard) -> None:
@@ -266,7 +270,7 @@ def _read_slice(
     columns = names if columns is None else [name for name in columns if name in names]
     first, last = start // ROW_GROUP_ROWS, -(-stop // ROW_GROUP_ROWS)
     check_group_sizes(parquet, first, last, ROW_GROUP_ROWS)
-    rows = parquet.read_row_groups(list(range(first, last)), columns=columns, use_threads=False)
+    rows = read_row_groups(file, parquet, range(first, last), columns)
     check_rows(rows, shard.size_bytes)
     return rows.slice(start - first * ROW_GROUP_ROWS, stop - start).replace_schema_metadata(None)
 

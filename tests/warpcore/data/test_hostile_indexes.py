@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.bounds import bounded, fuzz
 from tests.warpcore.data.tars import catalog_of, write_shard
+from warpcore.data import bounded_parquet
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.filters import Filter
@@ -97,7 +98,7 @@ def with_metadata(path: Path, change) -> bytes:
 
 def written(table: pa.Table) -> bytes:
     content = pa.BufferOutputStream()
-    pq.write_table(table, content)
+    pq.write_table(table, content, compression="zstd")
     return content.getvalue().to_pybytes()
 
 
@@ -175,6 +176,42 @@ def test_a_manifest_that_lies_about_its_tars_is_refused_by_name(folder):
         changed = table.set_column(place, table.schema.field(place), pa.array(values, table[column].type))
         told = outcome(folder, folder / MANIFEST_NAME, written(changed))
         assert f"3.tar holds other samples (4) than {MANIFEST_NAME} in {folder} says: remove that file" in told
+
+
+def with_column(path: Path, name: str, values: pa.Array) -> bytes:
+    table = pq.read_table(path)
+    place = table.column_names.index(name)
+    return written(table.set_column(place, table.schema.field(place), values))
+
+
+def test_a_text_that_is_stored_once_and_stands_in_every_row_is_not_spelled_out(folder, caplog):
+    path = folder / f"3.tar{INDEX_SUFFIX}"
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * ROWS, pa.int32()), ["x" * 270_000_000]).cast(pa.string())
+    content = with_column(path, "problem", long)
+    assert len(content) < 100_000
+    assert not outcome(folder, path, content)
+    assert f"{path} can't be read (with its column 'problem', 540 MB of text would be read at once" in caplog.text
+    assert "the tar will be indexed again" in caplog.text
+
+
+@pytest.mark.parametrize("name", [f"3.tar{INDEX_SUFFIX}", MANIFEST_NAME])
+def test_columns_are_read_up_to_a_bound(folder, name, monkeypatch, caplog):
+    path = folder / name
+    monkeypatch.setattr(bounded_parquet, "MAX_BYTES", 4000)
+    column, row = ("problem", "x") if name != MANIFEST_NAME else ("etag", "y")
+    table = pq.read_table(path)
+    content = with_column(path, column, pa.array([row * 1500] * len(table), pa.string()))
+    told = outcome(folder, path, content)
+    assert f"{path} can't be read (with its column {column!r}, " in caplog.text
+    assert not told
+
+
+def test_a_tar_of_too_much_text_is_an_error_that_names_the_column(folder, monkeypatch):
+    monkeypatch.setattr(bounded_parquet, "MAX_BYTES", 100)
+    path = folder / f"3.tar{INDEX_SUFFIX}"
+    told = outcome(folder, path, path.read_bytes())
+    assert f"{INDEX_SUFFIX} can't be read (with its column 'key', " in told
+    assert "the limit is 0 MB" in told
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
