@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from warpcore.data import jpeg_scans
 from warpcore.data.buckets import resized_size
-from warpcore.data.picture_costs import MAX_PIXELS, BadPicture, check_memory, check_pixels
+from warpcore.data.picture_costs import MAX_PIXELS, BadPicture, check_memory, check_pixels, check_time
 from warpcore.data.samples import FORMATS
 from warpcore.errors import UserError
 from warpcore.quiet import ignore_expected_warnings
@@ -154,6 +154,7 @@ def _read(data: bytes, size: tuple[int, int], background: tuple[int, int, int], 
         if picture.format in ("JPEG", "MPO"):
             return _read_jpeg(data, picture, size, background, max_pixels)
         check_memory(picture, max_pixels)
+        check_time(picture, len(data))
         return _read_any(picture, background)
     except (BadPicture, MemoryError):
         raise
@@ -191,6 +192,8 @@ def _read_jpeg(
 
 def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> _Stored:
     picture.load()
+    if picture.mode == "P" and picture.has_transparency_data:
+        _blend_palette(picture, background)
     orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
     (width, height), depth = picture.size, max(1, _STRIP_PIXELS // picture.width)
     pixels = np.empty((height, width, 3), np.uint8)
@@ -201,6 +204,14 @@ def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> _Stored
     if orientation in range(2, 9):
         pixels = np.ascontiguousarray(_UPRIGHT[orientation](pixels))
     return _Stored(pixels, pixels.shape[:2])
+
+
+def _blend_palette(picture: Image.Image, background: tuple[int, int, int]) -> None:
+    """Make a loaded picture with a palette opaque: 256 colours are blended, not every pixel."""
+    colours = picture.resize((256, 1), Image.Resampling.NEAREST, box=(0, 0, 1, 1))
+    colours.frombytes(bytes(range(256)))  # a pixel of each
+    picture.putpalette(_to_rgb(colours, background).tobytes())
+    picture.info.pop("transparency", None)
 
 
 def _to_rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:

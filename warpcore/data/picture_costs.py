@@ -19,6 +19,19 @@ _DECODER_BYTES = {"WEBP": 12, "QOI": 12, "AVIF": 12, "JPEG2000": 20}
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "LA": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
 """Per pixel in Pillow; 4 in other modes."""
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
+MAX_SECONDS = 5
+"""Processor time that decoding a picture may take, estimated from its header and its number of bytes."""
+_CODEC_COSTS = {
+    "qoi": (12, 1000, 1),
+    "ppm": (0, 600, 6),
+    "ppm_plain": (0, 250, 18),
+    "bmp_rle": (90, 220, 3),
+    "jpeg2k": (31, 170, 6),
+}
+"""Nanoseconds per pixel and per byte, and the most bytes of a pixel that count, of Pillow's slow decoders: all but the
+last are written in Python. As measured on one core of a server; other decoders take at most 65 ns per pixel."""
+_TILE_SECONDS, _TILE_PIXEL_SECONDS = 20e-6, 5e-9
+"""Of the tiles or strips of a TIFF, which may lie over one another."""
 
 
 class BadPicture(Exception):
@@ -52,6 +65,23 @@ def check_memory(picture: Image.Image, max_pixels: int, scans: list[Scan] | None
         raise BadPicture(
             f"it takes too much memory to decode (a {picture.format} of {picture.width} x {picture.height} px: "
             f"{needed / 1e6:,.0f} MB, the limit is {limit / 1e6:,.0f} MB)"
+        )
+
+
+def check_time(picture: Image.Image, num_bytes: int) -> None:
+    """Raises BadPicture if decoding an opened picture of a file of `num_bytes` takes too long."""
+    pixels, tiles = picture.width * picture.height, picture.tile
+    codec = tiles[0][0] if tiles else None
+    per_pixel, per_byte, most_bytes = _CODEC_COSTS.get(codec, (0, 0, 0))
+    needed = 1e-9 * (per_pixel * pixels + per_byte * min(num_bytes, most_bytes * pixels))
+    if picture.format == "TIFF" and len(tiles) > 1:
+        needed += _TILE_SECONDS * len(tiles)
+        needed += _TILE_PIXEL_SECONDS * sum((right - left) * (low - top) for _, (left, top, right, low), *_ in tiles)
+    if needed > MAX_SECONDS:
+        parts = f" in {len(tiles)} parts" if len(tiles) > 1 else ""
+        raise BadPicture(
+            f"it takes too long to decode (a {picture.format} of {picture.width} x {picture.height} px{parts}: about "
+            f"{needed:.0f} s, the limit is {MAX_SECONDS} s); save it as PNG or JPEG"
         )
 
 

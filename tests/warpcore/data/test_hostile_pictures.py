@@ -48,6 +48,33 @@ def qoi(side: int) -> bytes:
     return b"qoif" + struct.pack(">IIBB", side, side, 3, 0) + b"\xfd" * (side * side // 62 + 1) + bytes(7) + b"\1"
 
 
+def qoi_of_differences(side: int) -> bytes:
+    """A byte for each pixel, which Pillow reads in Python."""
+    return b"qoif" + struct.pack(">IIBB", side, side, 3, 0) + b"\x6b" * (side * side) + bytes(7) + b"\1"
+
+
+def bmp_of_empty_rows(side: int) -> bytes:
+    """Rows that end after their first pixel: four bytes each."""
+    rows = b"\1\5\0\0" * side
+    headers = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0) + bytes(1024)
+    return b"BM" + struct.pack("<IHHI", 14 + len(headers) + len(rows), 0, 0, 14 + len(headers)) + headers + rows
+
+
+def ppm(side: int, most: int = 254) -> bytes:
+    return b"P6\n%d %d\n%d\n" % (side, side, most) + bytes(3 * side * side)
+
+
+def tiff_of_strips(side: int, count: int) -> bytes:
+    """Grey, in strips of which each two are the whole picture, again and again."""
+    pixels, places = bytes(side * side), struct.pack("<2I", 8, 8 + side * side // 2) * (count // 2)
+    start = 8 + len(pixels)
+    entries = {256: side, 257: side, 258: 8, 259: 1, 262: 1, 278: side // 2}
+    tags = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items()]
+    tags.insert(5, struct.pack("<HHII", 273, 4, count, start))
+    directory = struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", start + len(places)) + pixels + places + directory
+
+
 def jpeg_of_many_scans(side: int, count: int = 300) -> bytes:
     data = encoded(Image.new("L", (side, side), 90), "JPEG", progressive=True)
     last = data[data.rfind(b"\xff\xc4") : -2]  # the last scan with its table
@@ -67,6 +94,10 @@ BOMBS = {
     ),
     "qoi": (lambda: qoi(11_500), "too much memory to decode .a QOI"),
     "scans": (lambda: jpeg_of_many_scans(4000), "too long to decode .a JPEG of 4000 x 4000 px in 300 scans"),
+    "python qoi": (lambda: qoi_of_differences(3000), "too long to decode .a QOI of 3000 x 3000 px: about 9 s"),
+    "bmp": (lambda: bmp_of_empty_rows(11_500), "too long to decode .a BMP of 11500 x 11500 px: about 12 s"),
+    "ppm": (lambda: ppm(2000), "too long to decode .a PPM of 2000 x 2000 px: about 7 s, the limit is 5 s.; save it"),
+    "tiff": (lambda: tiff_of_strips(1000, 4000), "too long to decode .a TIFF of 1000 x 1000 px in 4000 parts: about"),
     "grey jpeg": (lambda: jpeg_that_claims(11_500), "data is too short for its size .* 11500 x 11500 px"),
     "grey progressive jpeg": (lambda: jpeg_that_claims(11_500, progressive=True), "data is too short for its size"),
     "progressive jpeg": (
@@ -90,6 +121,23 @@ def test_the_largest_palette_takes_no_more_than_the_limit(tmp_path):
     assert len(data) < 200_000
     with bounded(tmp_path):
         assert (decode(data, SIZE, background=(7, 8, 9)).pixels == (7, 8, 9)).all()
+
+
+def test_small_pictures_of_slow_decoders_are_read(tmp_path):
+    for data in (qoi_of_differences(300), bmp_of_empty_rows(300), ppm(300), tiff_of_strips(300, 2), ppm(2000, 255)):
+        with bounded(tmp_path):
+            assert decode(data, SIZE)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+@pytest.mark.parametrize("transparent", [None, 3, bytes([0, 128, 255])])
+def test_colours_of_a_palette_are_those_of_its_pixels(kind, transparent):
+    picture = textured(60, 80).quantize(40)
+    options = {} if transparent is None or (kind == "GIF" and transparent != 3) else {"transparency": transparent}
+    data, background = encoded(picture, kind, **options), (9, 200, 77)
+    whole = Image.open(BytesIO(data)).convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", whole.size, (*background, 255)), whole).convert("RGB")
+    assert (decode(data, (60, 80), background=background).pixels == np.asarray(expected)).all()
 
 
 def test_indexing_reads_a_bombs_size_only(tmp_path):
