@@ -208,6 +208,38 @@ def test_a_script_needs_no_main_guard_and_ends_though_nobody_closed_the_loader(m
     assert done.stderr == ""
 
 
+FAILING = """
+import pickle, sys, time
+from warpcore.data.loader import Loader
+from warpcore.data.reader import Reader
+from warpcore.errors import UserError, run_script
+
+def main():
+    plan, seconds, closed = sys.argv[1:]
+    loader = Loader(pickle.load(open(plan, "rb")), Reader(), num_workers=3)
+    try:
+        iter(loader)
+        time.sleep(float(seconds))
+        raise UserError("now")
+    finally:
+        if closed == "closed":
+            loader.close()
+
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["closed", "left"])
+@pytest.mark.parametrize("seconds", ["0", "0.5", "2"])
+def test_an_error_while_workers_start_is_one_message(micro_batches, tmp_path, seconds, closed):
+    (tmp_path / "script.py").write_text(FAILING)
+    (tmp_path / "plan").write_bytes(pickle.dumps(micro_batches))
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "plan"), seconds, closed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: now\n")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_arrive_whole_on_the_gpu(micro_batches):
     expected = list(Loader(micro_batches, Reader(captions=TXT), num_workers=0))
