@@ -12,7 +12,7 @@ from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import CONFIG_KEY, constructor_numbers, save_library_folder
 from families.common.lora_files import lora_files
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
-from families.common.weights import only_shapes
+from families.common.weights import check_names, only_shapes
 from families.cosmos import build
 from families.cosmos.config import TARGET
 from families.cosmos.inference import CosmosInferenceSettings
@@ -38,8 +38,8 @@ class ExportSettings(CosmosInferenceSettings):
 
 def to_published(source: Path, target: Path, arguments: list[str]) -> None:
     check_new([target], OTHER_NAME)
-    settings, network = opened(source, arguments)
-    tensors = published_tensors(weights(network, settings), network.config.attention_head_dim)
+    settings, network, tensors = opened(source, arguments)
+    tensors = published_tensors(tensors, network.config.attention_head_dim)
     tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
@@ -54,26 +54,35 @@ def to_published(source: Path, target: Path, arguments: list[str]) -> None:
 
 
 def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
-    settings, network = opened(source, arguments)
-    network.load_state_dict(weights(network, settings), assign=True)
+    _, network, tensors = opened(source, arguments)
+    network.load_state_dict(tensors, assign=True)
     save_library_folder(network, target)
     print_sizes(sorted(target.rglob("*.safetensors")))
 
 
-def opened(source: Path, arguments: list[str]) -> tuple[ExportSettings, nn.Module]:
-    """The settings of an export of a run, a file or a folder, and the denoiser with its LoRAs, in float32."""
+def opened(source: Path, arguments: list[str]) -> tuple[ExportSettings, nn.Module, dict[str, Tensor]]:
+    """The settings of an export of a run, a file or a folder, the denoiser, and its weights in the precision that is
+    asked for.
+
+    Without LoRAs the denoiser has shapes alone: weights are taken out of their files one by one, which are mapped into
+    memory, so that all of them are held once, as they will be written.
+    """
     key = "run" if (source / RUN_CONFIG).is_file() else build.GENERATOR
     settings = load_config(ExportSettings, [f"--{key}", str(source), *arguments])
     if settings.generator_checkpoint_path is None:
         raise UserError(
             f"{build.GENERATOR}: there are no weights of the denoiser to write; give them, or a run's folder"
         )
-    return settings, transformer(settings, open_loras(settings.lora, settings, settings.use_ema))
-
-
-def weights(network: nn.Module, settings: ExportSettings) -> dict[str, Tensor]:
-    """The weights of the network in the precision that is asked for."""
-    return converted(network.state_dict(), getattr(torch, settings.export_dtype))
+    dtype = getattr(torch, settings.export_dtype)
+    if settings.lora:
+        network = transformer(settings, open_loras(settings.lora, settings, settings.use_ema))
+        return settings, network, converted(network.state_dict(), dtype)
+    with only_shapes():
+        network = build.transformer(settings)
+    found = build.generator_source(settings)
+    tensors = found.tensors()
+    check_names(network.state_dict(), tensors, found.path, build.GENERATOR)
+    return settings, network, converted(tensors, dtype)
 
 
 def about(settings: CosmosInferenceSettings) -> Mapping[str, str]:
