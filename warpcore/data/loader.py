@@ -233,6 +233,8 @@ class _Workers:
             if _is_full_shared_memory(error):
                 raise UserError(_full_shared_memory()) from error
             raise
+        if self._sampler.error is not None:
+            raise self._sampler.error
 
     def close(self) -> None:
         iterator, self._loader._iterator = self._loader._iterator, None
@@ -255,12 +257,21 @@ class _WorkerLoader(DataLoader):
 
 
 class _Sampler:
-    """The batch sampler of the DataLoader: the micro-batches of the current pass."""
+    """The batch sampler of the DataLoader: the micro-batches of the current pass.
+
+    Where drawing one fails, the pass ends with those before it, and `error` says why. An exception would end the
+    DataLoader while its workers still start; they would end with tracebacks.
+    """
 
     micro_batches: Iterator[MicroBatch] = iter(())
+    error: Exception | None = None
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return self.micro_batches
+        self.error = None
+        try:
+            yield from self.micro_batches
+        except Exception as error:
+            self.error = error
 
 
 class _Work:

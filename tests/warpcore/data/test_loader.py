@@ -112,6 +112,32 @@ def test_an_exception_of_the_plan_is_raised_as_it_is(micro_batches, num_workers)
         list(loader)
 
 
+PLAN_FAILS = """
+from warpcore.data.loader import Loader
+from warpcore.data.reader import Reader
+from warpcore.errors import UserError, run_script
+
+
+def plan():
+    raise UserError("the plan has a problem")
+    yield
+
+
+def main():
+    with Loader(plan(), Reader(captions=None), num_workers=2) as loader:
+        list(loader)
+
+
+run_script(main)
+"""
+
+
+def test_workers_that_still_start_end_without_a_traceback(tmp_path):
+    (tmp_path / "script.py").write_text(PLAN_FAILS)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "error: the plan has a problem\n")
+
+
 def die(url, ranges, version):
     os.kill(os.getpid(), signal.SIGKILL)
 
