@@ -161,6 +161,8 @@ def lora_files(
         case "diffusers":
             configs = {}
             for name, own in loras.items():
+                if not own.adapters:  # tokens alone, which are beside it
+                    continue
                 names = programs.diffusers_names(name, own.adapters)
                 tensors |= peft.to_peft({names[place]: a for place, a in own.adapters.items()}, f"{name}.")[0]
                 # Without the prefix that transformers 5 dropped: peft finds a layer by the end of its name.

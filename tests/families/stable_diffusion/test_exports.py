@@ -280,12 +280,13 @@ def test_a_lora_is_written_in_the_names_of_other_programs(version, kind, folders
     assert family_of(tmp_path / "bare.safetensors").name == "stable_diffusion"
 
 
-def test_the_tokens_of_a_lora_become_embeddings_beside_it(folders, export, tmp_path):
+@pytest.mark.parametrize("form", ["lora-kohya", "lora-diffusers"])
+def test_the_tokens_of_a_lora_become_embeddings_beside_it(form, folders, export, tmp_path):
     network, lora = some_lora(folders["sd15"])
     tokens = Lora({}, ["[dog]"], torch.zeros(1, 16), torch.ones(1, 16))
     own = {"unet": lora, "text_encoder": tokens}
     write_loras(own, tmp_path / "ours.safetensors", "warpcore", {"unet": network, "text_encoder": network})
-    export("lora-kohya", tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", f"{KEY}={folders['sd15']}")
+    export(form, tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", f"{KEY}={folders['sd15']}")
     (embedding,) = load_file(tmp_path / "theirs_embeddings" / "dog.safetensors").values()
     assert torch.equal(embedding, torch.ones(1, 16))
 
