@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from families.cosmos import versions as cosmos
 from tests.bounds import bounded, fuzz
 from tools.config_reference import scripts, settings_of
 from warpcore.arguments import read_arguments
@@ -249,7 +250,8 @@ def needed(kind: type[Settings], folder) -> dict:
     training |= {"controlnet_blocks": [0], "controlnet_filter": "CannyFilter"}
     drawing = {"prompts": ["a"], "pictures": ["a.png"], "stage_a_only": True, "device": "cpu"}
     is_library = kind.model_fields.keys() & {"autoencoder_checkpoint_path", "text_chunks"}
-    weights = {key: str(folder / ("unet" if is_library else "c"))
+    network = "transformer" if kind.__module__.startswith("families.cosmos") else "unet" if is_library else "c"
+    weights = {key: str(folder / network)
                for key in ("generator_checkpoint_path", "autoencoder_checkpoint_path")}  # fmt: skip
     further = (training if issubclass(kind, Config) else drawing) | weights
     return {key: value for key, value in further.items() if key in kind.model_fields.keys() - kind.unused}
@@ -257,8 +259,12 @@ def needed(kind: type[Settings], folder) -> dict:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet/config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    for name, network, numbers in (
+        ("unet", "UNet2DConditionModel", {}),
+        ("transformer", "CosmosTransformer3DModel", cosmos.VERSIONS["mini"].transformer),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"_class_name": network, **numbers}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
