@@ -383,7 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
         if caching.training.processes.is_main:
             waits = caching.waits() if given.features == "all" else None
             print(report(record, given.dtype, given.variants, waits))
-            used = f"webdataset_path={given.out}" if given.features == "all" else f"caches=[{given.out}]"
+            used = f"webdataset_path={given.out}" if given.features == "all" else f"caches={given.out}"
             print(f"train from it with {used}")
 
 
