@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from warpcore.outputs import check_new
@@ -23,8 +22,7 @@ def write_files(files: Files) -> None:
             file.write_text(content, encoding="utf-8")
             continue
         tensors, about = content
-        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        write_weights(file, own, {"format": "pt"} | dict(about))
+        write_weights(file, tensors, {"format": "pt"} | dict(about))
 
 
 def write_new_files(files: Files, notes: Sequence[str] = ()) -> None:

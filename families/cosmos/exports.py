@@ -17,12 +17,12 @@ from families.cosmos import build
 from families.cosmos.config import TARGET
 from families.cosmos.inference import CosmosInferenceSettings
 from families.cosmos.lora import TRANSFORMER, open_loras, read_lora, transformer
-from families.cosmos.original_names import PREFIX, published_tensors
+from families.cosmos.original_names import PREFIX, buffers, published_tensors
 from warpcore.config import load_config
 from warpcore.errors import UserError
-from warpcore.files import open_plain
 from warpcore.outputs import check_new
-from warpcore.weights import converted, write_weights
+from warpcore.pytorch_files import write_pytorch_file
+from warpcore.weights import check_range, converted, write_weights
 
 FAMILY = "cosmos"
 
@@ -39,33 +39,31 @@ class ExportSettings(CosmosInferenceSettings):
 def to_published(source: Path, target: Path, arguments: list[str]) -> None:
     check_new([target], OTHER_NAME)
     settings, network, tensors = opened(source, arguments)
-    tensors = published_tensors(tensors, network.config.attention_head_dim)
-    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    head_size, dtype = network.config.attention_head_dim, getattr(torch, settings.export_dtype)
+    if target.suffix == ".safetensors":
+        tensors = converted(tensors, dtype)
+    tensors = {PREFIX + name: tensor for name, tensor in published_tensors(tensors, head_size).items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
         config = json.dumps(constructor_numbers(dict(network.config)))
         write_weights(target, tensors, about(settings) | {CONFIG_KEY: config})
     else:
-        partial = target.with_suffix(".partial")
-        with open_plain(partial, "wb") as file:
-            torch.save(tensors, file)
-        partial.replace(target)
+        write_pytorch_file(target, tensors, dtype, unchanged={PREFIX + name for name in buffers(head_size)})
     print_sizes([target])
 
 
 def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
-    _, network, tensors = opened(source, arguments)
-    network.load_state_dict(tensors, assign=True)
+    settings, network, tensors = opened(source, arguments)
+    network.load_state_dict(converted(tensors, getattr(torch, settings.export_dtype)), assign=True)
     save_library_folder(network, target)
     print_sizes(sorted(target.rglob("*.safetensors")))
 
 
 def opened(source: Path, arguments: list[str]) -> tuple[ExportSettings, nn.Module, dict[str, Tensor]]:
-    """The settings of an export of a run, a file or a folder, the denoiser, and its weights in the precision that is
-    asked for.
+    """The settings of an export of a run, a file or a folder, the denoiser, and its weights, which fit the precision
+    that is asked for.
 
-    Without LoRAs the denoiser has shapes alone: weights are taken out of their files one by one, which are mapped into
-    memory, so that all of them are held once, as they will be written.
+    Without LoRAs the denoiser has shapes alone: the weights are those of their files, which are mapped into memory.
     """
     key = "run" if (source / RUN_CONFIG).is_file() else build.GENERATOR
     settings = load_config(ExportSettings, [f"--{key}", str(source), *arguments])
@@ -76,13 +74,15 @@ def opened(source: Path, arguments: list[str]) -> tuple[ExportSettings, nn.Modul
     dtype = getattr(torch, settings.export_dtype)
     if settings.lora:
         network = transformer(settings, open_loras(settings.lora, settings, settings.use_ema))
-        return settings, network, converted(network.state_dict(), dtype)
+        check_range(network.state_dict(), dtype)
+        return settings, network, network.state_dict()
     with only_shapes():
         network = build.transformer(settings)
     found = build.generator_source(settings)
     tensors = found.tensors()
     check_names(network.state_dict(), tensors, found.path, build.GENERATOR)
-    return settings, network, converted(tensors, dtype)
+    check_range(tensors, dtype)
+    return settings, network, tensors
 
 
 def about(settings: CosmosInferenceSettings) -> Mapping[str, str]:

@@ -103,3 +103,38 @@ def test_a_run_prints_what_its_configs_come_to_and_saves_it_without_them(write, 
     saved = yaml.safe_load((tmp_path / "runs/tiny/config.yaml").read_text())
     assert "base" not in saved
     assert (saved["lr"], saved["seed"], saved["lr_schedule"], saved["weight_decay"]) == (0.25, 7, "linear", 0.01)
+
+
+GROUPS = {
+    "optimizer": {"optimizer": "lion", "lr": 3e-5, "betas": [0.9, 0.99]},
+    "scheduler": {"lr_schedule": "cosine", "warmup_updates": 5},
+    "checkpoint": {"checkpoint_path": "elsewhere", "save_every": 7, "keep_last": 3},
+    "callbacks": {"log_every": 3, "tensorboard": True},
+    "data": {"webdataset_path": "b.tar", "num_workers": 0},
+    "model": {"use_fsdp": True, "fsdp_shards": 2, "activation_checkpointing": 2},
+}
+
+
+@pytest.mark.parametrize("order", [list(GROUPS), [*GROUPS][::-1], [*GROUPS][3:] + [*GROUPS][:3]])
+def test_groups_of_keys_are_bases_in_any_order(write, order):
+    """No group is a config by itself; where two say the same key, the later one wins."""
+    groups = {name: f"{name}.yaml" for name in order}
+    folder = write(**GROUPS, needed=NEEDED, run={"base": ["needed.yaml", *groups.values()], "experiment_id": "run"})
+    config = load_config(Config, [str(folder / "run.yaml")])
+    found = config.model_dump(mode="json")
+    assert all(found[key] == value for keys in GROUPS.values() for key, value in keys.items())
+    assert config.experiment_id == "run"
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        ({"a": {"optimiser": "lion"}}, "optimiser.*a.yaml"),
+        ({"a": {"optimizer": "lion"}, "b": {"weights_dtype": "bfloat16"}}, "weights_dtype: bfloat16 needs"),
+        ({"a": {"fsdp_shards": 2}}, "fsdp_shards and fsdp_cpu_offload need use_fsdp: true"),
+    ],
+)
+def test_groups_that_do_not_fit_are_named(write, groups, told):
+    folder = write(**groups, run=NEEDED | {"base": [f"{name}.yaml" for name in groups]})
+    with pytest.raises(ConfigError, match=told):
+        load_config(Config, [str(folder / "run.yaml")])
