@@ -62,7 +62,7 @@ class LowRank(nn.Module):
         self.active = True
         self.unmerged: Tensor | None = None  # what `merge` has changed
         down, up = (settings.rank, *weight.shape[1:]), (weight.shape[0], settings.rank)
-        device = "cpu" if weight.is_meta else weight.device  # the values of a weight may come later
+        device = None if weight.is_meta else weight.device  # a weight may wait for its values; adapters do not
         self.down = nn.Parameter(torch.empty(down, dtype=torch.float32, device=device))
         self.up = nn.Parameter(torch.empty(up, dtype=torch.float32, device=device))
         self.magnitude = None

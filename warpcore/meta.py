@@ -110,16 +110,14 @@ class MetaAsDevice(TorchFunctionMode):
         **others,
     ) -> Tensor:
         """Attention by the fused kernels, which never hold positions x positions numbers."""
-        aten = torch.ops.aten
         if query.is_meta and not any(others.values()):
+            learned = attn_mask is not None and attn_mask.requires_grad  # the CPU's kernel has no gradient of it
             if self.kind == "cuda" and attn_mask is None:
-                return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
-                    0
-                ]
-            if self.kind != "cuda" and not dropout_p:
-                return aten._scaled_dot_product_flash_attention_for_cpu(
-                    query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
-                )[0]  # fmt: skip
+                flash = torch.ops.aten._scaled_dot_product_flash_attention
+                return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+            if self.kind != "cuda" and not dropout_p and not learned:
+                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+                return flash(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others
         )
