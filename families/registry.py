@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from families.common.family import ExportFormat, Family
-from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, exported_file, read_header
+from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, exported_file, is_run, read_header
 from families.common.weight_source import local_weights
 from warpcore.arguments import pairs
 from warpcore.config import Settings, load_config
@@ -59,7 +59,7 @@ def family_of(path: Path) -> Family:
 def _owns(family: Family, path: Path) -> bool:
     if path.is_file():
         return _has_weights(family, path)
-    if (path / RUN_CONFIG).is_file():
+    if is_run(path):
         config = read_mapping(path / RUN_CONFIG)
         if named := _named_in(path):
             return family.name in named
@@ -104,7 +104,7 @@ def _json(file: Path) -> Any:
 def _what(path: Path) -> str:
     if path.is_file():
         return "a file"
-    return "a training run" if (path / RUN_CONFIG).is_file() else f"a folder without {RUN_CONFIG}, {INDEXES[0]}"
+    return "a training run" if is_run(path) else f"a folder without {RUN_CONFIG}, {INDEXES[0]}"
 
 
 def _titles(of: Collection[Family]) -> str:
@@ -159,7 +159,7 @@ def _owners(able: Sequence[Family], task: str, values: Mapping[str, Any], downlo
         named = {local_weights(path, key) if key in shared else path: key for path, key in named.items()}
     owners, unknown = {}, []
     for path, key in named.items():
-        if key == "run" and path.exists() and not (path / RUN_CONFIG).is_file():
+        if key == "run" and path.exists() and not is_run(path):
             raise UserError(f"run: {path} is no training run: it holds no {RUN_CONFIG}")
         if path.exists():
             try:

@@ -10,7 +10,7 @@ from families.cascade.config import ModelSettings
 from families.cascade.files import ABOUT_NETWORK, STAGE_B_TENSOR, STEERING, WEIGHT_KEYS
 from families.common.inference import ComputeSettings, RunSettings, read_run, runs_of
 from families.common.weight_files import TARGET_KEY, contradictions, read_header, target_of
-from families.common.weight_source import local_weights
+from families.common.weight_source import given_weights
 from warpcore.config import Share
 from warpcore.config_keys import Steps
 from warpcore.diffusion.samplers import SAMPLERS
@@ -40,7 +40,8 @@ class CascadeSettings(RunSettings, ModelSettings):
         """What is not given comes from the runs, the last one first, and from what the weights file says of itself."""
         given = {key: values.get(key) for key in weights_keys(cls) if key not in cls.unused}
         named = {key: Path(value) for key, value in given.items() if value and isinstance(value, str | Path)}
-        values = values | {key: local_weights(path, key) for key, path in named.items()}
+        use_ema = values.get("use_ema", True)
+        values = values | {key: given_weights(path, key, use_ema) for key, path in named.items()}
         runs, folders = runs_of(values)
         of_runs = [settings_of_run(folder, values.get("use_ema", True)) for folder in folders]
         found = {key: value for of_run in of_runs for key, value in of_run.items()}

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from families.common.weight_files import RUN_CONFIG, weights_of_run
+from families.common.weight_files import RUN_CONFIG, is_run, weights_of_run
 from warpcore.config import Settings
 from warpcore.config_files import read_mapping
 from warpcore.config_keys import MicroBatchSize
@@ -32,7 +32,7 @@ def read_run(folder: Path, names: Collection[str], use_ema: bool = True) -> tupl
     Raises:
         ValueError: not a run's folder, or it holds no weights yet.
     """
-    if not (folder / RUN_CONFIG).is_file():
+    if not is_run(folder):
         raise ValueError(f"run: {folder} is no training run: it holds no {RUN_CONFIG}")
     saved = read_mapping(folder / RUN_CONFIG)
     exported = {name: file for name in names if (file := weights_of_run(folder, name, use_ema))}

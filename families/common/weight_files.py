@@ -120,13 +120,18 @@ def _update_of(file: Path) -> int:
     return int(said) if re.fullmatch(r"[0-9]{1,18}", said) else 0
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a training run; other programs write a `config.yaml`, too, beside `checkpoints`."""
+    return (folder / RUN_CONFIG).is_file() and not (folder / "checkpoints").exists()
+
+
 def weights_in(place: Path, name: str, use_ema: bool = True) -> Path:
     """The exported weights `name` of a run where `place` is a run's folder, else `place` itself.
 
     Raises:
         UserError: the run trained something else, or has not saved yet.
     """
-    if not (place / RUN_CONFIG).is_file():
+    if not is_run(place):
         return place
     found = weights_of_run(place, name, use_ema)
     if found is None:

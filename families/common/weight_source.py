@@ -61,7 +61,7 @@ def with_local_weights(settings: AnySettings) -> AnySettings:
     values = dict(settings)
     named = {key: values[key] for key in weights_keys(type(settings)) if key not in settings.unused}
     use_ema = values.get("use_ema", True)
-    local = {key: _exported(local_weights(path, key), key, use_ema) for key, path in named.items() if path is not None}
+    local = {key: given_weights(path, key, use_ema) for key, path in named.items() if path is not None}
     changed = {key: path for key, path in local.items() if path != named[key]}
     return settings.model_copy(update=changed) if changed else settings
 
@@ -110,8 +110,13 @@ def listed_weights(entry: Path, key: str, use_ema: bool = True) -> Path:
     return weights_in(local_weights(entry, key), key, use_ema)
 
 
-def _exported(place: Path, key: str, use_ema: bool) -> Path:
-    """The exported weights where a key such as `generator_checkpoint_path` names a run's folder."""
+def given_weights(path: Path, key: str, use_ema: bool = True) -> Path:
+    """`local_weights`; of a run's folder, what the run exported: for `generator_checkpoint_path`, its generator.
+
+    Raises:
+        UserError: the run exported something else; see `local_weights`.
+    """
+    place = local_weights(path, key)
     try:
         return weights_in(place, key.removesuffix("_checkpoint_path"), use_ema)
     except UserError as error:

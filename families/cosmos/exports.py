@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import CONFIG_KEY, constructor_numbers, save_library_folder
 from families.common.lora_files import lora_files
-from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
+from families.common.weight_files import FAMILY_KEY, TARGET_KEY, is_run, weights_in
 from families.common.weights import check_names, only_shapes
 from families.cosmos import build
 from families.cosmos.config import TARGET
@@ -65,7 +65,7 @@ def opened(source: Path, arguments: list[str]) -> tuple[ExportSettings, nn.Modul
 
     Without LoRAs the denoiser has shapes alone: the weights are those of their files, which are mapped into memory.
     """
-    key = "run" if (source / RUN_CONFIG).is_file() else build.GENERATOR
+    key = "run" if is_run(source) else build.GENERATOR
     settings = load_config(ExportSettings, [f"--{key}", str(source), *arguments])
     if settings.generator_checkpoint_path is None:
         raise UserError(
@@ -101,7 +101,7 @@ class LoraExportSettings(CosmosInferenceSettings):
 
 
 def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> None:
-    key = "run" if (source / RUN_CONFIG).is_file() else "lora"
+    key = "run" if is_run(source) else "lora"
     settings = load_config(LoraExportSettings, [f"--{key}", str(source), *arguments])
     if len(settings.lora) != 1:
         raise UserError(f"one LoRA at a time, not {len(settings.lora)}: {', '.join(settings.lora) or source}")

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import model_validator
 
 from families.common.inference import RunSettings, read_run, runs_of
-from families.common.weight_source import local_weights
+from families.common.weight_source import given_weights, local_weights
 from families.cosmos.build import AUTOENCODER, GENERATOR, TEXT
 from families.cosmos.components import find_beside, find_transformer
 from families.cosmos.config import CosmosSettings
@@ -46,7 +46,7 @@ class CosmosInferenceSettings(RunSettings, CosmosSettings):
         merged = found | values | {"run": runs}
         for key in weights_keys(cls):
             if merged.get(key) and isinstance(merged[key], str | Path):
-                merged[key] = local_weights(Path(merged[key]), key)
+                merged[key] = given_weights(Path(merged[key]), key, merged.get("use_ema", True))
         if merged.get("model_version") is None and isinstance(merged.get(GENERATOR), Path):
             config = find_transformer(merged[GENERATOR], GENERATOR).config
             merged |= {"model_version": version_of(config) or "mini"}

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import model_validator
 
 from families.common.inference import RunSettings, read_run, runs_of
-from families.common.weight_source import local_weights
+from families.common.weight_source import given_weights, local_weights
 from families.stable_diffusion.build import AUTOENCODER, GENERATOR, TEXT
 from families.stable_diffusion.components import find_component, holds
 from families.stable_diffusion.config import SdSettings
@@ -38,7 +38,7 @@ class SdInferenceSettings(RunSettings, SdSettings):
         merged = found | values | {"run": runs}
         for key in weights_keys(cls):
             if merged.get(key) and isinstance(merged[key], str | Path):
-                merged[key] = local_weights(Path(merged[key]), key)
+                merged[key] = given_weights(Path(merged[key]), key, merged.get("use_ema", True))
         if merged.get(GENERATOR) and isinstance(merged[GENERATOR], str | Path):
             unet = find_component(merged[GENERATOR], "unet", GENERATOR)
             said = {

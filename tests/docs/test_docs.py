@@ -6,6 +6,8 @@ from functools import cache
 import pytest
 import yaml
 
+from families.common import weight_source
+from families.common.hub import DownloadError
 from families.registry import families
 from tests.docs.commands import REQUIRED, check, commands
 from tests.docs.pages import GUIDE, PAGES, ROOT, anchors, blocks, guide_files, inline_code, links, prose
@@ -28,6 +30,14 @@ shown = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def _without_a_hub(monkeypatch):
+    def no_hub(repository, folder=""):
+        raise DownloadError(f"{repository} is not asked for in tests")
+
+    monkeypatch.setattr(weight_source, "list_files", no_hub)
 
 
 @cache

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from warpcore.data import jpeg_scans
 from warpcore.data.buckets import resized_size
-from warpcore.data.picture_costs import MAX_PIXELS, BadPicture, check_memory, check_pixels, check_time
+from warpcore.data.picture_costs import MAX_PIXELS, BadPicture, check_memory, check_pixels, check_tags, check_time
 from warpcore.data.samples import FORMATS
 from warpcore.errors import UserError
 from warpcore.quiet import ignore_expected_warnings
@@ -149,7 +149,8 @@ def _read(data: bytes, size: tuple[int, int], background: tuple[int, int, int], 
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has a guard of its own, and the caller asks for a wider one
     try:
-        picture = Image.open(BytesIO(data), formats=FORMATS)
+        check_tags(file := BytesIO(data))
+        picture = Image.open(file, formats=FORMATS)
         check_pixels(picture, max_pixels)
         if picture.format in ("JPEG", "MPO"):
             return _read_jpeg(data, picture, size, background, max_pixels)

@@ -1,12 +1,12 @@
 """What indexing reads of a tar's members: the sizes of pictures, from their headers, and the content of texts."""
 
 import io
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
 from warpcore.data.identity import HASHED_BYTES
+from warpcore.data.picture_costs import check_tags
 from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, PICTURE_FACTS
 from warpcore.data.storage import patiently
 from warpcore.errors import UserError
@@ -57,11 +57,12 @@ def _measure(window: "_Window", extension: str) -> tuple[int, int, str | None]:
         return 0, 0, f"undecodable .{extension}: {str(error).split('<')[0].strip() or type(error).__name__}"
 
 
-def picture_size(file: BinaryIO | str | Path) -> tuple[int, int]:
+def picture_size(file: BinaryIO) -> tuple[int, int]:
     """(width, height) in px from the header of a picture, its EXIF rotation applied.
 
     Raises whatever Pillow raises for content that is no picture.
     """
+    check_tags(file)
     Image.MAX_IMAGE_PIXELS = None  # a header takes no memory; whoever decodes has a limit of his own
     with Image.open(file, formats=FORMATS) as image:
         # The method of PNG files decodes the whole picture in search of the tag.

@@ -44,6 +44,7 @@ def test_published_files_folders_and_runs_are_read(tmp_path, pipeline):
     alone = write_published(tmp_path / "plain" / "model.pt", network)
     write_published(tmp_path / "run" / "checkpoints" / "model" / "iter_000000500.pt", network)
     (tmp_path / "run" / "checkpoints" / "latest_checkpoint.txt").write_text("iter_000000500.pt\n")
+    (tmp_path / "run" / "config.yaml").write_text("job:\n  name: of the published program\n")
     bare = write_published(tmp_path / "bare.pth", network, prefix="")
     places = [alone, alone.parent, tmp_path / "run", tmp_path / "run" / "checkpoints", bare]
     for place in places:

@@ -156,6 +156,8 @@ def test_a_run_is_drawn_from_by_its_average_and_with_the_parts_it_began_with(sd1
     expected = drawn(generator_checkpoint_path=average)
     torch.testing.assert_close(drawn(run=[run]), expected, atol=1e-5, rtol=0)
     assert (drawn(run=[run], use_ema=False) - expected).abs().max() > 1e-4
+    kept = {"autoencoder_checkpoint_path": sd15, "text_encoder_checkpoint_path": sd15}
+    torch.testing.assert_close(drawn(generator_checkpoint_path=run, **kept), expected, atol=1e-5, rtol=0)
 
     given = [f"run={run}", "size=[64, 64]", "steps=2", "prompts=a dog", f"output_path={tmp_path / 'drawn'}"]
     monkeypatch.setattr(sys, "argv", ["text_to_image.py", *given])

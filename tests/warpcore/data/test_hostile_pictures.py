@@ -98,6 +98,10 @@ BOMBS = {
     "bmp": (lambda: bmp_of_empty_rows(11_500), "too long to decode .a BMP of 11500 x 11500 px: about 12 s"),
     "ppm": (lambda: ppm(2000), "too long to decode .a PPM of 2000 x 2000 px: about 7 s, the limit is 5 s.; save it"),
     "tiff": (lambda: tiff_of_strips(1000, 4000), "too long to decode .a TIFF of 1000 x 1000 px in 4000 parts: about"),
+    "tiff of places": (
+        lambda: tiff_of_strips(100, 2**21),
+        "too long to open .a TIFF with 2,097,152 numbers in its tag 273",
+    ),
     "grey jpeg": (lambda: jpeg_that_claims(11_500), "data is too short for its size .* 11500 x 11500 px"),
     "grey progressive jpeg": (lambda: jpeg_that_claims(11_500, progressive=True), "data is too short for its size"),
     "progressive jpeg": (
@@ -114,6 +118,12 @@ def test_what_costs_far_more_than_its_size_is_a_bad_picture_by_its_header(tmp_pa
     # The decoder of WebP reserves its canvas when it is opened, which takes no memory until it is written.
     with bounded(tmp_path, seconds=1, gibibytes=1 if bomb == "webp" else 0.1), pytest.raises(BadPicture, match=reason):
         decode(data, SIZE)
+
+
+def test_indexing_opens_no_tiff_that_takes_long_to_open(tmp_path):
+    data = tiff_of_strips(100, 2**21)
+    with bounded(tmp_path, seconds=1, gibibytes=0.1), pytest.raises(BadPicture, match="too long to open"):
+        picture_size(BytesIO(data))
 
 
 def test_the_largest_palette_takes_no_more_than_the_limit(tmp_path):
