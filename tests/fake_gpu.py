@@ -101,5 +101,7 @@ def _as_fake(tensor: Tensor) -> Tensor:
 
 
 def _swap(one: Tensor, other: Tensor) -> None:
-    """What `Module.to` does with fake parameters; here they are where they should be already."""
-    assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    """What `Module.to` does with fake parameters, which PyTorch cannot swap."""
+    assert one.shape == other.shape
+    if (one.dtype, one.device) != (other.dtype, other.device):
+        one.data, one.fake_device = other, other.fake_device

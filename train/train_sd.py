@@ -71,8 +71,8 @@ class TrainSd(SdTraining):
         moments = stored(batch, "moments")
         moments = self.picture_features(batch, random)["moments"] if moments is None else moments
         latents = self.latents[0].latents(moments, random if self.config.latent == "sample" else None)
-        # Gradients reach text encoders, adapters in them and tokens; nothing else in here has any.
-        others = self.trainable.keys() - {"generator"}
+        # Gradients reach text encoders, adapters in them and tokens; nothing else has any. A cache has no tokens.
+        others = self.networks.keys() & self.trainable.keys() - {"generator"}
         with torch.set_grad_enabled(any(self.networks[name].training for name in others)):
             return latents, self.conditions(batch, random)
 

@@ -270,6 +270,7 @@ def _member(
 @pytest.mark.parametrize("name", sorted(SETTINGS.keys() - WITHOUT_COMPILING))
 def test_compiled_blocks_make_the_same_updates(settings, name, monkeypatch):
     """Traced and differentiated as `torch.compile` does it; the code that it writes then takes minutes to build."""
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     monkeypatch.setattr(use_case(name), "sample", lambda self, held_out: [])  # without gradients: traced once more
     plain = settings(name, "plain", updates=1, validation_samples=0)

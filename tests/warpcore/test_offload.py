@@ -15,7 +15,7 @@ from warpcore.meta import META, MixMetaWithCPU, PeakMemory
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
 
 CPU = torch.device("cpu")
-WITHOUT_CHECKPOINTING = {"train_a", "train_encoder", "train_towers", "train_towers t5"}
+WITHOUT_CHECKPOINTING = {"train_a", "train_b joint", "train_encoder", "train_towers", "train_towers t5"}
 """Scripts whose networks have no blocks that compute their activations again."""
 COMMON = {"grad_accum_steps": 2, "activation_checkpointing": 3}
 
@@ -27,7 +27,11 @@ COMMON = {"grad_accum_steps": 2, "activation_checkpointing": 3}
     represented_by("train_c_lora", of=SETTINGS.keys() - WITHOUT_CHECKPOINTING),
 )
 def test_offloaded_encoders_and_activations_change_no_bit(settings, name):  # noqa: F811
-    common = COMMON | {"updates": 2} | ({"clip_image_dropout": 0.5} if name.startswith("train_c") else {})
+    common = (
+        COMMON
+        | {"updates": 2}
+        | ({"clip_image_dropout": 0.5} if "clip_image_dropout" in use_case(name).Config.model_fields else {})
+    )
     here, away = settings(name, "here", **common), settings(name, "away", **common)
     assert numbers(train(name, away | {"offload": ["encoders", "activations"]})) == numbers(train(name, here))
     ours, theirs = files(away), files(here)
@@ -56,7 +60,7 @@ def test_weights_in_the_memory_of_the_cpu_change_no_update_of_one_process(settin
     ours, theirs = files(parts), files(whole)
     for file, tensors in theirs.items():
         for key, tensor in tensors.items():
-            torch.testing.assert_close(ours[file][key], tensor, rtol=0, atol=1e-6, msg=f"{file} {key}")
+            torch.testing.assert_close(ours[file][key], tensor, rtol=0, atol=1e-5, msg=f"{file} {key}")
 
 
 class GpuBesidePinnedMemory(FakeGpu):
