@@ -15,7 +15,7 @@ install: .venv/ready
 	$(PY) -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# One test for each promise of the engine: 11 minutes on two cores.
+# One test for each promise of the engine: 14 minutes on two cores.
 test: check
 	$(PYTEST) -m "not slow"
 
