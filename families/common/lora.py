@@ -5,6 +5,7 @@ adapters_of        what they are, to be written to a file (`families.common.lora
 merge_loras        the changes of several files, each with its strength, added to the weights
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,9 +107,18 @@ def listed_loras(files: Sequence[str], use_ema: bool = True) -> list[tuple[Path,
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE[:STRENGTH]` -> the path and the strength, 1 without one."""
-    path, colon, strength = text.rpartition(":")
+    """`FILE[:STRENGTH]` -> the path and the strength, 1 without one.
+
+    Raises:
+        UserError: the strength is not finite.
+    """
+    path, colon, said = text.rpartition(":")
     try:
-        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+        strength = float(said) if colon else None
     except ValueError:
-        return Path(text), 1.0  # a colon that belongs to the path
+        strength = None  # a colon that belongs to the path
+    if strength is None:
+        return Path(text), 1.0
+    if not math.isfinite(strength):
+        raise UserError(f"lora: {text} is given with the strength {said}; write a number, such as 0.8")
+    return Path(path), strength

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from families.common.autoencoders import Autoencoder
 from families.common.inference import ComputeSettings
 from warpcore.config import Settings
 from warpcore.processes import choose_device, choose_dtype
@@ -86,6 +87,27 @@ class Pipeline:
     def rows(self, conditions: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
         """Rows of conditions (N, ...) on the device; what is the same for all, (1, ...), stays so."""
         return {name: (all_ if len(all_) == 1 else all_[rows]).to(self.device) for name, all_ in conditions.items()}
+
+
+class LatentPipeline(Pipeline):
+    """A denoiser of latents, into which LoRAs are merged, with what encodes texts and pictures."""
+
+    build_autoencoder: Callable[[Any], Autoencoder]
+    """Builds it from the settings."""
+
+    def __init__(self, settings: ComputeSettings, loras: Sequence = ()):
+        super().__init__(settings)
+        self.loras = loras
+
+    def decode(self, latents: Sequence[Tensor], tiled: bool = False) -> list[Tensor]:
+        """Pictures (3, H, W) in [0, 1] of scaled latents (C, h, w)."""
+        with self.holding("autoencoder", self.build_autoencoder) as autoencoder:
+            autoencoder.tiling = tiled
+            return self.in_batches(
+                "autoencoder",
+                sizes_of(latents),
+                lambda rows: autoencoder.decode(self.batch(latents, rows, torch.float32)),
+            )
 
 
 def sizes_of(tensors: Sequence[Tensor]) -> list[Size]:

@@ -4,15 +4,18 @@ Pictures are uint8 (H, W, 3). What there are several of (drawn whole or previewe
 given by name, here called ways.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 
 import numpy as np
+import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from families.common.inference import ComputeSettings, RunSettings
 from families.common.pictures import to_pictures
+from families.common.pipeline import LatentPipeline
+from warpcore.errors import UserError
 
 SIDE_PX = 128
 """Side of the pictures of the minis."""
@@ -57,6 +60,39 @@ class Scored(Protocol):
 
     def notes(self, pictures: Sequence[np.ndarray]) -> list[str]:
         """Further lines about what becomes of pictures."""
+
+
+class ScoredLatents:
+    """The ways through a denoiser of latents, without ControlNets; a family adds `draw` and what is named below."""
+
+    best, autoencoder = "drawn", "autoencoder"
+    pipeline: type[LatentPipeline]
+    open_loras: Callable[..., Sequence]
+    """Reads the LoRAs of the settings: of their files, the settings, and `use_ema`."""
+    scripts: str
+    """What trains the runs that can be scored."""
+
+    def __init__(self, settings: ScoredSettings, loras: Sequence = (), *, steps: int, guidance: float, sampler: str):
+        self.settings = settings
+        self.networks = self.pipeline(settings, loras)
+        self.sampling = {"steps": steps, "guidance": guidance, "sampler": sampler}
+
+    def with_lora(self) -> Self:
+        settings = self.settings
+        return type(self)(settings, self.open_loras(settings.lora, settings, settings.use_ema), **self.sampling)
+
+    def controlled(self, pictures: Sequence[np.ndarray], prompts: Sequence[str], seed: int) -> Ways:
+        raise UserError(f"this family has no ControlNets: score a run of {self.scripts}")
+
+    def rebuild(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> Ways:
+        given = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
+        with self.networks.holding("autoencoder", self.pipeline.build_autoencoder) as autoencoder:
+            moments = [autoencoder.moments(picture[None]) for picture in given]
+            made = [autoencoder.decode(autoencoder.scale.latents(one, None))[0] for one in moments]
+        return {self.autoencoder: as_uint8(made)}
+
+    def notes(self, pictures: Sequence[np.ndarray]) -> list[str]:
+        return [self.networks.peak_memory()]
 
 
 def as_uint8(pictures: Sequence[Tensor]) -> list[np.ndarray]:

@@ -15,6 +15,10 @@ from warpcore.errors import UserError
 from warpcore.exports import INDEX, is_index, read_index
 from warpcore.files import require_file
 
+GENERATOR, AUTOENCODER, TEXT = (
+    "generator_checkpoint_path", "autoencoder_checkpoint_path", "text_encoder_checkpoint_path",
+)  # fmt: skip
+"""The config keys that name the networks of a pipeline."""
 RUN_CONFIG = "config.yaml"
 """The file of a run's folder that holds its settings."""
 FAMILY_KEY = "family"

@@ -13,6 +13,7 @@ from families.common.library_files import CONFIG, construct, fill
 from families.common.library_networks import adapt
 from families.common.t5 import T5TextEncoder
 from families.common.wan_autoencoder import LIBRARY_CLASS, WanAutoencoder
+from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
 from families.common.weights import WeightsError, are_only_shapes
 from families.cosmos.components import (
     Component,
@@ -26,9 +27,6 @@ from families.cosmos.config import CosmosSettings
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import flow_process
 
-GENERATOR, AUTOENCODER, TEXT = (
-    "generator_checkpoint_path", "autoencoder_checkpoint_path", "text_encoder_checkpoint_path",
-)  # fmt: skip
 LIBRARY_DEFAULTS = {"in_channels": 16, "patch_size": (1, 2, 2), "max_size": (128, 240, 240)}
 """Of the numbers of a denoiser that are looked at before it is built."""
 

@@ -7,20 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from families.common.pipeline import Pipeline, Size, sizes_of
+from families.common.pipeline import LatentPipeline, Size
 from families.common.t5 import padded
 from families.cosmos import build
-from families.cosmos.lora import Loras, transformer
+from families.cosmos.lora import transformer
 from families.cosmos.sampling import draw
 from families.cosmos.training import TEXT
 
 
-class CosmosNetworks(Pipeline):
+class CosmosNetworks(LatentPipeline):
     """The networks of a Cosmos-Predict2, each on the device only while it works; LoRAs are merged into one."""
 
-    def __init__(self, settings, loras: Loras = ()):
-        super().__init__(settings)
-        self.loras = loras
+    build_autoencoder = staticmethod(build.autoencoder)
 
     def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The text conditions (N, L, D) of texts, by the denoiser's name; zeros of the empty one."""
@@ -60,13 +58,3 @@ class CosmosNetworks(Pipeline):
                 )
 
             return self.in_batches("denoiser", [size] * len(seeds), made)
-
-    def decode(self, latents: Sequence[Tensor], tiled: bool = False) -> list[Tensor]:
-        """Pictures (3, H, W) in [0, 1] of scaled latents (C, h, w)."""
-        with self.holding("autoencoder", build.autoencoder) as autoencoder:
-            autoencoder.tiling = tiled
-            return self.in_batches(
-                "autoencoder",
-                sizes_of(latents),
-                lambda rows: autoencoder.decode(self.batch(latents, rows, torch.float32)),
-            )

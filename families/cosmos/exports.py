@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import CONFIG_KEY, constructor_numbers, save_library_folder
 from families.common.lora_files import lora_files
-from families.common.weight_files import FAMILY_KEY, TARGET_KEY, is_run, weights_in
+from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, is_run, weights_in
 from families.common.weights import check_names, only_shapes
 from families.cosmos import build
 from families.cosmos.config import TARGET
@@ -65,12 +65,10 @@ def opened(source: Path, arguments: list[str]) -> tuple[ExportSettings, nn.Modul
 
     Without LoRAs the denoiser has shapes alone: the weights are those of their files, which are mapped into memory.
     """
-    key = "run" if is_run(source) else build.GENERATOR
+    key = "run" if is_run(source) else GENERATOR
     settings = load_config(ExportSettings, [f"--{key}", str(source), *arguments])
     if settings.generator_checkpoint_path is None:
-        raise UserError(
-            f"{build.GENERATOR}: there are no weights of the denoiser to write; give them, or a run's folder"
-        )
+        raise UserError(f"{GENERATOR}: there are no weights of the denoiser to write; give them, or a run's folder")
     dtype = getattr(torch, settings.export_dtype)
     if settings.lora:
         network = transformer(settings, open_loras(settings.lora, settings, settings.use_ema))
@@ -80,7 +78,7 @@ def opened(source: Path, arguments: list[str]) -> tuple[ExportSettings, nn.Modul
         network = build.transformer(settings)
     found = build.generator_source(settings)
     tensors = found.tensors()
-    check_names(network.state_dict(), tensors, found.path, build.GENERATOR)
+    check_names(network.state_dict(), tensors, found.path, GENERATOR)
     check_range(tensors, dtype)
     return settings, network, tensors
 

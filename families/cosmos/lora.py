@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-from families.common.lora import merge_loras, parse_lora
+from families.common.lora import listed_loras, merge_loras
 from families.common.lora_files import read_loras
 from families.common.lora_formats import Lora
-from families.common.weight_source import listed_weights
 from families.common.weights import only_shapes
 from families.cosmos import build
 from families.cosmos.config import CosmosSettings
@@ -40,10 +39,7 @@ def open_loras(files: Sequence[str], settings: CosmosSettings, use_ema: bool = T
         return []
     with only_shapes():
         network = build.transformer(settings)
-    return [
-        (read_lora(listed_weights(place, "lora", use_ema), network), strength)
-        for place, strength in map(parse_lora, files)
-    ]
+    return [(read_lora(path, network), strength) for path, strength in listed_loras(files, use_ema)]
 
 
 def transformer(settings: CosmosSettings, loras: Loras, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

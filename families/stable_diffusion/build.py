@@ -11,6 +11,7 @@ from families.common.autoencoders import Autoencoder, LatentScale
 from families.common.library_files import CONFIG, construct, fill
 from families.common.library_networks import adapt
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders, public_tokenizer
+from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
 from families.common.weights import WeightsError, are_only_shapes
 from families.stable_diffusion.components import ZERO_SNR_KEY, Component, find_component, holds
 from families.stable_diffusion.config import SdConfig, SdSettings
@@ -19,10 +20,6 @@ from warpcore.config import ConfigError
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import discrete_process, flow_process
 from warpcore.text import brief, shortened
-
-GENERATOR, AUTOENCODER, TEXT = (
-    "generator_checkpoint_path", "autoencoder_checkpoint_path", "text_encoder_checkpoint_path",
-)  # fmt: skip
 
 
 def unet(settings: SdSettings, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from families.common.lora_training import add_tokens
-from families.common.pipeline import Pipeline, Size, sizes_of
+from families.common.pipeline import LatentPipeline, Size
 from families.common.precision import freeze
 from families.common.sampling import draw_latents
 from families.common.text_encoders import ClipTextEncoders
@@ -22,12 +22,10 @@ from warpcore.diffusion.times import TIME_RULES, Spacing, flow_times, sampling_t
 from warpcore.errors import UserError
 
 
-class StableDiffusionNetworks(Pipeline):
+class StableDiffusionNetworks(LatentPipeline):
     """The networks of a Stable Diffusion, each on the device only while it works; LoRAs are merged into them."""
 
-    def __init__(self, settings, loras: Loras = ()):
-        super().__init__(settings)
-        self.loras = loras
+    build_autoencoder = staticmethod(build.autoencoder)
 
     def read(self, texts: Sequence[str], clip_skip: int | None = None) -> dict[str, Tensor]:
         """The U-Net's text conditions (N, ...) of texts, by its names.
@@ -81,16 +79,6 @@ class StableDiffusionNetworks(Pipeline):
                 return draw_latents(diffusion, unet, *sides, shape, [seeds[i] for i in rows], start=begin, **sampling)
 
             return self.in_batches("U-Net", [size] * len(seeds), draw)
-
-    def decode(self, latents: Sequence[Tensor], tiled: bool = False) -> list[Tensor]:
-        """Pictures (3, H, W) in [0, 1] of scaled latents (C, h, w)."""
-        with self.holding("autoencoder", build.autoencoder) as autoencoder:
-            autoencoder.tiling = tiled
-            return self.in_batches(
-                "autoencoder",
-                sizes_of(latents),
-                lambda rows: autoencoder.decode(self.batch(latents, rows, torch.float32)),
-            )
 
 
 def text_encoders(settings, loras: Loras, device: torch.device) -> ClipTextEncoders:

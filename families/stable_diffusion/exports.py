@@ -13,7 +13,7 @@ from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import constructor_numbers, save_library_folder
 from families.common.lora_files import lora_files
 from families.common.lora_training import missing_tokens
-from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, TARGET_KEY, weights_in
+from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, is_run, weights_in
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.components import TITLES, VERSION_KEY
@@ -101,10 +101,10 @@ def weights(name: str, network: nn.Module, settings: ExportSettings) -> dict[str
 
 def read_settings(source: Path, arguments: list[str]) -> ExportSettings:
     """The keys of an export of a run, of a checkpoint in one file, of a pipeline's folder, or of a U-Net's file."""
-    key = "run" if (source / RUN_CONFIG).is_file() else build.GENERATOR
+    key = "run" if is_run(source) else GENERATOR
     settings = load_config(ExportSettings, [f"--{key}", str(source), *arguments])
     if settings.generator_checkpoint_path is None:
-        raise UserError(f"{build.GENERATOR}: there are no weights of the U-Net to write; give them, or a run's folder")
+        raise UserError(f"{GENERATOR}: there are no weights of the U-Net to write; give them, or a run's folder")
     # As precise as they are: what they are read for computes nothing.
     return settings.model_copy(update={"autoencoder_precision": "float32", "text_encoder_precision": "float32"})
 
@@ -195,7 +195,7 @@ class LoraExportSettings(SdInferenceSettings):
 
 
 def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> None:
-    key = "run" if (source / RUN_CONFIG).is_file() else "lora"
+    key = "run" if is_run(source) else "lora"
     said = version_of(source)
     model_version = ["--model_version", said] if said else []
     settings = load_config(LoraExportSettings, [f"--{key}", str(source), *model_version, *arguments])

@@ -13,8 +13,9 @@ from families.common.inference import read_run
 from families.common.pictures import pad
 from families.common.pipeline import Pipeline, sizes_of
 from families.common.reconstruction import ReconstructConfig
+from families.common.weight_files import AUTOENCODER
 from families.common.weight_source import with_local_weights
-from families.stable_diffusion.build import AUTOENCODER, autoencoder_by_itself, autoencoder_source
+from families.stable_diffusion.build import autoencoder_by_itself, autoencoder_source
 from families.stable_diffusion.config import SdSettings
 from warpcore.keys import Weights
 

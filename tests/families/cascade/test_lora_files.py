@@ -26,6 +26,7 @@ from tests.modules.test_lora import randomised
 from tests.modules.test_stage_c import golden_model, small_inputs
 from tests.modules.test_tokens import word_tower
 from tests.train.test_train_c import diffusers_network
+from warpcore.errors import UserError
 
 KINDS = {
     "attention": (["attn"], {}),
@@ -316,6 +317,9 @@ def test_drawing_takes_files_with_strengths_and_their_tokens(tmp_path, monkeypat
         add_tokens(fresh, loras)
     assert [parse_lora(text)[1] for text in ("a:0.5", "a", "C:/a", "a:-1e1")] == [0.5, 1.0, 1.0, -10.0]
     assert str(parse_lora("C:/a.safetensors:2")[0]) == "C:/a.safetensors"
+    for strength in ("nan", "inf", "-inf"):
+        with pytest.raises(UserError, match=f"lora: a:{strength} is given with the strength {strength}; write"):
+            parse_lora(f"a:{strength}")
 
 
 def test_a_lora_for_another_network_says_what_differs(tmp_path):
