@@ -1,13 +1,14 @@
 """Finds the family of a run, a weights file or a model folder, and of the arguments of a script.
 
-A family is a folder in one of `PACKAGES` with a `family.py`; there is no list of them. A `family.py` is imported when
-somebody asks, what it needs for its networks only when they are built.
+A family is a folder in one of `PACKAGES` with a `family.py`, which may hold several; there is no list of them. A
+`family.py` is imported when somebody asks, what it needs for its networks only when they are built.
 """
 
 import difflib
 import importlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from families.common.family import ExportFormat, Family
@@ -37,7 +38,12 @@ def families() -> list[Family]:
         for place in importlib.import_module(package).__path__:
             names = sorted(path.parent.name for path in Path(place).glob("*/family.py"))
             found += [importlib.import_module(f"{package}.{name}.family") for name in names]
-    return [module.FAMILY for module in found if hasattr(module, "FAMILY")]
+    return [family for module in found for family in _held(module)]
+
+
+def _held(module: ModuleType) -> Sequence[Family]:
+    """The families of a `family.py`."""
+    return getattr(module, "FAMILIES", (module.FAMILY,) if hasattr(module, "FAMILY") else ())
 
 
 def family_of(path: Path) -> Family:

@@ -35,6 +35,11 @@ Latent = Literal["sample", "mean"]
 """What of the moments a latent is: drawn for each sample, or the mean."""
 MAX_LEVELS = 10
 """Of an autoencoder; each halves the sides of a picture."""
+SD_AUTOENCODER = {
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+"""Constructor numbers of the autoencoders of Stable Diffusion, SDXL and DiT; their weights and scales differ."""
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the attention layers in folders written before 2023."""

@@ -1,7 +1,8 @@
 """What a family tells tools and inference scripts about itself, so that these need not name it.
 
-Each family folder has a `family.py` with one object, `FAMILY`, of a subclass of `Family`. Importing it is quick: what
-builds networks or imports diffusers, transformers or peft is named as text, or imported inside its methods.
+Each family folder has a `family.py` with one object, `FAMILY`, of a subclass of `Family`; or with several, `FAMILIES`,
+where networks with other tasks and files share a folder. Importing it is quick: what builds networks or imports
+diffusers, transformers or peft is named as text, or imported inside its methods.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,7 @@ class Family:
     """A model family; override what it has."""
 
     name: ClassVar[str]
-    """The name of its folder."""
+    """The name of its folder, where that holds no other; exported files say it."""
     title: ClassVar[str]
     """Its name in messages."""
     weight_keys: ClassVar[Mapping[str, str]] = {"generator": "generator_checkpoint_path"}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from families.common.autoencoders import SD_AUTOENCODER
 from families.common.text_encoders import LAST, PENULTIMATE, HiddenState
 
 MINI = Path(__file__).resolve().parents[2] / "models" / "mini"
@@ -21,12 +22,6 @@ CLIP_BIG_G = CLIP_L | {
     "projection_dim": 1280, "hidden_act": "gelu", "architectures": ["CLIPTextModelWithProjection"],
 }  # fmt: skip
 """The second text encoder of SDXL, whose texts are padded with `!` (id 0)."""
-AUTOENCODER = {
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
-"""SD's and SDXL's autoencoders differ in their weights and scale alone."""
-
 TITLES = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
 """What messages call the published versions."""
 
@@ -64,7 +59,7 @@ VERSIONS = {
         text=(CLIP_L,),
         padding=("<|endoftext|>",),
         hidden=LAST,
-        autoencoder=AUTOENCODER | {"scaling_factor": 0.18215, "sample_size": 512, "force_upcast": False},
+        autoencoder=SD_AUTOENCODER | {"scaling_factor": 0.18215, "sample_size": 512, "force_upcast": False},
     ),
     "sdxl": Version(
         unet={
@@ -78,7 +73,7 @@ VERSIONS = {
         text=(CLIP_L, CLIP_BIG_G),
         padding=("<|endoftext|>", "!"),
         hidden=PENULTIMATE,
-        autoencoder=AUTOENCODER | {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
+        autoencoder=SD_AUTOENCODER | {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
     ),
     "mini": Version(
         unet={

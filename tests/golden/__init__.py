@@ -8,8 +8,8 @@ reference implementation's outputs, within the tolerances of the cases, for the 
 reference gave is in `reference_outputs.safetensors`: rounding moves it by less than `ROUNDING`. Sampling loops
 keep their first and last step; filters keep one picture of each size.
 
-The weights of the cases in `sd_t5` and `cosmos` are those of the reference, to the bit of a rounding, made by the
-recipes that they turned out to follow.
+The weights of the cases in `sd_t5`, `cosmos` and `opensora` are those of the reference, to the bit of a rounding, made
+by the recipes that they turned out to follow.
 """
 
 import gzip
@@ -97,6 +97,10 @@ def _by_recipe(weights: dict) -> dict[str, torch.Tensor]:
                 made[name] = 0.4 + 0.15 * draw
             elif last in ("gamma", "beta"):
                 made[name] = weights.get("gamma_deviation", 0.3) * draw
+            elif last.startswith("scale_shift_table"):
+                made[name] = 0.3 * draw
+            elif name.endswith(("y_embedding", "embedding_table.weight")):
+                made[name] = 0.5 * draw
             elif draw.dim() >= 2:
                 made[name] = draw * (weights["gain"] / (draw.numel() / draw.shape[0]) ** 0.5)
             elif last == "weight":

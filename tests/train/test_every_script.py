@@ -39,6 +39,10 @@ SETTINGS: dict[str, dict] = {
     },
     "train_cosmos": {"model_version": "mini", "loss_reduce": "sum", "text_encoder_precision": "float32"},
     "train_cosmos_lora": {"model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32"},
+    "train_dit": {
+        "model_version": "mini", "class_getter": ["json", "lambda j: j['score'] % 7"], "num_classes": 7,
+        "sample_sampler": "ddim",
+    },
     "train_encoder": {},
     "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
     "train_sd texts": {"train_text_encoder": True, "text_encoder_lr": [1e-3, 1e-4], "model_version": "sdxl"},
@@ -88,7 +92,9 @@ def settings_of(cascade: dict, name: str, run: str) -> dict:
         every["generator_checkpoint_path"] = str(pipeline if pipeline.exists() else PIPELINES[kind](pipeline))
     elif name not in NEEDS_GENERATOR:
         del every["generator_checkpoint_path"]  # that of another network
-    return {key: value for key, value in every.items() if key in use_case(name).Config.model_fields} | SETTINGS[name]
+    kind = use_case(name).Config
+    known = kind.model_fields.keys() - kind.unused
+    return {key: value for key, value in every.items() if key in known} | SETTINGS[name]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ CACHED: dict[str, tuple[str, ...]] = {
     "train_c_lora": ("latents", "texts"),
     "train_cosmos": ("latents", "texts"),
     "train_cosmos_lora": ("latents", "texts"),
+    "train_dit": ("latents",),
     "train_sd": ("latents", "texts"),
     "train_sd_lora": ("latents", "texts"),
 }
@@ -28,7 +29,7 @@ CHANGES = {
 SPARED = {
     "train_b": {"encoder", "text"}, "train_c": {"encoder", "text"}, "train_c_controlnet": {"text"},
     "train_c_lora": {"encoder", "text"}, "train_cosmos": {"text"}, "train_cosmos_lora": {"text"},
-    "train_sd": {"text"}, "train_sd_lora": {"text"},
+    "train_dit": set(), "train_sd": {"text"}, "train_sd_lora": {"text"},
 }  # fmt: skip
 """Networks that are not built then; the autoencoders of the others draw samples."""
 

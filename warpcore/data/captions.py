@@ -92,7 +92,7 @@ class CaptionGetter:
             UserError: there are several captions, and no seed.
         """
         values = [
-            (columns or {})[name.removeprefix(COLUMN_PREFIX)] if _is_column(name) else _value(name, contents)
+            (columns or {})[name.removeprefix(COLUMN_PREFIX)] if _is_column(name) else member_value(name, contents)
             for name in self.names
         ]
         try:
@@ -150,8 +150,12 @@ def _is_column(name: str) -> bool:
     return name in MEASURED or name.startswith(COLUMN_PREFIX)
 
 
-def _value(member: str, contents: Mapping[str, bytes]) -> Any:
-    """The text of a member, or what its JSON holds."""
+def member_value(member: str, contents: Mapping[str, bytes]) -> Any:
+    """The text of a member, or what its JSON holds.
+
+    Raises:
+        BadCaption: it is absent, not UTF-8 or not JSON.
+    """
     if member not in contents:
         raise BadCaption(f"the sample has no .{member}")
     try:

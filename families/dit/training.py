@@ -1,0 +1,82 @@
+"""What training scripts of DiT and of PixArt share: moments of an autoencoder, and the diffusion process."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from families.common.autoencoders import LatentScale
+from families.common.features import PICTURE_SETTINGS, Feature, stored
+from families.common.training import DiffusionTraining
+from families.dit import build
+from families.dit.autoencoder import autoencoder, autoencoder_files, latents_of
+from warpcore.data.buckets import whole_size
+from warpcore.data.reader import Batch
+from warpcore.diffusion.diffusion import GDF
+from warpcore.random import SampleRandom
+
+
+class LatentTraining(DiffusionTraining):
+    """Trains a denoiser of the latents of an AutoencoderKL, of which caches hold the moments.
+
+    A subclass says its `family`, builds the network, and adds what steers it to `encoders` and `features`.
+    """
+
+    config: Any
+    about_network = ("model_version",)
+    drawn_with = frozenset({"autoencoder"})
+
+    def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
+        return build.process(self.config, loss_weight, self.config.offset_noise)
+
+    def encoders(self) -> dict[str, Callable[[], nn.Module]]:
+        return {"autoencoder": partial(autoencoder, self.config)}
+
+    def network_files(self, network: str) -> list[Path]:
+        return autoencoder_files(self.config)
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        return {"moments": Feature("autoencoder", PICTURE_SETTINGS)} | self.mask_feature("autoencoder")
+
+    def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        moments = self.networks["autoencoder"].moments(batch.images)
+        return {"moments": moments} | self.mask_of_pictures(batch, moments)
+
+    @cached_property
+    def latents(self) -> tuple[LatentScale, int]:
+        """The scale of latents, and the pixels per position of them and side."""
+        return latents_of(self.config)
+
+    @property
+    def bucket_factor(self) -> int:
+        return self.latents[1] * self.config.version.network["patch_size"]
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(H, W) of the pictures for which the network has positions."""
+        return whole_size(self.config.image_size)
+
+    def latents_of(self, batch: Batch, random: SampleRandom) -> Tensor:
+        """Scaled latents (B, C, H, W) float32 of a batch, drawn for each sample, or the means."""
+        moments = stored(batch, "moments")
+        moments = self.picture_features(batch, random)["moments"] if moments is None else moments
+        return self.latents[0].latents(moments, random if self.config.latent == "sample" else None)
+
+
+def latent_shape(size: tuple[int, int], channels: int, compression: int) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of a picture of `size` px."""
+    return channels, size[0] // compression, size[1] // compression
+
+
+class FirstChannels(nn.Module):
+    """A network whose predictions have the channels of its input: what it says of variances is left out."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        return self.network(x, t, **conditions)[:, : x.shape[1]]
