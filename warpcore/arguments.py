@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from warpcore.errors import ConfigError
-from warpcore.keys import parts_of
+from warpcore.keys import is_free_text, parts_of
 from warpcore.safe_yaml import parse_yaml
 from warpcore.text import brief, shortened
 
@@ -63,7 +63,7 @@ def _one_value(kinds: set, key: str, text: str) -> Any:
 
 
 def _list(kinds: set, key: str, text: str) -> Any:
-    of_texts = any(parts_of(typing.get_args(one)[0]) == {str} for one in _lists(kinds))
+    of_texts = any(is_free_text(typing.get_args(one)[0]) for one in _lists(kinds))
     word = _BARE_WORD.fullmatch(text.strip())
     if word and of_texts:
         inner = shortened(word[1])

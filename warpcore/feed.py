@@ -338,7 +338,7 @@ class Feed:
         """
 
         def opened() -> Catalog:
-            found = open_catalog(resolve_sources(path))
+            found = open_catalog(resolve_sources(path, key))
             further = self._further.get(key, ())
             return join(found, [(one, open_catalog(resolve_sources(one.folder), keep_copies=True)) for one in further])
 

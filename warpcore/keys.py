@@ -28,6 +28,12 @@ class _NamesWeights:
     """Marks a key that names weights."""
 
 
+class _NamesPlace:
+    """Marks text that names a file or folder."""
+
+
+Place = Annotated[str, _NamesPlace()]
+"""Text with the name of a file or folder: where a command line says `[x]`, brackets make a list of it."""
 Weights = Annotated[Path, _NamesWeights()]
 """Weights of a network: a file, a folder as diffusers writes it, or a name of the Hugging Face hub, which is
 `owner/name` or `owner/name/subfolder`. The families download what is only there, and read it locally."""
@@ -141,6 +147,12 @@ def weights_keys(kind: type[BaseModel]) -> list[str]:
 def _is_weights(annotation: Any) -> bool:
     arguments = typing.get_args(annotation)
     return _marked(arguments) if typing.get_origin(annotation) is Annotated else any(map(_is_weights, arguments))
+
+
+def is_free_text(annotation: Any) -> bool:
+    """Whether a type takes any text, which may begin and end with brackets; names of places hardly do."""
+    marks = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+    return parts_of(annotation) == {str} and not any(mark is Path or isinstance(mark, _NamesPlace) for mark in marks)
 
 
 def _marked(metadata: Iterable[Any]) -> bool:

@@ -129,8 +129,9 @@ class _Named:
 
     @classmethod
     def of(cls, training: Cacheable, key: str) -> Self:
-        folders = named_folders(getattr(training.config, key))
-        named = [folder for entry in getattr(training.config, SOURCES[key]) for folder in named_folders(entry)]
+        folders = named_folders(getattr(training.config, key), key)
+        caches = SOURCES[key]
+        named = [folder for entry in getattr(training.config, caches) for folder in named_folders(entry, caches)]
         known = {
             folder: Origin.read(folder, f"make another: {cache_command(training, f'{folder}_new', data_key=key)}")
             for folder in dict.fromkeys([*folders, *named])
@@ -173,7 +174,7 @@ def _used(training: Cacheable, named: _Named) -> Caches:
         folder: MadeFrom(origin.source, _command_to_update(training, named.key, folder, origin))
         for folder, origin in every.items()
     }
-    whole = [*named.own] == folders_named_whole(getattr(training.config, named.key))
+    whole = [*named.own] == folders_named_whole(getattr(training.config, named.key), named.key)
     remedy_of_own = made_from[next(iter(named.own))].remedy if named.own and whole else None
     origins, folders, further = {}, {}, []
     for folder, origin in every.items():

@@ -10,9 +10,9 @@ from families.common.sample_fields import SampleSettings
 from warpcore.config import Config, Settings, Share
 from warpcore.config_keys import Gigabytes, Steps
 from warpcore.diffusion.samplers import SAMPLERS
-from warpcore.keys import Weights
+from warpcore.keys import Place, Weights
 
-Folder = Annotated[str, Field(min_length=1)]
+Folder = Annotated[Place, Field(min_length=1)]
 
 
 class GeneratorSettings(Settings):

@@ -14,6 +14,9 @@ from warpcore.data.member_headers import picture_size
 from warpcore.errors import UserError
 from warpcore.files import read_bytes
 
+SSIM_LEAST_PX = 6
+"""The shortest side of a picture that the window of SSIM, 11 px wide, can be moved over."""
+
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """uint8 (B, 3, H, W) on any device -> (B, H, W, 3)."""
@@ -33,8 +36,16 @@ def image_metrics(made: Tensor, true: Tensor) -> dict[str, Tensor]:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     pairs = list(zip(made.float().clamp(0, 1).split(1), true.float().split(1), strict=True))
-    metrics = {"psnr": peak_signal_noise_ratio, "ssim": structural_similarity_index_measure}
-    return {name: torch.stack([metric(*pair, data_range=1.0) for pair in pairs]) for name, metric in metrics.items()}
+    extended = [tuple(_at_least(one, SSIM_LEAST_PX) for one in pair) for pair in pairs]
+    psnr = [peak_signal_noise_ratio(*pair, data_range=1.0) for pair in pairs]
+    ssim = [structural_similarity_index_measure(*pair, data_range=1.0) for pair in extended]
+    return {"psnr": torch.stack(psnr), "ssim": torch.stack(ssim)}
+
+
+def _at_least(picture: Tensor, side: int) -> Tensor:
+    """(1, 3, H, W) with its last row and column repeated until no side is shorter than `side`."""
+    missing = [max(0, side - own) for own in picture.shape[2:]]
+    return F.pad(picture, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else picture
 
 
 def pad(picture: Tensor, factor: int) -> Tensor:

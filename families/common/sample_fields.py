@@ -92,7 +92,8 @@ class SampleFields(WarpCore):
         if config.masked_loss and not from_cache:
             fields["mask"] = MaskField((MASK, *PICTURE_EXTENSIONS))
         if config.prior_path is not None:
-            shards = frozenset(s.url for source in resolve_sources(config.prior_path) for s in source.shards)
+            sources = resolve_sources(config.prior_path, "prior_path")
+            shards = frozenset(shard.url for source in sources for shard in source.shards)
             fields["prior"] = FromField((*PICTURE_EXTENSIONS, PICTURE_FACTS), shards)
         return fields
 

@@ -16,6 +16,7 @@ from families.common.inference import ComputeSettings, RunSettings
 from families.common.pictures import to_pictures
 from families.common.pipeline import LatentPipeline
 from warpcore.errors import UserError
+from warpcore.keys import Place
 
 SIDE_PX = 128
 """Side of the pictures of the minis."""
@@ -27,7 +28,7 @@ class ScoredSettings(RunSettings, ComputeSettings):
 
     batch_size: PositiveInt = 50
     """Pictures that go through a network at once."""
-    lora: list[str] = []
+    lora: list[Place] = []
     """LoRAs that the runs trained."""
     controlnet: list[str] = []
     """ControlNets that the runs trained."""

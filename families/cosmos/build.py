@@ -12,7 +12,7 @@ from families.common.autoencoders import Autoencoder, LatentScale
 from families.common.library_files import CONFIG, construct, fill
 from families.common.library_networks import adapt
 from families.common.t5 import T5TextEncoder
-from families.common.wan_autoencoder import LIBRARY_CLASS, WanAutoencoder
+from families.common.wan_autoencoder import CONSTRUCTOR, LIBRARY_CLASS, WanAutoencoder
 from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
 from families.common.weights import WeightsError, are_only_shapes
 from families.cosmos.components import (
@@ -99,10 +99,25 @@ def latents_of(settings: CosmosSettings) -> tuple[LatentScale, int]:
     return kind.scale_of(config), kind.compression_of(config)
 
 
+def autoencoder_by_itself(path: Path, **options: Any) -> Autoencoder:
+    """The autoencoder of a folder or file; a file that says nothing of itself is one of the published network.
+
+    options: see `Autoencoder`.
+    """
+    found = find_autoencoder(path, AUTOENCODER)
+    kind, config = _kind_of(found, CONSTRUCTOR)
+    return kind.of(config, found.tensors, found.path, AUTOENCODER, **options)
+
+
 def _autoencoder(settings: CosmosSettings) -> tuple[Component, type[Autoencoder], Mapping[str, Any]]:
-    found, version = autoencoder_source(settings), settings.version
-    said = (found.config or {}).get("_class_name", LIBRARY_CLASS if version.autoencoder is not None else None)
-    return found, WanAutoencoder if said == LIBRARY_CLASS else Autoencoder, found.config or version.autoencoder or {}
+    found = autoencoder_source(settings)
+    return found, *_kind_of(found, settings.version.autoencoder)
+
+
+def _kind_of(found: Component, default: Mapping[str, Any] | None) -> tuple[type[Autoencoder], Mapping[str, Any]]:
+    """Of an autoencoder the class, and its constructor numbers; default: those where nothing says them."""
+    said = (found.config or {}).get("_class_name", LIBRARY_CLASS if default is not None else None)
+    return WanAutoencoder if said == LIBRARY_CLASS else Autoencoder, found.config or default or {}
 
 
 def text_encoder(settings: CosmosSettings, device: torch.device | str = "cpu") -> T5TextEncoder:

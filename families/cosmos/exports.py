@@ -20,6 +20,7 @@ from families.cosmos.lora import TRANSFORMER, open_loras, read_lora, transformer
 from families.cosmos.original_names import PREFIX, buffers, published_tensors
 from warpcore.config import load_config
 from warpcore.errors import UserError
+from warpcore.keys import Place
 from warpcore.outputs import check_new
 from warpcore.pytorch_files import write_pytorch_file
 from warpcore.weights import check_range, converted, write_weights
@@ -32,7 +33,7 @@ class ExportSettings(CosmosInferenceSettings):
 
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the written weights; bfloat16 is what published files have."""
-    lora: list[str] = []
+    lora: list[Place] = []
     """LoRAs that the weights are changed by, as FILE or FILE:STRENGTH: files, or runs that trained them."""
 
 
@@ -94,7 +95,7 @@ def about(settings: CosmosInferenceSettings) -> Mapping[str, str]:
 class LoraExportSettings(CosmosInferenceSettings):
     """Keys of the LoRA formats, beside those of the networks."""
 
-    lora: list[str] = []
+    lora: list[Place] = []
     """The LoRA: this is SOURCE."""
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from families.common.family import SCORING, TEXT_TO_IMAGE, ExportFormat, Family
+from families.common.family import RECONSTRUCTION, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header, read_header
 from families.cosmos.published_folder import published_file
 
@@ -19,7 +19,9 @@ LORA_NAMES = re.compile(
     r"(transformer|(base_model\.model\.)?transformer)?\.?transformer_blocks\.\d+\.(attn[12]|ff|norm[123])\."
 )
 """What names of tensors in LoRA files begin with."""
-FOLDERS = ("CosmosTransformer3DModel", "Cosmos2TextToImagePipeline")
+AUTOENCODER_NAMES = ("encoder.middle.0.residual.0.gamma", "encoder.mid_block.resnets.0.norm1.gamma")
+"""Tensors of a Wan autoencoder, in published names and in those of diffusers."""
+FOLDERS = ("CosmosTransformer3DModel", "Cosmos2TextToImagePipeline", "AutoencoderKLWan")
 
 _format = partial(ExportFormat.of, "families.cosmos.exports")
 _lora = partial(_format, keys="LoraExportSettings")
@@ -42,6 +44,7 @@ class Cosmos(Family):
     )  # fmt: skip
     tasks = {
         TEXT_TO_IMAGE: "families.cosmos.text_to_image.CosmosTextToImage",
+        RECONSTRUCTION: "families.cosmos.reconstruction.CosmosReconstruction",
         SCORING: "families.cosmos.scoring.ScoredCosmos",
     }
     format_notes = """\
@@ -54,7 +57,8 @@ its LoRA in them."""
     def has_weights(self, header: Header) -> bool:
         ours = header.metadata.get(FAMILY_KEY) == self.name
         lora = any(".lora_" in name and LORA_NAMES.match(name) for name in header.names)
-        return ours or lora or any(map(NAMES.fullmatch, header.names))
+        autoencoder = not header.names.isdisjoint(AUTOENCODER_NAMES)
+        return ours or lora or autoencoder or any(map(NAMES.fullmatch, header.names))
 
     def has_model_folder(self, index: Mapping[str, Any]) -> bool:
         return str(index.get("_class_name")) in FOLDERS

@@ -15,6 +15,7 @@ from families.cosmos.training import TEXT
 from warpcore.config_keys import SidePx, Steps
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.errors import UserError
+from warpcore.keys import Place
 
 MINI_SIZE_PX = 128
 """Side of the mini's pictures."""
@@ -35,7 +36,7 @@ class CosmosTextToImageConfig(CosmosInferenceSettings, TextToImageConfig):
     """By default what was published; any steps along the same noise levels."""
     distill_steps: Annotated[int, Field(ge=0, le=4)] = 0
     """Draw in 1 to 4 steps without guidance: for distilled networks alone (`model_distilled.pt` of 0.6B)."""
-    lora: list[str] = []
+    lora: list[Place] = []
     """LoRAs, as WEIGHTS or WEIGHTS:STRENGTH (1 by default): files in diffusers', ComfyUI's, published or our names, a
     LoRA's run, or names of the Hugging Face hub."""
     tiled_decoding: bool = False

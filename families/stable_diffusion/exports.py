@@ -31,6 +31,7 @@ from families.stable_diffusion.lora import (
 from families.stable_diffusion.single_file import CONFIG_KEY, ZERO_SNR_KEY, single_file_tensors
 from warpcore.config import load_config
 from warpcore.errors import UserError
+from warpcore.keys import Place
 from warpcore.outputs import check_new
 from warpcore.safe_json import parse_json
 from warpcore.weights import converted, dtype_name, write_weights
@@ -49,7 +50,7 @@ class ExportSettings(SdInferenceSettings):
     """Precision of the written weights; float16 is what most shared files have."""
     only_unet: bool = False
     """Write the U-Net by itself, without autoencoder and text encoders."""
-    lora: list[str] = []
+    lora: list[Place] = []
     """LoRAs that the weights are changed by, as FILE or FILE:STRENGTH: files, or runs that trained them."""
 
 
@@ -190,7 +191,7 @@ def notes(settings: ExportSettings) -> list[str]:
 class LoraExportSettings(SdInferenceSettings):
     """Keys of the LoRA formats, beside those of the networks."""
 
-    lora: list[str] = []
+    lora: list[Place] = []
     """The LoRA: this is SOURCE."""
 
 

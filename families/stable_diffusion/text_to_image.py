@@ -19,9 +19,10 @@ from families.stable_diffusion.lora import open_loras
 from warpcore.config import Share
 from warpcore.config_keys import SidePx, Steps
 from warpcore.diffusion.samplers import SAMPLERS
-from warpcore.diffusion.times import Spacing
+from warpcore.diffusion.times import Spacing, last_part
 from warpcore.errors import UserError
 from warpcore.files import why_no_file
+from warpcore.keys import Place
 
 IMAGE_SIZE = {"sd15": 512, "sdxl": 1024, "mini": 128}
 """Side of the squares that a version was trained with."""
@@ -61,7 +62,7 @@ class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
     clip_skip: PositiveInt | None = None
     """Which hidden state of the text encoders from the end is taken: 1 the last, as 1.5 was trained; 2 the one before,
     as SDXL and many finetunes of 1.5 were. By default as trained."""
-    lora: list[str] = []
+    lora: list[Place] = []
     """LoRAs, as WEIGHTS or WEIGHTS:STRENGTH (1 by default): files in kohya's, diffusers' or our names, a LoRA's run,
     or names of the Hugging Face hub; textual-inversion embeddings, and folders of them, too."""
     original_size: tuple[PositiveInt, PositiveInt] | None = None
@@ -134,6 +135,11 @@ class StableDiffusionTextToImage:
         self.sampler = config.sampler or sampler
         guidance = guidance if config.guidance is None else config.guidance
         self.guidance = None if guidance == 1 else guidance
+        self.diffusion, self.times = sampling_process(
+            config, config.steps, self.sampler, config.timestep_spacing, config.karras
+        )
+        if config.init_image is not None:
+            last_part(self.times, config.strength)  # where that leaves nothing, before weights are read
         self.networks = StableDiffusionNetworks(config, open_loras(config.lora, config, config.use_ema))
         scale_px = build.latents_of(config)[1]
         if any(side % scale_px for side in config.size_px):
@@ -147,7 +153,6 @@ class StableDiffusionTextToImage:
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
         """A picture for each prompt and its seed."""
         config = self.config
-        diffusion, times = sampling_process(config, config.steps, self.sampler, config.timestep_spacing, config.karras)
         negatives = config.negatives(len(prompts))
         texts = list(dict.fromkeys([*prompts, *negatives]))
         read = self.networks.read(texts, config.clip_skip)
@@ -162,7 +167,7 @@ class StableDiffusionTextToImage:
         if config.init_image is not None:
             start = self.networks.encode(read_picture(config.init_image, config.size_px))
         latents = self.networks.draw(
-            *sides, self.latent_size, seeds, diffusion=diffusion, times=times, steps=config.steps,
+            *sides, self.latent_size, seeds, diffusion=self.diffusion, times=self.times, steps=config.steps,
             sampler=self.sampler, guidance=self.guidance, guidance_rescale=config.guidance_rescale,
             shift=config.shift, start=start, noise_level=1.0 if start is None else config.strength,
         )  # fmt: skip

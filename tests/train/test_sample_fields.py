@@ -9,6 +9,7 @@ from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings_of, train, use_case
 from tests.train.test_separate_caches import CACHED, CHANGES
 from tests.train.test_train_c_lora import write_samples
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 SCRIPTS = [name for name in SETTINGS if "masked_loss" in use_case(name).Config.model_fields]
@@ -69,6 +70,12 @@ def test_masks_prior_and_templates_work_in_every_script(recorded, name):
     if width % 2 == 0:
         assert (mask[~prior][..., : width // 2] == 1).all()
         assert (mask[~prior][..., width // 2 :] == 0).all()
+
+
+def test_a_prior_that_is_not_there_is_named_by_its_key(small_cascade, tmp_path):
+    settings = settings_of(small_cascade, "train_sd", "run") | {"prior_path": str(tmp_path / "prior.tar")}
+    with pytest.raises(UserError, match=r"^prior_path: no such tar: .*prior\.tar"):
+        train("train_sd", settings)
 
 
 @pytest.mark.parametrize(

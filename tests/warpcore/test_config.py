@@ -10,6 +10,7 @@ import yaml
 from families.cascade.config import StageCConfig
 from families.cascade.reconstruction import CascadeReconstructConfig
 from families.cascade.text_to_image import CascadeTextToImageConfig
+from families.common.config import DiffusionConfig
 from warpcore.batch_size import split_batch
 from warpcore.config import Config, ConfigError, dump_config, load_config, make_config
 from warpcore.core import WarpCore
@@ -218,6 +219,14 @@ def test_a_prompt_in_brackets_is_a_text_or_a_list_and_never_the_other_unseen():
     with pytest.raises(ConfigError, match="is not valid YAML") as error:
         drawn("prompts=[dog] and [cat]")
     assert """write prompts='["[dog] and [cat]"]'""" in str(error.value)
+
+
+def test_a_name_of_a_place_in_brackets_is_a_list():
+    rest = [f"{key}={value}" for key, value in GIVEN.items()]
+    for argument in ("caches=[data/texts]", 'caches=["data/texts"]', "caches=data/texts"):
+        assert load_config(DiffusionConfig, [*rest, argument]).caches == ["data/texts"]
+    assert load_config(DiffusionConfig, [*rest, "caches=[data/latents, data/texts]"]).caches[1] == "data/texts"
+    assert drawn("prompts=a", "lora=[dog.safetensors:0.5]").lora == ["dog.safetensors:0.5"]
 
 
 def test_numbers_are_understood_wherever_they_stand():

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -72,12 +73,15 @@ class Source:
     shards: list[Shard]
 
 
-def resolve_sources(webdataset_path: Any) -> list[Source]:
-    """The sources that a `webdataset_path` names, in its order, each with its shards sorted by name.
+def resolve_sources(webdataset_path: Any, key: str = "webdataset_path") -> list[Source]:
+    """The sources that a `webdataset_path`, or another key of data, names: in its order, shards sorted by name.
 
     Takes a tar, a folder (searched with its sub-folders), a glob, brace ranges (`{00000..00041}`, `{a,b}`), a URL, a
     `.yml` with a list of those (relative paths in it start at its own folder), a list of those, and for an entry
     `{path: ..., weight: 2}`.
+
+    Args:
+        key: the config key, or the argument, that an error names.
 
     Raises:
         MissingShardError: names what is missing, and what lies near it.
@@ -85,42 +89,57 @@ def resolve_sources(webdataset_path: Any) -> list[Source]:
     """
     sources: list[Source] = []
     seen: dict[str, int] = {}
-    for number, (weight, text, folder) in enumerate(_entries(webdataset_path, str(Path.cwd()))):
-        shards = []
-        for shard in _shards(text, folder):
-            if shard.url in seen:
-                raise UserError(
-                    f"webdataset_path names {shard.url} twice (entries {seen[shard.url] + 1} and {number + 1}); "
-                    "name it once, with {path: ..., weight: 2} if its rows shall occur more often"
-                )
-            seen[shard.url] = number
-            shards.append(shard)
-        sources.append(Source(weight, sorted(shards, key=lambda shard: shard.url)))
-    if not seen:
-        raise UserError("webdataset_path names no tar")
+    with _naming(key):
+        for number, (weight, text, folder) in enumerate(_entries(webdataset_path, str(Path.cwd()))):
+            shards = []
+            for shard in _shards(text, folder):
+                if shard.url in seen:
+                    raise UserError(
+                        f"{shard.url} is named twice (entries {seen[shard.url] + 1} and {number + 1}); name it once, "
+                        "with {path: ..., weight: 2} if its rows shall occur more often"
+                    )
+                seen[shard.url] = number
+                shards.append(shard)
+            sources.append(Source(weight, sorted(shards, key=lambda shard: shard.url)))
+        if not seen:
+            raise UserError("it names no tar")
     return sources
 
 
-def named_folders(webdataset_path: Any) -> list[str]:
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Inside, what is wrong with the value of a config key is told without the key, which is put before it."""
+    try:
+        yield
+    except MissingShardError as error:
+        raise MissingShardError(f"{key}: {error}") from error.__cause__
+    except UserError as error:
+        if type(error) is not UserError:  # of the storage, which says itself what is wrong
+            raise
+        raise UserError(f"{key}: {error}") from error.__cause__
+
+
+def named_folders(webdataset_path: Any, key: str = "webdataset_path") -> list[str]:
     """The folder that each entry of a `webdataset_path` names, or in which it says what to look for, unlisted.
 
     Raises:
         UserError: as `resolve_sources` does for what is no path.
     """
     folders = []
-    for _, text, folder in _entries(webdataset_path, str(Path.cwd())):
-        url = _literal(text, folder)
-        there = _existing(url)
-        fixed = url[:there] + _PATTERN_CHARACTERS.split(url[there:], maxsplit=1)[0]
-        is_part = fixed != url or url.endswith(TAR_ENDINGS)
-        folders.append(fixed.rpartition("/")[0] if is_part and not fixed.endswith("/") else fixed.rstrip("/"))
+    with _naming(key):
+        for _, text, folder in _entries(webdataset_path, str(Path.cwd())):
+            url = _literal(text, folder)
+            there = _existing(url)
+            fixed = url[:there] + _PATTERN_CHARACTERS.split(url[there:], maxsplit=1)[0]
+            is_part = fixed != url or url.endswith(TAR_ENDINGS)
+            folders.append(fixed.rpartition("/")[0] if is_part and not fixed.endswith("/") else fixed.rstrip("/"))
     return list(dict.fromkeys(folders))
 
 
-def folders_named_whole(webdataset_path: Any) -> list[str]:
+def folders_named_whole(webdataset_path: Any, key: str = "webdataset_path") -> list[str]:
     """The folders that entries of a `webdataset_path` name without choosing tars in them."""
-    entries = _entries(webdataset_path, str(Path.cwd()))
-    urls = [_literal(text, folder).rstrip("/") for _, text, folder in entries]
+    with _naming(key):
+        urls = [_literal(text, folder).rstrip("/") for _, text, folder in _entries(webdataset_path, str(Path.cwd()))]
     return [url for url in dict.fromkeys(urls) if _existing(url) == len(url) and not url.endswith(TAR_ENDINGS)]
 
 
@@ -151,13 +170,13 @@ def _entries(
             yield from _entries(entry, folder, weight, within)
     elif isinstance(value, dict):
         if set(value) - {"path", "weight"} or "path" not in value:
-            raise UserError(f"webdataset_path: expected {{path: ..., weight: 2}}, found {brief(value)}")
+            raise UserError(f"expected {{path: ..., weight: 2}}, found {brief(value)}")
         yield from _entries(value["path"], folder, _checked_weight(value, weight), within)
     elif not isinstance(value, str | Path) or not str(value) or not _can_be_a_name(str(value)):
-        raise UserError(f"webdataset_path: expected a path, URL or list of those, found {brief(value)}")
+        raise UserError(f"expected a path, URL or list of those, found {brief(value)}")
     elif str(value).endswith((".yml", ".yaml")):
         if within:
-            raise UserError(f"webdataset_path: {within} names another .yml, {value}; write its paths here")
+            raise UserError(f"{within} names another .yml, {value}; write its paths here")
         yield from _yaml_entries(_literal(str(value), folder), weight)
     else:
         yield weight, str(value), folder
@@ -176,7 +195,7 @@ def _checked_weight(entry: dict, outer: float) -> float:
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not MIN_WEIGHT <= outer * weight <= MAX_WEIGHT:
         raise UserError(
-            f"webdataset_path: a weight is a number above 0, found {brief(weight)} in {brief(entry)}; write one from "
+            f"a weight is a number above 0, found {brief(weight)} in {brief(entry)}; write one from "
             f"{MIN_WEIGHT} to {MAX_WEIGHT}"
         )
     return outer * float(weight)
@@ -185,17 +204,17 @@ def _checked_weight(entry: dict, outer: float) -> float:
 def _yaml_entries(url: str, weight: float) -> Iterator[tuple[float, str, str]]:
     storage = storage_for(url)
     if not storage.stats([url]):
-        raise MissingShardError(f"webdataset_path: there is no {url}.{_near(url)}")
+        raise MissingShardError(f"there is no {url}.{_near(url)}")
     with storage.open(url) as file:
-        entries = parse_yaml(decode_text(file.read(), url), f"webdataset_path: {url}")
+        entries = parse_yaml(decode_text(file.read(), url), url)
     if not isinstance(entries, list | dict | str):
-        raise UserError(f"webdataset_path: {url} should hold a list of paths, found {type(entries).__name__}")
+        raise UserError(f"{url} should hold a list of paths, found {type(entries).__name__}")
     yield from _entries(entries, url.rpartition("/")[0], weight, within=url)
 
 
 def _shards(text: str, folder: str) -> Iterator[Shard]:
     if text.startswith("pipe:"):
-        raise UserError(f"webdataset_path: {text!r}: commands are never run; write the path or URL of the tars")
+        raise UserError(f"{text!r}: commands are never run; write the path or URL of the tars")
     url = _literal(text, folder)
     known = storage_for(url).stats([url])
     paths = iter([text] if known else (braces := Braces(text)))
@@ -213,16 +232,14 @@ def _shards(text: str, folder: str) -> Iterator[Shard]:
             named = f"{shortened(repr(text))} matches nothing" if is_glob else "no such tar"
             more = f" and {len(missing) - 3} more of {min(count, LOOKED_UP)}" if len(missing) > 3 else ""
             raise MissingShardError(
-                f"webdataset_path: {named}: {', '.join(missing[:3])}{more} (from {brief(text)}).{_near(missing[0])}"
+                f"{named}: {', '.join(missing[:3])}{more} (from {brief(text)}).{_near(missing[0])}"
             )
 
 
 def _literal(text: str, folder: str) -> str:
     """The complete URL of a path as it is written. Raises UserError where it holds credentials."""
     if has_credentials(text):
-        raise UserError(
-            f"webdataset_path: {text!r} holds credentials; write the URL without them. {CREDENTIALS_ELSEWHERE}"
-        )
+        raise UserError(f"{text!r} holds credentials; write the URL without them. {CREDENTIALS_ELSEWHERE}")
     if re.match(r"[A-Za-z][A-Za-z0-9]+:", text) or text.startswith("~"):
         return complete_url(text)
     return f"{folder}/{text}" if is_remote(folder) else complete_url(os.path.join(folder, text))
@@ -233,11 +250,11 @@ def _found(text: str, folder: str, known: dict[str, tuple[int, str]]) -> list[Sh
     url = _literal(text, folder)
     storage = storage_for(url)
     if url.endswith(COMPRESSED_ENDINGS):
-        raise UserError(f"webdataset_path: {url} is compressed, so its samples can't be read singly; decompress it")
+        raise UserError(f"{url} is compressed, so its samples can't be read singly; decompress it")
     if storage.is_folder(url):
         shards = _not_compressed(storage.tars(url), url)
         if not shards:
-            raise UserError(f"webdataset_path: {url} holds no .tar; tools/build_dataset.py makes tars from pictures")
+            raise UserError(f"{url} holds no .tar; tools/build_dataset.py makes tars from pictures")
         return shards
     if url in known:
         return [Shard(url, *known[url])]
@@ -259,8 +276,8 @@ def _not_compressed(found: list[tuple[str, int, str]], url: str) -> list[Shard]:
         names = ", ".join(compressed[:3]) + (", ..." if len(compressed) > 3 else "")
         told = f"{len(compressed)} compressed ({names}), so their samples can't be read singly; decompress them"
         if len(compressed) == len(found):
-            raise UserError(f"webdataset_path: {url} holds no .tar but {told}")
-        logger.warning("webdataset_path: of the tars of %s, these are left out: %s", url, told)
+            raise UserError(f"{url} holds no .tar but {told}")
+        logger.warning("of the tars of %s, these are left out: %s", url, told)
     return [Shard(*entry) for entry in found if not entry[0].endswith(COMPRESSED_ENDINGS)]
 
 

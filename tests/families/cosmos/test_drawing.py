@@ -77,6 +77,12 @@ def test_negative_prompts_and_guidance_count(pipeline):
         assert not torch.allclose(torch.stack(CosmosTextToImage(config).draw(["a red dog"], [0]).pictures), plain)
 
 
+def test_a_prompt_of_any_length_is_drawn_and_told_where_it_is_cut(pipeline, caplog):
+    drawn(generator_checkpoint_path=pipeline, prompts=["", "a red dog " * 2500], seeds=[0])
+    (note,) = (record.getMessage() for record in caplog.records)
+    assert "1 of 2 prompts are longer than the 32 tokens that the text encoder reads" in note
+
+
 def test_a_run_is_drawn_from_and_exported(pipeline, tmp_path):
     run = trained(TrainCosmos, pipeline, tmp_path)
     expected = drawn(run=[run])

@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -182,6 +183,15 @@ def test_a_run_is_drawn_from_by_its_average_and_with_the_parts_it_began_with(sd1
 def test_impossible_settings_are_refused(sd15, settings, message):
     with pytest.raises(ConfigError, match=message):
         config_of(**{"generator_checkpoint_path": sd15} | settings)
+
+
+@pytest.mark.parametrize("strength", [0, 0.3])
+def test_a_strength_that_leaves_no_step_is_refused_before_weights_are_read(sd15, tmp_path, strength):
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    given = {"generator_checkpoint_path": sd15, "lora": ["gone.safetensors"], "init_image": tmp_path / "photo.png"}
+    config = config_of(**given, strength=strength, steps=3)
+    with pytest.raises(UserError, match=f"strength {float(strength)} leaves none of 3 steps; write a larger strength"):
+        StableDiffusionTextToImage(config)
 
 
 @pytest.mark.parametrize(

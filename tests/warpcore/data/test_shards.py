@@ -81,7 +81,7 @@ def test_size_and_time_identify_a_shard(folder):
         ("data/*9.tar", "matches nothing"),
         ("data/{00000..00009}.tar", "data/00003.tar.* and 4 more of 10"),
         ("sets.yml", "there is no .*sets.yml"),
-        (["data/00000.tar", "data/*.tar"], r"00000.tar twice \(entries 1 and 2\).*weight: 2"),
+        (["data/00000.tar", "data/*.tar"], r"00000.tar is named twice \(entries 1 and 2\).*weight: 2"),
         ({"path": "data", "weight": 0}, "a number above 0, found 0"),
         ({"path": "data", "weight": 1e300}, "found 1e.300 .*write one from 0.001 to 1000"),
         ({"path": {"path": "data", "weight": 500}, "weight": 500}, "found 500 .*from 0.001 to 1000"),
@@ -151,7 +151,7 @@ def test_brackets_in_a_name_that_is_there_are_no_pattern(folder, path):
 def test_a_million_paths_of_which_none_is_there_end_soon(folder):
     with bounded(folder), pytest.raises(UserError, match=r"no such tar: .* and 9997 more of 10000 \(from .*Near it"):
         resolve_sources("data/0" + "{0,1}" * 20 + ".tar")
-    with bounded(folder), pytest.raises(UserError, match=r"names .*data/00000\.tar twice"):
+    with bounded(folder), pytest.raises(UserError, match=r"data/00000\.tar is named twice"):
         resolve_sources("data/0000" + "{,}" * 20 + "0.tar")
 
 
