@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from warpcore.diffusion.guidance import Conditions, Guidance, expand_conditions, pair_conditions
+from warpcore.diffusion.learned_variance import LearnedRange
 from warpcore.diffusion.loss_weights import ZERO_SNR_ERROR, LossWeight
 from warpcore.diffusion.noise_conditions import NoiseCond
 from warpcore.diffusion.sampler import Sampler
@@ -28,6 +29,7 @@ class Diffused(NamedTuple):
     logsnr: Tensor  # (B,)
     noise_cond: Tensor  # (B,) r of the denoiser
     loss_weight: Tensor  # (B,)
+    x0: Tensor  # (B, ...) the clean signal
 
 
 class DenoisingLoss(NamedTuple):
@@ -41,7 +43,9 @@ class DenoisingLoss(NamedTuple):
 class GDF:
     """Generic diffusion framework: a schedule, a scaler, a target, a noise condition and a loss weight.
 
-    `offset_noise` is the deviation of noise that is constant over each channel, added to the noise of training.
+    Args:
+        offset_noise: the deviation of noise that is constant over each channel, added to the noise of training.
+        variance: where the network learns the variance of steps, in twice the channels of its target.
 
     Raises:
         UserError: the network is to predict noise, of a schedule that ends in nothing else.
@@ -55,6 +59,7 @@ class GDF:
         noise_cond: NoiseCond,
         loss_weight: LossWeight,
         offset_noise: float = 0.0,
+        variance: LearnedRange | None = None,
     ):
         if schedule.zero_terminal_snr and isinstance(target, EpsilonTarget):
             raise UserError(f"{ZERO_SNR_ERROR}; write another target, such as v")
@@ -64,6 +69,7 @@ class GDF:
         self.noise_cond = noise_cond
         self.loss_weight = loss_weight
         self.offset_noise = offset_noise
+        self.variance = variance
         self.error: Callable[[Tensor, Tensor], Tensor] | None = None
         """What is minimised of errors (B, ...) at logSNR (B,), for each element; without it, their squares."""
 
@@ -112,20 +118,45 @@ class GDF:
             logsnr=logsnr,
             noise_cond=self.noise_cond(logsnr),
             loss_weight=self.loss_weight(logsnr, shift=loss_shift),
+            x0=x0,
         )
 
     def loss(self, diffused: Diffused, prediction: Tensor, mask: Tensor | None = None) -> DenoisingLoss:
         """The loss of each sample: the mean squared error of the target over all dimensions, times the loss weight.
         With `error`, its mean takes the place of the squares, which stay the raw loss.
 
+        Where the variance is learned, the mean of its variational bound in bits is added, which no loss weight changes
+        (arXiv:2102.09672, eq. 16; weighted as in arXiv:2204.00227).
+
         Args:
             prediction: (B, ...) what the network says of `diffused.noised` and `diffused.noise_cond`.
-            mask: broadcasts to it; how much each position counts, relative to the mean over its sample.
+            mask: broadcasts to the target; how much each position counts, relative to the mean over its sample.
+
+        Raises:
+            UserError: the prediction has another number of channels than the target, or with learned variance than
+                twice that.
         """
-        wrong = prediction.float() - diffused.target
+        found, variance = self._split(prediction.float(), diffused.target)
+        wrong = found - diffused.target
         raw = _masked_mean(wrong.square(), mask)
         loss = raw if self.error is None else _masked_mean(self.error(wrong, diffused.logsnr), mask)
-        return DenoisingLoss(loss * diffused.loss_weight, raw, diffused.logsnr)
+        loss = loss * diffused.loss_weight
+        if variance is not None:
+            x0, _ = self.undiffuse(diffused.noised, diffused.logsnr, found.detach())
+            bound = self.variance.bound(diffused.x0, diffused.noised, x0, variance, diffused.logsnr)
+            loss = loss + _masked_mean(bound, mask)
+        return DenoisingLoss(loss, raw, diffused.logsnr)
+
+    def _split(self, prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the network predicts (B, C, ...) of the target, which is like `like`, and of the variance."""
+        if self.variance is not None:
+            return self.variance.split(prediction, like.shape[1])
+        if prediction.shape[1:2] != like.shape[1:2]:
+            raise UserError(
+                f"the network predicts {prediction.shape[1]} channels of latents with {like.shape[1]}; without "
+                "a learned variance, both must be equal"
+            )
+        return prediction, None
 
     def undiffuse(self, x: Tensor, logsnr: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise (x0, epsilon) in a noised batch by the prediction of the denoiser; `logsnr` is (B,)."""
@@ -189,21 +220,28 @@ class GDF:
             pairs = pair_conditions(conditions, unconditional, len(x_init))
         conditions = expand_conditions(conditions, len(x_init))
         sampler = sampler or DDIMSampler(self.input_scaler)
-        order = sampler.start(len(times) - 1)
+        if sampler.needs_variance and self.variance is None:
+            raise UserError(
+                "this sampler needs a network that learns the variance of steps; ddpm is the same for others"
+            )
+        logsnrs = schedule(times, shift=shift)
+        order = sampler.start(logsnrs)
         x = x_init.to(torch.promote_types(x_init.dtype, torch.float32))
-        logsnrs = schedule(times, shift=shift).to(x)[order, None].expand(-1, len(x))
+        logsnrs = logsnrs.to(x)[order, None].expand(-1, len(x))
         for step in range(len(order) - 1):
             logsnr, logsnr_next = logsnrs[step], logsnrs[step + 1]
             r = self.noise_cond(logsnr)
             scale = guidance and guidance.scale_at(fractions[order[step]])
             if scale is None:
-                pred = model(x, r, **conditions).to(x.dtype)
+                pred, variance = self._split(model(x, r, **conditions).to(x.dtype), x)
             else:
                 both = model(torch.cat([x, x]), torch.cat([r, r]), **pairs).to(x.dtype)
+                both, variance = self._split(both, x)
                 pred = guidance.combine(*both.chunk(2), scale)
+                variance = None if variance is None else variance[: len(x)]
             x0, epsilon = self.undiffuse(x, logsnr, pred)
             draw = None if noise is None else partial(noise, step)
-            x = sampler.step(x, x0, epsilon, logsnr, logsnr_next, noise=draw)
+            x = sampler.step(x, x0, epsilon, logsnr, logsnr_next, noise=draw, variance=variance)
             yield x0, x, pred
 
     def sample_x0(self, model: Callable[..., Tensor], conditions: Conditions, x_init: Tensor, **kwargs) -> Tensor:

@@ -17,11 +17,12 @@ class HeunSampler(Sampler):
     _before: tuple[Tensor, Tensor, Tensor] | None = None
     """x0, epsilon and logSNR at the beginning of a step that is to be taken a second time."""
 
-    def start(self, steps):
+    def start(self, logsnrs):
         self._before = None
+        steps = len(logsnrs) - 1
         return [0, *(time for time in range(1, steps) for _ in range(2)), steps]
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         if self._before is None:
             self._before = (x0, epsilon, logsnr)
             return self._along(x0, epsilon, epsilon, logsnr, logsnr_next)
@@ -52,11 +53,12 @@ class PNDMSampler(HeunSampler):
     _found: Sequence[Tensor] = ()
     """The noise found in the steps before, the last first."""
 
-    def start(self, steps):
+    def start(self, logsnrs):
         self._before, self._found = None, ()
+        steps = len(logsnrs) - 1
         return [0, 1, *range(1, steps + 1)] if steps > 1 else [0, 1]
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         if self._before is not None:  # the first step, once more
             return super().step(x, x0, epsilon, logsnr, logsnr_next)
         self._found = [epsilon, *self._found][:4]
@@ -76,11 +78,11 @@ class DPMSolverPP2MSampler(Sampler):
     _before: tuple[Tensor, Tensor] | None = None
     """x0 and lambda of the step before."""
 
-    def start(self, steps):
+    def start(self, logsnrs):
         self._before = None
-        return super().start(steps)
+        return super().start(logsnrs)
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         _, b = self.scaler.weights(logsnr, x)
         a_next, b_next = self.scaler.weights(logsnr_next, x)
         h, signal = self._signal(x0, logsnr, logsnr_next)
@@ -123,7 +125,7 @@ class RES2MSampler(DPMSolverPP2MSampler):
 class DPMSolverPP2MSDESampler(DPMSolverPP2MSampler):
     """SDE-DPM-Solver++(2M) (arXiv:2211.01095, eq. 18 and appendix): the same with fresh noise in each step."""
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         _, b = self.scaler.weights(logsnr, x)
         a_next, b_next = self.scaler.weights(logsnr_next, x)
         h, signal = self._signal(x0, logsnr, logsnr_next)
@@ -141,11 +143,11 @@ class UniPCSampler(DPMSolverPP2MSampler):
     _last: tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None] | None = None
     """The corrected sample, x0 and logSNR of the step before, and what its predictor knew of the one before that."""
 
-    def start(self, steps):
+    def start(self, logsnrs):
         self._last = None
-        return super().start(steps)
+        return super().start(logsnrs)
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         if self._last is not None:
             x = self._corrected(x0, logsnr)
         earlier = self._before

@@ -3,6 +3,7 @@
 import math
 
 from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.learned_variance import LearnedRange
 from warpcore.diffusion.loss_weights import loss_weight_for
 from warpcore.diffusion.noise_conditions import FlowTimestepNoiseCond, TimestepNoiseCond
 from warpcore.diffusion.scalers import LERPScaler, VPScaler
@@ -20,6 +21,7 @@ def discrete_process(
     zero_terminal_snr: bool = False,
     offset_noise: float = 0.0,
     fractional_timesteps: bool = False,
+    learned_variance: bool = False,
     **weight_settings,
 ) -> GDF:
     """Discrete timesteps, as in Stable Diffusion (scaled_linear) and DiT (linear). The network is told the timestep.
@@ -29,6 +31,7 @@ def discrete_process(
         target: a name in `TARGETS`.
         loss_weight, weight_settings: see `loss_weight_for`.
         fractional_timesteps: tell the network times between two timesteps, too, which samplers may ask for.
+        learned_variance: the network predicts the variance of steps, too, as those of ADM and DiT do.
 
     Raises:
         UserError: a name is unknown, or the loss weight or the schedule makes no sense with the target.
@@ -36,7 +39,8 @@ def discrete_process(
     weight = loss_weight_for(loss_weight, target, zero_terminal_snr=zero_terminal_snr, **weight_settings)
     table = make_table(schedule, steps, zero_terminal_snr=zero_terminal_snr)
     condition = TimestepNoiseCond(table, fractional=fractional_timesteps)
-    return GDF(table, VPScaler(), TARGETS[target](), condition, weight, offset_noise)
+    variance = LearnedRange(table) if learned_variance else None
+    return GDF(table, VPScaler(), TARGETS[target](), condition, weight, offset_noise, variance)
 
 
 def flow_process(

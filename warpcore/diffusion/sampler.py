@@ -15,16 +15,19 @@ class Sampler:
     It is made with the input scaler of the diffusion process, which gives the weights (a, b) of signal and noise.
     """
 
+    needs_variance = False
+    """Whether the denoiser must learn the variance of steps."""
+
     def __init__(self, scaler: Scaler):
         self.scaler = scaler
 
-    def start(self, steps: int) -> list[int]:
-        """Begin a drawing; an earlier one is forgotten.
+    def start(self, logsnrs: Tensor) -> list[int]:
+        """Begin a drawing along `logsnrs` (steps + 1,); an earlier one is forgotten.
 
-        Gives the numbers of its `steps` + 1 times in the order in which the network is asked, and the last one: a
-        sampler that corrects a step asks at the end of it twice.
+        Gives the indices of `logsnrs` in the order in which the network is asked, and the last one: a sampler that
+        corrects a step asks at the end of it twice.
         """
-        return list(range(steps + 1))
+        return list(range(len(logsnrs)))
 
     def step(
         self,
@@ -35,6 +38,7 @@ class Sampler:
         logsnr_next: Tensor,
         *,
         noise: Noise | None = None,
+        variance: Tensor | None = None,
     ) -> Tensor:
         """The sample (B, ...) at `logsnr_next`.
 
@@ -43,6 +47,7 @@ class Sampler:
             x0, epsilon: the signal and noise that the denoiser finds in it.
             logsnr_next: (B,) wanted logSNR of the result.
             noise: gives standard normal draws like x; only called by a sampler that is random.
+            variance: like x, what the denoiser says of the variance of the step; see `LearnedRange`.
         """
         raise NotImplementedError
 

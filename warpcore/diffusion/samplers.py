@@ -1,5 +1,8 @@
 """Samplers by name: those that look at one step alone, and the table of all."""
 
+import math
+
+from warpcore.diffusion.learned_variance import Posterior
 from warpcore.diffusion.multistep_samplers import (
     DPMSolverPP2MSampler,
     DPMSolverPP2MSDESampler,
@@ -23,7 +26,7 @@ class DDIMSampler(Sampler):
         super().__init__(scaler)
         self.eta = eta
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         a, b = self.scaler.weights(logsnr, x0)
         a_next, b_next = self.scaler.weights(logsnr_next, x0)
         if self.eta == 0:
@@ -46,7 +49,7 @@ class EulerAncestralSampler(Sampler):
     In a variance-preserving process it is DDPM.
     """
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         a, b = self.scaler.weights(logsnr, x0)
         a_next, b_next = self.scaler.weights(logsnr_next, x0)
         kept = (b_next * a) / (a_next * b)  # sigma_next / sigma: the share of the noise that is not replaced
@@ -57,9 +60,29 @@ class EulerAncestralSampler(Sampler):
 class LCMSampler(Sampler):
     """Multistep consistency sampling (arXiv:2310.04378): the signal, noised afresh."""
 
-    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None):
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         a_next, b_next = self.scaler.weights(logsnr_next, x0)
         return a_next * x0 + b_next * self._draw(noise)
+
+
+class IDDPMSampler(Sampler):
+    """Ancestral sampling with a learned variance (arXiv:2102.09672): the published sampler of ADM and DiT."""
+
+    needs_variance = True
+
+    def start(self, logsnrs):
+        self._posterior = Posterior.along(logsnrs.double().sigmoid().flip(0))
+        self._left = len(logsnrs) - 1
+        self._ends_clean = logsnrs[-1].item() == math.inf
+        return super().start(logsnrs)
+
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
+        self._left -= 1
+        posterior = self._posterior.at(self._left)
+        mean = posterior.mean(x0, x)
+        if self._left == 0 and self._ends_clean:
+            return mean
+        return mean + (0.5 * posterior.log_variance(variance)).exp() * self._draw(noise)
 
 
 SAMPLERS = {
@@ -75,3 +98,6 @@ SAMPLERS = {
     "unipc": UniPCSampler,
     "res_2m": RES2MSampler,
 }
+"""Of any network."""
+ALL_SAMPLERS = SAMPLERS | {"iddpm": IDDPMSampler}
+"""With those of networks that learn variances."""

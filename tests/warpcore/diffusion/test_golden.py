@@ -65,7 +65,8 @@ def run(call: dict, tensors: dict[str, Tensor]) -> Any:
         thing.eta = kwargs.pop("eta")
     if "noise_draws" in call:
         kwargs["noise"] = iter(resolve(call["noise_draws"], tensors)).__next__
-    return getattr(thing, call["method"])(*args, **kwargs)
+    result = getattr(thing, call["method"])(*args, **kwargs)
+    return result[:-1] if isinstance(result, diffusion.Diffused) else result  # ours ends with the clean signal
 
 
 def flat(value: Any) -> list[Tensor]:

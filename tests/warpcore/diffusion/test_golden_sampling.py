@@ -72,7 +72,7 @@ def times_of(kind: str, settings: dict, steps: int, process: GDF) -> Tensor:
 def test_times_and_sigmas(row):
     process = process_of(row)
     times = times_of(row["class"], row["kwargs"], row["steps"], process)
-    order = SAMPLERS[NAMES.get(row["class"], "euler")](process.input_scaler).start(row["steps"])
+    order = SAMPLERS[NAMES.get(row["class"], "euler")](process.input_scaler).start(process.schedule(times))
     logsnr = process.schedule(times)
     asked = process.noise_cond(logsnr)[order[:-1]].double()
     torch.testing.assert_close(asked, torch.tensor(row["timesteps"], dtype=torch.float64), rtol=1e-5, atol=1e-4)
