@@ -1,6 +1,7 @@
 """Every command, key, file and link that the README and the pages of docs/ show is there."""
 
 import re
+import shutil
 from functools import cache
 
 import pytest
@@ -105,8 +106,7 @@ def test_a_config_loads_in_the_script_that_it_is_for(block, tmp_path):
     kind = settings_of(block.note or "train/train_c.py")[0]
     keys = yaml.safe_load(block.text)
     required = {key: value for key, value in REQUIRED.items() if key in kind.model_fields and key not in keys}
-    for path in (ROOT / "configs" / "training").glob("*.yaml"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(ROOT / "configs" / "training", tmp_path, dirs_exist_ok=True)
     (tmp_path / "shown.yaml").write_text(block.text + ("" if "base" in keys else yaml.safe_dump(required)))
     load_config(kind, [str(tmp_path / "shown.yaml")])
 
