@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
-from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.diffusion.noise_conditions import TimestepNoiseCond
+from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.diffusion.tables import TableSchedule
-from warpcore.diffusion.times import last_part, sampling_times
+from warpcore.diffusion.times import TIME_RULES, last_part, sampling_times
 from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
 
@@ -32,6 +34,7 @@ def draw_latents(
     steps: int,
     guidance: float | None,
     guidance_rescale: float = 0.7,
+    guidance_channels: int | None = None,
     sampler: str = "ddpm",
     shift: float = 1.0,
     times: Tensor | None = None,
@@ -42,6 +45,8 @@ def draw_latents(
     """Draw latents (B, *shape) from the noise that `seeds` stand for: the same seed, the same noise, in any batch.
 
     Args:
+        guidance, guidance_rescale, guidance_channels: see `Guidance`.
+        sampler: a name in `DIT_SAMPLERS`.
         times: of the steps; by default those that `sampler` is published with where timesteps are discrete
             (`warpcore.diffusion.times.sampling_times`), else equal ones.
         start: clean latents (B, *shape) at which drawing begins, with noise of `noise_level` (1 is hardly anything but
@@ -56,6 +61,7 @@ def draw_latents(
         times = sampling_times(diffusion.schedule, steps, sampler)
     if times is not None:
         times = last_part(times, noise_level)
+        diffusion = telling_times(diffusion, times, sampler)
     if start is not None:
         first = noise_level if times is None else times[0].item()
         t = torch.full((len(x),), first, device=device)
@@ -65,14 +71,26 @@ def draw_latents(
         conditions,
         x,
         unconditional=unconditional,
-        sampler=SAMPLERS[sampler](diffusion.input_scaler),
+        sampler=DIT_SAMPLERS[sampler](diffusion.input_scaler),
         times=times,
         timesteps=max(1, round(steps * noise_level)),
         t_start=noise_level,
         cfg=guidance,
         cfg_rho=guidance_rescale,
+        cfg_channels=guidance_channels,
         shift=shift,
         noise=lambda step: random.normal(f"noise of step {step}", *shape),
     ):
         drawn = found if times is None else reached  # published lists of times end where their pipelines end
     return drawn
+
+
+def telling_times(diffusion: GDF, times: Tensor, sampler: str) -> GDF:
+    """The process whose network is told times between two timesteps, where a sampler's steps begin there."""
+    if not (times.is_floating_point() and TIME_RULES[sampler].fractional):
+        return diffusion
+    if not isinstance(diffusion.noise_cond, TimestepNoiseCond):
+        return diffusion
+    diffusion = copy(diffusion)
+    diffusion.noise_cond = TimestepNoiseCond(diffusion.schedule, fractional=True)
+    return diffusion

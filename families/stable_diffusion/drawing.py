@@ -16,9 +16,8 @@ from families.stable_diffusion import build
 from families.stable_diffusion.conditions import SIZES, told
 from families.stable_diffusion.lora import UNET, Loras, encoders_by_name, merge, of_network
 from warpcore.diffusion.diffusion import GDF
-from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.tables import TableSchedule
-from warpcore.diffusion.times import TIME_RULES, Spacing, flow_times, sampling_times
+from warpcore.diffusion.times import Spacing, flow_times, sampling_times
 from warpcore.errors import UserError
 
 
@@ -126,7 +125,4 @@ def sampling_process(
             key = "karras" if karras else "timestep_spacing"
             raise UserError(f"{key}: a straight flow (rectified_flows) has no timesteps to choose; remove it")
         return diffusion, flow_times(steps, shift=settings.shift)
-    times = sampling_times(diffusion.schedule, steps, sampler, spacing=spacing, karras=karras)
-    if times.is_floating_point() and TIME_RULES[sampler].fractional:
-        diffusion.noise_cond = TimestepNoiseCond(diffusion.schedule, fractional=True)
-    return diffusion, times
+    return diffusion, sampling_times(diffusion.schedule, steps, sampler, spacing=spacing, karras=karras)

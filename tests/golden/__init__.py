@@ -14,7 +14,9 @@ by the recipes that they turned out to follow.
 
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,26 +68,33 @@ def resolve(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return value
 
 
-def weights_of(spec: dict, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict of a case, stored or made by its seeded recipe (checked against the case's sum)."""
+def weights_of(
+    spec: dict, tensors: dict[str, torch.Tensor], computed: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> dict[str, torch.Tensor]:
+    """The state dict of a case, stored or made by its seeded recipe (checked against the case's sum).
+
+    computed: tensors that no recipe draws, such as tables of positions.
+    """
     weights = spec["weights"]
     if weights["kind"] == "stored":
         prefix = weights["prefix"]
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    made = _by_recipe(weights)
+    made = _by_recipe(weights, computed)
     total = sum(tensor.abs().double().sum().item() for tensor in made.values() if tensor.is_floating_point())
     expected = weights["check"]["sum_of_abs_over_all_float_tensors"]
     assert abs(total - expected) <= 1e-6 * expected, "the recipe was not followed"
     return made
 
 
-def _by_recipe(weights: dict) -> dict[str, torch.Tensor]:
+def _by_recipe(weights: dict, computed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     generator = torch.Generator("cpu").manual_seed(weights["seed"])
     made = {}
     for name in sorted(weights["tensors"]):
         shape = weights["tensors"][name]
         last = name.split(".")[-1]
-        if last == "num_batches_tracked":
+        if name in computed:
+            made[name] = computed[name]
+        elif last == "num_batches_tracked":
             made[name] = torch.zeros((), dtype=torch.int64)
         elif last == "running_var":
             made[name] = 0.5 + torch.rand(shape, generator=generator)
@@ -98,6 +107,10 @@ def _by_recipe(weights: dict) -> dict[str, torch.Tensor]:
             elif last in ("gamma", "beta"):
                 made[name] = weights.get("gamma_deviation", 0.3) * draw
             elif last.startswith("scale_shift_table"):
+                made[name] = 0.3 * draw
+            elif name.endswith(("y_embedding", "embedding_table.weight")):
+                made[name] = 0.5 * draw
+            elif last == "scale_shift_table":
                 made[name] = 0.3 * draw
             elif name.endswith(("y_embedding", "embedding_table.weight")):
                 made[name] = 0.5 * draw

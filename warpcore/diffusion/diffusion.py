@@ -183,6 +183,7 @@ class GDF:
         cfg_t_stop: float | None = None,
         cfg_rho: float = 0.7,
         cfg_rescale_over_batch: bool = False,
+        cfg_channels: int | None = None,
         noise: Callable[[int], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (x0, x, prediction) after each step along `times`: the signal found, the next less noisy sample, the
@@ -198,8 +199,8 @@ class GDF:
             times: where the steps begin, and where the last one ends; falling times of the schedule (see
                 `warpcore.diffusion.times`). Without them, `timesteps` equal steps from `t_start` to `t_end`.
             shift: of the schedule, in addition to its own.
-            cfg, cfg_t_start, cfg_t_stop, cfg_rho, cfg_rescale_over_batch: see `Guidance`; no guidance, and one forward
-                of B instead of 2 B, with cfg None.
+            cfg, cfg_t_start, cfg_t_stop, cfg_rho, cfg_rescale_over_batch, cfg_channels: see `Guidance`; no guidance,
+                and one forward of B instead of 2 B, with cfg None.
             noise: gives normal draws like `x_init` for the number of a step (from 0); random samplers need it.
 
         A sampler that asks twice about a step (`heun`, the first step of `pndm`) yields after each.
@@ -216,7 +217,7 @@ class GDF:
             fractions = schedule.fraction(times).tolist()
         guidance = None
         if cfg is not None:
-            guidance = Guidance(cfg, cfg_rho, cfg_t_start, cfg_t_stop, cfg_rescale_over_batch)
+            guidance = Guidance(cfg, cfg_rho, cfg_t_start, cfg_t_stop, cfg_rescale_over_batch, cfg_channels)
             pairs = pair_conditions(conditions, unconditional, len(x_init))
         conditions = expand_conditions(conditions, len(x_init))
         sampler = sampler or DDIMSampler(self.input_scaler)

@@ -22,6 +22,8 @@ class Guidance:
         t_start, t_stop: guide only while t_stop <= t <= t_start.
         rescale_over_batch: take one deviation over the whole batch instead of one per sample. So does the published
             implementation, but a picture then depends on the others of its batch.
+        channels: guide only this number of channels, the first ones; the others are those of the conditional
+            prediction. The published DiT and Open-Sora 1.0 guide three of four.
     """
 
     scale: float | Sequence[float] | Callable[[float], float]
@@ -29,6 +31,7 @@ class Guidance:
     t_start: float | None = None
     t_stop: float | None = None
     rescale_over_batch: bool = False
+    channels: int | None = None
 
     def __post_init__(self):
         if isinstance(self.scale, Sequence) and len(self.scale) != 2:
@@ -45,7 +48,13 @@ class Guidance:
         return self.scale
 
     def combine(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        """The guided prediction from the two predictions (B, ...)."""
+        """The guided prediction from the two predictions (B, C, ...)."""
+        if self.channels is None:
+            return self._combine(conditional, unconditional, scale)
+        guided = self._combine(conditional[:, : self.channels], unconditional[:, : self.channels], scale)
+        return torch.cat([guided, conditional[:, self.channels :]], dim=1)
+
+    def _combine(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         guided = torch.lerp(unconditional, conditional, scale)
         if self.rho == 0:
             return guided

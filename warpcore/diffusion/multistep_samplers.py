@@ -110,6 +110,22 @@ class DPMSolverPP2MSampler(Sampler):
         return (a / b).log()
 
 
+class DPMSolverSampler(DPMSolverPP2MSampler):
+    """DPM-Solver++(2M) as its authors' program runs it, with which DiT and PixArt-alpha are published: the last step,
+    too, is of first order. It goes with continuous times that end at the least noisy timestep, see `TIME_RULES`.
+    """
+
+    def start(self, logsnrs):
+        self._left = len(logsnrs) - 1
+        return super().start(logsnrs)
+
+    def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
+        self._left -= 1
+        if self._left == 0:
+            self._before = None
+        return super().step(x, x0, epsilon, logsnr, logsnr_next)
+
+
 class RES2MSampler(DPMSolverPP2MSampler):
     """Exponential Adams-Bashforth of order 2 in lambda (Hochbruck and Ostermann, "Exponential integrators", Acta
     Numerica 2010, section 2.5): the published sampler of Cosmos-Predict2.

@@ -6,6 +6,7 @@ from warpcore.diffusion.learned_variance import Posterior
 from warpcore.diffusion.multistep_samplers import (
     DPMSolverPP2MSampler,
     DPMSolverPP2MSDESampler,
+    DPMSolverSampler,
     HeunSampler,
     PNDMSampler,
     RES2MSampler,
@@ -98,6 +99,6 @@ SAMPLERS = {
     "unipc": UniPCSampler,
     "res_2m": RES2MSampler,
 }
-"""Of any network."""
-ALL_SAMPLERS = SAMPLERS | {"iddpm": IDDPMSampler}
-"""With those of networks that learn variances."""
+"""For any process."""
+DIT_SAMPLERS = SAMPLERS | {"iddpm": IDDPMSampler, "dpm-solver": DPMSolverSampler}
+"""With those as DiT and PixArt-alpha are published with; `iddpm` needs a network that learns variances."""

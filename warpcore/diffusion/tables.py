@@ -62,7 +62,9 @@ def make_table(name: str = "scaled_linear", steps: int = 1000, *, zero_terminal_
     if name not in BETAS:
         raise UserError(f"noise schedule: {name!r} is unknown; write one of {', '.join(BETAS)}")
     betas = BETAS[name](steps)
-    return TableSchedule((1 - (with_zero_terminal_snr(betas) if zero_terminal_snr else betas)).cumprod(0))
+    if zero_terminal_snr:
+        betas = with_zero_terminal_snr(betas)
+    return TableSchedule((1 - betas).cumprod(0), steps_offset=int(name == "scaled_linear"))
 
 
 class TableSchedule(Schedule):
@@ -72,16 +74,20 @@ class TableSchedule(Schedule):
     between which logSNR is linear. Below 0, as at timestep -1, is the clean signal. logSNR is -inf at a last timestep
     that is pure noise.
 
+    Args:
+        steps_offset: the last of leading timesteps in sampling: 1 for Stable Diffusion, 0 for ADM, DiT and PixArt.
+
     Attributes: `alphas_cumprod`, `betas`, `snr`, `logsnr`: (N,) float64, on the CPU.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, shift: float = 1.0):
+    def __init__(self, alphas_cumprod: Tensor, shift: float = 1.0, steps_offset: int = 1):
         table = alphas_cumprod.detach().cpu().double()
         if table.dim() != 1 or len(table) < 2 or not (table[-1] >= 0 and table[0] < 1 and (table.diff() < 0).all()):
             raise ValueError(
                 "alphas_cumprod must be a row of at least 2 numbers that fall, from below 1 to 0 or above"
             )
         self.alphas_cumprod = table
+        self.steps_offset = steps_offset
         self.betas = betas_of(table)
         self.snr = table / (1 - table)
         self.logsnr = table.logit()

@@ -4,8 +4,10 @@ Those of discrete schedules are timesteps, int64, from noise to clean. They end 
 Stable Diffusion 1.5 end at timestep 0 instead (`set_alpha_to_one: false`). Spacings: arXiv:2305.08891, table 2.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -19,23 +21,31 @@ Spacing = Literal["leading", "trailing", "linspace"]
 
 @dataclass(frozen=True)
 class TimeRule:
-    """The timesteps of Stable Diffusion that a sampler is used with, as published pipelines and diffusers do."""
+    """The timesteps that a sampler is used with, as published pipelines and diffusers do."""
 
-    spacing: Spacing = "leading"
+    spacing: Spacing | Literal["respaced"] = "leading"
     """Where no other one is asked for."""
     end: int = -1
-    """Where leading timesteps end: -1 is the clean signal, 0 the first timestep (`set_alpha_to_one: false`)."""
+    """Where fractional times end, and the leading timesteps of Stable Diffusion: -1 is the clean signal, 0 the first
+    timestep (`set_alpha_to_one: false`)."""
     fractional: bool = False
     """Whether the network is told times between two timesteps, which `linspace` and Karras sigmas give."""
     solver: bool = False
     """As DPM-Solver's: lists are of one step more, whose last timestep is left out; Karras sigmas reach from end to
     end of the schedule, and the network is told whole timesteps."""
 
+    @property
+    def takes_karras(self) -> bool:
+        """Whether times may be spaced as Karras sigmas."""
+        return self.solver or (self.fractional and self.end < 0)
+
 
 TIME_RULES = {
     "pndm": TimeRule(end=0),
     "ddim": TimeRule(end=0),
     "ddpm": TimeRule(),
+    "iddpm": TimeRule("respaced"),
+    "dpm-solver": TimeRule("linspace", end=0, fractional=True),
     "euler": TimeRule(fractional=True),
     "euler_ancestral": TimeRule(fractional=True),
     "heun": TimeRule(fractional=True),
@@ -84,11 +94,43 @@ def linspace_timesteps(steps: int, total: int = 1000, *, end: int = -1) -> Tenso
     return _with_end(torch.tensor(rounded).flip(0), end)
 
 
+def respaced_timesteps(respacing: str, total: int = 1000) -> Tensor:
+    """(steps + 1,) as Improved DDPM, ADM and DiT choose them (`timestep_respacing`), ending at the clean signal.
+
+    Args:
+        respacing: "100" spreads 100 steps over all timesteps, with the first and the last; "10,15,20" does so in each
+            of three equal parts of them, the least noisy one first; "ddim25" takes 25 from timestep 0 upwards, in
+            equal whole steps.
+
+    Raises:
+        UserError: it is none of these, or there are too few timesteps.
+    """
+    if match := re.fullmatch(r"ddim(\d+)", respacing):
+        wanted = int(match[1])
+        for stride in range(1, total):
+            if len(range(0, total, stride)) == wanted:
+                return _with_end(torch.arange(0, total, stride).flip(0), -1)
+        raise UserError(f"timestep respacing: no whole stride takes {wanted} of {total} timesteps")
+    if not re.fullmatch(r"\d+(,\d+)*", respacing):
+        raise UserError(f"timestep respacing: {respacing!r}; write a number, numbers such as 10,15,20, or ddim25")
+    counts = [int(count) for count in respacing.split(",")]
+    chosen, first = [], 0
+    for part, count in enumerate(counts):
+        size = total // len(counts) + (part < total % len(counts))
+        _check_steps(count, size)
+        stride = (size - 1) / max(count - 1, 1)
+        # The published code sums the stride up, and rounds halves to even numbers.
+        places = accumulate([stride] * (count - 1), initial=0.0)
+        chosen += [first + round(place) for place in places]
+        first += size
+    return _with_end(torch.tensor(chosen).flip(0), -1)
+
+
 def sampling_times(
     schedule: TableSchedule, steps: int, sampler: str, *, spacing: Spacing | None = None, karras: bool = False
 ) -> Tensor:
-    """(steps + 1,) times at which a named sampler of Stable Diffusion asks: whole timesteps (leading ones with
-    `steps_offset: 1`), or float64 times from 1 to 0, and -1.
+    """(steps + 1,) times at which a named sampler asks: whole timesteps (leading ones from the schedule's
+    `steps_offset`), or float64 times from 1 to 0, and -1.
 
     spacing: by default that of the sampler's rule, and `trailing` for a schedule with zero terminal SNR, which leaves
         out no noise.
@@ -97,8 +139,8 @@ def sampling_times(
         UserError: too many steps, or Karras sigmas of pure noise, or with a sampler that takes whole timesteps.
     """
     rule = TIME_RULES[sampler]
-    if karras and not (rule.solver or rule.fractional):
-        able = ", ".join(name for name, other in TIME_RULES.items() if other.solver or other.fractional)
+    if karras and not rule.takes_karras:
+        able = ", ".join(name for name, other in TIME_RULES.items() if other.takes_karras)
         raise UserError(f"karras: {sampler} steps along whole timesteps; Karras sigmas go with {able}")
     spacing = spacing or ("trailing" if schedule.zero_terminal_snr else rule.spacing)
     if karras and rule.solver:
@@ -106,7 +148,12 @@ def sampling_times(
     more = int(rule.solver and spacing != "trailing")
     _check_steps(steps + more, schedule.steps)
     if spacing == "leading":
-        times = leading_timesteps(steps + more, schedule.steps, offset=1, end=rule.end)
+        end = rule.end if schedule.steps_offset else -1
+        times = leading_timesteps(steps + more, schedule.steps, offset=schedule.steps_offset, end=end)
+    elif spacing == "respaced":
+        times = respaced_timesteps(str(steps), schedule.steps)
+    elif spacing == "linspace" and rule.fractional and rule.end == 0:
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     elif spacing == "linspace" and rule.fractional:
         times = torch.cat([torch.linspace(1, 0, steps, dtype=torch.float64), torch.tensor([-1.0])])
     elif spacing == "linspace":

@@ -9,7 +9,7 @@ from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.huber import PseudoHuber
 from warpcore.diffusion.learned_variance import Posterior, binned_log_likelihood
 from warpcore.diffusion.processes import discrete_process
-from warpcore.diffusion.samplers import ALL_SAMPLERS
+from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.errors import UserError
 
 TABLES, TABLE_TENSORS = load_case("opensora/iddpm_tables")
@@ -131,6 +131,6 @@ def test_a_sampler_of_learned_variances_is_refused_before_the_network_is_asked()
         raise AssertionError("was asked")
 
     diffusion = discrete_process()
-    sampler = ALL_SAMPLERS["iddpm"](diffusion.input_scaler)
+    sampler = DIT_SAMPLERS["iddpm"](diffusion.input_scaler)
     with pytest.raises(UserError, match="needs a network that learns the variance"):
         diffusion.sample_x0(network, {}, torch.zeros(1, 2, 3, 3), times=[999, -1], sampler=sampler)
