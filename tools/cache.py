@@ -41,7 +41,7 @@ from families.common.features import CACHE_NAME, Dtype, Origin
 from families.common.prompts import encode_each, read_prompts, write_prompts
 from families.common.training import DiffusionTraining
 from tools.arguments import local_path, positive
-from tools.cache_features import Maker
+from tools.cache_features import Maker, without_idle_weights
 from tools.cache_timing import seconds_per_sample
 from tools.shared_work import MARK_NAME, SharedWork
 from warpcore.config import load_config
@@ -376,7 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     kind = use_case(given.script)
     config, out = load_config(kind.Config, [given.config, *given.settings]), given.out.absolute()
-    training = kind(config)
+    training = kind(without_idle_weights(kind, config, given.features))
     training.arguments = [given.config, *given.settings]
     with closing(Caching(training, out, given.dtype, given.variants, given.batch_size, given.features)) as caching:
         record = caching.run()

@@ -7,16 +7,31 @@ import torch
 from torch import Tensor
 
 from families.common.cached_rows import WatchedRandom
+from families.common.config import DiffusionConfig
 from families.common.features import Origin, bucket_name, take_row
 from families.common.training import DiffusionTraining
 from warpcore.data.fields import Field, collate
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
+from warpcore.keys import weights_keys
 from warpcore.random import SampleRandom
 
 LONG_CAPTION = "picture " * 512
 """Shows the largest size of features of variable length."""
 _OF_PICTURE = {"all": (True, False), "latents": (True,), "texts": (False,)}
+
+
+def without_idle_weights(kind: type[DiffusionTraining], config: DiffusionConfig, features: str) -> DiffusionConfig:
+    """The config without those weights, not on this machine, that make none of the features: no need to download them.
+
+    features: one of `families.common.cache_commands.KINDS`.
+    """
+    named, text = weights_keys(type(config)), kind.network_keys["text"]
+    idle = {"all": [], "latents": [text], "texts": [name for name in named if name != text]}[features]
+    if getattr(config, text, None) is None:
+        idle = []  # it stands beside other weights
+    absent = {name: getattr(config, name) for name in idle if name in named}
+    return config.model_copy(update={name: None for name, path in absent.items() if path and not path.exists()})
 
 
 class Maker:

@@ -37,6 +37,10 @@ class DenoiserTraining(CascadeTraining, DiffusionTraining):
 
     config: CascadeConfig
     about_network = ABOUT_NETWORK
+    network_keys = {
+        "text": "clip_text_checkpoint_path", "image": "clip_image_checkpoint_path",
+        "encoder": "effnet_checkpoint_path", "stage_a": "stage_a_checkpoint_path",
+    }  # fmt: skip
     conventions = DiffusionTraining.conventions | {"tokenizer": "clip"}
     first_conventions = DiffusionTraining.first_conventions | {"tokenizer": "open_clip"}
 

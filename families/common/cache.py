@@ -34,6 +34,9 @@ class Cacheable(Protocol):
     def network_files(self, network: str) -> list[Path]:
         """The weights of a network that makes features. Raises UserError where they are missing."""
 
+    def network_precision(self, network: str) -> str | None:
+        """What a network that makes features is kept in, whatever the run computes in; None where it follows that."""
+
     def feature_setting(self, name: str) -> Any:
         """A setting that features depend on, as JSON holds it: that of the config unless the family knows better."""
 
@@ -64,7 +67,7 @@ def origin_of(
     return Origin(
         features={name: list(feature.settings) for name, feature in features.items()},
         makers={name: feature.network for name, feature in features.items()},
-        networks={name: {"file": paths[0].name, "sha256": sha256_of(paths)} for name, paths in networks.items()},
+        networks={name: _about_network(training, name, paths) for name, paths in networks.items()},
         settings=parse_json(json.dumps(values)),
         dtype=dtype,
         variants=variants,
@@ -73,6 +76,11 @@ def origin_of(
         variable_length=[name for name, feature in features.items() if feature.variable_length],
         source=config.webdataset_path,
     )
+
+
+def _about_network(training: Cacheable, name: str, paths: Sequence[Path]) -> dict[str, str]:
+    about, precision = {"file": paths[0].name, "sha256": sha256_of(paths)}, training.network_precision(name)
+    return about | ({} if precision is None else {"precision": precision})
 
 
 @dataclass(frozen=True)

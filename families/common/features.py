@@ -59,7 +59,8 @@ class Origin:
     makers: dict[str, str | None]
     """The network of each feature."""
     networks: dict[str, dict[str, str]]
-    """File name and SHA-256 of each network's weights."""
+    """Of each network `file`, `sha256` of its weights, and the `precision` that it is kept in, where that is its own;
+    older caches do not know it."""
     settings: dict[str, Any]
     """Values of the settings that the features depend on."""
     dtype: str
@@ -154,6 +155,10 @@ class Origin:
             elif here["sha256"] != there["sha256"]:
                 files = [f"{one['file']} (SHA-256 {one['sha256'][:12]}...)" for one in (here, there)]
                 found.append(f"the weights of the {network} network are {files[0]} in the cache, {files[1]} here")
+            elif "precision" in here and here["precision"] != there.get("precision"):
+                found.append(
+                    f"the {network} network is of {here['precision']} in the cache, {there['precision']} here"
+                )
         return found
 
 

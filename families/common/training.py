@@ -22,7 +22,7 @@ from families.common.noise import multires_noise
 from families.common.prompts import FILE_NAME, Encode, prompt_features, read_prompts
 from families.common.sample_fields import SampleFields, resized
 from families.common.text_memory import TextMemory
-from families.common.weight_files import FAMILY_KEY, TARGET_KEY, target_of
+from families.common.weight_files import AUTOENCODER, FAMILY_KEY, TARGET_KEY, TEXT, target_of
 from families.common.weight_source import with_local_weights
 from warpcore.config import ConfigError
 from warpcore.core import Losses
@@ -58,6 +58,8 @@ class DiffusionTraining(SampleFields):
     """Names of encoders that sample images need, whether or not a cache has their features."""
     default_target: ClassVar[str] = "epsilon"
     """`diffusion_target` where neither the config nor a file says one."""
+    network_keys: ClassVar[Mapping[str, str]] = {"text": TEXT, "autoencoder": AUTOENCODER}
+    """The config keys that name the weights of networks which make features."""
     conventions: ClassVar[Mapping[str, str]] = {"loss_weight": "converted"}
     """Ways to compute, as new runs have them. A run keeps its own when it is resumed, see `kept`."""
     first_conventions: ClassVar[Mapping[str, str]] = {"loss_weight": "as it is"}
@@ -96,6 +98,11 @@ class DiffusionTraining(SampleFields):
     def network_files(self, network: str) -> list[Path]:
         """The files, or folders of a library, with the weights of a network that makes features."""
         return [self.network_file(network)]
+
+    def network_precision(self, network: str) -> str | None:
+        """What a network that makes features is kept in, whatever `dtype` says; None where it follows that."""
+        key = {"text": "text_encoder_precision"}.get(network, f"{network}_precision")
+        return getattr(self.config, key, None)
 
     def feature_setting(self, name: str) -> Any:
         """A setting that features depend on."""
@@ -181,10 +188,9 @@ class DiffusionTraining(SampleFields):
 
     def texts_made_with(self, origin: Origin) -> dict[str, str]:
         """What text conditions depend on beside the text, given what their cache was made with."""
-        return {
-            "sha256": origin.networks["text"]["sha256"],
-            "token_ids": str(origin.settings.get(TOKEN_IDS)),
-        }
+        about = origin.networks["text"]
+        made_with = {"sha256": about["sha256"], "token_ids": str(origin.settings.get(TOKEN_IDS))}
+        return made_with | ({"precision": about["precision"]} if "precision" in about else {})
 
     def _prompt_features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         feature = self._made_by("text")[0]
