@@ -3,6 +3,7 @@
     python3 benchmarks/learning.py --run runs/quickstart_c
     python3 benchmarks/learning.py --run runs/quickstart_lora            # see benchmarks/subject.py
     python3 benchmarks/learning.py --run runs/quickstart_controlnet      # see benchmarks/edges.py
+    python3 benchmarks/learning.py --run runs/quickstart_dit             # see benchmarks/classes.py
 
 Held-out pictures go through the autoencoder alone, and through every other way that a family has: PSNR and SSIM. Then
 sentences that the demo set never uses are drawn, first with (colour, shape) pairs that it shows, then with pairs that
@@ -14,7 +15,7 @@ import argparse
 
 import numpy as np
 
-from benchmarks import edges, subject
+from benchmarks import classes, edges, subject
 from benchmarks.scorer import ATTRIBUTES, accuracy, distance, sentences
 from families.common.family import SCORING, Family
 from families.common.scoring import Scored
@@ -51,7 +52,12 @@ def main() -> None:
     kind = scored_by(family_of(options.run[0]))
     settings = make_config(kind.Config, {"run": options.run, "use_ema": not options.no_ema})
     drawing = kind(settings, steps=options.steps, guidance=options.guidance, sampler=options.sampler)
-    report = subject.report if settings.lora else edges.report if settings.controlnet else report_drawings
+    report = (
+        subject.report if settings.lora
+        else edges.report if settings.controlnet
+        else classes.report if drawing.draws_classes
+        else report_drawings
+    )  # fmt: skip
     cells, columns, captions = report(drawing, options.samples, options.seed)
     if options.grid is not None:
         options.grid.parent.mkdir(parents=True, exist_ok=True)

@@ -11,22 +11,16 @@ The family follows from the run or the weights that the arguments name; `--help`
 """
 
 import warpcore.openmp
-import re
 import sys
-from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 
+from families.common.drawn_pictures import MAX_PICTURES, file_names, save_drawn
 from families.common.family import TEXT_TO_IMAGE
-from families.common.pictures import to_pictures
-from families.common.text_to_image import Drawn, TextToImageConfig
 from families.registry import load_task
 from warpcore.errors import UserError, run_script
 from warpcore.outputs import check_new, free_folder
-from warpcore.pictures import grid, save_png
 
 TASK = TEXT_TO_IMAGE
-MAX_PICTURES = 100_000
 
 
 def main() -> None:
@@ -38,34 +32,10 @@ def main() -> None:
     folder = config.output_path or free_folder("pictures")
     files = [folder / name for name in file_names(prompts, seeds, task.num_conditions)]
     check_new(files, "give another output_path, or write overwrite=true", config.overwrite)
-    save(config, files, prompts, seeds, task.draw(prompts, seeds))
+    drawn = task.draw(prompts, seeds)
+    save_drawn(config, files, "prompt", prompts, seeds, drawn, left_out={"prompts", "prompt_file"})
     for note in task.notes():
         print(note)
-
-
-def file_names(prompts: Sequence[str], seeds: Sequence[int], num_conditions: int) -> list[str]:
-    """Of a picture for each prompt and its seed, of each condition, and of the sheet with all pictures."""
-    pairs = enumerate(zip(prompts, seeds, strict=True))
-    words = [re.sub(r"[^a-z0-9]+", "_", prompt.lower())[:60].strip("_") for prompt in prompts]
-    names = [f"{number:04d}_{words[number]}_{seed}.png" for number, (_, seed) in pairs]
-    return [*names, *(f"condition_{number}.png" for number in range(num_conditions)), "grid.png"]
-
-
-def save(
-    config: TextToImageConfig, files: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], drawn: Drawn
-) -> None:
-    """Write each picture, with what it was made of inside, each condition, and a sheet of all pictures."""
-    left_out = {"prompts", "prompt_file", "seeds", "output_path", "overwrite", "device", "batch_size"}
-    settings = config.model_dump_json(exclude=left_out, exclude_defaults=True)
-    sheet = [to_pictures(picture[None], config.size_px)[0] for picture in drawn.pictures]
-    for file, picture, prompt, seed in zip(files, sheet, prompts, seeds, strict=False):
-        save_png(file, picture, {"prompt": prompt, "seed": str(seed), "settings": settings})
-    for file, condition in zip(files[len(sheet) :], drawn.conditions, strict=False):
-        save_png(file, to_pictures(condition[None], config.size_px)[0])
-    columns = len(config.seeds) if len(config.seeds) > 1 else min(6, len(sheet))
-    together = grid(sheet, columns, prompts)
-    save_png(files[-1], together, {"prompts": "\n".join(prompts), "settings": settings})
-    print(f"{len(sheet)} pictures, and all of them together: {files[-1]}")
 
 
 if __name__ == "__main__":

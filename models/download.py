@@ -12,6 +12,9 @@ Cosmos-Predict2 Text2Image, each with its autoencoder, in a folder of its name:
 cosmos-0.6b, cosmos-2b, cosmos-14b; cosmos-0.6b-distilled: the one that draws in 1 to 4 steps.
 Their licence has to be accepted on the hub. The text encoder is `google-t5/t5-11b`, which a config can name.
 
+DiT-XL/2 of ImageNet's classes, not for commercial use:
+dit-256, dit-512.
+
 Stable Cascade:
 essential: what every use case needs (encoder of Stage C's latents, its previewer, Stage A).
 big-big, big-small, small-big, small-small: Stage B and Stage C (in this order), the large or the small version.
@@ -36,6 +39,7 @@ from families.common.hub import (
     expected_sha256,
     fetch,
     look_up,
+    look_up_elsewhere,
 )
 from tools.arguments import local_path
 from warpcore.errors import clear_errors
@@ -74,9 +78,13 @@ COSMOS = {
 }  # fmt: skip
 """Repository and denoiser of each. Beside it lies `COSMOS_AUTOENCODER`; both keep their places."""
 COSMOS_AUTOENCODER = "tokenizer/tokenizer.pth"
+DIT = {f"dit-{size}": ("facebookresearch/DiT", f"DiT-XL-2-{size}x{size}.pt") for size in (256, 512)}
+"""Repository and path of each. They are not on the hub, see `ELSEWHERE`."""
+ELSEWHERE = {"facebookresearch/DiT": "https://dl.fbaipublicfiles.com/DiT/models/"}
+"""By repository: where files are that are not on the hub."""
 LICENCES = {
     **{repository: "nvidia-open-model" for repository, _ in COSMOS.values()},
-    WEIGHTS: "non-commercial", EXAMPLES: "unknown",
+    "facebookresearch/DiT": "non-commercial", WEIGHTS: "non-commercial", EXAMPLES: "unknown",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/sd-vae-ft-mse-original": "mit", "madebyollin/sdxl-vae-fp16-fix": "mit",
@@ -91,7 +99,7 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     Raises:
         DownloadError: a word is unknown, or none names a set.
     """
-    sets = [*STABLE_DIFFUSION, *COSMOS, *SETS]
+    sets = [*STABLE_DIFFUSION, *COSMOS, *DIT, *SETS]
     unknown = [word for word in words if word not in sets and word not in DTYPES]
     if unknown or not any(word in sets for word in words):
         problem = f"{unknown[0]!r} is unknown" if unknown else "nothing to download is named"
@@ -100,7 +108,8 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     if len(suffixes) > 1:
         raise DownloadError("bfloat16 and float32 are both named; write one of them")
     (suffix,) = suffixes
-    named = [STABLE_DIFFUSION[word] for word in words if word in STABLE_DIFFUSION]
+    single = STABLE_DIFFUSION | DIT
+    named = [single[word] for word in words if word in single]
     named += [
         (COSMOS[word][0], path) for word in words if word in COSMOS for path in (COSMOS[word][1], COSMOS_AUTOENCODER)
     ]
@@ -128,7 +137,12 @@ def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
     """
     named = choose(words)
     check_folder(folder, "the files")
-    files = [look_up(*one) for one in named]
+    files = [
+        look_up_elsewhere(repository, path, ELSEWHERE[repository] + path)
+        if repository in ELSEWHERE
+        else look_up(repository, path)
+        for repository, path in named
+    ]
     targets = {file: folder_of(file, folder) / file.name for file in files}
     missing = [file for file in files if not targets[file].exists()]
     for file in files:
@@ -157,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         "words",
         nargs="+",
         metavar="SET",
-        help=f"{', '.join([*STABLE_DIFFUSION, *COSMOS, *SETS])}; and {', '.join(DTYPES)}",
+        help=f"{', '.join([*STABLE_DIFFUSION, *COSMOS, *DIT, *SETS])}; and {', '.join(DTYPES)}",
     )
     parser.add_argument("--folder", type=local_path, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")

@@ -1,6 +1,7 @@
 """Every command says in one line what is wrong with its arguments, ends with status 2, and writes nothing."""
 
 import importlib
+import json
 import re
 import runpy
 import sys
@@ -91,6 +92,35 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "output in a file": [("rebuild.yaml output_path=text/new", "can't be written: text is a file")],
         "no number": [("rebuild.yaml most_pictures=ten", "most_pictures: found 'ten'")],
         "unknown key": [("unknown.yaml", "no family has the key batch_sise; did you mean batch_size")],
+    },
+    "inference/class_to_image.py": {
+        "no argument": [("", "nothing to draw: give classes or class_file")],
+        "unknown flag": [("--colour red", "colour: unknown key"), ("--colour", "write key=value")],
+        "missing": [
+            ("missing.yaml", "config file missing.yaml does not exist"),
+            ("--run missing --classes [1]", "run: missing"),
+            ("classes.yaml class_file=missing.txt", "class_file: missing.txt does not exist"),
+            ("classes.yaml generator_checkpoint_path=missing.safetensors", "missing.safetensors"),
+            ("--classes [1]", "no weights of the denoiser: give run or generator_checkpoint_path"),
+        ],
+        "folder for a file": [
+            ("folder", FOLDER_FOR_CONFIG),
+            ("classes.yaml class_file=folder", "class_file: folder is a folder"),
+        ],
+        "file for a folder": [("--run text --classes [1]", "run: text is no training run")],
+        "empty": [
+            ("empty.yaml", "nothing to draw: give classes or class_file"),
+            ("classes.yaml class_file=empty.txt", "class_file: empty.txt holds no class; write one per line"),
+            ("classes.yaml generator_checkpoint_path=empty.safetensors", "empty.safetensors cannot be read"),
+        ],
+        "output exists": [("classes.yaml output_path=taken", "taken/grid.png is there already: give another output")],
+        "output in a file": [("classes.yaml output_path=text/new", "can't be written: text is a file")],
+        "no number": [
+            ("classes.yaml steps=ten", "steps: found 'ten'"),
+            ("classes.yaml classes=[ten]", "classes, class_file: 'ten' is no class; classes are numbers from 0 to 4"),
+            ("classes.yaml classes=[5]", r"class 5 is outside of 0 to 4 \(num_classes: 5\)"),
+        ],
+        "unknown key": [("unknown.yaml", UNKNOWN_KEY)],
     },
     "inference/text_to_image.py": {
         "no argument": [("", "these keys do not tell which family is meant")],
@@ -280,6 +310,7 @@ def arguments(tmp_path_factory) -> Path:
         "config.yaml": "".join(f"{key}: {value}\n" for key, value in config.items()),
         "rebuild.yaml": "model_version: mini\nstage_a_only: true\npictures: [pictures]\ndevice: cpu\n",
     }  # fmt: skip
+    texts["classes.yaml"] = draw.replace("c.safetensors", "d.safetensors").replace("prompts: [x]", "classes: [1]")
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -287,6 +318,8 @@ def arguments(tmp_path_factory) -> Path:
         (folder / name).mkdir()
     (folder / "pictures/0.jpg").write_bytes(picture())
     save_file({"a": torch.zeros(1)}, folder / "c.safetensors", {"family": "cascade"})
+    numbers = {"hidden_size": 128, "depth": 6, "patch_size": 1, "in_channels": 16, "num_classes": 5}
+    save_file({"a": torch.zeros(1)}, folder / "d.safetensors", {"family": "dit", "config": json.dumps(numbers)})
     return folder
 
 

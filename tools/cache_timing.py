@@ -30,8 +30,8 @@ def seconds_per_sample(
         origin: of the cache.
         samples: how many are taken from each.
     """
-    features = origin.fields(training.features)
-    cached = Reader(captions=reader.captions, pictures=False, extra=features, geometry=training.needs_geometry)
+    fields = origin.fields(training.features) | training.sample_fields(from_cache=True)
+    cached = Reader(captions=reader.captions, pictures=False, extra=fields, geometry=training.needs_geometry)
     from_pictures = _seconds(training, work, reader, shards[0], samples)
     training.texts = TextMemory(training.encode_texts, 1 << 30, print)  # as a run from a cache has
     return from_pictures, _seconds(training, work, cached, shards[1], samples)

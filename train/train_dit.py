@@ -22,7 +22,7 @@ from families.common.sampling import draw_latents
 from families.dit import build
 from families.dit.classes import ClassField, class_conditions, title_of
 from families.dit.config import DitConfig
-from families.dit.training import FirstChannels, LatentTraining, latent_shape
+from families.dit.training import LatentTraining, latent_shape
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom, stable_hash
@@ -43,8 +43,8 @@ class TrainDit(LatentTraining):
     def build(self) -> dict[str, nn.Module]:
         return {"generator": build.dit(self.config, self.size_px)} | self.needed_encoders()
 
-    def extra_fields(self) -> dict:
-        return super().extra_fields() | {CLASS: self.class_field}
+    def sample_fields(self, from_cache: bool) -> dict:
+        return super().sample_fields(from_cache) | {CLASS: self.class_field}
 
     def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, Tensor]:
         labels, dropped = batch.extra[CLASS], random.uniform("class dropout") < self.config.class_dropout
@@ -53,8 +53,7 @@ class TrainDit(LatentTraining):
 
     def loss(self, inputs: tuple[Tensor, Tensor], random: SampleRandom) -> Losses:
         latents, labels = inputs
-        predict = FirstChannels(self.networks["generator"])
-        return self.denoising_loss(latents, random, partial(predict, y=labels))
+        return self.denoising_loss(latents, random, partial(self.networks["generator"], y=labels))
 
     @property
     def draws_samples(self) -> bool:
@@ -75,7 +74,7 @@ class TrainDit(LatentTraining):
         """Drawings, uint8 (B, H, W, 3) of `size` (H, W), of classes."""
         config, autoencoder = self.config, self.networks["autoencoder"]
         latents = draw_latents(
-            self.diffusion, FirstChannels(self.networks["generator"]),
+            self.diffusion, self.networks["generator"],
             *class_conditions(labels, config.num_classes, self.device),
             latent_shape(size, autoencoder.latent_channels, autoencoder.compression),
             [stable_hash(config.seed, "sample", i) for i in range(len(labels))],

@@ -97,8 +97,8 @@ class Work:
         return self.selection.load(self.catalog, Piece(number, 0, int(self.catalog.rows[number])))
 
     def copied(self, members: Mapping[str, tuple[int, int]]) -> list[str]:
-        """Which members of a sample a cache holds too: its caption and its fields."""
-        kept = (".txt", ".json", *(f".{member}" for member in self.caption_members))
+        """Which members of a sample a cache holds too: its caption, its class and its fields."""
+        kept = (".txt", ".json", ".cls", *(f".{member}" for member in self.caption_members))
         return [name for name in members if f".{name}".endswith(kept) and name != PICTURE_FACTS]
 
     def texts(self, number: int, rows: pa.Table) -> list[dict[str, bytes]]:

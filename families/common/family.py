@@ -16,6 +16,8 @@ from warpcore.config import Settings
 
 TEXT_TO_IMAGE = "text to image"
 """The task of `inference/text_to_image.py`: a class as `families.common.text_to_image.TextToImage`."""
+CLASS_TO_IMAGE = "class to image"
+"""The task of `inference/class_to_image.py`: a class as `families.common.class_to_image.ClassToImage`."""
 RECONSTRUCTION = "reconstruction"
 """The task of `inference/reconstruct.py`: a class as `families.common.reconstruction.Reconstruction`."""
 SCORING = "scoring"

@@ -92,6 +92,31 @@ def look_up(repository: str, path: str) -> RemoteFile:
     return RemoteFile(repository, path, urljoin(url, found.location), found.size, found.etag or "")
 
 
+def look_up_elsewhere(repository: str, path: str, url: str) -> RemoteFile:
+    """Asks the host of a file that is not on the hub for its size. It says no hash that is checked.
+
+    Args:
+        repository, path: what the file is called in `models/SHA256SUMS`, and in the record of its hash.
+
+    Raises:
+        DownloadError: no network, or no such file.
+    """
+    hub, errors = _library()
+    host = urlsplit(url).netloc
+    try:
+        answer = hub.utils.get_session().head(url, headers={"Accept-Encoding": "identity"}, follow_redirects=True)
+        answer.raise_for_status()
+    except (errors.HTTPError, OSError) as error:
+        raise DownloadError(
+            f"can't get {url} ({error}); check the network, and whether {host} still has it"
+        ) from error
+    size = answer.headers.get("Content-Length", "")
+    if not re.fullmatch("[0-9]{1,18}", size):
+        raise DownloadError(f"{host} names no size for {path}")
+    etag = re.sub("[^0-9A-Za-z-]", "", answer.headers.get("ETag", ""))
+    return RemoteFile(repository, path, str(answer.url), int(size), f"of its host: {etag}" if etag else "")
+
+
 def list_files(repository: str, folder: str = "") -> dict[str, int]:
     """The files below a folder of a repository, by path in it, with their sizes in bytes.
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
-from warpcore.diffusion.guidance import Guidance
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.diffusion.tables import TableSchedule
-from warpcore.diffusion.times import TIME_RULES, Steps, last_part, sampling_times
+from warpcore.diffusion.times import TIME_RULES, last_part, sampling_times
 from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
 
@@ -73,8 +72,13 @@ def draw_latents(
         x,
         unconditional=unconditional,
         sampler=DIT_SAMPLERS[sampler](diffusion.input_scaler),
-        guidance=None if guidance is None else Guidance(guidance, guidance_rescale, channels=guidance_channels),
-        steps=Steps(max(1, round(steps * noise_level)), start=noise_level, times=times, shift=shift),
+        times=times,
+        timesteps=max(1, round(steps * noise_level)),
+        t_start=noise_level,
+        cfg=guidance,
+        cfg_rho=guidance_rescale,
+        cfg_channels=guidance_channels,
+        shift=shift,
         noise=lambda step: random.normal(f"noise of step {step}", *shape),
     ):
         drawn = found if times is None else reached  # published lists of times end where their pipelines end

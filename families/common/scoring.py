@@ -43,6 +43,8 @@ class Scored(Protocol):
     """The way of `draw` that counts."""
     autoencoder: str
     """The way of `rebuild` through the autoencoder alone."""
+    draws_classes: bool
+    """Whether it is told names of classes ("red circle") in place of sentences."""
 
     def __init__(self, settings: ScoredSettings, *, steps: int, guidance: float, sampler: str): ...
 
@@ -66,7 +68,7 @@ class Scored(Protocol):
 class ScoredLatents:
     """The ways through a denoiser of latents, without ControlNets; a family adds `draw` and what is named below."""
 
-    best, autoencoder = "drawn", "autoencoder"
+    best, autoencoder, draws_classes = "drawn", "autoencoder", False
     pipeline: type[LatentPipeline]
     open_loras: Callable[..., Sequence]
     """Reads the LoRAs of the settings: of their files, the settings, and `use_ema`."""

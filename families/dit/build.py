@@ -63,7 +63,9 @@ DEFAULTS = {"num_classes": 1000, "learn_sigma": True}
 """Of the constructor."""
 
 
-def process(settings: DitSettings, loss_weight: str = "constant", offset_noise: float = 0.0, **more: Any) -> GDF:
+def process(settings: DitSettings, loss_weight: str = "constant", offset_noise: float = 0.0) -> GDF:
     """1,000 timesteps with linear betas from 1e-4 to 0.02 (arXiv:2006.11239, section 4)."""
-    target = settings.diffusion_target or "epsilon"
-    return discrete_process("linear", target, loss_weight, offset_noise=offset_noise, **more)
+    return discrete_process(
+        "linear", settings.diffusion_target or "epsilon", loss_weight, offset_noise=offset_noise,
+        learned_variance=settings.learn_sigma,
+    )  # fmt: skip

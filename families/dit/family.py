@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from families.common.family import ExportFormat, Family
+from families.common.family import CLASS_TO_IMAGE, SCORING, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.dit.files import is_of_dit
 
@@ -19,6 +19,14 @@ _format = partial(ExportFormat.of, "families.dit.exports")
 class Dit(Family):
     name = "dit"
     title = "DiT"
+    tasks = {
+        CLASS_TO_IMAGE: "families.dit.class_to_image.DitClassToImage",
+        SCORING: "families.dit.scoring.ScoredDit",
+    }
+    formats = (
+        _format("published", "a run, or a published file", "a `.pt` file of the published names", "to_published",
+                keys="ExportSettings", endings=(".pt",)),
+    )  # fmt: skip
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
         return "class_getter" in config or super().has_run(config, weights)

@@ -55,6 +55,11 @@ def read_dit(path: Path, key: str) -> DitFile:
     return DitFile(tensors, config)
 
 
+def dit_numbers(path: Path, key: str) -> dict[str, Any]:
+    """The constructor numbers of the network in a file; its tensors are not copied."""
+    return read_dit(path, key).config
+
+
 def _numbers_of(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, key: str) -> dict[str, Any]:
     """The constructor numbers that the shapes of tensors tell."""
     problem = f"{key}: {path} holds no DiT"

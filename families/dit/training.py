@@ -69,14 +69,3 @@ class LatentTraining(DiffusionTraining):
 def latent_shape(size: tuple[int, int], channels: int, compression: int) -> tuple[int, int, int]:
     """(C, H, W) of the latents of a picture of `size` px."""
     return channels, size[0] // compression, size[1] // compression
-
-
-class FirstChannels(nn.Module):
-    """A network whose predictions have the channels of its input: what it says of variances is left out."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        return self.network(x, t, **conditions)[:, : x.shape[1]]

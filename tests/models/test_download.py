@@ -19,7 +19,7 @@ import pytest
 
 from families.common.hub import DownloadError, RemoteFile, check_space, expected_sha256, fetch
 from families.common.known_hashes import PINNED
-from models.download import COSMOS, LICENCES, SETS, STABLE_DIFFUSION, choose, folder_of
+from models.download import COSMOS, DIT, LICENCES, SETS, STABLE_DIFFUSION, choose, folder_of
 
 pytestmark = pytest.mark.integration
 
@@ -282,13 +282,13 @@ def test_a_file_of_stable_diffusion_is_the_published_one(hub, tmp_path):
 def test_files_without_a_pinned_hash_are_listed_in_the_docs():
     pinned = PINNED.read_text(encoding="utf-8")
     page = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
-    for words in [[*STABLE_DIFFUSION], [*COSMOS], [*SETS], [*SETS, "float32"]]:
+    for words in [[*STABLE_DIFFUSION], [*COSMOS], [*DIT], [*SETS], [*SETS, "float32"]]:
         for repository, path in choose(words):
             assert (f"  {repository}/{path}\n" in pinned) != (f"`{path}`" in page), path
 
 
 def test_every_set_has_a_licence_in_one_word():
-    for words in ([*SETS], [*STABLE_DIFFUSION], [*COSMOS]):
+    for words in ([*SETS], [*STABLE_DIFFUSION], [*COSMOS], [*DIT]):
         for repository, _ in choose(words):
             assert re.fullmatch(r"\S+", LICENCES[repository])
 

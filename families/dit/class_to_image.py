@@ -1,0 +1,87 @@
+"""Pictures of classes by a DiT: out of a run, or a published file."""
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import NonNegativeFloat, model_validator
+
+from families.common.class_to_image import ClassToImageConfig
+from families.common.drawn_pictures import Drawn
+from families.common.weight_files import GENERATOR
+from families.dit.autoencoder import latents_of
+from families.dit.classes import class_number, title_of
+from families.dit.drawing import DitNetworks
+from families.dit.files import dit_numbers
+from families.dit.inference import DitInferenceSettings
+from warpcore.config_keys import SidePx, Steps
+from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.errors import UserError
+
+
+class DitClassToImageConfig(DitInferenceSettings, ClassToImageConfig):
+    """Keys of `inference/class_to_image.py` for DiT."""
+
+    image_size: SidePx | None = None
+    """Side of a square picture in pixels; other shapes get about the same area. By default that of the training, which
+    the weights tell: 256 or 512 for published ones."""
+    steps: Steps = 50
+    """Sampling steps; published pictures take 250."""
+    guidance: NonNegativeFloat | None = 4.0
+    """Classifier-free guidance: 1 follows the class as trained and computes none, more follows it harder."""
+    sampler: Literal[tuple(SAMPLERS)] = "ddim"
+    """`ddim` draws without further noise."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.generator_checkpoint_path is None:
+            raise ValueError("no weights of the denoiser: give run or generator_checkpoint_path")
+        return self
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(H, W) of the pictures: what `size` says, else sides that the network can draw, of about the area."""
+        if self.size:
+            return self.size
+        factor = latents_of(self)[1] * self.version.network["patch_size"]
+        side, ratio = self.image_size or self.trained_size, self.aspect_ratio or self.default_aspect_ratio
+        height, width = (max(round(one / factor), 1) * factor for one in (side / ratio**0.5, side * ratio**0.5))
+        return height, width
+
+    @property
+    def trained_size(self) -> int:
+        """Side in pixels of the squares that the weights were trained with, or of such an area."""
+        size = dit_numbers(self.generator_checkpoint_path, GENERATOR).get("input_size")
+        if size is None:
+            return self.version.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return round((height * width) ** 0.5) * latents_of(self)[1]
+
+
+class DitClassToImage:
+    """Draws with a DiT and its autoencoder; see `families.common.class_to_image.ClassToImage`."""
+
+    Config = DitClassToImageConfig
+
+    def __init__(self, config: DitClassToImageConfig):
+        self.config, self.size = config, config.size_px
+        try:
+            self.labels = [class_number(one, config.num_classes, config.class_names) for one in config.all_classes]
+        except ValueError as error:
+            raise UserError(f"classes, class_file: {error}") from None
+        self.titles = [title_of(label, config.class_names) for label in self.labels]
+        factor = latents_of(config)[1] * config.version.network["patch_size"]
+        if any(side % factor for side in self.size):
+            height, width = self.size
+            raise UserError(f"size: {height} x {width} px (height x width); sides are multiples of {factor} px")
+        self.networks = DitNetworks(config)
+
+    def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Drawn:
+        config = self.config
+        guidance = None if config.guidance == 1 else config.guidance
+        latents = self.networks.draw(
+            labels, self.size, seeds, steps=config.steps, sampler=config.sampler, guidance=guidance, shift=config.shift
+        )
+        return Drawn(self.networks.decode(latents))
+
+    def notes(self) -> list[str]:
+        return [self.networks.peak_memory()]
