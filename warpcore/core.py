@@ -129,11 +129,7 @@ class WarpCore(UseCase):
 
         self.make_networks(saved if resumed is not None else None)
         config = self.config
-        self.feed = Feed(
-            config, self.processes, saved.get("feed"), self.bucket_factor, self.needs_images, self.needs_captions,
-            self.extra_fields(), self.computed_in_workers(), self.index_columns(), self.needs_geometry,
-            self.further_tars(), self.geometry_remedy(),
-        )  # fmt: skip
+        self.feed = Feed(config, self.processes, saved.get("feed"), self.data_needs())
         if resumed is not None:
             self.state.load(self.checkpoints, resumed, saved, self.file_metadata())
             self.loss_scale.load(saved.get("loss_scale", {}))

@@ -2,12 +2,11 @@
 
 import socket
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from warpcore.batch_size import split_batch
@@ -18,8 +17,9 @@ from warpcore.data.catalog import Catalog, open_catalog
 from warpcore.data.columns import check_missing, column_types, tensor_types
 from warpcore.data.disk_cache import DiskCache
 from warpcore.data.filters import Filter
-from warpcore.data.joined import FurtherTars, join
+from warpcore.data.joined import join
 from warpcore.data.loader import Loader
+from warpcore.data.needs import DataNeeds
 from warpcore.data.optional_members import check_optional, optional_members
 from warpcore.data.plan import Plan
 from warpcore.data.reader import BadSample, Batch, Reader
@@ -52,33 +52,11 @@ class Feed:
 
     Args:
         saved: what `state` gave in the checkpoint that the run goes on from.
-        bucket_factor: sides of pictures are multiples of it.
-        needs_images: whether pictures are read at all.
-        extra: further members of each sample to read.
-        computed: functions of a batch, for the workers to call.
-        columns: index columns for `Batch.columns`.
-        needs_geometry: whether `Batch.geometry` is wanted.
-        further: by `webdataset_path` and `validation_path`, tars with further members of the samples that they name.
-        geometry_remedy: what a user does where features, stored in place of pictures, lack their geometry.
+        needs: what the use case needs of every sample.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        processes: Processes,
-        saved: dict | None,
-        bucket_factor: int,
-        needs_images: bool,
-        needs_captions: bool,
-        extra: dict,
-        computed: dict,
-        columns: Sequence[str] = (),
-        needs_geometry: bool = False,
-        further: Mapping[str, Sequence[FurtherTars]] = MappingProxyType({}),
-        geometry_remedy: str = "",
-    ):
-        self.config, self.processes = config, processes
-        self._further = further
+    def __init__(self, config: Config, processes: Processes, saved: dict | None, needs: DataNeeds):
+        self.config, self.processes, self.needs = config, processes, needs
         self._notes: list[str] = []
         self.micro_batch_size, self.accumulation = split_batch(config, processes.count, saved)
         if config.grad_accum_steps not in (None, self.accumulation):
@@ -101,23 +79,23 @@ class Feed:
         self._loader: Loader | None = None
         self._validation_loader: Loader | None = None
         self._to_draw: Batch | None = None
-        captions = CaptionGetter.parse(config.captions_getter) if needs_captions else None
-        self._columns = tuple(dict.fromkeys(columns))
-        self.plan = self._make_plan(bucket_factor, captions, extra, needs_images)
+        captions = CaptionGetter.parse(config.captions_getter) if needs.captions else None
+        self._columns = tuple(dict.fromkeys(needs.columns))
+        self.plan = self._make_plan(captions)
         self._check_plan(saved)
-        notes = processes.on_main(lambda: self._look_at_data(optional_members(extra.values()), bool(saved)))
+        notes = processes.on_main(lambda: self._look_at_data(optional_members(needs.extra.values()), bool(saved)))
         self._notes += notes if processes.is_main else []
         self.reader = Reader(
             captions=captions,
-            pictures=needs_images,
+            pictures=needs.images,
             crop=config.crop_mode,
             background=config.background,
             max_pixels=config.max_picture_pixels,
-            extra=extra,
-            computed=computed,
+            extra=needs.extra,
+            computed=needs.computed,
             columns=tensor_types(self._types, self._columns),
-            geometry=needs_geometry,
-            geometry_remedy=geometry_remedy,
+            geometry=needs.geometry,
+            geometry_remedy=needs.geometry_remedy,
             read_ranges=self._read_ranges,
         )
 
@@ -275,14 +253,14 @@ class Feed:
             if loader is not None:
                 loader.close()
 
-    def _make_plan(self, bucket_factor: int, captions: CaptionGetter | None, extra: dict, needs_images: bool) -> Plan:
-        config = self.config
+    def _make_plan(self, captions: CaptionGetter | None) -> Plan:
+        config, needs = self.config, self.needs
         catalog, held_out = (
             getattr(config, key) and self._open_catalog(getattr(config, key), key)
             for key in ("webdataset_path", "validation_path")
         )
         for each in (catalog, held_out):
-            if needs_images and each and PICTURE_FACTS in each.members:
+            if needs.images and each and PICTURE_FACTS in each.members:
                 raise UserError(
                     f"{each.urls[0]} is of a cache, which holds what was made of pictures, but this run needs the "
                     "pictures themselves. Where a script can train from a cache, name its folder alone"
@@ -298,12 +276,12 @@ class Feed:
             catalog,
             micro_batch_size=self.micro_batch_size,
             buckets=Buckets.for_image_size(
-                config.image_size, config.multi_aspect_ratio or [], bucket_factor, config.bucketeer_random_ratio
+                config.image_size, config.multi_aspect_ratio or [], needs.bucket_factor, config.bucketeer_random_ratio
             ),
             filters=[Filter.parse(entry) for entry in config.dataset_filters],
             captions=captions,
-            required_members=[field.suffixes for field in extra.values()],
-            counted_members=list(optional_members(extra.values())),
+            required_members=[field.suffixes for field in needs.extra.values()],
+            counted_members=list(optional_members(needs.extra.values())),
             columns=self._types,
             max_picture_pixels=config.max_picture_pixels,
             seed=config.seed,
@@ -339,7 +317,7 @@ class Feed:
 
         def opened() -> Catalog:
             found = open_catalog(resolve_sources(path, key))
-            further = self._further.get(key, ())
+            further = self.needs.further.get(key, ())
             return join(found, [(one, open_catalog(resolve_sources(one.folder), keep_copies=True)) for one in further])
 
         return self._on_this_machine(self.processes.on_main(opened))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from warpcore import compute, gradients, optim
 from warpcore.config import Config
 from warpcore.data.joined import FurtherTars
+from warpcore.data.needs import DataNeeds
 from warpcore.data.reader import Batch
 from warpcore.loading import deferring
 from warpcore.loss_scale import LossScale
@@ -167,6 +168,20 @@ class UseCase:
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self.averages = averages(trained, config)
         self.state = TrainedState(trained, self.averages, self.optimizers, self.bookkeeping)
+
+    def data_needs(self) -> DataNeeds:
+        """What the hooks above say of the data."""
+        return DataNeeds(
+            bucket_factor=self.bucket_factor,
+            images=self.needs_images,
+            captions=self.needs_captions,
+            geometry=self.needs_geometry,
+            extra=self.extra_fields(),
+            computed=self.computed_in_workers(),
+            columns=self.index_columns(),
+            further=self.further_tars(),
+            geometry_remedy=self.geometry_remedy(),
+        )
 
     def autocast(self) -> AbstractContextManager:
         """Computes in the configured dtype."""

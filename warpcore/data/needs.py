@@ -1,0 +1,32 @@
+"""What a use case needs of every sample."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from warpcore.data.fields import Field
+from warpcore.data.joined import FurtherTars
+
+
+@dataclass(frozen=True)
+class DataNeeds:
+    """What is read of every sample, and how pictures come."""
+
+    bucket_factor: int = 1
+    """Sides of pictures are multiples of it, in pixels."""
+    images: bool = True
+    """Whether pictures are read at all."""
+    captions: bool = True
+    """Whether every sample needs a caption."""
+    geometry: bool = False
+    """Whether `Batch.geometry` is wanted."""
+    extra: Mapping[str, Field] = field(default_factory=dict)
+    """Further members of each sample to read, for `Batch.extra`."""
+    computed: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Functions of a batch, for the workers to call."""
+    columns: Sequence[str] = ()
+    """Index columns for `Batch.columns`."""
+    further: Mapping[str, Sequence[FurtherTars]] = field(default_factory=dict)
+    """By `webdataset_path` and `validation_path`, tars with further members of the samples that they name."""
+    geometry_remedy: str = ""
+    """What a user does where features, stored in place of pictures, lack their geometry."""
