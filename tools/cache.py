@@ -19,28 +19,26 @@ import warpcore.openmp
 import argparse
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TextIO, get_args
 
 import torch
-from torch import Tensor
 
 from families.common.cache import buckets_of, origin_of
 from families.common.cache_commands import KINDS
 from families.common.cache_freshness import write_sources
 from families.common.cache_records import Record, report
-from families.common.cache_writer import CacheTar, Chunk, Work, mirrored, new_tar, shard_at
+from families.common.cache_writer import Work, shard_at
 from families.common.cached_captions import with_token_ids
-from families.common.cached_rows import Copied, OldRows, keep_old, old_tars, tee_locked
-from families.common.captions import are_cut, cut_note
+from families.common.cached_rows import keep_old, old_tars
+from families.common.captions import cut_note
 from families.common.features import CACHE_NAME, Dtype, Origin
 from families.common.prompts import encode_each, read_prompts, write_prompts
 from families.common.training import DiffusionTraining
 from tools.arguments import local_path, positive
+from tools.cache_encoding import Encoding
 from tools.cache_features import Maker, without_idle_weights
 from tools.cache_timing import seconds_per_sample
 from tools.shared_work import MARK_NAME, SharedWork
@@ -49,12 +47,10 @@ from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
 from warpcore.data.columns import column_types
-from warpcore.data.fields import variant_member
 from warpcore.data.filters import Filter
 from warpcore.data.index import index_shard
-from warpcore.data.loader import Loader
 from warpcore.data.optional_members import check_optional, optional_members
-from warpcore.data.reader import Batch, Reader
+from warpcore.data.reader import Reader
 from warpcore.data.selection import Selection, survey
 from warpcore.data.shards import named_folders, resolve_sources
 from warpcore.errors import UserError, run_script
@@ -63,8 +59,6 @@ from warpcore.locks import lock_file
 from warpcore.outputs import check_folder
 from warpcore.peers import tell_once
 from warpcore.processes import stop_processes
-from warpcore.progress_bar import ProgressBar
-from warpcore.random import SampleRandom
 from warpcore.rehearsal import load_use_case
 from warpcore.text import counted, format_bytes
 
@@ -118,7 +112,7 @@ class Caching:
         training.caches = None  # all is computed
         self.fields = training.extra_fields() if self.maker.of_pictures else {}
         self.catalog = processes.on_main(lambda: open_catalog(resolve_sources(training.config.webdataset_path)))
-        self.work = self._work()
+        self.work, self.reader = self._work()
         makers = {training.features[name].network for name in self.maker.names}
         training.networks = {
             name: make().eval().requires_grad_(False).to(training.device, training.dtype)
@@ -127,12 +121,14 @@ class Caching:
         }
         shapes, draws = self.maker.shapes(self.work.buckets.sizes, self.fields)
         self.work = replace(self.work, seeded=draws or training.config.crop_mode != "center")
+        self.encoding = Encoding(training, self.maker, self.work, self.reader, self.out, self.dtype)
         processes.on_main(lambda: self._prepare(shapes))
-        self._shared = SharedWork(processes, self.out)
-        self._shared.do(self._encode_all)
+        shared = SharedWork(processes, self.out)
+        shared.do(lambda: self.encoding.run(shared))
         return self._finish() if processes.is_main else Record()
 
-    def _work(self) -> Work:
+    def _work(self) -> tuple[Work, Reader]:
+        """What is to be encoded, and what reads it."""
         config, training, has_pictures = self.training.config, self.training, bool(self.maker.of_pictures)
         captions = CaptionGetter.parse(config.captions_getter) if training.needs_captions else None
         members = [(member,) for member in captions.members] if captions else []
@@ -145,12 +141,12 @@ class Caching:
         )  # fmt: skip
         selection.check(self.catalog, captions)
         check_optional(optional_members(self.fields.values()), self.catalog, None)
-        self.reader = Reader(
+        reader = Reader(
             captions=captions, single_caption=bool(self.maker.of_texts), pictures=has_pictures,
             crop=config.crop_mode, background=config.background, max_pixels=config.max_picture_pixels,
             extra=self.fields, geometry=has_pictures,
         )  # fmt: skip
-        return Work(
+        work = Work(
             self.catalog,
             selection,
             # Captions have no size: nothing is asked of the autoencoder, whose weights need not be there.
@@ -163,6 +159,7 @@ class Caching:
             has_pictures,
             bool(self.maker.of_texts),
         )
+        return work, reader
 
     # ------------------------------------------------------------------ before the work
 
@@ -185,14 +182,14 @@ class Caching:
         except BlockingIOError:
             raise UserError(f"{self.out}: another process writes this cache; wait for it, or stop it") from None
         (self.out / MARK_NAME).unlink(missing_ok=True)  # of an earlier start
-        mirrors = {self._path(number) for number in range(len(self.catalog))}
+        mirrors = {self.encoding.path(number) for number in range(len(self.catalog))}
         if strange := sorted(set(self.out.rglob("*.tar")) - mirrors):
             raise UserError(f"{strange[0]} mirrors no tar of webdataset_path, but would be read with it: remove it")
         found = survey(self.catalog, self.work.selection)
         if not found.passed:
             raise UserError(f"no sample can be drawn: {found}")
         size = self.maker.bytes_per_sample(here)
-        done = sum(record.tar_bytes for record in map(self._record, range(len(self.catalog))) if record)
+        done = sum(record.tar_bytes for record in map(self.encoding.record, range(len(self.catalog))) if record)
         missing, free = max(0, size * found.passed - done), shutil.disk_usage(self.out).free
         needed, room = format_bytes(missing), format_bytes(free)
         print(f"{found.passed} samples of about {format_bytes(size)}; {needed} to write to {self.out}", flush=True)
@@ -204,8 +201,8 @@ class Caching:
         for folder in {self.out, *(path.parent for path in mirrors)}:
             here.write(folder)
         for number in range(len(self.catalog)):
-            if self._record(number) is None and self._path(number).exists():
-                keep_old(self._path(number))  # for `OldRows`, until all tars are complete
+            if self.encoding.record(number) is None and self.encoding.path(number).exists():
+                keep_old(self.encoding.path(number))  # for `OldRows`, until all tars are complete
 
     def _check_same(self, there: Origin, here: Origin) -> None:
         if self.maker.of_texts and any(self.out.rglob("*.tar")):
@@ -218,99 +215,17 @@ class Caching:
         if wrong:
             raise UserError(f"{self.out} holds another cache: {'; '.join(wrong)}. Choose another folder, or remove it")
 
-    # ------------------------------------------------------------------ the work
-
-    def _encode_all(self) -> None:
-        """The shards of this process that are not there yet."""
-        processes = self.training.processes
-        by_size = sorted(range(len(self.catalog)), key=lambda number: -self.catalog.rows[number])
-        own = [number for number in by_size[processes.rank :: processes.count] if self._record(number) is None]
-        old = OldRows(old_tars(self.out) if own else (), self.maker.of_pictures, self.maker.of_texts)
-        chunks, ahead = tee_locked(chunk for number in own for chunk in self.work.chunks(number, old))
-        planned = (one for chunk in ahead for one in chunk.micro_batches)
-        others = f", {processes.count} processes" if processes.count > 1 else ""
-        with (
-            Loader(
-                planned, self.reader, num_workers=self.training.config.num_workers, device=self.training.device
-            ) as loader,
-            ProgressBar(
-                total=int(sum(self.catalog.rows[number] for number in own)),
-                unit="row",
-                desc=f"caching{others}",
-                disable=not processes.is_main,
-                mininterval=0.5,
-            ) as progress,
-        ):
-            batches = iter(loader)
-            for number in own:
-                self._encode_shard(number, chunks, batches, progress)
-
-    def _encode_shard(
-        self, number: int, chunks: Iterator[Chunk], batches: Iterator[Batch], progress: ProgressBar
-    ) -> None:
-        began, shard = time.perf_counter(), self.catalog.shard(number)
-        record = Record((shard.size_bytes, shard.content), rejected=dict(self.work.select(number).rejected))
-        with new_tar(self._path(number), record, self.dtype) as tar:
-            for _ in range(self.work.num_chunks(number)):
-                chunk = next(chunks, None)
-                if chunk is None:
-                    next(batches)  # raises what kept the loader's thread from planning it
-                    raise AssertionError("a chunk is missing")
-                self._encode_chunk(number, chunk, islice(batches, len(chunk.micro_batches)), tar)
-                progress.update(len(chunk.rows))
-            record.seconds = time.perf_counter() - began
-
-    def _encode_chunk(self, number: int, chunk: Chunk, batches: Iterator[Batch], tar: CacheTar) -> None:
-        copied = [chunk.copied.get(place, Copied()) for place in range(len(chunk.rows))]
-        made: list[dict[str, Tensor | bytes]] = [dict(one.members) for one in copied]
-        crops = [dict(one.crops) for one in copied]
-        cut = [one.caption_cut for one in copied]
-        unreadable: set[int] = set()
-        for batch in batches:
-            self._shared.check()
-            places, variant = batch.state["places"], batch.state["variant"]
-            for event in batch.events:
-                if places[event.place] not in unreadable:
-                    tar.record.unreadable.append(f"{event.source}: {event.reason}")
-                unreadable.add(places[event.place])
-            random = SampleRandom(batch.seeds, self.training.device)
-            features = self.maker.make(batch, random, pictures=batch.state["pictures"], texts=batch.state["texts"])
-            if batch.state["texts"]:
-                for place, is_long in zip(places, self._are_cut(batch), strict=True):
-                    cut[place] = is_long
-            for i, place in enumerate(places):
-                made[place] |= {variant_member(name, variant): rows[i] for name, rows in features.items()}
-            if batch.geometry is not None:
-                for place, corner in zip(places, batch.geometry.crop.tolist(), strict=True):
-                    crops[place][variant] = corner
-        for place in unreadable:
-            made[place] = {}
-        tar.write(chunk, self.work.texts(number, chunk.rows), made, crops, cut)
-
-    def _are_cut(self, batch: Batch) -> list[bool]:
-        """Whether each caption of a batch loses its end in the text tower."""
-        tower = self.training.networks.get("text")
-        if tower is None:
-            return [False] * len(batch.captions)
-        return are_cut(tower, batch.captions)
-
-    def _path(self, number: int) -> Path:
-        return mirrored(self.out, self.catalog.name(number))
-
-    def _record(self, number: int) -> Record | None:
-        return Record.read(self._path(number), self.catalog.shard(number))
-
     # ------------------------------------------------------------------ after the work
 
     def _finish(self) -> Record:
         """Index what is not, and sum up."""
         began = time.monotonic()
-        while not all(records := [self._record(number) for number in range(len(self.catalog))]):
+        while not all(records := [self.encoding.record(number) for number in range(len(self.catalog))]):
             if time.monotonic() - began > SEEN_SECONDS:
-                unseen = self._path(records.index(None))
+                unseen = self.encoding.path(records.index(None))
                 raise UserError(f"{unseen}, of another process, is not seen here: OUT wants a folder that all share")
             time.sleep(1)
-        shards = [shard_at(self._path(number)) for number in range(len(self.catalog))]
+        shards = [shard_at(self.encoding.path(number)) for number in range(len(self.catalog))]
         summaries = {shard.url: known or index_shard(shard) for shard, known in read_summaries(shards).items()}
         write_manifests(shards, summaries)
         tars = [replace(shard, content=summaries[shard.url].content) for shard in shards]
@@ -329,8 +244,8 @@ class Caching:
 
     def waits(self) -> tuple[float, float]:
         """Seconds that a run waits for a sample's features: from pictures, and from this cache."""
-        number = next(number for number in range(len(self.catalog)) if self._record(number).samples)
-        shards = self.catalog.shard(number), shard_at(self._path(number))
+        number = next(number for number in range(len(self.catalog)) if self.encoding.record(number).samples)
+        shards = self.catalog.shard(number), shard_at(self.encoding.path(number))
         origin = Origin.read(str(self.out))
         return seconds_per_sample(self.training, self.work, self.reader, shards, origin, TIMED_SAMPLES)
 

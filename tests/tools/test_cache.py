@@ -18,7 +18,7 @@ from families.cascade import versions
 from families.common import cache_writer
 from tests.caches import make_cache, write_pictures
 from tests.many_processes import launch_processes
-from tools import cache
+from tools.cache_encoding import Encoding
 from warpcore.config import ConfigError
 from warpcore.data.catalog import open_catalog
 from warpcore.data.index import read_rows
@@ -97,20 +97,20 @@ def test_a_cache_that_was_killed_is_finished_by_two_processes(settings, tmp_path
 def _failing_member(mini: versions.Version, settings: dict, out: Path, how: str) -> None:
     """Process 1 fails at its first rows, while process 0 is at work, or when it has nothing left to do."""
     versions.VERSIONS["mini"], rank = mini, int(os.environ["RANK"])
-    plain, ended = cache.Caching._encode_shard, out.with_suffix(f".{rank}")
+    plain, ended = Encoding._encode_shard, out.with_suffix(f".{rank}")
 
-    def encode_shard(caching, number, *work):
+    def encode_shard(encoding, number, *work):
         if rank == 0 and how == "at work":
             _wait_for(out / ".failed")
         if rank == 1:
             if how != "at work":
-                _wait_for(next(caching._path(other) for other in range(2) if other != number))
+                _wait_for(next(encoding.path(other) for other in range(2) if other != number))
             if how == "killed":
                 os._exit(0)
             raise OSError(errno.EIO, "the network drive is gone")
-        plain(caching, number, *work)
+        plain(encoding, number, *work)
 
-    cache.Caching._encode_shard = encode_shard
+    Encoding._encode_shard = encode_shard
     try:
         make_cache("train_c", settings, out)
     except (UserError, RuntimeError, OSError) as error:
