@@ -10,7 +10,7 @@ golden  the golden cases of the tests
 steps   speed, utilisation and memory of updates at the published sizes, beside diffusers' network in the plain loop
 memory  what tools/memory.py counts beside measured peaks; the cost of offloading; the largest micro-batches
 data    whether the loader feeds the device; caches beside pictures; copies; the pause of a checkpoint
-families  updates of Stable Diffusion beside diffusers' U-Net in the plain loop
+families  updates of the other families beside the library's network in the plain loop
 
 A part writes OUT/PART.md, row by row, and OUT/PART.log, over those of an earlier start. The exit status is 1 if a row
 failed its check or is missing. Data, runs and checkpoints (up to 80 GB in `data`) go to a temporary folder (TMPDIR).

@@ -6,7 +6,7 @@ Nothing is downloaded: networks get seeded random weights where no file of their
 import importlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,8 @@ SCRIPTS: dict[str, dict] = {
         "words": ["a", "photograph", "number"], "tower_width": 16, "tower_heads": 2, "text_length": 6,
         "text_layers": 1, "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
     },
+    "train_cosmos": {"text_encoder_precision": "float32"},
+    "train_cosmos_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_sd": {},
     "train_sd_lora": {"module_filters": ["to_q", "conv1"], "rank": 4},
     "train_vae": {
@@ -90,6 +92,18 @@ def mini_unet(bench: Bench) -> Path:
     return folder
 
 
+def mini_stage_b(bench: Bench) -> Path:
+    """The shipped weights of the mini Stage B."""
+    return versions.MINI.folder / "stage_b.safetensors"
+
+
+STARTS: dict[str, Callable[[Bench], Path] | None] = {
+    "train_sd": mini_unet, "train_cosmos": None, "train_b": mini_stage_b, "train_": mini_generator,
+}  # fmt: skip
+"""By the beginning of a script's name, what a mini starts from: networks that predict zeros at first do so in every
+precision. None where a random start predicts something."""
+
+
 def script_settings(bench: Bench, name: str, run: str, device: torch.device, **changes) -> dict:
     """Settings of two updates of a script: with mini networks in float32, if the changes say nothing else."""
     every = {
@@ -98,12 +112,9 @@ def script_settings(bench: Bench, name: str, run: str, device: torch.device, **c
         "log_every": 1, "device": device.type, "lr": 1e-3, "seed": 3, "dtype": "float32", "allow_tf32": False,
         "crop_mode": "center",
     }  # fmt: skip
-    if name.startswith("train_sd"):
-        every["generator_checkpoint_path"] = str(mini_unet(bench))
-    elif changes.get("model_version", "mini") == "mini":  # fresh networks predict zeros, in every precision
-        stage_b = name.startswith("train_b")
-        every["generator_checkpoint_path"] = str(versions.MINI.folder / "stage_b.safetensors" if stage_b else
-                                                 mini_generator(bench))  # fmt: skip
+    if changes.get("model_version", "mini") == "mini":
+        start = next(start for prefix, start in STARTS.items() if name.startswith(prefix))
+        every |= {"generator_checkpoint_path": str(start(bench))} if start else {}
     common = {key: value for key, value in every.items() if key in use_case(name).Config.model_fields}
     return common | SCRIPTS[name] | changes
 

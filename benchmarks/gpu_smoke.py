@@ -80,7 +80,7 @@ def _list(losses: list) -> str:
 
 def from_cache(name: str, bench: Bench) -> Outcome:
     """The same losses from a cache as the CPU has from pictures, up to bfloat16."""
-    plain = {"clip_image_dropout": 1.0} if name.startswith("train_c") else {}
+    plain = {"clip_image_dropout": 1.0} if "clip_image_dropout" in use_case(name).Config.model_fields else {}
     cached = script_settings(bench, name, "cached", bench.device, **plain)
     cache = make_cache(bench, name, cached)
     return compared(name, {**plain, **AUTOCAST, "webdataset_path": str(cache)}, BFLOAT16, bench)
@@ -164,10 +164,13 @@ def rows(bench: Bench) -> list[Row]:
     everything = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
     add("train_c_controlnet", "offload encoders and activations", AUTOCAST | everything)
     add("train_c_lora", "nf4", AUTOCAST | {"frozen_weights": "nf4"}, FEW_BITS, needs=("torchao",))
+    for dtype in ("float8_e4m3fn", "float8_e5m2"):
+        add("train_c_lora", f"base in {dtype}", AUTOCAST | {"frozen_weights": dtype}, FEW_BITS)
+    add("train_cosmos_lora", "base in float8_e4m3fn", AUTOCAST | {"frozen_weights": "float8_e4m3fn"}, FEW_BITS)
     add("train_c", "fp8", AUTOCAST | {"fp8": True}, FEW_BITS, needs=("torchao",))
     sharded = {"use_fsdp": True, "fsdp_cpu_offload": True}
     add("train_c", "FSDP2, one process, weights in the CPU's memory", AUTOCAST | sharded)
-    for name in ("train_c",) if bench.tiny else ("train_c", "train_c_lora", "train_b", "train_sd"):
+    for name in ("train_c",) if bench.tiny else ("train_c", "train_c_lora", "train_b", "train_sd", "train_cosmos"):
         found.append((f"{name}: from a cache", partial(from_cache, name)))
     found.append(("train_c: SIGTERM and resume", stopped_and_resumed))
     found.append(("the whole cascade draws a picture", drawn))
@@ -176,7 +179,8 @@ def rows(bench: Bench) -> list[Row]:
     if not bench.tiny:
         for name in ("train_c_lora", "train_c_controlnet", "train_b"):
             add(name, "bfloat16 weights", AUTOCAST | {"weights_dtype": "bfloat16"})
-        for name in ("train_c_lora", "train_c_controlnet", "train_b", "train_sd", "train_sd_lora", "train_vae"):
+        blocks = ("train_c_lora", "train_c_controlnet", "train_b", "train_vae")
+        for name in (*blocks, "train_sd", "train_sd_lora", "train_cosmos", "train_cosmos_lora"):
             add(name, "compile", AUTOCAST | {"compile": True})
         add("train_c", "compile, checkpointing 3", AUTOCAST | {"compile": True, "activation_checkpointing": 3})
         add("train_c", "compile, fp8", AUTOCAST | {"compile": True, "fp8": True}, FEW_BITS, needs=("torchao",))
@@ -184,10 +188,11 @@ def rows(bench: Bench) -> list[Row]:
             add(name, "compile: graphs", graphs)
         add("train_c", "compile: graphs, two micro-batches", graphs | {"grad_accum_steps": 2})
         add("train_c", "compile: graphs, checkpointing 3", graphs | {"activation_checkpointing": 3})
-        for name in ("train_b", "train_sd"):
+        for name in ("train_b", "train_sd", "train_cosmos"):
             add(name, "checkpointing 3", AUTOCAST | {"activation_checkpointing": 3})
             add(name, "offload encoders and activations", AUTOCAST | everything)
-        add("train_b", "FSDP2, one process, weights in the CPU's memory", AUTOCAST | sharded)
+        for name in ("train_b", "train_cosmos"):
+            add(name, "FSDP2, one process, weights in the CPU's memory", AUTOCAST | sharded)
         add("train_c", "EMA in the CPU's memory", AUTOCAST | {"ema_start_iters": 0, "ema_device": "cpu"})
     return [Row(name, measure) for name, measure in found]
 
@@ -202,8 +207,8 @@ PART = Part(
     about=f"""
 Mini networks, batches of 4 photographs of 64 px. Checked: losses are finite; the samples are those of the CPU; the
 two losses are those of the same updates on the CPU in float32, within a relative difference of {FLOAT32:g} (float32,
-TF32 off), {BFLOAT16:g} (16 bits) or {FEW_BITS:g} (fp8, nf4). From the second update on, waiting for the GPU inside
-an update is an error (`torch.cuda.set_sync_debug_mode("error")`), except with weights in the CPU's memory.
+TF32 off), {BFLOAT16:g} (16 bits) or {FEW_BITS:g} (fp8, float8, nf4). From the second update on, waiting for the GPU
+inside an update is an error (`torch.cuda.set_sync_debug_mode("error")`), except with weights in the CPU's memory.
 FSDP2 runs in a process group of one (NCCL on a GPU).
 """,
     columns=("losses", "CPU's", "difference", "allowed"),

@@ -177,8 +177,7 @@ checkpointing computes again) / seconds / the card's dense bfloat16 peak from it
 failure of the row. The slowest case is the one with the most seconds per useful FLOP.
 
 Published by others (H100): SimpleTuner's LoKr on Stage C, batch 3, 1024 px, float32: 0.884 s and 51.5 GiB, with
-checkpointing 1.179 s and 22.7 GiB. Other families (SDXL, SD 1.5, PixArt, Cosmos-Predict2) are not in this project yet,
-and have no rows.
+checkpointing 1.179 s and 22.7 GiB. The other families are in the part `families`.
 """,
     columns=(
         "contender",

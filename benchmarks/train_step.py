@@ -3,7 +3,7 @@
     python3 benchmarks/train_step.py            # on a GPU the published sizes, else small ones on the CPU
     python3 benchmarks/train_step.py --cases "3.6B full 1024" --seconds 120
     python3 benchmarks/train_step.py --levels   # what the levels of activation checkpointing cost and save
-    python3 benchmarks/sd_step.py               # the same of Stable Diffusion
+    python3 benchmarks/family_step.py           # the same of the other families
 
 Ours is the update that the training scripts make (autocast, loss, gradient norm, optimizer), on latents and conditions
 that are there; beside it, ours with one technique changed at a time. The plain loop is that of diffusers' training

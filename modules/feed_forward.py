@@ -59,7 +59,7 @@ class _GeluResponseNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             y = F.gelu(x)
             energy = _norm_over_positions(y)
             ctx.save_for_backward(x, gamma, energy)
@@ -83,7 +83,7 @@ class _GeluResponseNorm(torch.autograd.Function):
         return torch.ops.aten.gelu_backward(y, x), grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast would make the wide tensors float32."""
     there = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if there else nullcontext()

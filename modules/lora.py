@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.blocks import Conv, DepthwiseConv, MultiheadAttention, PointwiseConv
+from modules.float8 import Float8Linear
 
 PARTS = ("q", "k", "v")
 """The thirds of a fused attention projection, in the order of its rows."""
@@ -83,13 +84,19 @@ class LowRank(nn.Module):
             nn.init.uniform_(self.down, -bound, bound)
 
     def forward(
-        self, x: Tensor, output: Tensor, layer: nn.Module, weight: Tensor, bias: Tensor | None, rows=slice(None)
+        self,
+        x: Tensor,
+        output: Tensor,
+        layer: nn.Module,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rows=slice(None),
     ) -> Tensor:
         """The output (..., C_out) of a layer, changed.
 
         Args:
             x, output: what the layer took and gave, channels last.
-            weight, bias: of the layer, or those rows of them that made the output.
+            weight, bias: of the layer, or those rows of them that made the output. Only DoRA looks at the weight.
             rows: the part of the adapter that belongs to them.
         """
         if not self.active or self.unmerged is not None:
@@ -151,6 +158,14 @@ class AdaptedLinear(_Adapted, nn.Linear):
     pass
 
 
+class AdaptedFloat8Linear(Float8Linear):
+    """Its weight is unpacked once more only where the adapter looks at it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.lora.magnitude is None else self.weight
+        return self.lora(x, super().forward(x), self, weight, self.bias)
+
+
 class AdaptedPointwiseConv(_Adapted, PointwiseConv):
     pass
 
@@ -195,6 +210,7 @@ class AdaptedAttention(MultiheadAttention):
 
 ADAPTED = {
     nn.Linear: AdaptedLinear,
+    Float8Linear: AdaptedFloat8Linear,
     nn.Conv2d: AdaptedConv2d,
     PointwiseConv: AdaptedPointwiseConv,
     Conv: AdaptedConv,
@@ -323,6 +339,8 @@ def remove_adapters(network: nn.Module) -> None:
 def merge(network: nn.Module) -> None:
     """Add the adapters to the weights: the network computes the same as before, as fast as without them."""
     for _, place, adapter in adapters(network):
+        if isinstance(place.layer, Float8Linear):
+            raise TypeError("float8 weights cannot be changed: merge adapters into the weights that they were made of")
         if adapter.unmerged is None:
             adapter.unmerged = place.weight.clone()
             place.weight.add_(adapter.change(adapter.unmerged))

@@ -38,11 +38,12 @@ def deferring() -> Iterator[None]:
 def assign(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, deferrable: bool = False) -> None:
     """Give a network on the meta device its state, floating-point numbers in `dtype`; names and shapes are checked.
 
+    tensors: may be made only when they are asked for; in their order, each once.
     deferrable: nothing needs its values before the engine has placed it, so that they may wait for it.
     """
     if deferrable and _DEFERRING.get():
         nn.Module.to(network, dtype)  # not its own, which may warn
-        setattr(network, _WAITING, dict(tensors))
+        setattr(network, _WAITING, tensors)
         return
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     network.load_state_dict(converted, strict=True, assign=True)

@@ -99,7 +99,7 @@ class LibraryNetwork:
                 f"{type(self).__name__} has no condition named {', '.join(sorted(unknown))}; it takes "
                 f"{', '.join(self.conditions)}"
             )
-        dtype = next(p.dtype for name, p in self.named_parameters() if ".lora." not in name)
+        dtype = next(p.dtype for name, p in self.named_parameters() if ".lora." not in name and p.dtype.itemsize > 1)
         given = {name: _in_dtype(name, value, dtype) for name, value in conditions.items()}
         if added := ADDED.get(getattr(self, "config", {}).get("addition_embed_type")):
             given["added_cond_kwargs"] = {name: given.pop(name) for name in added if name in given}

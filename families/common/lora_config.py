@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from families.common.precision import BasePrecision
 from modules.lora import LoraSettings
 from modules.tokens import is_new
 from warpcore.config import Settings, ShareBelowOne
@@ -32,9 +33,10 @@ class LoraKeys(Settings):
     """What adapters start from. Both change nothing at first; `published`, the reference's, learns in larger steps."""
     lora_checkpoint_path: Weights | None = None
     """A LoRA with the same layers, rank and tokens to start from, in any format; its alpha may be another."""
-    frozen_weights: Literal["float32", "bfloat16", "nf4"] | None = None
-    """How the frozen network is kept: by default in the precision of the computation; `nf4` in four bits (needs
-    torchao)."""
+    frozen_weights: BasePrecision | None = None
+    """How the frozen network is kept: by default in the precision of the computation. `float8_e4m3fn` and
+    `float8_e5m2` keep the matrices of linear layers in eight bits, with a scale for each row, `nf4` in four (needs
+    torchao, and one process)."""
 
     @property
     def lora_settings(self) -> LoraSettings:

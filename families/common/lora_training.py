@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from families.common import precision
 from families.common.lora import LoraError, adapters_of, fill
 from families.common.lora_formats import Lora, LoraFileError
-from families.common.precision import Precision
+from families.common.precision import BasePrecision
 from modules.lora import adapters
 from modules.tokens import TextEncoder, Token, TokenRows, attach, find_tokens, is_new
 from warpcore.errors import UserError
@@ -20,10 +20,12 @@ from warpcore.processes import Processes
 logger = logging.getLogger(__name__)
 
 
-def freeze(network: nn.Module, weights: Precision | torch.dtype, processes: Processes) -> None:
-    """Freeze a network whose adapters will be trained, in a dtype or, on the device, in four bits (`nf4`)."""
+def freeze(network: nn.Module, weights: BasePrecision | torch.dtype, processes: Processes) -> None:
+    """Freeze a network whose adapters will be trained, in a dtype or, on the device, in eight or four bits."""
     if weights == "nf4" and (processes.count > 1 or processes.mesh is not None):
-        raise LoraError("frozen_weights: nf4 cannot be sharded: over processes, or to offload it, write bfloat16")
+        raise LoraError(
+            "frozen_weights: nf4 cannot be sharded: over processes, or to offload it, write bfloat16 or float8_e4m3fn"
+        )
     precision.freeze(network, weights, "frozen_weights", processes.device)
 
 

@@ -6,33 +6,45 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
+from modules.float8 import FORMATS, keep_in_float8
 from modules.quantise import quantise
 from warpcore.errors import UserError
 from warpcore.loading import load_deferred
 
 Precision = Literal["float32", "bfloat16", "float16", "nf4"]
 """How a frozen network is kept; `nf4` in four bits (QLoRA, arXiv:2305.14314), computing in bfloat16."""
+BasePrecision = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "nf4"]
+"""How a frozen network is kept that adapters change; packed weights (float8, nf4) compute in bfloat16."""
 
 
 def freeze(
-    network: nn.Module, precision: Precision | torch.dtype, key: str, device: torch.device | str = "cpu"
+    network: nn.Module,
+    precision: Precision | BasePrecision | torch.dtype,
+    key: str,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Freeze a network in a precision.
 
     Args:
         key: the config key that chose the precision, which an error names.
-        device: where its matrices go, one by one, to be put into four bits.
+        device: where its matrices go, one by one, to be packed into eight or four bits.
 
     Raises:
-        UserError: `nf4` without torchao.
+        UserError: `nf4` without torchao, or float8 where the device has no such numbers.
     """
     network.requires_grad_(False)
-    dtype = torch.bfloat16 if precision == "nf4" else precision
+    packed = precision == "nf4" or precision in FORMATS
+    dtype = torch.bfloat16 if packed else precision
     # Not the network's own `to`: diffusers' warns of every change of dtype.
     nn.Module.to(network, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    if precision != "nf4":
+    if not packed:
         return
     load_deferred(network, "cpu")
+    if precision in FORMATS:
+        if torch.device(device).type == "mps":
+            raise UserError(f"{key}: MPS has no {precision}; write bfloat16 or nf4")
+        keep_in_float8(network, FORMATS[precision], device)
+        return
     try:
         quantise(network, device)
     except ImportError as error:

@@ -1,6 +1,7 @@
 """Build the networks of Cosmos-Predict2 with their weights, and its diffusion process."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from families.common.autoencoders import Autoencoder, LatentScale
 from families.common.library_files import CONFIG, construct, fill
 from families.common.library_networks import adapt
+from families.common.random_start import random_start
 from families.common.t5 import T5TextEncoder
 from families.common.wan_autoencoder import CONSTRUCTOR, LIBRARY_CLASS, WanAutoencoder
 from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
@@ -38,9 +40,8 @@ def transformer(settings: CosmosSettings, dtype: torch.dtype = torch.float32) ->
     found = generator_source(settings)
     config = settings.version.transformer if found is None else found.config
     if found is None and not are_only_shapes():
-        network = construct(CosmosTransformer3DModel, config, GENERATOR)
-        initialise(network)
-        return nn.Module.to(adapt(network), dtype)
+        build = partial(construct, CosmosTransformer3DModel, config, GENERATOR)
+        return nn.Module.to(adapt(random_start(build, initialise, dtype)), dtype)
     with torch.device("meta"):
         network = construct(CosmosTransformer3DModel, config, GENERATOR)
     if not are_only_shapes():
@@ -48,18 +49,17 @@ def transformer(settings: CosmosSettings, dtype: torch.dtype = torch.float32) ->
     return nn.Module.to(adapt(network), dtype)
 
 
-@torch.no_grad()
-def initialise(network: nn.Module) -> None:
+def initialise(name: str, layer: nn.Module) -> None:
     """Random weights as the published program has them, instead of the library's: linear layers truncated normal with
-    deviation 1 / sqrt(fan-in), the second matrices of the blocks' modulations zero."""
-    for name, module in network.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if ".norm" in name and name.endswith("linear_2"):
-            nn.init.zeros_(module.weight)
-        else:
-            deviation = module.in_features**-0.5
-            nn.init.trunc_normal_(module.weight, std=deviation, a=-3 * deviation, b=3 * deviation)
+    deviation 1 / sqrt(fan-in), the second matrices of the blocks' modulations zero, norms one."""
+    if not isinstance(layer, nn.Linear):
+        for parameter in layer.parameters(recurse=False):
+            nn.init.ones_(parameter)
+    elif ".norm" in name and name.endswith("linear_2"):
+        nn.init.zeros_(layer.weight)
+    else:
+        deviation = layer.in_features**-0.5
+        nn.init.trunc_normal_(layer.weight, std=deviation, a=-3 * deviation, b=3 * deviation)
 
 
 def generator_source(settings: CosmosSettings) -> Component | None:

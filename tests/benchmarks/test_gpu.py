@@ -153,6 +153,13 @@ def test_parts_load_without_the_packages_that_only_some_rows_use():
     assert done.stdout.split() == list(gpu.PARTS), done.stderr
 
 
+def test_every_script_has_rows():
+    from benchmarks.gpu_scripts import SCRIPTS
+
+    scripts = {path.stem for path in (ROOT / "train").glob("train_*.py")}
+    assert scripts == {name.split()[0] for name in SCRIPTS}
+
+
 def test_a_target_is_met_only_by_figures_that_were_measured():
     from benchmarks.gpu_steps import Target  # a worker loads this file, but needs no networks
 

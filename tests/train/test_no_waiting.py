@@ -18,6 +18,7 @@ from tests.caches import make_cache, write_pictures
 from tests.fake_gpu import GPU, FakeGpu, Waits
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings, use_case  # noqa: F401
+from tests.train.test_separate_caches import CACHED
 from warpcore.config import make_config
 from warpcore.meta import MetaAsDevice
 
@@ -61,7 +62,7 @@ def test_from_pictures(settings, name, tmp_path):  # noqa: F811
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    "name", represented_by("train_c", of=("train_b", "train_c", "train_c_lora", "train_sd", "train_sd_lora"))
+    "name", represented_by("train_c", of=[n for n, kinds in CACHED.items() if "latents" in kinds])
 )
 def test_from_a_cache(settings, name, tmp_path):  # noqa: F811
     pictures = write_pictures(tmp_path / "pictures" / "0.tar", 6)

@@ -40,7 +40,7 @@ def test_offloaded_encoders_and_activations_change_no_bit(settings, name):  # no
 
 @pytest.mark.slow
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ["train_c_controlnet", "train_c_lora", "train_sd", "train_sd_lora", "train_vae"])
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - WITHOUT_CHECKPOINTING))
 def test_weights_in_the_memory_of_the_cpu_change_no_update_of_one_process(settings, name):  # noqa: F811
     """In three parts: with offload, without, and with it again."""
     whole, parts = (settings(name, run, **COMMON, updates=3) for run in ("whole", "parts"))

@@ -1,0 +1,198 @@
+"""The families beside the Stable Cascade in `benchmarks/family_step.py`: random networks, and the plain loop of each.
+
+A row for another family is an entry in `FAMILIES`: its script, its cases, what writes its networks, and what the loop
+of a library's training example computes.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from families.common.features import lengths_name, stored, stored_name
+from families.common.training import DiffusionTraining
+from warpcore.data.reader import Batch
+from warpcore.rehearsal import made_up_batch
+
+Loss = Callable[[], Tensor]
+EXAMPLE_LR = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the size of its pictures and a batch."""
+
+    name: str
+    version: str
+    """`model_version`."""
+    image_px: int
+    batch: int
+    changes: Mapping = field(default_factory=dict)
+    """Other constructor numbers of the network."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.image_px} px, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A training script, and the plain loop beside it."""
+
+    use_case: Callable[[], type[DiffusionTraining]]
+    """Imports the script."""
+    on_gpu: tuple[Case, ...]
+    on_cpu: tuple[Case, ...]
+    write: Callable[[Case, Path, torch.device], dict[str, str]]
+    """Writes random networks to a folder; the keys of training that name them."""
+    plain_loop: Callable[[DiffusionTraining, Batch, Path], tuple[nn.Module, Loss]]
+    """The library's network of that folder, and what computes its loss of a batch of features, as the example does."""
+    batch: Callable[[DiffusionTraining, Case], Batch] = lambda run, case: made_up_batch(run, _size(case), case.batch)
+    """Pictures, and what else of the samples is a feature of a cache in every contender."""
+
+
+def _size(case: Case) -> tuple[int, int]:
+    return case.image_px, case.image_px
+
+
+# ---------------------------------------------------------------- Stable Diffusion
+
+
+def sd_use_case() -> type[DiffusionTraining]:
+    from train.train_sd import TrainSd
+
+    return TrainSd
+
+
+def write_sd(case: Case, folder: Path, device: torch.device) -> dict[str, str]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from families.stable_diffusion.versions import VERSIONS
+
+    version = VERSIONS[case.version]
+    with device:
+        UNet2DConditionModel(**version.unet | dict(case.changes)).save_pretrained(folder / "unet")
+    if case.version == "mini":
+        return {"generator_checkpoint_path": str(folder / "unet"), "diffusion_target": "epsilon"}
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    AutoencoderKL(**version.autoencoder).save_pretrained(folder / "vae")
+    for number, config in enumerate(version.text):
+        kind = CLIPTextModelWithProjection if "Projection" in config["architectures"][0] else CLIPTextModel
+        kind(CLIPTextConfig(**config)).save_pretrained(folder / ("text_encoder_2" if number else "text_encoder"))
+    name = "StableDiffusionXLPipeline" if version.sees_sizes else "StableDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}), encoding="utf-8")
+    return {"generator_checkpoint_path": str(folder), "diffusion_target": "epsilon"}
+
+
+def sd_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Module, Loss]:
+    """`examples/text_to_image` of diffusers: DDPMScheduler, mean squared error of the noise."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    network = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    conditions = run.conditions(batch, run.encoded(batch)[1])
+    text = conditions.pop("encoder_hidden_states")
+    moments, scale = stored(batch, "moments"), run.latents[0]
+
+    def loss() -> Tensor:
+        mean, log_variance = moments.chunk(2, dim=1)
+        latents = scale.apply(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
+        noise = torch.randn_like(latents)
+        times = torch.randint(0, 1000, (len(latents),), device=run.device)
+        predicted = network(
+            scheduler.add_noise(latents, noise, times), times, text, added_cond_kwargs=conditions or None,
+            return_dict=False,
+        )[0]  # fmt: skip
+        return F.mse_loss(predicted.float(), noise.float())
+
+    return network, loss
+
+
+# ---------------------------------------------------------------- Cosmos-Predict2
+
+
+def cosmos_use_case() -> type[DiffusionTraining]:
+    from train.train_cosmos import TrainCosmos
+
+    class FromCachedTexts(TrainCosmos):
+        """T5 has 5 billion parameters: texts always come from a cache."""
+
+        def needs_encoder(self, name: str) -> bool:
+            return name != "text" and super().needs_encoder(name)
+
+    return FromCachedTexts
+
+
+def write_cosmos(case: Case, folder: Path, device: torch.device) -> dict[str, str]:
+    from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
+
+    from families.cosmos.versions import VERSIONS
+
+    version = VERSIONS[case.version]
+    with device:
+        CosmosTransformer3DModel(**version.transformer | dict(case.changes)).save_pretrained(folder / "transformer")
+    if version.autoencoder is not None:
+        AutoencoderKLWan(**version.autoencoder).save_pretrained(folder / "vae")
+    (folder / "model_index.json").write_text('{"_class_name": "Cosmos2TextToImagePipeline"}', encoding="utf-8")
+    return {"generator_checkpoint_path": str(folder)}
+
+
+def with_texts(run: DiffusionTraining, case: Case) -> Batch:
+    """Pictures with T5's states of texts that are as long as they may be."""
+    batch, version = made_up_batch(run, _size(case), case.batch), run.config.version
+    text = torch.randn(case.batch, version.text_length, version.transformer["text_embed_dim"])
+    lengths = torch.full((case.batch,), version.text_length)
+    return replace(batch, extra=batch.extra | {stored_name("text"): text, stored_name(lengths_name("text")): lengths})
+
+
+def cosmos_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Module, Loss]:
+    """The loop of diffusers' examples that train a straight flow: logit-normal times, mean squared error."""
+    from diffusers import CosmosTransformer3DModel
+
+    network = CosmosTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    latents, text = stored(batch, "latents")[:, :, None], stored(batch, "text")
+    mask = latents.new_zeros(1, 1, *latents.shape[-2:])
+
+    def loss() -> Tensor:
+        noise = torch.randn_like(latents)
+        times = torch.randn(len(latents), device=run.device).sigmoid()
+        share = times.view(-1, 1, 1, 1, 1)
+        noised = (1 - share) * latents + share * noise
+        predicted = network(noised, times, text, padding_mask=mask, return_dict=False)[0]
+        return F.mse_loss(predicted.float(), noise - latents)
+
+    return network, loss
+
+
+FAMILIES = {
+    "sd": Family(
+        sd_use_case,
+        on_gpu=(Case("SD 1.5", "sd15", 512, 8), Case("SDXL", "sdxl", 1024, 2)),
+        on_cpu=(
+            Case("SD tiny", "mini", 128, 16),
+            Case("SD small", "mini", 512, 2, {
+                "block_out_channels": [128, 256, 256], "layers_per_block": 2, "attention_head_dim": 8,
+                "norm_num_groups": 32, "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
+                "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
+            }),
+        ),
+        write=write_sd,
+        plain_loop=sd_loop,
+    ),
+    "cosmos": Family(
+        cosmos_use_case,
+        on_gpu=(Case("Cosmos 2B", "2B", 1024, 2), Case("Cosmos 0.6B", "0.6B", 1024, 4)),
+        on_cpu=(
+            Case("Cosmos tiny", "mini", 128, 16),
+            Case("Cosmos small", "mini", 512, 2, {"num_attention_heads": 8, "attention_head_dim": 64}),
+        ),
+        write=write_cosmos,
+        plain_loop=cosmos_loop,
+        batch=with_texts,
+    ),
+}  # fmt: skip
+"""By the name that `--families` takes."""

@@ -1,0 +1,73 @@
+"""Frozen weights in eight bits: the matrices of linear layers as float8 numbers, and a scale for each row.
+
+`float8_e4m3fn` has 3 bits of mantissa and reaches 448, `float8_e5m2` has 2 and reaches 57344 (arXiv:2209.05433). The
+scales are powers of two, so that they round nothing. Only storage is float8: layers compute in the dtype that their
+weights had, and adapters learn through them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.feed_forward import without_autocast
+
+FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+"""By name."""
+
+
+class Float8Linear(nn.Linear):
+    """A frozen linear layer whose weight is `stored` (C_out, C_in) in float8 times `scale` (C_out,).
+
+    A layer becomes one by changing its class, see `keep_in_float8`.
+    """
+
+    stored: nn.Parameter
+    scale: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """(C_out, C_in), unpacked; changing it changes nothing."""
+        return _unpacked(self.stored, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x.to(self.scale.dtype), self.stored, self.scale, self.bias)
+
+
+class _Product(torch.autograd.Function):
+    """x W' + bias; the backward pass keeps the eight bits, and unpacks them again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(stored, scale)
+        with without_autocast(x.device):
+            return F.linear(x, _unpacked(stored, scale), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        stored, scale = ctx.saved_tensors
+        return grad.to(scale.dtype) @ _unpacked(stored, scale), None, None, None
+
+
+def _unpacked(stored: Tensor, scale: Tensor) -> Tensor:
+    return stored.to(scale.dtype) * scale[:, None]
+
+
+@torch.no_grad()
+def keep_in_float8(network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Put the matrices of linear layers into float8, one by one on `device`, frozen; others stay as they are.
+
+    dtype: one of FORMATS.
+    """
+    limit = torch.finfo(dtype).max
+    for layer in network.modules():
+        if type(layer) is not nn.Linear:
+            continue
+        weight = layer._parameters.pop("weight").to(device)
+        rows = weight.float()
+        # largest / limit = m 2^e with 1/2 <= m < 1: divided by 2^e, a row's largest number is within the last octave.
+        exponents = torch.frexp(rows.abs().amax(dim=1) / limit).exponent
+        scale = torch.ldexp(torch.ones_like(rows[:, 0]), exponents)
+        layer.__class__ = Float8Linear
+        layer.stored = nn.Parameter((rows / scale[:, None]).to(dtype), requires_grad=False)
+        layer.register_buffer("scale", scale.to(weight.dtype))

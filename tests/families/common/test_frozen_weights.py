@@ -1,0 +1,87 @@
+"""Every LoRA script trains beside a base in eight bits, on one process or two, and the planner counts it."""
+
+import pytest
+import torch
+
+from families.cascade import versions
+from families.common.precision import freeze
+from families.common.weights import only_shapes
+from modules.float8 import FORMATS, Float8Linear
+from tests.many_processes import launch_processes
+from tests.tiers import represented_by
+from tests.train.test_every_script import (
+    SETTINGS,
+    _member,
+    settings,  # noqa: F401
+    settings_for_two,
+    train,
+    use_case,
+)
+from tests.warpcore.runs import numbers, read_metrics
+from warpcore.config import make_config
+from warpcore.errors import UserError
+from warpcore.rehearsal import OnShapes, bucket_sizes
+
+pytestmark = pytest.mark.integration
+LORAS = [name for name in SETTINGS if "frozen_weights" in use_case(name).Config.model_fields]
+
+
+@pytest.mark.parametrize("name", represented_by("train_cosmos_lora", of=LORAS))
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", pytest.param("float8_e5m2", marks=pytest.mark.slow)])
+def test_a_lora_learns_beside_a_base_in_eight_bits_and_resumes_exactly(settings, name, dtype):  # noqa: F811
+    plain = settings(name, "plain", dtype="bfloat16")
+    whole = plain | {"experiment_id": "whole", "frozen_weights": dtype}
+    packed = []
+
+    class Seen(use_case(name)):
+        def make_networks(self, saved=None):
+            super().make_networks(saved)
+            layers = [layer for layer in self.networks["generator"].modules() if isinstance(layer, Float8Linear)]
+            packed.append([layer.stored.dtype for layer in layers])
+
+    lines, expected = train(name, whole, Seen), train(name, plain)
+    assert set(packed[0]) == {FORMATS[dtype]}
+    assert len(packed[0]) > 10
+    for line, other in zip(lines, expected, strict=True):
+        assert line["samples_hash"] == other["samples_hash"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=0.1)
+        assert line["grad_norm"] > 0
+    halves = whole | {"experiment_id": "halves"}
+    train(name, halves | {"updates": 2})
+    assert numbers(train(name, halves)) == numbers(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LORAS)
+def test_it_is_sharded_over_two_processes(settings, name, tmp_path):  # noqa: F811
+    alone = settings_for_two(settings, name, tmp_path) | {"updates": 4, "frozen_weights": "float8_e4m3fn"}
+    expected = train(name, alone)
+    together = alone | {"experiment_id": "together", "use_fsdp": True}
+    launch_processes(2, _member, name, together | {"updates": 2}, versions.VERSIONS["mini"])
+    train(name, together)
+    for line, other in zip(read_metrics(together), expected, strict=True):  # they compute in bfloat16
+        assert line["samples_hash"] == other["samples_hash"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("name", represented_by("train_cosmos_lora", of=LORAS))
+def test_the_planner_counts_eight_bits(settings, name):  # noqa: F811
+    counted = []
+    for dtype in ("bfloat16", "float8_e5m2"):
+        config = make_config(use_case(name).Config, settings(name, "planned", frozen_weights=dtype, batch_size=2))
+        with only_shapes(), OnShapes(use_case(name), config, "cpu") as shapes:
+            needs = shapes.needs(bucket_sizes(shapes.run)[0], 2)
+            matrices = sum(
+                p.numel() for layer in shapes.run.networks["generator"].modules()
+                if isinstance(layer, torch.nn.Linear) for p in layer.parameters(recurse=False)
+                if p.dim() == 2
+            )  # fmt: skip
+            counted.append(needs.frozen)
+    scales = 0.1 * matrices  # of narrow layers
+    assert matrices <= counted[0] - counted[1] + scales
+    assert counted[0] - counted[1] <= matrices
+
+
+def test_where_there_are_no_eight_bit_numbers_an_error_says_what_to_write():
+    with pytest.raises(UserError, match="frozen_weights: MPS has no float8_e5m2; write bfloat16 or nf4"):
+        freeze(torch.nn.Linear(2, 2), "float8_e5m2", "frozen_weights", "mps")
