@@ -40,6 +40,7 @@ SCRIPTS: dict[str, dict] = {
     },
     "train_cosmos": {"text_encoder_precision": "float32"},
     "train_cosmos_lora": {"rank": 4, "text_encoder_precision": "float32"},
+    "train_dit": {"class_getter": ["key", "lambda k: k[-1]"], "class_names": list("01234567")},
     "train_sd": {},
     "train_sd_lora": {"module_filters": ["to_q", "conv1"], "rank": 4},
     "train_vae": {
@@ -98,10 +99,10 @@ def mini_stage_b(bench: Bench) -> Path:
 
 
 STARTS: dict[str, Callable[[Bench], Path] | None] = {
-    "train_sd": mini_unet, "train_cosmos": None, "train_b": mini_stage_b, "train_": mini_generator,
+    "train_sd": mini_unet, "train_cosmos": None, "train_dit": None, "train_b": mini_stage_b, "train_": mini_generator,
 }  # fmt: skip
 """By the beginning of a script's name, what a mini starts from: networks that predict zeros at first do so in every
-precision. None where a random start predicts something."""
+precision. None for a random start: that of Cosmos-Predict2 predicts something."""
 
 
 def script_settings(bench: Bench, name: str, run: str, device: torch.device, **changes) -> dict:

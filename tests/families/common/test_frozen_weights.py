@@ -71,15 +71,11 @@ def test_the_planner_counts_eight_bits(settings, name):  # noqa: F811
         config = make_config(use_case(name).Config, settings(name, "planned", frozen_weights=dtype, batch_size=2))
         with only_shapes(), OnShapes(use_case(name), config, "cpu") as shapes:
             needs = shapes.needs(bucket_sizes(shapes.run)[0], 2)
-            matrices = sum(
-                p.numel() for layer in shapes.run.networks["generator"].modules()
-                if isinstance(layer, torch.nn.Linear) for p in layer.parameters(recurse=False)
-                if p.dim() == 2
-            )  # fmt: skip
+            layers = [one for one in shapes.run.networks["generator"].modules() if isinstance(one, torch.nn.Linear)]
             counted.append(needs.frozen)
-    scales = 0.1 * matrices  # of narrow layers
-    assert matrices <= counted[0] - counted[1] + scales
-    assert counted[0] - counted[1] <= matrices
+    spared = sum(one.out_features * one.in_features for one in layers)
+    scales = sum(2 * one.out_features for one in layers)
+    assert counted[0] - counted[1] == spared - scales
 
 
 def test_where_there_are_no_eight_bit_numbers_an_error_says_what_to_write():
