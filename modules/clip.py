@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
@@ -204,6 +205,35 @@ class ImageTower(_Tower):
         images = TF.resize(images.float(), [self.image_size], InterpolationMode.BICUBIC, antialias=True)
         images = TF.center_crop(images, [self.image_size])
         return normalise_images(images, self.settings.image_mean, self.settings.image_std)
+
+    @property
+    def width(self) -> int:
+        """D of its patches."""
+        return self.model.conv1.out_channels
+
+    def patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The last hidden states (B, rows * columns, D), normed, of patches of pictures (B, 3, H, W) in [0, 1].
+
+        Whole pictures are stretched to `grid` (rows, columns) patches. The positions of a grid that the tower was not
+        trained on lie between those that it learned.
+
+        Raises:
+            ValueError: the tower pools its patches in a way that leaves none.
+        """
+        model, dtype = self.model, self.model.conv1.weight.dtype
+        if model.attn_pool is not None:
+            raise ValueError("an image tower with attentional pooling has no patches: choose another")
+        size = [side * px for side, px in zip(grid, model.patch_size, strict=True)]
+        stretched = TF.resize(images.float(), size, InterpolationMode.BICUBIC, antialias=True)
+        pixels = normalise_images(stretched, self.settings.image_mean, self.settings.image_std)
+        x = model.conv1(pixels.to(dtype)).flatten(2).transpose(1, 2)
+        first, positions = model.positional_embedding[:1], model.positional_embedding[1:]
+        if tuple(grid) != tuple(model.grid_size):
+            table = positions.float().T.unflatten(1, tuple(model.grid_size))[None]
+            table = F.interpolate(table, tuple(grid), mode="bicubic", align_corners=False)
+            positions = table[0].flatten(1).T.to(positions.dtype)
+        x = torch.cat([(model.class_embedding + first).expand(len(x), 1, -1), x + positions], dim=1)
+        return model.ln_post(model.transformer(model.ln_pre(x)))[:, 1:]
 
     def encode(self, images: Tensor) -> Tensor:
         """The image condition (B, P) of pictures (B, 3, H, W) in [0, 1]: projected, not of unit length."""

@@ -154,6 +154,17 @@ class DiT(nn.Module):
 
     conditions = ("y",)
 
+    @property
+    def token_width(self) -> int:
+        """D: of the tokens, which are the patches row by row."""
+        return self.hidden_size
+
+    @property
+    def token_arguments(self) -> dict[str, int] | None:
+        """No argument of a block is per token, see `warpcore.networks`; a Latte's blocks see frames and places in turn
+        and have none."""
+        return {} if self.num_frames is None else None
+
     def __init__(
         self,
         input_size: int | Sequence[int] = 32,

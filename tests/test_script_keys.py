@@ -70,7 +70,7 @@ def test_help_shows_the_keys_of_the_script_in_sections(script, capsys):
 
 UNUSED_VALUES = {
     "captions_getter": "[json, identity]", "diffusion_target": "v", "multires_noise_iterations": 2,
-    "multires_noise_discount": 0.5,
+    "multires_noise_discount": 0.5, "repa": "true", "tread": "true",
 }  # fmt: skip
 
 

@@ -14,16 +14,17 @@ import json
 from torch import Tensor, nn
 
 from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.common.techniques.transformer import TransformerTechniques
 from families.cosmos import build
 from families.cosmos.config import CosmosConfig
 from families.cosmos.training import CosmosTraining
 
 
-class TrainCosmos(CosmosTraining):
+class TrainCosmos(TransformerTechniques, CosmosTraining):
     Config = CosmosConfig
 
     def build(self) -> dict[str, nn.Module]:
-        return {"generator": build.transformer(self.config)} | self.needed_encoders()
+        return self.with_techniques(build.transformer(self.config)) | self.needed_encoders()
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         return {"generator": self.networks["generator"].state_dict()}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from families.common.library_files import CONFIG_KEY
 from families.common.pictures import to_pictures, to_uint8
 from families.common.sampling import draw_latents
+from families.common.techniques.transformer import TransformerTechniques
 from families.dit import build
 from families.dit.classes import ClassField, class_conditions, title_of
 from families.dit.config import DitConfig
@@ -31,7 +32,7 @@ CLASS = "class"
 """What a batch calls the classes of its samples."""
 
 
-class TrainDit(LatentTraining):
+class TrainDit(TransformerTechniques, LatentTraining):
     Config = DitConfig
     family = "dit"
     needs_captions = False
@@ -41,7 +42,7 @@ class TrainDit(LatentTraining):
         self.class_field = ClassField.parse(config.class_getter, config.num_classes, config.class_names)
 
     def build(self) -> dict[str, nn.Module]:
-        return {"generator": build.dit(self.config, self.size_px)} | self.needed_encoders()
+        return self.with_techniques(build.dit(self.config, self.size_px)) | self.needed_encoders()
 
     def sample_fields(self, from_cache: bool) -> dict:
         return super().sample_fields(from_cache) | {CLASS: self.class_field}

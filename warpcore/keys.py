@@ -134,6 +134,8 @@ def type_name(annotation: Any, inner: bool = False) -> str:
         return f"{origin.__name__}[{', '.join(type_name(part, inner=True) for part in arguments)}]"
     if annotation is types.NoneType:
         return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
     return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from warpcore.errors import ConfigError
-from warpcore.keys import type_name
+from warpcore.keys import parts_of, type_name
 from warpcore.redaction import CREDENTIALS_ELSEWHERE, has_credentials
 from warpcore.safe_yaml import MAX_LEVELS
 from warpcore.text import brief, is_whole, shortened
@@ -73,12 +73,18 @@ def explain(kind: type[BaseModel], mistake: Any, files: Mapping[str, Path]) -> s
             return f"{key}: this key is required. {kind.model_fields[key].description or ''}"
         case "value_error":
             reason = shortened(str(mistake["ctx"]["error"]), 2000)
+        case "model_type":
+            reason = "a mapping with keys of its own is needed"
         case _:
             reason = mistake["msg"] + ("; put it in quotes" if mistake["type"] == "string_type" else "")
     if not key:
         return reason
+    name, field = key, kind.model_fields.get(key)
+    for part in parts_of(field.annotation) if field and len(location) > 1 else ():
+        if isinstance(part, type) and issubclass(part, BaseModel) and location[1] in part.model_fields:
+            name, field = f"{key}.{location[1]}", part.model_fields[location[1]]
     default = kind.model_fields[key].default if key in kind.model_fields else None
     if mistake["input"] is None and len(location) == 1 and default in ([], {}):
         return f"{key}: found null{where}; write {default} for none"
-    wanted = type_name(kind.model_fields[key].annotation) if key in kind.model_fields else ""
-    return f"{key}: found {brief(mistake['input'])}{where}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"
+    wanted = type_name(field.annotation) if field else ""
+    return f"{name}: found {brief(mistake['input'])}{where}, but {reason[0].lower() + reason[1:]} (expected: {wanted})"

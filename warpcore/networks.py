@@ -57,6 +57,19 @@ class Network(HasBlocks, Checkpointing, Compiling, Protocol):
     """All that training can ask of a network. Those of diffusers get it from the adapter in `families/common`."""
 
 
+class HasTokens(HasBlocks, Protocol):
+    """Its blocks transform tokens (B, N, C), each those that the one before it gave, in the order of `blocks`.
+
+    Tokens are the patches of a picture, row by row; they are a block's first argument, given by its place.
+    """
+
+    token_width: int
+    """C."""
+    token_arguments: Mapping[str, int] | None
+    """Names of the other arguments of a block that hold something for each token, tensors or tuples of them, with the
+    dimension that counts tokens: 0 for (N, ...) of all samples, 1 for (B, N, ...). None: there are no tokens."""
+
+
 @runtime_checkable
 class CalledByMethods(Protocol):
     """Is called not by `forward` alone, which sharding and `offload: encoders` have to know."""
@@ -68,6 +81,11 @@ class CalledByMethods(Protocol):
 def blocks(network: nn.Module) -> tuple[nn.Module, ...]:
     """The blocks of a network; none where it has no such parts."""
     return tuple(network.blocks) if isinstance(network, HasBlocks) else ()
+
+
+def has_tokens(network: nn.Module) -> bool:
+    """Whether a network is of the kind `HasTokens`."""
+    return getattr(network, "token_arguments", None) is not None
 
 
 def forward_methods(network: nn.Module) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ config stays, and the network remains an instance of the library's class.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Self
 
@@ -57,6 +57,13 @@ class LibraryNetwork:
     """
 
     forward_methods = ()
+    token_arguments: Mapping[str, int] | None = None
+    """See `warpcore.networks.HasTokens`; for networks that are adapted as such."""
+
+    @property
+    def token_width(self) -> int:
+        """C of its tokens, where it is a transformer."""
+        return self.config.num_attention_heads * self.config.attention_head_dim
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -118,10 +125,14 @@ class LibraryNetwork:
         compile_blocks(self.blocks, graphs)
 
 
-def adapt(network: nn.Module, blocks: Sequence[str] | None = None) -> nn.Module:
+def adapt(
+    network: nn.Module, blocks: Sequence[str] | None = None, token_arguments: Mapping[str, int] | None = None
+) -> nn.Module:
     """Give a network of diffusers the engine's protocol, in place; returns it.
 
     Args:
+        token_arguments: of a transformer whose blocks transform tokens one after another, see
+            `warpcore.networks.HasTokens`; an empty mapping where nothing but the tokens is per token.
         blocks: names of the classes of its blocks. By default those that the library calls indivisible
             (`_no_split_modules`), without those that hold others of them: of `UNet2DConditionModel`
             `ResnetBlock2D` and `BasicTransformerBlock`.
@@ -137,6 +148,7 @@ def adapt(network: nn.Module, blocks: Sequence[str] | None = None) -> nn.Module:
     for block in innermost:
         block.__class__ = _with(LibraryBlock, type(block))
     network.__class__ = _with(LibraryNetwork, type(network))
+    network.token_arguments = token_arguments
     return network
 
 

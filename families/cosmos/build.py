@@ -11,7 +11,6 @@ from torch import nn
 
 from families.common.autoencoders import Autoencoder, LatentScale
 from families.common.library_files import CONFIG, construct, fill
-from families.common.library_networks import adapt
 from families.common.random_start import random_start
 from families.common.t5 import T5TextEncoder
 from families.common.wan_autoencoder import CONSTRUCTOR, LIBRARY_CLASS, WanAutoencoder
@@ -35,18 +34,18 @@ LIBRARY_DEFAULTS = {"in_channels": 16, "patch_size": (1, 2, 2), "max_size": (128
 
 def transformer(settings: CosmosSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The denoiser as the engine wants it; random weights where the settings name no file."""
-    from families.cosmos.transformer import CosmosTransformer3DModel
+    from families.cosmos.transformer import CosmosTransformer3DModel, adapted
 
     found = generator_source(settings)
     config = settings.version.transformer if found is None else found.config
     if found is None and not are_only_shapes():
         build = partial(construct, CosmosTransformer3DModel, config, GENERATOR)
-        return nn.Module.to(adapt(random_start(build, initialise, dtype)), dtype)
+        return nn.Module.to(adapted(random_start(build, initialise, dtype)), dtype)
     with torch.device("meta"):
         network = construct(CosmosTransformer3DModel, config, GENERATOR)
     if not are_only_shapes():
         fill(network, found.tensors(), found.path, GENERATOR, dtype, deferrable=True)
-    return nn.Module.to(adapt(network), dtype)
+    return nn.Module.to(adapted(network), dtype)
 
 
 def initialise(name: str, layer: nn.Module) -> None:

@@ -7,6 +7,7 @@ from pydantic import PositiveFloat
 from families.common.config import DiffusionConfig, GeneratorSettings
 from families.common.precision import Precision
 from families.common.prompt_flags import Prompt
+from families.common.techniques.config import TechniqueSettings
 from families.cosmos.versions import VERSIONS, Version
 from warpcore.config import Share
 from warpcore.config_keys import Steps
@@ -50,7 +51,7 @@ class CosmosSettings(GeneratorSettings):
         return False
 
 
-class CosmosConfig(CosmosSettings, DiffusionConfig):
+class CosmosConfig(CosmosSettings, TechniqueSettings, DiffusionConfig):
     """Keys of the scripts that train."""
 
     start_from_ema: bool = False

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from families.common.config import DiffusionConfig, GeneratorSettings
+from families.common.techniques.config import TechniqueSettings
 from families.dit.classes import class_number
 from families.dit.versions import VERSIONS, Version
 from warpcore.config import Share
@@ -71,7 +72,7 @@ class DitSettings(LatentSettings):
         return VERSIONS[self.model_version]
 
 
-class DitConfig(DitSettings, DiffusionConfig):
+class DitConfig(DitSettings, TechniqueSettings, DiffusionConfig):
     """Keys of `train/train_dit.py`."""
 
     unused = CAPTION_KEYS

@@ -28,6 +28,7 @@ from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 
+IMAGE_TOWER = Path(__file__).parents[2] / "models" / "mini" / "image_tower.safetensors"
 SETTINGS: dict[str, dict] = {
     "train_a": {"discriminator_start": 1, "discriminator_channels": 8, "dead_code_use": 0.5},
     "train_b": {"offset_noise": 0.1},
@@ -39,6 +40,10 @@ SETTINGS: dict[str, dict] = {
     },
     "train_cosmos": {"model_version": "mini", "loss_reduce": "sum", "text_encoder_precision": "float32"},
     "train_cosmos_lora": {"model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32"},
+    "train_cosmos techniques": {
+        "model_version": "mini", "text_encoder_precision": "float32", "tread": {"start": 0, "end": 2},
+        "repa": {"encoder": str(IMAGE_TOWER), "block": 1, "projector_width": 16},
+    },
     "train_dit": {
         "model_version": "mini", "class_getter": ["json", "lambda j: j['score'] % 7"], "num_classes": 7,
         "sample_sampler": "ddim",
