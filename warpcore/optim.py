@@ -4,7 +4,8 @@ The engine holds a list of optimizers (Muon brings AdamW along for the tensors i
 `param_names`, and everything saved is keyed by those names, so a checkpoint doesn't depend on the order of parameters.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +16,6 @@ from warpcore.bfloat16 import StochasticAdamW
 from warpcore.errors import UserError
 from warpcore.optimizers.lion import Lion
 from warpcore.optimizers.prodigy import Prodigy
-
-# name -> whether it can step on DTensors (parameters sharded over processes). torch.optim.Adafactor squares norms in
-# place, which DTensor refuses; bitsandbytes' kernels read raw memory.
-OPTIMIZERS = {
-    "adamw": True,
-    "adamw8bit": False,
-    "adafactor": False,
-    "schedulefree": True,
-    "muon": True,
-    "lion": True,
-    "prodigy": True,
-}
 
 # Entries of a parameter group that the config and the device decide. They aren't saved: a resumed run follows its
 # config. All others (such as schedulefree's counters) are progress of the optimizer, and are.
@@ -46,7 +35,7 @@ def supports_dtensor(name: str) -> bool:
     """
     if name not in OPTIMIZERS:
         raise UserError(f"optimizer: {name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name]
+    return OPTIMIZERS[name].supports_dtensor
 
 
 def build_optimizers(
@@ -80,39 +69,68 @@ def build_optimizers(
     """
     sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
     if not supports_dtensor(name) and sharded:
-        able = ", ".join(other for other, can in OPTIMIZERS.items() if can)
+        able = ", ".join(other for other in OPTIMIZERS if supports_dtensor(other))
         raise UserError(f"optimizer: {name} can't train a network that is sharded over processes; write one of {able}")
     names = [parameter_name for group in groups for parameter_name in group["param_names"]]
     assert len(set(names)) == len(names), "parameter names must be unique over all groups"
     matrices, vectors = _split(groups, lambda _, parameter: parameter.ndim >= 2)
     undecayed = [{**group, "weight_decay": group.get("weight_decay", 0.0)} for group in vectors]
-    settings = {"lr": lr, "weight_decay": weight_decay}
+    settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
     if any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
         if name != "adamw":
             raise UserError(f"optimizer: {name} would round away most steps of bfloat16 weights; write adamw")
-        return [StochasticAdamW(matrices + undecayed, **settings, betas=betas, eps=eps)]
-    if name == "adafactor":
-        return [torch.optim.Adafactor(matrices + undecayed, **settings)]
-    settings |= {"betas": betas}
-    if name == "lion":
-        return [Lion(matrices + undecayed, **settings)]
-    settings |= {"eps": eps}
-    if name == "prodigy":
-        return [Prodigy(matrices + undecayed, **settings)]
-    if name == "schedulefree":
-        return [_package("schedulefree", name).AdamWScheduleFree(matrices + undecayed, **settings)]
-    if name == "adamw8bit":
-        return [_package("bitsandbytes", name).optim.AdamW8bit(matrices + undecayed, **settings)]
-    optimizers = []
-    if name == "muon":
-        hidden, matrices = _split(matrices, _is_hidden_matrix)
-        if hidden:
-            muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            optimizers.append(muon)
-    if matrices or undecayed:
-        kinds = {parameter.device.type for group in groups for parameter in group["params"]}
-        optimizers.append(torch.optim.AdamW(matrices + undecayed, fused=kinds <= {"cuda", "cpu"}, **settings))
-    return optimizers
+        return [StochasticAdamW(matrices + undecayed, **settings)]
+    return OPTIMIZERS[name].build(matrices, undecayed, settings)
+
+
+def _adamw(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
+    groups = matrices + vectors
+    kinds = {parameter.device.type for group in groups for parameter in group["params"]}
+    return [torch.optim.AdamW(groups, fused=kinds <= {"cuda", "cpu"}, **settings)] if groups else []
+
+
+def _adamw8bit(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
+    return [_package("bitsandbytes", "adamw8bit").optim.AdamW8bit(matrices + vectors, **settings)]
+
+
+def _adafactor(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
+    return [torch.optim.Adafactor(matrices + vectors, lr=settings["lr"], weight_decay=settings["weight_decay"])]
+
+
+def _schedulefree(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
+    return [_package("schedulefree", "schedulefree").AdamWScheduleFree(matrices + vectors, **settings)]
+
+
+def _muon(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
+    hidden, others = _split(matrices, _is_hidden_matrix)
+    own = {"lr": settings["lr"], "weight_decay": settings["weight_decay"], "adjust_lr_fn": "match_rms_adamw"}
+    return [*([torch.optim.Muon(hidden, **own)] if hidden else []), *_adamw(others, vectors, settings)]
+
+
+def _lion(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
+    return [Lion(matrices + vectors, **{key: value for key, value in settings.items() if key != "eps"})]
+
+
+def _prodigy(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
+    return [Prodigy(matrices + vectors, **settings)]
+
+
+class OptimizerKind(NamedTuple):
+    build: Callable[[list[dict], list[dict], dict], list[Optimizer]]
+    """Of the groups of matrices, those of vectors, and the settings `lr`, `weight_decay`, `betas` and `eps`."""
+    supports_dtensor: bool = True
+    """Whether it can step on DTensors, parameters that are sharded over processes."""
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(_adamw),
+    "adamw8bit": OptimizerKind(_adamw8bit, supports_dtensor=False),  # bitsandbytes' kernels read raw memory
+    "adafactor": OptimizerKind(_adafactor, supports_dtensor=False),  # squares norms in place, which DTensor refuses
+    "schedulefree": OptimizerKind(_schedulefree),
+    "muon": OptimizerKind(_muon),
+    "lion": OptimizerKind(_lion),
+    "prodigy": OptimizerKind(_prodigy),
+}
 
 
 def _split(groups: list[dict], test) -> tuple[list[dict], list[dict]]:

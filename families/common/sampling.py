@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.guidance import Guidance
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.diffusion.tables import TableSchedule
-from warpcore.diffusion.times import TIME_RULES, last_part, sampling_times
+from warpcore.diffusion.times import TIME_RULES, Steps, last_part, sampling_times
 from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
 
@@ -72,17 +73,19 @@ def draw_latents(
         x,
         unconditional=unconditional,
         sampler=DIT_SAMPLERS[sampler](diffusion.input_scaler),
-        times=times,
-        timesteps=max(1, round(steps * noise_level)),
-        t_start=noise_level,
-        cfg=guidance,
-        cfg_rho=guidance_rescale,
-        cfg_channels=guidance_channels,
-        shift=shift,
+        guidance=None if guidance is None else Guidance(guidance, guidance_rescale, channels=guidance_channels),
+        steps=Steps(max(1, round(steps * noise_level)), start=noise_level, times=times, shift=shift),
         noise=lambda step: random.normal(f"noise of step {step}", *shape),
     ):
         drawn = found if times is None else reached  # published lists of times end where their pipelines end
     return drawn
+
+
+def check_sampling(diffusion: GDF, steps: int, sampler: str) -> None:
+    """Raises UserError where a sampler needs more than the network predicts, or has too few timesteps."""
+    diffusion.check_sampler(DIT_SAMPLERS[sampler])
+    if isinstance(diffusion.schedule, TableSchedule):
+        sampling_times(diffusion.schedule, steps, sampler)
 
 
 def telling_times(diffusion: GDF, times: Tensor, sampler: str) -> GDF:

@@ -21,6 +21,7 @@ from families.common.losses import with_loss
 from families.common.noise import multires_noise
 from families.common.prompts import FILE_NAME, Encode, prompt_features, read_prompts
 from families.common.sample_fields import SampleFields, resized
+from families.common.sampling import check_sampling
 from families.common.text_memory import TextMemory
 from families.common.weight_files import AUTOENCODER, FAMILY_KEY, TARGET_KEY, TEXT, target_of
 from families.common.weight_source import with_local_weights
@@ -29,8 +30,6 @@ from warpcore.core import Losses
 from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
-from warpcore.diffusion.tables import TableSchedule
-from warpcore.diffusion.times import sampling_times
 from warpcore.random import SampleRandom
 
 
@@ -146,8 +145,7 @@ class DiffusionTraining(SampleFields):
             "adaptive" if config.adaptive_loss_weight else config.loss_weight,
             convert_weight=self.kept["loss_weight"] == self.conventions["loss_weight"],
         )
-        if isinstance(diffusion.schedule, TableSchedule):  # too many steps are refused now, not at the first save
-            sampling_times(diffusion.schedule, config.sample_steps, config.sample_sampler)
+        check_sampling(diffusion, config.sample_steps, config.sample_sampler)  # now, not at the first save
         self.diffusion = with_loss(diffusion, config, config.diffusion_target)
         self.bookkeeping["diffusion"] = self.diffusion
 

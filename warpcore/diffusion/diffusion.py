@@ -1,6 +1,6 @@
 """Diffusion out of exchangeable parts: noise a clean signal, the loss of finding it again, sampling."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from warpcore.diffusion.samplers import DDIMSampler
 from warpcore.diffusion.scalers import Scaler
 from warpcore.diffusion.schedules import Schedule
 from warpcore.diffusion.targets import EpsilonTarget, Target
-from warpcore.diffusion.times import equal_times, falling
+from warpcore.diffusion.times import Steps
 from warpcore.errors import UserError
 
 
@@ -171,88 +171,76 @@ class GDF:
         x_init: Tensor,
         *,
         unconditional: Conditions | None = None,
+        guidance: Guidance | None = None,
         sampler: Sampler | None = None,
-        schedule: Schedule | None = None,
-        times: Sequence[float] | Tensor | None = None,
-        timesteps: int = 20,
-        t_start: float = 1.0,
-        t_end: float = 0.0,
-        shift: float = 1.0,
-        cfg: float | Sequence[float] | Callable[[float], float] | None = None,
-        cfg_t_start: float | None = None,
-        cfg_t_stop: float | None = None,
-        cfg_rho: float = 0.7,
-        cfg_rescale_over_batch: bool = False,
-        cfg_channels: int | None = None,
+        steps: Steps = Steps(),  # noqa: B008
         noise: Callable[[int], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (x0, x, prediction) after each step along `times`: the signal found, the next less noisy sample, the
-        (guided) prediction, each (B, ...).
+        """Yield (x0, x, prediction) after each step: the signal found, the next less noisy sample, the (guided)
+        prediction, each (B, ...).
+
+        The last x0 is free of the noise that the last x still holds where a schedule ends above t = 0 or is clamped
+        there. A sampler that asks twice about a step (`heun`, the first step of `pndm`) yields after each.
 
         Args:
             model: called as model(x, r, **conditions), r being the noise condition (B,).
             conditions: tensors, None, or lists of those, by name; a tensor holds B samples, or one for all.
             x_init: (B, ...) the sample at the first time: normal draws at 1, a noised picture below.
             unconditional: the same names, for guidance; zeros if not given.
+            guidance: without it, forwards are of B samples instead of 2 B.
             sampler: DDIM if not given.
-            schedule: another one than that of training.
-            times: where the steps begin, and where the last one ends; falling times of the schedule (see
-                `warpcore.diffusion.times`). Without them, `timesteps` equal steps from `t_start` to `t_end`.
-            shift: of the schedule, in addition to its own.
-            cfg, cfg_t_start, cfg_t_stop, cfg_rho, cfg_rescale_over_batch, cfg_channels: see `Guidance`; no guidance,
-                and one forward of B instead of 2 B, with cfg None.
+            steps: where they begin, and where the last one ends.
             noise: gives normal draws like `x_init` for the number of a step (from 0); random samplers need it.
 
-        A sampler that asks twice about a step (`heun`, the first step of `pndm`) yields after each.
+        Raises:
+            UserError: the network has another number of channels, or no learned variance where the sampler needs it.
         """
-        schedule = schedule or self.schedule
-        if times is None:
-            # The window of guidance is not asked with the float32 time, which may miss its end by a rounding.
-            fractions = equal_times(timesteps, t_start, t_end)
-            times = torch.linspace(
-                t_start, t_end, timesteps + 1, dtype=torch.promote_types(x_init.dtype, torch.float32)
-            )
-        else:
-            times = falling(times)
-            fractions = schedule.fraction(times).tolist()
-        guidance = None
-        if cfg is not None:
-            guidance = Guidance(cfg, cfg_rho, cfg_t_start, cfg_t_stop, cfg_rescale_over_batch, cfg_channels)
-            pairs = pair_conditions(conditions, unconditional, len(x_init))
-        conditions = expand_conditions(conditions, len(x_init))
         sampler = sampler or DDIMSampler(self.input_scaler)
-        if sampler.needs_variance and self.variance is None:
-            raise UserError(
-                "this sampler needs a network that learns the variance of steps; ddpm is the same for others"
-            )
-        logsnrs = schedule(times, shift=shift)
-        order = sampler.start(logsnrs)
+        self.check_sampler(sampler)
+        predict = self._predictor(model, conditions, unconditional, guidance, len(x_init))
         x = x_init.to(torch.promote_types(x_init.dtype, torch.float32))
+        logsnrs, fractions = steps.along(self.schedule, x.dtype)
+        order = sampler.start(logsnrs)
         logsnrs = logsnrs.to(x)[order, None].expand(-1, len(x))
         for step in range(len(order) - 1):
             logsnr, logsnr_next = logsnrs[step], logsnrs[step + 1]
-            r = self.noise_cond(logsnr)
-            scale = guidance and guidance.scale_at(fractions[order[step]])
-            if scale is None:
-                pred, variance = self._split(model(x, r, **conditions).to(x.dtype), x)
-            else:
-                both = model(torch.cat([x, x]), torch.cat([r, r]), **pairs).to(x.dtype)
-                both, variance = self._split(both, x)
-                pred = guidance.combine(*both.chunk(2), scale)
-                variance = None if variance is None else variance[: len(x)]
+            pred, variance = predict(x, logsnr, fractions[order[step]])
             x0, epsilon = self.undiffuse(x, logsnr, pred)
             draw = None if noise is None else partial(noise, step)
             x = sampler.step(x, x0, epsilon, logsnr, logsnr_next, noise=draw, variance=variance)
             yield x0, x, pred
 
-    def sample_x0(self, model: Callable[..., Tensor], conditions: Conditions, x_init: Tensor, **kwargs) -> Tensor:
-        """The signal found in the last step of `sample`, which has the same arguments: (B, ...).
+    def _predictor(
+        self,
+        model: Callable[..., Tensor],
+        conditions: Conditions,
+        unconditional: Conditions | None,
+        guidance: Guidance | None,
+        batch_size: int,
+    ) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor | None]]:
+        """Gives the (guided) prediction of the target and that of the variance, of x (B, ...) at logSNR (B,) and time
+        t."""
+        pairs = None if guidance is None else pair_conditions(conditions, unconditional, batch_size)
+        conditions = expand_conditions(conditions, batch_size)
 
-        It is free of the noise that the last x still holds where a schedule ends above t = 0 or is clamped there.
-        """
-        for found, _, _ in self.sample(model, conditions, x_init, **kwargs):
-            x0 = found
-        return x0
+        def predict(x: Tensor, logsnr: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+            r = self.noise_cond(logsnr)
+            scale = guidance and guidance.scale_at(t)
+            if scale is None:
+                return self._split(model(x, r, **conditions).to(x.dtype), x)
+            both, variance = self._split(model(torch.cat([x, x]), torch.cat([r, r]), **pairs).to(x.dtype), x)
+            pred = guidance.combine(*both.chunk(2), scale)
+            return pred, None if variance is None else variance[:batch_size]
+
+        return predict
+
+    def check_sampler(self, sampler: Sampler | type[Sampler]) -> None:
+        """Raises UserError where the sampler needs a learned variance, and the network has none."""
+        if sampler.needs_variance and self.variance is None:
+            raise UserError(
+                "sampler: iddpm needs a network that learns the variance of steps, which this one does not; write "
+                "another one, such as ddpm"
+            )
 
     def update_buckets(self, logsnr: Tensor, loss: Tensor) -> None:
         """Tell adaptive parts the unweighted losses (N,) at `logsnr` (N,) of all samples of one update, in global

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from warpcore.diffusion.schedules import Schedule
 from warpcore.diffusion.tables import TableSchedule
 from warpcore.errors import UserError
 
@@ -58,18 +59,44 @@ TIME_RULES = {
 """By the name of the sampler."""
 
 
-def equal_times(steps: int, start: float = 1.0, end: float = 0.0) -> list[float]:
-    """(steps + 1) times from `start` to `end`, of a continuous schedule.
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a drawing: where each begins, and where the last one ends."""
 
-    Raises:
-        ValueError: there are none.
-    """
-    if steps < 1 or not 0 <= end < start <= 1:
-        raise ValueError(
-            f"sampling needs timesteps >= 1 and 0 <= t_end < t_start <= 1, not timesteps={steps}, t_start={start}, "
-            f"t_end={end}"
-        )
-    return [start + (end - start) * step / steps for step in range(steps + 1)]
+    number: int = 20
+    """Of equal steps from time `start` to `end`."""
+    start: float = 1.0
+    end: float = 0.0
+    times: Sequence[float] | Tensor | None = None
+    """Falling times of the schedule, (number + 1,), instead of equal steps."""
+    shift: float = 1.0
+    """Of the schedule, in addition to its own."""
+    schedule: Schedule | None = None
+    """Another one than that of training."""
+
+    def along(self, schedule: Schedule, dtype: torch.dtype) -> tuple[Tensor, list[float]]:
+        """logSNR (number + 1,), on the CPU, and the times as fractions, from 1 (noise) to 0.
+
+        Args:
+            schedule: of training.
+            dtype: in which equal steps are computed.
+
+        Raises:
+            ValueError: there is no step, or times don't fall.
+        """
+        schedule = self.schedule or schedule
+        if self.times is not None:
+            times = falling(self.times)
+            return schedule(times, shift=self.shift), schedule.fraction(times).tolist()
+        number, start, end = self.number, self.start, self.end
+        if number < 1 or not 0 <= end < start <= 1:
+            raise ValueError(
+                f"sampling needs number >= 1 and 0 <= end < start <= 1, not number={number}, start={start}, end={end}"
+            )
+        times = torch.linspace(start, end, number + 1, dtype=dtype)
+        # The window of guidance is not asked with a float32 time, which may miss its end by a rounding.
+        fractions = [start + (end - start) * step / number for step in range(number + 1)]
+        return schedule(times, shift=self.shift), fractions
 
 
 def leading_timesteps(steps: int, total: int = 1000, *, offset: int = 0, end: int = -1) -> Tensor:

@@ -8,9 +8,10 @@ from families.cosmos.sampling import DISTILLED_SIGMAS, draw, published_noise, si
 from tests.families.cosmos.small import TEXT, golden_network
 from tests.golden import load_case, resolve
 from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.guidance import Guidance
 from warpcore.diffusion.processes import flow_process
 from warpcore.diffusion.samplers import RES2MSampler
-from warpcore.diffusion.times import flow_sigma_times, karras_sigmas
+from warpcore.diffusion.times import Steps, flow_sigma_times, karras_sigmas
 
 
 def process(loss_weight: str = "constant") -> GDF:
@@ -120,7 +121,7 @@ def test_single_steps_of_the_sampler_are_those_of_the_reference():
         given, steps = resolve(call["kwargs"], tensors), call["before"][0]["args"][0]
         levels, place, x = sigmas(steps), given["i"], given["sample"].double()
         sampler, many = RES2MSampler(process().input_scaler), len(x)
-        sampler.start(steps)
+        sampler.start(logsnr(levels))
 
         def step(i: int, x: Tensor, x0: Tensor, sampler=sampler, levels=levels, many=many) -> Tensor:
             here, there = (logsnr(levels[n]).expand(many) for n in (i, i + 1))
@@ -169,8 +170,8 @@ def test_each_step_of_a_drawing_is_that_of_the_reference():
     times = flow_sigma_times(levels)
     noise = tensors["in.guided.noise"][:, :, 0]
     steps = diffusion.sample(
-        network, told, times[0].float() * noise, unconditional=untold, times=times, cfg=5.0, cfg_rho=0,
-        sampler=RES2MSampler(diffusion.input_scaler),
+        network, told, times[0].float() * noise, unconditional=untold, steps=Steps(times=times),
+        guidance=Guidance(5.0, rho=0), sampler=RES2MSampler(diffusion.input_scaler),
     )  # fmt: skip
     for expected, (x0, x, _) in zip(call["steps"], steps, strict=False):
         theirs, atol = resolve(expected, tensors), expected["suggested_atol"]

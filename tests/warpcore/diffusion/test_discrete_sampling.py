@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.guidance import Guidance
 from warpcore.diffusion.loss_weights import ConstantLossWeight
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.processes import discrete_process, flow_process
@@ -18,6 +19,7 @@ from warpcore.diffusion.scalers import VPScaler
 from warpcore.diffusion.tables import TableSchedule, make_table
 from warpcore.diffusion.targets import TARGETS
 from warpcore.diffusion.times import (
+    Steps,
     karras_times,
     leading_timesteps,
     linspace_timesteps,
@@ -181,7 +183,12 @@ def test_a_whole_loop_is_that_of_diffusers(name):
     latents, _, draws = case.theirs()
     process = process_of(case.table, case.target, case.fractional)
     steps = process.sample(
-        model, {}, latents[0], sampler=case.sampler(process.input_scaler), times=case.times, noise=draws.__getitem__
+        model,
+        {},
+        latents[0],
+        sampler=case.sampler(process.input_scaler),
+        steps=Steps(times=case.times),
+        noise=draws.__getitem__,
     )
     for (_, mine, _), theirs in zip(steps, latents[1:], strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
@@ -199,7 +206,7 @@ def test_a_flow_is_sampled_as_diffusers_does(shift):
         latents.append(x)
     sigma = theirs.sigmas.double()
     times = sigma / (shift - (shift - 1) * sigma)  # theirs have gone through the shift
-    steps = process.sample(model, {}, first, sampler=SAMPLERS["euler"](process.input_scaler), times=times)
+    steps = process.sample(model, {}, first, sampler=SAMPLERS["euler"](process.input_scaler), steps=Steps(times=times))
     for (_, mine, _), expected in zip(steps, latents, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
 
@@ -209,14 +216,14 @@ def test_the_last_steps_end_where_they_are_told():
     assert trailing_timesteps(4, 100).tolist() == [99, 74, 49, 24, -1]
     assert linspace_timesteps(4, 100).tolist() == [99, 66, 33, 0, -1]
     assert karras_times(make_table(steps=100), 3)[[0, -2, -1]].tolist() == pytest.approx([1.0, 0.0, -1.0])
-    x0, x, _ = list(discrete_process().sample(model, {}, torch.ones(SHAPE), times=[500, -1]))[-1]
+    x0, x, _ = list(discrete_process().sample(model, {}, torch.ones(SHAPE), steps=Steps(times=[500, -1])))[-1]
     assert torch.equal(x0, x)
 
 
 @pytest.mark.parametrize("times", [[3], [3, 3], [3, 4, -1], [[3, 2]]])
 def test_times_that_do_not_fall_are_refused(times):
     with pytest.raises(ValueError, match="two or more times that fall"):
-        discrete_process().sample_x0(model, {}, torch.ones(SHAPE), times=times)
+        next(discrete_process().sample(model, {}, torch.ones(SHAPE), steps=Steps(times=times)))
 
 
 def test_impossible_lists_are_refused():
@@ -235,6 +242,7 @@ def test_guidance_has_its_window_on_explicit_times():
         asked.append((len(x), t[0].item()))
         return x
 
-    settings = {"cfg": 5.0, "cfg_t_start": 0.8, "cfg_t_stop": 0.4, "times": [999, 799, 400, 200, -1]}
-    discrete_process(target="v").sample_x0(recorder, {"text": torch.ones(2, 1)}, torch.ones(SHAPE), **settings)
+    steps, guidance = Steps(times=[999, 799, 400, 200, -1]), Guidance(5.0, t_start=0.8, t_stop=0.4)
+    told, process = {"text": torch.ones(2, 1)}, discrete_process(target="v")
+    list(process.sample(recorder, told, torch.ones(SHAPE), steps=steps, guidance=guidance))
     assert asked == [(2, 999), (4, 799), (4, 400), (2, 200)]

@@ -11,6 +11,8 @@ from modules.stage_c import StageC
 from modules.unet import UNet
 from tests.golden import load_case, resolve, weights_of
 from warpcore.diffusion import diffusion, loss_weights, noise_conditions, samplers, scalers, schedules, targets
+from warpcore.diffusion.guidance import Guidance
+from warpcore.diffusion.times import Steps
 
 MODULES = (diffusion, loss_weights, noise_conditions, samplers, scalers, schedules, targets)
 CLASSES = {name: value for module in MODULES for name, value in vars(module).items() if isinstance(value, type)}
@@ -129,6 +131,17 @@ def networks():
     torch.set_num_threads(threads)
 
 
+def guidance_of(given: dict) -> Guidance | None:
+    if given["cfg"] is None:
+        return None
+    return Guidance(given["cfg"], given.get("cfg_rho", 0.7), rescale_over_batch=True)
+
+
+def steps_of(given: dict) -> Steps:
+    named = {"number": "timesteps", "start": "t_start", "end": "t_end", "shift": "shift", "schedule": "schedule"}
+    return Steps(**{mine: given[theirs] for mine, theirs in named.items() if theirs in given})
+
+
 def sampled(call: dict, networks: dict[str, UNet], roundings: int = 0) -> dict[str, Tensor]:
     """What its first and last step give, (2, B, C, H, W); r as if the variance were some roundings larger."""
     _, tensors = load_case("gdf_sample")
@@ -142,7 +155,10 @@ def sampled(call: dict, networks: dict[str, UNet], roundings: int = 0) -> dict[s
         draws = resolve(call["noise_draws"], tensors)
         kwargs["noise"] = lambda step: draws[step]
     unconditional, x_init = kwargs.pop("unconditional_inputs"), kwargs.pop("x_init")
-    steps = gdf.sample(network, conditions, x_init, unconditional=unconditional, cfg_rescale_over_batch=True, **kwargs)
+    steps = gdf.sample(
+        network, conditions, x_init, unconditional=unconditional, guidance=guidance_of(kwargs),
+        sampler=kwargs["sampler"], noise=kwargs.get("noise"), steps=steps_of(kwargs),
+    )  # fmt: skip
     x0, x, _ = zip(*steps, strict=True)
     kept = {"x0_after_first_and_last_step": x0, "x_after_first_and_last_step": x}
     return {name: torch.stack([values[0], values[-1]]) for name, values in kept.items()}

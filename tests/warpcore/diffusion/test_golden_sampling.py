@@ -10,11 +10,12 @@ from torch import Tensor
 from families.common.library_networks import adapt
 from tests.golden import FOLDER, load_case, resolve, weights_of
 from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.guidance import Guidance
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.processes import discrete_process, flow_process
 from warpcore.diffusion.samplers import SAMPLERS, DDIMSampler, Sampler
 from warpcore.diffusion.tables import TableSchedule
-from warpcore.diffusion.times import TIME_RULES, flow_times, leading_timesteps, sampling_times
+from warpcore.diffusion.times import TIME_RULES, Steps, flow_times, leading_timesteps, sampling_times
 
 NAMES = {
     "PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "EulerDiscreteScheduler": "euler",
@@ -110,7 +111,9 @@ def test_all_steps_with_given_predictions(call):
         return next(answers)
 
     sampler = sampler_of(call, process)
-    steps = process.sample(network, {}, expected[0], sampler=sampler, times=times, noise=draws.__getitem__)
+    steps = process.sample(
+        network, {}, expected[0], sampler=sampler, steps=Steps(times=times), noise=draws.__getitem__
+    )
     for (_, x, _), wanted in zip(steps, expected[1:], strict=True):
         torch.testing.assert_close(x, wanted, **tolerance)
     assert asked == pytest.approx(timesteps.tolist(), rel=1e-5, abs=1e-3)
@@ -148,9 +151,8 @@ def test_whole_loops_of_a_small_network_with_guidance(call):
         noise,
         unconditional={"encoder_hidden_states": uncond},
         sampler=sampler_of(call | {"step_kwargs": {}}, process),
-        times=times,
-        cfg=call["guidance"],
-        cfg_rho=0.0,
+        steps=Steps(times=times),
+        guidance=Guidance(call["guidance"], rho=0.0),
     )
     found = torch.stack([x for _, x, _ in steps])
     torch.testing.assert_close(found, expected, rtol=call["suggested_rtol"], atol=call["suggested_atol"])

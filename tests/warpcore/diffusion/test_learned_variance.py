@@ -123,7 +123,7 @@ def test_a_network_of_other_channels_is_refused(diffusion, channels):
     with pytest.raises(UserError, match=f"the network predicts {channels} channels of latents with 2"):
         diffusion.loss(a_batch(diffusion)[0], wrong)
     with pytest.raises(UserError, match=f"the network predicts {channels} channels of latents with 2"):
-        diffusion.sample_x0(lambda x, r: wrong, {}, torch.zeros(4, 2, 3, 3), times=[999, -1])
+        next(diffusion.sample(lambda x, r: wrong, {}, torch.zeros(4, 2, 3, 3)))
 
 
 def test_a_sampler_of_learned_variances_is_refused_before_the_network_is_asked():
@@ -132,5 +132,5 @@ def test_a_sampler_of_learned_variances_is_refused_before_the_network_is_asked()
 
     diffusion = discrete_process()
     sampler = DIT_SAMPLERS["iddpm"](diffusion.input_scaler)
-    with pytest.raises(UserError, match="needs a network that learns the variance"):
-        diffusion.sample_x0(network, {}, torch.zeros(1, 2, 3, 3), times=[999, -1], sampler=sampler)
+    with pytest.raises(UserError, match="sampler: iddpm needs a network that learns the variance"):
+        next(diffusion.sample(network, {}, torch.zeros(1, 2, 3, 3), sampler=sampler))

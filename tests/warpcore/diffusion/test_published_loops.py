@@ -6,9 +6,10 @@ from torch import Tensor
 
 from tests.golden import load_case, resolve
 from tests.small_stdit import SmallSTDiT
+from warpcore.diffusion.guidance import Guidance
 from warpcore.diffusion.processes import discrete_process
 from warpcore.diffusion.samplers import DIT_SAMPLERS
-from warpcore.diffusion.times import respaced_timesteps, sampling_times
+from warpcore.diffusion.times import Steps, respaced_timesteps, sampling_times
 from warpcore.errors import UserError
 
 IDDPM, IDDPM_TENSORS = load_case("opensora/iddpm_sampling")
@@ -29,8 +30,8 @@ def test_iddpm_takes_every_step_of_the_reference(call):
     diffusion, settings = discrete_process("linear", learned_variance=True), call["scheduler"]
     steps = diffusion.sample(
         network, told, given["z"], unconditional=untold, sampler=DIT_SAMPLERS["iddpm"](diffusion.input_scaler),
-        times=sampling_times(diffusion.schedule, settings["num_sampling_steps"], "iddpm"),
-        cfg=settings["cfg_scale"], cfg_rho=0.0, cfg_channels=settings.get("cfg_channel"),
+        steps=Steps(times=sampling_times(diffusion.schedule, settings["num_sampling_steps"], "iddpm")),
+        guidance=Guidance(settings["cfg_scale"], rho=0.0, channels=settings.get("cfg_channel")),
         noise=lambda step: draws[step][: len(given["z"])],
     )  # fmt: skip
     found = torch.stack([x for _, x, _ in steps])
@@ -52,8 +53,8 @@ def test_dpm_solver_takes_every_step_of_the_reference(call):
     settings = call["scheduler"]
     steps = diffusion.sample(
         recorded, told, given["z"], unconditional=untold, sampler=DIT_SAMPLERS["dpm-solver"](diffusion.input_scaler),
-        times=sampling_times(diffusion.schedule, settings["num_sampling_steps"], "dpm-solver"),
-        cfg=settings["cfg_scale"], cfg_rho=0.0,
+        steps=Steps(times=sampling_times(diffusion.schedule, settings["num_sampling_steps"], "dpm-solver")),
+        guidance=Guidance(settings["cfg_scale"], rho=0.0),
     )  # fmt: skip
     found = torch.stack([x for _, x, _ in steps])
     wanted = torch.cat([expected["input_of_each_step"][1:], expected["final"][None]])

@@ -13,6 +13,7 @@ from warpcore.diffusion.samplers import SAMPLERS, DDIMSampler, DDPMSampler, LCMS
 from warpcore.diffusion.scalers import SCALERS, VPScaler
 from warpcore.diffusion.schedules import CosineSchedule, LinearSchedule
 from warpcore.diffusion.targets import TARGETS
+from warpcore.diffusion.times import Steps
 
 DEVIATION = 0.5  # of the Gaussian data that the analytic denoiser knows
 
@@ -44,7 +45,7 @@ def error(sampler: str, timesteps: int, scaler: str, target: str) -> float:
     model = GaussianDenoiser(diffusion)
     x_init = torch.tensor([[1.0]], dtype=torch.float64)
     *_, (_, x, _) = diffusion.sample(
-        model, {}, x_init, sampler=SAMPLERS[sampler](diffusion.input_scaler), timesteps=timesteps
+        model, {}, x_init, sampler=SAMPLERS[sampler](diffusion.input_scaler), steps=Steps(timesteps)
     )
     return abs(x.item() - model.deviation(0.0) / model.deviation(1.0))
 
@@ -99,8 +100,7 @@ def test_stretched_limits_and_plateaus_of_a_schedule_keep_samples_finite(sampler
             {},
             torch.randn(2, 3, generator=noise),
             sampler=SAMPLERS[sampler](diffusion.input_scaler),
-            timesteps=25,
-            shift=shift,
+            steps=Steps(25, shift=shift),
             noise=lambda step, noise=noise: torch.randn(2, 3, generator=noise),
         )
         assert all(torch.isfinite(x).all() and torch.isfinite(x0).all() for x0, x, _ in steps)
@@ -109,12 +109,12 @@ def test_stretched_limits_and_plateaus_of_a_schedule_keep_samples_finite(sampler
 def test_ancestral_samples_have_the_deviation_of_the_data():
     diffusion, generator = gdf(), torch.Generator().manual_seed(0)
     draws = torch.randn(151, 8_000, 1, generator=generator)
-    x0 = diffusion.sample_x0(
+    *_, (x0, _, _) = diffusion.sample(
         GaussianDenoiser(diffusion),
         {},
         draws[150],
         sampler=DDPMSampler(diffusion.input_scaler),
-        timesteps=150,
+        steps=Steps(150),
         noise=lambda step: draws[step],
     )
     assert x0.std().item() == pytest.approx(DEVIATION, rel=0.03)
@@ -128,14 +128,14 @@ def test_only_random_samplers_draw_noise():
         raise AssertionError("drew noise")
 
     for sampler in (DDIMSampler(diffusion.input_scaler), DPMSolverPP2MSampler(diffusion.input_scaler)):
-        diffusion.sample_x0(model, {}, x, sampler=sampler, noise=no_noise)
+        list(diffusion.sample(model, {}, x, sampler=sampler, noise=no_noise))
     for sampler in (
         DDIMSampler(diffusion.input_scaler, eta=0.5),
         DDPMSampler(diffusion.input_scaler),
         LCMSampler(diffusion.input_scaler),
     ):
         with pytest.raises(ValueError, match=f"{type(sampler).__name__} is random: pass `noise`"):
-            diffusion.sample_x0(model, {}, x, sampler=sampler)
+            next(diffusion.sample(model, {}, x, sampler=sampler))
 
 
 def test_a_picture_is_noised_and_sampled_from_the_middle():
@@ -144,22 +144,22 @@ def test_a_picture_is_noised_and_sampled_from_the_middle():
     picture = torch.full((1, 1), 0.7, dtype=torch.float64)
     x_init = diffusion.diffuse(picture, epsilon, t=torch.tensor([0.4], dtype=torch.float64)).noised
     *_, (_, x, _) = diffusion.sample(
-        model, {}, x_init, t_start=0.4, t_end=0.1, timesteps=40, sampler=DPMSolverPP2MSampler(diffusion.input_scaler)
+        model, {}, x_init, steps=Steps(40, start=0.4, end=0.1), sampler=DPMSolverPP2MSampler(diffusion.input_scaler)
     )
     assert x.item() == pytest.approx(x_init.item() * model.deviation(0.1) / model.deviation(0.4), rel=1e-3)
 
 
-@pytest.mark.parametrize("kwargs", [{"timesteps": 0}, {"t_start": 0.2, "t_end": 0.2}, {"t_start": 1.5}])
+@pytest.mark.parametrize("kwargs", [{"number": 0}, {"start": 0.2, "end": 0.2}, {"start": 1.5}])
 def test_impossible_times_are_refused(kwargs):
     diffusion = gdf()
-    with pytest.raises(ValueError, match="0 <= t_end < t_start <= 1"):
-        diffusion.sample_x0(GaussianDenoiser(diffusion), {}, torch.ones(1, 1), **kwargs)
+    with pytest.raises(ValueError, match="0 <= end < start <= 1"):
+        next(diffusion.sample(GaussianDenoiser(diffusion), {}, torch.ones(1, 1), steps=Steps(**kwargs)))
 
 
 def test_half_precision_latents_are_sampled_in_float32_without_gradients():
     diffusion, network = gdf(), torch.nn.Linear(3, 3)
     model = lambda x, r: network(x).bfloat16()  # noqa: E731
-    for x0, x, pred in diffusion.sample(model, {}, torch.ones(2, 3, dtype=torch.bfloat16), timesteps=2):
+    for x0, x, pred in diffusion.sample(model, {}, torch.ones(2, 3, dtype=torch.bfloat16), steps=Steps(2)):
         assert {x0.dtype, x.dtype, pred.dtype} == {torch.float32}
         assert not x.requires_grad
 
@@ -219,16 +219,14 @@ def test_conditions_that_do_not_pair_are_named(change, message):
 def test_guidance_runs_one_forward_of_both_halves_inside_its_window_only():
     diffusion, model = gdf(), Recorder()
     x_init = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    windowed = {"cfg": 4.0, "cfg_t_start": 0.75, "cfg_t_stop": 0.5}
-    steps = list(
-        diffusion.sample(model, conditions(2, 0), x_init, unconditional=conditions(2, 1), timesteps=4, **windowed)
-    )
+    windowed = {"guidance": Guidance(4.0, t_start=0.75, t_stop=0.5), "steps": Steps(4)}
+    steps = list(diffusion.sample(model, conditions(2, 0), x_init, unconditional=conditions(2, 1), **windowed))
     assert [len(x) for x, _, _ in model.calls] == [2, 4, 4, 2]  # t = 1, 0.75, 0.5, 0.25
     assert all(len(r) == len(x) == len(given["text"]) for x, r, given in model.calls)
     assert torch.equal(*model.calls[1][0].chunk(2))
 
     model.calls.clear()
-    free = list(diffusion.sample(model, conditions(2, 0), x_init, timesteps=4))
+    free = list(diffusion.sample(model, conditions(2, 0), x_init, steps=Steps(4)))
     assert [len(x) for x, _, _ in model.calls] == [2] * 4
     assert torch.equal(free[0][1], steps[0][1])
     assert not torch.allclose(free[1][1], steps[1][1])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from warpcore.diffusion.processes import discrete_process
 from warpcore.diffusion.samplers import SAMPLERS
-from warpcore.diffusion.times import TIME_RULES, sampling_times
+from warpcore.diffusion.times import TIME_RULES, Steps, sampling_times
 from warpcore.errors import UserError
 
 SHAPE = (2, 4, 3, 3)
@@ -79,7 +79,7 @@ def test_a_drawing_is_that_of_diffusers(drawing, seed):
         {},
         first,
         sampler=SAMPLERS[sampler](process.input_scaler),
-        times=times,
+        steps=Steps(times=times),
         noise=lambda step: torch.randn(SHAPE, generator=noise),
     )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
