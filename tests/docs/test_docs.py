@@ -14,6 +14,7 @@ from tests.docs.commands import REQUIRED, check, commands
 from tests.docs.pages import GUIDE, PAGES, ROOT, anchors, blocks, guide_files, inline_code, links, prose
 from tools.config_reference import scripts, settings_of
 from warpcore.config import load_config
+from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.errors import UserError
 
 README_LINES = 250
@@ -148,6 +149,11 @@ def test_code_stands_in_fenced_blocks(page):
     """Other blocks would escape these tests."""
     assert not re.findall(r"^ {4,}\S.*$", prose(page), re.MULTILINE)
     assert {block.language for block in blocks(pages=[page])} <= {"sh", "text", "yaml", "python"}
+
+
+def test_every_sampler_is_listed():
+    rows = re.findall(r"^\| `(\S+)` \|", (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == list(DIT_SAMPLERS)
 
 
 def test_the_readme_is_short():
