@@ -99,12 +99,13 @@ def latents_of(settings: CosmosSettings) -> tuple[LatentScale, int]:
 
 
 def autoencoder_by_itself(path: Path, **options: Any) -> Autoencoder:
-    """The autoencoder of a folder or file; a file that says nothing of itself is one of the published network.
+    """The autoencoder of a folder or file; a file that says nothing of itself is one of the published network, and one
+    that says numbers without a class is an AutoencoderKL, as this project writes them.
 
     options: see `Autoencoder`.
     """
     found = find_autoencoder(path, AUTOENCODER)
-    kind, config = _kind_of(found, CONSTRUCTOR)
+    kind, config = _kind_of(found, None if found.config else CONSTRUCTOR)
     return kind.of(config, found.tensors, found.path, AUTOENCODER, **options)
 
 

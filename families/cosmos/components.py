@@ -31,6 +31,8 @@ from warpcore.text import brief, shortened
 
 TRANSFORMER = "CosmosTransformer3DModel"
 PUBLISHED_AUTOENCODER = Path("tokenizer", "tokenizer.pth")
+PATCH_SIDES = {COMMON["out_channels"] * side**2: side for side in (1, 2)}
+"""Latent positions per token and side, by the numbers that the last layer gives for a token."""
 _LORA = re.compile(r"\.lora_[AB]\.")
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ def _without_prefix(state: Mapping[str, Tensor], path: Path, average: bool) -> d
 
 
 def _numbers_of(tensors: Mapping[str, Tensor], path: Path, key: str) -> dict[str, Any]:
-    """The constructor numbers that weights with published numbers of channels and patches have.
+    """The constructor numbers that weights with the published number of predicted channels have.
 
     Raises:
         UserError: they are those of another network.
@@ -130,10 +132,13 @@ def _numbers_of(tensors: Mapping[str, Tensor], path: Path, key: str) -> dict[str
             f"{key}: {path} holds no denoiser of Cosmos-Predict2: {needed[wrong[0]]} is of the shape {shape[wrong[0]]}"
         )
     width, columns = shape["patch"]
+    last = tensors.get("proj_out.weight")
+    side = PATCH_SIDES.get(len(last) if last is not None and last.dim() else None, COMMON["patch_size"][-1])
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"transformer_blocks\.(\d{1,9})\.", name))}
     config = COMMON | {
-        "in_channels": columns // 4 - 1, "num_attention_heads": width // shape["norm"][0],
-        "attention_head_dim": shape["norm"][0], "num_layers": max(blocks) + 1, "text_embed_dim": shape["text"][1],
+        "in_channels": columns // side**2 - 1, "patch_size": [1, side, side],
+        "num_attention_heads": width // shape["norm"][0], "attention_head_dim": shape["norm"][0],
+        "num_layers": max(blocks) + 1, "text_embed_dim": shape["text"][1],
         "adaln_lora_dim": shape["rank"][0], "mlp_ratio": shape["mlp"][0] / width,
     }  # fmt: skip
     _check_config(config, path, key)

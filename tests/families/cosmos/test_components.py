@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,7 @@ from families.cosmos import build
 from families.cosmos.components import find_transformer
 from families.cosmos.config import CosmosSettings
 from families.registry import family_of
-from tests.families.cosmos.tiny_pipeline import transformer, write_cosmos, write_published
+from tests.families.cosmos.tiny_pipeline import TRANSFORMER, transformer, write_cosmos, write_published
 from warpcore.errors import UserError
 
 KEY = "generator_checkpoint_path"
@@ -55,6 +56,16 @@ def test_published_files_folders_and_runs_are_read(tmp_path, pipeline):
     for place in (pipeline, pipeline / "transformer"):
         assert torch.equal(first_weight(generator_checkpoint_path=place), expected)
         assert family_of(place).name == "cosmos"
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_published_file_tells_its_patches(tmp_path, patch):
+    network = diffusers.CosmosTransformer3DModel(**TRANSFORMER | {"patch_size": (1, patch, patch)})
+    file = write_published(tmp_path / "model.pt", network)
+    found = find_transformer(file, KEY).config
+    assert (found["patch_size"], found["in_channels"]) == ([1, patch, patch], 16)
+    built = build.transformer(CosmosSettings(model_version="mini", generator_checkpoint_path=file))
+    assert built.patch_embed.proj.weight.shape == network.patch_embed.proj.weight.shape
 
 
 def test_random_weights_are_drawn_as_the_published_program_does():

@@ -78,3 +78,12 @@ def test_a_picture_smaller_than_the_window_of_ssim_is_rebuilt(rebuild, pipeline,
     picture, made = rebuild(f"autoencoder_checkpoint_path={pipeline}", size=size)
     assert made.shape == picture.shape
     assert "SSIM" in capsys.readouterr().out
+
+
+def test_a_run_of_the_mini_rebuilds_with_the_autoencoder_that_ships(rebuild, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model_version: mini\n")
+    save_file({"x": torch.zeros(1)}, run / "generator.safetensors", {"family": "cosmos"})
+    picture, made = rebuild(f"run={run}", size=(64, 64))
+    assert made.shape == picture.shape
