@@ -65,7 +65,7 @@ class TrainDit(TransformerTechniques, LatentTraining):
         if held_out is None:
             labels, size = config.sample_numbers[:count], self.size_px
         else:
-            labels, size = held_out.extra[CLASS][:count].tolist(), held_out.size
+            labels, size = held_out.extra[CLASS][:count].cpu().tolist(), held_out.size
         if held_out is not None and held_out.images is not None:
             shown = {"picture": to_uint8(held_out.images[:count])}
         drawn = self.draw(labels, size)
@@ -80,7 +80,7 @@ class TrainDit(TransformerTechniques, LatentTraining):
             latent_shape(size, autoencoder.latent_channels, autoencoder.compression),
             [stable_hash(config.seed, "sample", i) for i in range(len(labels))],
             steps=config.sample_steps, sampler=config.sample_sampler, guidance=config.sample_guidance,
-            guidance_rescale=0.0,
+            guidance_rescale=0.0, guidance_channels=config.guided_channels(config.sample_sampler),
         )  # fmt: skip
         return to_pictures(autoencoder.decode(latents))
 

@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from families.common.class_to_image import ClassToImageConfig
 from families.common.drawn_pictures import Drawn
 from families.common.weight_files import GENERATOR
+from families.dit import build
 from families.dit.autoencoder import latents_of
 from families.dit.classes import class_number, title_of
 from families.dit.drawing import DitNetworks
 from families.dit.files import dit_numbers
 from families.dit.inference import DitInferenceSettings
 from warpcore.config_keys import SidePx, Steps
-from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.errors import UserError
 
 
@@ -24,18 +25,28 @@ class DitClassToImageConfig(DitInferenceSettings, ClassToImageConfig):
     image_size: SidePx | None = None
     """Side of a square picture in pixels; other shapes get about the same area. By default that of the training, which
     the weights tell: 256 or 512 for published ones."""
-    steps: Steps = 50
-    """Sampling steps; published pictures take 250."""
+    steps: Steps = 250
+    """Sampling steps; 50 are enough for a look, and 20 for `dpm-solver`."""
     guidance: NonNegativeFloat | None = 4.0
     """Classifier-free guidance: 1 follows the class as trained and computes none, more follows it harder."""
-    sampler: Literal[tuple(SAMPLERS)] = "ddim"
-    """`ddim` draws without further noise."""
+    guidance_channels: PositiveInt | None = None
+    """Guide the first of this number of channels only. By default as published: three of four, but all of them for
+    `dpm-solver`."""
+    sampler: Literal[tuple(DIT_SAMPLERS)] | None = None
+    """By default what was published: `iddpm`, or `ddpm` for a network without a learned variance. `ddim` draws without
+    further noise, `dpm-solver` in the fewest steps."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.generator_checkpoint_path is None:
             raise ValueError("no weights of the denoiser: give run or generator_checkpoint_path")
+        if self.sampler == "iddpm" and not self.learn_sigma:
+            raise ValueError("sampler: iddpm needs a network that learned variances; this one did not: write ddpm")
         return self
+
+    @property
+    def used_sampler(self) -> str:
+        return self.sampler or ("iddpm" if self.learn_sigma else "ddpm")
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -63,6 +74,7 @@ class DitClassToImage:
     Config = DitClassToImageConfig
 
     def __init__(self, config: DitClassToImageConfig):
+        build.check_network(dit_numbers(config.generator_checkpoint_path, GENERATOR), config)
         self.config, self.size = config, config.size_px
         try:
             self.labels = [class_number(one, config.num_classes, config.class_names) for one in config.all_classes]
@@ -76,11 +88,12 @@ class DitClassToImage:
         self.networks = DitNetworks(config)
 
     def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Drawn:
-        config = self.config
-        guidance = None if config.guidance == 1 else config.guidance
+        config, sampler = self.config, self.config.used_sampler
         latents = self.networks.draw(
-            labels, self.size, seeds, steps=config.steps, sampler=config.sampler, guidance=guidance, shift=config.shift
-        )
+            labels, self.size, seeds, steps=config.steps, sampler=sampler, shift=config.shift,
+            guidance=None if config.guidance == 1 else config.guidance,
+            guidance_channels=config.guidance_channels or config.guided_channels(sampler),
+        )  # fmt: skip
         return Drawn(self.networks.decode(latents))
 
     def notes(self) -> list[str]:

@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict] = {
         "repa": {"encoder": str(IMAGE_TOWER), "block": 1, "projector_width": 16},
     },
     "train_dit": {
-        "model_version": "mini", "class_getter": ["json", "lambda j: j['score'] % 7"], "num_classes": 7,
+        "model_version": "mini", "class_getter": ["txt", "lambda t: len(t) % 7"], "num_classes": 7,
         "sample_sampler": "ddim",
     },
     "train_encoder": {},

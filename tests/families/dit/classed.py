@@ -6,11 +6,9 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
-from families.dit import versions
 from modules.dit import DiT
 
 CLASSES = 5
@@ -47,14 +45,6 @@ def small_settings(folder: Path, data: Path | str, **changes) -> dict:
         "save_every": 2, "log_every": 1, "num_workers": 0, "lr": 0.01, "sample_steps": 1, "sample_count": 2,
         "crop_mode": "center",
     } | changes  # fmt: skip
-
-
-@pytest.fixture
-def small_mini(monkeypatch):
-    """`model_version: mini` is of the `SMALL` numbers."""
-    mini = versions.Version(SMALL, versions.VERSIONS["mini"].autoencoder, image_size=32)
-    monkeypatch.setitem(versions.VERSIONS, "mini", mini)
-    return mini
 
 
 def random_network(grid: int = 2, **changes) -> DiT:

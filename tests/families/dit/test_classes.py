@@ -6,7 +6,7 @@ import pytest
 
 from families.dit.classes import ClassField, class_number
 from tests.caches import make_cache
-from tests.families.dit.classed import CLASSES, numbered, small_mini, small_settings, write_classed  # noqa: F401
+from tests.families.dit.classed import CLASSES, numbered, small_settings, write_classed
 from tests.warpcore.runs import read_metrics
 from train.train_dit import CLASS, TrainDit
 from warpcore.config import ConfigError, make_config
@@ -104,7 +104,7 @@ def run(settings: dict) -> list:
 
 
 @pytest.mark.integration
-def test_samples_without_a_class_are_left_out_and_bad_ones_counted(small_mini, tmp_path, capfd):  # noqa: F811
+def test_samples_without_a_class_are_left_out_and_bad_ones_counted(small_mini, tmp_path, capfd):
     members = numbered(8)
     members[1].pop("cls")
     members[2]["cls"] = b"900"
@@ -120,7 +120,7 @@ def test_samples_without_a_class_are_left_out_and_bad_ones_counted(small_mini, t
 @pytest.mark.parametrize(
     ("member", "message"), [({}, "no sample has a .cls"), ({"cls": b"900"}, "class 900 is outside of 0 to 4")]
 )
-def test_data_without_any_usable_class_end_the_run(small_mini, tmp_path, member, message):  # noqa: F811
+def test_data_without_any_usable_class_end_the_run(small_mini, tmp_path, member, message):
     data = write_classed(tmp_path / "a.tar", [member] * 4)
     kind = TrainDit
     settings = small_settings(tmp_path, data, max_bad_samples=4, sample_classes=[0])
@@ -130,7 +130,7 @@ def test_data_without_any_usable_class_end_the_run(small_mini, tmp_path, member,
 
 @pytest.mark.integration
 @pytest.mark.parametrize("getter", [["cls", "identity"], ["json", "lambda j: j['label']"]])
-def test_classes_travel_in_caches(small_mini, tmp_path, getter):  # noqa: F811
+def test_classes_travel_in_caches(small_mini, tmp_path, getter):
     data = write_classed(tmp_path / "data" / "a.tar", numbered(6))
     given = small_settings(tmp_path, data, class_getter=getter)
     cache = make_cache("train_dit", given, tmp_path / "cache", "--dtype", "float32")
@@ -145,7 +145,7 @@ def test_classes_travel_in_caches(small_mini, tmp_path, getter):  # noqa: F811
 
 
 @pytest.mark.integration
-def test_folders_are_classes_by_the_keys_of_samples(small_mini, tmp_path):  # noqa: F811
+def test_folders_are_classes_by_the_keys_of_samples(small_mini, tmp_path):
     data = write_classed(tmp_path / "a.tar", [{} for _ in range(4)])
     batches = run(small_settings(tmp_path, data, class_getter=["key", "lambda k: int(k) % 2"]))
     for batch in batches:

@@ -1,0 +1,50 @@
+"""The published sizes without the memory for them: updates on shapes, and what the planner counts."""
+
+from pathlib import Path
+
+import pytest
+
+from families.common.weights import only_shapes
+from families.dit import build
+from families.dit.config import DitSettings
+from modules.dit import DiT
+from tests.golden import load_manifest
+from warpcore.config import load_config
+from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_the_network_of_a_config_has_the_tensors_of_the_published_file(size):
+    manifest = load_manifest(f"dit_xl_2_{size}x{size}", "opensora")
+    with only_shapes():
+        network = build.dit(DitSettings(), (size, size))
+    assert isinstance(network, DiT)
+    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert found == {name: tuple(one["shape"]) for name, one in manifest["tensors"].items()}
+    assert all(tensor.is_meta for tensor in network.state_dict().values())
+
+
+def counted(config: str) -> list[Needs]:
+    """The memory of an update of eight samples on a GPU, without checkpointing and with all of it."""
+    use_case = load_use_case(ROOT / "train" / "train_dit.py")
+    settings = load_config(use_case.Config, [str(ROOT / "configs" / "training" / config)])
+    with only_shapes(), OnShapes(use_case, settings, "cuda") as shapes:
+        size, kept = bucket_sizes(shapes.run)[0], []
+        for level in (0, 3):
+            shapes.set_checkpointing(level)
+            kept.append(shapes.needs(size, 8))
+    return kept
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize("config", ["dit_xl2_256.yaml", "dit_xl2_512.yaml"])
+def test_an_update_of_the_published_size_passes_on_shapes(config):
+    kept = counted(config)
+    for needs in kept:
+        assert needs.weights == needs.gradients == 4 * 674_834_720
+        assert needs.optimizer == pytest.approx(8 * 674_834_720, rel=1e-5)
+        assert needs.ema == pytest.approx(4 * 674_834_720, rel=1e-2)
+    assert kept[1].activations < 0.5 * kept[0].activations
