@@ -24,6 +24,7 @@ class TrainCosmos(TransformerTechniques, CosmosTraining):
     Config = CosmosConfig
 
     def build(self) -> dict[str, nn.Module]:
+        build.check_fits(self.config, *filter(self.needs_encoder, ("autoencoder", "text")))
         return self.with_techniques(build.transformer(self.config)) | self.needed_encoders()
 
     def weights(self) -> dict[str, dict[str, Tensor]]:

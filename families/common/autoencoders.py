@@ -166,7 +166,7 @@ class Autoencoder(FrozenNetwork):
     @staticmethod
     def channels_of(config: Mapping[str, Any]) -> int:
         """C."""
-        return config["latent_channels"]
+        return config.get("latent_channels", 4)
 
     @classmethod
     def load(

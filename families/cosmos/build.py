@@ -27,8 +27,9 @@ from families.cosmos.components import (
 from families.cosmos.config import CosmosSettings
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import flow_process
+from warpcore.text import brief
 
-LIBRARY_DEFAULTS = {"in_channels": 16, "patch_size": (1, 2, 2), "max_size": (128, 240, 240)}
+LIBRARY_DEFAULTS = {"in_channels": 16, "text_embed_dim": 1024, "patch_size": (1, 2, 2), "max_size": (128, 240, 240)}
 """Of the numbers of a denoiser that are looked at before it is built."""
 
 
@@ -129,6 +130,28 @@ def text_encoder(settings: CosmosSettings, device: torch.device | str = "cpu") -
     return T5TextEncoder.load(
         found.path, found.tokenizer, precision=settings.text_encoder_precision, device=device, key=TEXT, **options
     )
+
+
+def check_fits(settings: CosmosSettings, *networks: str) -> None:
+    """Compare the `autoencoder` or the `text` encoder with the denoiser; weights are not read.
+
+    Raises:
+        WeightsError: latents, or the states of texts, are of another width than the denoiser reads.
+    """
+    numbers, widths = transformer_numbers(settings), {}
+    if "autoencoder" in networks:
+        found, kind, config = _autoencoder(settings)
+        widths["in_channels"] = AUTOENCODER, found.path, kind.channels_of(config), "channels of latents"
+    if "text" in networks:
+        found = _part(settings, "text_encoder", TEXT, settings.version.text_file)
+        width = (found.config or settings.version.text).get("d_model")
+        widths["text_embed_dim"] = TEXT, found.path, width, "numbers for each token"
+    for name, (key, path, own, what) in widths.items():
+        if own != numbers[name]:
+            raise WeightsError(
+                f"{key}: {path} gives {brief(own)} {what}, but the denoiser reads {brief(numbers[name])}: name the "
+                "network that it was trained with"
+            )
 
 
 class _StandInTokenizer:

@@ -82,6 +82,7 @@ class CosmosTextToImage:
                 f"size: {height} x {width} px (height x width); sides have to be multiples of {factor} px, and at "
                 f"most {most}"
             )
+        build.check_fits(config, "autoencoder", "text")
         self.channels = numbers["in_channels"]
         self.latent_size = tuple(side // compression for side in config.size_px)
 

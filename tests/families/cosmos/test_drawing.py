@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from families.cosmos.components import find_transformer
 from families.cosmos.exports import export_lora, to_diffusers, to_published
 from families.cosmos.text_to_image import CosmosTextToImage
 from families.registry import family_of
+from tests.families.common.tiny_t5 import write_t5, write_tokenizer
 from tests.families.cosmos.tiny_pipeline import transformer, write_cosmos, write_published
 from tests.golden import load_case
 from tests.warpcore.runs import tiny_settings, write_shard
@@ -97,8 +99,6 @@ def test_a_run_is_drawn_from_and_exported(pipeline, tmp_path):
     written = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(name.startswith("net.") for name in written)
     assert written["net.pos_embedder.seq"].tolist() == list(range(128))
-    import diffusers
-
     theirs = diffusers.CosmosTransformer3DModel.from_pretrained(tmp_path / "folder")
     own = find_transformer(tmp_path / "model.pt", "generator_checkpoint_path").tensors()
     assert all(torch.equal(tensor, own[name]) for name, tensor in theirs.state_dict().items())
@@ -129,6 +129,36 @@ def test_a_run_is_scored_by_the_drawings_that_inference_makes_of_it(pipeline, tm
     theirs = CosmosTextToImage(make_config(CosmosTextToImage.Config, given)).draw(prompts, [3, 4])
     for one, other in zip(ours, theirs.pictures, strict=True):
         assert np.abs(one.astype(int) - to_pictures(other[None])[0]).max() <= 1
+
+
+def write_others(folder: Path) -> None:
+    """A T5 of another width, and autoencoders of other channels."""
+    write_t5(folder / "text_encoder", width=32)
+    write_tokenizer(folder / "tokenizer")
+    wan = {"base_dim": 4, "num_res_blocks": 1, "z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
+    diffusers.AutoencoderKLWan(**wan).save_pretrained(folder / "wan")
+    diffusers.AutoencoderKL(block_out_channels=(32,)).save_pretrained(folder / "other")
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("text_encoder_checkpoint_path", "text_encoder", "gives 32 numbers for each token, but the denoiser reads 16"),
+        ("autoencoder_checkpoint_path", "wan", "gives 8 channels of latents, but the denoiser reads 16"),
+        ("autoencoder_checkpoint_path", "other", "gives 4 channels of latents, but the denoiser reads 16"),
+    ],
+)
+def test_networks_that_do_not_fit_the_denoiser_are_refused_before_weights_are_read(
+    pipeline, tmp_path, key, name, message
+):
+    write_others(tmp_path)
+    for file in tmp_path.glob(f"{name}/*.safetensors"):
+        file.write_bytes(b"never read")
+    given = {key: str(tmp_path / name)}
+    with pytest.raises(UserError, match=f"^{key}: .*{message}"):
+        CosmosTextToImage(config_of(generator_checkpoint_path=pipeline, **given))
+    with pytest.raises(UserError, match=f"^{key}: .*{message}"):
+        trained(TrainCosmos, pipeline, tmp_path, **given)
 
 
 def test_published_sizes_follow_from_their_aspect_ratios():
