@@ -86,8 +86,12 @@ class SmallSTDiT:
             told = self.cross_attention(f"{name}.cross_attn", tokens.flatten(1, 2), y, mask)
             tokens = tokens + told.view_as(tokens)
             tokens = tokens + mlp_gate * self.mlp(f"{name}.mlp", norm(tokens, mlp_shift, mlp_scale))
-        shift, scale = modulation(weights["final_layer.scale_shift_table"], [time.repeat(1, 2) for time in times])
-        patches = self.linear("final_layer.linear", norm(tokens, shift, scale))
+        now, clean = (
+            (weights["final_layer.scale_shift_table"] + time[:, None])[:, :, None, None].unbind(1) for time in times
+        )
+        found = norm(tokens, *now)
+        found = torch.where(noised[:, :, None, None], found, norm(found, *clean))  # twice, a quirk of the reference
+        patches = self.linear("final_layer.linear", found)
         patches = patches.view(batch, frames, height // PATCH, width // PATCH, PATCH, PATCH, 2 * channels)
         return patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, 2 * channels, frames, height, width)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.golden import load_case, resolve
 from tests.small_stdit import SmallSTDiT
-from warpcore.diffusion.guidance import Guidance
+from warpcore.diffusion.guidance import Guidance, pair_conditions
 from warpcore.diffusion.processes import discrete_process
 from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.diffusion.times import Steps, respaced_timesteps, sampling_times
@@ -37,6 +37,41 @@ def test_iddpm_takes_every_step_of_the_reference(call):
     found = torch.stack([x for _, x, _ in steps])
     wanted = torch.cat([expected["input_of_each_step"][1:], expected["final"][None]])
     torch.testing.assert_close(found, wanted, rtol=0, atol=call["result_stats"]["suggested_atol"])
+
+
+def test_iddpm_with_given_frames_takes_every_step_of_the_reference():
+    """A frame whose mask is m joins at timestep m * 1000, noised to it, and is given before: it stays as it was."""
+    call = next(call for call in IDDPM["calls"] if call["name"] == "masked")
+    network = SmallSTDiT(load_case("opensora/iddpm_small_network")[0])
+    given, draws, expected = (resolve(call[key], IDDPM_TENSORS) for key in ("kwargs", "noise_draws", "result"))
+    told, untold = texts(given, network)
+    pairs, draws = pair_conditions(told, untold, len(given["z"])), iter(draws)
+    diffusion, number = discrete_process("linear", learned_variance=True), call["scheduler"]["num_sampling_steps"]
+    sampler, guidance = (
+        DIT_SAMPLERS["iddpm"](diffusion.input_scaler),
+        Guidance(call["scheduler"]["cfg_scale"], rho=0.0),
+    )
+    logsnrs = diffusion.schedule(sampling_times(diffusion.schedule, number, "iddpm"))
+    sampler.start(logsnrs)
+    joins = (given["mask"] * number).int()
+    clean = x = given["z"]
+    for step in range(number):
+        now, after = logsnrs[step : step + 2, None].float().expand(-1, len(x))
+        a, b = diffusion.input_scaler.weights(now, x)
+        left, frames = number - 1 - step, (slice(None), None, slice(None), None, None)
+        x = torch.where((joins == left)[frames], a * clean + b * next(draws)[: len(x)], x)
+        torch.testing.assert_close(
+            x, expected["input_of_each_step"][step], rtol=0, atol=call["result_stats"]["suggested_atol"]
+        )
+        r = diffusion.noise_cond(now)
+        both = network(x.repeat(2, 1, 1, 1, 1), r.repeat(2), **pairs, noised=(joins > left).repeat(2, 1))
+        found, variance = diffusion.variance.split(both, x.shape[1])
+        pred = guidance.combine(*found.chunk(2), guidance.scale)
+        x0, epsilon = diffusion.undiffuse(x, now, pred)
+        draw = next(draws)[: len(x)]
+        reached = sampler.step(x, x0, epsilon, now, after, noise=lambda draw=draw: draw, variance=variance[: len(x)])
+        x = torch.where((joins < left)[frames], x, reached)
+    torch.testing.assert_close(x, expected["final"], rtol=0, atol=call["result_stats"]["suggested_atol"])
 
 
 @pytest.mark.parametrize("call", SOLVER["calls"], ids=lambda call: call["name"])
