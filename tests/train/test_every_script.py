@@ -48,6 +48,10 @@ SETTINGS: dict[str, dict] = {
         "model_version": "mini", "class_getter": ["txt", "lambda t: len(t) % 7"], "num_classes": 7,
         "sample_sampler": "ddim",
     },
+    "train_dit techniques": {
+        "model_version": "mini", "class_getter": ["json", "lambda j: j['score'] % 7"], "num_classes": 7, "tread": True,
+        "repa": {"encoder": str(IMAGE_TOWER), "projector_width": 16},
+    },
     "train_encoder": {},
     "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
     "train_sd texts": {"train_text_encoder": True, "text_encoder_lr": [1e-3, 1e-4], "model_version": "sdxl"},
