@@ -2,19 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from families.common.cache import Caches
 from families.common.cached_rows import WatchedRandom
 from families.common.config import DiffusionConfig
 from families.common.features import Origin, bucket_name, take_row
 from families.common.training import DiffusionTraining
+from families.common.weights import only_shapes
 from warpcore.data.fields import Field, collate
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.keys import weights_keys
+from warpcore.meta import META
 from warpcore.random import SampleRandom
+from warpcore.rehearsal import OnShapes, bucket_sizes, made_up_batch
+from warpcore.use_case import UseCase
 
 LONG_CAPTION = "picture " * 512
 """Shows the largest size of features of variable length."""
@@ -96,3 +102,41 @@ class Maker:
             numbers = max(math.prod(shape) for shape in origin.shapes[name].values())
             parts += (numbers * item + 1024) * (origin.variants if name in self.of_pictures else 1)
         return parts + 3 * 1024  # headers and padding of what else a sample has
+
+
+def as_if_cached(use_case: type[UseCase], config: DiffusionConfig) -> type[UseCase]:
+    """The use case as it is with caches that hold all its features, of which only the shapes are known.
+
+    Raises:
+        UserError: it trains on pictures themselves.
+    """
+    if not issubclass(use_case, DiffusionTraining):
+        raise UserError("--cached: this script trains on pictures themselves: there is nothing that could be cached")
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    with only_shapes(), OnShapes(use_case, config, "cpu") as made:
+        run = made.run
+        for size in bucket_sizes(run):
+            batch = replace(made_up_batch(run, size, 1), captions=[LONG_CAPTION])
+            batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
+            with torch.no_grad():
+                found = run.picture_features(batch, SampleRandom(batch.seeds, META))
+                found |= run.caption_features(batch) if run.needs_captions else {}
+            for name in run.features:
+                shapes.setdefault(name, {})[bucket_name(size)] = tuple(found[name][0].shape)
+        features = run.features
+    origin = Origin(
+        features={name: list(one.settings) for name, one in features.items()}, settings={},
+        makers={name: one.network for name, one in features.items()},
+        networks={one.network: {"file": "", "sha256": ""} for one in features.values()},
+        dtype="float16", variants=1, seed=config.seed, shapes=shapes,
+        variable_length=[name for name, one in features.items() if one.variable_length],
+    )  # fmt: skip
+    texts = {name: next(iter(shapes[name].values())) for name, one in features.items() if not one.of_picture}
+
+    class Cached(use_case):
+        caches = Caches(dict.fromkeys(features, origin), dict.fromkeys(features, ""))
+
+        def prompt_features(self, texts_to_draw: Sequence[str]) -> dict[str, torch.Tensor]:
+            return {name: torch.zeros(len(texts_to_draw), *shape) for name, shape in texts.items()}
+
+    return Cached

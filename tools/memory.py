@@ -2,8 +2,9 @@
 
 python3 tools/memory.py train/train_c.py configs/training/finetune_c_3b.yaml --gpu-memory 24 [key=value ...]
 
-Everything is counted on shapes: no weights, no data and no GPU are needed. CUDA's own part (about 0.5 GiB), workspaces
-of kernels, and what `compile: true` and `fp8: true` save are not counted.
+Everything is counted on shapes: no weights, no data and no GPU are needed. `--cached` stands for caches that hold
+every feature: then only the encoders that samples need are in memory. CUDA's own part (about 0.5 GiB), workspaces of
+kernels, and what `compile: true` and `fp8: true` save are not counted.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import yaml
 
 from families.common.weights import only_shapes
 from tools.arguments import amount, local_path, process_count
+from tools.cache_features import as_if_cached
 from warpcore import optim
 from warpcore.batch_size import divisors, split_batch
 from warpcore.config import Config, load_config, make_config
@@ -39,10 +41,12 @@ def main() -> None:
     parser.add_argument("--processes", type=process_count, help="GPUs of the run; by default the config's key, or 1")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what it will run on")
     parser.add_argument("--buckets", action="store_true", help="also every bucket, not only the largest")
+    parser.add_argument("--cached", action="store_true", help="count as from caches that hold every feature")
     options, keys = parser.parse_known_args()
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [options.config, *keys])
     processes = planned_processes(options.processes, config.processes)
+    use_case = as_if_cached(use_case, config) if options.cached else use_case
     plan = Plan(use_case, config, options.device, processes)
     with only_shapes():
         plan.show(options.buckets)

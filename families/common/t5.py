@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from families.common.library_files import (
     built,
@@ -139,9 +139,10 @@ class T5TextEncoder(LibraryTextEncoder):
             raise UserError(f"{key}: T5 overflows in float16; write bfloat16, float32 or nf4")
         with torch.device("meta"):
             encoder = cls(config, tokenizer, key=key, **options)
-        if are_only_shapes():
-            return encoder
         dtype = torch.bfloat16 if precision == "nf4" else getattr(torch, precision)
+        if are_only_shapes():
+            nn.Module.to(encoder, dtype)
+            return encoder
         fill(encoder.model, tensors(dtype), path, key, dtype)
         encoder.model.set_input_embeddings(encoder.model.shared)  # one tensor again, under both of its names
         freeze(encoder.model, precision, key, device)

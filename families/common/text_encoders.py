@@ -154,12 +154,13 @@ class ClipTextEncoder(LibraryTextEncoder):
         """
         with torch.device("meta"):
             encoder = cls(config, tokenizer, hidden, key)
+        dtype = getattr(torch, "bfloat16" if precision == "nf4" else precision)
         if are_only_shapes():
+            nn.Module.to(encoder, dtype)
             return encoder
         own = encoder.model.state_dict().keys()
         found = {_own_name(name, own): tensor for name, tensor in tensors().items()}
         found = {name: tensor for name, tensor in found.items() if not name.endswith("position_ids")}
-        dtype = getattr(torch, "bfloat16" if precision == "nf4" else precision)
         fill(encoder.model, found, path, key, dtype)
         _make_positions(encoder.model)
         freeze(encoder.model, precision, key, device)

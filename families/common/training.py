@@ -181,7 +181,7 @@ class DiffusionTraining(SampleFields):
         memory = TextMemory(self.encode_texts, limit_bytes, lambda text: self.progress.say(text), disk)
         if not self.needs_encoder("text"):
             texts = self.drawn_texts()
-            memory.add(texts, self.processes.on_main(lambda: self._prompt_features(texts)))
+            memory.add(texts, self.processes.on_main(lambda: self.prompt_features(texts)))
         return memory
 
     def texts_made_with(self, origin: Origin) -> dict[str, str]:
@@ -190,7 +190,8 @@ class DiffusionTraining(SampleFields):
         made_with = {"sha256": about["sha256"], "token_ids": str(origin.settings.get(TOKEN_IDS))}
         return made_with | ({"precision": about["precision"]} if "precision" in about else {})
 
-    def _prompt_features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoder makes of `drawn_texts`, where captions come from a cache: stored there, or encoded."""
         feature = self._made_by("text")[0]
         origin = self.caches.origins[feature]
         made_with = self.texts_made_with(origin)

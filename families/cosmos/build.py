@@ -124,12 +124,10 @@ def _kind_of(found: Component, default: Mapping[str, Any] | None) -> tuple[type[
 def text_encoder(settings: CosmosSettings, device: torch.device | str = "cpu") -> T5TextEncoder:
     """The text encoder, whose condition of the empty text is zeros."""
     found, version = _part(settings, "text_encoder", TEXT, settings.version.text_file), settings.version
-    options = {"length": version.text_length, "zeros_for_empty": True}
+    options = {"length": version.text_length, "zeros_for_empty": True, "precision": settings.text_encoder_precision}
     if are_only_shapes() and found.config is None:
         return T5TextEncoder.of(version.text, _StandInTokenizer(), found.tensors, found.path, key=TEXT, **options)
-    return T5TextEncoder.load(
-        found.path, found.tokenizer, precision=settings.text_encoder_precision, device=device, key=TEXT, **options
-    )
+    return T5TextEncoder.load(found.path, found.tokenizer, device=device, key=TEXT, **options)
 
 
 def check_fits(settings: CosmosSettings, *networks: str) -> None:

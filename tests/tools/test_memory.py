@@ -9,9 +9,13 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 
 from families.common.weights import only_shapes
+from tests.caches import make_cache
 from tests.golden import load_manifest
+from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings  # noqa: F401
+from tests.train.test_separate_caches import CACHED, CHANGES, SPARED
 from tools import memory
+from tools.cache_features import as_if_cached
 from warpcore.config import make_config
 from warpcore.errors import UserError
 from warpcore.rehearsal import OnShapes, Rehearsal, bucket_sizes, load_use_case
@@ -160,3 +164,25 @@ def test_a_published_size_is_counted_without_its_weights(tmp_path, capsys, monke
     weights = f"{4 * load_manifest('stage_c_1B')['parameter_count'] / GIB:.2f}"
     assert f"| {weights} | {weights} |" in shown
     assert "fits 80 GiB: this config" in shown
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", represented_by("train_cosmos", of=CACHED))
+def test_without_a_cache_it_is_counted_as_with_one(settings, name, tmp_path):  # noqa: F811
+    use_case = load_use_case(TRAIN / f"{name}.py")
+    given = settings(name, "memory", batch_size=2, **CHANGES.get(name, {}))
+    folders = [str(make_cache(name, given, tmp_path / kind, "--features", kind)) for kind in CACHED[name]]
+    plain = make_config(use_case.Config, given)
+    expected = make_config(use_case.Config, given | {"caches": folders})
+    totals = []
+    for kind, config in ((use_case, expected), (as_if_cached(use_case, plain), plain)):
+        with only_shapes(), OnShapes(kind, config, "cpu") as shapes:
+            totals.append(shapes.needs(bucket_sizes(shapes.run)[0], 2))
+            assert not SPARED[name] & shapes.run.networks.keys()
+    assert totals[0] == totals[1]
+
+
+def test_what_trains_on_pictures_has_nothing_to_cache(settings):  # noqa: F811
+    use_case = load_use_case(TRAIN / "train_vae.py")
+    with pytest.raises(UserError, match="--cached: this script trains on pictures themselves"):
+        as_if_cached(use_case, make_config(use_case.Config, settings("train_vae", "memory")))
