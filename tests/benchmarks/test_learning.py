@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import learning
+from benchmarks import classes, learning
 from benchmarks.learning import LEAST_PSNR
 from benchmarks.scorer import ATTRIBUTES, accuracy, distance, find, score, sentences
 from families.cascade import build
@@ -23,6 +23,7 @@ from tools.demo_scenes import (
     Scene,
     captioned_scene,
     describe,
+    random_scene,
     render,
 )
 from train.train_c import TrainStageC
@@ -164,3 +165,14 @@ def test_what_steers_stage_c_is_scored(small_cascade, drawing_cascade, monkeypat
 def test_a_family_without_scores_is_refused():
     with pytest.raises(UserError, match="the family Another has nothing to score its runs with"):
         learning.scored_by(SimpleNamespace(title="Another", task=lambda name: None))
+
+
+def test_classes_are_scored_by_colour_and_shape():
+    rng = np.random.default_rng(5)
+    scenes = [random_scene(rng) for _ in range(40)]
+    pictures, names = [render(scene) for scene in scenes], [f"{scene.colour} {scene.shape}" for scene in scenes]
+    found = classes.shares(pictures, names)
+    assert min(found.values()) > 0.9
+    turned = names[1:] + names[:1]
+    wrong = classes.shares(pictures, turned)
+    assert wrong["class"] <= min(wrong["colour"], wrong["shape"]) < 0.5
