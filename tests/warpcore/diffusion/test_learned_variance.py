@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.fake_gpu import GPU, FakeGpu
 from tests.golden import load_case, resolve
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.huber import PseudoHuber
@@ -134,3 +135,11 @@ def test_a_sampler_of_learned_variances_is_refused_before_the_network_is_asked()
     sampler = DIT_SAMPLERS["iddpm"](diffusion.input_scaler)
     with pytest.raises(UserError, match="sampler: iddpm needs a network that learns the variance"):
         next(diffusion.sample(network, {}, torch.zeros(1, 2, 3, 3), sampler=sampler))
+
+
+def test_the_loss_waits_for_no_gpu():
+    diffusion = process()
+    with FakeGpu() as gpu, gpu.watched():
+        x0, uniform = torch.zeros(3, 4, 2, 2, device=GPU), torch.zeros(3, device=GPU)
+        diffused = diffusion.diffuse(x0, x0, uniform)
+        assert {tensor.device for tensor in diffusion.loss(diffused, torch.cat([x0, x0], dim=1))} == {GPU}
