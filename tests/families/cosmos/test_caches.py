@@ -1,14 +1,19 @@
 """Caches of Cosmos: what they were made with, what they need, and published features that are none."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+from torch.multiprocessing import ProcessExitedException
 
 from families.common import weight_source
 from tests.caches import make_cache, write_pictures
 from tests.families.cosmos.tiny_pipeline import write_cosmos
+from tests.many_processes import launch_processes
 from tests.warpcore.runs import tiny_settings
+from tools.cache_encoding import Encoding
 from train.train_cosmos import TrainCosmos
 from warpcore.config import ConfigError, make_config
 
@@ -78,3 +83,40 @@ def test_only_what_makes_the_features_is_downloaded(settings, pipeline, tmp_path
     monkeypatch.setattr(weight_source, "local_weights", local)
     make_cache("train_cosmos", settings | HUB, tmp_path / "cache", "--features", kind)
     assert asked == needed
+
+
+def _cache_texts(settings: dict, out: Path, killed: bool) -> None:
+    """Of processes that are `killed`, the first dies at its second tar."""
+    plain, tars = Encoding._encode_shard, []
+
+    def encode_shard(encoding, number, *work):
+        tars.append(number)
+        if killed and len(tars) == 2 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain(encoding, number, *work)
+
+    Encoding._encode_shard = encode_shard
+    make_cache("train_cosmos", settings, out, "--features", "texts")
+    (out.parent / f"{out.name}_{os.environ['RANK']}.json").write_text(json.dumps(tars))
+
+
+def _tars(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
+
+
+@pytest.mark.slow
+@pytest.mark.bits
+def test_texts_that_two_processes_were_encoding_when_killed_are_finished_by_two(settings, tmp_path):
+    for number in range(1, 6):
+        write_pictures(tmp_path / "pictures" / f"{number}.tar", 4, first=4 * number)
+    whole = _tars(make_cache("train_cosmos", settings, tmp_path / "whole", "--features", "texts"))
+    assert len(whole) == 6
+    out = tmp_path / "texts"
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        launch_processes(2, _cache_texts, settings, out, True)
+    done = _tars(out)
+    assert 0 < len(done) < 6
+    launch_processes(2, _cache_texts, settings, out, False)
+    assert _tars(out) == whole
+    again = [json.loads((tmp_path / f"texts_{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(again[0]) + len(again[1]) == 6 - len(done)
