@@ -13,7 +13,6 @@ from warpcore.config import Config
 from warpcore.errors import UserError
 
 
-@runtime_checkable
 class HasBlocks(Protocol):
     """Has blocks, the parts that most of its weights and activations are in.
 
@@ -52,7 +51,6 @@ class Compiling(Protocol):
         graphs of what it computes with gradients, one for each shape."""
 
 
-@runtime_checkable
 class Network(HasBlocks, Checkpointing, Compiling, Protocol):
     """All that training can ask of a network. Those of diffusers get it from the adapter in `families/common`."""
 
@@ -78,9 +76,19 @@ class CalledByMethods(Protocol):
     """Names of the other methods that use weights when called from outside, such as `encode`."""
 
 
+def has_blocks(network: nn.Module) -> bool:
+    """Whether a network is of the kind `HasBlocks`. From Python 3.12 on, `isinstance` does not see submodules."""
+    return getattr(network, "blocks", None) is not None
+
+
+def is_whole(network: nn.Module) -> bool:
+    """Whether a network is a `Network`."""
+    return has_blocks(network) and isinstance(network, Checkpointing) and isinstance(network, Compiling)
+
+
 def blocks(network: nn.Module) -> tuple[nn.Module, ...]:
     """The blocks of a network; none where it has no such parts."""
-    return tuple(network.blocks) if isinstance(network, HasBlocks) else ()
+    return tuple(network.blocks) if has_blocks(network) else ()
 
 
 def has_tokens(network: nn.Module) -> bool:
@@ -95,7 +103,7 @@ def forward_methods(network: nn.Module) -> tuple[str, ...]:
 
 def keeps_inputs(network: nn.Module) -> bool:
     """Whether a network can have checkpointed blocks, whose inputs wait for the backward pass."""
-    return isinstance(network, Checkpointing) and isinstance(network, HasBlocks)
+    return isinstance(network, Checkpointing) and has_blocks(network)
 
 
 def check_networks(networks: Mapping[str, nn.Module], trained: Collection[str], config: Config) -> None:

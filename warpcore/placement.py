@@ -19,7 +19,7 @@ from warpcore.config import Config
 from warpcore.ema import EMA, PowerProfile
 from warpcore.errors import UserError
 from warpcore.loading import load_deferred
-from warpcore.networks import Compiling, HasBlocks, blocks, forward_methods, keeps_inputs
+from warpcore.networks import Compiling, blocks, forward_methods, has_blocks, keeps_inputs
 from warpcore.offload import OnDemand, keep_inputs_on_cpu
 from warpcore.statistics import has_batch_norms
 
@@ -68,7 +68,7 @@ class Placement:
         """Freeze a network and bring it to where it lives; the result keeps one that comes to the device on demand."""
         network.eval().requires_grad_(False).to(self.dtype)
         self._adapt(network, graphs=False)  # it may compute what outlives a micro-batch, such as remembered texts
-        if self.mesh is not None and self.config.use_fsdp and isinstance(network, HasBlocks):
+        if self.mesh is not None and self.config.use_fsdp and has_blocks(network):
             self._shard(network, MixedPrecisionPolicy(cast_forward_inputs=False))
             return None
         on_demand = "encoders" in self.config.offload

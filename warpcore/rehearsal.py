@@ -24,7 +24,7 @@ from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.files import why_no_file
 from warpcore.meta import META, MetaAsDevice, MixMetaWithCPU, PeakMemory
-from warpcore.networks import Checkpointing, HasBlocks, blocks
+from warpcore.networks import Checkpointing, blocks, has_blocks
 from warpcore.use_case import UseCase
 
 
@@ -185,7 +185,7 @@ class OnShapes:
         return on_device, on_cpu
 
     def _is_sharded(self, name: str) -> bool:
-        return self.sharded and (name in self.run.trainable or isinstance(self.run.networks[name], HasBlocks))
+        return self.sharded and (name in self.run.trainable or has_blocks(self.run.networks[name]))
 
     def set_checkpointing(self, level: int) -> None:
         """Change `activation_checkpointing` of every network that offers it."""

@@ -3,6 +3,7 @@
 import pytest
 from torch import nn
 
+from modules.dit import DiT
 from modules.stage_a import StageA
 from modules.stage_c import StageC
 from tests.golden import load_case
@@ -10,7 +11,7 @@ from tests.warpcore.runs import tiny_settings, write_shard
 from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.config import make_config
 from warpcore.errors import UserError
-from warpcore.networks import Network, blocks, check_networks, forward_methods
+from warpcore.networks import blocks, check_networks, forward_methods, is_whole
 
 WANTS = {
     "activation_checkpointing": ({"activation_checkpointing": 2}, "set_activation_checkpointing"),
@@ -73,9 +74,10 @@ def test_one_network_that_compiles_is_enough_and_every_trained_one_is_checkpoint
 
 def test_the_networks_of_the_cascade_offer_it():
     stage_c = StageC(**load_case("stage_c_small")[0]["constructor"])
-    assert isinstance(stage_c, Network)
-    assert isinstance(Whole(), Network)
-    assert not isinstance(nn.Linear(2, 2), Network)
+    assert is_whole(stage_c)
+    assert is_whole(Whole())
+    assert blocks(DiT(4, 2, hidden_size=16, depth=2, num_heads=2))  # a submodule, not a property
+    assert not is_whole(nn.Linear(2, 2))
     assert forward_methods(StageA(bottleneck_blocks=1, c_hidden=16, codebook_size=32)) == ("encode", "decode")
 
 
