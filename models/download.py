@@ -13,7 +13,7 @@ cosmos-0.6b, cosmos-2b, cosmos-14b; cosmos-0.6b-distilled: the one that draws in
 Their licence has to be accepted on the hub. The text encoder is `google-t5/t5-11b`, which a config can name.
 
 DiT-XL/2 of ImageNet's classes, not for commercial use:
-dit-256, dit-512.
+dit-256, dit-512; pixart-256, pixart-512, pixart-1024-ms.
 
 Stable Cascade:
 essential: what every use case needs (encoder of Stage C's latents, its previewer, Stage A).
@@ -80,6 +80,11 @@ COSMOS = {
 COSMOS_AUTOENCODER = "tokenizer/tokenizer.pth"
 DIT = {f"dit-{size}": ("facebookresearch/DiT", f"DiT-XL-2-{size}x{size}.pt") for size in (256, 512)}
 """Repository and path of each. They are not on the hub, see `ELSEWHERE`."""
+PIXART = {
+    f"pixart-{name.lower()}": ("PixArt-alpha/PixArt-alpha", f"PixArt-XL-2-{size}.pth")
+    for name, size in {"256": "256x256", "512": "512x512", "1024-MS": "1024-MS"}.items()
+}
+"""Repository and path of each."""
 ELSEWHERE = {"facebookresearch/DiT": "https://dl.fbaipublicfiles.com/DiT/models/"}
 """By repository: where files are that are not on the hub."""
 LICENCES = {
@@ -88,6 +93,7 @@ LICENCES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/sd-vae-ft-mse-original": "mit", "madebyollin/sdxl-vae-fp16-fix": "mit",
+    "PixArt-alpha/PixArt-alpha": "openrail++",
 }  # fmt: skip
 """By repository. All but `non-commercial` allow commercial use; the openrail licences forbid some uses."""
 DTYPES = {"bfloat16": "_bf16", "bf16": "_bf16", "float32": "", "fp32": ""}
@@ -99,7 +105,7 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     Raises:
         DownloadError: a word is unknown, or none names a set.
     """
-    sets = [*STABLE_DIFFUSION, *COSMOS, *DIT, *SETS]
+    sets = [*STABLE_DIFFUSION, *COSMOS, *DIT, *PIXART, *SETS]
     unknown = [word for word in words if word not in sets and word not in DTYPES]
     if unknown or not any(word in sets for word in words):
         problem = f"{unknown[0]!r} is unknown" if unknown else "nothing to download is named"
@@ -108,7 +114,7 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     if len(suffixes) > 1:
         raise DownloadError("bfloat16 and float32 are both named; write one of them")
     (suffix,) = suffixes
-    single = STABLE_DIFFUSION | DIT
+    single = STABLE_DIFFUSION | DIT | PIXART
     named = [single[word] for word in words if word in single]
     named += [
         (COSMOS[word][0], path) for word in words if word in COSMOS for path in (COSMOS[word][1], COSMOS_AUTOENCODER)
@@ -171,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         "words",
         nargs="+",
         metavar="SET",
-        help=f"{', '.join([*STABLE_DIFFUSION, *COSMOS, *DIT, *SETS])}; and {', '.join(DTYPES)}",
+        help=f"{', '.join([*STABLE_DIFFUSION, *COSMOS, *DIT, *PIXART, *SETS])}; and {', '.join(DTYPES)}",
     )
     parser.add_argument("--folder", type=local_path, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")

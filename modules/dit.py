@@ -29,11 +29,19 @@ def sines(places: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def grid_positions(size: Sequence[int], width: int, device: torch.device | None = None) -> Tensor:
-    """(1, N, width) float32 of the N places of a grid (rows, columns), row by row: columns first, then rows."""
+def grid_positions(
+    size: Sequence[int], width: int, device: torch.device | None = None, spacing: Sequence[float] = (1, 1)
+) -> Tensor:
+    """(1, N, width) float32 of the N places of a grid (rows, columns), row by row: columns first, then rows.
+
+    spacing: of rows and of columns.
+    """
     # From float64, as published files hold them; MPS has none.
     dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
-    rows, columns = (sines(torch.arange(side, dtype=dtype, device=device), width // 2) for side in size)
+    rows, columns = (
+        sines(torch.arange(side, dtype=dtype, device=device) * step, width // 2)
+        for side, step in zip(size, spacing, strict=True)
+    )
     height, width = size
     both = [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)]
     return torch.cat(both, dim=2).flatten(0, 1)[None].float()

@@ -48,16 +48,21 @@ class _Pickler(pickle.Pickler):
 
 
 def write_pytorch_file(
-    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, unchanged: Collection[str] = ()
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    unchanged: Collection[str] = (),
+    under: str | None = None,
 ) -> None:
     """Write a file that `torch.load` reads, and that appears whole; of what is converted, memory holds one tensor.
 
     dtype: of floating-point tensors but for those named `unchanged`; by default they stay as they are.
+    under: the key of the file's mapping that holds the tensors; by default they are the mapping.
     """
     partial = path.with_suffix(".partial")
     dtypes = [stored_dtype(tensor, None if name in unchanged else dtype) for name, tensor in tensors.items()]
     table = io.BytesIO()
-    _Pickler(table, dtypes).dump(dict(tensors))
+    _Pickler(table, dtypes).dump(dict(tensors) if under is None else {under: dict(tensors)})
     with naming(partial), open_plain(partial, "wb") as file, torch.serialization._open_zipfile_writer(file) as archive:
         archive.write_record("data.pkl", table.getvalue(), len(table.getvalue()))
         for number, (kind, tensor) in enumerate(zip(dtypes, tensors.values(), strict=True)):

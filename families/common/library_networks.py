@@ -21,7 +21,7 @@ ADDED = {
     "image": ("image_embeds",), "image_hint": ("image_embeds", "hint"),
 }  # fmt: skip
 """Conditions that a U-Net takes in `added_cond_kwargs`, by its `addition_embed_type`."""
-NUMBERS = {"time_ids"}
+NUMBERS = {"time_ids", "resolution", "aspect_ratio"}
 """Conditions that go through sinusoids and keep their precision, as times do."""
 
 

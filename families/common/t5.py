@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -244,3 +245,18 @@ def tokenizer_of(pieces: Sequence[tuple[str, float]]) -> "PreTrainedTokenizerBas
     from transformers import T5Tokenizer
 
     return T5Tokenizer(vocab=list(pieces), extra_ids=0)
+
+
+class StandInTokenizer:
+    """In place of a tokenizer where only shapes are wanted, without files: texts are as long as they may be."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __call__(
+        self, texts: Sequence[str], max_length: int, return_tensors: str | None = None, **options: Any
+    ) -> SimpleNamespace:
+        if return_tensors is None:  # asked which texts are cut: none
+            return SimpleNamespace(input_ids=[[1]] * len(texts))
+        ids = torch.ones(len(texts), max_length, dtype=torch.int64)
+        return SimpleNamespace(input_ids=ids, attention_mask=ids)

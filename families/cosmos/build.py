@@ -1,9 +1,8 @@
 """Build the networks of Cosmos-Predict2 with their weights, and its diffusion process."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from families.common.autoencoders import Autoencoder, LatentScale
 from families.common.library_files import CONFIG, construct, fill
 from families.common.random_start import random_start
-from families.common.t5 import T5TextEncoder
+from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.wan_autoencoder import CONSTRUCTOR, LIBRARY_CLASS, WanAutoencoder
 from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
 from families.common.weights import WeightsError, are_only_shapes
@@ -126,7 +125,7 @@ def text_encoder(settings: CosmosSettings, device: torch.device | str = "cpu") -
     found, version = _part(settings, "text_encoder", TEXT, settings.version.text_file), settings.version
     options = {"length": version.text_length, "zeros_for_empty": True, "precision": settings.text_encoder_precision}
     if are_only_shapes() and found.config is None:
-        return T5TextEncoder.of(version.text, _StandInTokenizer(), found.tensors, found.path, key=TEXT, **options)
+        return T5TextEncoder.of(version.text, StandInTokenizer(), found.tensors, found.path, key=TEXT, **options)
     return T5TextEncoder.load(found.path, found.tokenizer, device=device, key=TEXT, **options)
 
 
@@ -150,21 +149,6 @@ def check_fits(settings: CosmosSettings, *networks: str) -> None:
                 f"{key}: {path} gives {brief(own)} {what}, but the denoiser reads {brief(numbers[name])}: name the "
                 "network that it was trained with"
             )
-
-
-class _StandInTokenizer:
-    """In place of a tokenizer where only shapes are wanted, without files: texts are as long as they may be."""
-
-    def __len__(self) -> int:
-        return 0
-
-    def __call__(
-        self, texts: Sequence[str], max_length: int, return_tensors: str | None = None, **options: Any
-    ) -> SimpleNamespace:
-        if return_tensors is None:  # asked which texts are cut: none
-            return SimpleNamespace(input_ids=[[1]] * len(texts))
-        ids = torch.ones(len(texts), max_length, dtype=torch.int64)
-        return SimpleNamespace(input_ids=ids, attention_mask=ids)
 
 
 def network_files(settings: CosmosSettings, network: str) -> list[Path]:

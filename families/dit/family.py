@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from families.common.family import CLASS_TO_IMAGE, SCORING, ExportFormat, Family
+from families.common.family import CLASS_TO_IMAGE, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.dit.files import is_of_dit
+from families.dit.pixart_files import TRANSFORMER, is_of_pixart
 
 _format = partial(ExportFormat.of, "families.dit.exports")
 
@@ -35,4 +36,42 @@ class Dit(Family):
         return header.metadata.get(FAMILY_KEY) == self.name or is_of_dit(header.names)
 
 
-FAMILIES = (Dit(),)
+_pixart_format = partial(ExportFormat.of, "families.dit.pixart_exports")
+_lora = partial(_pixart_format, keys="LoraExportSettings")
+PIXART_VERSIONS = ("XL/2-256", "XL/2-512", "XL/2-1024-MS")
+"""Values of `model_version` that no other network has."""
+
+
+class Pixart(Family):
+    name = "pixart"
+    title = "PixArt-alpha"
+    weight_keys = {"generator": "generator_checkpoint_path", "lora": "lora"}
+    tasks = {
+        TEXT_TO_IMAGE: "families.dit.pixart_text_to_image.PixartTextToImage",
+        SCORING: "families.dit.pixart_scoring.ScoredPixart",
+    }
+    formats = (
+        _pixart_format("published", "a run, a published file", "a `.pth` file of the published names", "to_published",
+                       keys="ExportSettings", endings=(".pth",)),
+        _pixart_format("diffusers", "a run, a published file, a folder of diffusers",
+                       "a folder for PixArtTransformer2DModel", "to_diffusers", keys="ExportSettings",
+                       writes_folder=True),
+        _lora("lora", "a LoRA: a run, a file, peft's folder", "our file", "export_lora", "warpcore"),
+        _lora("lora-diffusers", "the same", "a file in peft's names, as diffusers has them", "export_lora",
+              "diffusers"),
+        _lora("lora-kohya", "the same", "a file in kohya's names", "export_lora", "kohya"),
+    )  # fmt: skip
+    format_notes = """\
+Of the first two, export_dtype chooses the precision, and lora adds LoRAs to the weights."""
+
+    def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
+        return str(config.get("model_version")) in PIXART_VERSIONS or super().has_run(config, weights)
+
+    def has_weights(self, header: Header) -> bool:
+        return header.metadata.get(FAMILY_KEY) == self.name or is_of_pixart(header.names)
+
+    def has_model_folder(self, index: Mapping[str, Any]) -> bool:
+        return str(index.get("_class_name")) in (TRANSFORMER, "PixArtAlphaPipeline")
+
+
+FAMILIES = (Dit(), Pixart())

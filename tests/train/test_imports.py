@@ -58,7 +58,12 @@ for module in pkgutil.iter_modules(["tools"]):
         runpy.run_module(f"tools.{module.name}", run_name="__main__")
     assert not set(libraries) & sys.modules.keys(), module.name
 """
-LATE = ["families.cascade.diffusers_folder", "families.common.transformers_text", "families.cosmos.transformer"]
+LATE = [
+    "families.cascade.diffusers_folder",
+    "families.common.transformers_text",
+    "families.cosmos.transformer",
+    "families.dit.pixart_transformer",
+]
 """Modules that are imported where an export calls them, or a network is built, and nowhere else."""
 
 

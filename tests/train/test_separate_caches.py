@@ -17,6 +17,8 @@ CACHED: dict[str, tuple[str, ...]] = {
     "train_cosmos": ("latents", "texts"),
     "train_cosmos_lora": ("latents", "texts"),
     "train_dit": ("latents",),
+    "train_pixart": ("latents", "texts"),
+    "train_pixart_lora": ("latents", "texts"),
     "train_sd": ("latents", "texts"),
     "train_sd_lora": ("latents", "texts"),
 }
@@ -29,7 +31,8 @@ CHANGES = {
 SPARED = {
     "train_b": {"encoder", "text"}, "train_c": {"encoder", "text"}, "train_c_controlnet": {"text"},
     "train_c_lora": {"encoder", "text"}, "train_cosmos": {"text"}, "train_cosmos_lora": {"text"},
-    "train_dit": set(), "train_sd": {"text"}, "train_sd_lora": {"text"},
+    "train_dit": set(), "train_pixart": {"text"}, "train_pixart_lora": {"text"},
+    "train_sd": {"text"}, "train_sd_lora": {"text"},
 }  # fmt: skip
 """Networks that are not built then; the autoencoders of the others draw samples."""
 

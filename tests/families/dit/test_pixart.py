@@ -1,0 +1,147 @@
+"""PixArt-alpha from a training to pictures and files: beside diffusers, which is another implementation."""
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+
+from families.common.library_networks import LibraryNetwork, adapt
+from families.dit.pixart_build import BLOCKS
+from families.dit.pixart_conditions import FEATURE, MASK, TEXT, told, without_text
+from families.dit.pixart_drawing import PixartNetworks
+from families.dit.pixart_exports import export_lora, to_diffusers, to_published
+from families.dit.pixart_files import find_denoiser
+from families.dit.pixart_lora import denoiser, open_loras
+from families.dit.pixart_text_to_image import PixartTextToImageConfig
+from families.dit.pixart_transformer import PixArtTransformer2DModel
+from families.registry import family_of
+from tests.families.dit.pixart import write_pixart
+from tests.warpcore.runs import tiny_settings, write_shard
+from train.train_pixart import TrainPixart
+from train.train_pixart_lora import TrainPixartLora
+from warpcore.config import load_config, make_config
+
+pytestmark = pytest.mark.integration
+KEY = "generator_checkpoint_path"
+MULTI_SCALE = {"use_additional_conditions": True, "sample_size": 128, "interpolation_scale": 2}
+MINI = {"model_version": "mini", "text_encoder_precision": "float32", "sample_steps": 2, "image_size": 64}
+
+
+def trained(case, folder, **settings):
+    data = write_shard(folder / "data.tar", 8)
+    settings = tiny_settings(folder, data, updates=1, save_every=1) | MINI | settings
+    assert case(make_config(case.Config, settings)).run() == 0
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trained(TrainPixart, tmp_path_factory.mktemp("pixart"))
+
+
+@torch.no_grad()
+def predicted(network) -> torch.Tensor:
+    torch.manual_seed(0)
+    x, text, mask = torch.randn(2, 16, 4, 4), torch.randn(2, 32, 64), torch.ones(2, 32)
+    mask[0, 5:] = 0
+    given, times = {"encoder_hidden_states": text, "encoder_attention_mask": mask}, torch.tensor([9, 700])
+    if isinstance(network, LibraryNetwork):
+        return network.eval()(x, times, **given)
+    return network.eval()(x, timestep=times, **given).sample
+
+
+def test_a_run_becomes_a_published_file_and_a_folder_that_diffusers_loads(run, tmp_path):
+    to_published(run, tmp_path / "mini.pth", ["use_ema=false"])
+    to_diffusers(tmp_path / "mini.pth", tmp_path / "folder", [])
+    state = torch.load(tmp_path / "mini.pth", weights_only=True)["state_dict"]
+    assert {"pos_embed", "y_embedder.y_embedding", "blocks.5.attn.qkv.bias"} <= state.keys()
+    found = find_denoiser(run / "generator.safetensors", KEY)
+    again = find_denoiser(tmp_path / "mini.pth", KEY)
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in found.tensors().items())
+    network = PixArtTransformer2DModel(32, **{k: v for k, v in found.config.items() if not k.startswith("_")})
+    network.load_state_dict(found.tensors())
+    theirs = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "folder")
+    torch.testing.assert_close(predicted(adapt(network, BLOCKS)), predicted(theirs), rtol=0, atol=1e-5)
+    assert {family_of(path).name for path in (run, tmp_path / "mini.pth", tmp_path / "folder")} == {"pixart"}
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya"])
+def test_a_lora_is_trained_on_a_run_and_read_again_in_each_form(run, kind, tmp_path):
+    lora = trained(TrainPixartLora, tmp_path, **{KEY: run / "generator.safetensors", "rank": 2})
+    target = tmp_path / "lora.safetensors"
+    export_lora(kind, lora, target, [])
+    settings = [f"--{KEY}", str(run / "generator.safetensors"), "--lora"]
+    drawn = []
+    for path in (lora / "lora.safetensors", target):
+        config = load_config(PixartTextToImageConfig, [*settings, str(path), "--prompts", "a circle"])
+        drawn.append(predicted(denoiser(config, open_loras(config.lora, config))))
+    torch.testing.assert_close(*drawn, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("told_sizes", [False, True])
+@torch.no_grad()
+def test_drawings_by_ddim_are_those_of_diffusers(told_sizes, tmp_path):
+    folder = write_pixart(tmp_path / "pipeline", **MULTI_SCALE if told_sizes else {})
+    pipeline = diffusers.PixArtAlphaPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, version = ["a red circle", "a blue square on the left"], "XL/2-1024-MS" if told_sizes else "XL/2-256"
+    noise = torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(1))
+    expected = pipeline(
+        prompts, negative_prompt="", num_inference_steps=5, guidance_scale=3.0, height=32, width=48, latents=noise,
+        output_type="latent", clean_caption=False, use_resolution_binning=False, max_sequence_length=120,
+    ).images  # fmt: skip
+    config = load_config(PixartTextToImageConfig, [
+        f"--{KEY}", str(folder), "--model_version", version, "--prompts", "a", "--text_encoder_precision", "float32",
+        "--device", "cpu",
+    ])  # fmt: skip
+    found = PixartNetworks(config, []).draw(
+        prompts, "", (32, 48), [0, 1], noise=noise, steps=5, sampler="ddim", guidance=3.0
+    )
+    torch.testing.assert_close(torch.stack(found), expected, rtol=0, atol=1e-3)
+
+
+def test_a_dropped_caption_is_the_networks_own_empty_text_behind_the_mask_of_the_caption():
+    own = told({FEATURE: torch.randn(2, 3, 4), "text_lengths": torch.tensor([3, 1])}, 8)
+    empty = torch.randn(8, 4)
+    found = without_text(own, empty, {})
+    assert torch.equal(found[TEXT], empty.expand(2, -1, -1))
+    assert torch.equal(found[MASK], own[MASK])
+    assert own[MASK].sum(dim=1).tolist() == [3, 1]
+
+
+def test_an_update_is_that_of_a_plain_loop(tmp_path):
+    """With AdamW, diffusers' network and the draws of the run; the loss of the variance is the process's own."""
+    seen = {}
+
+    class Recorded(TrainPixart):
+        def loss(self, inputs, random):
+            latents, conditions = inputs
+            network = self.networks["generator"]
+
+            def predict(noised, t, **others):
+                seen.update(noised=noised.clone(), t=t.clone(), conditions=conditions, before={
+                    name: tensor.clone() for name, tensor in network.state_dict().items()
+                })  # fmt: skip
+                prediction = network(noised, t, **conditions)
+                seen["grad_of"] = prediction
+                prediction.retain_grad()
+                return prediction
+
+            return self.denoising_loss(latents, random, predict)
+
+    folder = trained(Recorded, tmp_path, weight_decay=0.01, clip_grad_norm=None)
+    numbers = find_denoiser(folder / "generator.safetensors", KEY).config
+    network = diffusers.PixArtTransformer2DModel(**{k: v for k, v in numbers.items() if not k.startswith("_")})
+    network.load_state_dict({name: t for name, t in seen["before"].items() if name != "y_embedding"})
+    config = make_config(TrainPixart.Config, tiny_settings(tmp_path, "x") | MINI)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=tuple(config.betas), eps=config.eps,
+                                  weight_decay=0.01)  # fmt: skip
+    text, mask = seen["conditions"][TEXT], seen["conditions"][MASK]
+    made = network(seen["noised"], text, seen["t"], {"resolution": None, "aspect_ratio": None},
+                   encoder_attention_mask=mask).sample  # fmt: skip
+    assert F.mse_loss(made, seen["grad_of"].detach()).item() < 1e-10
+    made.backward(seen["grad_of"].grad)
+    optimizer.step()
+    after = find_denoiser(folder / "generator.safetensors", KEY).tensors()
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-5)

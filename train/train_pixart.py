@@ -1,0 +1,37 @@
+"""Train or finetune PixArt-alpha (256, 512, 1024-MS): the transformer that draws an autoencoder's latents for a text.
+
+    python3 train/train_pixart.py configs/training/quickstart_pixart.yaml
+    torchrun --nproc-per-node 8 train/train_pixart.py configs/training/pixart_xl2_512.yaml
+
+`generator_checkpoint_path` names what to start from: a published file, or a folder of diffusers. Latents and texts are
+computed, or read from a cache (tools/cache.py). The run's folder gets `generator.safetensors`; tools/export.py makes a
+published file or a folder of diffusers of it.
+"""
+
+import warpcore.openmp
+import json
+
+from torch import Tensor, nn
+
+from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.dit import pixart_build
+from families.dit.pixart_config import PixartConfig
+from families.dit.pixart_training import PixartTraining
+
+
+class TrainPixart(PixartTraining):
+    Config = PixartConfig
+
+    def build(self) -> dict[str, nn.Module]:
+        return {"generator": pixart_build.denoiser(self.config)} | self.needed_encoders()
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        return {"generator": self.networks["generator"].state_dict()}
+
+    def file_metadata(self) -> dict[str, str]:
+        config = constructor_numbers(dict(self.networks["generator"].config))
+        return super().file_metadata() | {CONFIG_KEY: json.dumps(config)}
+
+
+if __name__ == "__main__":
+    TrainPixart.main()
