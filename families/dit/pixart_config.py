@@ -1,6 +1,8 @@
 """Configuration keys that the scripts of PixArt-alpha share."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from families.common.config import DiffusionConfig
 from families.common.precision import Precision
@@ -62,3 +64,9 @@ class PixartConfig(PixartSettings, DiffusionConfig):
     """Classifier-free guidance of those pictures."""
     sample_sampler: Literal[tuple(DIT_SAMPLERS)] = "dpm-solver"
     """Sampler of those pictures."""
+
+    @model_validator(mode="after")
+    def _sizes_are_told(self) -> Self:
+        if self.size_condition == "bucket" and not self.version.sees_sizes:
+            raise ValueError(f"size_condition: PixArt-{self.model_version} is told no sizes; remove it")
+        return self

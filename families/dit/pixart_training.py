@@ -62,21 +62,26 @@ class PixartTraining(LatentTraining, PromptSamples):
         return told(texts, self.config.version.text_length)
 
     def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, Conditions]:
-        return self.latents_of(batch, random), self.conditions(batch, random)
+        return self.latents_of(batch, random), self.conditions(batch)
 
-    def conditions(self, batch: Batch, random: SampleRandom) -> Conditions:
-        """What the network is told of each sample: its text, or the empty one, and for 1024-MS its size."""
+    def conditions(self, batch: Batch) -> Conditions:
+        """What the network is told of each sample: its text, and for 1024-MS its size."""
         texts = {name: stored(batch, name) for name in (FEATURE, lengths_name(FEATURE))}
         own = self.told(self.text_conditions(batch.captions) if texts[FEATURE] is None else texts)
-        empty = self.without_text(own)
-        kept = random.uniform("caption dropout") >= self.config.caption_dropout
-        chosen = {TEXT: torch.where(kept[:, None, None], own[TEXT], empty[TEXT]),
-                  MASK: torch.where(kept[:, None], own[MASK], empty[MASK])}  # fmt: skip
         if not self.needs_geometry:
-            return chosen
+            return own
         geometry = batch.geometry
         told_size = geometry.source if self.config.size_condition == "source" else geometry.size
-        return chosen | sizes(told_size, geometry.size)
+        return own | sizes(told_size, geometry.size)
+
+    def with_dropout(self, conditions: Conditions, random: SampleRandom) -> Conditions:
+        """The conditions, some with an empty text. It is the network's own: caches are made without the network."""
+        empty = self.without_text(conditions)
+        kept = random.uniform("caption dropout") >= self.config.caption_dropout
+        return conditions | {
+            TEXT: torch.where(kept[:, None, None], conditions[TEXT], empty[TEXT]),
+            MASK: torch.where(kept[:, None], conditions[MASK], empty[MASK]),
+        }
 
     def without_text(self, conditions: Conditions) -> Conditions:
         """The conditions with an empty text."""
@@ -85,6 +90,7 @@ class PixartTraining(LatentTraining, PromptSamples):
 
     def loss(self, inputs: tuple[Tensor, Conditions], random: SampleRandom) -> Losses:
         latents, conditions = inputs
+        conditions = self.with_dropout(conditions, random)
         return self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions))
 
     def draw(self, prompts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -54,7 +54,10 @@ SETTINGS: dict[str, dict] = {
     },
     "train_encoder": {},
     "train_pixart": {"model_version": "mini", "text_encoder_precision": "float32", "sample_sampler": "iddpm"},
-    "train_pixart_lora": {"model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32"},
+    "train_pixart_lora": {
+        "model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32",
+        "module_filters": ["attn1", "proj_out"],  # of a random start, the last layer is zero
+    },
     "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
     "train_sd texts": {"train_text_encoder": True, "text_encoder_lr": [1e-3, 1e-4], "model_version": "sdxl"},
     "train_sd_lora": {

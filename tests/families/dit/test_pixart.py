@@ -115,7 +115,7 @@ def test_an_update_is_that_of_a_plain_loop(tmp_path):
 
     class Recorded(TrainPixart):
         def loss(self, inputs, random):
-            latents, conditions = inputs
+            latents, conditions = inputs[0], self.with_dropout(inputs[1], random)
             network = self.networks["generator"]
 
             def predict(noised, t, **others):
