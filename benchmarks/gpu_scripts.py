@@ -41,6 +41,8 @@ SCRIPTS: dict[str, dict] = {
     "train_cosmos": {"text_encoder_precision": "float32"},
     "train_cosmos_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_dit": {"class_getter": ["key", "lambda k: k[-1]"], "class_names": list("01234567")},
+    "train_pixart": {"text_encoder_precision": "float32"},
+    "train_pixart_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_sd": {},
     "train_sd_lora": {"module_filters": ["to_q", "conv1"], "rank": 4},
     "train_vae": {
@@ -99,7 +101,8 @@ def mini_stage_b(bench: Bench) -> Path:
 
 
 STARTS: dict[str, Callable[[Bench], Path] | None] = {
-    "train_sd": mini_unet, "train_cosmos": None, "train_dit": None, "train_b": mini_stage_b, "train_": mini_generator,
+    "train_sd": mini_unet, "train_cosmos": None, "train_dit": None, "train_pixart": None,
+    "train_b": mini_stage_b, "train_": mini_generator,
 }  # fmt: skip
 """By the beginning of a script's name, what a mini starts from: networks that predict zeros at first do so in every
 precision. None for a random start: that of Cosmos-Predict2 predicts something."""

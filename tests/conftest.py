@@ -1,5 +1,7 @@
 """Settings and fixtures of all tests."""
 
+import gc
+
 import hypothesis
 import torch
 
@@ -17,3 +19,9 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_configure(config):
     config.pluginmanager.register(Tiers(), "tiers")
+
+
+def pytest_collection_finish(session):
+    """Imports leave a million objects, which would be walked by each collection; one comes at the end of every run."""
+    gc.collect()
+    gc.freeze()

@@ -71,6 +71,8 @@ def test_help_shows_the_keys_of_the_script_in_sections(script, capsys):
 UNUSED_VALUES = {
     "captions_getter": "[json, identity]", "diffusion_target": "v", "multires_noise_iterations": 2,
     "multires_noise_discount": 0.5, "repa": "true", "tread": "true",
+    "cache_text": "true", "caption_dropout": 0.5, "shuffle_tags": "true", "tag_dropout": 0.5,
+    "caption_templates": "['a {caption}']",
 }  # fmt: skip
 
 

@@ -105,10 +105,11 @@ class Maker:
 
 
 def as_if_cached(use_case: type[UseCase], config: DiffusionConfig) -> type[UseCase]:
-    """The use case as it is with caches that hold all its features, of which only the shapes are known.
+    """The use case as it is with caches that hold all its features, of which only the shapes are known; where it wants
+    pictures in any case, those of texts.
 
     Raises:
-        UserError: it trains on pictures themselves.
+        UserError: it trains on pictures themselves, and has no texts.
     """
     if not issubclass(use_case, DiffusionTraining):
         raise UserError("--cached: this script trains on pictures themselves: there is nothing that could be cached")
@@ -124,6 +125,12 @@ def as_if_cached(use_case: type[UseCase], config: DiffusionConfig) -> type[UseCa
             for name in run.features:
                 shapes.setdefault(name, {})[bucket_name(size)] = tuple(found[name][0].shape)
         features = run.features
+        try:
+            run.check_cacheable()
+        except UserError as error:
+            features = {name: one for name, one in features.items() if not one.of_picture}
+            if not features:
+                raise UserError(f"--cached: {error}") from None
     origin = Origin(
         features={name: list(one.settings) for name, one in features.items()}, settings={},
         makers={name: one.network for name, one in features.items()},

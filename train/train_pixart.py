@@ -14,16 +14,17 @@ import json
 from torch import Tensor, nn
 
 from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.common.techniques.transformer import TransformerTechniques
 from families.dit import pixart_build
 from families.dit.pixart_config import PixartConfig
 from families.dit.pixart_training import PixartTraining
 
 
-class TrainPixart(PixartTraining):
+class TrainPixart(TransformerTechniques, PixartTraining):
     Config = PixartConfig
 
     def build(self) -> dict[str, nn.Module]:
-        return {"generator": pixart_build.denoiser(self.config)} | self.needed_encoders()
+        return self.with_techniques(pixart_build.denoiser(self.config)) | self.needed_encoders()
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         return {"generator": self.networks["generator"].state_dict()}

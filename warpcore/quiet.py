@@ -21,6 +21,8 @@ def ignore_expected_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
     for name in _EXPECTED_LINES:
         logging.getLogger(name).addFilter(_is_unexpected)
+    # Two lines of debugging for each tensor of a checkpoint, which no handler writes, take longer than to copy it.
+    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:

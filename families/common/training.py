@@ -1,6 +1,7 @@
 """What training scripts of diffusion models share: features, their caches, and the loss of a denoiser."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -118,6 +119,14 @@ class DiffusionTraining(SampleFields):
     def text_features(self, encoder: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the text encoder, `text` of the encoders, makes of captions: (B, ...) by name."""
         raise NotImplementedError
+
+    def around_forward(self, random: SampleRandom) -> AbstractContextManager:
+        """What holds while the network predicts in `denoising_loss`."""
+        return nullcontext()
+
+    def with_further_losses(self, losses: Losses) -> Losses:
+        """The losses of a batch, with those of what else is learned in that forward pass."""
+        return losses
 
     def drawn_texts(self) -> list[str]:
         """The texts whose conditions a run needs beside those of its captions."""
@@ -298,10 +307,13 @@ class DiffusionTraining(SampleFields):
             latents, noise, random.uniform("timestep"), offset=offset, perturbation=perturbation, shift=config.shift
         )
         mask = None if self.mask is None else resized(self.mask, latents)
-        loss, raw, logsnr = self.diffusion.loss(diffused, predict(diffused.noised, diffused.noise_cond), mask)
+        with self.around_forward(random):
+            prediction = predict(diffused.noised, diffused.noise_cond)
+        loss, raw, logsnr = self.diffusion.loss(diffused, prediction, mask)
         if self.sample_weight is not None:
             loss = loss * self.sample_weight
-        return Losses(loss, raw, {"logsnr": logsnr, "raw": raw} if self.diffusion.state_dict() else {})
+        losses = Losses(loss, raw, {"logsnr": logsnr, "raw": raw} if self.diffusion.state_dict() else {})
+        return self.with_further_losses(losses)
 
     def file_metadata(self) -> dict[str, str]:
         about = {key: str(getattr(self.config, key)) for key in (TARGET_KEY, *self.about_network)}

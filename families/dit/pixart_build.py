@@ -36,9 +36,9 @@ def denoiser(settings: PixartSettings, dtype: torch.dtype = torch.float32) -> nn
             construct, partial_named(PixArtTransformer2DModel, length), settings.version.network, GENERATOR
         )
         if not are_only_shapes():
-            return nn.Module.to(adapt(random_start(build, initialise, dtype), BLOCKS), dtype)
+            return nn.Module.to(adapt(random_start(build, initialise, dtype), BLOCKS, token_arguments={}), dtype)
         with torch.device("meta"):
-            return nn.Module.to(adapt(build(), BLOCKS), dtype)
+            return nn.Module.to(adapt(build(), BLOCKS, token_arguments={}), dtype)
     tensors = found.tensors() if found.path.exists() else {}
     length = text_length_of(tensors)
     check_text(length, found.path, settings)
@@ -46,7 +46,7 @@ def denoiser(settings: PixartSettings, dtype: torch.dtype = torch.float32) -> nn
         network = construct(partial_named(PixArtTransformer2DModel, length), found.config, GENERATOR)
     if not are_only_shapes():
         fill(network, tensors, found.path, GENERATOR, dtype, deferrable=True)
-    return nn.Module.to(adapt(network, BLOCKS), dtype)
+    return nn.Module.to(adapt(network, BLOCKS, token_arguments={}), dtype)
 
 
 def partial_named(kind: type, text_length: int | None):

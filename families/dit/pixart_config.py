@@ -7,6 +7,7 @@ from pydantic import model_validator
 from families.common.config import DiffusionConfig
 from families.common.precision import Precision
 from families.common.prompt_flags import Prompt
+from families.common.techniques.config import TechniqueSettings
 from families.dit.config import LatentSettings
 from families.dit.pixart_versions import VERSIONS, TextVersion
 from warpcore.config import Share
@@ -42,7 +43,7 @@ class PixartSettings(LatentSettings):
         return True
 
 
-class PixartConfig(PixartSettings, DiffusionConfig):
+class PixartConfig(PixartSettings, TechniqueSettings, DiffusionConfig):
     """Keys of the scripts that train."""
 
     caption_dropout: Share = 0.1

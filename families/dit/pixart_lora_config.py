@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, PositiveInt, model_validator
 
 from families.common.lora_config import LoraKeys
+from families.common.techniques.config import TECHNIQUES
 from families.dit.pixart_config import PixartConfig
 from warpcore.config_keys import MAX_ENTRIES
 
@@ -12,6 +13,7 @@ from warpcore.config_keys import MAX_ENTRIES
 class PixartLoraConfig(LoraKeys, PixartConfig):
     """Keys of `train/train_pixart_lora.py`."""
 
+    unused = TECHNIQUES
     module_filters: list[str] = Field(["attn"], max_length=MAX_ENTRIES)
     """Which layers are adapted: parts of their names, or regular expressions on them; `.` is all. By default the
     projections of both attentions."""

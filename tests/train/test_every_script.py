@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict] = {
         "sample_sampler": "ddim",
     },
     "train_dit techniques": {
-        "model_version": "mini", "class_getter": ["json", "lambda j: j['score'] % 7"], "num_classes": 7, "tread": True,
+        "model_version": "mini", "class_getter": ["txt", "lambda t: len(t) % 7"], "num_classes": 7, "tread": True,
         "repa": {"encoder": str(IMAGE_TOWER), "projector_width": 16},
     },
     "train_encoder": {},

@@ -13,7 +13,7 @@ from tests.train.test_every_script import (
 from tests.warpcore.runs import numbers
 
 pytestmark = pytest.mark.integration
-WITH_BATCH_NORMS = {"train_a", "train_b joint", "train_encoder"}
+WITH_BATCH_NORMS = {"train_a", "train_b joint", "train_c_controlnet", "train_encoder"}
 """They want float32, which an error about `weights_dtype: bfloat16` says."""
 
 

@@ -18,13 +18,15 @@ ONLY_WITH_ANOTHER_KEY = {
 """`processes` is used before a run begins."""
 READ_IN_ANY_CASE = {
     "multires_noise_iterations", "multires_noise_discount", "caption_templates", "cache_text", "shuffle_tags",
-    "tag_dropout",
+    "tag_dropout", "repa", "tread",
 }  # fmt: skip
-"""Stage B's noise has many resolutions of its own; networks without texts have no captions."""
+"""Stage B's noise has many resolutions of its own; networks without texts have no captions; the script of a LoRA
+extends that of the whole network."""
 VALUES = {
     "caption_templates": ["a {caption}"], "caption_dropout": 0.5, "cache_text": True, "shuffle_tags": True,
     "tag_dropout": 0.5,
     "captions_getter": ("json", "lambda j: j['a']"), "multires_noise_iterations": 2, "multires_noise_discount": 0.5,
+    "repa": True, "tread": True,
 }  # fmt: skip
 
 

@@ -7,11 +7,16 @@ import re
 from collections.abc import Callable
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from families.common.library_files import CONFIG_KEY
 from families.cosmos import versions as cosmos
+from families.dit import pixart_versions
+from families.dit import versions as dit_versions
 from tests.bounds import bounded, fuzz
 from tools.config_reference import scripts, settings_of
 from warpcore.arguments import read_arguments
@@ -244,13 +249,20 @@ VALUES = st.recursive(
 )
 
 
+NETWORKS = {
+    "families.cosmos": "transformer", "families.dit.pixart": "pixart", "families.dit": "dit.safetensors",
+}  # fmt: skip
+"""What `folder` holds of networks, by where a config is."""
+
+
 def needed(kind: type[Settings], folder) -> dict:
     """Values of the keys that a kind wants."""
     training = GIVEN | {"module_filters": [".attn"], "rank": 2, "words": ["a"]}
     training |= {"controlnet_blocks": [0], "controlnet_filter": "CannyFilter"}
-    drawing = {"prompts": ["a"], "pictures": ["a.png"], "stage_a_only": True, "device": "cpu"}
+    drawing = {"prompts": ["a"], "classes": ["1"], "pictures": ["a.png"], "stage_a_only": True, "device": "cpu"}
     is_library = kind.model_fields.keys() & {"autoencoder_checkpoint_path", "text_chunks"}
-    network = "transformer" if kind.__module__.startswith("families.cosmos") else "unet" if is_library else "c"
+    of_family = next((file for module, file in NETWORKS.items() if kind.__module__.startswith(module)), None)
+    network = of_family or ("unet" if is_library else "c")
     weights = {key: str(folder / network)
                for key in ("generator_checkpoint_path", "autoencoder_checkpoint_path")}  # fmt: skip
     further = (training if issubclass(kind, Config) else drawing) | weights
@@ -262,9 +274,12 @@ def folder(tmp_path, monkeypatch):
     for name, network, numbers in (
         ("unet", "UNet2DConditionModel", {}),
         ("transformer", "CosmosTransformer3DModel", cosmos.VERSIONS["mini"].transformer),
+        ("pixart", "PixArtTransformer2DModel", pixart_versions.VERSIONS["mini"].network),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"_class_name": network, **numbers}))
+    said = {CONFIG_KEY: json.dumps(dit_versions.VERSIONS["mini"].network)}
+    save_file({"pos_embed": torch.zeros(1)}, tmp_path / "dit.safetensors", said)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -113,12 +113,18 @@ class HiddenTokens:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Inside, they are taken; afterwards nothing is kept."""
+        """Inside, they are taken, to be released afterwards."""
         self.wanted = True
         try:
             yield
         finally:
-            self.wanted, self.tokens, self.places = False, None, None
+            self.wanted = False
+
+    def release(self) -> tuple[Tensor, Tensor | None]:
+        """Tokens and places of the last forward pass, which are kept no longer."""
+        released = self.tokens, self.places
+        self.tokens = self.places = None
+        return released
 
 
 def alignment(projected: Tensor, patches: Tensor) -> Tensor:

@@ -71,18 +71,8 @@ class TransformerTechniques(DiffusionTraining):
             width = patch_width(self._encoder_path, ENCODER_KEY)
             return {"generator": network, PROJECTOR: Projector(network.token_width, repa.projector_width, width)}
 
-    def denoising_loss(self, latents: Tensor, random: SampleRandom, *others: Any, **named: Any) -> Losses:
-        with self._techniques(random):
-            losses = super().denoising_loss(latents, random, *others, **named)
-            if self._hidden is None:
-                return losses
-            aligned = self._alignment(self._hidden)
-        counted = aligned if self.sample_weight is None else aligned * self.sample_weight
-        loss = losses.loss + self.config.repa.weight * counted
-        return replace(losses, loss=loss, metrics=losses.metrics | {"alignment": aligned})
-
     @contextmanager
-    def _techniques(self, random: SampleRandom) -> Iterator[None]:
+    def around_forward(self, random: SampleRandom) -> Iterator[None]:
         with ExitStack() as used:
             if self._routing is not None:
                 used.enter_context(self._routing.drawn(random))
@@ -90,15 +80,23 @@ class TransformerTechniques(DiffusionTraining):
                 used.enter_context(self._hidden.taken())
             yield
 
-    def _alignment(self, hidden: HiddenTokens) -> Tensor:
-        """The alignment (B,) of the tokens that were taken in the last forward pass; a mask counts as in the loss."""
+    def with_further_losses(self, losses: Losses) -> Losses:
+        if self._hidden is None:
+            return losses
+        aligned = self._alignment(*self._hidden.release())
+        counted = aligned if self.sample_weight is None else aligned * self.sample_weight
+        loss = losses.loss + self.config.repa.weight * counted
+        return replace(losses, loss=loss, metrics=losses.metrics | {"alignment": aligned})
+
+    def _alignment(self, tokens: Tensor, places: Tensor | None) -> Tensor:
+        """The alignment (B,) of the tokens of the last forward pass; a mask counts as in the loss."""
         patches, counts = self.patches, None
         if self.mask is not None:
             counts = resized(self.mask, self.mask.new_empty(1, 1, *self._grid)).flatten(1)  # (B, N)
-        if hidden.places is not None:
-            patches = take_tokens(patches, hidden.places)
-            counts = None if counts is None else counts.gather(1, hidden.places)
-        aligned = alignment(self.networks[PROJECTOR](hidden.tokens), patches)
+        if places is not None:
+            patches = take_tokens(patches, places)
+            counts = None if counts is None else counts.gather(1, places)
+        aligned = alignment(self.networks[PROJECTOR](tokens), patches)
         if counts is None:
             return per_sample(aligned)
         return per_sample(aligned * counts) / per_sample(counts).clamp(min=1e-6)

@@ -12,7 +12,10 @@ from warpcore.errors import UserError
 TAGS = ["1girl", "solo", "smile", "hat", "long hair", "outdoors"]
 CAPTION = ", ".join(TAGS)
 
-SCRIPTS = [name for name in SETTINGS if "shuffle_tags" in use_case(name).Config.model_fields]
+SCRIPTS = [
+    name for name in SETTINGS
+    if "shuffle_tags" in use_case(name).Config.model_fields.keys() - use_case(name).Config.unused
+]  # fmt: skip
 
 
 def drawn(count=400, caption=CAPTION, **settings):

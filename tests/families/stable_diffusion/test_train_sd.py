@@ -15,6 +15,7 @@ from families.stable_diffusion import build
 from families.stable_diffusion.components import find_component
 from families.stable_diffusion.inference import SdInferenceSettings
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
+from tests.tiers import represented_by
 from tests.warpcore.runs import read_metrics, tiny_settings, write_shard
 from train.train_sd import TrainSd
 from warpcore.config import make_config
@@ -39,7 +40,7 @@ def train(settings) -> list[dict]:
     return read_metrics(settings)
 
 
-@pytest.mark.parametrize("version", PIPELINES)
+@pytest.mark.parametrize("version", represented_by("sdxl", of=PIPELINES))
 def test_the_exported_unet_is_the_library_s(tmp_path, version):
     settings = settings_of(tmp_path, version)
     train(settings)

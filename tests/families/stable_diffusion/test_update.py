@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 
 from tests.caches import make_cache
 from tests.families.stable_diffusion.test_train_sd import PIPELINES, settings_of, train
+from tests.tiers import represented_by
 from tests.warpcore.runs import read_metrics, write_shard
 from train.train_sd import TrainSd
 from warpcore.config import make_config
@@ -77,7 +78,9 @@ def in_diffusers(folder: Path, version: str, run: Recorded) -> tuple[float, floa
     return loss.item(), norm.item(), unet.state_dict()
 
 
-@pytest.mark.parametrize(("version", "scheduler"), [("sd15", {}), ("sd15", ZERO_SNR), ("sdxl", {})])
+@pytest.mark.parametrize(("version", "scheduler"), [
+    ("sd15", {}), pytest.param("sd15", ZERO_SNR, marks=pytest.mark.slow), ("sdxl", {}),
+])  # fmt: skip
 def test_one_update_is_that_of_the_library_s_example(tmp_path, version, scheduler):
     pipeline = PIPELINES[version](tmp_path / "pipeline")
     config = pipeline / "scheduler" / "scheduler_config.json"
@@ -100,7 +103,7 @@ def test_one_update_is_that_of_the_library_s_example(tmp_path, version, schedule
     assert difference.norm() <= 1e-5 * change.norm()
 
 
-@pytest.mark.parametrize("version", PIPELINES)
+@pytest.mark.parametrize("version", represented_by("sdxl", of=PIPELINES))
 def test_a_run_from_a_cache_has_the_losses_of_one_from_pictures(tmp_path, version):
     given = settings_of(
         tmp_path, version, latent="mean", updates=3, save_every=3, crop_mode="center", caption_dropout=0.5,

@@ -1,9 +1,12 @@
 """Tiny pipelines of Stable Diffusion 1.5 and SDXL as diffusers writes them: random weights, the published layouts.
 
 The U-Nets have the published numbers of levels and blocks, so tensors have their published names; channels and widths
-are small. A pipeline takes a second to write, and 64 x 64 px become 8 x 8 latents.
+are small. A pipeline takes a second to make, once per process and kind, and 64 x 64 px become 8 x 8 latents.
 """
 
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -42,22 +45,40 @@ def write_sd15(folder: Path, vocabulary: Vocabulary = "letters", **scheduler) ->
 
     scheduler: further settings of it, such as `prediction_type`.
     """
-    tokenizer = _write_tokenizer(folder / "tokenizer", vocabulary)
+    return _copy(_made_sd15(vocabulary, **scheduler), folder)
+
+
+def write_sdxl(folder: Path, vocabulary: Vocabulary = "letters", **scheduler) -> Path:
+    """A pipeline of SDXL in `folder`, which is returned: encoders of widths 16 and 24 (pooled: 20), Euler."""
+    return _copy(_made_sdxl(vocabulary, **scheduler), folder)
+
+
+def _copy(made: tempfile.TemporaryDirectory, folder: Path) -> Path:
+    shutil.copytree(made.name, folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _made_sd15(vocabulary: Vocabulary, **scheduler) -> tempfile.TemporaryDirectory:
+    made = tempfile.TemporaryDirectory()
+    tokenizer = _write_tokenizer(Path(made.name, "tokenizer"), vocabulary)
     diffusers.StableDiffusionPipeline(
         unet=_unet(SD15_UNET),
         vae=_autoencoder(scaling_factor=0.18215, force_upcast=False),
-        text_encoder=write_encoder(folder / "text_encoder", tokenizer, seed=1),
+        text_encoder=write_encoder(Path(made.name, "text_encoder"), tokenizer, seed=1),
         tokenizer=tokenizer,
         scheduler=diffusers.PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, **scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
+    ).save_pretrained(made.name)
+    return made
 
 
-def write_sdxl(folder: Path, vocabulary: Vocabulary = "letters", **scheduler) -> Path:
-    """A pipeline of SDXL in `folder`, which is returned: encoders of widths 16 and 24 (pooled: 20), Euler."""
+@cache
+def _made_sdxl(vocabulary: Vocabulary, **scheduler) -> tempfile.TemporaryDirectory:
+    made = tempfile.TemporaryDirectory()
+    folder = Path(made.name)
     tokenizers = [_write_tokenizer(folder / f"tokenizer{end}", vocabulary, pad) for end, pad in SDXL_PADDING.items()]
     diffusers.StableDiffusionXLPipeline(
         unet=_unet(SDXL_UNET),
@@ -70,7 +91,7 @@ def write_sdxl(folder: Path, vocabulary: Vocabulary = "letters", **scheduler) ->
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     ).save_pretrained(folder)
-    return folder
+    return made
 
 
 SDXL_PADDING = {"": "<|endoftext|>", "_2": "!"}

@@ -38,8 +38,9 @@ def test_its_gradient_reaches_the_blocks_up_to_its_own_and_no_other():
     hidden, projector = HiddenTokens(network, SETTINGS), Projector(8, 16, 6)
     with hidden.taken():
         network(**given)
-        assert hidden.places is None
-        alignment(projector(hidden.tokens), torch.randn(3, 10, 6)).mean().backward()
+    tokens, places = hidden.release()
+    assert places is None
+    alignment(projector(tokens), torch.randn(3, 10, 6)).mean().backward()
     assert hidden.tokens is None
     reached = [any(parameter.grad is not None for parameter in block.parameters()) for block in network.blocks]
     assert reached == [True, True, False, False, False]
