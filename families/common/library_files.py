@@ -4,6 +4,7 @@ Nothing is run that a file contains, and nothing is downloaded: paths are local.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,18 @@ PICKLED = Path("pytorch_model.bin")
 VARIANTS = ("", ".fp16", ".bf16")
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 """What networks predict (`diffusion_target`), as schedulers of diffusers call it (`prediction_type`)."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network in a file or folder: what is known before its weights are read."""
+
+    path: Path
+    """The file, or the network's own folder."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """Reads the weights, in the library's names."""
+    config: Mapping[str, Any] | None = None
+    """The library's constructor numbers; None where nothing says them."""
 
 
 def save_library_folder(network: Any, folder: Path) -> None:

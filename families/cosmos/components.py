@@ -10,7 +10,7 @@ one network's file         generator.safetensors       diffusers' names, as runs
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from families.common import library_files
 from families.common.library_files import CONFIG, component_folder, read_config, read_tensors
 from families.common.wan_autoencoder import read_wan_tensors
 from families.common.weight_files import read_header
@@ -38,15 +39,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Component:
-    """A network in a file or folder: what is known before its weights are read."""
+class Component(library_files.Component):
+    """A network in a file or folder, with what stands beside it."""
 
-    path: Path
-    """The file, or the network's own folder."""
-    tensors: Callable[[], Mapping[str, Tensor]]
-    """Reads the weights, in the library's names."""
-    config: Mapping[str, Any] | None = None
-    """The library's constructor numbers; None where nothing says them."""
     tokenizer: Path | None = None
     """The folder of a text encoder's tokenizer, where there is one beside it."""
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from families.common.captions import cut_note
 from families.common.pipeline import LatentPipeline, Size
 from families.common.t5 import padded
+from families.common.transformer_lora import built_with
 from families.cosmos import build
-from families.cosmos.lora import transformer
 from families.cosmos.sampling import draw
 from families.cosmos.training import TEXT
 
@@ -53,7 +53,7 @@ class CosmosNetworks(LatentPipeline):
             noise: (N, C, h, w) to begin with; by default that of `seeds`, which are the same on any machine.
             sampling: other arguments of `families.cosmos.sampling.draw`.
         """
-        with self.holding("denoiser", partial(transformer, loras=self.loras, dtype=self.dtype)) as network:
+        with self.holding("denoiser", partial(built_with, build.transformer, self.loras, dtype=self.dtype)) as network:
             diffusion, shape = build.process(self.settings), (network.config.in_channels, *size)
 
             def made(rows: list[int]) -> Tensor:

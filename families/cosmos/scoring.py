@@ -1,13 +1,14 @@
 """Pictures of a mini Cosmos-Predict2 to be scored: drawn for prompts, and rebuilt from given ones."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from families.common.inference import ComputeSettings
 from families.common.scoring import SIDE_PX, ScoredLatents, ScoredSettings, Ways, as_uint8
+from families.common.transformer_lora import open_loras
 from families.cosmos import build
 from families.cosmos.drawing import CosmosNetworks
 from families.cosmos.inference import CosmosInferenceSettings
-from families.cosmos.lora import open_loras
 from families.cosmos.sampling import published_noise
 
 
@@ -20,7 +21,7 @@ class ScoredCosmos(ScoredLatents):
 
     Config = ScoredCosmosSettings
     pipeline = CosmosNetworks
-    open_loras = staticmethod(open_loras)
+    open_loras = staticmethod(partial(open_loras, build.transformer))
     scripts = "train_cosmos or train_cosmos_lora"
 
     def draw(self, prompts: Sequence[str], seed: int) -> Ways:

@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, model_validator
 
 from families.common.text_to_image import Drawn, TextToImageConfig
+from families.common.transformer_lora import open_loras
 from families.cosmos import build
 from families.cosmos.drawing import CosmosNetworks
 from families.cosmos.inference import CosmosInferenceSettings
-from families.cosmos.lora import open_loras
 from families.cosmos.sampling import MAX_SEED, published_noise
 from families.cosmos.training import TEXT
 from warpcore.config_keys import SidePx, Steps
@@ -73,7 +73,7 @@ class CosmosTextToImage:
 
     def __init__(self, config: CosmosTextToImageConfig):
         self.config = config
-        self.networks = CosmosNetworks(config, open_loras(config.lora, config, config.use_ema))
+        self.networks = CosmosNetworks(config, open_loras(build.transformer, config.lora, config, config.use_ema))
         compression, numbers = build.latents_of(config)[1], build.transformer_numbers(config)
         factor, most = compression * numbers["patch_size"][1], compression * numbers["max_size"][1]
         if any(side % factor or side > most for side in config.size_px):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from families.common.library_files import CONFIG, component_folder, construct, fill, read_config
+from families.common.library_files import CONFIG, Component, component_folder, construct, fill, read_config
 from families.common.library_networks import adapt
 from families.common.random_start import random_start
 from families.common.t5 import StandInTokenizer, T5TextEncoder
@@ -16,7 +16,7 @@ from families.common.weight_files import GENERATOR, TEXT
 from families.common.weight_source import local_weights
 from families.common.weights import WeightsError, are_only_shapes
 from families.dit.pixart_config import PixartSettings
-from families.dit.pixart_files import Denoiser, find_denoiser, text_length_of
+from families.dit.pixart_files import find_denoiser, text_length_of
 from families.dit.pixart_versions import VERSIONS, version_of
 
 BLOCKS = ["BasicTransformerBlock"]
@@ -56,7 +56,7 @@ def partial_named(kind: type, text_length: int | None):
     return made
 
 
-def denoiser_source(settings: PixartSettings) -> Denoiser | None:
+def denoiser_source(settings: PixartSettings) -> Component | None:
     """The denoiser in `generator_checkpoint_path`; None without one, or where it may be missing.
 
     Raises:

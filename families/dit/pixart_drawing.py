@@ -12,10 +12,10 @@ from families.common.captions import cut_note
 from families.common.features import lengths_name
 from families.common.pipeline import LatentPipeline, Size
 from families.common.sampling import draw_latents
+from families.common.transformer_lora import built_with
 from families.dit import build, pixart_build
 from families.dit.autoencoder import autoencoder, latents_of
 from families.dit.pixart_conditions import FEATURE, MASK, TEXT, own_empty_text, told, whole_pictures, without_text
-from families.dit.pixart_lora import denoiser
 from families.dit.training import latent_shape
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ class PixartNetworks(LatentPipeline):
             conditions |= whole_pictures(len(prompts), size_px, torch.device("cpu"))
         away = {name: rows[texts.index(negative), None] for name, rows in read.items()}
         diffusion = build.process(settings)
-        with self.holding("denoiser", partial(denoiser, loras=self.loras, dtype=self.dtype)) as network:
+        with self.holding(
+            "denoiser", partial(built_with, pixart_build.denoiser, self.loras, dtype=self.dtype)
+        ) as network:
             own = own_empty_text(network)
             unconditional = without_text(conditions, None if negative or own is None else own.cpu(), away)
             shape = latent_shape(size_px, network.config.in_channels, latents_of(settings)[1])

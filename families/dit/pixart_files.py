@@ -8,15 +8,14 @@ one network's file         generator.safetensors: diffusers' names, as runs expo
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from families.common.library_files import CONFIG, class_names, component_folder, read_config, read_tensors
+from families.common.library_files import CONFIG, Component, class_names, component_folder, read_config, read_tensors
 from families.common.weights import WeightsError, existing_file, read_weights
 from families.dit.pixart_names import EMPTY, LIBRARY_EMPTY, POSITIONS, library_tensors
 from families.dit.pixart_versions import VERSIONS, numbers
@@ -35,17 +34,6 @@ _LIBRARY = (
 )
 
 
-@dataclass(frozen=True)
-class Denoiser:
-    """A denoiser in a file or folder: what is known before its weights are read."""
-
-    path: Path
-    tensors: Callable[[], Mapping[str, Tensor]]
-    """Reads the weights, in diffusers' names."""
-    config: Mapping[str, Any]
-    """Constructor numbers of diffusers' PixArtTransformer2DModel."""
-
-
 def is_of_pixart(names: Collection[str]) -> bool:
     """Whether tensors of these names are a PixArt's, in published names or in diffusers'."""
     return all(name in names for name in _LIBRARY) or (
@@ -53,7 +41,7 @@ def is_of_pixart(names: Collection[str]) -> bool:
     )
 
 
-def find_denoiser(path: Path, key: str) -> Denoiser:
+def find_denoiser(path: Path, key: str) -> Component:
     """The denoiser of a file or folder; see this module.
 
     Args:
@@ -69,18 +57,18 @@ def find_denoiser(path: Path, key: str) -> Denoiser:
             raise UserError(f"{key}: {path} is no folder with a PixArt-alpha: it has neither transformer/{CONFIG} nor "
                             f"{CONFIG}")  # fmt: skip
         _check_config(config, folder, key)
-        return Denoiser(folder, partial(read_tensors, folder, key), config)
+        return Component(folder, partial(read_tensors, folder, key), config)
     existing_file(path, key)
     config = read_config(path, key) if path.suffix == ".safetensors" or is_index(path) else None
     if config is not None:
         _check_config(config, path, key)
-        return Denoiser(path, partial(read_tensors, path, key), config)
+        return Component(path, partial(read_tensors, path, key), config)
     state = read_weights(path, key)
     if missing := [name for name in _PUBLISHED if name not in state]:
         held = ", ".join(sorted(state)[:3]) or "nothing"
         raise WeightsError(f"{key}: {path} holds no PixArt-alpha: {missing[0]} is missing, and it has {held}")
     tensors = library_tensors(state)
-    return Denoiser(path, lambda: tensors, _numbers_of(tensors, state, path, key))
+    return Component(path, lambda: tensors, _numbers_of(tensors, state, path, key))
 
 
 def _check_config(config: Mapping[str, Any], path: Path, key: str) -> None:

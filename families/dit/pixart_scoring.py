@@ -1,12 +1,14 @@
 """Pictures of a mini PixArt-alpha to be scored: drawn for prompts, and rebuilt from given ones."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from families.common.inference import ComputeSettings
 from families.common.scoring import SIDE_PX, ScoredLatents, ScoredSettings, Ways, as_uint8
+from families.common.transformer_lora import open_loras
+from families.dit import pixart_build
 from families.dit.pixart_drawing import PixartNetworks
 from families.dit.pixart_inference import PixartInferenceSettings
-from families.dit.pixart_lora import open_loras
 
 
 class ScoredPixartSettings(ScoredSettings, PixartInferenceSettings, ComputeSettings):
@@ -18,7 +20,7 @@ class ScoredPixart(ScoredLatents):
 
     Config = ScoredPixartSettings
     pipeline = PixartNetworks
-    open_loras = staticmethod(open_loras)
+    open_loras = staticmethod(partial(open_loras, pixart_build.denoiser))
     scripts = "train_pixart or train_pixart_lora"
 
     def draw(self, prompts: Sequence[str], seed: int) -> Ways:

@@ -6,10 +6,11 @@ from typing import Literal, Self
 from pydantic import NonNegativeFloat, model_validator
 
 from families.common.text_to_image import Drawn, TextToImageConfig
+from families.common.transformer_lora import open_loras
+from families.dit import pixart_build
 from families.dit.autoencoder import latents_of
 from families.dit.pixart_drawing import PixartNetworks
 from families.dit.pixart_inference import PixartInferenceSettings
-from families.dit.pixart_lora import open_loras
 from warpcore.config_keys import SidePx, Steps
 from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.errors import UserError
@@ -67,7 +68,7 @@ class PixartTextToImage:
         if any(side % config.factor for side in self.size):
             height, width = self.size
             raise UserError(f"size: {height} x {width} px (height x width); sides are multiples of {config.factor} px")
-        self.networks = PixartNetworks(config, open_loras(config.lora, config, config.use_ema))
+        self.networks = PixartNetworks(config, open_loras(pixart_build.denoiser, config.lora, config, config.use_ema))
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
         """A picture for each prompt and its seed."""

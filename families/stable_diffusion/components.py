@@ -8,14 +8,13 @@ one network in diffusers' or transformers' names                generator.safete
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from families.common import library_files
 from families.common.library_files import (
     CONFIG,
     PREDICTIONS,
@@ -69,15 +68,9 @@ _TENSORS = {
 
 
 @dataclass(frozen=True)
-class Component:
-    """A network in a file or folder: what is known before its weights are read."""
+class Component(library_files.Component):
+    """A network in a file or folder, with what stands beside it."""
 
-    path: Path
-    """The file, or the network's own folder."""
-    tensors: Callable[[], Mapping[str, Tensor]]
-    """Reads the weights, in the library's names."""
-    config: Mapping[str, Any] | None = None
-    """The library's constructor numbers; None where the file does not say them."""
     version: str | None = None
     """Which Stable Diffusion it belongs to: of a U-Net, and of everything in one file with one."""
     diffusion_target: str | None = None

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from families.common.lora import merge_loras
 from families.common.lora_files import write_loras
 from families.common.lora_formats import Adapter, Lora, LoraFileError
-from families.cosmos.lora import TRANSFORMER, read_lora
+from families.common.transformer_lora import TRANSFORMER, read_lora
 from families.cosmos.original_names import library_layer, library_tensors
 from families.cosmos.transformer import CosmosTransformer3DModel
 from modules.lora import places

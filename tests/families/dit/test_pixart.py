@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from families.common.library_networks import LibraryNetwork, adapt
-from families.dit.pixart_build import BLOCKS
+from families.common.transformer_lora import built_with, open_loras
+from families.dit.pixart_build import BLOCKS, denoiser
 from families.dit.pixart_conditions import FEATURE, MASK, TEXT, told, without_text
 from families.dit.pixart_drawing import PixartNetworks
 from families.dit.pixart_exports import export_lora, to_diffusers, to_published
 from families.dit.pixart_files import find_denoiser
-from families.dit.pixart_lora import denoiser, open_loras
 from families.dit.pixart_text_to_image import PixartTextToImageConfig
 from families.dit.pixart_transformer import PixArtTransformer2DModel
 from families.registry import family_of
@@ -74,7 +74,7 @@ def test_a_lora_is_trained_on_a_run_and_read_again_in_each_form(run, kind, tmp_p
     drawn = []
     for path in (lora / "lora.safetensors", target):
         config = load_config(PixartTextToImageConfig, [*settings, str(path), "--prompts", "a circle"])
-        drawn.append(predicted(denoiser(config, open_loras(config.lora, config))))
+        drawn.append(predicted(built_with(denoiser, open_loras(denoiser, config.lora, config), config)))
     torch.testing.assert_close(*drawn, rtol=0, atol=1e-6)
 
 

@@ -1,0 +1,85 @@
+"""LoRA on the one denoiser of a family, which pipelines call `transformer`: its files, and what trains it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from families.common.library_files import CONFIG_KEY
+from families.common.lora import add_adapters, listed_loras, merge_loras
+from families.common.lora_files import metadata, read_loras
+from families.common.lora_formats import Lora
+from families.common.lora_training import freeze, lora_of, lora_tensors, start_from
+from families.common.prompt_samples import PromptSamples
+from families.common.weights import only_shapes
+from modules.lora import without_adapters
+
+TRANSFORMER = "transformer"
+"""The network of a pipeline, as LoRA files call it."""
+Build = Callable[..., nn.Module]
+"""Builds a family's denoiser from its settings and, where weights are wanted, a dtype."""
+Loras = Sequence[tuple[Lora, float]]
+"""What each LoRA changes of the denoiser, and its strength."""
+
+
+def read_lora(path: Path, network: nn.Module) -> Lora:
+    """What a LoRA, in any format, changes of the denoiser.
+
+    Raises:
+        LoraFileError: it is for another network, damaged, or something else.
+    """
+    return read_loras(path, {TRANSFORMER: network}, "model_version").get(TRANSFORMER, Lora({}))
+
+
+def open_loras(build: Build, files: Sequence[str], settings: Any, use_ema: bool = True) -> Loras:
+    """Read LoRAs, written as FILE[:STRENGTH], for the denoiser that the settings name.
+
+    A FILE may be the folder of a training run; use_ema takes its averaged weights, where there are some.
+
+    Raises:
+        LoraFileError: a file is missing or made for another network.
+    """
+    if not files:
+        return []
+    with only_shapes():
+        network = build(settings)
+    return [(read_lora(path, network), strength) for path, strength in listed_loras(files, use_ema)]
+
+
+def built_with(build: Build, loras: Loras, settings: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The denoiser with the changes of LoRAs in its weights."""
+    network = build(settings, dtype)
+    merge_loras(network, loras)
+    return network
+
+
+class TransformerLora(PromptSamples):
+    """Hooks of a script that trains a LoRA; named before the class that trains the whole denoiser."""
+
+    start_files = ("generator_checkpoint_path", "lora_checkpoint_path")
+    frozen_base = True
+
+    def build(self) -> dict[str, nn.Module]:
+        config, networks = self.config, super().build()
+        network = networks["generator"]
+        freeze(network, config.frozen_weights or self.dtype, self.processes)
+        add_adapters(network, config.module_filters, config.lora_settings)
+        if config.lora_checkpoint_path:
+            start_from(read_lora(config.lora_checkpoint_path, network), network, None, config.lora_checkpoint_path)
+        return networks
+
+    def draw(self, prompts: list[str], size: tuple[int, int]) -> dict:
+        """Drawings without and with the LoRA, from the same noise."""
+        with without_adapters(self.networks["generator"]):
+            base = super().draw(prompts, size)["sample"]
+        return {"base": base, "LoRA": super().draw(prompts, size)["sample"]}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        own = lora_tensors(self.networks["generator"], None)
+        return {"lora": {f"{TRANSFORMER}.{name}": tensor for name, tensor in own.items()}}
+
+    def file_metadata(self) -> dict[str, str]:
+        about = metadata({TRANSFORMER: lora_of(self.networks["generator"])})
+        return {key: value for key, value in super().file_metadata().items() if key != CONFIG_KEY} | about
