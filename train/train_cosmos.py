@@ -11,7 +11,7 @@ diffusers of it.
 import warpcore.openmp
 import json
 
-from torch import Tensor, nn
+from torch import nn
 
 from families.common.library_files import CONFIG_KEY, constructor_numbers
 from families.common.techniques.transformer import TransformerTechniques
@@ -26,9 +26,6 @@ class TrainCosmos(TransformerTechniques, CosmosTraining):
     def build(self) -> dict[str, nn.Module]:
         build.check_fits(self.config, *filter(self.needs_encoder, ("autoencoder", "text")))
         return self.with_techniques(build.transformer(self.config)) | self.needed_encoders()
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        return {"generator": self.networks["generator"].state_dict()}
 
     def file_metadata(self) -> dict[str, str]:
         config = constructor_numbers(dict(self.networks["generator"].config))

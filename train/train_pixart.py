@@ -11,7 +11,7 @@ published file or a folder of diffusers of it.
 import warpcore.openmp
 import json
 
-from torch import Tensor, nn
+from torch import nn
 
 from families.common.library_files import CONFIG_KEY, constructor_numbers
 from families.common.techniques.transformer import TransformerTechniques
@@ -25,9 +25,6 @@ class TrainPixart(TransformerTechniques, PixartTraining):
 
     def build(self) -> dict[str, nn.Module]:
         return self.with_techniques(pixart_build.denoiser(self.config)) | self.needed_encoders()
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        return {"generator": self.networks["generator"].state_dict()}
 
     def file_metadata(self) -> dict[str, str]:
         config = constructor_numbers(dict(self.networks["generator"].config))

@@ -26,9 +26,9 @@ def test_the_network_of_a_config_has_the_tensors_of_the_published_file(size):
     assert all(tensor.is_meta for tensor in network.state_dict().values())
 
 
-def counted(config: str) -> list[Needs]:
+def counted(script: str, config: str) -> list[Needs]:
     """The memory of an update of eight samples on a GPU, without checkpointing and with all of it."""
-    use_case = load_use_case(ROOT / "train" / "train_dit.py")
+    use_case = load_use_case(ROOT / "train" / script)
     settings = load_config(use_case.Config, [str(ROOT / "configs" / "training" / config)])
     with only_shapes(), OnShapes(use_case, settings, "cuda") as shapes:
         size, kept = bucket_sizes(shapes.run)[0], []
@@ -40,11 +40,20 @@ def counted(config: str) -> list[Needs]:
 
 @pytest.mark.slow
 @pytest.mark.integration
-@pytest.mark.parametrize("config", ["dit_xl2_256.yaml", "dit_xl2_512.yaml"])
-def test_an_update_of_the_published_size_passes_on_shapes(config):
-    kept = counted(config)
+@pytest.mark.parametrize(
+    ("script", "config", "parameters"),
+    [
+        ("train_dit.py", "dit_xl2_256.yaml", 674_834_720),
+        ("train_dit.py", "dit_xl2_512.yaml", 674_834_720),
+        ("train_pixart.py", "pixart_xl2_256.yaml", 610_856_096),
+        ("train_pixart.py", "pixart_xl2_512.yaml", 610_856_096),
+        ("train_pixart.py", "pixart_xl2_1024ms.yaml", 611_349_152),
+    ],
+)
+def test_an_update_of_the_published_size_passes_on_shapes(script, config, parameters):
+    kept = counted(script, config)
     for needs in kept:
-        assert needs.weights == needs.gradients == 4 * 674_834_720
-        assert needs.optimizer == pytest.approx(8 * 674_834_720, rel=1e-5)
-        assert needs.ema == pytest.approx(4 * 674_834_720, rel=1e-2)
+        assert needs.weights == needs.gradients == 4 * parameters
+        assert needs.optimizer == pytest.approx(8 * parameters, rel=1e-5)
+        assert needs.ema == pytest.approx(4 * parameters, rel=1e-2)
     assert kept[1].activations < 0.5 * kept[0].activations
