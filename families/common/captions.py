@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import nn
 
 from modules.tokenizers import Tokenizer
+from warpcore.text import shortened
 
 if TYPE_CHECKING:
     from modules.tokens import Token
@@ -54,14 +55,20 @@ def are_cut(encoder: nn.Module, captions: Sequence[str]) -> list[bool]:
 
 
 def cut_note(encoder: nn.Module, captions: Sequence[str], what: str) -> list[str]:
-    """How many of `what` lose their end in a text encoder, if any do."""
+    """How many of `what` lose their end in a text encoder, and how many all of their words, if any do."""
     cut = [caption for caption, lost in zip(captions, are_cut(encoder, captions), strict=True) if lost]
-    if not cut:
-        return []
-    return [
-        f"{len(cut)} of {len(captions)} {what} are longer than the {encoder.length} tokens that the text encoder "
-        f"reads; the rest of each is cut off, as of {cut[0][:60] + '...'!r}"
-    ]
+    clean, notes = getattr(encoder, "clean", str), []
+    if cut:
+        notes.append(
+            f"{len(cut)} of {len(captions)} {what} are longer than the {encoder.length} tokens that the text encoder "
+            f"reads; the rest of each is cut off, as of {cut[0][:60] + '...'!r}"
+        )
+    if lost := [caption for caption in captions if caption.strip() and not clean(caption)]:
+        notes.append(
+            f"{len(lost)} of {len(captions)} {what} have no word left after they are cleaned, and are read as empty "
+            f"ones, as {shortened(lost[0])!r}; clean_captions: false leaves them as they are"
+        )
+    return notes
 
 
 def say_of_captions(run: "WarpCore") -> None:

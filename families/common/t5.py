@@ -54,6 +54,7 @@ class T5TextEncoder(LibraryTextEncoder):
         padding: the states after the last token are `zeros`; or those that T5 gives for L padded tokens, as pipelines
             without masks read them (`states`).
         zeros_for_empty: the condition of the empty text is one row of zeros, instead of the state of its `</s>`.
+        clean: what is done to a text before it is read.
         key: the config key that an error names.
 
     Raises:
@@ -67,6 +68,7 @@ class T5TextEncoder(LibraryTextEncoder):
         length: int = 512,
         padding: Padding = "zeros",
         zeros_for_empty: bool = False,
+        clean: Callable[[str], str] = str,
         key: str = "text_encoder",
     ):
         super().__init__()
@@ -79,6 +81,7 @@ class T5TextEncoder(LibraryTextEncoder):
             built(partial(T5EncoderModel, settings), T5EncoderModel.__name__, key).eval().requires_grad_(False)
         )
         self.key, self._length, self.padding, self.zeros_for_empty = key, length, padding, zeros_for_empty
+        self.clean = clean
         self.tokenizer = _read_tokenizer(tokenizer, key) if isinstance(tokenizer, str | Path) else tokenizer
         if len(self.tokenizer) > self.model.config.vocab_size:
             raise UserError(
@@ -103,7 +106,7 @@ class T5TextEncoder(LibraryTextEncoder):
         Args:
             tokenizer: by default the folder beside the encoder's (`tokenizer`, `tokenizer_2`, ...), or its own.
             device: where matrices go to be put into four bits (`nf4`).
-            options: `length`, `padding` and `zeros_for_empty`.
+            options: `length`, `padding`, `zeros_for_empty` and `clean`.
 
         Raises:
             UserError: files are missing or made for another network; or float16, in which T5 overflows.
@@ -168,7 +171,11 @@ class T5TextEncoder(LibraryTextEncoder):
         """Token ids, cut to L with `</s>` as the last, padded to the longest text, or to L for `padding: states`."""
         padding = "longest" if self.padding == "zeros" else "max_length"
         read = self.tokenizer(
-            list(texts), padding=padding, max_length=self.length, truncation=True, return_tensors="pt"
+            [self.clean(text) for text in texts],
+            padding=padding,
+            max_length=self.length,
+            truncation=True,
+            return_tensors="pt",
         )
         return Tokens(read.input_ids, read.attention_mask.bool())
 

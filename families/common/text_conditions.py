@@ -47,6 +47,11 @@ class LibraryTextEncoder(FrozenNetwork):
     tokenizer: "PreTrainedTokenizerBase"
     key: str
 
+    @staticmethod
+    def clean(text: str) -> str:
+        """A text as the tokenizer gets it."""
+        return text
+
     @property
     def length(self) -> int:
         """L: tokens of a text that are read at most, those at its begin and end included."""
@@ -54,7 +59,8 @@ class LibraryTextEncoder(FrozenNetwork):
 
     def are_cut(self, texts: Sequence[str]) -> list[bool]:
         """Which texts have more than L tokens."""
-        ids = self.tokenizer(list(texts), truncation=True, max_length=self.length + 1).input_ids if texts else []
+        cleaned = [self.clean(text) for text in texts]
+        ids = self.tokenizer(cleaned, truncation=True, max_length=self.length + 1).input_ids if texts else []
         return [len(own) > self.length for own in ids]
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

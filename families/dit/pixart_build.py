@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from families.common.caption_cleaning import clean_caption, lower_case
 from families.common.library_files import CONFIG, Component, component_folder, construct, fill, read_config
 from families.common.library_networks import adapt
 from families.common.random_start import random_start
@@ -103,7 +104,10 @@ def text_source(settings: PixartSettings) -> Path:
 def text_encoder(settings: PixartSettings, device: torch.device | str = "cpu") -> T5TextEncoder:
     """The text encoder, in its own precision; states behind the end of a text are zeros, which masks hide."""
     path, version = text_source(settings), settings.version
-    options = {"precision": settings.text_encoder_precision, "key": TEXT, "length": version.text_length}
+    options = {
+        "precision": settings.text_encoder_precision, "key": TEXT, "length": version.text_length,
+        "clean": clean_caption if settings.clean_captions else lower_case,
+    }  # fmt: skip
     if are_only_shapes() and version.text is not None and (not path.exists() or read_config(path, TEXT) is None):
         return T5TextEncoder.of(version.text, StandInTokenizer(), dict, path, device=device, **options)
     encoder = T5TextEncoder.load(path, device=device, **options)

@@ -32,6 +32,9 @@ class PixartSettings(LatentSettings):
     none."""
     text_encoder_precision: Precision = "bfloat16"
     """What the text encoder is kept and computed in: 10 GB in bfloat16, 3 GB in `nf4` (needs torchao)."""
+    clean_captions: bool = True
+    """Clean captions and prompts before T5 reads them, as for published weights: without links, markup, file names,
+    Chinese characters. Otherwise they are only put in lower case. Caches of texts are made for one of both."""
 
     @property
     def version(self) -> TextVersion:
@@ -41,6 +44,11 @@ class PixartSettings(LatentSettings):
     def learn_sigma(self) -> bool:
         """Whether the variance of each step is predicted too, as in all published networks."""
         return True
+
+    def guided_channels(self, sampler: str) -> int | None:
+        """How many channels are guided where nothing else is said; None for all. The published program guides three
+        of four with its `iddpm`, which is DiT's, and all of them with DPM-Solver."""
+        return 3 if self.version.network["in_channels"] == 4 and sampler == "iddpm" else None
 
 
 class PixartConfig(PixartSettings, TechniqueSettings, DiffusionConfig):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from families.common.text_to_image import Drawn, TextToImageConfig
 from families.common.transformer_lora import open_loras
@@ -26,6 +26,9 @@ class PixartTextToImageConfig(PixartInferenceSettings, TextToImageConfig):
     """Sampling steps."""
     guidance: NonNegativeFloat | None = 4.5
     """Classifier-free guidance: 1 follows the prompt as trained and computes none, more follows it harder."""
+    guidance_channels: PositiveInt | None = None
+    """Guide the first of this number of channels only. By default as published: three of four for `iddpm`, else all
+    of them."""
     sampler: Literal[tuple(DIT_SAMPLERS)] = "dpm-solver"
     """By default what was published; `iddpm` draws with the learned variance."""
     lora: list[Place] = []
@@ -76,6 +79,7 @@ class PixartTextToImage:
         latents = self.networks.draw(
             prompts, config.negative_prompt, self.size, seeds, steps=config.steps, sampler=config.sampler,
             guidance=None if config.guidance == 1 else config.guidance, shift=config.shift,
+            guidance_channels=config.guidance_channels or config.guided_channels(config.sampler),
         )  # fmt: skip
         return Drawn(self.networks.decode(latents))
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from families.common.features import Feature, lengths_name, stored
+from families.common.features import CAPTION_SETTINGS, Feature, Origin, lengths_name, stored
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
 from families.common.sampling import draw_latents
@@ -37,6 +37,7 @@ class PixartTraining(LatentTraining, PromptSamples):
 
     config: PixartConfig
     family = "pixart"
+    caption_settings = (*CAPTION_SETTINGS, "clean_captions")
 
     @property
     def needs_geometry(self) -> bool:
@@ -53,6 +54,9 @@ class PixartTraining(LatentTraining, PromptSamples):
         texts = self.caption_features_to_cache(FEATURE)
         texts = {name: Feature(one.network, one.settings, variable_length=True) for name, one in texts.items()}
         return super().features | texts
+
+    def texts_made_with(self, origin: Origin) -> dict[str, str]:
+        return super().texts_made_with(origin) | {"clean_captions": str(self.config.clean_captions)}
 
     def text_features(self, encoder: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
         made = encoder(list(captions))
@@ -103,6 +107,6 @@ class PixartTraining(LatentTraining, PromptSamples):
             latent_shape(size, autoencoder.latent_channels, autoencoder.compression),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
             steps=config.sample_steps, sampler=config.sample_sampler, guidance=config.sample_guidance,
-            guidance_rescale=0.0,
+            guidance_rescale=0.0, guidance_channels=config.guided_channels(config.sample_sampler),
         )  # fmt: skip
         return {"sample": to_pictures(autoencoder.decode(latents))}

@@ -7,24 +7,29 @@ import torch.nn.functional as F
 
 from families.common.library_networks import LibraryNetwork, adapt
 from families.common.transformer_lora import built_with, open_loras
-from families.dit.pixart_build import BLOCKS, denoiser
+from families.dit.pixart_build import BLOCKS, denoiser, text_encoder
 from families.dit.pixart_conditions import FEATURE, MASK, TEXT, told, without_text
+from families.dit.pixart_config import PixartSettings
 from families.dit.pixart_drawing import PixartNetworks
 from families.dit.pixart_exports import export_lora, to_diffusers, to_published
 from families.dit.pixart_files import find_denoiser
 from families.dit.pixart_text_to_image import PixartTextToImageConfig
 from families.dit.pixart_transformer import PixArtTransformer2DModel
 from families.registry import family_of
+from tests.caches import make_cache
 from tests.families.dit.pixart import write_pixart
 from tests.warpcore.runs import tiny_settings, write_shard
 from train.train_pixart import TrainPixart
 from train.train_pixart_lora import TrainPixartLora
 from warpcore.config import load_config, make_config
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 KEY = "generator_checkpoint_path"
+UNCLEAN = "A <b>Circle</b> at www.shapes.com"
 MULTI_SCALE = {"use_additional_conditions": True, "sample_size": 128, "interpolation_scale": 2}
-MINI = {"model_version": "mini", "text_encoder_precision": "float32", "sample_steps": 2, "image_size": 64}
+MINI_NETWORKS = {"model_version": "mini", "text_encoder_precision": "float32"}
+MINI = MINI_NETWORKS | {"sample_steps": 2, "image_size": 64}
 
 
 def trained(case, folder, **settings):
@@ -98,6 +103,23 @@ def test_drawings_by_ddim_are_those_of_diffusers(told_sizes, tmp_path):
         prompts, "", (32, 48), [0, 1], noise=noise, steps=5, sampler="ddim", guidance=3.0
     )
     torch.testing.assert_close(torch.stack(found), expected, rtol=0, atol=1e-3)
+
+
+def test_captions_are_cleaned_for_training_drawing_and_caches(tmp_path):
+    data, cleaned = write_shard(tmp_path / "data" / "a.tar", 4), PixartSettings(**MINI_NETWORKS)
+    settings = tiny_settings(tmp_path, data.parent, updates=1, save_every=1) | MINI
+    encoder, plain = (text_encoder(one) for one in (cleaned, cleaned.model_copy(update={"clean_captions": False})))
+    assert torch.equal(encoder([UNCLEAN]).hidden, plain(["a circle at"]).hidden)
+    assert torch.equal(plain([UNCLEAN]).hidden, plain([UNCLEAN.lower()]).hidden)
+    assert plain([UNCLEAN]).lengths > encoder([UNCLEAN]).lengths
+    cache = make_cache("train_pixart", settings, tmp_path / "cache", "--features", "texts")
+    settings |= {"webdataset_path": str(data.parent), "caches": [str(cache)]}
+    with pytest.raises(UserError, match="clean_captions is True in the cache, False here"):
+        TrainPixart(make_config(TrainPixart.Config, settings | {"clean_captions": False})).run()
+    assert TrainPixart(make_config(TrainPixart.Config, settings | {"sample_prompts": [UNCLEAN]})).run() == 0
+    config = load_config(PixartTextToImageConfig, [f"--run={tmp_path / 'tiny'}", "--prompts=a", "--device=cpu"])
+    read = PixartNetworks(config, []).read([UNCLEAN, "a circle at"])
+    assert torch.equal(read[TEXT][0], read[TEXT][1])
 
 
 def test_a_dropped_caption_is_the_networks_own_empty_text_behind_the_mask_of_the_caption():
