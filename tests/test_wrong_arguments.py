@@ -190,6 +190,19 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         ],
         "no number": [(f"{TRAIN_C} config.yaml new --variants ten", "expected a number above 0.*found 'ten'")],
     },
+    "tools/compare_runs.py": {
+        "no argument": [("", "the following arguments are required: FOLDER, OUT")],
+        "unknown flag": [("pictures pictures new --colour red", "unrecognized arguments: --colour red")],
+        "missing": [
+            ("pictures new", "name two folders or more, and behind them OUT"),
+            ("pictures missing new", "missing is not a folder of pictures"),
+        ],
+        "file for a folder": [("pictures text new", "text is not a folder of pictures")],
+        "empty": [("pictures folder new", "no picture has the same name in two of the folders")],
+        "output exists": [("pictures pictures taken", "taken is not empty: name a new folder")],
+        "output in a file": [("pictures pictures text/new", "text is a file; name a folder to write the page")],
+        "no number": [("pictures pictures new --size ten", "expected a number above 0.*found 'ten'")],
+    },
     "tools/config_reference.py": {
         "no argument": [("", "the following arguments are required: page")],
         "unknown flag": [("text --colour red", "unrecognized arguments: --colour red")],

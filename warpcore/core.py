@@ -27,7 +27,7 @@ from warpcore.launch import launch
 from warpcore.lr_schedules import lr_at
 from warpcore.metrics import Metrics
 from warpcore.peers import explained, tell_once
-from warpcore.pictures import save_png
+from warpcore.pictures import cells_metadata, save_png
 from warpcore.processes import Vote
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
@@ -311,8 +311,8 @@ class WarpCore(UseCase):
         self._say_of_data()
         if not rows or not self.processes.is_main:
             return
-        sheet, path = evaluation.sheet(rows), self._samples_file()
-        save_png(path, sheet, {"update": str(self.update)})
+        (sheet, cells), path = evaluation.sheet(rows), self._samples_file()
+        save_png(path, sheet, {"update": str(self.update)} | cells_metadata(cells))
         self.tracker.images(self.update, "samples", sheet, f"update {self.update}")
         self.progress.say(f"update {self.update}: samples in {path}")
 

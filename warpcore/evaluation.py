@@ -14,7 +14,7 @@ from torch import Tensor
 
 from warpcore.data.reader import Batch
 from warpcore.exports import Weights
-from warpcore.pictures import grid
+from warpcore.pictures import Cell, grid_and_cells
 from warpcore.processes import Processes
 from warpcore.random import stable_hash
 from warpcore.results import Losses, Sampled
@@ -127,12 +127,12 @@ def _drawn_rows(
     return rows
 
 
-def sheet(rows: list[Sampled]) -> np.ndarray:
-    """All pictures of rows in one, uint8 (H, W, 3), with captions."""
+def sheet(rows: list[Sampled]) -> tuple[np.ndarray, list[Cell]]:
+    """All pictures of rows in one, uint8 (H, W, 3), with captions; and where each is."""
     pictures = [picture for row in rows for picture in row.pictures.values()]
     captions = [f"{name}: {row.caption}" for row in rows for name in row.pictures]
     per_sample = len(rows[0].pictures)
-    return grid(pictures, columns=per_sample * max(1, MAX_COLUMNS // per_sample), captions=captions)
+    return grid_and_cells(pictures, columns=per_sample * max(1, MAX_COLUMNS // per_sample), captions=captions)
 
 
 def _is_short_of_memory(error: Exception) -> bool:

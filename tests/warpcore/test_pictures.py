@@ -39,6 +39,19 @@ def test_captions_stand_under_their_pictures_and_inside_the_column():
     assert right.min() <= ink.min() <= ink.max() <= right.max()
 
 
+def test_a_grid_tells_where_its_pictures_are_and_a_file_of_it_too(tmp_path):
+    shown = [flat(*pair) for pair in zip(COLOURS, SIZES, strict=True)]
+    captions = ["red", "", "\u202e<b>" + "long " * 99]
+    grid, cells = pictures.grid_and_cells(shown, 2, captions)
+    assert [cell.caption for cell in cells] == captions
+    for cell, picture in zip(cells, shown, strict=True):
+        assert np.array_equal(grid[cell.top :, cell.left :][: cell.height, : cell.width], picture)
+    pictures.save_png(tmp_path / "grid.png", grid, pictures.cells_metadata(cells))
+    assert pictures.read_cells(tmp_path / "grid.png") == cells
+    pictures.save_png(tmp_path / "one.png", grid)
+    assert pictures.read_cells(tmp_path / "one.png") is None
+
+
 def test_wrong_pictures_are_refused():
     with pytest.raises(ValueError, match=r"uint8 pictures \(H, W, 3\), got float64"):
         pictures.grid([np.zeros((4, 4, 3))], 1)
