@@ -87,6 +87,8 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         return [key for key in keys if getattr(self, key) != fields[key].get_default(call_default_factory=True)]
 
     def _check_cycles(self) -> None:
+        if self.lr_schedule in ("constant", CYCLES) and self.num_cycles > 1:
+            raise ValueError("num_cycles: only lr_schedule: cosine, linear and rex read this: write one, or remove it")
         if self.lr_schedule != CYCLES:
             if given := self._given(*CYCLE_KEYS):
                 raise ValueError(

@@ -160,11 +160,14 @@ class OptimisationKeys(Settings):
 
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
-    lr_schedule: Literal["constant", "cosine", "linear", "lambdalinear"] = "constant"
-    """Course of the learning rate between warm-up and the last update; or, with `lambdalinear`, `lr` times a factor
-    that goes up and down in cycles, each with an entry in the five lists below."""
+    lr_schedule: Literal["constant", "cosine", "linear", "rex", "lambdalinear"] = "constant"
+    """Course of the learning rate between warm-up and the last update: `rex` stays high for longer than `linear`, and
+    falls at the end (arXiv:2107.04197). With `lambdalinear`, `lr` times a factor that goes up and down in cycles, each
+    with an entry in the five lists below."""
     min_lr_ratio: Share = 0.0
-    """Where `cosine` and `linear` end, as a fraction of `lr`."""
+    """Where `cosine`, `linear` and `rex` end, as a fraction of `lr`."""
+    num_cycles: Annotated[int, Field(gt=0, le=1_000_000)] = 1
+    """How many times `cosine`, `linear` and `rex` go down from `lr`, each time in the same number of updates."""
     warmup_updates: PositiveInt = 1
     """The learning rate rises linearly over this many updates; the first one already learns."""
     warm_up_steps: list[NonNegativeInt] = Field([1000], max_length=MAX_ENTRIES)

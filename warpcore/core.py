@@ -225,7 +225,8 @@ class WarpCore(UseCase):
         config = self.config
         return lr_at(
             update, schedule=config.lr_schedule, lr=config.lr, warmup_updates=config.warmup_updates,
-            updates=config.updates, min_lr_ratio=config.min_lr_ratio, cycles=config.lr_cycles,
+            updates=config.updates, min_lr_ratio=config.min_lr_ratio, num_cycles=config.num_cycles,
+            cycles=config.lr_cycles,
         )  # fmt: skip
 
     def _synchronise_gradients(self, now: bool) -> None:

@@ -8,7 +8,7 @@ from warpcore.errors import UserError
 
 CYCLES = "lambdalinear"
 """The name of a schedule in `LinearCycles`."""
-SCHEDULES = ("constant", "cosine", "linear", CYCLES)
+SCHEDULES = ("constant", "cosine", "linear", "rex", CYCLES)
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,15 @@ def lr_at(
     warmup_updates: int,
     updates: int,
     min_lr_ratio: float = 0.0,
+    num_cycles: int = 1,
     cycles: LinearCycles | None = None,
 ) -> float:
     """The learning rate of an update, counted from 1.
 
     Warm-up is linear: update 1 runs at lr / warmup_updates, update `warmup_updates` at lr. From there `cosine`
-    (arXiv:1608.03983, equation 5, without restarts) and `linear` go to lr * min_lr_ratio, reached at update `updates`.
-    `lambdalinear` is lr times the factor of `cycles` alone.
+    (arXiv:1608.03983, equation 5), `linear` and `rex` (arXiv:2107.04197, equation 3 with beta 0.9) go to lr *
+    min_lr_ratio, reached at update `updates`; with `num_cycles` they start again from lr at equal distances before
+    it. `lambdalinear` is lr times the factor of `cycles` alone.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"lr_schedule: {schedule!r} is unknown; write one of {', '.join(SCHEDULES)}")
@@ -88,5 +90,13 @@ def lr_at(
         return lr
     peak = max(warmup_updates, 1)
     progress = min((update - peak) / max(updates - peak, 1), 1.0)
-    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
+    remaining = _COURSES[schedule](1 - (num_cycles * progress % 1 if progress < 1 else 1))
     return lr * (min_lr_ratio + (1 - min_lr_ratio) * remaining)
+
+
+_COURSES = {
+    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+    "linear": lambda left: left,
+    "rex": lambda left: left / (0.1 + 0.9 * left),
+}
+"""The factor of what is left of a cycle, from 1 down to 0."""

@@ -226,7 +226,7 @@ def test_learning_rates():
     assert cosine[4] == pytest.approx(2 * (0.1 + 0.9 * (1 + math.cos(0.3 * math.pi)) / 2))
     assert cosine[11:] == pytest.approx([0.2] * 3)
     assert rates("cosine", 0)[0] == 2.0
-    with pytest.raises(ValueError, match="constant, cosine, linear"):
+    with pytest.raises(ValueError, match="constant, cosine, linear, rex"):
         rates("step", 1)
 
 
