@@ -9,7 +9,7 @@ A use case subclasses `Config`, adds its keys, and calls `load_config(MyConfig)`
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -31,6 +31,7 @@ from warpcore.config_keys import (
     ShareBelowOne,
 )
 from warpcore.data.storage import local_path
+from warpcore.epochs import IN_UPDATES, in_updates
 from warpcore.errors import ConfigError, UserError
 from warpcore.keys import help_text, local_paths
 from warpcore.lr_schedules import CYCLE_KEYS, CYCLES, LinearCycles
@@ -59,11 +60,6 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
             raise ValueError("validation_path and validation_samples exclude each other: remove one")
         if isinstance(self.checkpoint_path, Path) and str(self.checkpoint_path).startswith("s3:"):
             raise ValueError(f"checkpoint_path: {self.checkpoint_path} is not of the form s3://bucket/prefix")
-        if self.export_every is not None and self.export_every % self.save_every:
-            raise ValueError(
-                f"export_every: {self.export_every} is no multiple of save_every {self.save_every}, and only with "
-                "checkpoints are weights exported: write one"
-            )
         if self.weights_dtype == "bfloat16" and (self.dtype in ("float32", "float16") or self.optimizer != "adamw"):
             raise ValueError("weights_dtype: bfloat16 needs dtype: bfloat16 and optimizer: adamw: remove other values")
         if self.optimizer == "prodigy" and self.lr < 0.1:
@@ -77,9 +73,42 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
             raise ValueError(
                 "offload: activations are what activation_checkpointing keeps: set that to 1, 2 or 3 (all blocks)"
             )
+        if self.gradient_topk_pattern and self.gradient_topk is None:
+            raise ValueError("gradient_topk_pattern: only gradient_topk reads this: write that, or remove it")
+        if self.grad_mean_per_block and not self.grad_mean_groups:
+            raise ValueError("grad_mean_per_block: only grad_mean_groups reads this: write that, or remove it")
+        self._check_export()
         self._check_cycles()
         self._check_average()
         return self
+
+    def in_updates(self, rows_per_epoch: Callable[[], float]) -> tuple[Self, list[str]]:
+        """The config with updates in place of epochs, and a line about each key that had them.
+
+        rows_per_epoch: finds how many rows an epoch draws; called only where a key has epochs.
+
+        Raises:
+            UserError: the numbers of updates contradict other keys.
+        """
+        given = {key: value for key in IN_UPDATES if isinstance(value := getattr(self, key), str)}
+        if not given:
+            return self, []
+        found, lines = in_updates(given, rows_per_epoch(), self.batch_size)
+        counted = self.model_copy(update=found)
+        try:
+            counted._check_export()
+            counted._check_cycles()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return counted, lines
+
+    def _check_export(self) -> None:
+        every, saved = self.export_every, self.save_every
+        if isinstance(every, int) and isinstance(saved, int) and every % saved:
+            raise ValueError(
+                f"export_every: {every} is no multiple of save_every {saved}, and only with checkpoints are weights "
+                "exported: write one"
+            )
 
     def _given(self, *keys: str) -> list[str]:
         """Which of the keys have another value than their default."""
@@ -95,7 +124,7 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
                     f"{', '.join(given)}: only lr_schedule: {CYCLES} reads this: write that, or remove it"
                 )
             return
-        if self.updates > self.lr_cycles.updates:
+        if isinstance(self.updates, int) and self.updates > self.lr_cycles.updates:
             raise ValueError(
                 f"updates: {self.updates} are more than the {self.lr_cycles.updates} of all cycle_lengths, after "
                 f"which lr_schedule: {CYCLES} has no learning rate: write fewer, or lengthen a cycle"

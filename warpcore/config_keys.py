@@ -22,6 +22,8 @@ from pydantic import (
 
 from warpcore.arguments import numbers_in
 from warpcore.data.buckets import parse_ratio, parse_size
+from warpcore.epochs import Updates
+from warpcore.from_scratch import Start
 from warpcore.keys import MAX_NAME, S3Url, local_paths, parts_of
 from warpcore.mistakes import MAX_INTEGER
 from warpcore.parameter_groups import ParameterGroup
@@ -96,16 +98,18 @@ class RunKeys(Settings):
     """Folder for sample pictures, in a folder with the run's name; by default `samples` inside the run's folder."""
     seed: int = 0
     """All randomness of the run follows from this number."""
-    updates: PositiveInt
-    """How many optimizer steps the whole run makes."""
-    save_every: PositiveInt = 1000
+    updates: Updates
+    """How many optimizer steps the whole run makes. This key and others that count updates (`warmup_updates`,
+    `save_every`, `backup_every`, `export_every`) take epochs too: `2e` is as many as draw every row twice, rounded
+    down, and `0.5e` half of the rows."""
+    save_every: Updates = 1000
     """A checkpoint, sample pictures and the validation loss come after every this many updates."""
-    backup_every: PositiveInt | None = None
+    backup_every: Updates | None = None
     """A checkpoint, and a copy of the weights that is never deleted, after every this many updates."""
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the exported weights files, averages included; by default that in which the weights are trained.
     What a run resumes from is always exact."""
-    export_every: PositiveInt | None = None
+    export_every: Updates | None = None
     """Export weights files only with the checkpoints of updates that are multiples of this, with backups and with the
     last update; between them, and where a signal stops the run, the files stay those of the export before. By default
     every checkpoint exports them."""
@@ -168,7 +172,7 @@ class OptimisationKeys(Settings):
     """Where `cosine`, `linear` and `rex` end, as a fraction of `lr`."""
     num_cycles: Annotated[int, Field(gt=0, le=1_000_000)] = 1
     """How many times `cosine`, `linear` and `rex` go down from `lr`, each time in the same number of updates."""
-    warmup_updates: PositiveInt = 1
+    warmup_updates: Updates = 1
     """The learning rate rises linearly over this many updates; the first one already learns."""
     warm_up_steps: list[NonNegativeInt] = Field([1000], max_length=MAX_ENTRIES)
     """With `lambdalinear`: updates at the begin of each cycle in which the factor rises; fewer than the cycle has."""
@@ -189,12 +193,23 @@ class OptimisationKeys(Settings):
     parameter_groups: list[ParameterGroup] = Field([], max_length=MAX_ENTRIES)
     """Other settings for parameters by name, or frozen ones, e.g. `[{pattern: '*.norm*', lr_scale: 0.1, weight_decay:
     0}, {pattern: 'down_blocks.*', frozen: true}]`: shell patterns for whole names, the first that matches counts."""
+    start_from_scratch: list[Start] = Field([], max_length=MAX_ENTRIES)
+    """Parameters that start with new values in place of those of their file, once, before the first update, e.g.
+    `[{pattern: 'conv_in.*'}, {pattern: '*.attn2.to_out.*', method: zeros}]`: patterns as above. `method` is `default`
+    (as PyTorch makes a layer of its kind), `xavier_uniform` or `zeros`."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """Decay of the two moments of Adam's family."""
     eps: PositiveFloat = 1e-7
     """Term added to the denominator in Adam's family."""
     clip_grad_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
+    gradient_topk: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """After each micro-batch, of the gradients of the matrices and kernels that `gradient_topk_pattern` names, keep
+    this share, the largest in size (one threshold for all of them), and set the others to zero. On one process alone,
+    as with more the threshold would depend on their number."""
+    gradient_topk_pattern: RegularExpression = ""
+    """With `gradient_topk`: a regular expression that finds the names of those weights, e.g.
+    `attn1|attn2|transformer_blocks|mid_block`; by default all."""
     max_nonfinite_updates: PositiveInt = 10
     """The run stops after this many updates in a row whose gradient is not finite; each one is skipped."""
     batch_size: BatchSize
@@ -298,6 +313,13 @@ class ReportKeys(Settings):
     """Metrics are fetched from the device and written after every this many updates."""
     grad_norm_groups: dict[str, RegularExpression] = Field({}, max_length=MAX_ENTRIES)
     """Extra gradient norms: a name and a regular expression on parameter names (`in_proj_weight\\.(q|k)` works)."""
+    grad_mean_groups: dict[str, RegularExpression] = Field({}, max_length=MAX_ENTRIES)
+    """For each name, the sum over the weights that a regular expression finds of the mean size of their gradients,
+    before clipping, as `grad_mean/NAME` in the metrics: `{qk_grads_av: '\\.to_[qk]\\.weight$'}`."""
+    grad_mean_per_block: bool = False
+    """The same for each block of the networks too, as `grad_mean/NAME/BLOCK`."""
+    weight_norm: bool = False
+    """With each checkpoint, the Euclidean norm of the weights that are trained, as `weight_norm/NETWORK`."""
     wandb_project: str | None = None
     """Weights & Biases project; without it nothing is sent there."""
     wandb_entity: str | None = None

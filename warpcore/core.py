@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from warpcore import compute, evaluation, gradients, optim, reports
+from warpcore import compute, evaluation, from_scratch, gradients, optim, reports
 from warpcore.checkpoint import Checkpoints
 from warpcore.checkpoint_values import check_values
 from warpcore.config import Config, dump_config, load_config
@@ -26,6 +26,7 @@ from warpcore.keys import changed_keys
 from warpcore.launch import launch
 from warpcore.lr_schedules import lr_at
 from warpcore.metrics import Metrics
+from warpcore.parameter_groups import what_is_trained
 from warpcore.peers import explained, tell_once
 from warpcore.pictures import cells_metadata, save_png
 from warpcore.processes import Vote
@@ -93,10 +94,12 @@ class WarpCore(UseCase):
             with self.autocast():
                 result = self.loss(*self.encoded(batch))
             self.loss_scale.scaled(result.loss.mean() * (batch.weight / accumulation)).backward()
+            gradients.keep_largest(self.thinned, config.gradient_topk)
             losses.append(result.means(batch.weight))
             self.statistics.add(result.statistics, batch.weight)
 
         self.loss_scale.unscale(self.parameters.values())
+        means = {f"grad_mean/{name}": value for name, value in gradients.gradient_means(self.mean_groups).items()}
         norm = gradients.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
         norms = {f"grad_norm/{name}": value for name, value in gradients.gradient_norms(self.gradient_groups).items()}
         mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
@@ -110,7 +113,7 @@ class WarpCore(UseCase):
         self.statistics.apply(self.update_state, self.state.without_gradients, finite)
         for average in self.averages.values():
             average.step(update, finite)
-        norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in norms.items()}
+        norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in (norms | means).items()}
         norms |= self.loss_scale.metrics() | optim.metrics(self.optimizers)
         self.loss_scale.update(norm, finite)
         times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
@@ -130,10 +133,13 @@ class WarpCore(UseCase):
         self.make_networks(saved if resumed is not None else None)
         config = self.config
         self.feed = Feed(config, self.processes, saved.get("feed"), self.data_needs())
+        self.config, of_epochs = config.in_updates(self.feed.rows_per_epoch)
+        config = self.config
         if resumed is not None:
             self.state.load(self.checkpoints, resumed, saved, self.file_metadata())
             self.loss_scale.load(saved.get("loss_scale", {}))
             self.update = resumed
+            self.kept = saved.get("kept", {}) | self.kept
         self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes, config.batch_size)
         self.metrics.resume(self.update)
         self.skipped = reports.SkippedUpdates(config.max_nonfinite_updates, saved.get("nonfinite_updates", 0))
@@ -154,6 +160,7 @@ class WarpCore(UseCase):
         self.cannot_draw = self.processes.first_of(self.cannot_draw)  # a file may be missing on one machine alone
         if self.cannot_draw:
             self.progress.say(self.cannot_draw)
+        self._say_what_is_trained(of_epochs)
         if resumed is not None:
             self.progress.say(f"{config.run_place} is at update {resumed}" + (
                 "" if resumed < config.updates else
@@ -161,6 +168,19 @@ class WarpCore(UseCase):
             ))  # fmt: skip
         if self.processes.is_main and self.update < config.updates:  # or else it tells how the weights were made
             write_whole(config.run_folder / "config.yaml", dump_config(config))
+
+    def _say_what_is_trained(self, of_epochs: list[str]) -> None:
+        """For how long, what starts from scratch, and how much is trained, where the config says something of them."""
+        config, lines = self.config, from_scratch.what_starts(self.fresh_layers)
+        if config.start_from_scratch and self.resumed is not None:
+            before = "; ".join(self.kept.get(from_scratch.KEY, ())) or "nothing was set to new values"
+            lines = [f"{from_scratch.KEY}: the run goes on with its own weights; at its start: {before}"]
+        elif lines:
+            self.kept[from_scratch.KEY] = lines
+        if config.start_from_scratch or config.parameter_groups:
+            lines = lines + what_is_trained({name: self.networks[name] for name in self.trainable})
+        for line in [*of_epochs, *lines]:
+            self.progress.say(line)
 
     def _after_update(self) -> Exception | None:
         """What follows an update: reports, and a save before all that can fail (validation, drawing, trackers).
@@ -179,6 +199,8 @@ class WarpCore(UseCase):
             self._report(save)
         if evaluated:
             with self.metrics.not_training():
+                if config.weight_norm:
+                    self._tell(evaluation.weight_norms(self.parameters))
                 self._validate()
                 self._draw()
             self.checkpoints.bring_files()
@@ -293,11 +315,15 @@ class WarpCore(UseCase):
         means = evaluation.validation_means(
             self._variants(), self.feed.validation, self.forward, self.config.seed, self.processes
         )
-        self.metrics.extend(self.update, means)
-        self.tracker.log(self.update, means)
+        self._tell(means)
         self._say_of_data()
         if any(map(math.isnan, means.values())):
             self.progress.say(f"update {self.update}: the validation loss is no number")
+
+    def _tell(self, numbers: dict[str, float]) -> None:
+        """Add numbers to the line of this update, in the metrics and the trackers."""
+        self.metrics.extend(self.update, numbers)
+        self.tracker.log(self.update, numbers)
 
     def _draw(self) -> None:
         """Draw sample pictures. Where memory is too short, a message says so, and the run goes on without them."""

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from warpcore.data.reader import Batch
 from warpcore.exports import Weights
@@ -18,6 +19,7 @@ from warpcore.pictures import Cell, grid_and_cells
 from warpcore.processes import Processes
 from warpcore.random import stable_hash
 from warpcore.results import Losses, Sampled
+from warpcore.sharded import full
 from warpcore.state import TrainedState
 
 MAX_COLUMNS = 8
@@ -74,6 +76,14 @@ def validation_means(
         for name, total in _summed(totals, processes).items():
             means[f"validation_{name}{suffix}"] = total[0] / total[1] if total[1] else math.nan
     return means
+
+
+def weight_norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """The Euclidean norm of the parameters (`NETWORK.NAME`) of each network, over all shards (collective)."""
+    networks: dict[str, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        networks.setdefault(name.partition(".")[0], []).append(parameter.detach())
+    return {f"weight_norm/{name}": full(get_total_norm(own)).item() for name, own in networks.items()}
 
 
 def _summed(totals: dict[str, Tensor], processes: Processes) -> dict[str, list[float]]:

@@ -148,6 +148,10 @@ class Feed:
         self._number, self._lane_states, self._lane_numbers = mark.number, mark.lane_states, mark.lane_numbers
         self._consumed = [one for one in self._consumed if one[0] < mark.number]
 
+    def rows_per_epoch(self) -> float:
+        """How many rows an epoch draws (collective); of a large data set, a pass over its whole index."""
+        return self.processes.on_main(lambda: self.plan.survey.per_epoch)
+
     def validation(self) -> Iterator[tuple[Batch, list[int]]]:
         """One pass over the validation samples: batches, and the places in each that count.
 

@@ -1,8 +1,9 @@
-"""Gradients: clipping, and norms by group."""
+"""Gradients: clipping, keeping the largest, and norms and means by group."""
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,78 @@ def clip_gradients(parameters: Iterable[Tensor], largest_norm: float | None) -> 
     if largest_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest_norm, norm)
     return norm
+
+
+@torch.no_grad()
+def keep_largest(parameters: Sequence[Tensor], share: float | None) -> None:
+    """Of all gradients together, keep the share that is largest in size, and set the others to zero, in place.
+
+    Those below the quantile 1 - share (with linear interpolation) become zero: one threshold for all. It takes memory
+    for one more copy of these gradients; the host waits for nothing.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    sizes = torch.cat([gradient.abs().flatten() for gradient in gradients])
+    dropped = math.ceil(round((1 - share) * (sizes.numel() - 1), 6))
+    least = sizes.kthvalue(dropped + 1).values
+    for gradient in gradients:
+        gradient.masked_fill_(gradient.abs() < least, 0)
+
+
+def named_by(named_parameters: Mapping[str, Tensor], pattern: str, key: str) -> dict[str, Tensor]:
+    """The parameters whose names a regular expression finds (`re.search`).
+
+    Args:
+        key: of the config that has the expression, for the message.
+
+    Raises:
+        UserError: it takes too long, or finds no parameter.
+    """
+    with searching(key):
+        found = {name: parameter for name, parameter in named_parameters.items() if re.search(pattern, name)}
+    if not found:
+        near = ", ".join(difflib.get_close_matches(pattern.replace("\\", ""), list(named_parameters), n=4, cutoff=0.0))
+        raise UserError(f"{key}: {pattern!r} finds no parameter that is trained; near names: {near}")
+    return found
+
+
+def mean_groups(
+    parameters: Mapping[str, Tensor], patterns: Mapping[str, str], block_names: Sequence[str] = ()
+) -> dict[str, list[Tensor]]:
+    """The parameters of which `gradient_means` adds up means: by a group's name, and by GROUP/BLOCK those in a block.
+
+    Args:
+        parameters: those that are trained, as `NETWORK.NAME`.
+        patterns: a regular expression on those names for each group.
+        block_names: of the blocks of networks, as `NETWORK.NAME`.
+
+    Raises:
+        UserError: an expression takes too long, or finds no parameter.
+    """
+    groups = {}
+    for group, pattern in patterns.items():
+        found = named_by(parameters, pattern, f"grad_mean_groups: {group}")
+        groups[group] = list(found.values())
+        for block in block_names:
+            inside = [parameter for name, parameter in found.items() if name.startswith(f"{block}.")]
+            groups |= {f"{group}/{block}": inside} if inside else {}
+    return groups
+
+
+@torch.no_grad()
+def gradient_means(groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The sum over each group's parameters of the mean absolute value of their gradients, as 0-d tensors.
+
+    As in `gradient_norms`, nothing is read back, and with shards all processes call it together.
+    """
+    means = {}
+    for group, parameters in groups.items():
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        sums = [full(one).float() for one in torch._foreach_norm(gradients, 1)] if gradients else []
+        of_each = torch._foreach_div(sums, [float(gradient.numel()) for gradient in gradients]) if sums else []
+        means[group] = torch.stack(of_each).sum() if of_each else torch.zeros((), device=parameters[0].device)
+    return means
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,8 +75,13 @@ def _values(shape: Tensor, stored: Tensor, device: torch.device | str) -> Tensor
     if not isinstance(shape, DTensor) and shape.stride() == stored.stride():
         return stored.to(device, shape.dtype)  # on the CPU, in the same dtype, what is mapped is not copied
     values = torch.empty_like(shape.detach(), device=device)
-    if isinstance(shape, DTensor):
-        sizes, offsets = compute_local_shape_and_global_offset(shape.shape, shape.device_mesh, shape.placements)
-        stored = stored[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
-    local(values).copy_(stored)
+    local(values).copy_(own_rows(shape, stored))
     return values
+
+
+def own_rows(like: Tensor, whole: Tensor) -> Tensor:
+    """What this process keeps of a whole tensor that is sharded as `like` is; all of it where that is not sharded."""
+    if not isinstance(like, DTensor):
+        return whole
+    sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]

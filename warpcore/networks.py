@@ -91,6 +91,14 @@ def blocks(network: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(network.blocks) if has_blocks(network) else ()
 
 
+def block_names(networks: Mapping[str, nn.Module]) -> list[str]:
+    """The names of the blocks of networks, as NETWORK.NAME."""
+    inner = {block for network in networks.values() for block in blocks(network)}
+    return [
+        f"{name}.{part}" for name, one in networks.items() for part, module in one.named_modules() if module in inner
+    ]
+
+
 def has_tokens(network: nn.Module) -> bool:
     """Whether a network is of the kind `HasTokens`."""
     return getattr(network, "token_arguments", None) is not None

@@ -14,6 +14,7 @@ layers, name them first and freeze the rest: `[{pattern: "*.attn2.*"}, {pattern:
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
@@ -21,13 +22,22 @@ from torch import Tensor, nn
 from warpcore.errors import UserError
 
 
-class ParameterGroup(BaseModel):
-    """An entry of `parameter_groups`."""
+class NamePattern(BaseModel):
+    """An entry of a key that says something of parameters by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     pattern: str
     """The names of its parameters."""
+
+    def matches(self, name: str) -> bool:
+        """Whether `NETWORK.NAME`, or NAME alone, is of the pattern."""
+        return fnmatchcase(name, self.pattern) or fnmatchcase(name.partition(".")[2], self.pattern)
+
+
+class ParameterGroup(NamePattern):
+    """An entry of `parameter_groups`."""
+
     lr_scale: PositiveFloat = 1.0
     """Factor on `lr`."""
     weight_decay: NonNegativeFloat | None = None
@@ -35,13 +45,17 @@ class ParameterGroup(BaseModel):
     frozen: bool = False
     """Neither train these parameters, nor average them, nor keep them in checkpoints."""
 
-    def matches(self, name: str) -> bool:
-        """Whether `NETWORK.NAME`, or NAME alone, is of the pattern."""
-        return fnmatchcase(name, self.pattern) or fnmatchcase(name.partition(".")[2], self.pattern)
+
+AnyPattern = TypeVar("AnyPattern", bound=NamePattern)
 
 
-def group_of(names: Collection[str], groups: Sequence[ParameterGroup]) -> dict[str, ParameterGroup | None]:
+def group_of(
+    names: Collection[str], groups: Sequence[AnyPattern], key: str = "parameter_groups"
+) -> dict[str, AnyPattern | None]:
     """The first group whose pattern matches each parameter (`NETWORK.NAME`), None where none does.
+
+    Args:
+        key: that has the groups, for the message.
 
     Raises:
         UserError: a pattern matches no parameter, or only those of patterns before it.
@@ -49,11 +63,24 @@ def group_of(names: Collection[str], groups: Sequence[ParameterGroup]) -> dict[s
     found = {name: next((group for group in groups if group.matches(name)), None) for name in names}
     for group in groups:
         if all(other is not group for other in found.values()):
-            raise UserError(f"parameter_groups: {_without_use(group, found)}")
+            raise UserError(f"{key}: {_without_use(group, found)}")
     return found
 
 
-def _without_use(group: ParameterGroup, found: Mapping[str, ParameterGroup | None]) -> str:
+def what_is_trained(networks: Mapping[str, nn.Module]) -> list[str]:
+    """A line for each of the networks that are trained: how many of its tensors and parameters are."""
+    lines = []
+    for name, network in networks.items():
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+        trained = [size for size, is_trained in sizes if is_trained]
+        lines.append(
+            f"{name}: {len(trained):,} of {len(sizes):,} tensors are trained, {sum(trained):,} of "
+            f"{sum(size for size, _ in sizes):,} parameters"
+        )
+    return lines
+
+
+def _without_use(group: NamePattern, found: Mapping[str, NamePattern | None]) -> str:
     taken = next((other for name, other in found.items() if group.matches(name)), None)
     if taken is not None:
         return f"{group.pattern!r} matches only what {taken.pattern!r} before it matches: put it first, or remove it"

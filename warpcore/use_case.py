@@ -15,9 +15,11 @@ from warpcore.config import Config
 from warpcore.data.joined import FurtherTars
 from warpcore.data.needs import DataNeeds
 from warpcore.data.reader import Batch
+from warpcore.errors import UserError
+from warpcore.from_scratch import fresh_layers, start_layers
 from warpcore.loading import deferring
 from warpcore.loss_scale import LossScale
-from warpcore.networks import check_networks
+from warpcore.networks import block_names, check_networks
 from warpcore.offload import OnDemand
 from warpcore.parameter_groups import freeze, optimizer_groups
 from warpcore.peers import explained
@@ -149,6 +151,7 @@ class UseCase:
         check_networks(self.networks, self.trainable, config)
         trained = {name: self.networks[name] for name in self.trainable}
         freeze(trained, config.parameter_groups)
+        self.fresh_layers = fresh_layers(trained, config.start_from_scratch if saved is None else ())
         self.statistics = UpdateStatistics(self.processes, trained)
         placement = Placement(config, self.device, self.dtype, self.processes.mesh)
         self.on_demand: dict[str, OnDemand] = {}
@@ -159,7 +162,11 @@ class UseCase:
                 self.on_demand[name] = on_demand
         parameters = {f"{name}.{p}": tensor for name in trained for p, tensor in trained[name].named_parameters()}
         self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+        start_layers(self.fresh_layers, self.parameters, config.seed)
         self.gradient_groups = gradients.gradient_groups(self.parameters.items(), config.grad_norm_groups)
+        inner = block_names(trained) if config.grad_mean_per_block else ()
+        self.mean_groups = gradients.mean_groups(self.parameters, config.grad_mean_groups, inner)
+        self.thinned = self._thinned()
         self.optimizers = optim.build_optimizers(
             config.optimizer, optimizer_groups(self.trainable, self.parameters, config.parameter_groups),
             lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
@@ -168,6 +175,19 @@ class UseCase:
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self.averages = averages(trained, config)
         self.state = TrainedState(trained, self.averages, self.optimizers, self.bookkeeping)
+
+    def _thinned(self) -> list[Tensor]:
+        """The weights of whose gradients only the largest are kept."""
+        config = self.config
+        if config.gradient_topk is None:
+            return []
+        if self.processes.mesh is not None:
+            raise UserError(
+                "gradient_topk: one threshold for the gradients of each micro-batch needs them whole in one process, "
+                "without fsdp_cpu_offload: train with one, or remove the key"
+            )
+        matrices = {name: parameter for name, parameter in self.parameters.items() if parameter.dim() >= 2}
+        return list(gradients.named_by(matrices, config.gradient_topk_pattern, "gradient_topk_pattern").values())
 
     def data_needs(self) -> DataNeeds:
         """What the hooks above say of the data."""

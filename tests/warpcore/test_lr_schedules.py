@@ -1,4 +1,4 @@
-"""Learning rates against golden numbers; what `constant`, `cosine` and `linear` do at their ends is in test_optim.py."""
+"""Learning rates against golden numbers; what `constant`, `cosine` and `linear` do elsewhere is in test_optim.py."""
 
 import pytest
 

@@ -12,8 +12,8 @@ from warpcore.parameter_groups import ParameterGroup, optimizer_groups
 from warpcore.sharded import full
 
 
-@pytest.mark.parametrize("call", ["py_lion", "py_lion_decay"])
-def test_lion_takes_the_steps_of_its_authors(call):
+@pytest.mark.parametrize("call", ["py_lion", "py_lion_decay", "opt_lion", "opt_lion_decay"])
+def test_lion_takes_the_steps_of_its_authors_and_of_optimi(call):
     case, tensors = load_case("sd_t5/optimizers")
     (about,) = (one for one in case["calls"] if one["name"] == call)
     start, gradients_of, expected = (resolve(about[key], tensors) for key in ("start", "gradients", "parameters"))
@@ -21,13 +21,29 @@ def test_lion_takes_the_steps_of_its_authors(call):
     defaults = about["defaults"]
     lion = Lion(
         [{"params": parameters, "param_names": ["a", "b"]}],
-        lr=defaults["lr"], weight_decay=defaults["weight_decay"], betas=tuple(defaults["betas"]),
+        lr=defaults["lr"], weight_decay=defaults["weight_decay"],
+        betas=tuple(defaults.get("betas") or (defaults["beta1"], defaults["beta2"])),
     )  # fmt: skip
     for step in range(5):
         for parameter, gradient in zip(parameters, gradients_of, strict=True):
             parameter.grad = gradient[step].clone()
         optim.step([lion], torch.tensor(0.0))
         for parameter, after in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.detach(), after[step], atol=1e-6, rtol=0)
+
+
+def test_adamw_with_decay_of_all_parameters_takes_the_steps_of_the_trainer_of_sd_with_t5():
+    case, tensors = load_case("sd_t5/optimizers")
+    about = next(one for one in case["calls"] if one["name"] == "adamw")
+    start, gradients_of, expected = (resolve(about[key], tensors) for key in ("start", "gradients", "parameters"))
+    named = {f"net.{place}": nn.Parameter(tensor.clone()) for place, tensor in enumerate(start)}
+    decay = ParameterGroup(pattern="*", weight_decay=about["defaults"]["weight_decay"])
+    optimizers = optim.build_optimizers("adamw", optimizer_groups({"net": {}}, named, [decay]), lr=0.01)
+    for step in range(5):
+        for parameter, gradient in zip(named.values(), gradients_of, strict=True):
+            parameter.grad = gradient[step].clone()
+        optim.step(optimizers, torch.tensor(0.0))
+        for parameter, after in zip(named.values(), expected, strict=True):
             torch.testing.assert_close(parameter.detach(), after[step], atol=1e-6, rtol=0)
 
 

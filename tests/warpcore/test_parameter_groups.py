@@ -1,12 +1,9 @@
 """Parameter groups by name: who is in which, what they change, and that runs with them resume."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
 
-from tests.golden import load_case
 from tests.many_processes import launch_processes
 from tests.tiers import represented_by
 from tests.warpcore.runs import load_weights, numbers, read_metrics, tiny_settings, train_here, write_shard
@@ -16,46 +13,9 @@ from warpcore.errors import UserError
 from warpcore.optim import OPTIMIZERS, build_optimizers, set_lr, supports_dtensor
 from warpcore.parameter_groups import ParameterGroup, freeze, group_of, optimizer_groups
 
-SHELL_PATTERNS = {
-    "--unfreeze_out": "conv_out.*",
-    "--unfreeze_in": "conv_in.*",
-    "--unfreeze_time": "time_embedding.*",
-    "--unfreeze_attn2": "*.transformer_blocks.*.attn2.*",
-    "--unfreeze_norms": "*norm*",
-    "--unfreeze_mid_block": "mid_block.*",
-    "--unfreeze_attention": "*attentions.*",
-    "--unfreeze_up_blocks 3": "up_blocks.3.*",
-    "--unfreeze_down_blocks 0 1": "down_blocks.[01].*",
-}
-"""How `parameter_groups` says what a flag of the reference trains."""
-
 
 def groups(*entries: dict) -> list[ParameterGroup]:
     return [ParameterGroup(**entry) for entry in entries]
-
-
-@pytest.fixture(scope="module")
-def unet_of_sd15() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-
-
-@pytest.mark.parametrize("row", load_case("sd15_trained_layers")[0]["rows"], ids=lambda row: row["flag"])
-def test_patterns_choose_the_layers_that_the_reference_trains(unet_of_sd15, row):
-    unet_of_sd15.requires_grad_(True)
-    rules = groups({"pattern": SHELL_PATTERNS[row["flag"]]}, {"pattern": "*", "frozen": True})
-    freeze({"generator": unet_of_sd15}, rules)
-    trained = {name: p for name, p in unet_of_sd15.named_parameters() if p.requires_grad}
-    expected = re.compile(row["trainable_after_freezing_all"]["pattern"])
-    assert trained.keys() == {name for name, _ in unet_of_sd15.named_parameters() if expected.fullmatch(name)}
-    assert len(trained) == row["trainable_tensors"]
-    assert sum(p.numel() for p in trained.values()) == row["trainable_parameters_of_sd15"]
-
-
-def test_every_flag_of_the_reference_that_trains_layers_has_a_pattern():
-    assert SHELL_PATTERNS.keys() == {row["flag"] for row in load_case("sd15_trained_layers")[0]["rows"]}
 
 
 def test_the_first_match_counts_with_or_without_the_networks_name():

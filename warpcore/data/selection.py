@@ -219,6 +219,8 @@ class Survey:
     rows: int = 0
     passed: int = 0
     """Training rows: those that meet all conditions and are not held out."""
+    per_epoch: float = 0.0
+    """How many draws of them an epoch has, on average over epochs: each counts with the weight of its source."""
     rejected: Counter[str] = field(default_factory=Counter)
     ranges: dict[str, str] = field(default_factory=dict)
     """Filtered column -> the values it was seen to have."""
@@ -247,6 +249,7 @@ def survey(catalog: Catalog, selection: Selection, members: Sequence[str] = ()) 
         result.rows += piece.stop - piece.start
         rows = selection.load(catalog, piece)
         result.passed += len(rows.numbers)
+        result.per_epoch += len(rows.numbers) * float(catalog.weights[piece.shard])
         for member in members:
             result.members[member] += pc.sum(has_member(rows.table, member)).as_py() or 0
         for name in selection.columns:

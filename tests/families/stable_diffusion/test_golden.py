@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.nn import functional
 
 from families.common.autoencoders import Autoencoder
 from families.common.library_networks import LibraryNetwork, adapt
@@ -11,7 +12,10 @@ from families.stable_diffusion.build import process
 from families.stable_diffusion.config import SdSettings
 from tests.golden import load_case, resolve, weights_of
 from warpcore.config import make_config
+from warpcore.diffusion.loss_weights import loss_weight_for
 from warpcore.diffusion.processes import flow_process
+from warpcore.gradients import clip_gradients, gradient_means, keep_largest, mean_groups, named_by
+from warpcore.networks import block_names
 
 UNETS = ("unet_sd15_small", "unet_sdxl_small")
 TEXT = "encoder_hidden_states"
@@ -58,23 +62,40 @@ def test_the_autoencoder_makes_the_moments_and_pictures_of_the_reference():
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-def micro_batch(record: dict, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+def micro_batch(record: dict, tensors: dict[str, Tensor], scale: float, length: int | None) -> dict[str, Tensor]:
+    """length: to which texts are cut, or filled up with zeros that nothing masks."""
     given = resolve(record, tensors)
+    if length is not None:
+        texts = given["embeddings"]
+        given["embeddings"] = [functional.pad(text, (0, 0, 0, length))[:length] for text in texts]
     return {name: torch.stack(given[name]) if isinstance(given[name], list) else given[name] for name in given} | {
         "latents": torch.stack(given["latents"]) * scale
     }
 
 
-@pytest.mark.parametrize("name", ["ddpm", "min_snr_5", "accumulate_2", "flow_match"])
+STEPS = [call["name"] for call in load_case("sd_t5/training_step")[0]["calls"]]
+NOT_OURS = "accumulate_2_scaled"
+"""Divides the loss by the number of micro-batches a second time, which no key here does."""
+THINNED = "attn1|attn2|transformer_blocks|mid_block"
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != NOT_OURS])
 def test_losses_and_gradients_are_those_of_the_reference(name):
     spec, tensors = load_case("sd_t5/training_step")
     call = next(call for call in spec["calls"] if call["name"] == name)
     options, expected = call["options"], call["result"]
     diffusion = process(make_config(SdSettings, {}), "min_snr" if options.get("use_snr") else "constant")
+    if "noise_gamma" in options:
+        diffusion.loss_weight = loss_weight_for("min_snr", "epsilon", max_snr=options["noise_gamma"])
     if name == "flow_match":  # it trains with times up to 999 and draws with up to 1,000; ours have 1,000 in both
         diffusion = flow_process(steps=999, min_sigma=options["min_sigma"])
     network, losses = unet("unet_sd15_small").train(), []
-    batches = [micro_batch(record, tensors, options["latent_scaling"]) for record in call["micro_batches"]]
+    named = dict(network.named_parameters())
+    thinned = named_by({key: p for key, p in named.items() if p.dim() >= 2}, THINNED, "gradient_topk_pattern")
+    batches = [
+        micro_batch(record, tensors, options["latent_scaling"], options.get("force_toklen"))
+        for record in call["micro_batches"]
+    ]
     for batch in batches:
         times = {"t": batch["timesteps"]} if "timesteps" in batch else {"uniform": 1 - batch["uniform"].flatten()}
         diffused = diffusion.diffuse(batch["latents"], batch["noise"], **times)
@@ -82,11 +103,20 @@ def test_losses_and_gradients_are_those_of_the_reference(name):
         found = diffusion.loss(diffused, prediction)
         losses.append((found.raw.mean().item(), found.loss.mean().item()))
         (found.loss.mean() / len(batches)).backward()
+        if "gradient_topk" in options:
+            keep_largest(list(thinned.values()), options["gradient_topk"])
     raw, weighted = (sum(values) / len(batches) for values in zip(*losses, strict=True))
     logged, tolerance = expected["logged"], call["suggested_rtol"]
     assert raw == pytest.approx(logged["train/loss_raw"], rel=tolerance)
     assert weighted == pytest.approx(logged.get("train/loss_snr", raw), rel=tolerance)
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    blocks = [key.removeprefix("net.") for key in block_names({"net": network})]
+    means = gradient_means(mean_groups(named, {"qk_grads_av": r"\.to_[qk]\.weight$"}, blocks))
+    total = means.pop("qk_grads_av").item()
+    assert total == pytest.approx(logged["train/qk_grads_av"], rel=tolerance)
+    assert len(means) == len([block for block in blocks if block.split(".")[-2] == "transformer_blocks"])
+    assert sum(means.values()).item() == pytest.approx(total, rel=1e-6)
+    clip = options.get("gradient_clip", 1.0)
+    norm = clip_gradients(network.parameters(), clip if clip > 0 else None)
     assert norm.item() == pytest.approx(logged["train/grad_norm"], rel=tolerance)
     for parameter, gradient in resolve(expected["gradients_at_the_step"], tensors).items():
         found = network.get_parameter(parameter).grad

@@ -1,0 +1,48 @@
+"""Keys that count updates take epochs too: `updates: 2e`. They become updates once the data is known.
+
+An epoch draws each row as often as the `weight` of its source says, so it has
+
+    rows that can be drawn x weights / batch_size
+
+updates, and `2e` twice that, rounded down, but at least 1. Rows that wait for their bucket to have a full micro-batch
+count where they are drawn: at the end of an epoch some wait, and the first of the next one take their place.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import PlainValidator, PositiveInt, TypeAdapter, ValidationError
+
+IN_UPDATES = ("updates", "warmup_updates", "save_every", "backup_every", "export_every")
+"""The keys that take epochs."""
+_EPOCHS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)e")
+_COUNT = TypeAdapter(PositiveInt)
+
+
+def _count(value: Any) -> int | str:
+    found = _EPOCHS.fullmatch(value) if isinstance(value, str) else None
+    if found and float(found[1]) > 0:
+        return value
+    try:
+        return _COUNT.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{error.errors()[0]['msg']}, or a number of epochs, as 2e or 0.5e") from None
+
+
+Updates = Annotated[int | str, PlainValidator(_count)]
+"""A number of updates, or of epochs: `2e`."""
+
+
+def in_updates(given: Mapping[str, str], rows: float, batch_size: int) -> tuple[dict[str, int], list[str]]:
+    """The numbers of updates for keys that have epochs, and a line about each; `rows` are what an epoch draws."""
+    found = {key: max(1, _whole(text, rows, batch_size)) for key, text in given.items()}
+    epoch = f"an epoch is {rows:,.10g} rows, {rows / batch_size:,.2f} updates"
+    return found, [f"{key}: {given[key]} is {counted:,} updates ({epoch})" for key, counted in found.items()]
+
+
+def _whole(text: str, rows: float, batch_size: int) -> int:
+    """Updates of `2e`, rounded down, without the rounding of binary fractions."""
+    return math.floor(Fraction(_EPOCHS.fullmatch(text)[1]) * Fraction(rows).limit_denominator(10**6) / batch_size)
