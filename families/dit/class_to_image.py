@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, model_validator
 
 from families.common.class_to_image import ClassToImageConfig
 from families.common.drawn_pictures import Drawn
@@ -14,24 +14,19 @@ from families.dit.classes import class_number, title_of
 from families.dit.drawing import DitNetworks
 from families.dit.files import dit_numbers
 from families.dit.inference import DitInferenceSettings
-from warpcore.config_keys import SidePx, Steps
+from families.dit.picture_size import PictureSizeSettings
+from warpcore.config_keys import Steps
 from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.errors import UserError
 
 
-class DitClassToImageConfig(DitInferenceSettings, ClassToImageConfig):
+class DitClassToImageConfig(PictureSizeSettings, DitInferenceSettings, ClassToImageConfig):
     """Keys of `inference/class_to_image.py` for DiT."""
 
-    image_size: SidePx | None = None
-    """Side of a square picture in pixels; other shapes get about the same area. By default that of the training, which
-    the weights tell: 256 or 512 for published ones."""
     steps: Steps = 250
     """Sampling steps; 50 are enough for a look, and 20 for `dpm-solver`."""
     guidance: NonNegativeFloat | None = 4.0
     """Classifier-free guidance: 1 follows the class as trained and computes none, more follows it harder."""
-    guidance_channels: PositiveInt | None = None
-    """Guide the first of this number of channels only. By default as published: three of four, but all of them for
-    `dpm-solver`."""
     sampler: Literal[tuple(DIT_SAMPLERS)] | None = None
     """By default what was published: `iddpm`, or `ddpm` for a network without a learned variance. `ddim` draws without
     further noise, `dpm-solver` in the fewest steps."""
@@ -49,18 +44,7 @@ class DitClassToImageConfig(DitInferenceSettings, ClassToImageConfig):
         return self.sampler or ("iddpm" if self.learn_sigma else "ddpm")
 
     @property
-    def size_px(self) -> tuple[int, int]:
-        """(H, W) of the pictures: what `size` says, else sides that the network can draw, of about the area."""
-        if self.size:
-            return self.size
-        factor = latents_of(self)[1] * self.version.network["patch_size"]
-        side, ratio = self.image_size or self.trained_size, self.aspect_ratio or self.default_aspect_ratio
-        height, width = (max(round(one / factor), 1) * factor for one in (side / ratio**0.5, side * ratio**0.5))
-        return height, width
-
-    @property
     def trained_size(self) -> int:
-        """Side in pixels of the squares that the weights were trained with, or of such an area."""
         size = dit_numbers(self.generator_checkpoint_path, GENERATOR).get("input_size")
         if size is None:
             return self.version.image_size
@@ -81,10 +65,6 @@ class DitClassToImage:
         except ValueError as error:
             raise UserError(f"classes, class_file: {error}") from None
         self.titles = [title_of(label, config.class_names) for label in self.labels]
-        factor = latents_of(config)[1] * config.version.network["patch_size"]
-        if any(side % factor for side in self.size):
-            height, width = self.size
-            raise UserError(f"size: {height} x {width} px (height x width); sides are multiples of {factor} px")
         self.networks = DitNetworks(config)
 
     def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Drawn:

@@ -3,32 +3,26 @@
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, model_validator
 
 from families.common.text_to_image import Drawn, TextToImageConfig
 from families.common.transformer_lora import open_loras
 from families.dit import pixart_build
-from families.dit.autoencoder import latents_of
+from families.dit.picture_size import PictureSizeSettings
 from families.dit.pixart_drawing import PixartNetworks
 from families.dit.pixart_inference import PixartInferenceSettings
-from warpcore.config_keys import SidePx, Steps
+from warpcore.config_keys import Steps
 from warpcore.diffusion.samplers import DIT_SAMPLERS
-from warpcore.errors import UserError
 from warpcore.keys import Place
 
 
-class PixartTextToImageConfig(PixartInferenceSettings, TextToImageConfig):
+class PixartTextToImageConfig(PictureSizeSettings, PixartInferenceSettings, TextToImageConfig):
     """Keys of `inference/text_to_image.py` for PixArt-alpha."""
 
-    image_size: SidePx | None = None
-    """Side of a square picture in pixels; other shapes get about the same area. By default that of the training."""
     steps: Steps = 20
     """Sampling steps."""
     guidance: NonNegativeFloat | None = 4.5
     """Classifier-free guidance: 1 follows the prompt as trained and computes none, more follows it harder."""
-    guidance_channels: PositiveInt | None = None
-    """Guide the first of this number of channels only. By default as published: three of four for `iddpm`, else all
-    of them."""
     sampler: Literal[tuple(DIT_SAMPLERS)] = "dpm-solver"
     """By default what was published; `iddpm` draws with the learned variance."""
     lora: list[Place] = []
@@ -43,22 +37,6 @@ class PixartTextToImageConfig(PixartInferenceSettings, TextToImageConfig):
             raise ValueError("negative_prompt: without guidance it has no effect")
         return self
 
-    @property
-    def factor(self) -> int:
-        """Sides of pictures are multiples of this."""
-        return latents_of(self)[1] * self.version.network["patch_size"]
-
-    @property
-    def size_px(self) -> tuple[int, int]:
-        """(H, W) of the pictures: what `size` says, else sides that the network can draw, of about the area."""
-        if self.size:
-            return self.size
-        side, ratio = self.image_size or self.version.image_size, self.aspect_ratio or self.default_aspect_ratio
-        height, width = (
-            max(round(one / self.factor), 1) * self.factor for one in (side / ratio**0.5, side * ratio**0.5)
-        )
-        return height, width
-
 
 class PixartTextToImage:
     """Draws with a whole PixArt-alpha; see `families.common.text_to_image.TextToImage`."""
@@ -68,9 +46,6 @@ class PixartTextToImage:
 
     def __init__(self, config: PixartTextToImageConfig):
         self.config, self.size = config, config.size_px
-        if any(side % config.factor for side in self.size):
-            height, width = self.size
-            raise UserError(f"size: {height} x {width} px (height x width); sides are multiples of {config.factor} px")
         self.networks = PixartNetworks(config, open_loras(pixart_build.denoiser, config.lora, config, config.use_ema))
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:

@@ -86,6 +86,18 @@ def test_a_seed_gives_the_same_picture_whatever_else_is_drawn(published):
     torch.testing.assert_close(together[1], alone[0])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [(["--resolution", "480p", "--aspect-ratio", "16:9"], (480, 848)), (["resolution=256"], (256, 256)),
+     (["--resolution=144p", "--aspect-ratio=1:1"], (192, 192)), (["--image-size", "96"], (96, 96)),
+     (["--size", "[480, 848]"], (480, 848)), ([], (32, 32))],
+    ids=str,
+)  # fmt: skip
+def test_the_size_can_be_said_as_in_the_published_program(published, arguments, size):
+    _, config = load_task(CLASS_TO_IMAGE, [f"generator_checkpoint_path={published}", "classes=[1]", *arguments])
+    assert config.size_px == size
+
+
 @pytest.mark.parametrize("sampler", ["iddpm", "ddim", "dpm-solver", "ddpm"])
 def test_samplers_differ_and_guidance_counts(published, sampler):
     given = {"generator_checkpoint_path": published, "classes": [2], "sampler": sampler, "steps": 4}
@@ -153,6 +165,9 @@ def test_a_truncated_file_and_one_with_code_are_one_clear_error(published, tmp_p
     ("given", "message"),
     [({"classes": [CLASSES]}, r"class 5 is outside of 0 to 4"), ({"classes": ["red star"]}, "'red star' is no class"),
      ({"classes": [1], "size": [32, 40]}, "size: 32 x 40 px .*multiples of 16 px"),
+     ({"classes": [1], "size": [32, 32], "image_size": 32}, "image_size and size all say the size of pictures"),
+     ({"classes": [1], "size": [32, 32], "aspect_ratio": 2}, "size and aspect_ratio both say the shape"),
+     ({"classes": [1], "resolution": "480x640"}, "resolution"), ({"classes": [1], "resolution": "0p"}, "resolution"),
      ({"classes": [1], "num_classes": 7}, "has num_classes: 5, and the config 7; write num_classes: 5"),
      ({"classes": [1], "learn_sigma": False}, "has learn_sigma: true, and the config false"),
      ({"classes": [1], "model_version": "XL/2"}, "is a DiT-mini; write model_version: mini"),
