@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from warpcore.sharded import local
+from warpcore.sharded import plain_parts
 
 META = torch.device("meta")
 
@@ -26,17 +26,17 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self, there: Iterable[Tensor] = (), device: str | None = None):
         super().__init__()
         self.alive, self.peak, self.device = 0, 0, device
-        self._seen = {local(tensor).untyped_storage()._cdata for tensor in there}
+        self._seen = {part.untyped_storage()._cdata for tensor in there for part in plain_parts(tensor)}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
+            for part in plain_parts(tensor) if isinstance(tensor, Tensor) else ():
+                self._count(part)
         return result
 
     def _count(self, tensor: Tensor) -> None:
-        storage = local(tensor).untyped_storage()
+        storage = tensor.untyped_storage()
         if storage._cdata in self._seen or self.device not in (None, tensor.device.type):
             return
         self._seen.add(storage._cdata)

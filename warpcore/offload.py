@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from warpcore.networks import blocks, forward_methods
+from warpcore.sharded import stored_bytes
 
 
 class OnDemand:
@@ -29,7 +30,7 @@ class OnDemand:
         self._home = [table[name].detach().cpu() for table, name in self._slots]
         if device.type == "cuda":
             self._home = [tensor.pin_memory() for tensor in self._home]
-        self.nbytes = sum(tensor.nbytes for tensor in self._home)
+        self.nbytes = sum(map(stored_bytes, self._home))
         self._put(self._home)
         for name in ("forward", *forward_methods(network)):
             setattr(network, name, self._bringing(getattr(network, name)))

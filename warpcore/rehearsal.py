@@ -25,6 +25,7 @@ from warpcore.errors import UserError
 from warpcore.files import why_no_file
 from warpcore.meta import META, MetaAsDevice, MixMetaWithCPU, PeakMemory
 from warpcore.networks import Checkpointing, blocks, has_blocks
+from warpcore.sharded import stored_bytes
 from warpcore.use_case import UseCase
 
 
@@ -171,7 +172,7 @@ class OnShapes:
         """Bytes on the device, and in the CPU's memory, of what isn't trained."""
         on_device = on_cpu = 0
         for name, network in self.run.networks.items():
-            weights = sum(p.nbytes for p in network.parameters() if not p.requires_grad)
+            weights = sum(stored_bytes(p) for p in network.parameters() if not p.requires_grad)
             buffers = sum(b.nbytes for b in network.buffers())
             on_demand = self.run.on_demand.get(name)
             if self._is_sharded(name) and self.config.fsdp_cpu_offload:
@@ -301,7 +302,7 @@ class Rehearsal:
                 there = [*self.living()]
                 with PeakMemory(there) as memory:
                     self.update(size, count)
-                peak = memory.peak + sum(t.nbytes for t in there)
+                peak = memory.peak + sum(map(stored_bytes, there))
                 seconds = self.update(size, count) if peak <= self.memory_limit else math.inf
         except torch.OutOfMemoryError:
             for parameter in self.run.parameters.values():

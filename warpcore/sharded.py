@@ -1,4 +1,6 @@
-"""Tensors that may be sharded over processes (`DTensor`), or not."""
+"""Tensors that may be sharded over processes (`DTensor`), packed into fewer bits (such as NF4), or neither."""
+
+from collections.abc import Iterator
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -12,3 +14,18 @@ def local(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """All of it; where it is sharded, all processes have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold a tensor in this process: itself, or those that it is packed into."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from plain_parts(getattr(tensor, name))
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """What a tensor takes in this process; `nbytes` of a packed one is what it would take unpacked."""
+    return sum(part.nbytes for part in plain_parts(tensor))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from families.common.library_files import (
     built,
@@ -25,6 +25,7 @@ from families.common.text_conditions import LibraryTextEncoder, TextConditions, 
 from families.common.weight_files import metadata_of
 from families.common.weights import are_only_shapes
 from warpcore.errors import UserError
+from warpcore.meta import META
 from warpcore.safe_json import parse_json
 from warpcore.text import brief, shortened
 from warpcore.transfer import to_device
@@ -145,7 +146,7 @@ class T5TextEncoder(LibraryTextEncoder):
             encoder = cls(config, tokenizer, key=key, **options)
         dtype = torch.bfloat16 if precision == "nf4" else getattr(torch, precision)
         if are_only_shapes():
-            nn.Module.to(encoder, dtype)
+            freeze(encoder.model, precision, key, META)
             return encoder
         fill(encoder.model, tensors(dtype), path, key, dtype)
         encoder.model.set_input_embeddings(encoder.model.shared)  # one tensor again, under both of its names

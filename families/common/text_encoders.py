@@ -27,6 +27,7 @@ from families.common.weights import are_only_shapes
 from modules.clip import text_tower
 from modules.clip_weights import read_settings
 from warpcore.errors import UserError
+from warpcore.meta import META
 from warpcore.text import shortened
 from warpcore.transfer import to_device
 
@@ -156,7 +157,7 @@ class ClipTextEncoder(LibraryTextEncoder):
             encoder = cls(config, tokenizer, hidden, key)
         dtype = getattr(torch, "bfloat16" if precision == "nf4" else precision)
         if are_only_shapes():
-            nn.Module.to(encoder, dtype)
+            freeze(encoder.model, precision, key, META)
             return encoder
         own = encoder.model.state_dict().keys()
         found = {_own_name(name, own): tensor for name, tensor in tensors().items()}

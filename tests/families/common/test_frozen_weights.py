@@ -7,6 +7,7 @@ from families.cascade import versions
 from families.common.precision import freeze
 from families.common.weights import only_shapes
 from modules.float8 import FORMATS, Float8Linear
+from modules.quantise import BLOCK
 from tests.many_processes import launch_processes
 from tests.tiers import represented_by
 from tests.train.test_every_script import (
@@ -76,6 +77,32 @@ def test_the_planner_counts_eight_bits(settings, name):  # noqa: F811
     spared = sum(one.out_features * one.in_features for one in layers)
     scales = sum(2 * one.out_features for one in layers)
     assert counted[0] - counted[1] == spared - scales
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("train_cosmos", "text_encoder_precision"),
+        pytest.param("train_sd", "text_encoder_precision", marks=pytest.mark.slow),
+        pytest.param("train_cosmos_lora", "frozen_weights", marks=pytest.mark.slow),
+    ],
+)
+def test_the_planner_counts_four_bits(settings, name, key):  # noqa: F811
+    pytest.importorskip("torchao.quantization", reason="an optional package")
+    given = {"batch_size": 2, "model_version": "mini", "generator_checkpoint_path": None}
+    counted, activations, packed = {}, {}, []
+    for precision in ("bfloat16", "nf4"):
+        config = make_config(use_case(name).Config, settings(name, "planned", **given | {key: precision}))
+        with only_shapes(), OnShapes(use_case(name), config, "cpu") as shapes:
+            needs = shapes.needs(bucket_sizes(shapes.run)[0], 2)
+            counted[precision], activations[precision] = needs.frozen, needs.activations
+            parameters = [p for network in shapes.run.networks.values() for p in network.parameters()]
+            packed = [p.numel() for p in parameters if type(p.data) not in (torch.Tensor, torch.nn.Parameter)]
+    assert packed
+    # Half a byte for each number, one for 64, two for 64 * 256; 16 values and a mean in bfloat16 for each matrix.
+    expected = sum(n // 2 + n // 64 + 2 * n // BLOCK + 34 for n in packed)
+    assert counted["bfloat16"] - counted["nf4"] == 2 * sum(packed) - expected
+    assert activations["nf4"] < activations["bfloat16"] + 8 * max(packed)
 
 
 def test_where_there_are_no_eight_bit_numbers_an_error_says_what_to_write():
