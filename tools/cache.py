@@ -19,7 +19,7 @@ import warpcore.openmp
 import argparse
 import shutil
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO, get_args
@@ -37,9 +37,10 @@ from families.common.captions import cut_note
 from families.common.features import CACHE_NAME, Dtype, Origin
 from families.common.prompts import encode_each, read_prompts, write_prompts
 from families.common.training import DiffusionTraining
+from families.common.weight_source import only_parts
 from tools.arguments import local_path, positive
 from tools.cache_encoding import Encoding
-from tools.cache_features import Maker, without_idle_weights
+from tools.cache_features import PIPELINE_PARTS, Maker, without_idle_weights
 from tools.cache_timing import seconds_per_sample
 from tools.shared_work import MARK_NAME, SharedWork
 from warpcore.config import load_config
@@ -291,9 +292,12 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     kind = use_case(given.script)
     config, out = load_config(kind.Config, [given.config, *given.settings]), given.out.absolute()
-    training = kind(without_idle_weights(kind, config, given.features))
-    training.arguments = [given.config, *given.settings]
-    with closing(Caching(training, out, given.dtype, given.variants, given.batch_size, given.features)) as caching:
+    with ExitStack() as using:
+        using.enter_context(only_parts(*PIPELINE_PARTS[given.features]))
+        training = kind(without_idle_weights(kind, config, given.features))
+        training.arguments = [given.config, *given.settings]
+        caching = Caching(training, out, given.dtype, given.variants, given.batch_size, given.features)
+        using.enter_context(closing(caching))
         record = caching.run()
         if caching.training.processes.is_main:
             waits = caching.waits() if given.features == "all" else None

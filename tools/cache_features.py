@@ -24,6 +24,9 @@ from warpcore.use_case import UseCase
 
 LONG_CAPTION = "picture " * 512
 """Shows the largest size of features of variable length."""
+PIPELINE_PARTS = {"latents": ("vae",), "texts": ("text_encoder*", "tokenizer*")}
+PIPELINE_PARTS["all"] = PIPELINE_PARTS["latents"] + PIPELINE_PARTS["texts"]
+"""The folders of a pipeline of diffusers whose networks make the features of a kind."""
 _OF_PICTURE = {"all": (True, False), "latents": (True,), "texts": (False,)}
 
 

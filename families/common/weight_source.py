@@ -12,7 +12,10 @@ once, into `models/owner/name/subfolder`, and read from there in every later sta
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -42,6 +45,8 @@ _PART = re.compile(r"-\d{5}-of-\d{5}")
 _PICKLED = re.compile(rf"pytorch_model({_PART.pattern})?\.bin")
 """What transformers wrote before safetensors, as the first T5 are published; read without running code in it."""
 
+_PARTS: ContextVar[tuple[str, ...] | None] = ContextVar("parts of pipelines", default=None)
+
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -64,6 +69,19 @@ def with_local_weights(settings: AnySettings) -> AnySettings:
     local = {key: given_weights(path, key, use_ema) for key, path in named.items() if path is not None}
     changed = {key: path for key, path in local.items() if path != named[key]}
     return settings.model_copy(update=changed) if changed else settings
+
+
+@contextmanager
+def only_parts(*names: str) -> Iterator[None]:
+    """Inside, of a pipeline on the hub the weights of some of its networks alone are downloaded, beside all configs.
+
+    names: shell patterns of their folders, such as `text_encoder*`.
+    """
+    before = _PARTS.set(names)
+    try:
+        yield
+    finally:
+        _PARTS.reset(before)
 
 
 def local_weights(name: Path, key: str, models: Path | None = None) -> Path:
@@ -124,12 +142,22 @@ def given_weights(path: Path, key: str, use_ema: bool = True) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether all files of a download are there, in their sizes."""
-    done = folder / DONE
-    if not done.is_file():
-        return False
+    """Whether all files of a download that are wanted are there, in their sizes."""
+    return any(done.is_file() and _has_all(folder, done) for done in (folder / DONE, _done(folder)))
+
+
+def _has_all(folder: Path, done: Path) -> bool:
     sizes = read_object(done, f"{done}, which may be removed,")
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def _done(folder: Path) -> Path:
+    """What names the files of a download, of which `only_parts` may want a part."""
+    parts = _PARTS.get()
+    if parts is None:
+        return folder / DONE
+    of_parts = re.sub(r"[^\w+]", "", "+".join(sorted(parts)))
+    return folder / DONE.replace(".json", f".{of_parts}.json")
 
 
 def _single_file(folder: Path) -> Path:
@@ -143,7 +171,9 @@ def _download(name: str, folder: Path, root: Path) -> None:
     owner, repository, *inside = name.split("/")
     repository = f"{owner}/{repository}"
     prefix = "".join(f"{part}/" for part in inside)
-    chosen = list(wanted(list_files(repository, "/".join(inside)), prefix, name))
+    listed = list_files(repository, "/".join(inside))
+    done = _done(folder) if f"{prefix}{PIPELINE}" in listed else folder / DONE
+    chosen = list(wanted(listed, prefix, name, _PARTS.get()))
     files = [look_up(repository, path) for path in chosen]
     targets = {file: folder / PurePosixPath(file.path.removeprefix(prefix)).parent for file in files}
     missing = [file for file in files if not (targets[file] / file.name).exists()]
@@ -157,15 +187,17 @@ def _download(name: str, folder: Path, root: Path) -> None:
     for file in missing:
         fetch(file, targets[file], root)
     sizes = {file.path.removeprefix(prefix): file.size_bytes for file in files}
-    write_whole(folder / DONE, json.dumps(sizes, indent=1) + "\n")
+    write_whole(done, json.dumps(sizes, indent=1) + "\n")
 
 
-def wanted(sizes: Mapping[str, int], prefix: str, name: str) -> Iterator[str]:
+def wanted(sizes: Mapping[str, int], prefix: str, name: str, parts: Collection[str] | None = None) -> Iterator[str]:
     """What of a repository's files is downloaded: configs, vocabularies and safetensors of the folder `prefix`, and of
     the folders of a pipeline's networks.
 
     Of several precisions the full one is taken. Pickled files are left out, but for those of transformers where there
     is nothing else.
+
+    parts: patterns of the folders of a pipeline whose weights are downloaded; None for all.
 
     Raises:
         DownloadError: there are no safetensors, several that are not parts of one network, or a path that leads out.
@@ -180,11 +212,13 @@ def wanted(sizes: Mapping[str, int], prefix: str, name: str) -> Iterator[str]:
     folders = (
         [f for f in by_folder if f.startswith(prefix) and f.count("/") <= prefix.count("/") + 1] if pipeline else []
     )
-    found = False
+    found = pipeline and parts is not None  # its configs are enough
     for folder in sorted({prefix, *folders}):
         files = by_folder.get(folder, [])
         # Beside a pipeline's folders lie whole models in one file, which nobody asked for.
-        weights = [] if pipeline and folder == prefix else _weights_of(files, name)
+        own_name = folder.removeprefix(prefix).rstrip("/")
+        left_out = pipeline and (folder == prefix or not _is_part(own_name, parts))
+        weights = [] if left_out else _weights_of(files, name)
         found = found or bool(weights)
         if weights or folder == prefix or pipeline:
             yield from weights
@@ -194,6 +228,10 @@ def wanted(sizes: Mapping[str, int], prefix: str, name: str) -> Iterator[str]:
             "; name one of its folders: " + ", ".join(sorted({f.rstrip("/") for f in by_folder if f != prefix}))
             if len(by_folder) > 1 else ""
         ))  # fmt: skip
+
+
+def _is_part(folder: str, parts: Collection[str] | None) -> bool:
+    return parts is None or any(fnmatch(folder, part) for part in parts)
 
 
 def _is_beside(name: str) -> bool:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from families.cascade.config import StageCConfig
 from families.common import weight_source
-from families.common.weight_source import DONE, local_weights, wanted, with_local_weights
+from families.common.hub import RemoteFile
+from families.common.weight_source import DONE, local_weights, only_parts, wanted, with_local_weights
 from tests.models.test_download import content
 from tests.models.test_download import hub as hub
 from tests.small_cascade import small_cascade as small_cascade
@@ -112,6 +113,34 @@ def test_configs_and_full_precision_safetensors_are_wanted():
         "vae/diffusion_pytorch_model.bin",
     }  # fmt: skip
     assert names({"a/model.fp16.safetensors": b"1", "a/model.bin": b"2"}, "a/") == {"a/model.fp16.safetensors"}
+
+
+def test_of_a_pipeline_only_the_networks_that_are_wanted_are_downloaded_and_later_the_rest(tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(file, folder, root):
+        fetched.append(file.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file.name).write_bytes(PIPELINE[file.path])
+
+    monkeypatch.setattr(weight_source, "list_files", lambda *_: {path: len(one) for path, one in PIPELINE.items()})
+    monkeypatch.setattr(
+        weight_source, "look_up", lambda name, path: RemoteFile(name, path, "", len(PIPELINE[path]), "")
+    )
+    monkeypatch.setattr(weight_source, "fetch", fetch)
+    monkeypatch.setattr(weight_source, "difference", lambda *_: None)
+    expected = names(PIPELINE)
+    weights = {path for path in expected if path.endswith(".safetensors")}
+    for parts, added in ((("vae",), {f"vae/{next(reversed(VAE))}"}), (("text_encoder*", "tokenizer*"), set())):
+        for again in (False, True):
+            fetched.clear()
+            with only_parts(*parts):
+                folder = local_weights(Path("owner/pipe"), "generator_checkpoint_path", tmp_path)
+            assert weights & set(fetched) == (set() if again else added)
+    assert files_in(folder).keys() == expected - weights | {"vae/diffusion_pytorch_model.safetensors"}
+    assert local_weights(Path("owner/pipe"), "generator_checkpoint_path", tmp_path) == folder
+    assert set(fetched) == {path for path in weights if path.startswith("unet/")}
+    assert files_in(folder).keys() == expected
 
 
 @pytest.mark.parametrize(
