@@ -130,12 +130,14 @@ def _numbers_of(tensors: Mapping[str, Tensor], path: Path, key: str) -> dict[str
     last = tensors.get("proj_out.weight")
     side = PATCH_SIDES.get(len(last) if last is not None and last.dim() else None, COMMON["patch_size"][-1])
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"transformer_blocks\.(\d{1,9})\.", name))}
-    config = COMMON | {
+    seen = {
         "in_channels": columns // side**2 - 1, "patch_size": [1, side, side],
         "num_attention_heads": width // shape["norm"][0], "attention_head_dim": shape["norm"][0],
         "num_layers": max(blocks) + 1, "text_embed_dim": shape["text"][1],
         "adaln_lora_dim": shape["rank"][0], "mlp_ratio": shape["mlp"][0] / width,
     }  # fmt: skip
+    version = version_of(seen)  # which says what tensors do not: how positions turn
+    config = (COMMON if version is None else dict(VERSIONS[version].transformer)) | seen
     _check_config(config, path, key)
     return config
 
