@@ -1,11 +1,15 @@
 """Published names of tensors and diffusers' ones, both ways, and the published sizes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from families.common.t5 import EMBEDDING_ALIAS, StandInTokenizer, T5TextEncoder
+from families.common.weights import only_shapes
 from families.cosmos import original_names
 from families.cosmos.transformer import CosmosTransformer3DModel
-from families.cosmos.versions import VERSIONS, version_of
+from families.cosmos.versions import T5_11B, VERSIONS, version_of
 from tests.golden import load_case, load_manifest
 
 SIZES = ("0.6B", "2B", "14B")
@@ -26,6 +30,18 @@ def test_the_full_size_network_has_the_tensors_of_the_published_file(size):
     assert {name: tensor.shape for name, tensor in back.items()} == {
         name: tensor.shape for name, tensor in network.state_dict().items()
     }
+
+
+def test_the_full_size_text_encoder_has_the_tensors_of_the_published_file():
+    manifest = load_manifest("t5_11b_encoder", "cosmos")
+    assert manifest["constructor"].items() <= T5_11B.items()
+    with only_shapes():
+        model = T5TextEncoder.of(T5_11B, StandInTokenizer(), dict, Path("t5-11b"), precision="bfloat16").model
+    assert sum(parameter.numel() for parameter in model.parameters()) == manifest["parameter_count"]
+    expected = {name: tuple(about["shape"]) for name, about in manifest["tensors"].items()}
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert {name: found[name] for name in expected} == expected
+    assert found.keys() - expected.keys() <= {EMBEDDING_ALIAS}
 
 
 def test_names_are_mapped_by_the_published_rules():
