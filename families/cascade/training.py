@@ -11,6 +11,7 @@ from families.cascade.conditions import text_conditions
 from families.cascade.config import CascadeConfig, FamilySettings
 from families.cascade.diffusion import make_diffusion
 from families.cascade.files import ABOUT_NETWORK
+from families.common.cache import Shape
 from families.common.cached_captions import TOKEN_IDS
 from families.common.training import DiffusionTraining
 from families.common.weight_source import with_local_weights
@@ -54,6 +55,10 @@ class DenoiserTraining(CascadeTraining, DiffusionTraining):
         if name == TOKEN_IDS:
             return build.text_tokenizer(self.config, self.kept["tokenizer"]).name
         return super().feature_setting(name)
+
+    def read_shape(self, name: str) -> Shape | None:
+        widths = self.config.version.stage_c
+        return (None, widths.get("c_clip_text", 1280)) if name == "clip_text" else None
 
     def text_features(self, encoder: TextTower, captions: Sequence[str]) -> dict[str, Tensor]:
         return text_conditions(encoder, captions, self.device)

@@ -23,6 +23,9 @@ from warpcore.data.shards import folders_named_whole, named_folders
 from warpcore.data.storage import is_remote
 from warpcore.safe_json import parse_json
 
+Shape = tuple[int | None, ...]
+"""Of a sample's feature; None where a side may have any size."""
+
 
 class Cacheable(Protocol):
     """What a training tells of its features, so that a cache can be made for it, or compared with it."""
@@ -30,15 +33,21 @@ class Cacheable(Protocol):
     config: Any
     bucket_factor: int
     features: Mapping[str, Feature]
+    network_keys: Mapping[str, str]
+    """The config keys that name the weights of networks which make features."""
 
     def network_files(self, network: str) -> list[Path]:
-        """The weights of a network that makes features. Raises UserError where they are missing."""
+        """The weights of a network that makes features; empty where the config names none, so that a cache may be of
+        any. Raises UserError where they are missing."""
 
     def network_precision(self, network: str) -> str | None:
         """What a network that makes features is kept in, whatever the run computes in; None where it follows that."""
 
     def feature_setting(self, name: str) -> Any:
         """A setting that features depend on, as JSON holds it: that of the config unless the family knows better."""
+
+    def read_shape(self, name: str) -> Shape | None:
+        """The shape of a sample's feature that the network reads which is trained; None where anything fits."""
 
     def check_cacheable(self) -> None:
         """Raise UserError where this configuration can't train without pictures."""
@@ -79,6 +88,8 @@ def origin_of(
 
 
 def _about_network(training: Cacheable, name: str, paths: Sequence[Path]) -> dict[str, str]:
+    if not paths:  # the config names none
+        return {}
     about, precision = {"file": paths[0].name, "sha256": sha256_of(paths)}, training.network_precision(name)
     return about | ({} if precision is None else {"precision": precision})
 
@@ -221,12 +232,35 @@ def _check(training: Cacheable, key: str, folder: str, origin: Origin, names: Se
     here = origin_of(training, names)
     if not all(training.features[name].of_picture for name in names):
         origin = with_token_ids(origin, folder, here, training.config.captions_getter)
+    kind = kind_of(training.features[name] for name in names)
     if wrong := origin.differences(here, names):
-        kind = kind_of(training.features[name] for name in names)
         raise ConfigError(
             f"{folder} is a cache that this run can't use: {'; '.join(wrong)}. Write into the config what the cache "
             f"was made with, or make another: {cache_command(training, f'{folder}_new', kind, origin, key)}"
         )
+    for name in names:
+        _check_shape(training, folder, origin, name, kind, key)
+
+
+def _check_shape(training: Cacheable, folder: str, origin: Origin, name: str, kind: str, key: str) -> None:
+    """Raise ConfigError where a cached feature has another shape than the network reads."""
+    wanted = training.read_shape(name)
+    for shape in origin.shapes.get(name, {}).values():
+        if wanted is None or (len(shape) == len(wanted) and all(map(_fits, shape, wanted))):
+            continue
+        has, reads = (" x ".join("any" if n is None else str(n) for n in one) for one in (shape, wanted))
+        network = training.features[name].network
+        made_by = origin.networks.get(network, {}).get("file", "unknown weights")
+        own_key = training.network_keys.get(network, network)
+        raise ConfigError(
+            f"{folder} is a cache that this run can't use: {name} of a sample has the shape {has} there, made with "
+            f"{made_by}, and the network that is trained reads {reads}. Name the weights that it was trained with "
+            f"({own_key}), and make another: {cache_command(training, f'{folder}_new', kind, origin, key)}"
+        )
+
+
+def _fits(size: int, wanted: int | None) -> bool:
+    return wanted in (None, size)
 
 
 def _check_stored_alike(

@@ -150,6 +150,8 @@ class Origin:
                 found.append(f"{DISPLAY_NAMES.get(setting, setting)} is {here!r} in the cache, {there!r} here")
         for network in dict.fromkeys(other.makers[name] for name in known):
             here, there = self.networks.get(network), other.networks[network]
+            if not there:
+                continue
             if here is None:
                 found.append(f"the cache does not say which weights the {network} network had")
             elif here["sha256"] != there["sha256"]:

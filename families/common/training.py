@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.beginning import check_start_file, same_base, with_target
-from families.common.cache import Caches, command_for_another, find_caches
+from families.common.cache import Caches, Shape, command_for_another, find_caches
 from families.common.cache_commands import cache_command
 from families.common.cache_freshness import check_fresh
 from families.common.cached_captions import TOKEN_IDS
@@ -83,6 +83,11 @@ class DiffusionTraining(SampleFields):
         """What can be cached, by name."""
         raise NotImplementedError
 
+    def read_shape(self, name: str) -> Shape | None:
+        """The shape of a sample's feature that the trained network reads, None in it for a side of any size, such as
+        (16, None, None); None where anything fits. A cache with another one is refused."""
+        return None
+
     def check_cacheable(self) -> None:
         """Raise UserError where this configuration can't train without pictures, on cached features of them."""
         if self.config.bucketeer_random_ratio:
@@ -96,7 +101,8 @@ class DiffusionTraining(SampleFields):
         raise NotImplementedError
 
     def network_files(self, network: str) -> list[Path]:
-        """The files, or folders of a library, with the weights of a network that makes features."""
+        """The files, or folders of a library, with the weights of a network that makes features; none where the config
+        names none: then a cache may be of any."""
         return [self.network_file(network)]
 
     def network_precision(self, network: str) -> str | None:

@@ -152,12 +152,21 @@ def check_fits(settings: CosmosSettings, *networks: str) -> None:
 
 
 def network_files(settings: CosmosSettings, network: str) -> list[Path]:
-    """What the features of the `autoencoder` or of the `text` encoder depend on: its weights, and its config."""
+    """What the features of the `autoencoder` or of the `text` encoder depend on: its weights, and its config; nothing
+    where no text encoder is named: texts from a cache need none."""
+    if network == "text" and _is_without_text_encoder(settings):
+        return []
     if network == "autoencoder":
         place = autoencoder_source(settings).path
     else:
         place = _part(settings, "text_encoder", TEXT, settings.version.text_file).path
     return [file for file in (place, place / CONFIG) if file == place or file.is_file()]
+
+
+def _is_without_text_encoder(settings: CosmosSettings) -> bool:
+    base = settings.generator_checkpoint_path
+    named = settings.text_encoder_checkpoint_path or settings.version.text_file
+    return named is None and (base is None or find_beside(base, "text_encoder", TEXT) is None)
 
 
 def process(settings: CosmosSettings, loss_weight: str = "constant", offset_noise: float = 0.0) -> GDF:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from families.common.autoencoders import LatentScale
+from families.common.cache import Shape
 from families.common.features import PICTURE_SETTINGS, Feature, lengths_name, stored
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
@@ -64,6 +65,11 @@ class CosmosTraining(PromptSamples):
     def text_features(self, encoder: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
         made = encoder(list(captions))
         return {"text": made.hidden.float(), lengths_name("text"): made.lengths}
+
+    def read_shape(self, name: str) -> Shape | None:
+        numbers = build.transformer_numbers(self.config)
+        known = {"latents": (numbers["in_channels"], None, None), "text": (None, numbers["text_embed_dim"])}
+        return known.get(name)
 
     @cached_property
     def latents(self) -> tuple[LatentScale, int]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from families.common.cache import Shape
 from families.common.features import CAPTION_SETTINGS, Feature, Origin, lengths_name, stored
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
@@ -48,6 +49,11 @@ class PixartTraining(LatentTraining, PromptSamples):
 
     def network_files(self, network: str) -> list[Path]:
         return pixart_build.text_files(self.config) if network == "text" else super().network_files(network)
+
+    def read_shape(self, name: str) -> Shape | None:
+        if name == FEATURE:
+            return None, pixart_build.network_numbers(self.config)["caption_channels"]
+        return super().read_shape(name)
 
     @property
     def features(self) -> dict[str, Feature]:

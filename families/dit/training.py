@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from families.common.autoencoders import LatentScale
+from families.common.cache import Shape
 from families.common.features import PICTURE_SETTINGS, Feature, stored
 from families.common.training import DiffusionTraining
 from families.dit import build
@@ -44,6 +45,9 @@ class LatentTraining(DiffusionTraining):
     def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         moments = self.networks["autoencoder"].moments(batch.images)
         return {"moments": moments} | self.mask_of_pictures(batch, moments)
+
+    def read_shape(self, name: str) -> Shape | None:
+        return (2 * self.config.version.network["in_channels"], None, None) if name == "moments" else None
 
     @cached_property
     def latents(self) -> tuple[LatentScale, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.autoencoders import LatentScale
+from families.common.cache import Shape
 from families.common.features import CAPTION_SETTINGS, Origin
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
@@ -62,6 +63,13 @@ class SdTraining(PromptSamples):
 
     def texts_made_with(self, origin: Origin) -> dict[str, str]:
         return super().texts_made_with(origin) | {"text_chunks": str(self.config.text_chunks)}
+
+    def read_shape(self, name: str) -> Shape | None:
+        unet = build.unet_config(self.config)
+        width = unet.get("cross_attention_dim", 1280)
+        known = {"moments": (2 * unet.get("in_channels", 4), None, None)}
+        known |= {"text": (None, width)} if isinstance(width, int) else {}
+        return known.get(name)
 
     @cached_property
     def latents(self) -> tuple[LatentScale, int]:

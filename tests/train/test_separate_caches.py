@@ -2,11 +2,13 @@
 
 import pytest
 
+from families.common.cache import find_caches, origin_of
 from families.common.training import DiffusionTraining
 from tests.caches import make_cache
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, train, use_case
 from tests.train.test_every_script import settings as settings
+from warpcore.config import ConfigError, make_config
 
 pytestmark = pytest.mark.integration
 CACHED: dict[str, tuple[str, ...]] = {
@@ -59,6 +61,30 @@ def test_caches_apart_are_pictures(settings, name, tmp_path):
         pairs = [(line[column], other[column]) for line, other in zip(found, expected, strict=True) if column in other]
         assert pairs
         assert [pair[0] for pair in pairs] == pytest.approx([pair[1] for pair in pairs], rel=1e-4), column
+
+
+@pytest.mark.parametrize("name", represented_by("train_cosmos", of=CACHED))
+def test_a_cached_feature_of_another_width_is_refused(settings, name, tmp_path):
+    kind, given = use_case(name), settings(name, "widths", **CHANGES.get(name, {}))
+    training = kind(make_config(kind.Config, given))
+    read = {one: shape for one in training.features if (shape := training.read_shape(one)) is not None}
+    assert read or name == "train_b"
+    for one, shape in read.items():
+        for more in (1, 0):
+            cached = [7 if size is None else size + more for size in shape]
+            folder = tmp_path / f"{one}_{more}"
+            folder.mkdir()
+            origin_of(training, [one], shapes={one: {"64x64": cached}}).write(folder)
+            found = kind(make_config(kind.Config, given | {"caches": [str(folder)]}))
+            if not more:
+                assert one in find_caches(found)
+                continue
+            with pytest.raises(ConfigError) as refused:
+                find_caches(found)
+            told = str(refused.value)
+            assert f"{one} of a sample has the shape {' x '.join(map(str, cached))} there, made with " in told
+            assert f"reads {' x '.join('any' if size is None else str(size) for size in shape)}. Name the" in told
+            assert "_checkpoint_path), and make another: python3 tools/cache.py" in told
 
 
 def test_every_script_with_features_is_tested_here():

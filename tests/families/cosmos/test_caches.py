@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch.multiprocessing import ProcessExitedException
 
 from families.common import weight_source
+from families.cosmos.versions import VERSIONS
 from tests.caches import make_cache, write_pictures
 from tests.families.cosmos.tiny_pipeline import write_cosmos
 from tests.many_processes import launch_processes
@@ -16,6 +19,7 @@ from tests.warpcore.runs import tiny_settings
 from tools.cache_encoding import Encoding
 from train.train_cosmos import TrainCosmos
 from warpcore.config import ConfigError, make_config
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 
@@ -58,6 +62,17 @@ def test_features_of_another_precision_are_refused_but_those_of_older_caches_are
         assert about["networks"][network].pop("precision") == "bfloat16"
         file.write_text(json.dumps(about))
     train(given | {"experiment_id": "older"})
+
+
+def test_texts_from_a_cache_need_no_text_encoder(settings, pipeline, tmp_path, monkeypatch):
+    cache = make_cache("train_cosmos", settings, tmp_path / "texts", "--features", "texts")
+    monkeypatch.setitem(VERSIONS, "mini", replace(VERSIONS["mini"], text_file=None))  # as in published sizes
+    for part in ("transformer", "vae"):
+        shutil.copytree(pipeline / part, tmp_path / "alone" / part)
+    given = settings | {"generator_checkpoint_path": str(tmp_path / "alone")}
+    train(given | {"caches": [str(cache)]})
+    with pytest.raises(UserError, match="text_encoder_checkpoint_path is missing, and none stands beside"):
+        train(given | {"experiment_id": "without a cache"})
 
 
 HUB = {
