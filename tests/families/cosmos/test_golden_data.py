@@ -54,7 +54,7 @@ RECORDED = ("", "  two  spaces\nand a line ", "Physical AI", "one two three four
 def test_token_ids_are_cut_and_padded_as_recorded(tokenizer, prompt):
     rules = load_case("cosmos/t5_token_ids")[0]["rules"]
     (rule,) = (one for one in rules if one["prompt"].strip() == prompt.strip())
-    encoder = SimpleNamespace(tokenizer=tokenizer, length=rule["max_length"], padding="states")
+    encoder = SimpleNamespace(tokenizer=tokenizer, length=rule["max_length"], padding="states", clean=str)
     tokens = T5TextEncoder.tokenize(encoder, [prompt])
     kept, expected = rule["tokens"], rule["ids_without_padding"]
     assert tokens.ids[0, :kept].tolist() == expected
