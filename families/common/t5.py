@@ -33,6 +33,14 @@ from warpcore.transfer import to_device
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T5_XXL = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "architectures": ["T5EncoderModel"],
+}  # fmt: skip
+"""Of transformers' T5EncoderModel: T5 v1.1 XXL."""
+T5_XXL_NAME = "DeepFloyd/t5-v1_1-xxl"
+"""Where it is by default, as a config names it."""
 TOKENIZER_KEY = "tokenizer"
 """Where a single file holds its tokenizer: JSON, [[piece, score], ...] in the order of their ids."""
 EMBEDDING, EMBEDDING_ALIAS = "shared.weight", "encoder.embed_tokens.weight"

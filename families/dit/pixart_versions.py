@@ -4,14 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from families.common.t5 import T5_XXL, T5_XXL_NAME
 from families.dit.versions import MINI, Version
-
-T5_XXL = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-    "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "architectures": ["T5EncoderModel"],
-}  # fmt: skip
-"""Of transformers' T5EncoderModel: T5 v1.1 XXL."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +16,7 @@ class TextVersion(Version):
     """L: tokens of a text, of which the network's own empty text has as many rows."""
     text: Mapping[str, Any] | None = None
     """Config of transformers' T5EncoderModel; None where its file says it."""
-    text_encoder: str = "DeepFloyd/t5-v1_1-xxl"
+    text_encoder: str = T5_XXL_NAME
     """The text encoder by default, as a config names it."""
 
     @property

@@ -15,6 +15,8 @@ from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
 from families.common.weights import WeightsError, are_only_shapes
 from families.stable_diffusion.components import ZERO_SNR_KEY, Component, find_component, holds
 from families.stable_diffusion.config import SdConfig, SdSettings
+from families.stable_diffusion.t5_layers import T5Texts
+from families.stable_diffusion.t5_texts import t5_files, t5_texts
 from families.stable_diffusion.versions import VERSIONS
 from warpcore.config import ConfigError
 from warpcore.diffusion.diffusion import GDF
@@ -56,13 +58,15 @@ def generator_source(settings: SdSettings) -> Component | None:
         said = shortened(found.version)
         title = {"sdxl": "SDXL", "sd15": "Stable Diffusion 1.5"}.get(said, said)
         raise WeightsError(f"{GENERATOR}: {path} is {title}; write model_version: {said}, or name other weights")
+    if found.text_model == "t5" and settings.text_model == "clip" and settings.text_encoder_checkpoint_path is None:
+        raise WeightsError(f"{GENERATOR}: {path} was trained with T5; write text_model: t5, or name other weights")
     return found
 
 
 def autoencoder(settings: SdSettings) -> Autoencoder:
     """The autoencoder, in its own precision."""
     found = autoencoder_source(settings)
-    config = found.config or settings.version.autoencoder
+    config = found.config or _autoencoder_numbers(settings, found)
     made, wanted = config.get("latent_channels", 4), unet_config(settings).get("in_channels", 4)
     if made != wanted:
         raise WeightsError(
@@ -103,12 +107,21 @@ def autoencoder_source(settings: SdSettings) -> Component:
 
 def latents_of(settings: SdSettings) -> tuple[LatentScale, int]:
     """The scale of the autoencoder's latents, and the pixels per position and side; its weights are not read."""
-    config = autoencoder_source(settings).config or settings.version.autoencoder
+    found = autoencoder_source(settings)
+    config = found.config or _autoencoder_numbers(settings, found)
     return LatentScale.of(config), Autoencoder.compression_of(config)
 
 
-def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> ClipTextEncoders:
+def _autoencoder_numbers(settings: SdSettings, found: Component) -> Mapping[str, Any]:
+    """The constructor numbers of an autoencoder whose file does not say them, but maybe which one it is."""
+    said = settings.autoencoder_version or found.version
+    return VERSIONS[said if said in VERSIONS else settings.model_version].autoencoder
+
+
+def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> ClipTextEncoders | T5Texts:
     """The text encoders as one network: hidden states (B, L, D), and SDXL's pooled states (B, P)."""
+    if settings.text_model == "t5":
+        return t5_texts(settings, unet_config(settings), device)
     encoders = _encoders(settings, device)
     width, wanted = sum(encoder.width for encoder in encoders), unet_config(settings).get("cross_attention_dim")
     if isinstance(wanted, int) and width != wanted:
@@ -142,6 +155,8 @@ def network_files(settings: SdSettings, network: str) -> list[Path]:
     applied later), or those of the `text` encoders, which are one network, and their configs."""
     if network == "autoencoder":
         return [autoencoder_source(settings).path]
+    if settings.text_model == "t5":
+        return t5_files(settings)
     if not settings.version.text:
         return [settings.text_encoder_checkpoint_path or settings.version.text_file]
     names = ["text_encoder", "text_encoder_2"][: len(settings.version.text)]
@@ -168,10 +183,13 @@ def with_zero_terminal_snr(settings: SdConfig, about: Mapping[str, str] | None) 
     return settings.model_copy(update={ZERO_SNR_KEY: bool(said if given is None else given)})
 
 
-def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: float = 0.0) -> GDF:
-    """The diffusion process of 1,000 timesteps, or for `rectified_flows` a straight flow."""
+def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: float = 0.0, **flow: float) -> GDF:
+    """The diffusion process of 1,000 timesteps, or for `rectified_flows` a straight flow.
+
+    flow: other arguments of `flow_process`.
+    """
     if settings.diffusion_target == "rectified_flows":
-        return flow_process(loss_weight, offset_noise=offset_noise)
+        return flow_process(loss_weight, offset_noise=offset_noise, **flow)
     return discrete_process(
         "scaled_linear", settings.diffusion_target or "epsilon", loss_weight, offset_noise=offset_noise,
         zero_terminal_snr=bool(settings.zero_terminal_snr),

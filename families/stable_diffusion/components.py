@@ -35,6 +35,7 @@ from families.stable_diffusion.single_file import (
     look_into,
     read_single_file,
 )
+from families.stable_diffusion.t5_layers import MAX_TOKENS
 from warpcore.errors import UserError
 from warpcore.exports import is_index
 from warpcore.safe_json import parse_object, read_object
@@ -42,15 +43,25 @@ from warpcore.text import brief, shortened
 
 TITLES = {
     "unet": "a U-Net", "vae": "an autoencoder", "text_encoder": "a text encoder",
-    "text_encoder_2": "a second text encoder",
+    "text_encoder_2": "a second text encoder", "t5_encoder": "T5", "t5_projection": "the projection of T5's states",
+    "t5_pooled_projection": "the projection of pooled texts",
 }  # fmt: skip
 """What messages call the components."""
 VERSION_KEY = "model_version"
 """Where our own files say which Stable Diffusion they are of."""
+TEXT_MODEL_KEY, TOKENS_KEY = "text_model", "text_tokens"
+"""Where they say what read the texts."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 """The noise schedule of Stable Diffusion 1.5 and SDXL."""
 FLOW_SCHEDULER, FLOW_PREDICTION = "FlowMatchEulerDiscreteScheduler", "flow_prediction"
 """Of schedulers for straight flows (`rectified_flows`): one that knows nothing else, others' `prediction_type`."""
+T5_PART = "t5_projection"
+"""A part that pipelines with T5 have, and no others."""
+KNOWN_PARTS = {
+    "unet", "vae", "scheduler", "text_encoder", "t5_encoder", "tokenizer", "t5_projection", "t5_pooled_projection",
+    "safety_checker", "feature_extractor", "image_encoder",
+}  # fmt: skip
+"""Parts of pipelines with T5 that are read, or don't matter for drawing."""
 PIPELINES = re.compile(r"StableDiffusion(XL)?(Img2Img)?Pipeline")
 logger = logging.getLogger(__name__)
 _CLASSES = {
@@ -79,6 +90,10 @@ class Component(library_files.Component):
     """Whether that U-Net was trained to pure noise, where it is said."""
     tokenizer: Path | None = None
     """The folder of a text encoder's tokenizer, where there is one."""
+    text_model: str | None = None
+    """What read the texts that the U-Net was trained with, where it is said: `clip` or `t5`."""
+    text_tokens: int | None = None
+    """Of T5's, how many tokens the U-Net was trained with, where it is said."""
 
 
 def holds(path: Path, name: str, key: str) -> bool:
@@ -130,20 +145,36 @@ def _of_folder(path: Path, name: str, key: str) -> Component:
     tokenizer = beside if name.startswith("text_encoder") and beside.is_dir() else None
     target, zero_snr = _schedule(folder.with_name("scheduler"), key) if name == "unet" else (None, None)
     version = _version(config) if name == "unet" else None
-    return Component(folder, partial(read_tensors, folder, key), config, version, target, zero_snr, tokenizer)
+    of_t5 = pipeline is not None and T5_PART in pipeline
+    return Component(
+        folder, partial(read_tensors, folder, key), config, version, target, zero_snr, tokenizer,
+        None if pipeline is None else "t5" if of_t5 else "clip", _tokens_said(path, key) if of_t5 else None,
+    )  # fmt: skip
 
 
-def _pipeline(path: Path, key: str) -> str | None:
-    """The pipeline that a folder holds; None where it holds none."""
+def _pipeline(path: Path, key: str) -> Mapping[str, Any] | None:
+    """The index of the pipeline that a folder holds; None where it holds none."""
     if not (path / PIPELINE).is_file():
         return None
     index = _json(path / PIPELINE, key)
+    if T5_PART in index:  # of a class of its own, whose code is not run
+        parts = {name for name, part in index.items() if isinstance(part, list) and part[-1:] not in ([], [None])}
+        if unknown := sorted(parts - KNOWN_PARTS - {"_class_name"}):
+            raise UserError(f"{key}: {path} has a part {shortened(unknown[0])}, which is not known here")
+        return index
     pipeline = str(index.get("_class_name"))
     if not PIPELINES.fullmatch(pipeline):
         raise UserError(f"{key}: {path} holds a {shortened(pipeline)}; supported are {SUPPORTED}")
     if index.get("requires_aesthetics_score"):
         raise UserError(f"{key}: {path} holds SDXL's refiner; supported are {SUPPORTED}")
-    return pipeline
+    return index
+
+
+def _tokens_said(path: Path, key: str) -> int | None:
+    """How many tokens a pipeline with T5 pads texts to, where its tokenizer says it."""
+    file = path / "tokenizer" / "tokenizer_config.json"
+    said = _json(file, key).get("model_max_length") if file.is_file() else None
+    return said if isinstance(said, int) and 0 < said <= MAX_TOKENS else None
 
 
 def _check_class(folder: Path, config: Mapping[str, Any], name: str, key: str) -> None:
@@ -237,7 +268,7 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
     said = header.metadata.get(CONFIG_KEY.format(name))  # beside the U-Net's, in files of a run that trained both
     what = f"{key}: {CONFIG_KEY.format(name)} of {path}"
     config = read_config(path, key) if said is None else parse_object(said, what)
-    zero_snr = header.metadata.get(ZERO_SNR_KEY)
+    zero_snr, tokens = header.metadata.get(ZERO_SNR_KEY), header.metadata.get(TOKENS_KEY, "")
     return Component(
         path,
         partial(read_tensors, path, key),
@@ -245,6 +276,8 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
         header.metadata.get(VERSION_KEY, _version(config) if config is not None and name == "unet" else None),
         header.metadata.get(TARGET_KEY),
         None if zero_snr is None else zero_snr == "true",
+        text_model=header.metadata.get(TEXT_MODEL_KEY),
+        text_tokens=int(tokens) if re.fullmatch(r"[0-9]{1,4}", tokens) else None,
     )
 
 

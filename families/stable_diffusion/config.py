@@ -8,6 +8,7 @@ from families.common.autoencoders import Latent
 from families.common.config import DiffusionConfig, GeneratorSettings
 from families.common.precision import Precision
 from families.common.prompt_flags import Prompt
+from families.stable_diffusion.t5_layers import MAX_TOKENS
 from families.stable_diffusion.versions import VERSIONS, Version
 from warpcore.config import Share
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
@@ -27,7 +28,21 @@ class SdSettings(GeneratorSettings):
     autoencoder_checkpoint_path: Weights | None = None
     """The autoencoder; by default that of the pipeline or checkpoint in `generator_checkpoint_path`."""
     text_encoder_checkpoint_path: Weights | None = None
-    """The text encoders (CLIP; SDXL has two); by default those of `generator_checkpoint_path`."""
+    """The text encoders (CLIP; SDXL has two); by default those of `generator_checkpoint_path`. With `text_model: t5`,
+    T5 as a folder of transformers, by default that of the pipeline, or DeepFloyd/t5-v1_1-xxl."""
+    text_model: Literal["clip", "t5"] = "clip"
+    """What reads texts: CLIP as published, or T5, whose states a linear layer brings to the width that the U-Net
+    reads. The U-Net is told no mask."""
+    text_tokens: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 256
+    """With `text_model: t5`, how many tokens of a text the U-Net sees: 1.5 gets rows of zeros after shorter texts,
+    SDXL the states of the padding. Caches of texts are made for one value."""
+    text_projection_checkpoint_path: Weights | None = None
+    """With `text_model: t5`, the folder of a pipeline with `t5_projection` (and SDXL's `t5_pooled_projection`), or for
+    1.5 of that layer alone; by default that of the pipeline in `generator_checkpoint_path`, else fixed random numbers,
+    the same in every run. It is not trained."""
+    autoencoder_version: Literal["sd15", "sdxl"] | None = None
+    """Which autoencoder a file is that does not say it: those of 1.5 and of SDXL are alike but for the scale of their
+    latents. By default that of `model_version`."""
     autoencoder_precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the autoencoder computes in, whatever `dtype` says. SDXL's overflows in float16, which is refused."""
     text_encoder_precision: Precision = "float32"
@@ -43,6 +58,15 @@ class SdSettings(GeneratorSettings):
     def version(self) -> Version:
         return VERSIONS[self.model_version]
 
+    @model_validator(mode="after")
+    def _texts_of_t5(self) -> Self:
+        of_t5, of_clip = {"text_tokens", "text_projection_checkpoint_path"}, {"text_chunks", "clip_skip"}
+        given = (of_t5 if self.text_model == "clip" else of_clip) & self.model_fields_set
+        wrong = sorted(key for key in given if getattr(self, key) != type(self).model_fields[key].default)
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not for text_model: {self.text_model}; remove it")
+        return self
+
 
 class SdConfig(SdSettings, DiffusionConfig):
     """Keys of the scripts that train."""
@@ -51,6 +75,8 @@ class SdConfig(SdSettings, DiffusionConfig):
     """What of the autoencoder's moments is learned: a draw for each sample and epoch, or the `mean`."""
     caption_dropout: Share = 0.1
     """Share of the captions replaced by an empty one, so that guidance has something to compare with."""
+    min_sigma: Annotated[float, Field(ge=0, lt=0.5)] = 1e-5
+    """With `diffusion_target: rectified_flows`, the share of noise is drawn between this and 1 minus this."""
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "constant"
     """How much the loss of each noise level counts. A formula published for the error of another prediction than
     `diffusion_target` is converted."""
@@ -83,6 +109,8 @@ class SdFinetuneConfig(SdConfig):
             if self.text_encoder_lr is not None:
                 raise ValueError("text_encoder_lr: no text encoder is trained; write train_text_encoder: true")
             return self
+        if self.text_model == "t5":
+            raise ValueError("train_text_encoder: T5 is not trained; remove it, or write text_model: clip")
         if self.text_encoder_precision != "float32":
             raise ValueError("text_encoder_precision: text encoders that are trained are kept in float32")
         if self.cache_text:

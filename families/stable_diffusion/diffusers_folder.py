@@ -1,17 +1,32 @@
-"""Folders that diffusers loads: StableDiffusionPipeline, StableDiffusionXLPipeline, or the U-Net by itself."""
+"""Folders that diffusers loads: StableDiffusionPipeline, StableDiffusionXLPipeline, or the U-Net by itself; and
+pipelines with T5, which have Python code of their own there."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from families.common.library_files import PREDICTIONS
+from families.common.library_files import PREDICTIONS, save_library_folder
+from families.common.weight_source import PIPELINE
 from families.stable_diffusion.components import BETAS, FLOW_PREDICTION
 from families.stable_diffusion.config import SdSettings
+from families.stable_diffusion.t5_layers import Projection, T5Texts
+from families.stable_diffusion.t5_texts import POOLED_PROJECTION, T5_FOLDERS, TEXT_PROJECTION
 from warpcore.errors import UserError
+from warpcore.weights import disk_errors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
+
+CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
+    **dict.fromkeys(T5_FOLDERS, ("transformers", "T5EncoderModel")),
+    **dict.fromkeys((TEXT_PROJECTION, POOLED_PROJECTION), ("pipeline", Projection.__name__)),
+}  # fmt: skip
+TOKENIZER = ["transformers", "T5Tokenizer"]
+"""Library and class of the parts of a pipeline with T5."""
 
 
 def pipeline(
@@ -24,6 +39,30 @@ def pipeline(
     if settings.version.sees_sizes:
         return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True, add_watermarker=False)
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def t5_parts(texts: T5Texts) -> dict[str, nn.Module]:
+    """T5 and its projections, by the names that published pipelines have for them."""
+    if texts.pooled is None:
+        return {"text_encoder": texts.t5.model, TEXT_PROJECTION: texts.text}
+    return {"t5_encoder": texts.t5.model, TEXT_PROJECTION: texts.text, POOLED_PROJECTION: texts.pooled}
+
+
+def save_t5_folder(networks: Mapping[str, nn.Module], tokenizer: Any, settings: SdSettings, folder: Path) -> None:
+    """Write a pipeline with T5. diffusers has no class for it: it is loaded by the Python code of a published one, or
+    here."""
+    tokenizer.model_max_length = settings.text_tokens  # what such pipelines pad texts to
+    own = scheduler(settings)
+    for name, network in networks.items():
+        if name in T5_FOLDERS:  # one tensor again, under both of its names
+            network.set_input_embeddings(network.shared)
+    for name, part in {**networks, "tokenizer": tokenizer, "scheduler": own}.items():
+        save_library_folder(part, folder / name)
+    kind = "StableDiffusionXL_T5Pipeline" if settings.version.sees_sizes else "StableDiffusion_T5Pipeline"
+    classes = {name: list(CLASSES[name]) for name in networks}
+    index = {"_class_name": kind, **classes, "tokenizer": TOKENIZER, "scheduler": ["diffusers", type(own).__name__]}
+    with disk_errors(folder):
+        (folder / PIPELINE).write_text(f"{json.dumps(index, indent=2)}\n", encoding="utf-8")
 
 
 def scheduler(settings: SdSettings) -> "SchedulerMixin":

@@ -15,6 +15,7 @@ from families.common.text_encoders import ClipTextEncoders
 from families.stable_diffusion import build
 from families.stable_diffusion.conditions import SIZES, told
 from families.stable_diffusion.lora import UNET, Loras, encoders_by_name, merge, of_network
+from families.stable_diffusion.t5_layers import T5Texts
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.tables import TableSchedule
 from warpcore.diffusion.times import Spacing, flow_times, sampling_times
@@ -80,10 +81,11 @@ class StableDiffusionNetworks(LatentPipeline):
             return self.in_batches("U-Net", [size] * len(seeds), draw)
 
 
-def text_encoders(settings, loras: Loras, device: torch.device) -> ClipTextEncoders:
+def text_encoders(settings, loras: Loras, device: torch.device) -> ClipTextEncoders | T5Texts:
     """The text encoders with what LoRAs change of them, in their precision."""
     precision = settings.text_encoder_precision
-    if loras and precision == "nf4":  # four bits cannot be changed: they are made of the changed weights
+    changed = loras and settings.text_model == "clip"  # LoRAs change nothing of T5
+    if changed and precision == "nf4":  # four bits cannot be changed: they are made of the changed weights
         settings = settings.model_copy(update={"text_encoder_precision": "bfloat16"})
     encoders = build.text_encoders(settings, device)
     for name, encoder in encoders_by_name(encoders).items():

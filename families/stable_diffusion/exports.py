@@ -16,8 +16,8 @@ from families.common.lora_training import missing_tokens
 from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, is_run, weights_in
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
-from families.stable_diffusion.components import TITLES, VERSION_KEY
-from families.stable_diffusion.diffusers_folder import pipeline
+from families.stable_diffusion.components import TEXT_MODEL_KEY, TITLES, TOKENS_KEY, VERSION_KEY
+from families.stable_diffusion.diffusers_folder import pipeline, save_t5_folder, t5_parts
 from families.stable_diffusion.inference import SdInferenceSettings
 from families.stable_diffusion.lora import (
     UNET,
@@ -68,6 +68,8 @@ def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
         network.load_state_dict(weights(name, network, settings), assign=True)
     if settings.only_unet:
         save_library_folder(networks.modules["unet"], target)
+    elif settings.text_model == "t5":
+        save_t5_folder(networks.modules, networks.tokenizers["tokenizer"], settings, target)
     else:
         save_library_folder(pipeline(networks.modules, networks.tokenizers, settings), target)
     print_sizes(sorted(target.rglob("*.safetensors")))
@@ -76,6 +78,8 @@ def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
 def to_single_file(source: Path, target: Path, arguments: list[str]) -> None:
     settings = read_settings(source, arguments)
     check_new([target], OTHER_NAME)
+    if settings.text_model == "t5" and not settings.only_unet:
+        raise UserError("T5 is not part of checkpoints in one file: write `diffusers`, or add only_unet=true")
     networks = open_networks(settings).modules
     about = file_metadata(networks, settings)
     parts = {name: weights(name, networks.pop(name), settings) for name in [*networks]}  # each is held once
@@ -117,7 +121,11 @@ def open_networks(settings: ExportSettings) -> Networks:
     merge(loras, UNET, found.modules[UNET])
     if not settings.only_unet:
         found.modules["vae"] = build.autoencoder(settings).model
-        for name, encoder in encoders_by_name(build.text_encoders(settings)).items():
+        texts = build.text_encoders(settings)
+        if settings.text_model == "t5":
+            found.modules.update(t5_parts(texts))
+            found.tokenizers["tokenizer"] = texts.tokenizer
+        for name, encoder in encoders_by_name(texts).items():
             merge(loras, name, encoder.model)
             found.modules[name] = encoder.model if name == "text_encoder_2" else without_projection(encoder.model)
             found.tokenizers[name.replace("text_encoder", "tokenizer")] = encoder.tokenizer
@@ -152,6 +160,8 @@ def file_metadata(networks: Mapping[str, nn.Module], settings: ExportSettings) -
         TARGET_KEY: target,
         ZERO_SNR_KEY: str(bool(settings.zero_terminal_snr)).lower(),
     }
+    if settings.text_model == "t5":
+        about |= {TEXT_MODEL_KEY: settings.text_model, TOKENS_KEY: str(settings.text_tokens)}
     about |= {CONFIG_KEY.format(name): json.dumps(config_of(network)) for name, network in networks.items()}
     if settings.model_version in ARCHITECTURES and target in MODEL_SPEC_TARGETS:
         about |= {

@@ -7,7 +7,7 @@ from typing import Any
 
 from families.common.family import RECONSTRUCTION, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
-from families.stable_diffusion.components import PIPELINES, library_component
+from families.stable_diffusion.components import PIPELINES, T5_PART, library_component
 from families.stable_diffusion.single_file import is_single_file
 
 LORA_NAMES = re.compile(
@@ -34,7 +34,7 @@ class StableDiffusion(Family):
         _format("single-file", "a run, a single file, a pipeline's folder",
                 "a checkpoint in one file, for A1111, Forge and ComfyUI", "to_single_file",
                 keys="ExportSettings"),
-        _format("diffusers", "the same", "a folder for StableDiffusion(XL)Pipeline",
+        _format("diffusers", "the same", "a folder for StableDiffusion(XL)Pipeline, or of one with T5",
                 "to_diffusers", keys="ExportSettings", writes_folder=True),
         _lora("lora", "a LoRA: a run, a file, peft's folder", "our file, which holds its tokens", "export_lora",
               "warpcore"),
@@ -62,7 +62,7 @@ the run's config. A LoRA's file that does not say it needs its model_version."""
 
     def has_model_folder(self, index: Mapping[str, Any]) -> bool:
         kind = str(index.get("_class_name"))
-        return kind in NETWORKS or PIPELINES.fullmatch(kind) is not None
+        return kind in NETWORKS or PIPELINES.fullmatch(kind) is not None or T5_PART in index
 
 
 FAMILY = StableDiffusion()

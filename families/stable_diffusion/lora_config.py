@@ -23,6 +23,9 @@ class SdLoraConfig(LoraKeys, TokenKeys, SdConfig):
     def _a_base_and_something_to_learn(self) -> Self:
         if self.generator_checkpoint_path is None and self.model_version != "mini":
             raise ValueError("a LoRA changes a trained network: give generator_checkpoint_path")
+        if self.text_model == "t5" and (self.text_encoder_filters or self.train_tokens):
+            key = "text_encoder_filters" if self.text_encoder_filters else "train_tokens"
+            raise ValueError(f"{key}: with text_model: t5 a LoRA is of the U-Net alone; remove it")
         if self.text_encoder_lr is not None and not self.text_encoder_filters:
             raise ValueError("text_encoder_lr: no text encoder is adapted; give text_encoder_filters, or remove it")
         if self.cache_text and self.text_encoder_filters:

@@ -16,8 +16,10 @@ from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
 from families.common.sampling import draw_latents
 from families.stable_diffusion import build
+from families.stable_diffusion.components import TEXT_MODEL_KEY, TOKENS_KEY
 from families.stable_diffusion.conditions import SIZES, told, whole_pictures
 from families.stable_diffusion.config import SdConfig, SdFinetuneConfig
+from families.stable_diffusion.t5_texts import PROJECTION_KEY, TEXT_PROJECTION, projection_folder
 from warpcore.diffusion.diffusion import GDF
 from warpcore.parameter_groups import ParameterGroup
 from warpcore.random import stable_hash
@@ -30,7 +32,15 @@ class SdTraining(PromptSamples):
     family = "stable_diffusion"
     about_network = ("model_version",)
     drawn_with = frozenset({"autoencoder"})
-    caption_settings = (*CAPTION_SETTINGS, "text_chunks")
+
+    @property
+    def caption_settings(self) -> tuple[str, ...]:
+        return (*CAPTION_SETTINGS, self.text_length)
+
+    @property
+    def text_length(self) -> str:
+        """The key that says how much of a text is read."""
+        return "text_tokens" if self.config.text_model == "t5" else "text_chunks"
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         about = None if saved is None else saved.get("about", {})
@@ -50,7 +60,10 @@ class SdTraining(PromptSamples):
         return found and found.diffusion_target
 
     def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
-        return build.process(self.config, loss_weight, self.config.offset_noise)
+        # The last time of a flow is 999, as flows on this family are trained; drawing has up to 1,000, as published.
+        return build.process(
+            self.config, loss_weight, self.config.offset_noise, steps=999, min_sigma=self.config.min_sigma
+        )
 
     def encoders(self) -> dict[str, Callable[[], nn.Module]]:
         return {
@@ -62,7 +75,14 @@ class SdTraining(PromptSamples):
         return build.network_files(self.config, network)
 
     def texts_made_with(self, origin: Origin) -> dict[str, str]:
-        return super().texts_made_with(origin) | {"text_chunks": str(self.config.text_chunks)}
+        return super().texts_made_with(origin) | {self.text_length: str(getattr(self.config, self.text_length))}
+
+    def file_metadata(self) -> dict[str, str]:
+        about = {TEXT_MODEL_KEY: self.config.text_model}
+        if self.config.text_model == "t5":
+            folder = projection_folder(self.config, TEXT_PROJECTION)
+            about |= {TOKENS_KEY: str(self.config.text_tokens), PROJECTION_KEY: "file" if folder else "random"}
+        return super().file_metadata() | about
 
     def read_shape(self, name: str) -> Shape | None:
         unet = build.unet_config(self.config)

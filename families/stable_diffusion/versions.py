@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from families.common.autoencoders import SD_AUTOENCODER
+from families.common.t5 import T5_XXL_NAME
 from families.common.text_encoders import LAST, PENULTIMATE, HiddenState
 
 MINI = Path(__file__).resolve().parents[2] / "models" / "mini"
@@ -44,6 +45,8 @@ class Version:
     """Where it is by default."""
     text_file: Path | None = None
     """Where the text encoder is by default."""
+    t5: Path = Path(T5_XXL_NAME)
+    """Where T5 is by default, for `text_model: t5`."""
     latent_factor: int = 8
     """Sides of latents are multiples of this: 64 px, as is customary. Its U-Net needs one for each halving."""
 
@@ -88,6 +91,7 @@ VERSIONS = {
         autoencoder={},
         autoencoder_file=MINI / "autoencoder.safetensors",
         text_file=MINI / "text_tower.safetensors",
+        t5=MINI / "t5.safetensors",
         latent_factor=2,
     ),
 }  # fmt: skip

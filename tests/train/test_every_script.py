@@ -29,6 +29,7 @@ from warpcore.errors import UserError
 pytestmark = pytest.mark.integration
 
 IMAGE_TOWER = Path(__file__).parents[2] / "models" / "mini" / "image_tower.safetensors"
+MINI_T5 = IMAGE_TOWER.with_name("t5.safetensors")
 SETTINGS: dict[str, dict] = {
     "train_a": {"discriminator_start": 1, "discriminator_channels": 8, "dead_code_use": 0.5},
     "train_b": {"offset_noise": 0.1},
@@ -60,6 +61,10 @@ SETTINGS: dict[str, dict] = {
     },
     "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
     "train_sd texts": {"train_text_encoder": True, "text_encoder_lr": [1e-3, 1e-4], "model_version": "sdxl"},
+    "train_sd t5": {
+        "model_version": "sdxl", "text_model": "t5", "text_tokens": 8, "diffusion_target": "rectified_flows",
+        "change_target": True, "sample_sampler": "euler", "text_encoder_checkpoint_path": str(MINI_T5),
+    },
     "train_sd_lora": {
         "model_version": "sdxl", "module_filters": ["to_q", "conv1"], "rank": 2, "lr": 0.01, "dora": True,
         "text_encoder_filters": ["self_attn"], "text_encoder_lr": 0.005, "train_tokens": [["[fernando]", "^p"]],

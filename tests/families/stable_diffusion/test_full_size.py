@@ -49,9 +49,17 @@ def counted(script: str, config: str) -> list[Needs]:
 
 @pytest.mark.slow
 @pytest.mark.integration
-@pytest.mark.parametrize("version", TEXT)
-def test_an_update_of_the_published_size_passes_on_shapes(version):
-    kept = counted("train_sd.py", f"finetune_{version}.yaml")
+@pytest.mark.parametrize(
+    ("version", "config"),
+    [
+        ("sd15", "finetune_sd15.yaml"),
+        ("sdxl", "finetune_sdxl.yaml"),
+        ("sd15", "sd15_t5_sdxlvae.yaml"),
+        ("sdxl", "sdxl_t5.yaml"),
+    ],
+)
+def test_an_update_of_the_published_size_passes_on_shapes(version, config):
+    kept = counted("train_sd.py", config)
     weights = 4 * load_manifest(f"{version}_unet", "sd_t5")["parameter_count"]
     for needs in kept:
         assert needs.weights == needs.gradients == weights

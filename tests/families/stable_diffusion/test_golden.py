@@ -4,16 +4,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.nn import functional
 
 from families.common.autoencoders import Autoencoder
 from families.common.library_networks import LibraryNetwork, adapt
-from families.stable_diffusion.build import process
-from families.stable_diffusion.config import SdSettings
+from tests.families.stable_diffusion.tiny_t5_pipeline import texts_of
 from tests.golden import load_case, resolve, weights_of
+from train.train_sd import TrainSd
 from warpcore.config import make_config
 from warpcore.diffusion.loss_weights import loss_weight_for
-from warpcore.diffusion.processes import flow_process
 from warpcore.gradients import clip_gradients, gradient_means, keep_largest, mean_groups, named_by
 from warpcore.networks import block_names
 
@@ -63,11 +61,10 @@ def test_the_autoencoder_makes_the_moments_and_pictures_of_the_reference():
 
 
 def micro_batch(record: dict, tensors: dict[str, Tensor], scale: float, length: int | None) -> dict[str, Tensor]:
-    """length: to which texts are cut, or filled up with zeros that nothing masks."""
+    """length: to which texts of T5 are cut, or filled up with zeros that nothing masks."""
     given = resolve(record, tensors)
     if length is not None:
-        texts = given["embeddings"]
-        given["embeddings"] = [functional.pad(text, (0, 0, 0, length))[:length] for text in texts]
+        given["embeddings"] = list(texts_of(given["embeddings"], length).hidden)
     return {name: torch.stack(given[name]) if isinstance(given[name], list) else given[name] for name in given} | {
         "latents": torch.stack(given["latents"]) * scale
     }
@@ -84,11 +81,13 @@ def test_losses_and_gradients_are_those_of_the_reference(name):
     spec, tensors = load_case("sd_t5/training_step")
     call = next(call for call in spec["calls"] if call["name"] == name)
     options, expected = call["options"], call["result"]
-    diffusion = process(make_config(SdSettings, {}), "min_snr" if options.get("use_snr") else "constant")
+    flow = {"diffusion_target": "rectified_flows"} if name == "flow_match" else {}
+    config = {"experiment_id": "x", "checkpoint_path": "x", "updates": 1, "batch_size": 1, "webdataset_path": "x"}
+    run = TrainSd(make_config(TrainSd.Config, config | {"image_size": 64} | flow))
+    assert run.config.min_sigma == options.get("min_sigma", 1e-5)
+    diffusion = run.make_diffusion("min_snr" if options.get("use_snr") else "constant", convert_weight=True)
     if "noise_gamma" in options:
         diffusion.loss_weight = loss_weight_for("min_snr", "epsilon", max_snr=options["noise_gamma"])
-    if name == "flow_match":  # it trains with times up to 999 and draws with up to 1,000; ours have 1,000 in both
-        diffusion = flow_process(steps=999, min_sigma=options["min_sigma"])
     network, losses = unet("unet_sd15_small").train(), []
     named = dict(network.named_parameters())
     thinned = named_by({key: p for key, p in named.items() if p.dim() >= 2}, THINNED, "gradient_topk_pattern")
