@@ -18,7 +18,16 @@ from torch.nn import functional as F
 
 from warpcore.data import jpeg_scans
 from warpcore.data.buckets import resized_size
-from warpcore.data.picture_costs import MAX_PIXELS, BadPicture, check_memory, check_pixels, check_tags, check_time
+from warpcore.data.picture_costs import (
+    MAX_PIXELS,
+    BadPicture,
+    CountedFile,
+    check_memory,
+    check_pixels,
+    check_tags,
+    check_time,
+    orientation,
+)
 from warpcore.data.samples import FORMATS
 from warpcore.errors import UserError
 from warpcore.quiet import ignore_expected_warnings
@@ -32,7 +41,6 @@ CROPS: tuple[str, ...] = get_args(Crop)
 _STRIP_PIXELS = 2**22
 """A larger picture becomes RGB in strips: the steps to it take several times its memory."""
 
-_EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     1: lambda pixels: pixels,
     2: lambda pixels: pixels[:, ::-1],
@@ -149,7 +157,7 @@ def _read(data: bytes, size: tuple[int, int], background: tuple[int, int, int], 
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has a guard of its own, and the caller asks for a wider one
     try:
-        check_tags(file := BytesIO(data))
+        check_tags(file := CountedFile(BytesIO(data)))
         picture = Image.open(file, formats=FORMATS)
         check_pixels(picture, max_pixels)
         if picture.format in ("JPEG", "MPO"):
@@ -174,9 +182,8 @@ def _read_jpeg(
         stored = _read_any(header, background)
         last = header.getpixel((header.width - 1, header.height - 1))
     else:
-        orientation = header.getexif().get(_EXIF_ORIENTATION, 1)
-        orientation = orientation if orientation in _UPRIGHT else 1
-        upright = header.size if orientation >= 5 else header.size[::-1]
+        turned = orientation(header)
+        upright = header.size if turned >= 5 else header.size[::-1]
         resized = resized_size(*upright, size)
         reduction = next((k for k in (8, 4, 2) if upright[0] >= k * resized[0] and upright[1] >= k * resized[1]), 1)
         check_memory(header, max_pixels, scans=scans.found, reduction=reduction)
@@ -184,7 +191,7 @@ def _read_jpeg(
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is None or pixels.shape[:2] != (-(-header.height // reduction), -(-header.width // reduction)):
             raise BadPicture("the JPEG's data is damaged")
-        stored = _Stored(pixels, upright, orientation, reduction)
+        stored = _Stored(pixels, upright, turned, reduction)
         last = pixels[-1, -1]
     if all(value in jpeg_scans.GREY for value in last) and jpeg_scans.ran_out(data, scans):
         raise BadPicture("the JPEG is cut off: its data ends before the picture does, of which the rest would be grey")
@@ -195,15 +202,15 @@ def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> _Stored
     picture.load()
     if picture.mode == "P" and picture.has_transparency_data:
         _blend_palette(picture, background)
-    orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
+    turned = orientation(picture)
     (width, height), depth = picture.size, max(1, _STRIP_PIXELS // picture.width)
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, depth):
         rows = min(depth, height - top)
         strip = picture if rows == height else picture.crop((0, top, width, top + rows))
         pixels[top : top + rows] = np.asarray(_to_rgb(strip, background))
-    if orientation in range(2, 9):
-        pixels = np.ascontiguousarray(_UPRIGHT[orientation](pixels))
+    if turned != 1:
+        pixels = np.ascontiguousarray(_UPRIGHT[turned](pixels))
     return _Stored(pixels, pixels.shape[:2])
 
 

@@ -11,6 +11,8 @@ from PIL import Image, JpegImagePlugin
 START_OF_SCAN, END = b"\xff\xda", b"\xff\xd9"
 # In a scan's data 0xff is followed by 0, or by a restart marker (0xd0 to 0xd7); 0xff may also fill up before a marker.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_MAX_SEGMENTS = 10_000
+"""Of tables, comments and scans; extended metadata come in segments of 64 kB."""
 _ARITHMETIC = b"\xff\xc9", b"\xff\xca"
 _BLOCK_PIXELS = 64
 _FILLING = b"".join(b"\x55\xaa" * 64 + bytes([0xFF, 0xD0 + number % 8]) for number in range(16))
@@ -50,12 +52,14 @@ def blocks(header: JpegImagePlugin.JpegImageFile) -> float:
 
 
 def scans(data: bytes, header: JpegImagePlugin.JpegImageFile) -> Scans:
-    """The scans that are decoded. Raises ValueError where there is no end marker."""
-    found, start, last, arithmetic = [], 0, 0, False
+    """The scans that are decoded. Raises ValueError where there is no end marker, or too much before it."""
+    found, start, last, arithmetic, segments = [], 0, 0, False, 0
     marker = _MARKER.search(data, 2)
     try:
         while marker[0] != END:
-            at = marker.start()
+            at, segments = marker.start(), segments + 1
+            if segments > _MAX_SEGMENTS:
+                break
             (size,) = struct.unpack_from(">H", data, at + 2)
             arithmetic = arithmetic or marker[0] in _ARITHMETIC
             if marker[0] == START_OF_SCAN:
@@ -69,6 +73,8 @@ def scans(data: bytes, header: JpegImagePlugin.JpegImageFile) -> Scans:
             marker = _MARKER.search(data, at + 2 + size)
     except (struct.error, ValueError, IndexError, TypeError):  # there is no marker, or less than it announces
         raise ValueError("the JPEG is cut off: it has no end marker") from None
+    if segments > _MAX_SEGMENTS:
+        raise ValueError(f"the JPEG consists of more than {_MAX_SEGMENTS:,} segments")
     return Scans(found, last, marker.start() - start, arithmetic)
 
 

@@ -3,10 +3,10 @@
 import io
 from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from warpcore.data.identity import HASHED_BYTES
-from warpcore.data.picture_costs import check_tags
+from warpcore.data.picture_costs import CountedFile, check_tags, orientation
 from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, PICTURE_FACTS
 from warpcore.data.storage import patiently
 from warpcore.errors import UserError
@@ -20,7 +20,6 @@ LONG_TEXT = f"a text of more than {MAX_TEXT_BYTES >> 20} MiB"
 """The start of the problem of a row that has a longer one."""
 MAX_PROBLEM = 500
 """Characters of what a file says of itself that is wrong with it."""
-_ROTATED_ORIENTATIONS = (5, 6, 7, 8)
 
 
 def look(file: BinaryIO, content_hash: Any, extension: str, offset: int, size: int) -> Any:
@@ -62,13 +61,11 @@ def picture_size(file: BinaryIO) -> tuple[int, int]:
 
     Raises whatever Pillow raises for content that is no picture.
     """
-    check_tags(file)
+    check_tags(file := CountedFile(file))
     Image.MAX_IMAGE_PIXELS = None  # a header takes no memory; whoever decodes has a limit of his own
     with Image.open(file, formats=FORMATS) as image:
-        # The method of PNG files decodes the whole picture in search of the tag.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-        width, height = image.size
-    return (height, width) if orientation in _ROTATED_ORIENTATIONS else (width, height)
+        turned, (width, height) = orientation(image), image.size
+    return (height, width) if turned >= 5 else (width, height)
 
 
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:

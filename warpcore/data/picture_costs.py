@@ -1,9 +1,9 @@
 """What it takes to decode a picture, judged from its header: few bytes may claim many pixels."""
 
 import struct
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from warpcore.data import jpeg_scans
 from warpcore.data.jpeg_scans import Scan
@@ -37,6 +37,13 @@ _TILE_SECONDS, _TILE_PIXEL_SECONDS = 20e-6, 5e-9
 """Of the tiles or strips of a TIFF, which may lie over one another."""
 _MAX_NUMBERS = int(MAX_SECONDS / _TILE_SECONDS)
 """Of a tag of a TIFF, as of the places of its strips."""
+MAX_READS = 2**19
+"""Of a picture's bytes by Pillow, each about a microsecond: a few for every part that a file consists of."""
+_UNPACKED_CHUNKS, _UNPACKING_READS = (b"iCCP", b"iTXt", b"zTXt"), 2000
+"""Chunks of a PNG that Pillow unpacks to a megabyte at most, and how many reads take as long."""
+MAX_EXIF_BYTES = 2**22
+"""Cameras write 64 kB at most. Pillow lists the numbers of a tag, each in up to 40 bytes."""
+_EXIF_PLACES = ("exif", "Raw profile type exif")
 _TIFF_STARTS = (b"II", b"MM")
 _BIG_TIFF = 43
 _CHEAP_TYPES = (1, 2, 7)
@@ -45,6 +52,24 @@ _CHEAP_TYPES = (1, 2, 7)
 
 class BadPicture(Exception):
     """The bytes are no picture that can be read; the message says why."""
+
+
+class CountedFile:
+    """A picture's file whose reads are counted: a file may consist of millions of parts, each of a few bytes."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._reads_left = file, MAX_READS
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises BadPicture after too many calls."""
+        data = self._file.read(size)
+        self._reads_left -= _UNPACKING_READS if size == 8 and data[4:] in _UNPACKED_CHUNKS else 1
+        if self._reads_left < 0:
+            raise BadPicture("it consists of too many parts; save it anew, as PNG or JPEG")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def check_tags(file: BinaryIO) -> None:
@@ -68,6 +93,14 @@ def check_tags(file: BinaryIO) -> None:
                     f"{_MAX_NUMBERS:,}); save it as PNG or JPEG"
                 )
     file.seek(0)
+
+
+def orientation(picture: Image.Image) -> int:
+    """How EXIF says an opened picture is turned: 1 to 8. Raises BadPicture where there is far too much of it."""
+    if any(len(picture.info.get(place, b"")) > MAX_EXIF_BYTES for place in _EXIF_PLACES):
+        raise BadPicture(f"it has more than {MAX_EXIF_BYTES >> 20} MiB of EXIF; save it anew without")
+    found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)  # that of PNG files decodes the whole picture
+    return found if found in range(1, 9) else 1
 
 
 def check_pixels(picture: Image.Image, max_pixels: int) -> None:

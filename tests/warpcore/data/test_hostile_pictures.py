@@ -13,6 +13,7 @@ from PIL import Image, ImageCms
 
 from families.common.pictures import read_picture
 from tests.bounds import bounded, fuzz
+from tests.tiers import represented_by
 from tests.warpcore.data.test_images import encoded, textured
 from tools.build_dataset import build_dataset
 from warpcore.data.images import BadPicture, check, decode, decode_alike, place
@@ -85,6 +86,69 @@ def jpeg_that_claims(side: int, **options) -> bytes:
     data = bytearray(encoded(Image.new("RGB", (16, 16), (9, 90, 200)), "JPEG", **options))
     struct.pack_into(">HH", data, data.find(b"\xff\xc2" if "progressive" in options else b"\xff\xc0") + 5, side, side)
     return bytes(data)
+
+
+def png_of_chunks(kind: bytes, content: bytes, count: int, first: bool) -> bytes:
+    """With chunks before its pixels, or between them."""
+    data, chunks = encoded(textured(20, 30)), _chunk(kind, content) * count
+    at = data.index(b"IDAT") - 4 if first else data.index(b"IEND") - 4
+    return data[:at] + chunks + data[at:]
+
+
+def jpeg_of_segments(segment: bytes, count: int, **options) -> bytes:
+    data = encoded(textured(20, 30), "JPEG", **options)
+    return data[:2] + segment * count + data[2:]
+
+
+def tables_between_scans(count: int) -> bytes:
+    data = encoded(textured(20, 30), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    return data[:at] + b"\xff\xfe\0\2" * count + data[at:]
+
+
+def gif_of_blocks(block: bytes, count: int) -> bytes:
+    data = encoded(textured(20, 30).quantize(256), "GIF")
+    return data[: 13 + 768] + block * count + data[13 + 768 :]
+
+
+DAMAGED_TEXT = b"a\0\0" + zlib.compress(bytes(10**6))[:-4] + b"adlr"
+
+MANY_PARTS = {
+    "png, empty pixels": lambda: png_of_chunks(b"IDAT", b"", 2**19, first=False),
+    "png, empty pixels first": lambda: png_of_chunks(b"IDAT", b"", 2**19, first=True),
+    "png, unknown": lambda: png_of_chunks(b"prVt", b"", 2**19, first=True),
+    "png, unknown behind": lambda: png_of_chunks(b"prVt", b"", 2**19, first=False),
+    "png, text": lambda: png_of_chunks(b"tEXt", b"a\0", 2**19, first=True),
+    "png, profiles": lambda: png_of_chunks(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6)), 2000, first=True),
+    "png, damaged text": lambda: png_of_chunks(b"zTXt", DAMAGED_TEXT, 2000, first=True),
+    "jpeg, comments": lambda: jpeg_of_segments(b"\xff\xfe\0\2", 2**19),
+    "jpeg, few comments": lambda: jpeg_of_segments(b"\xff\xfe\0\2", 2**16),
+    "jpeg, exif": lambda: jpeg_of_segments(b"\xff\xe1\0\x08Exif\0\0", 2**19),
+    "jpeg, filled up": lambda: jpeg_of_segments(b"\xff", 2**20),
+    "jpeg, between scans": lambda: tables_between_scans(2**19),
+    "gif, comments": lambda: gif_of_blocks(b"\x21\xfe\1a\0", 2**19),
+    "gif, loops": lambda: gif_of_blocks(b"\x21\xff\x0bNETSCAPE2.0\3\1\0\0\0", 2**19),
+    "ppm, comments": lambda: b"P6\n" + b"#\n" * 2**19 + b"8 8\n255\n" + bytes(192),
+}
+
+
+@pytest.mark.parametrize("kind", represented_by("png, empty pixels", "jpeg, few comments", of=MANY_PARTS))
+def test_millions_of_parts_are_a_bad_picture(tmp_path, kind):
+    data = MANY_PARTS[kind]()
+    with bounded(tmp_path, seconds=4), pytest.raises(BadPicture, match=r"too many parts|more than 10,000 segments"):
+        decode(data, SIZE)
+    with bounded(tmp_path, seconds=4), suppress(Exception):  # what lies before the pixels of a row that is indexed
+        picture_size(BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_far_too_much_exif_is_a_bad_picture(tmp_path, kind):
+    count = 2**23
+    exif = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x112, 3, count, 26) + bytes(4 + 2 * count)
+    data = encoded(textured(20, 30), kind, exif=exif)
+    for read in (lambda: decode(data, SIZE), lambda: picture_size(BytesIO(data))):
+        with bounded(tmp_path, seconds=1, gibibytes=0.1), pytest.raises(BadPicture, match="more than 4 MiB of EXIF"):
+            read()
 
 
 BOMBS = {
