@@ -1,10 +1,14 @@
 """Part `memory` of `benchmarks/gpu.py`: what tools/memory.py counts beside the measured peaks of updates."""
 
+import tempfile
 from functools import partial
+from pathlib import Path
 
 from benchmarks.gpu_part import Bench, Outcome, Part, Row
 from benchmarks.gpu_scripts import built_on_device, pictures, published_sizes, script_settings, use_case
+from benchmarks.plain_loops import FAMILIES
 from families.common.weights import only_shapes
+from tools.cache_features import as_if_cached
 from tools.search_batch_size import search
 from warpcore.config import Config, make_config
 from warpcore.core import WarpCore
@@ -42,6 +46,10 @@ TINY = ("1B full", "1B full, checkpointing 3", "1B full, offload encoders and ac
 SEARCHED = ("1B full", "1B full, checkpointing 3", "1B LoRA", "3.6B LoRA, checkpointing 3")
 
 
+OF_FAMILIES = ("cosmos", "dit", "pixart")
+"""Of `benchmarks/plain_loops.py`: the first case of each."""
+
+
 def prepared(name: str, bench: Bench, batch: int | None = None) -> tuple[type[WarpCore], Config, int]:
     """Use case, configuration and micro-batch of a config in the table; mini and small with `tiny`."""
     _, script, version, micro, changes = next(config for config in CONFIGS if config[0] == name)
@@ -60,13 +68,30 @@ def planned(kind: type[WarpCore], config: Config, micro: int, bench: Bench) -> N
         return shapes.needs(bucket_sizes(shapes.run)[0], micro)
 
 
+def family_row(name: str, changes: dict, bench: Bench) -> Outcome:
+    """A family beside the Stable Cascade, as it trains from caches that hold every feature."""
+    family = FAMILIES[name]
+    case, kind = (family.on_cpu if bench.tiny else family.on_gpu)[0], family.use_case()
+    with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
+        config = make_config(kind.Config, family.write(case, Path(folder), bench.device) | {
+            "experiment_id": "memory", "checkpoint_path": folder, "webdataset_path": folder, "updates": 1,
+            "batch_size": case.batch, "image_size": case.image_px, "model_version": case.version,
+            "device": bench.device.type,
+        } | changes)  # fmt: skip
+        return compared(as_if_cached(kind, config), config, case.batch, bench)
+
+
 def config_row(name: str, bench: Bench) -> Outcome:
     with published_sizes(bench):
-        kind, config, micro = prepared(name, bench)
-        needs = planned(kind, config, micro, bench)
-        on_cuda = bench.device.type == "cuda"
-        with Rehearsal(kind, config, None if on_cuda else CPU_LIMIT) as rehearsal:
-            measured = rehearsal.measure(bucket_sizes(rehearsal.run)[0], micro)
+        return compared(*prepared(name, bench), bench)
+
+
+def compared(kind: type[WarpCore], config: Config, micro: int, bench: Bench) -> Outcome:
+    """What the planner counts of an update, beside what it takes."""
+    needs = planned(kind, config, micro, bench)
+    on_cuda = bench.device.type == "cuda"
+    with Rehearsal(kind, config, None if on_cuda else CPU_LIMIT) as rehearsal:
+        measured = rehearsal.measure(bucket_sizes(rehearsal.run)[0], micro)
     plan = needs.total if on_cuda else needs.total + needs.on_cpu  # a CPU has one memory
     cells = {"micro-batch": str(micro), "planned": _size(plan), "in the CPU's memory": _size(needs.on_cpu)}
     if measured is None:
@@ -100,6 +125,11 @@ def _size(size: int) -> str:
 def rows(bench: Bench) -> list[Row]:
     names = [name for name, *_ in CONFIGS if not bench.tiny or name in TINY]
     found = [Row(name, partial(config_row, name)) for name in names]
+    found += [
+        Row(f"{name} from caches{', checkpointing 3' if changes else ''}", partial(family_row, name, changes))
+        for name in (OF_FAMILIES[1:2] if bench.tiny else OF_FAMILIES)
+        for changes in (({},) if bench.tiny else ({}, CHECKPOINTED))
+    ]  # fmt: skip
     searched = SEARCHED[:1] if bench.tiny else SEARCHED
     return found + [Row(f"largest micro-batch: {name}", partial(search_row, name)) for name in searched]
 

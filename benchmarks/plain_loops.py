@@ -4,9 +4,11 @@ A row for another family is an entry in `FAMILIES`: its script, its cases, what 
 of a library's training example computes.
 """
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,6 +54,22 @@ class Family:
     """The library's network of that folder, and what computes its loss of a batch of features, as the example does."""
     batch: Callable[[DiffusionTraining, Case], Batch] = lambda run, case: made_up_batch(run, _size(case), case.batch)
     """Pictures, and what else of the samples is a feature of a cache in every contender."""
+    undropped: Mapping = field(default_factory=lambda: {"caption_dropout": 0.0})
+    """Keys of a training that drops no condition, as the plain loop does not."""
+    caches_texts: bool = False
+    """Whether texts always come from a cache: T5 has 5 billion parameters."""
+
+    def contender(self) -> type[DiffusionTraining]:
+        """The script, without a text encoder where texts come from a cache."""
+        kind = self.use_case()
+        if not self.caches_texts:
+            return kind
+
+        class FromCachedTexts(kind):
+            def needs_encoder(self, name: str) -> bool:
+                return name != "text" and super().needs_encoder(name)
+
+        return FromCachedTexts
 
 
 def _size(case: Case) -> tuple[int, int]:
@@ -118,13 +136,7 @@ def sd_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Modu
 def cosmos_use_case() -> type[DiffusionTraining]:
     from train.train_cosmos import TrainCosmos
 
-    class FromCachedTexts(TrainCosmos):
-        """T5 has 5 billion parameters: texts always come from a cache."""
-
-        def needs_encoder(self, name: str) -> bool:
-            return name != "text" and super().needs_encoder(name)
-
-    return FromCachedTexts
+    return TrainCosmos
 
 
 def write_cosmos(case: Case, folder: Path, device: torch.device) -> dict[str, str]:
@@ -141,10 +153,10 @@ def write_cosmos(case: Case, folder: Path, device: torch.device) -> dict[str, st
     return {"generator_checkpoint_path": str(folder)}
 
 
-def with_texts(run: DiffusionTraining, case: Case) -> Batch:
-    """Pictures with T5's states of texts that are as long as they may be."""
+def with_texts(width: Callable[[DiffusionTraining], int], run: DiffusionTraining, case: Case) -> Batch:
+    """Pictures with T5's states, of a width, of texts that are as long as they may be."""
     batch, version = made_up_batch(run, _size(case), case.batch), run.config.version
-    text = torch.randn(case.batch, version.text_length, version.transformer["text_embed_dim"])
+    text = torch.randn(case.batch, version.text_length, width(run))
     lengths = torch.full((case.batch,), version.text_length)
     return replace(batch, extra=batch.extra | {stored_name("text"): text, stored_name(lengths_name("text")): lengths})
 
@@ -166,6 +178,72 @@ def cosmos_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.
         return F.mse_loss(predicted.float(), noise - latents)
 
     return network, loss
+
+
+# ---------------------------------------------------------------- DiT and PixArt-alpha
+
+
+def dit_use_case() -> type[DiffusionTraining]:
+    from train.train_dit import TrainDit
+
+    return TrainDit
+
+
+def pixart_use_case() -> type[DiffusionTraining]:
+    from train.train_pixart import TrainPixart
+
+    return TrainPixart
+
+
+def write_autoencoder(case: Case, folder: Path, device: torch.device) -> dict[str, str]:
+    """The autoencoder of the published sizes; the denoiser is the run's random one, in both contenders."""
+    from diffusers import AutoencoderKL
+
+    from families.dit.autoencoder import PUBLISHED
+
+    if case.version == "mini":
+        return {}
+    AutoencoderKL(**PUBLISHED).save_pretrained(folder / "vae")
+    return {"autoencoder_checkpoint_path": str(folder / "vae")}
+
+
+def dit_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Module, Loss]:
+    """The published loop without the bound of the variance, and with our network: diffusers' predicts other noise."""
+    network = copy.deepcopy(run.networks["generator"])
+    return network, _noise_loss(run, batch, lambda noised, times: network(noised, times, y=batch.extra["class"]))
+
+
+def pixart_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Module, Loss]:
+    """The loop of the published script for diffusers: DDPMScheduler, the error of the noise, none of the variance."""
+    from diffusers import PixArtTransformer2DModel
+
+    own, texts = run.networks["generator"], run.conditions(batch)
+    numbers = {name: value for name, value in own.config.items() if not name.startswith("_")}
+    network = PixArtTransformer2DModel(**numbers)
+    network.load_state_dict({name: t for name, t in own.state_dict().items() if name != "y_embedding"})
+    sizes = {name: texts.get(name) for name in ("resolution", "aspect_ratio")}
+    text, mask = texts["encoder_hidden_states"], texts["encoder_attention_mask"]
+    return network, _noise_loss(run, batch, lambda noised, times: network(
+        noised, text, times, sizes, encoder_attention_mask=mask, return_dict=False,
+    )[0])  # fmt: skip
+
+
+def _noise_loss(run: DiffusionTraining, batch: Batch, predict: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """The squared error of the noise, in the first half of the channels."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    moments, scale = stored(batch, "moments"), run.latents[0]
+
+    def loss() -> Tensor:
+        mean, log_variance = moments.chunk(2, dim=1)
+        latents = scale.apply(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
+        noise = torch.randn_like(latents)
+        times = torch.randint(0, 1000, (len(latents),), device=run.device)
+        predicted = predict(scheduler.add_noise(latents, noise, times), times)
+        return F.mse_loss(predicted.chunk(2, dim=1)[0].float(), noise.float())
+
+    return loss
 
 
 FAMILIES = {
@@ -192,7 +270,25 @@ FAMILIES = {
         ),
         write=write_cosmos,
         plain_loop=cosmos_loop,
-        batch=with_texts,
+        batch=partial(with_texts, lambda run: run.config.version.transformer["text_embed_dim"]),
+        caches_texts=True,
+    ),
+    "dit": Family(
+        dit_use_case,
+        on_gpu=(Case("DiT-XL/2", "XL/2", 256, 32), Case("DiT-XL/2 512", "XL/2", 512, 8)),
+        on_cpu=(Case("DiT tiny", "mini", 128, 16), Case("DiT small", "S/2", 256, 2)),
+        write=write_autoencoder,
+        plain_loop=dit_loop,
+        undropped={"class_dropout": 0.0},
+    ),
+    "pixart": Family(
+        pixart_use_case,
+        on_gpu=(Case("PixArt 512", "XL/2-512", 512, 16), Case("PixArt 1024-MS", "XL/2-1024-MS", 1024, 4)),
+        on_cpu=(Case("PixArt tiny", "mini", 128, 16), Case("PixArt small", "mini", 512, 2)),
+        write=write_autoencoder,
+        plain_loop=pixart_loop,
+        batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
+        caches_texts=True,
     ),
 }  # fmt: skip
 """By the name that `--families` takes."""
