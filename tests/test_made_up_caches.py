@@ -44,6 +44,24 @@ def make(settings: dict, tmp_path: Path, name: str, *options: str) -> str:
     return str(out)
 
 
+def counted(monkeypatch) -> Counter:
+    """How many pictures and captions the tool encodes from now on."""
+    encoded = Counter()
+
+    class Counted(TrainMadeUp):
+        def picture_features(self, batch, random):
+            encoded.update({"pictures": len(batch.keys)} if batch.keys != [""] else {})  # it looks at a black one
+            return super().picture_features(batch, random)
+
+        def text_features(self, encoder, captions):
+            encoded.update({"captions": len(captions)} if captions != [""] else {})
+            return super().text_features(encoder, captions)
+
+    monkeypatch.setattr(cache, "use_case", lambda script: Counted)
+    monkeypatch.setattr(cache.Caching, "waits", lambda self: None)  # that measurement encodes samples again
+    return encoded
+
+
 def both(settings: dict, tmp_path: Path) -> tuple[str, str]:
     return tuple(make(settings, tmp_path, kind, "--features", kind) for kind in ("latents", "texts"))
 
@@ -347,19 +365,7 @@ def test_features_of_variable_length_are_stored_without_padding(settings, tmp_pa
 def test_ten_pictures_added_to_ten_thousand_cause_ten_encodings(settings, tmp_path, monkeypatch):
     pictures = tmp_path / "many" / "a.tar"
     write_shard(pictures, 10_000)
-    encoded = Counter()
-
-    class Counted(TrainMadeUp):
-        def picture_features(self, batch, random):
-            encoded["pictures"] += len(batch.keys) if batch.keys != [""] else 0  # the tool looks at a black one
-            return super().picture_features(batch, random)
-
-        def text_features(self, encoder, captions):
-            encoded["captions"] += len(captions) if captions != [""] else 0
-            return super().text_features(encoder, captions)
-
-    monkeypatch.setattr(cache, "use_case", lambda script: Counted)
-    monkeypatch.setattr(cache.Caching, "waits", lambda self: None)  # that measurement encodes samples again
+    encoded = counted(monkeypatch)
     given = settings | {"webdataset_path": str(pictures.parent)}
     make(given, tmp_path, "cache")
     assert encoded == {"pictures": 10_000, "captions": 10_000}

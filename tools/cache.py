@@ -12,11 +12,14 @@ where it was stopped. When the data set changed, it encodes the pictures and cap
 features of those whose bytes are known, from whichever tar: for that it reads and hashes both, also when it first
 makes the cache. With random crops, a picture that got another row gets other crops, and is encoded again.
 
+`--preview 16 PICTURES.png` makes no cache, but a sheet of what latents of the one in OUT decode to.
+
 Held-out data (`validation_path`) wants a cache of its own: `webdataset_path=HELD_OUT validation_path=null`.
 """
 
 import warpcore.openmp
 import argparse
+import json
 import shutil
 import time
 from contextlib import ExitStack, closing
@@ -29,7 +32,7 @@ import torch
 from families.common.cache import buckets_of, origin_of
 from families.common.cache_commands import KINDS
 from families.common.cache_freshness import write_sources
-from families.common.cache_records import Record, report
+from families.common.cache_records import RECORD_SUFFIX, Record, report
 from families.common.cache_writer import Work, shard_at
 from families.common.cached_captions import with_token_ids
 from families.common.cached_rows import keep_old, old_tars
@@ -41,6 +44,7 @@ from families.common.weight_source import only_parts
 from tools.arguments import local_path, positive
 from tools.cache_encoding import Encoding
 from tools.cache_features import PIPELINE_PARTS, Maker, without_idle_weights
+from tools.cache_preview import MAX_SAMPLES, write_preview
 from tools.cache_timing import seconds_per_sample
 from tools.shared_work import MARK_NAME, SharedWork
 from warpcore.config import load_config
@@ -49,7 +53,7 @@ from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
 from warpcore.data.columns import column_types
 from warpcore.data.filters import Filter
-from warpcore.data.index import index_shard
+from warpcore.data.index import INDEX_SUFFIX, index_shard
 from warpcore.data.optional_members import check_optional, optional_members
 from warpcore.data.reader import Reader
 from warpcore.data.selection import Selection, survey
@@ -57,7 +61,7 @@ from warpcore.data.shards import named_folders, resolve_sources
 from warpcore.errors import UserError, run_script
 from warpcore.files import open_plain
 from warpcore.locks import lock_file
-from warpcore.outputs import check_folder
+from warpcore.outputs import check_folder, check_new
 from warpcore.peers import tell_once
 from warpcore.processes import stop_processes
 from warpcore.rehearsal import load_use_case
@@ -184,7 +188,9 @@ class Caching:
             raise UserError(f"{self.out}: another process writes this cache; wait for it, or stop it") from None
         (self.out / MARK_NAME).unlink(missing_ok=True)  # of an earlier start
         mirrors = {self.encoding.path(number) for number in range(len(self.catalog))}
-        if strange := sorted(set(self.out.rglob("*.tar")) - mirrors):
+        gone = sorted(set(self.out.rglob("*.tar")) - mirrors)
+        same_source = there is not None and there.source == here.source
+        if strange := [tar for tar in gone if not (same_source and Record.is_beside(tar))]:
             raise UserError(f"{strange[0]} mirrors no tar of webdataset_path, but would be read with it: remove it")
         found = survey(self.catalog, self.work.selection)
         if not found.passed:
@@ -201,6 +207,11 @@ class Caching:
             )
         for folder in {self.out, *(path.parent for path in mirrors)}:
             here.write(folder)
+        for tar in gone:  # taken out of the data set; other tars may have got rows of it
+            keep_old(tar)
+            for file in (tar, *(Path(f"{tar}{suffix}") for suffix in (RECORD_SUFFIX, INDEX_SUFFIX))):
+                file.unlink(missing_ok=True)
+            print(f"{tar} leaves the cache, as the data set has no tar of its name any more", flush=True)
         for number in range(len(self.catalog)):
             if self.encoding.record(number) is None and self.encoding.path(number).exists():
                 keep_old(self.encoding.path(number))  # for `OldRows`, until all tars are complete
@@ -276,6 +287,25 @@ def use_case(script: Path) -> type[DiffusionTraining]:
     return kind
 
 
+def preview(kind: type[DiffusionTraining], given: argparse.Namespace) -> None:
+    """Write the sheet of `--preview`."""
+    try:
+        count, path = positive(given.preview[0], MAX_SAMPLES), local_path(given.preview[1])
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--preview: {error}") from None
+    if path.suffix != ".png":
+        raise UserError(f"--preview: {path} is no name of a PNG file; write {path}.png")
+    check_new([path], "name another file")
+    if (origin := Origin.read(str(given.out.absolute()))) is None:
+        raise UserError(f"{given.out} holds no cache ({CACHE_NAME}), of which there could be a preview")
+    if not any("crop_mode" in settings for settings in origin.features.values()):
+        raise UserError(f"{given.out} holds nothing that was made of pictures: name a cache of latents")
+    source = f"webdataset_path={json.dumps([str(given.out.absolute())])}"
+    others = ["caches=[]", "validation_path=null", "validation_caches=[]", "validation_samples=0"]
+    training = kind(load_config(kind.Config, [given.config, *given.settings, source, *others]))
+    print("\n".join(write_preview(training, count, path)))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -289,8 +319,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variants", type=positive, default=1, help="crops of each picture; default 1")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float16", help="default float16")
     parser.add_argument("--batch-size", type=positive, default=32, help="samples encoded together; default 32")
+    parser.add_argument(
+        "--preview", nargs=2, metavar=("N", "PNG"), help="decode N samples of the cache OUT, to look at, and end"
+    )
     given = parser.parse_intermixed_args(arguments)
     kind = use_case(given.script)
+    if given.preview:
+        preview(kind, given)
+        return
     config, out = load_config(kind.Config, [given.config, *given.settings]), given.out.absolute()
     with ExitStack() as using:
         using.enter_context(only_parts(*PIPELINE_PARTS[given.features]))

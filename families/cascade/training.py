@@ -1,6 +1,6 @@
 """What the training scripts of the cascade share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from families.common.weight_source import with_local_weights
 from modules.clip import TextTower
 from warpcore.core import WarpCore
 from warpcore.diffusion.diffusion import GDF
+from warpcore.errors import UserError
 
 
 class CascadeTraining(WarpCore):
@@ -59,6 +60,16 @@ class DenoiserTraining(CascadeTraining, DiffusionTraining):
     def read_shape(self, name: str) -> Shape | None:
         widths = self.config.version.stage_c
         return (None, widths.get("c_clip_text", 1280)) if name == "clip_text" else None
+
+    def feature_decoder(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        if "stage_a" in self.features:
+            stage_a = build.stage_a(self.config).eval().to(self.device)
+            return lambda features: stage_a.decode(features["stage_a"].float())
+        if "latent" not in self.features or not build.has_previewer(self.config):
+            file = build.previewer_file(self.config)
+            raise UserError(f"of Stage C's latents a previewer makes pictures: {file} (previewer_checkpoint_path)")
+        previewer = build.previewer(self.config).eval().to(self.device)
+        return lambda features: previewer(features["latent"].float())
 
     def text_features(self, encoder: TextTower, captions: Sequence[str]) -> dict[str, Tensor]:
         return text_conditions(encoder, captions, self.device)

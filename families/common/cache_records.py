@@ -84,11 +84,16 @@ class Record:
             seconds=sum(record.seconds for record in records),
         )
 
+    @staticmethod
+    def is_beside(tar: Path) -> bool:
+        """Whether `write` wrote a record for a tar, of whichever source: the tar is a cache's."""
+        return tar.with_name(tar.name + RECORD_SUFFIX).is_file()
+
     @classmethod
     def read(cls, tar: Path, source: Shard) -> Self | None:
         """The record of a tar that is whole and was made from this very shard; None of another one."""
         path = tar.with_name(tar.name + RECORD_SUFFIX)
-        if not (tar.is_file() and path.is_file()):
+        if not (tar.is_file() and cls.is_beside(tar)):
             return None
         with open_to_read(path) as file:
             content = file.read(MAX_JSON_BYTES + 1)

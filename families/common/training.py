@@ -31,6 +31,7 @@ from warpcore.core import Losses
 from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
+from warpcore.errors import UserError
 from warpcore.random import SampleRandom
 
 
@@ -121,6 +122,23 @@ class DiffusionTraining(SampleFields):
     def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor | Sequence[Tensor]]:
         """What the networks make of pictures: (B, ...), or a list of B, by name."""
         raise NotImplementedError
+
+    def feature_decoder(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """What makes pictures (B, 3, H, W) in [0, 1] of their stored features (B, ...), to look at.
+
+        Raises:
+            UserError: the training stores nothing that a network of it makes pictures of.
+        """
+        if "autoencoder" not in self.encoders() or not {"moments", "latents"} & self.features.keys():
+            raise UserError(f"nothing makes pictures of the features of this training: {', '.join(self.features)}")
+        autoencoder = self.encoders()["autoencoder"]().eval().to(self.device)
+
+        def decode(features: Mapping[str, Tensor]) -> Tensor:
+            moments = features.get("moments")
+            latents = features["latents"] if moments is None else autoencoder.scale.latents(moments, None)
+            return autoencoder.decode(latents)
+
+        return decode
 
     def text_features(self, encoder: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the text encoder, `text` of the encoders, makes of captions: (B, ...) by name."""

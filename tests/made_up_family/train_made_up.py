@@ -62,6 +62,10 @@ class TrainMadeUp(DiffusionTraining):
     def picture_features(self, batch, random):
         return {"latent": self.networks["squeeze"].encode(batch.images.float() / 255).float()}
 
+    def feature_decoder(self):
+        squeeze = settings.squeeze(self.config)
+        return lambda features: squeeze.decode(features["latent"])
+
     def text_features(self, encoder, captions):
         return {"letters": encoder(captions).float()}
 

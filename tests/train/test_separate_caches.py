@@ -2,13 +2,14 @@
 
 import pytest
 
-from families.common.cache import find_caches, origin_of
+from families.common.cache import buckets_of, find_caches, origin_of
 from families.common.training import DiffusionTraining
 from tests.caches import make_cache
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, train, use_case
 from tests.train.test_every_script import settings as settings
 from warpcore.config import ConfigError, make_config
+from warpcore.pictures import read_cells
 
 pytestmark = pytest.mark.integration
 CACHED: dict[str, tuple[str, ...]] = {
@@ -90,3 +91,16 @@ def test_a_cached_feature_of_another_width_is_refused(settings, name, tmp_path):
 def test_every_script_with_features_is_tested_here():
     scripts = {name.split()[0] for name in SETTINGS}
     assert {name for name in scripts if issubclass(use_case(name), DiffusionTraining)} == set(CACHED)
+
+
+@pytest.mark.parametrize(
+    "name", represented_by("train_dit", of=[name for name in CACHED if "latents" in CACHED[name]])
+)
+def test_what_is_cached_of_pictures_is_decoded_to_look_at(settings, name, tmp_path):
+    given = settings(name, "looked_at", crop_mode="center", **CHANGES.get(name, {}))
+    latents = make_cache(name, given, tmp_path / "latents", "--features", "latents", "--dtype", "float32")
+    make_cache(name, given, latents, "--preview", "3", str(tmp_path / "seen.png"))
+    cells = read_cells(tmp_path / "seen.png")
+    assert len({cell.caption for cell in cells}) == len(cells) == 3
+    training = use_case(name)(make_config(use_case(name).Config, given))
+    assert {(cell.height, cell.width) for cell in cells} <= {*buckets_of(training).sizes}
