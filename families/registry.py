@@ -46,6 +46,14 @@ def _held(module: ModuleType) -> Sequence[Family]:
     return getattr(module, "FAMILIES", (module.FAMILY,) if hasattr(module, "FAMILY") else ())
 
 
+def family_called(name: str | None) -> Family:
+    """The family of a name. Raises UserError where there is none."""
+    known = {family.name: family for family in families()}
+    if name not in known:
+        raise UserError(f"this training is of none of the families that are known here ({_titles(known.values())})")
+    return known[name]
+
+
 def family_of(path: Path) -> Family:
     """The family of a run's folder, a weights file, or a model folder; only headers are read.
 

@@ -163,6 +163,8 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "missing": [
             ("missing new", "missing is not a folder of pictures"),
             ("pictures new --metadata missing.csv", "--metadata missing.csv: it does not exist"),
+            ("pictures new --import .a", "--import ENDING ... and --for SCRIPT CONFIG .* belong together"),
+            ("pictures new --import .a --for missing.py config.yaml", "missing.py does not exist"),
         ],
         "folder for a file": [("pictures new --metadata folder", "--metadata folder: it is a folder")],
         "file for a folder": [("text new", "text is not a folder of pictures")],

@@ -11,6 +11,12 @@ The captions of the pictures in a folder `images` may lie in a folder `metas` be
 NAME.mask.png, NAME.depth.png, NAME.seg.png and NAME.pose.json go with their picture. What is left out is counted by
 reason. The same folder always gives the same bytes, whether one process builds them or many (of torchrun or srun, on
 machines that share FOLDER and OUT).
+
+Features that another program stored beside the pictures become a cache: which files, for which training, and in its
+config the networks that made them, as such files do not say it:
+
+    python3 tools/build_dataset.py pictures data/cache --import .img_sdvae .txt_clipl \\
+        --for train/train_sd.py CONFIG.yaml autoencoder_checkpoint_path=vae text_encoder_checkpoint_path=clip
 """
 
 import argparse
@@ -32,16 +38,15 @@ from tools.arguments import local_path, positive
 from tools.metadata import FORMATS
 from tools.picture_folder import Entry, find_entries
 from tools.picture_sample import Outcome, Unusable, load_again, load_sample
-from tools.shard_writer import Packing, ShardWriter, reserved, sample_bytes
+from tools.shard_writer import ASIDE, Packing, ShardWriter, check_free, reserved, sample_bytes, swap
 from tools.shared_work import ALONE, SharedWork
-from warpcore.data.catalog import MANIFEST_NAME, write_manifests
+from warpcore.data.catalog import write_manifests
 from warpcore.data.index import Summary
 from warpcore.data.picture_files import SHOWN, LeftOut
 from warpcore.data.samples import PICTURE_EXTENSIONS
 from warpcore.data.shards import Shard
 from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
-from warpcore.outputs import check_folder
 from warpcore.peers import tell_once
 from warpcore.processes import Processes, start_processes, stop_processes
 from warpcore.progress_bar import ProgressBar
@@ -50,8 +55,6 @@ from warpcore.text import brief, counted, format_bytes
 
 TEXT_ENCODERS = ("clip", "none")
 RATIOS = ("9:21", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "21:9")
-_OURS = re.compile(r"\d{5,}\.tar(\.index\.parquet)?|" + re.escape(MANIFEST_NAME))
-_ASIDE = ".building"
 _CHECKED_TOGETHER = 64
 
 
@@ -153,14 +156,14 @@ def build_dataset(
     Raises:
         UserError: no such folder, nothing usable in it, or `out` holds something and `overwrite` is False.
     """
-    report, aside = Report(), out / _ASIDE
+    report, aside = Report(), out / ASIDE
     work = SharedWork(processes, aside)
     with ExitStack() as until_done:
 
         def begin() -> list[Entry]:
             if not folder.is_dir():
                 raise UserError(f"{folder} is not a folder of pictures")
-            _check_free(out, overwrite)
+            check_free(out, overwrite)
             found = find_entries(folder, metadata, report.left_out, report.notes, out, extra)
             entries = sorted(found, key=lambda entry: stable_hash(entry.key))
             until_done.enter_context(reserved(aside))
@@ -173,7 +176,7 @@ def build_dataset(
         )
         if processes.is_main:
             write_manifests(list(shards), {shard.url: summary for shard, summary in shards.items()})
-            _swap(aside, out)
+            swap(aside, out)
     report.shards, report.bytes_written = len(shards), sum(shard.size_bytes for shard in shards)
     return report
 
@@ -279,22 +282,6 @@ def _tokenizer(text_encoder: str) -> BytePairTokenizer | None:
     return BytePairTokenizer() if text_encoder == "clip" else None
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
-    check_folder(out, "the tars")
-    if out.exists() and any(path.name != _ASIDE for path in out.iterdir()) and not overwrite:
-        raise UserError(f"{out} is not empty; choose another folder, or give --overwrite to replace the tars in it")
-
-
-def _swap(aside: Path, out: Path) -> None:
-    """Replace the tars of `out` by those that lie aside."""
-    for path in out.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.unlink()
-    for path in aside.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.replace(out / path.name)
-
-
 def _load_all(
     entries: list[Entry],
     what: str,
@@ -334,6 +321,17 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def _imported(given: argparse.Namespace) -> str:
+    """Build a cache of the features of `--import`; the report."""
+    from tools.feature_import import Imported  # what builds networks takes seconds to import
+
+    if not given.endings or len(given.training or ()) < 2:
+        raise UserError("--import ENDING ... and --for SCRIPT CONFIG [KEY=VALUE ...] belong together")
+    packing = Packing(given.samples_per_shard, given.shard_size)
+    found = Imported.by(given.training, given.endings, given.out)
+    return found.build(given.folder, given.out, packing, given.metadata, given.overwrite)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=local_path, metavar="FOLDER", help="pictures, also in sub-folders")
@@ -350,7 +348,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--text-encoder", choices=TEXT_ENCODERS, default="clip", help="count the captions that are too long for it"
     )
+    parser.add_argument(
+        "--import",
+        nargs="+",
+        metavar="ENDING",
+        dest="endings",
+        help="files of features beside the pictures: NAME.ENDING",
+    )
+    parser.add_argument(
+        "--for",
+        nargs="+",
+        metavar="ARGUMENT",
+        dest="training",
+        help="the script, the config and keys that train on them",
+    )
     given = parser.parse_args(arguments)
+    if given.endings or given.training:
+        print(_imported(given))
+        return
     processes = start_processes("cpu")
     try:
         report = build_dataset(

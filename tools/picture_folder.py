@@ -38,12 +38,14 @@ def find_entries(
     notes: list[str],
     without: Path | None = None,
     extra: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> Iterator[Entry]:
     """The pictures of a folder and its sub-folders, also linked ones, with what belongs to them.
 
     metadata: the file with captions and fields; by default those in the folder. notes: gets lines of the report on
     how the metadata, and captions in folders of their own, were read. without: a folder that is passed over. extra:
-    kinds of pictures beside the pictures, such as `normal` for NAME.normal.png, besides those that are known.
+    kinds of pictures beside the pictures, such as `normal` for NAME.normal.png, besides those that are known. others:
+    endings of files that the caller reads itself.
     """
     folders = list(walk(folder, left_out, without))
     read = read_metadata(folder, [path for files in folders for path in files], left_out, metadata)
@@ -60,7 +62,7 @@ def find_entries(
                 _key(picture.relative_to(folder), keys), picture, beside.take(picture), read.lines.get(real, {})
             )
         for path in beside.rest():
-            if path != metadata and (metadata or path.name not in METADATA_NAMES):
+            if path != metadata and path.suffix not in others and (metadata or path.name not in METADATA_NAMES):
                 left_out.add(_why_unused(path, kinds), path.relative_to(folder))
     for path in read.lines:
         if path not in named:

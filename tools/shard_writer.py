@@ -1,6 +1,7 @@
 """The tars of a data set while they are written: which samples go into which tar, and their bytes."""
 
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -9,14 +10,37 @@ from pathlib import Path
 
 import webdataset
 
+from families.common.features import CACHE_NAME
+from warpcore.data.catalog import MANIFEST_NAME
 from warpcore.data.index import Summary, index_shard
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
 from warpcore.errors import UserError
 from warpcore.files import naming, open_plain
 from warpcore.locks import lock_file
+from warpcore.outputs import check_folder
 
+ASIDE = ".building"
+"""The folder, in the one of a data set, where its tars are written first."""
 _LOCK = ".lock"
+_OURS = re.compile(r"\d{5,}\.tar(\.index\.parquet)?|" + "|".join(map(re.escape, (MANIFEST_NAME, CACHE_NAME))))
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise UserError where `out` is a file, or holds something and `overwrite` is False."""
+    check_folder(out, "the tars")
+    if out.exists() and any(path.name != ASIDE for path in out.iterdir()) and not overwrite:
+        raise UserError(f"{out} is not empty; choose another folder, or give --overwrite to replace the tars in it")
+
+
+def swap(aside: Path, out: Path) -> None:
+    """Replace the tars of `out` by those that lie aside."""
+    for path in out.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink()
+    for path in aside.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.replace(out / path.name)
 
 
 @contextmanager

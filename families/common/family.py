@@ -108,6 +108,16 @@ class Family:
         """Whether a folder without such a file holds what this family was published as."""
         return False
 
+    def imported_features(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Features of a sample, tensors without a batch dimension, by the names that trainings of the family have.
+
+        tensors: what another program stored of the sample in a safetensors file.
+
+        Raises:
+            ValueError: it is nothing that the family knows; the message goes on behind "it".
+        """
+        raise ValueError("holds what this family can't read: it knows no features of other programs")
+
     def task(self, name: str) -> type | None:
         """The class that does a task for this family; None where it has none."""
         if name not in self.tasks:

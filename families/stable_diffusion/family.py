@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from families.common.family import RECONSTRUCTION, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
@@ -63,6 +64,9 @@ the run's config. A LoRA's file that does not say it needs its model_version."""
     def has_model_folder(self, index: Mapping[str, Any]) -> bool:
         kind = str(index.get("_class_name"))
         return kind in NETWORKS or PIPELINES.fullmatch(kind) is not None or T5_PART in index
+
+    def imported_features(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return import_module("families.stable_diffusion.caches").features_of(tensors)
 
 
 FAMILY = StableDiffusion()
