@@ -20,8 +20,7 @@ from warpcore.data.images import BadPicture, check, decode, decode_alike, place
 from warpcore.data.member_headers import picture_size
 from warpcore.errors import UserError
 
-SIZE = 64, 64
-END = b"\xff\xd9"
+SIZE, END = (64, 64), b"\xff\xd9"
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
