@@ -146,6 +146,11 @@ def _check_config(config: Mapping[str, Any], path: Path, key: str) -> None:
     """Raise UserError for a config of another network, or of one that sees more than noised latents."""
     if (kind := config.get("_class_name", TRANSFORMER)) != TRANSFORMER:
         raise UserError(f"{key}: {path} holds {shortened(str(kind))}, not {TRANSFORMER}")
+    if "_class_name" not in config and "attention_head_dim" not in config:  # a file's own config names no class
+        told = ", ".join(shortened(str(name)) for name in list(config)[:3]) or "nothing"
+        raise UserError(
+            f"{key}: {path} holds no denoiser of Cosmos-Predict2: its config has no attention_head_dim, but {told}"
+        )
     for name in ("patch_size", "max_size"):
         if name in config and not _are_sizes(config[name]):
             raise UserError(f"{key}: {name} of {path} is {brief(config[name])}, which is no three numbers")

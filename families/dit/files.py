@@ -48,6 +48,9 @@ def read_dit(path: Path, key: str) -> DitFile:
     patches = tensors.get(_NEEDED["patch"])
     if patches is not None and patches.dim() == 5 and patches.shape[2] == 1:  # of Open-Sora: patches of one frame
         tensors[_NEEDED["patch"]] = patches[:, :, 0]
+    if missing := [name for name in _NEEDED.values() if name not in tensors]:
+        held = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise WeightsError(f"{key}: {path} holds no DiT: {missing[0]} is missing, and it has {held}")
     said = metadata_of(path).get(CONFIG_KEY)
     config = parse_object(said, f"{key}: the config of {path}") if said is not None else None
     config = _numbers_of(tensors, state, path, key) if config is None else config
@@ -63,9 +66,6 @@ def dit_numbers(path: Path, key: str) -> dict[str, Any]:
 def _numbers_of(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, key: str) -> dict[str, Any]:
     """The constructor numbers that the shapes of tensors tell."""
     problem = f"{key}: {path} holds no DiT"
-    if missing := [name for name in _NEEDED.values() if name not in tensors]:
-        held = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise WeightsError(f"{problem}: {missing[0]} is missing, and it has {held}")
     shapes = {name: tuple(tensors[tensor].shape) for name, tensor in _NEEDED.items()}
     if wrong := [one for one, shape in shapes.items() if len(shape) != (4 if one == "patch" else 2) or 0 in shape]:
         raise WeightsError(f"{problem}: {_NEEDED[wrong[0]]} is of the shape {shapes[wrong[0]]}")

@@ -12,7 +12,7 @@ from families.common.wan_autoencoder import WanAutoencoder
 from families.cosmos import build
 from families.cosmos.components import find_transformer
 from families.cosmos.config import CosmosSettings
-from families.cosmos.versions import VERSIONS
+from families.cosmos.versions import MINI, VERSIONS
 from families.registry import family_of
 from tests.families.cosmos.tiny_pipeline import TRANSFORMER, transformer, write_cosmos, write_published
 from warpcore.errors import UserError
@@ -198,6 +198,15 @@ def test_a_file_in_diffusers_names_without_a_config_is_read(tmp_path):
     found = find_transformer(tmp_path / "plain.safetensors", KEY)
     assert found.config["num_layers"] == 2
     assert first_weight(generator_checkpoint_path=tmp_path / "plain.safetensors").shape == (24, 24)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "t5", "text_tower"])
+def test_a_file_of_another_network_is_called_that(name):
+    file = MINI / f"{name}.safetensors"
+    with pytest.raises(
+        UserError, match=f"{name}.safetensors holds no denoiser of Cosmos-Predict2: .* (but|and it has) "
+    ):
+        build.transformer(CosmosSettings(model_version="mini", generator_checkpoint_path=file))
 
 
 def test_what_tensors_of_a_published_file_do_not_tell_is_that_of_their_size(tmp_path):

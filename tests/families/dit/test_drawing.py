@@ -14,6 +14,7 @@ from families.common.family import CLASS_TO_IMAGE, TEXT_TO_IMAGE
 from families.dit.class_to_image import DitClassToImage
 from families.dit.exports import to_published
 from families.dit.files import read_dit
+from families.dit.versions import MINI
 from families.registry import family_of, load_task
 from inference.class_to_image import main
 from modules.dit import DiT
@@ -150,6 +151,12 @@ def test_a_file_that_is_not_right_is_one_clear_error(published, tmp_path, what):
     torch.save(change(torch.load(published, weights_only=True)), tmp_path / "broken.pt")
     with pytest.raises(UserError, match=message):
         draw(generator_checkpoint_path=tmp_path / "broken.pt", classes=[1])
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "t5"])  # files that say numbers of their own
+def test_a_file_of_another_network_is_called_that(name):
+    with pytest.raises(UserError, match=f"{name}.safetensors holds no DiT: x_embedder.proj.weight is missing"):
+        read_dit(MINI / f"{name}.safetensors", "generator_checkpoint_path")
 
 
 def test_a_truncated_file_and_one_with_code_are_one_clear_error(published, tmp_path):
