@@ -102,7 +102,8 @@ def test_the_planner_counts_four_bits(settings, name, key):  # noqa: F811
     # Half a byte for each number, one for 64, two for 64 * 256; 16 values and a mean in bfloat16 for each matrix.
     expected = sum(n // 2 + n // 64 + 2 * n // BLOCK + 34 for n in packed)
     assert counted["bfloat16"] - counted["nf4"] == 2 * sum(packed) - expected
-    assert activations["nf4"] < activations["bfloat16"] + 8 * max(packed)
+    # Of the others, one matrix at a time is unpacked, by way of indices.
+    assert activations["nf4"] < activations["bfloat16"] + 12 * max(packed)
 
 
 def test_where_there_are_no_eight_bit_numbers_an_error_says_what_to_write():
