@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator, PositiveInt, TypeAdapter, ValidationError
 
+from warpcore.text import counted
+
 IN_UPDATES = ("updates", "warmup_updates", "save_every", "backup_every", "export_every")
 """The keys that take epochs."""
 _EPOCHS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)e")
@@ -40,7 +42,7 @@ def in_updates(given: Mapping[str, str], rows: float, batch_size: int) -> tuple[
     """The numbers of updates for keys that have epochs, and a line about each; `rows` are what an epoch draws."""
     found = {key: max(1, _whole(text, rows, batch_size)) for key, text in given.items()}
     epoch = f"an epoch is {rows:,.10g} rows, {rows / batch_size:,.2f} updates"
-    return found, [f"{key}: {given[key]} is {counted:,} updates ({epoch})" for key, counted in found.items()]
+    return found, [f"{key}: {given[key]} is {counted(number, 'update')} ({epoch})" for key, number in found.items()]
 
 
 def _whole(text: str, rows: float, batch_size: int) -> int:

@@ -23,6 +23,7 @@ from warpcore.loading import own_rows
 from warpcore.parameter_groups import NamePattern, group_of
 from warpcore.random import stable_hash
 from warpcore.sharded import local
+from warpcore.text import counted
 
 KEY = "start_from_scratch"
 
@@ -51,7 +52,7 @@ class FreshLayer:
         """Names with their network, and whole tensors on the CPU."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(stable_hash(seed, KEY, self.name))
-            layer = copy.deepcopy(self.shapes).to_empty(device="cpu", recurse=False)
+            layer = _alone(self.shapes, "cpu")
             if any(start.method == "default" for start in self.starts.values()):
                 layer.reset_parameters()
             for name, start in self.starts.items():
@@ -90,7 +91,7 @@ def fresh_layers(networks: Mapping[str, nn.Module], starts: Sequence[Start]) -> 
         layer = networks[network].get_submodule(path)
         for name, start in starts_of.items():
             _check(layer, owner, name, start)
-        layers.append(FreshLayer(owner, _shapes_of(layer), starts_of))
+        layers.append(FreshLayer(owner, _alone(layer, "meta"), starts_of))
     return layers
 
 
@@ -108,13 +109,16 @@ def _check(layer: nn.Module, owner: str, name: str, start: Start) -> None:
         )
 
 
-def _shapes_of(layer: nn.Module) -> nn.Module:
+def _alone(layer: nn.Module, device: str) -> nn.Module:
+    """A layer of the same shapes on a device, without values and without the layers in it."""
     alone = copy.copy(layer)
     alone._modules = {}
-    alone._parameters = {
-        name: None if parameter is None else nn.Parameter(torch.empty_like(parameter, device="meta"))
-        for name, parameter in layer._parameters.items()
-    }
+    for kind, make in (("_parameters", nn.Parameter), ("_buffers", lambda tensor: tensor)):
+        made = {
+            name: None if one is None else make(torch.empty(one.shape, dtype=one.dtype, device=device))
+            for name, one in vars(layer)[kind].items()
+        }
+        setattr(alone, kind, made)
     return alone
 
 
@@ -134,6 +138,6 @@ def what_starts(layers: Sequence[FreshLayer]) -> list[str]:
         for name, start in layer.starts.items():
             counts.setdefault(start, []).append(layer.shapes.get_parameter(name).numel())
     return [
-        f"{KEY}: {len(sizes):,} tensors, {sum(sizes):,} parameters ({start.pattern}, {start.method})"
+        f"{KEY}: {counted(len(sizes), 'tensor')}, {sum(sizes):,} parameters ({start.pattern}, {start.method})"
         for start, sizes in counts.items()
     ]

@@ -36,7 +36,7 @@ def keep_largest(parameters: Sequence[Tensor], share: float | None) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return
-    sizes = torch.cat([gradient.abs().flatten() for gradient in gradients])
+    sizes = torch.cat([gradient.flatten() for gradient in gradients]).abs_()
     dropped = math.ceil(round((1 - share) * (sizes.numel() - 1), 6))
     least = sizes.kthvalue(dropped + 1).values
     for gradient in gradients:

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from warpcore import optim
+from warpcore import gradients, optim
 from warpcore.config import Config
 from warpcore.data.buckets import Buckets
 from warpcore.data.fields import collate
@@ -152,6 +152,8 @@ class OnShapes:
         """What a process needs for updates with micro-batches of a bucket (H, W)."""
         activations, sent_away = self._activations(size, micro_batch, accumulation)
         needs = self.between_updates()  # frozen networks that the loss needs have come to stay
+        thinned = sum(parameter.nbytes for parameter in self.run.thinned)  # a copy, once activations are gone
+        activations = max(activations, thinned)
         return replace(needs, activations=activations + self._gathered(), on_cpu=needs.on_cpu + sent_away)
 
     def between_updates(self) -> Needs:
@@ -323,6 +325,7 @@ class Rehearsal:
         passes = 1 if count >= run.config.batch_size else 2
         for _ in range(passes):
             run.forward(batch).loss.mean().backward()
+            gradients.keep_largest(run.thinned, run.config.gradient_topk)
         optim.step(run.optimizers, torch.zeros((), device=run.device))
         for parameter in run.parameters.values():
             parameter.grad = None

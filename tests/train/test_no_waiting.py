@@ -23,12 +23,16 @@ from warpcore.config import make_config
 from warpcore.meta import MetaAsDevice
 
 FURTHER: dict[str, dict] = {
-    "train_c": {"clip_image_dropout": 0.5, "adaptive_loss_weight": True, "offset_noise": 0.1},
+    "train_c": {
+        "clip_image_dropout": 0.5, "adaptive_loss_weight": True, "offset_noise": 0.1, "gradient_topk": 0.3,
+        "grad_mean_groups": {"weights": "weight$"}, "grad_mean_per_block": True,
+    },
     "train_c_controlnet": {"cache_text": True, "grad_norm_groups": {"hint": "backbone"}},
     "train_c_lora": {"caption_templates": ["a [fernando] {caption}", "[fernando]"], "masked_loss": True},
     "train_sd": {
         "train_text_encoder": True, "text_chunks": 2, "loss_type": "huber", "min_snr_gamma": 5.0,
         "input_perturbation": 0.1, "multires_noise_iterations": 3, "shuffle_tags": True,
+        "start_from_scratch": [{"pattern": "generator.conv_in.*"}],
     },
 }  # fmt: skip
 """Settings that make a script decide more."""

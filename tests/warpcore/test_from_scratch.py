@@ -10,6 +10,7 @@ from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.config import make_config
 from warpcore.errors import UserError
 from warpcore.from_scratch import Start, fresh_layers, start_layers
+from warpcore.rehearsal import OnShapes
 
 FRESH = {"start_from_scratch": [{"pattern": "3.*", "method": "zeros"}, {"pattern": "0.*"}]}
 """Of the tiny network of the tests: a convolution `0`, and another, `3`."""
@@ -113,3 +114,14 @@ def test_numbers_follow_from_the_seed_and_the_name_and_touch_nothing_else():
     assert bool((one["a.weight"] == 1).all())
     assert not torch.equal(both["a.weight"], both["b.weight"])
     assert not torch.equal(both["a.weight"], other["a.weight"])
+
+
+@pytest.mark.integration
+def test_where_memory_is_counted_there_are_no_values_and_patterns_are_checked_all_the_same(settings):
+    def counted(start: dict) -> int:
+        with OnShapes(Denoiser, make_config(TinyConfig, settings | {"start_from_scratch": [start]}), "cuda") as shapes:
+            return shapes.between_updates().weights
+
+    assert counted({"pattern": "*"}) == 4 * 251
+    with pytest.raises(UserError, match="matches no parameter"):
+        counted({"pattern": "nothing.*"})

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from families.common.autoencoders import Autoencoder
 from families.common.library_networks import LibraryNetwork, adapt
+from families.stable_diffusion.build import process
+from families.stable_diffusion.config import SdSettings
 from tests.families.stable_diffusion.tiny_t5_pipeline import texts_of
 from tests.golden import load_case, resolve, weights_of
 from train.train_sd import TrainSd
@@ -120,3 +122,15 @@ def test_losses_and_gradients_are_those_of_the_reference(name):
     for parameter, gradient in resolve(expected["gradients_at_the_step"], tensors).items():
         found = network.get_parameter(parameter).grad
         torch.testing.assert_close(found, gradient, rtol=tolerance, atol=call["suggested_atol"])
+
+
+def test_noise_is_added_in_float32_whatever_the_network_computes_in():
+    """The reference rounds its table to bfloat16: at times 0 and 1 it adds no noise at all."""
+    _, tensors = load_case("sd_t5/noise_schedules")
+    clean = tensors["out.scaled_linear.alphas_cumprod"].double()[:8, None]
+    latents, noise = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        diffused = process(SdSettings()).diffuse(latents, noise, t=torch.arange(8))
+    expected = clean.sqrt() * latents + (1 - clean).sqrt() * noise
+    torch.testing.assert_close(diffused.noised.double(), expected, rtol=0, atol=1e-5)
+    assert diffused.noised.dtype == torch.float32
