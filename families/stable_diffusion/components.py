@@ -255,6 +255,7 @@ def _of_single_file(path: Path, name: str, key: str) -> Component:
         contents.metadata.get(VERSION_KEY, contents.version),
         contents.diffusion_target,
         contents.zero_terminal_snr or None,
+        **_texts_said(contents.metadata),
     )
 
 
@@ -268,7 +269,7 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
     said = header.metadata.get(CONFIG_KEY.format(name))  # beside the U-Net's, in files of a run that trained both
     what = f"{key}: {CONFIG_KEY.format(name)} of {path}"
     config = read_config(path, key) if said is None else parse_object(said, what)
-    zero_snr, tokens = header.metadata.get(ZERO_SNR_KEY), header.metadata.get(TOKENS_KEY, "")
+    zero_snr = header.metadata.get(ZERO_SNR_KEY)
     return Component(
         path,
         partial(read_tensors, path, key),
@@ -276,9 +277,17 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
         header.metadata.get(VERSION_KEY, _version(config) if config is not None and name == "unet" else None),
         header.metadata.get(TARGET_KEY),
         None if zero_snr is None else zero_snr == "true",
-        text_model=header.metadata.get(TEXT_MODEL_KEY),
-        text_tokens=int(tokens) if re.fullmatch(r"[0-9]{1,4}", tokens) else None,
+        **_texts_said(header.metadata),
     )
+
+
+def _texts_said(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What our own files say of the texts that the U-Net was trained with."""
+    tokens = metadata.get(TOKENS_KEY, "")
+    return {
+        "text_model": metadata.get(TEXT_MODEL_KEY),
+        "text_tokens": int(tokens) if re.fullmatch(r"[0-9]{1,4}", tokens) else None,
+    }
 
 
 def library_component(names: Collection[str]) -> str | None:

@@ -8,6 +8,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from families.stable_diffusion import build
+from families.stable_diffusion.components import find_component
 from families.stable_diffusion.diffusers_folder import scheduler
 from families.stable_diffusion.inference import SdInferenceSettings
 from families.stable_diffusion.text_to_image import StableDiffusionTextToImage
@@ -71,6 +72,9 @@ def test_a_run_from_caches_has_no_t5_and_its_folder_draws_the_same(tmp_path, exp
     assert not torch.allclose(drawn_here(tmp_path / "pipeline"), drawn, atol=1e-3)
     with pytest.raises(UserError, match="T5 is not part of checkpoints in one file"):
         export("single-file", folder, tmp_path / "one.safetensors")
+    export("single-file", folder, tmp_path / "one.safetensors", "only_unet=true", "use_ema=false")
+    found = find_component(tmp_path / "one.safetensors", "unet", "x")
+    assert (found.text_model, found.text_tokens) == ("t5", 12)
     with pytest.raises(UserError, match="text_tokens is 12 in the cache, 13 here"):
         train(given | {"experiment_id": "longer", "caches": caches, "text_tokens": 13})
 
