@@ -15,7 +15,8 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
-from typing import NamedTuple, Self
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any, NamedTuple, Self
 
 import cv2
 import torch
@@ -204,7 +205,7 @@ class _Workers:
 
     def __init__(self, reader: Reader, num_workers: int, prefetch: int):
         self.need_main_script = b"__main__" in _pickled(reader)
-        self._sampler = _Sampler()
+        self._sampler, self._context = _Sampler(), _Context()
         self._loader = _WorkerLoader(
             _Work(reader),
             batch_sampler=self._sampler,
@@ -212,7 +213,7 @@ class _Workers:
             prefetch_factor=prefetch,
             collate_fn=_as_it_is,
             worker_init_fn=_start_worker,
-            multiprocessing_context="spawn",
+            multiprocessing_context=self._context,
             persistent_workers=True,
             generator=torch.Generator(),  # it seeds its workers, which must not take from the global generator
         )
@@ -227,7 +228,7 @@ class _Workers:
                     raise item.error
                 yield item
         except Exception as error:
-            dead = [process for process in self._processes() if process.exitcode is not None]
+            dead = [process for process in self._context.started() if process.exitcode is not None]
             if dead:
                 raise DataWorkerError(_obituary(dead[0].pid, dead[0].exitcode)) from error
             if _is_full_shared_memory(error):
@@ -240,13 +241,24 @@ class _Workers:
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
-            _kill(iterator._workers)
+        self.kill()
 
     def kill(self) -> None:
-        _kill(self._processes())
+        _kill(self._context.started())
 
-    def _processes(self) -> list:
-        return self._loader._iterator._workers if self._loader._iterator is not None else []
+
+class _Context(SpawnContext):
+    """Knows the processes that were started with it, of which a DataLoader tells nothing until it has started all."""
+
+    def __init__(self):
+        self._made: list[SpawnProcess] = []
+
+    def Process(self, *arguments: Any, **keywords: Any) -> SpawnProcess:
+        self._made.append(SpawnProcess(*arguments, **keywords))
+        return self._made[-1]
+
+    def started(self) -> list[SpawnProcess]:
+        return [process for process in self._made if process.pid is not None]
 
 
 class _WorkerLoader(DataLoader):

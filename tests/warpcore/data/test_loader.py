@@ -257,7 +257,7 @@ run_script(main)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", ["closed", "left"])
-@pytest.mark.parametrize("seconds", ["0.5", "2"])
+@pytest.mark.parametrize("seconds", ["0", "0.5", "2"])
 def test_an_error_while_workers_start_is_one_message(micro_batches, tmp_path, seconds, closed):
     (tmp_path / "script.py").write_text(FAILING)
     (tmp_path / "plan").write_bytes(pickle.dumps(micro_batches))
