@@ -151,7 +151,8 @@ def build_dataset(
     are the same for any number of them.
 
     Pictures come in an order that mixes the sub-folders, so that neighbours in a tar have nothing in common. All is
-    written aside first; what `out` held goes when everything is there.
+    written aside first; what `out` held goes when everything is there. Where the last step, the swap, is interrupted,
+    the next start finishes it.
 
     Raises:
         UserError: no such folder, nothing usable in it, or `out` holds something and `overwrite` is False.
@@ -176,7 +177,7 @@ def build_dataset(
         )
         if processes.is_main:
             write_manifests(list(shards), {shard.url: summary for shard, summary in shards.items()})
-            swap(aside, out)
+            swap(aside)
     report.shards, report.bytes_written = len(shards), sum(shard.size_bytes for shard in shards)
     return report
 

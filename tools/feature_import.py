@@ -106,7 +106,7 @@ class Imported:
             shapes = {name: self.expected[name].shapes[name] for name in names}
             origin = origin_of(self.training, names, DTYPE, shapes=shapes)
             write_manifests(list(shards), {shard.url: summary for shard, summary in shards.items()})
-            swap(out / ASIDE, out)
+            swap(out / ASIDE)
             origin.write(out)
         told = [f"imported {', '.join(names)} of {counted(kept, 'picture')} in {counted(len(shards), 'tar')}", *notes]
         if without_caption:

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from warpcore.data.bounded_parquet import open_parquet, read_row_groups
 from warpcore.data.index import UNREADABLE
 from warpcore.data.picture_files import LeftOut, is_picture
 from warpcore.errors import UserError
@@ -27,6 +28,8 @@ KEY_COLUMN = "key"
 """img2dataset's: the name of the file without its suffix, unique in the data set."""
 CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
 """The caption is the first of these that a line has."""
+_ROWS_TOGETHER = 1024
+"""Of a Parquet file, which become lines of Python."""
 NOT_IN_FOLDER = "in the metadata but not in the folder"
 
 
@@ -41,7 +44,7 @@ class Metadata:
     other_captions: set[str] = field(default_factory=set)
     """Columns that hold captions of other lines, or further captions of a picture: these are kept as fields."""
     unread: set[str] = field(default_factory=set)
-    """Columns of bytes, which are no fields."""
+    """Columns of bytes and the like, which are no fields."""
     repeated: int = 0
     """Lines on a picture that has one already."""
 
@@ -53,7 +56,8 @@ class Metadata:
             kept = ", ".join(map(repr, sorted(self.other_captions)))
             notes.append(f"captions in the metadata: {taken}" + (f"; kept as a field: {kept}" if kept else ""))
         if self.unread:
-            notes.append(f"columns of the metadata that hold bytes are left out: {', '.join(sorted(self.unread))}")
+            names = ", ".join(sorted(self.unread))
+            notes.append(f"columns of the metadata that hold bytes (or codes inside of lists) are left out: {names}")
         if self.repeated:
             notes.append(
                 f"{counted(self.repeated, 'line')} of the metadata came after one on the same picture: only the "
@@ -239,12 +243,13 @@ def _value(text: str) -> str | int | float:
 def _read_parquet(file: Path, found: Metadata) -> Iterator[tuple[int, dict]]:
     try:
         with open_to_read(file) as opened:
-            table, place = pq.ParquetFile(opened), 0
-            of_bytes = {column.name for column in table.schema_arrow if _holds_bytes(column.type)}
-            found.unread |= of_bytes
-            names = [name for name in table.schema_arrow.names if name not in of_bytes]
-            for batch in table.iter_batches(columns=names):
-                columns = {name: _as_json(column).to_pylist() for name, column in zip(names, batch, strict=True)}
+            table, place = open_parquet(opened), 0
+            unread = {column.name for column in table.schema_arrow if _is_unread(column.type)}
+            found.unread |= unread
+            names = [name for name in table.schema_arrow.names if name not in unread]
+            groups = (read_row_groups(opened, table, [group], names) for group in range(table.num_row_groups))
+            for batch in chain.from_iterable(group.to_batches(_ROWS_TOGETHER) for group in groups):
+                columns = {name: _values(column) for name, column in zip(names, batch, strict=True)}
                 for values in zip(*columns.values(), strict=True):
                     place += 1
                     yield place, {n: value for n, value in zip(columns, values, strict=True) if value is not None}
@@ -252,9 +257,20 @@ def _read_parquet(file: Path, found: Metadata) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{file} is no Parquet that can be read: {shortened(str(error))}") from None
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def _is_unread(kind: pa.DataType, is_inner: bool = False) -> bool:
+    """Whether a type holds bytes, or has words of a dictionary inside of it, each of which would be spelled out."""
+    if pa.types.is_dictionary(kind):
+        return is_inner or _is_unread(kind.value_type, is_inner=True)
     inner = [kind.field(number).type for number in range(kind.num_fields)]
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or any(map(_holds_bytes, inner))
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return is_bytes or any(_is_unread(one, is_inner=True) for one in inner)
+
+
+def _values(column: pa.Array) -> list:
+    if not pa.types.is_dictionary(column.type):
+        return _as_json(column).to_pylist()
+    words = _as_json(column.dictionary).to_pylist()  # each once, in however many rows it stands
+    return [None if index is None else words[index] for index in column.indices.to_pylist()]
 
 
 def _as_json(column: pa.Array) -> pa.Array:

@@ -1,5 +1,7 @@
 """The tars of a data set while they are written: which samples go into which tar, and their bytes."""
 
+import json
+import logging
 import os
 import re
 import shutil
@@ -7,6 +9,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import webdataset
 
@@ -16,31 +19,28 @@ from warpcore.data.index import Summary, index_shard
 from warpcore.data.shards import Shard
 from warpcore.data.storage import storage_for
 from warpcore.errors import UserError
-from warpcore.files import naming, open_plain
+from warpcore.files import naming, open_plain, write_whole
 from warpcore.locks import lock_file
 from warpcore.outputs import check_folder
+from warpcore.safe_json import read_object
 
 ASIDE = ".building"
 """The folder, in the one of a data set, where its tars are written first."""
-_LOCK = ".lock"
 _OURS = re.compile(r"\d{5,}\.tar(\.index\.parquet)?|" + "|".join(map(re.escape, (MANIFEST_NAME, CACHE_NAME))))
+_LOCK, _SWAP = ".lock", ".swap.json"
+
+logger = logging.getLogger(__name__)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise UserError where `out` is a file, or holds something and `overwrite` is False."""
+    """Raise UserError where `out` is a file, or holds something and `overwrite` is False.
+
+    A swap there that was interrupted is finished first.
+    """
     check_folder(out, "the tars")
+    _finish_swap(out / ASIDE)
     if out.exists() and any(path.name != ASIDE for path in out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder, or give --overwrite to replace the tars in it")
-
-
-def swap(aside: Path, out: Path) -> None:
-    """Replace the tars of `out` by those that lie aside."""
-    for path in out.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.unlink()
-    for path in aside.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.replace(out / path.name)
 
 
 @contextmanager
@@ -54,20 +54,71 @@ def reserved(aside: Path) -> Iterator[None]:
     out = aside.parent
     is_new = not out.exists()
     aside.mkdir(parents=True, exist_ok=True)
-    with open_plain(aside / _LOCK, "w") as lock:
-        try:
-            lock_file(lock, str(out), wait=False)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process builds a data set there; wait for it, or stop it") from None
+    with _locked(aside):
         for path in aside.iterdir():  # of a build that was killed
             if path.name != _LOCK:
                 path.unlink()
         try:
             yield
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            if not (aside / _SWAP).exists():  # else the next start goes on with it
+                shutil.rmtree(aside, ignore_errors=True)
             if is_new and not any(out.iterdir()):
                 out.rmdir()
+
+
+@contextmanager
+def _locked(aside: Path) -> Iterator[None]:
+    with open_plain(aside / _LOCK, "w") as lock:
+        try:
+            lock_file(lock, str(aside.parent), wait=False)
+        except BlockingIOError:
+            raise UserError(
+                f"{aside.parent}: another process builds a data set there; wait for it, or stop it"
+            ) from None
+        yield
+
+
+def swap(aside: Path) -> None:
+    """Replace the tars in the folder around `aside` by those that lie there, all of them.
+
+    What is to be done is written down first. Where it is interrupted, the next start does the rest.
+    """
+    new = sorted(path.name for path in aside.iterdir() if _OURS.fullmatch(path.name))
+    old = sorted(path.name for path in aside.parent.iterdir() if _OURS.fullmatch(path.name))
+    write_whole(aside / _SWAP, json.dumps({"new": new, "old": [name for name in old if name not in new]}))
+    _go_on(aside)
+
+
+def _finish_swap(aside: Path) -> None:
+    """Go on with a swap that was interrupted.
+
+    Raises:
+        UserError: another process builds there, or what was to be done can't be read.
+    """
+    if (aside / _SWAP).exists():
+        with _locked(aside):
+            if (aside / _SWAP).exists():
+                _go_on(aside)
+                shutil.rmtree(aside)
+                logger.warning("%s: the data set of an earlier start, which was interrupted, is whole", aside.parent)
+
+
+def _go_on(aside: Path) -> None:
+    todo = read_object(aside / _SWAP, f"{aside / _SWAP}")
+    new, old = (todo.get(kind) for kind in ("new", "old"))
+    if not all(isinstance(names, list) and all(map(_is_ours, names)) for names in (new, old)):
+        raise UserError(f"{aside / _SWAP} names files that no build writes: remove {aside}, and build again")
+    for name in new:
+        if (aside / name).exists():
+            os.replace(aside / name, aside.parent / name)
+    for name in old:
+        (aside.parent / name).unlink(missing_ok=True)
+    (aside / _SWAP).unlink()
+
+
+def _is_ours(name: Any) -> bool:
+    return isinstance(name, str) and _OURS.fullmatch(name) is not None
 
 
 class Packing:

@@ -1,7 +1,9 @@
 import csv
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -208,6 +210,77 @@ def test_a_folder_without_usable_pictures_is_an_error(tmp_path):
 
 def test_sizes_are_written_as_people_write_them():
     assert [parse_bytes(text) for text in ("500MB", "2 GB", "1.5k", "7")] == [500_000_000, 2_000_000_000, 1500, 7]
+
+
+def _tars_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*.tar")}
+
+
+def test_wherever_a_replacement_is_killed_the_old_data_set_is_there_or_the_next_start_makes_the_new_one_whole(
+    folder, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    build_dataset(folder, out, samples_per_shard=1)
+    old = _tars_of(out)
+    (out / "notes.txt").write_text("mine")
+    (folder / "a.jpg").write_bytes(picture(50, 40))
+    moments = []
+
+    def after_a_moment(change):
+        def changed(*arguments, **named):
+            moments.append(tmp_path / f"moment{len(moments)}")
+            shutil.copytree(out, moments[-1])
+            return change(*arguments, **named)
+
+        return changed
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink", "rmdir"):
+            patch.setattr(os, name, after_a_moment(getattr(os, name)))
+        build_dataset(folder, out, samples_per_shard=2, overwrite=True)
+    new = _tars_of(out)
+    assert (len(old), len(new)) == (5, 3)
+    seen = []
+    for moment in moments:
+        is_begun = (moment / ".building" / ".swap.json").exists()
+        with pytest.raises(UserError, match="is not empty"):
+            build_dataset(folder, moment)
+        found = _tars_of(moment)
+        assert found == new if is_begun else found in (old, new)
+        assert {path.name for path in moment.glob("*.index.parquet")} == {f"{name}.index.parquet" for name in found}
+        assert open_catalog(resolve_sources(str(moment))).num_rows == 5
+        assert (moment / "notes.txt").read_text() == "mine"
+        assert not (moment / ".building" / ".swap.json").exists()
+        seen.append(is_begun)
+    assert sum(seen) > 10, "most steps are of the swap"
+
+
+@pytest.mark.parametrize("names", [["../x.tar"], ["notes.txt"], [1], None])
+def test_a_swap_that_names_other_files_is_refused(folder, tmp_path, names):
+    aside = tmp_path / "out" / ".building"
+    aside.mkdir(parents=True)
+    (tmp_path / "x.tar").write_text("mine")
+    (aside / ".swap.json").write_text(json.dumps({"new": [], "old": names}))
+    with pytest.raises(UserError, match="names files that no build writes: remove"):
+        build_dataset(folder, tmp_path / "out")
+    assert (tmp_path / "x.tar").exists()
+
+
+def test_a_swap_that_the_disk_refuses_is_finished_by_the_next_start(folder, tmp_path, monkeypatch):
+    out, replace = tmp_path / "out", os.replace
+
+    def refused(source, target):
+        if Path(target).name == "00001.tar":
+            raise PermissionError(errno.EACCES, "Permission denied", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refused)
+        with pytest.raises(PermissionError):
+            build_dataset(folder, out, samples_per_shard=2)
+    with pytest.raises(UserError, match="is not empty"):
+        build_dataset(folder, out, samples_per_shard=2)
+    assert len(samples_of(out)) == 5
 
 
 def test_a_killed_build_leaves_no_tar_under_its_final_name(folder, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from tests.tools.test_build_dataset import samples_of
 from tests.warpcore.data.tars import picture
 from tools.build_dataset import Report, build_dataset
 from tools.metadata import NOT_IN_FOLDER, Metadata, read_metadata
+from warpcore.data import bounded_parquet
 from warpcore.data.picture_files import LeftOut
 from warpcore.errors import UserError
 
@@ -73,7 +74,7 @@ def test_metadata_are_read_from_parquet(tmp_path, beside):
     fields = {"score": 2.5, "taken": "2026-01-02 03:04:05.000006", "price": 1.5, "tags": ["x", "y"]}
     assert json.loads(samples["a"]["json"]) == fields
     assert report.left_out.files == {"in the metadata but not in the folder": ["gone.jpg"]}
-    assert "columns of the metadata that hold bytes are left out: preview" in str(report)
+    assert "columns of the metadata that hold bytes (or codes inside of lists) are left out: preview" in str(report)
 
 
 def test_tabs_and_other_names_of_json_lines_are_read(tmp_path):
@@ -249,6 +250,50 @@ def test_a_column_of_another_type_is_an_error(tmp_path, columns, problem):
     path = write_parquet(tmp_path / "x.parquet", columns)
     with pytest.raises(UserError, match=f"x.parquet, line 1: {problem}"):
         build(tmp_path, {"a.jpg": picture(), "b.jpg": picture()}, metadata=path)
+
+
+def _alike(kind: str) -> pa.Array:
+    """A text of 200 kB in 40 rows, which a Parquet file holds once."""
+    words, indices = pa.array(["x" * 200_000]), pa.array([0] * 40, pa.int32())
+    if kind == "dictionary":
+        return pa.DictionaryArray.from_arrays(indices, words)
+    if kind == "list":
+        return pa.ListArray.from_arrays(list(range(41)), words.take(indices))
+    if kind == "lists of structs":
+        return pa.ListArray.from_arrays(list(range(41)), pa.StructArray.from_arrays([words.take(indices)], ["x"]))
+    if kind == "struct":
+        return pa.StructArray.from_arrays([words.take(indices), pa.array([1] * 40)], ["x", "y"])
+    return words.take(indices).cast(kind)
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "list", "struct", "lists of structs", "dictionary"])
+def test_a_text_that_parquet_stores_once_takes_no_memory_in_every_row(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(bounded_parquet, "MAX_BYTES", 2**22)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture())
+    path, found = write_parquet(tmp_path / "x.parquet", {"file_name": ["a.jpg"] * 40, "more": _alike(kind)}), None
+    assert path.stat().st_size < 30_000
+    with bounded(tmp_path), suppress(UserError):
+        found = read_metadata(folder, [folder / "a.jpg"], LeftOut(), path)
+    assert (found is not None) == (kind == "dictionary")
+
+
+def test_a_long_row_group_and_words_of_a_dictionary_are_read(tmp_path):
+    columns = {
+        "file_name": [f"{number}.jpg" for number in range(3000)],
+        "text": pa.array([f"text {number % 7}" for number in range(3000)]).dictionary_encode(),
+        "words": [["a", f"b{number}"] for number in range(3000)],
+        "who": [{"name": f"n{number}"} for number in range(3000)],
+    }
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    files = [folder / name for name in columns["file_name"]]
+    for file in files:
+        file.touch()
+    found = read_metadata(folder, files, LeftOut(), write_parquet(tmp_path / "x.parquet", columns)).lines
+    assert found[files[2999]] == {"text": "text 3", "words": ["a", "b2999"], "who": {"name": "n2999"}}
+    assert len(found) == 3000
 
 
 def test_durations_and_other_types_of_parquet_are_fields(tmp_path):

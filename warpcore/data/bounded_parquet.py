@@ -1,5 +1,7 @@
 """Parquet files that may be a stranger's, read into bounded memory: few bytes may stand for one text in every row."""
 
+import os
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import BinaryIO, NamedTuple
@@ -10,8 +12,11 @@ import pyarrow.parquet as pq
 
 from warpcore.data.index_checks import DamagedError
 
+_END = struct.Struct("<I4s")
 MAX_BYTES = 2**29
 """Of the columns that are read at once, of their texts, and of their numbers."""
+MAX_FOOTER_BYTES = 2**25
+"""Of a file's description of itself, which takes about twenty times as much memory."""
 _VALUE_BYTES = 8
 
 
@@ -29,6 +34,25 @@ class _Stored(NamedTuple):
         return self.num_bytes * self.num_values
 
 
+def open_parquet(file: BinaryIO) -> pq.ParquetFile:
+    """A Parquet file that is opened already, with its own description of no more than `MAX_FOOTER_BYTES`.
+
+    Raises:
+        DamagedError: it has more, or is not Parquet.
+        OSError, pa.ArrowException: it cannot be read.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _END.size))
+    end = file.read(_END.size)
+    length, mark = _END.unpack(end) if len(end) == _END.size else (0, b"")
+    if mark not in (b"PAR1", b"PARE"):
+        raise DamagedError("it does not end as Parquet does")
+    if length > MAX_FOOTER_BYTES:
+        raise DamagedError(f"its description takes {length / 1e6:,.0f} MB")
+    file.seek(0)
+    return pq.ParquetFile(file)
+
+
 def read_row_groups(
     file: BinaryIO, parquet: pq.ParquetFile, groups: Sequence[int], columns: Iterable[str] | None = None
 ) -> pa.Table:
@@ -43,11 +67,12 @@ def read_row_groups(
     stored = [_stored(parquet, group, names) for group in groups]
     _check_stored(stored)
     large = {name for name in names if sum(one[name].most_bytes for one in stored if name in one) > MAX_BYTES}
-    texts = [
-        name for name in names if name in large and (pa.types.is_string(kinds[name]) or kinds[name] == pa.binary())
-    ]
+    texts = [name for name in names if name in large and _holds_text(kinds[name]) and not _holds_lists(kinds[name])]
     others = [name for name in names if name not in texts]
     lists = [stored[0][name].path for name in others if name in large and kinds[name] == pa.list_(pa.string())]
+    for name in others:
+        if name in large and _holds_text(kinds[name]) and kinds[name] != pa.list_(pa.string()):
+            raise DamagedError(f"its column {name!r} is of {kinds[name]}, whose texts have no bound: leave it out")
     # Lists of texts as they are stored, each text once.
     reader = pq.ParquetFile(file, metadata=parquet.metadata, read_dictionary=lists) if lists else parquet
     rows = reader.read_row_groups(list(groups), columns=others, use_threads=False)
@@ -70,7 +95,9 @@ def _stored(parquet: pq.ParquetFile, group: int, names: Sequence[str]) -> dict[s
         path = column.path_in_schema
         name = path if path in names else path.partition(".")[0]  # a list's column has a path inside it
         if name in names:
-            found[name] = _Stored(path, max(column.total_uncompressed_size, 0), max(column.num_values, 0))
+            before = found.get(name, _Stored(path, 0, 0))  # a struct has a column for each of its fields
+            num_bytes = before.num_bytes + max(column.total_uncompressed_size, 0)
+            found[name] = _Stored(path, num_bytes, max(before.num_values, column.num_values))
     return found
 
 
@@ -92,6 +119,19 @@ def _batches(
                 total += batch[name].nbytes
                 _check(name, total, "text")
             yield batch
+
+
+def _inner(kind: pa.DataType) -> list[pa.DataType]:
+    return [kind.field(number).type for number in range(kind.num_fields)]
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return is_text or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or any(map(_holds_text, _inner(kind)))
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    return (not pa.types.is_struct(kind) and kind.num_fields > 0) or any(map(_holds_lists, _inner(kind)))
 
 
 def _check(name: str, num_bytes: int, what: str) -> None:
