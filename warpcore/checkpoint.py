@@ -28,8 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from warpcore.checkpoint_table import TableError, read_table
-from warpcore.checkpoint_values import MAX_STATE_BYTES
+from warpcore.checkpoint_table import MAX_STATE_BYTES, TableError, read_table
 from warpcore.errors import UserError
 from warpcore.exports import Weights, file_metadata, publish, take
 from warpcore.files import open_to_read, refuse_links, write_whole

@@ -23,6 +23,10 @@ from torch.distributed.checkpoint.metadata import (
 from warpcore.errors import UserError
 from warpcore.files import open_to_read
 
+MAX_STATE_BYTES = 2**27
+"""Of `state.json`, which has a line's worth for each row that waits in one of the plan's lanes."""
+MAX_TABLE_BYTES = 2**29
+"""Of `.metadata`: each part of a tensor takes about 150 bytes."""
 _DCP = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
     (_DCP, "Metadata"), (_DCP, "TensorStorageMetadata"), (_DCP, "TensorProperties"), (_DCP, "ChunkStorageMetadata"),

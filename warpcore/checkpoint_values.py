@@ -6,8 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from warpcore.places import CheckpointError
 
-MAX_STATE_BYTES = 2**27
-"""Of `state.json`, which has a line's worth for each row that waits in one of the plan's lanes."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 DrawNumbers = Annotated[list[Count], Field(min_length=4, max_length=4)]
 """Of `warpcore.data.lanes.Draw`."""

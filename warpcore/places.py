@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from warpcore.checkpoint_table import MAX_STATE_BYTES, MAX_TABLE_BYTES
 from warpcore.data.storage import in_folder_named_tilde
 from warpcore.errors import UserError
 from warpcore.files import open_plain, open_to_read, refuse_links
@@ -22,6 +23,8 @@ from warpcore.processes import Processes
 from warpcore.safe_json import load_json
 
 MANIFEST = "manifest.json"
+MOST_BYTES = {"state.json": MAX_STATE_BYTES, ".metadata": MAX_TABLE_BYTES}
+"""Of the files that say what is in a checkpoint."""
 WRITTEN = ("state", "backups", "samples", "metrics.jsonl", "tensorboard", "wandb", "profile")
 """What a run writes to in its folder, beside files that it replaces."""
 _PLAIN_NAME = re.compile(r"[\w.-]{1,255}", re.ASCII)
@@ -215,8 +218,11 @@ def read_manifest(state: Path) -> dict[str, dict] | str:
         ]
         if wrong:
             return f"{MANIFEST} says no size and hash of {wrong[0]}"
-        missing = [name for name in ("state.json", ".metadata") if name not in files]
-        return f"{MANIFEST} does not list {missing[0]}" if missing else files
+        missing = [name for name in MOST_BYTES if name not in files]
+        if missing:
+            return f"{MANIFEST} does not list {missing[0]}"
+        large = [name for name, most in MOST_BYTES.items() if files[name]["bytes"] > most]
+        return f"{MANIFEST} lists a {large[0]} of more than {MOST_BYTES[large[0]] >> 20} MiB" if large else files
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from warpcore.data.s3_files import abort_unfinished, fetch, remove, send, sizes_below
 from warpcore.data.storage_protocol import ChangedShardError, StorageError
-from warpcore.files import open_plain
+from warpcore.files import open_plain, write_whole
 from warpcore.lease import Lease
 from warpcore.locks import lock_file
 from warpcore.places import (
@@ -24,11 +24,14 @@ from warpcore.places import (
     update_of,
 )
 from warpcore.processes import Processes
+from warpcore.safe_json import MAX_JSON_BYTES
 from warpcore.text import read_text
 
 logger = logging.getLogger(__name__)
 
 DAMAGED_MANIFEST = "damaged_manifest.json"
+MAX_METRICS_BYTES = 2**31
+"""Of a run's metrics: a line of some hundred bytes for each update."""
 _OWN = (".lock", ".machine")
 """Files of the folder that stay when it is emptied."""
 
@@ -71,6 +74,10 @@ class S3Place:
 
     def _fetch_metrics(self) -> None:
         size = sizes_below(f"{self.url}/metrics.jsonl").get("")
+        if size is not None and size > MAX_METRICS_BYTES:
+            raise CheckpointError(
+                f"{self.url}/metrics.jsonl has more than {MAX_METRICS_BYTES >> 20} MiB, which no run writes: remove it"
+            )
         if size is not None:
             self._fetch_file(f"{self.url}/metrics.jsonl", self.folder / "metrics.jsonl", size)
 
@@ -92,7 +99,10 @@ class S3Place:
 
     def manifest(self, update: int) -> dict[str, dict] | str:
         url = f"{self._state(update)}/{MANIFEST}"
-        self._fetch_file(url, state_folder(self.folder, update) / MANIFEST, sizes_below(url)[""])
+        size = sizes_below(url).get("", 0)
+        if size > MAX_JSON_BYTES:
+            return f"{MANIFEST} is longer than {MAX_JSON_BYTES >> 20} MiB"
+        self._fetch_file(url, state_folder(self.folder, update) / MANIFEST, size)
         return read_manifest(state_folder(self.folder, update))
 
     def difference(self, update: int, name: str, recorded: Mapping) -> str | None:
@@ -120,8 +130,11 @@ class S3Place:
                 raise CheckpointError(f"{self._state(update)} was whole a moment ago, but now {problem}")
 
     def set_aside(self, update: int) -> str:
-        state = self._state(update)
-        send(state_folder(self.folder, update) / MANIFEST, f"{state}/{DAMAGED_MANIFEST}")
+        state, fetched = self._state(update), state_folder(self.folder, update) / MANIFEST
+        if not fetched.exists():  # it was too long to be fetched
+            fetched.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(fetched, "{}")
+        send(fetched, f"{state}/{DAMAGED_MANIFEST}")
         remove([f"{state}/{MANIFEST}"])
         return f"{state}, without its {MANIFEST}"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from warpcore.data.storage import complete_url, storage_for
+from warpcore.config_files import MAX_FILE_BYTES
+from warpcore.data.storage import complete_url, read_small
 from warpcore.errors import ConfigError
 from warpcore.safe_yaml import parse_mapping
 from warpcore.text import decode_text
@@ -39,7 +40,6 @@ def _saved_config(config: BaseModel) -> dict[str, Any]:
         return {}
     url = complete_url(f"{config.run_place}/config.yaml")
     try:
-        with storage_for(url).open(url) as file:
-            return parse_mapping(decode_text(file.read(), url), url)
+        return parse_mapping(decode_text(read_small(url, MAX_FILE_BYTES), url), url)
     except FileNotFoundError:
         return {}

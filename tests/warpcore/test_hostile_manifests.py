@@ -79,6 +79,10 @@ def test_a_tampered_manifest_is_read_or_why_not_is_told(state, data):
         (b'{"files": {"state.json": {"bytes": "1", "sha256": "0"}}}', "says no size and hash of state.json"),
         (b'{"files": {"state.json": {"bytes": true, "sha256": "0"}}}', "says no size and hash of state.json"),
         (b'{"files": {"state.json": {"bytes": 1, "sha256": 0}}}', "says no size and hash of state.json"),
+        (
+            json.dumps({"files": {name: {"bytes": 2**30, "sha256": "0"} for name in FILES}}).encode(),
+            "manifest.json lists a state.json of more than 128 MiB",
+        ),
         (b'{"files": {"\\ud800": {"bytes": 1, "sha256": "0"}}}', "which is not a plain file name"),
     ],
 )

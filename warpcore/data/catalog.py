@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from warpcore.data.bounded_parquet import read_row_groups
+from warpcore.data.bounded_parquet import open_parquet, read_row_groups
 from warpcore.data.identity import remembered, same_blocks
 from warpcore.data.index import MANIFEST_NAME, UNREADABLE, Summary, has_older_index, index_shard, read_summary
 from warpcore.data.index_checks import check_manifest, check_manifest_length, checked, saved_metadata
@@ -330,7 +330,7 @@ def _read_manifest(folder: str) -> pa.Table:
     for url in locations(folder + "/", MANIFEST_NAME):
         try:
             with storage_for(url).open(url) as file:
-                parquet = pq.ParquetFile(file)
+                parquet = open_parquet(file)
                 check_manifest_length(parquet, file.seek(0, os.SEEK_END))
                 if saved_metadata(parquet.schema_arrow.metadata, _METADATA_KEY).get("version") != MANIFEST_VERSION:
                     continue

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from warpcore.data.bounded_parquet import read_row_groups
+from warpcore.data.bounded_parquet import open_parquet, read_row_groups
 from warpcore.data.dotted_names import DOTTED_NAME, as_read, dotted, hidden_pictures
 from warpcore.data.filters import FIELD_PREFIX
 from warpcore.data.identity import new_hash, remember, remembered
@@ -128,7 +128,7 @@ def read_summary(shard: Shard) -> Summary | None:
     for url in index_locations(shard.url):
         try:
             with storage_for(url).open(url) as file:
-                return _summary_of(pq.ParquetFile(file), shard, url)
+                return _summary_of(open_parquet(file), shard, url)
         except ABSENT:
             continue
         except _StaleIndexError as reason:
@@ -217,7 +217,7 @@ def _present_indexes(shard: Shard) -> Iterator[dict]:
     for url in index_locations(shard.url):
         try:
             with storage_for(url).open(url) as file:
-                saved = checked(saved_metadata(pq.read_schema(file).metadata, _METADATA_KEY), _SAVED)
+                saved = checked(saved_metadata(open_parquet(file).schema_arrow.metadata, _METADATA_KEY), _SAVED)
             yield saved | {"content": saved["summary"].get("content")}
         except ABSENT:
             continue
@@ -263,7 +263,7 @@ def _warn_of_replaced(samples: list[TarSample], url: str) -> None:
 def _read_slice(
     file: BinaryIO, shard: Shard, url: str, columns: list[str] | None, start: int, stop: int | None
 ) -> pa.Table:
-    parquet = pq.ParquetFile(file)
+    parquet = open_parquet(file)
     summary = _summary_of(parquet, shard, url)
     stop = summary.rows if stop is None else stop
     names = parquet.schema_arrow.names

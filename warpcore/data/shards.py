@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from warpcore.data.braces import Braces
-from warpcore.data.storage import complete_url, is_remote, read_ranges, storage_for
+from warpcore.data.storage import complete_url, is_remote, read_ranges, read_small, storage_for
 from warpcore.data.storage_protocol import COMPRESSED_ENDINGS, TAR_ENDINGS
 from warpcore.errors import UserError
 from warpcore.redaction import CREDENTIALS_ELSEWHERE, has_credentials
@@ -21,6 +21,8 @@ from warpcore.text import brief, decode_text, shortened
 
 __all__ = ["Shard", "Source", "folders_named_whole", "named_folders", "read_ranges", "resolve_sources"]
 
+MAX_LIST_BYTES = 2**26
+"""Of a .yml with paths."""
 LOOKED_UP = 10_000
 """Paths of a pattern with braces that are looked up together."""
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
@@ -202,11 +204,9 @@ def _checked_weight(entry: dict, outer: float) -> float:
 
 
 def _yaml_entries(url: str, weight: float) -> Iterator[tuple[float, str, str]]:
-    storage = storage_for(url)
-    if not storage.stats([url]):
+    if not storage_for(url).stats([url]):
         raise MissingShardError(f"there is no {url}.{_near(url)}")
-    with storage.open(url) as file:
-        entries = parse_yaml(decode_text(file.read(), url), url)
+    entries = parse_yaml(decode_text(read_small(url, MAX_LIST_BYTES), url), url)
     if not isinstance(entries, list | dict | str):
         raise UserError(f"{url} should hold a list of paths, found {type(entries).__name__}")
     yield from _entries(entries, url.rpartition("/")[0], weight, within=url)

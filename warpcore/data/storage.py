@@ -215,6 +215,20 @@ def local_path(path: str | Path) -> Path:
     return Path(expand_home(str(path)))
 
 
+def read_small(url: str, most_bytes: int) -> bytes:
+    """The content of a file that people write, such as a config or a list of tars.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it has more than `most_bytes`, of which no more are read.
+    """
+    with storage_for(url).open(url) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise UserError(f"{url} has more than {most_bytes >> 20} MiB")
+    return content
+
+
 def real_url(url: str) -> str:
     """The same for two URLs that lead to one file."""
     return url if is_remote(url) else os.path.realpath(url)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pyarrow as pa
@@ -192,6 +193,20 @@ def test_a_text_that_is_stored_once_and_stands_in_every_row_is_not_spelled_out(f
     assert not outcome(folder, path, content)
     assert f"{path} can't be read (with its column 'problem', 540 MB of text would be read at once" in caplog.text
     assert "the tar will be indexed again" in caplog.text
+
+
+@pytest.mark.parametrize("name", [f"3.tar{INDEX_SUFFIX}", MANIFEST_NAME])
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (struct.pack("<I", 2**30) + b"PAR1", "its description takes 1,074 MB"),
+        (b"end", "it does not end as Parquet does"),
+    ],
+)
+def test_a_long_description_of_an_index_is_not_read(folder, name, end, told, caplog):
+    path = folder / name
+    assert not outcome(folder, path, path.read_bytes()[:-8] + end)
+    assert f"{path} can't be read ({told}" in caplog.text
 
 
 @pytest.mark.parametrize("name", [f"3.tar{INDEX_SUFFIX}", MANIFEST_NAME])
