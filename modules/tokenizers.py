@@ -16,10 +16,14 @@ from torch import Tensor
 
 from modules.clip_weights import load_open_clip
 
+MAX_TEXT, MAX_WORD = 4000, 500
+"""Characters of a text that become byte pairs, of which encoders read less than a hundred; and how many of a word are
+taken together: the time grows with their square."""
 UNKNOWN_WORD = "<unknown>"
 _SPECIAL = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
 _SPECIAL_TEXT = regex.compile("(" + "|".join(map(regex.escape, _SPECIAL)) + ")")
 _WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+_LONG = regex.compile(rf"(\S{{{MAX_WORD}}})")
 _RUNS = regex.compile(f"{_SPECIAL_TEXT.pattern[1:-1]}|{_WORDS.pattern}")
 
 
@@ -41,6 +45,8 @@ class BytePairTokenizer:
         return {token: i for token, i in _open_clip_tokenizer().encoder.items() if i < self.begin_id}
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a text's beginning, of `MAX_TEXT` characters."""
+        text = " ".join(piece for piece in _LONG.split(text[:MAX_TEXT]) if piece)
         if self.name == "open_clip":
             return _open_clip_tokenizer().encode(text)
         return [i for part in _SPECIAL_TEXT.split(text) for i in self._encode_part(part)]

@@ -1,5 +1,6 @@
 """Configuration keys of DiT, and those that the other networks on the same latents share with it."""
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -63,7 +64,7 @@ class DitSettings(LatentSettings):
                 "num_classes out, or name every class"
             )
         if len(set(self.class_names)) < len(self.class_names):
-            twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
+            twice = Counter(self.class_names).most_common(1)[0][0]
             raise ValueError(f"class_names: {twice!r} names two classes")
         return self
 

@@ -1,5 +1,6 @@
 """CLIP's tokenizer gives the ids of transformers, with which the official text conditions were made."""
 
+import random
 import unicodedata
 from functools import cache
 
@@ -9,7 +10,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.tokenizers import BytePairTokenizer, ExtendedTokenizer
+from modules.tokenizers import BytePairTokenizer, ExtendedTokenizer, tokenize
+from tests.bounds import bounded
 
 OURS, BEFORE = BytePairTokenizer(), BytePairTokenizer("open_clip")
 PIECES = [
@@ -64,3 +66,14 @@ def test_further_tokens_leave_the_ids_of_the_text_around_them():
     text = ["\u039f\u0394\u039f\u03a3 \u2019 ", "[DOG]", " &amp; \ufb01ne"]
     expected = [*their_ids(text[0]), tokenizer.added["[dog]"], *their_ids(text[2])]
     assert tokenizer.encode("".join(text)) == expected
+
+
+@pytest.mark.parametrize("tokenizer", [OURS, BEFORE], ids=["clip", "open_clip"])
+@pytest.mark.parametrize("letters", [range(97, 123), range(0x4E00, 0x9FFF)], ids=["latin", "chinese"])
+def test_a_word_of_a_million_letters_has_the_ids_of_its_beginning_in_a_moment(tmp_path, tokenizer, letters):
+    drawn = random.Random(0)
+    word = "".join(chr(drawn.choice(letters)) for _ in range(10**6))
+    tokenizer.encode("loaded")
+    with bounded(tmp_path, seconds=4):
+        ids, _ = tokenize(tokenizer, [word], 77, 0)
+    assert ids[0].tolist() == tokenize(tokenizer, [word[:450]], 77, 0)[0][0].tolist()
