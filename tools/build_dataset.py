@@ -6,7 +6,7 @@
 Takes the pictures of the folder and its sub-folders, also linked ones, and what belongs to them. The caption of
 NAME.jpg is NAME.txt (or NAME.jpg.txt, NAME.caption), its fields for filters are NAME.json; both may also come from a
 metadata.jsonl, .csv or .parquet with the columns file_name and text (or caption, prompt, description: the first that a
-line has), whose other columns become fields.
+line has), whose other columns become fields. NAME.cls is its class.
 The captions of the pictures in a folder `images` may lie in a folder `metas` beside it.
 NAME.mask.png, NAME.depth.png, NAME.seg.png and NAME.pose.json go with their picture. What is left out is counted by
 reason. The same folder always gives the same bytes, whether one process builds them or many (of torchrun or srun, on

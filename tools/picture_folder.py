@@ -15,6 +15,8 @@ from warpcore.data.picture_files import UNREAD_EXTENSIONS, LeftOut, extension, i
 from warpcore.data.samples import NO_PICKLE, PICKLES, PICTURE_EXTENSIONS
 
 CAPTION_EXTENSIONS = ("txt", "caption")
+CLASS = "cls"
+"""The member with the class of a sample, as webdataset's tars have it."""
 PICTURES, CAPTIONS = "images", "metas"
 """Two folders beside each other, the second with the captions of the pictures in the first: the layout of Cosmos."""
 
@@ -120,11 +122,12 @@ class _Folder:
             yield found[0]
 
     def take(self, picture: Path) -> dict[str, Path]:
-        """What belongs to a picture: NAME.txt or else NAME.jpg.txt, NAME.caption, ...; NAME.json; NAME.mask.png."""
+        """What belongs to a picture: NAME.txt or else NAME.jpg.txt, NAME.caption, ...; NAME.json, NAME.cls, ..."""
         names = (picture.stem, picture.name)
         found = {
             "txt": self._first((name, kind) for kind in CAPTION_EXTENSIONS for name in names),
             "json": self._first((name, "json") for name in names),
+            CLASS: self._first((name, CLASS) for name in names),
         }
         for kind, own in self._kinds.items():
             pictures = ("png", *PICTURE_EXTENSIONS)
@@ -171,8 +174,8 @@ def _why_unused(path: Path, kinds: Mapping[str, str]) -> str:
         return "a caption without a picture, or a second one"
     if extension(path) in PICKLES:
         return NO_PICKLE
-    if extension(path) == "json":
-        return "a .json without a picture, or a second one"
+    if extension(path) in ("json", CLASS):
+        return f"a .{extension(path)} without a picture, or a second one"
     return f"no picture ({path.suffix.lower() or 'no extension'})"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from families.common.poses import read_people
-from tools.picture_folder import Entry
+from tools.picture_folder import CLASS, Entry
 from warpcore.data.images import BadPicture, check, decode_alike, place
 from warpcore.data.member_headers import picture_size
 from warpcore.data.picture_files import extension
@@ -72,7 +72,7 @@ def _check_picture(content: bytes) -> tuple[int, int]:
 
 
 def _description(entry: Entry) -> dict[str, bytes]:
-    """The .txt and .json of a sample from its own files and, for what they lack, from its metadata line."""
+    """The .txt and .json of a sample from its own files and, for what they lack, from its metadata line; its .cls."""
     metadata = dict(entry.metadata)
     caption = metadata.pop("text", None)
     members = {}
@@ -96,6 +96,8 @@ def _description(entry: Entry) -> dict[str, bytes]:
         raise Unusable(".json is nested too deeply") from None
     except ValueError:
         raise Unusable(".json is not JSON") from None
+    if CLASS in entry.companions:
+        members[CLASS] = _text(entry.companions[CLASS], ".cls").strip().encode()
     return members
 
 
@@ -115,7 +117,7 @@ def _beside(entry: Entry, size: tuple[int, int]) -> dict[str, bytes]:
     """The masks, depth maps, poses, ... of a sample, whose picture is of `size` (width, height)."""
     members = {}
     for member, path in sorted(entry.companions.items()):
-        if member in ("txt", "json"):
+        if member in ("txt", "json", CLASS):
             continue
         content = _read(path)
         try:

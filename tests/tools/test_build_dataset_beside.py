@@ -44,6 +44,22 @@ def encoded(mode: str, kind: str, seed: int = 0, **saving) -> bytes:
     return content.getvalue()
 
 
+def test_classes_go_with_their_picture(build):
+    """Those of another picture, or of none, and those that are no text are named."""
+    files = {
+        "a.png": encoded("RGB", "PNG"),
+        "a.cls": b"7\n",
+        "b.png": encoded("RGB", "PNG", 1),
+        "b.cls": "né".encode(),
+        "c.cls": b"1",
+    }
+    samples, report = build(files | {"d.png": encoded("RGB", "PNG", 2), "d.cls": b"\xff"})
+    assert {key: sample.get("cls") for key, sample in samples.items()} == {"a": b"7", "b": "né".encode()}
+    assert report.left_out.files == {
+        "a .cls without a picture, or a second one": ["c.cls"], ".cls is not UTF-8": ["d.png"],
+    }  # fmt: skip
+
+
 def test_masks_depths_segments_and_poses_go_with_their_picture(build):
     beside = {"depth.png": encoded("L", "PNG"), "seg.png": encoded("RGB", "PNG"), "pose.json": POSE}
     beside["mask.png"] = encoded("L", "PNG", seed=1)
