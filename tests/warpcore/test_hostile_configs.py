@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 
 import pytest
-import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from families.common.library_files import CONFIG_KEY
 from families.cosmos import versions as cosmos
 from families.dit import pixart_versions
 from families.dit import versions as dit_versions
+from modules.dit import DiT
 from tests.bounds import bounded, fuzz
 from tools.config_reference import scripts, settings_of
 from warpcore.arguments import read_arguments
@@ -278,8 +278,9 @@ def folder(tmp_path, monkeypatch):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"_class_name": network, **numbers}))
-    said = {CONFIG_KEY: json.dumps(dit_versions.VERSIONS["mini"].network)}
-    save_file({"pos_embed": torch.zeros(1)}, tmp_path / "dit.safetensors", said)
+    mini = dit_versions.VERSIONS["mini"].network
+    tensors = DiT(**mini | {"hidden_size": 8, "num_heads": 1, "depth": 1, "input_size": 8}).state_dict()
+    save_file(tensors, tmp_path / "dit.safetensors", {CONFIG_KEY: json.dumps(mini)})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing import assert_close
 
 from families.common.lora_files import write_loras
 from families.common.lora_formats import Adapter, Lora
@@ -76,7 +77,8 @@ def test_a_single_file_draws_as_its_folder(sd15, tmp_path, monkeypatch, suffix):
     known = replace(VERSIONS["sd15"], unet=unet, autoencoder=autoencoder, text=(text,))
     monkeypatch.setitem(VERSIONS, "sd15", known)
     assert family_of(file).name == "stable_diffusion"
-    assert torch.equal(drawn(generator_checkpoint_path=file), drawn(generator_checkpoint_path=sd15))
+    # Processors add up in another order where weights lie otherwise in memory: no equal bits.
+    assert_close(drawn(generator_checkpoint_path=file), drawn(generator_checkpoint_path=sd15), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -86,7 +88,7 @@ def test_each_part_from_its_own_folder_draws_as_the_pipeline(sd15):
         "autoencoder_checkpoint_path": sd15 / "vae",
         "text_encoder_checkpoint_path": sd15 / "text_encoder",
     }
-    assert torch.equal(drawn(**parts), drawn(generator_checkpoint_path=sd15))
+    assert_close(drawn(**parts), drawn(generator_checkpoint_path=sd15), rtol=0, atol=1e-5)
 
 
 def test_several_seeds_and_a_negative_prompt_for_each_prompt(sd15):

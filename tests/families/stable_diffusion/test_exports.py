@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 from families.common.lora import adapters_of, add_adapters
 from families.common.lora_files import read_loras, write_loras
@@ -76,7 +77,8 @@ def test_a_single_file_is_that_of_the_original_programs_and_diffusers_draws_the_
     expected.pop("conditioner.embedders.1.model.logit_scale", None)
     assert same(load_file(file), expected)
     kind = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}[version]
-    assert torch.equal(drawn(opened(kind, file, folder)), drawn(opened(kind, folder)))
+    # Processors add up in another order where weights lie otherwise in memory: no equal bits.
+    assert_close(drawn(opened(kind, file, folder)), drawn(opened(kind, folder)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -96,7 +98,7 @@ def test_a_single_file_becomes_a_pipeline_of_diffusers(folders, export, tmp_path
     assert index["_class_name"] == "StableDiffusionXLPipeline"
     assert index["force_zeros_for_empty_prompt"] is True
     kind = diffusers.StableDiffusionXLPipeline
-    assert torch.equal(drawn(opened(kind, tmp_path / "folder")), drawn(opened(kind, folders["sdxl"])))
+    assert_close(drawn(opened(kind, tmp_path / "folder")), drawn(opened(kind, folders["sdxl"])), rtol=0, atol=1e-5)
 
 
 def test_the_precision_of_an_export_is_that_which_is_asked_for(folders, export, tmp_path):
