@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from modules.dit import DiT
 from tests.warpcore.data.tars import picture
 from warpcore.data.sidecars import CACHE_VARIABLE
 
@@ -334,7 +335,8 @@ def arguments(tmp_path_factory) -> Path:
     (folder / "pictures/0.jpg").write_bytes(picture())
     save_file({"a": torch.zeros(1)}, folder / "c.safetensors", {"family": "cascade"})
     numbers = {"hidden_size": 128, "depth": 6, "patch_size": 1, "in_channels": 16, "num_classes": 5}
-    save_file({"a": torch.zeros(1)}, folder / "d.safetensors", {"family": "dit", "config": json.dumps(numbers)})
+    tensors = DiT(**numbers | {"hidden_size": 8, "depth": 1, "num_heads": 1, "input_size": 8}).state_dict()
+    save_file(tensors, folder / "d.safetensors", {"family": "dit", "config": json.dumps(numbers)})
     return folder
 
 

@@ -22,8 +22,9 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from plain_parts(getattr(tensor, name))
+    for part in (getattr(tensor, name) for name in names):
+        if isinstance(part, Tensor):  # a DTensor names its mesh, too
+            yield from plain_parts(part)
 
 
 def stored_bytes(tensor: Tensor) -> int:

@@ -25,17 +25,11 @@ from tests.warpcore.runs import load_weights, numbers, tiny_settings, train_here
 from tests.warpcore.test_checkpoint import ALONE, save
 from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.checkpoint import CheckpointError, Checkpoints
-from warpcore.checkpoint_table import MAX_STATE_BYTES
 from warpcore.config import ConfigError, make_config
 from warpcore.data import s3_requests
-from warpcore.data.s3_files import fetch
-from warpcore.data.shards import resolve_sources
-from warpcore.errors import UserError
 from warpcore.lease import Lease
 from warpcore.processes import Processes
 from warpcore.s3_place import S3Place
-from warpcore.safe_json import MAX_JSON_BYTES
-from warpcore.unused_keys import check_unused
 
 pytestmark = pytest.mark.integration
 
@@ -223,44 +217,6 @@ def test_a_manifest_on_s3_that_names_a_path_is_damage_and_that_file_stays_as_it_
     train_remote(remote | {"updates": 9})
     assert victim.read_text() == "mine"
     assert "update 8 is damaged (manifest.json lists" in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
-def test_what_is_longer_than_a_run_writes_it_is_not_fetched(bucket, remote, caplog, monkeypatch, name):
-    train_remote(remote | {"updates": 8})
-    if name == "manifest.json":
-        bucket.put(f"runs/tiny/state/00000008/{name}", b"[" * (MAX_JSON_BYTES + 1))
-    else:
-        manifest = json.loads(get(bucket, "state/00000008/manifest.json"))
-        manifest["files"][name] = {"bytes": MAX_STATE_BYTES + 1, "sha256": "0"}
-        bucket.put("runs/tiny/state/00000008/manifest.json", json.dumps(manifest).encode())
-    fetched = []
-    monkeypatch.setattr(
-        "warpcore.s3_place.fetch", lambda url, path, size: fetched.append(size) or fetch(url, path, size)
-    )
-    train_remote(remote | {"updates": 9})
-    assert max(fetched) < 1_000_000
-    reason = "is longer than 32 MiB" if name == "manifest.json" else "lists a state.json of more than 128 MiB"
-    assert f"update 8 is damaged (manifest.json {reason})" in caplog.text
-    assert "goes on from update 4" in caplog.text
-
-
-def test_metrics_that_no_run_wrote_are_not_fetched(bucket, remote, monkeypatch):
-    train_remote(remote | {"updates": 4})
-    monkeypatch.setattr("warpcore.s3_place.MAX_METRICS_BYTES", 100)
-    with pytest.raises(CheckpointError, match=r"runs/tiny/metrics.jsonl has more than 0 MiB, which no run writes"):
-        train_remote(remote)
-
-
-def test_a_saved_config_and_a_list_of_tars_are_read_up_to_a_bound(bucket, remote, monkeypatch):
-    for name in ("runs/tiny/config.yaml", "tars.yml"):
-        bucket.put(name, b"#" * (2**26 + 1))
-    config = make_config(TinyConfig, remote)
-    with pytest.raises(UserError, match=r"runs/tiny/config.yaml has more than 9 MiB"):
-        check_unused(config, ["updates"], {})
-    with pytest.raises(UserError, match=r"tars.yml has more than 64 MiB"):
-        resolve_sources(f"{bucket.url}/tars.yml")
 
 
 def test_a_place_that_can_not_be_written_is_named(bucket, remote, monkeypatch):
