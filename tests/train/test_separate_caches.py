@@ -71,11 +71,13 @@ def test_a_cached_feature_of_another_width_is_refused(settings, name, tmp_path):
     read = {one: shape for one in training.features if (shape := training.read_shape(one)) is not None}
     assert read or name == "train_b"
     for one, shape in read.items():
+        of_picture = training.features[one].of_picture
+        beside = [name for name, feature in training.features.items() if feature.of_picture == of_picture]
         for more in (1, 0):
             cached = [7 if size is None else size + more for size in shape]
             folder = tmp_path / f"{one}_{more}"
             folder.mkdir()
-            origin_of(training, [one], shapes={one: {"64x64": cached}}).write(folder)
+            origin_of(training, beside, shapes={one: {"64x64": cached}}).write(folder)
             found = kind(make_config(kind.Config, given | {"caches": [str(folder)]}))
             if not more:
                 assert one in find_caches(found)
