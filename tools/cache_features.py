@@ -24,7 +24,7 @@ from warpcore.use_case import UseCase
 
 LONG_CAPTION = "picture " * 512
 """Shows the largest size of features of variable length."""
-PIPELINE_PARTS = {"latents": ("vae",), "texts": ("text_encoder*", "tokenizer*")}
+PIPELINE_PARTS = {"latents": ("vae",), "texts": ("text_encoder*", "tokenizer*", "t5_*")}
 PIPELINE_PARTS["all"] = PIPELINE_PARTS["latents"] + PIPELINE_PARTS["texts"]
 """The folders of a pipeline of diffusers whose networks make the features of a kind."""
 _OF_PICTURE = {"all": (True, False), "latents": (True,), "texts": (False,)}
@@ -35,10 +35,10 @@ def without_idle_weights(kind: type[DiffusionTraining], config: DiffusionConfig,
 
     features: one of `families.common.cache_commands.KINDS`.
     """
-    named, text = weights_keys(type(config)), kind.network_keys["text"]
-    idle = {"all": [], "latents": [text], "texts": [name for name in named if name != text]}[features]
-    if getattr(config, text, None) is None:
-        idle = []  # it stands beside other weights
+    named, text = weights_keys(type(config)), kind.keys_of_network(config, "text")
+    beside_others = any(getattr(config, key, None) is None for key in text)
+    others = [] if beside_others else [name for name in named if name not in text]
+    idle = {"all": [], "latents": text, "texts": others}[features]
     absent = {name: getattr(config, name) for name in idle if name in named}
     return config.model_copy(update={name: None for name, path in absent.items() if path and not path.exists()})
 

@@ -167,14 +167,14 @@ class Imported:
 
     def _checked_names(self, features: Mapping[str, Tensor], picture: Path) -> list[str]:
         """The names of features. Raises UserError where the config names no network for one, or they lack others."""
-        known = self.training.features
-        for name in features:
-            key = self.training.network_keys[known[name].network]
-            if getattr(self.training.config, key) is None:
-                raise UserError(
-                    f"the features of {picture} do not say which {known[name].network} network made them: name it, "
-                    f"{key}=FILE or FOLDER"
-                )
+        known, config = self.training.features, self.training.config
+        for network in dict.fromkeys(known[name].network for name in features):
+            for key in self.training.keys_of_network(config, network):
+                if getattr(config, key) is None:
+                    raise UserError(
+                        f"the features of {picture} do not say which {network} network made them: name it, "
+                        f"{key}=FILE or FOLDER"
+                    )
         kinds = {known[name].of_picture for name in features}
         lacking = [name for name, one in known.items() if one.of_picture in kinds and name not in features]
         if lacking:

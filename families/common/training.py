@@ -101,6 +101,11 @@ class DiffusionTraining(SampleFields):
         """The file of weights of a network that makes features. Raises UserError where it is missing."""
         raise NotImplementedError
 
+    @classmethod
+    def keys_of_network(cls, config: DiffusionConfig, network: str) -> tuple[str, ...]:
+        """The config keys that name the weights of a network which makes features, its further parts included."""
+        return (cls.network_keys[network],)
+
     def network_files(self, network: str) -> list[Path]:
         """The files, or folders of a library, with the weights of a network that makes features; none where the config
         names none: then a cache may be of any."""

@@ -19,7 +19,7 @@ from families.stable_diffusion import build
 from families.stable_diffusion.components import TEXT_MODEL_KEY, TOKENS_KEY
 from families.stable_diffusion.conditions import SIZES, told, whole_pictures
 from families.stable_diffusion.config import SdConfig, SdFinetuneConfig
-from families.stable_diffusion.t5_texts import PROJECTION_KEY, TEXT_PROJECTION, projection_folder
+from families.stable_diffusion.t5_texts import PROJECTION, PROJECTION_KEY, TEXT_PROJECTION, projection_folder
 from warpcore.diffusion.diffusion import GDF
 from warpcore.parameter_groups import ParameterGroup
 from warpcore.random import stable_hash
@@ -70,6 +70,11 @@ class SdTraining(PromptSamples):
             "autoencoder": partial(build.autoencoder, self.config),
             "text": partial(build.text_encoders, self.config, self.device),
         }
+
+    @classmethod
+    def keys_of_network(cls, config: SdConfig, network: str) -> tuple[str, ...]:
+        projection = (PROJECTION,) if network == "text" and config.text_model == "t5" else ()
+        return super().keys_of_network(config, network) + projection
 
     def network_files(self, network: str) -> list[Path]:
         return build.network_files(self.config, network)

@@ -116,6 +116,9 @@ def test_files_that_do_not_say_their_networks_want_them_named(made, tmp_path):
         with pytest.raises(UserError, match=rf"do not say which {network} network made them: name it, {key}=FILE"):
             imported(folder, given, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    of_t5 = {"text_model": "t5", "text_encoder_checkpoint_path": str(ROOT / "models" / "mini" / "t5.safetensors")}
+    with pytest.raises(UserError, match="which text network made them: name it, text_projection_checkpoint_path=FILE"):
+        imported(folder, settings | of_t5, tmp_path / "out")
     with pytest.raises(UserError, match="crop_mode is random, but these features are of centre crops"):
         imported(folder, settings | {"crop_mode": "random"}, tmp_path / "out")
 

@@ -9,6 +9,7 @@ from transformers import T5Config
 
 from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.text_conditions import Tokens
+from families.common.weight_source import wanted
 from families.common.weights import only_shapes
 from families.registry import family_of
 from families.stable_diffusion import build
@@ -24,6 +25,8 @@ from tests.families.stable_diffusion.tiny_t5_pipeline import (
     write_t5_pipeline,
 )
 from tests.golden import load_case, resolve
+from tools.cache_features import PIPELINE_PARTS, without_idle_weights
+from train.train_sd import TrainSd
 from warpcore.config import make_config
 from warpcore.errors import UserError
 
@@ -177,3 +180,24 @@ def test_the_scale_of_another_autoencoder_is_its_own(folders, tmp_path):
         assert found[0].apply(torch.ones(1, 4, 1, 1)).mean().item() == pytest.approx(scale)
     folder = settings(folders["sd15"], autoencoder_checkpoint_path=str(folders["sdxl"] / "vae"))
     assert build.latents_of(folder)[0].apply(torch.ones(1, 4, 1, 1)).mean().item() == pytest.approx(0.13025)
+
+
+def test_for_a_cache_of_texts_all_is_downloaded_that_makes_them():
+    given = {
+        "experiment_id": "a", "checkpoint_path": "runs", "updates": 1, "batch_size": 1, "webdataset_path": "a.tar",
+        KEY: "owner/pipeline", "autoencoder_checkpoint_path": "owner/vae", "text_model": "t5",
+        "text_encoder_checkpoint_path": "owner/t5",
+    }  # fmt: skip
+
+    def kept(features: str, **changes: str) -> set[str]:
+        config = without_idle_weights(TrainSd, make_config(TrainSd.Config, given | changes), features)
+        return {key for key, path in config if key.endswith("_checkpoint_path") and path is not None}
+
+    text, projection = "text_encoder_checkpoint_path", "text_projection_checkpoint_path"
+    assert kept("texts", **{projection: "owner/layer"}) == {text, projection}
+    assert kept("texts") == {text, KEY, "autoencoder_checkpoint_path"}  # the projection stands beside the U-Net
+    assert kept("latents") == kept("latents", **{projection: "owner/layer"}) == {KEY, "autoencoder_checkpoint_path"}
+    parts = ("unet", "vae", "tokenizer", "t5_encoder", "t5_projection", "t5_pooled_projection")
+    files = {"model_index.json": 1} | {f"{part}/model.safetensors": 1 for part in parts}
+    chosen = set(wanted(files, "", "owner/pipeline", PIPELINE_PARTS["texts"]))
+    assert chosen == files.keys() - {"unet/model.safetensors", "vae/model.safetensors"}
