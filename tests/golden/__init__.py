@@ -110,10 +110,6 @@ def _by_recipe(weights: dict, computed: Mapping[str, torch.Tensor]) -> dict[str,
                 made[name] = 0.3 * draw
             elif name.endswith(("y_embedding", "embedding_table.weight")):
                 made[name] = 0.5 * draw
-            elif last == "scale_shift_table":
-                made[name] = 0.3 * draw
-            elif name.endswith(("y_embedding", "embedding_table.weight")):
-                made[name] = 0.5 * draw
             elif draw.dim() >= 2:
                 made[name] = draw * (weights["gain"] / (draw.numel() / draw.shape[0]) ** 0.5)
             elif last == "weight":
