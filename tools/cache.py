@@ -52,6 +52,7 @@ from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
 from warpcore.data.columns import column_types
+from warpcore.data.fields import naming_keys
 from warpcore.data.filters import Filter
 from warpcore.data.index import INDEX_SUFFIX, index_shard
 from warpcore.data.optional_members import check_optional, optional_members
@@ -144,7 +145,7 @@ class Caching:
             filters, tuple(dict.fromkeys(members)), config.max_picture_pixels,
             columns=column_types(self.catalog, columns), required_columns=columns,
         )  # fmt: skip
-        selection.check(self.catalog, captions)
+        selection.check(self.catalog, captions, naming_keys(self.fields.values()))
         check_optional(optional_members(self.fields.values()), self.catalog, None)
         reader = Reader(
             captions=captions, single_caption=bool(self.maker.of_texts), pictures=has_pictures,

@@ -16,6 +16,7 @@ from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog, open_catalog
 from warpcore.data.columns import check_missing, column_types, tensor_types
 from warpcore.data.disk_cache import DiskCache
+from warpcore.data.fields import naming_keys
 from warpcore.data.filters import Filter
 from warpcore.data.joined import join
 from warpcore.data.loader import Loader
@@ -287,6 +288,7 @@ class Feed:
             required_members=[field.suffixes for field in needs.extra.values()],
             counted_members=list(optional_members(needs.extra.values())),
             columns=self._types,
+            member_keys=naming_keys(needs.extra.values()),
             max_picture_pixels=config.max_picture_pixels,
             seed=config.seed,
             validation=held_out,

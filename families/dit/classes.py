@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class ClassField:
     expression: Expression
     num_classes: int
     names: tuple[str, ...] = field(default=(), repr=False)
+    named_by: ClassVar[str] = "class_getter"
 
     @classmethod
     def parse(cls, getter: Sequence[str], num_classes: int, names: Sequence[str] = ()) -> Self:

@@ -1,6 +1,6 @@
 """Further members of a sample that a use case asks for: how each is decoded, and stacked to a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Protocol
@@ -38,7 +38,8 @@ class Field(Protocol):
         """What stands in for the value where no sample of a micro-batch of bucket `size` (H, W) is readable."""
 
     # A field that does without its member may have `optional`: that member, and the option of the config that wants
-    # it (see `warpcore.data.optional_members`).
+    # it (see `warpcore.data.optional_members`). One whose member a key of the config names may have `named_by`: that
+    # key, for the message where no sample has the member.
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class TensorField:
 
     def blank(self, size: tuple[int, int]) -> Tensor:
         return torch.zeros(self.shapes.get(size) or next(iter(self.shapes.values())))
+
+
+def naming_keys(fields: Iterable[Any]) -> dict[str, str]:
+    """First extension -> the config key that names the member, of those fields that know it."""
+    return {one.suffixes[0]: one.named_by for one in fields if getattr(one, "named_by", None)}
 
 
 def variant_member(name: str, variant: int) -> str:

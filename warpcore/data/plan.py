@@ -64,6 +64,7 @@ class Plan:
         validation_samples: how many rows of the data set are kept for validation where there is no `validation`.
         counted_members: members of which the survey counts how many rows have them.
         columns: index columns whose values samples bring along, as `column_types` gives them.
+        member_keys: the config keys that name required members, by the first extension of each, for error messages.
         num_lanes, group_rows: by default they follow from the number of rows.
 
     Raises:
@@ -87,6 +88,7 @@ class Plan:
         group_rows: int | None = None,
         counted_members: Sequence[str] = (),
         columns: Mapping[str, pa.DataType] = MappingProxyType({}),
+        member_keys: Mapping[str, str] = MappingProxyType({}),
     ):
         if micro_batch_size < 1:
             raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
@@ -101,9 +103,9 @@ class Plan:
             columns=dict(columns),
             required_columns=captions.columns if captions else (),
         )
-        selection.check(catalog, captions)
+        selection.check(catalog, captions, member_keys)
         if validation is not None:
-            selection.check(validation, captions)
+            selection.check(validation, captions, member_keys)
         if validation is None:
             held_out = hold_out(catalog, selection, validation_samples) if validation_samples else {}
         else:

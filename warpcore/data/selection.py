@@ -1,8 +1,9 @@
 """Which rows of a data set can be drawn, why the others can't, and how a row becomes a sample."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -115,14 +116,29 @@ class Selection:
         base = with_joined(found.select([*BASE_COLUMNS, *also]), shard, start, stop)
         return with_columns(base, found, self.columns, shard.url)
 
-    def check(self, catalog: Catalog, captions: CaptionGetter | None = None) -> None:
-        """Raise UserError where a filter, a caption or a required member asks for what no sample has."""
+    def check(
+        self,
+        catalog: Catalog,
+        captions: CaptionGetter | None = None,
+        keys: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Raise UserError where a filter, a caption or a required member asks for what no sample has.
+
+        keys: the config keys that name required members, by the first extension of each.
+        """
+        keys = dict.fromkeys(captions.members if captions else (), "captions_getter") | dict(keys)
         for condition in self.filters:
             condition.check_keys(catalog.fields, catalog.nested)
         for suffixes in self.required_members:
             if catalog.members.isdisjoint(suffixes):
                 near, held = near_names(suffixes[0], catalog.members), ", ".join(sorted(catalog.members))
-                raise UserError(f"no sample has a {_any_of(suffixes)}.{near} The samples have: {held}")
+                problem = f"no sample has a {_any_of(suffixes)}.{near} The samples have: {held}"
+                if key := keys.get(suffixes[0]):
+                    problem = (
+                        f"{key}: {problem}. Write one of these into {key}, or put NAME.{suffixes[0]} beside NAME.jpg "
+                        "and build the data set again"
+                    )
+                raise UserError(problem)
         if captions is not None:
             known = catalog.fields | catalog.nested
             for key in captions.keys_of("json"):

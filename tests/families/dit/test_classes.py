@@ -118,7 +118,11 @@ def test_samples_without_a_class_are_left_out_and_bad_ones_counted(small_mini, t
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("member", "message"), [({}, "no sample has a .cls"), ({"cls": b"900"}, "class 900 is outside of 0 to 4")]
+    ("member", "message"),
+    [
+        ({}, "class_getter: no sample has a .cls.*Write one of these into class_getter, or put NAME.cls"),
+        ({"cls": b"900"}, "class 900 is outside of 0 to 4"),
+    ],
 )
 def test_data_without_any_usable_class_end_the_run(small_mini, tmp_path, member, message):
     data = write_classed(tmp_path / "a.tar", [member] * 4)

@@ -284,12 +284,19 @@ def test_a_lane_left_without_rows_names_the_remedy(folder):
     ("arguments", "message"),
     [
         ({"filters": [Filter.parse(["scor", "lambda s: s"])]}, "no sample has 'scor'. Did you mean 'score'"),
-        ({"captions": CaptionGetter.parse(["caption", "identity"])}, r"no sample has a \.caption.*jpg, json, txt"),
+        (
+            {"captions": CaptionGetter.parse(["caption", "identity"])},
+            r"captions_getter: no sample has a \.caption.*jpg, json, txt\. Write one of these into captions_getter",
+        ),
         (
             {"captions": CaptionGetter.parse(["json", 'lambda j: j["caption"]'])},
             "no sample has 'caption'.*parity, score",
         ),
-        ({"required_members": ["mask.png"]}, r"no sample has a \.mask\.png"),
+        ({"required_members": ["mask.png"]}, r"^no sample has a \.mask\.png"),
+        (
+            {"required_members": ["cls"], "member_keys": {"cls": "class_getter"}},
+            r"class_getter: .*put NAME\.cls beside",
+        ),
         ({"validation_samples": 80}, "80 leaves no row for training: only 80 of 80"),
         (
             {"validation_samples": 8, "filters": [Filter.parse(["width", "lambda w: w > 9999"])]},
