@@ -89,8 +89,10 @@ def lr_at(
     if schedule == "constant":
         return lr
     peak = max(warmup_updates, 1)
-    progress = min((update - peak) / max(updates - peak, 1), 1.0)
-    remaining = _COURSES[schedule](1 - (num_cycles * progress % 1 if progress < 1 else 1))
+    length = max(updates - peak, 1)
+    done = min(update - peak, length)
+    # In whole numbers: a fraction that is rounded down would put the begin of a cycle at the end of the one before.
+    remaining = _COURSES[schedule](1 - (num_cycles * done % length / length if done < length else 1))
     return lr * (min_lr_ratio + (1 - min_lr_ratio) * remaining)
 
 

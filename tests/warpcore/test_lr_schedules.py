@@ -68,6 +68,12 @@ def test_every_cycle_begins_at_the_whole_rate_and_the_last_ends_at_the_least():
         assert sorted(rates[:10], reverse=True) == rates[:10]
 
 
+def test_each_of_many_cycles_begins_at_the_peak():
+    given = {"schedule": "cosine", "lr": 1.0, "warmup_updates": 1, "updates": 4901, "num_cycles": 49}
+    assert [lr_at(1 + 100 * cycle, **given) for cycle in range(49)] == [1] * 49  # in floats, 49 * (1 / 49) is below 1
+    assert lr_at(4901, **given) == 0
+
+
 def test_defaults_are_those_of_the_published_config_system():
     assert dict(zip(CYCLE_KEYS, vars(make_config(Config, GIVEN).lr_cycles).values(), strict=True)) == {
         name: tuple(values) for name, values in CASES["defaults"]["kwargs"].items()
