@@ -61,6 +61,14 @@ def test_a_cache_of_other_data_does_not_lose_its_tars(settings, tmp_path):
     assert len(list(Path(latents).rglob("*.tar"))) == 2
 
 
+def test_a_cache_within_another_one_does_not_lose_its_tars(settings, tmp_path):
+    make(settings, tmp_path, "latents", "--features", "latents")
+    inner = make(settings, tmp_path, "latents/texts", "--features", "texts")
+    with pytest.raises(UserError, match=r"latents/texts/one/a.tar mirrors no tar of webdataset_path"):
+        make(settings, tmp_path, "latents", "--features", "latents")
+    assert len(list(Path(inner).rglob("*.tar"))) == 2
+
+
 def test_caches_of_one_kind_are_deleted_and_made_again_alone(settings, tmp_path, monkeypatch):
     encoded = counted(monkeypatch)
     folders = both(settings, tmp_path)

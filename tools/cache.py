@@ -191,7 +191,7 @@ class Caching:
         mirrors = {self.encoding.path(number) for number in range(len(self.catalog))}
         gone = sorted(set(self.out.rglob("*.tar")) - mirrors)
         same_source = there is not None and there.source == here.source
-        if strange := [tar for tar in gone if not (same_source and Record.is_beside(tar))]:
+        if strange := [tar for tar in gone if not (same_source and _is_of(tar, there))]:
             raise UserError(f"{strange[0]} mirrors no tar of webdataset_path, but would be read with it: remove it")
         found = survey(self.catalog, self.work.selection)
         if not found.passed:
@@ -274,6 +274,14 @@ class Caching:
             print(note)
         with torch.no_grad(), training.autocast():
             write_prompts(str(self.out), known | encode_each(lacking, training.encode_texts), made_with)
+
+
+def _is_of(tar: Path, cache: Origin) -> bool:
+    """Whether a tar is of a cache, and not of another one in a folder of it."""
+    found = Origin.read(str(tar.parent))
+    # Its settings may name the tokenizer, which older caches in sub-folders do not.
+    is_same = found is not None and replace(found, settings={}) == replace(cache, settings={})
+    return is_same and Record.is_beside(tar)
 
 
 def use_case(script: Path) -> type[DiffusionTraining]:
