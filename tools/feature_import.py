@@ -104,10 +104,9 @@ class Imported:
             if not shards:
                 raise UserError(f"{folder} holds no picture with {', '.join(self.suffixes)} beside it: {left_out}")
             shapes = {name: self.expected[name].shapes[name] for name in names}
-            origin = origin_of(self.training, names, DTYPE, shapes=shapes)
+            origin_of(self.training, names, DTYPE, shapes=shapes).write(out / ASIDE)
             write_manifests(list(shards), {shard.url: summary for shard, summary in shards.items()})
             swap(out / ASIDE)
-            origin.write(out)
         told = [f"imported {', '.join(names)} of {counted(kept, 'picture')} in {counted(len(shards), 'tar')}", *notes]
         if without_caption:
             told.append(f"  no caption: {without_caption}; training with captions from .txt leaves them out")

@@ -11,10 +11,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from families.common.features import Origin
 from tests.tools.test_cache_reuse import members
 from tests.warpcore.data.tars import picture
 from tests.warpcore.runs import read_metrics
-from tools import build_dataset, cache
+from tools import build_dataset, cache, shard_writer
 from warpcore.config import make_config
 from warpcore.errors import UserError
 
@@ -121,6 +122,21 @@ def test_files_that_do_not_say_their_networks_want_them_named(made, tmp_path):
         imported(folder, settings | of_t5, tmp_path / "out")
     with pytest.raises(UserError, match="crop_mode is random, but these features are of centre crops"):
         imported(folder, settings | {"crop_mode": "random"}, tmp_path / "out")
+
+
+def test_an_import_whose_last_step_was_interrupted_is_a_cache_when_it_is_finished(made, tmp_path, monkeypatch):
+    folder, settings, _ = made
+
+    def interrupted(_):
+        raise OSError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "_go_on", interrupted)
+        with pytest.raises(OSError, match="interrupted"):
+            imported(folder, settings, tmp_path / "out")
+    shard_writer.check_free(tmp_path / "out", overwrite=True)
+    assert Origin.read(str(tmp_path / "out")).features.keys() == {"moments", "text"}
+    assert not (tmp_path / "out" / shard_writer.ASIDE).exists()
 
 
 def test_broken_and_foreign_files_are_left_out_by_name(made, tmp_path, capsys):
