@@ -38,6 +38,13 @@ def test_decimal_fractions_are_no_binary_ones():
     assert config.in_updates(lambda: 100)[0].updates == 29
 
 
+def test_exports_in_epochs_keep_to_saves_in_epochs():
+    config = make_config(Config, GIVEN | {"save_every": "0.5e", "export_every": "2e", "batch_size": 1})
+    counted, lines = config.in_updates(lambda: 7)
+    assert (counted.save_every, counted.export_every) == (3, 12)
+    assert lines[1].startswith("export_every: 2e is 12 updates")
+
+
 def test_without_epochs_nobody_asks_for_the_rows():
     def rows():
         raise AssertionError("a pass over the index of a large data set takes time")
