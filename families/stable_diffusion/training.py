@@ -32,6 +32,8 @@ class SdTraining(PromptSamples):
     family = "stable_diffusion"
     about_network = ("model_version",)
     drawn_with = frozenset({"autoencoder"})
+    conventions = PromptSamples.conventions | {"last_flow_time": "999"}
+    first_conventions = PromptSamples.first_conventions | {"last_flow_time": "1000"}
 
     @property
     def caption_settings(self) -> tuple[str, ...]:
@@ -61,9 +63,11 @@ class SdTraining(PromptSamples):
 
     def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
         # The last time of a flow is 999, as flows on this family are trained; drawing has up to 1,000, as published.
+        is_new = self.kept["last_flow_time"] == self.conventions["last_flow_time"]
         return build.process(
-            self.config, loss_weight, self.config.offset_noise, steps=999, min_sigma=self.config.min_sigma
-        )
+            self.config, loss_weight, self.config.offset_noise,
+            steps=999 if is_new else 1000, min_sigma=self.config.min_sigma,
+        )  # fmt: skip
 
     def encoders(self) -> dict[str, Callable[[], nn.Module]]:
         return {

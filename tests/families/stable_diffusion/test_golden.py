@@ -134,3 +134,13 @@ def test_noise_is_added_in_float32_whatever_the_network_computes_in():
     expected = clean.sqrt() * latents + (1 - clean).sqrt() * noise
     torch.testing.assert_close(diffused.noised.double(), expected, rtol=0, atol=1e-5)
     assert diffused.noised.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kept", "last"), [({}, 1000), (TrainSd.conventions, 999)])
+def test_a_run_keeps_the_times_of_flows_that_it_began_with(kept, last):
+    run = TrainSd(make_config(TrainSd.Config, {
+        "experiment_id": "x", "checkpoint_path": "x", "updates": 1, "batch_size": 1, "webdataset_path": "x",
+        "image_size": 64, "diffusion_target": "rectified_flows", "sample_sampler": "euler",
+    }))  # fmt: skip
+    run.begin({"about": {"diffusion_target": "rectified_flows"}, "kept": dict(kept)})
+    assert run.diffusion.noise_cond.steps == last
