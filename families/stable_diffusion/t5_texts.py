@@ -39,16 +39,20 @@ def t5_texts(settings: SdSettings, unet: Mapping[str, Any], device: torch.device
         UserError: files are missing, or for another network.
     """
     sees_pooled = settings.version.sees_sizes
-    t5 = _t5(settings, sees_pooled, device)
-    layers = {TEXT_PROJECTION: unet["cross_attention_dim"]}
-    if not isinstance(layers[TEXT_PROJECTION], int):
-        raise WeightsError(f"{GENERATOR}: its cross_attention_dim is {brief(layers[TEXT_PROJECTION])}, not a number")
+    layers = {TEXT_PROJECTION: _number(unet, "cross_attention_dim")}
     if sees_pooled:
-        layers[POOLED_PROJECTION] = (
-            unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        )  # the rest are six numbers that tell sizes
+        of_sizes = 6 * _number(unet, "addition_time_embed_dim")
+        layers[POOLED_PROJECTION] = _number(unet, "projection_class_embeddings_input_dim", of_sizes) - of_sizes
+    t5 = _t5(settings, sees_pooled, device)
     made = {name: _projection(settings, name, t5.width, width) for name, width in layers.items()}
     return T5Texts(t5, made[TEXT_PROJECTION], made.get(POOLED_PROJECTION), settings.text_tokens)
+
+
+def _number(unet: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """A constructor number of a U-Net. Raises WeightsError where it is none, or not above `least`."""
+    if type(unet.get(name)) is not int or unet[name] <= least:
+        raise WeightsError(f"{GENERATOR}: its {name} is {brief(unet.get(name))}, not a number above {least}")
+    return unet[name]
 
 
 def t5_files(settings: SdSettings) -> list[Path]:

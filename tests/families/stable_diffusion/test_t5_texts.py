@@ -17,6 +17,7 @@ from families.stable_diffusion.config import SdFinetuneConfig, SdSettings
 from families.stable_diffusion.inference import SdInferenceSettings
 from families.stable_diffusion.lora_config import SdLoraConfig
 from families.stable_diffusion.t5_layers import T5Texts
+from families.stable_diffusion.t5_texts import t5_texts
 from tests.families.stable_diffusion.tiny_t5_pipeline import (
     SCALE,
     of_layer,
@@ -142,6 +143,20 @@ def test_a_layer_that_has_a_name_in_its_module_is_read(folders, tmp_path):
     save_file({f"proj.{name}": tensor for name, tensor in load_file(file).items()}, file)
     named = build.text_encoders(settings(folders["sd15"], text_projection_checkpoint_path=str(tmp_path)))
     assert torch.equal(plain.text.weight, named.text.weight)
+
+
+@pytest.mark.parametrize(("version", "numbers", "message"), [
+    ("sd15", {"cross_attention_dim": None}, "its cross_attention_dim is None, not a number above 0"),
+    ("sd15", {"cross_attention_dim": [8, 8]}, r"its cross_attention_dim is \[8, 8\], not a number"),
+    ("sdxl", {"addition_time_embed_dim": None}, "its addition_time_embed_dim is None"),
+    ("sdxl", {"projection_class_embeddings_input_dim": 48}, "its projection_class_.* is 48, not a number above 48"),
+])  # fmt: skip
+def test_a_u_net_that_does_not_say_how_wide_its_texts_are_is_refused(version, numbers, message):
+    found = make_config(SdSettings, {"model_version": version, "text_model": "t5"})
+    unet = {"cross_attention_dim": 8, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 60}
+    unet = {name: number for name, number in (unet | numbers).items() if number is not None}
+    with only_shapes(), pytest.raises(UserError, match=message):
+        t5_texts(found, unet)
 
 
 def test_unknown_parts_of_a_pipeline_and_missing_projections_are_named(folders, tmp_path):
