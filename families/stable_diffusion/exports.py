@@ -29,6 +29,7 @@ from families.stable_diffusion.lora import (
     version_of,
 )
 from families.stable_diffusion.single_file import CONFIG_KEY, ZERO_SNR_KEY, single_file_tensors
+from families.stable_diffusion.t5_texts import PROJECTION_KEY, kind_of_projection
 from warpcore.config import load_config
 from warpcore.errors import UserError
 from warpcore.keys import Place
@@ -162,6 +163,7 @@ def file_metadata(networks: Mapping[str, nn.Module], settings: ExportSettings) -
     }
     if settings.text_model == "t5":
         about |= {TEXT_MODEL_KEY: settings.text_model, TOKENS_KEY: str(settings.text_tokens)}
+        about |= {PROJECTION_KEY: kind_of_projection(settings)}
     about |= {CONFIG_KEY.format(name): json.dumps(config_of(network)) for name, network in networks.items()}
     if settings.model_version in ARCHITECTURES and target in MODEL_SPEC_TARGETS:
         about |= {

@@ -115,6 +115,14 @@ def projection_folder(settings: SdSettings, name: str) -> Path | None:
     raise WeightsError(f"{PROJECTION}: {given} holds no folder {name}; name a pipeline with T5 that has one")
 
 
+def kind_of_projection(settings: SdSettings) -> str:
+    """What a U-Net's file says of the projection that it was trained with, `file` or `random`: that of the settings,
+    else what their file says."""
+    base = settings.generator_checkpoint_path
+    said = None if base is None or settings.text_projection_checkpoint_path else metadata_of(base).get(PROJECTION_KEY)
+    return said or ("file" if projection_folder(settings, TEXT_PROJECTION) else "random")
+
+
 def _projection(settings: SdSettings, name: str, inputs: int, outputs: int) -> Projection:
     if are_only_shapes():
         with torch.device("meta"):

@@ -75,6 +75,11 @@ def test_a_run_from_caches_has_no_t5_and_its_folder_draws_the_same(tmp_path, exp
     export("single-file", folder, tmp_path / "one.safetensors", "only_unet=true", "use_ema=false")
     found = find_component(tmp_path / "one.safetensors", "unet", "x")
     assert (found.text_model, found.text_tokens) == ("t5", 12)
+    parts = beside(tmp_path / "pipeline")
+    torch.testing.assert_close(drawn_here(tmp_path / "one.safetensors", **parts), drawn, rtol=0, atol=1e-5)
+    del parts["text_projection_checkpoint_path"]
+    with pytest.raises(UserError, match="was trained with a projection of T5's states"):
+        drawn_here(tmp_path / "one.safetensors", **parts)
     with pytest.raises(UserError, match="text_tokens is 12 in the cache, 13 here"):
         train(given | {"experiment_id": "longer", "caches": caches, "text_tokens": 13})
 

@@ -17,7 +17,7 @@ from families.stable_diffusion.config import SdFinetuneConfig, SdSettings
 from families.stable_diffusion.inference import SdInferenceSettings
 from families.stable_diffusion.lora_config import SdLoraConfig
 from families.stable_diffusion.t5_layers import T5Texts
-from families.stable_diffusion.t5_texts import t5_texts
+from families.stable_diffusion.t5_texts import kind_of_projection, t5_texts
 from tests.families.stable_diffusion.tiny_t5_pipeline import (
     SCALE,
     of_layer,
@@ -109,6 +109,14 @@ def test_without_a_file_the_projection_is_random_and_the_same_in_every_run(folde
     assert torch.equal(
         given(["a red dog"]).hidden, build.text_encoders(settings(folders["sd15"]))(["a red dog"]).hidden
     )
+
+
+def test_a_file_goes_on_saying_which_projection_its_u_net_was_trained_with(folders, tmp_path):
+    assert kind_of_projection(settings(folders["sd15"])) == "file"
+    assert kind_of_projection(settings(folders["sd15"] / "unet")) == "random"
+    for said in ("file", "random"):
+        save_file({"a": torch.ones(1)}, file := tmp_path / f"{said}.safetensors", {"text_projection": said})
+        assert kind_of_projection(settings(file)) == said
 
 
 def test_only_shapes_need_no_files():
