@@ -90,10 +90,15 @@ def compare_runs(folders: Sequence[Path], out: Path, size: int | None = None) ->
                 page.add(Row(row.update, row.prompt, shown))
                 cells += _for_sheet(shown)
                 captions += [f"{label}: {row.name}" for label in labels]
-            name = f"{SHEET}{f'_{number}' if number > 1 else ''}.png"
             columns = len(folders) * max(1, SHEET_COLUMNS // len(folders))
-            save_png(out / name, grid(cells, columns, [clean(caption) for caption in captions]))
+            save_png(_sheet(out, number), grid(cells, columns, [clean(caption) for caption in captions]))
+    while (old := _sheet(out, number := number + 1)).is_file():  # of an earlier comparison, of more pictures
+        old.unlink()
     return [*_report(pictures, labels, missing, left_out), f"{out / PAGE} ({page.bytes_written / 1e6:.1f} MB)"]
+
+
+def _sheet(out: Path, number: int) -> Path:
+    return out / f"{SHEET}{f'_{number}' if number > 1 else ''}.png"
 
 
 def find_pictures(folders: Sequence[Path], out: Path, left_out: LeftOut) -> list[Compared]:

@@ -66,7 +66,7 @@ def cut_note(encoder: nn.Module, captions: Sequence[str], what: str) -> list[str
     if lost := [caption for caption in captions if caption.strip() and not clean(caption)]:
         notes.append(
             f"{len(lost)} of {len(captions)} {what} have no word left after they are cleaned, and are read as empty "
-            f"ones, as {shortened(lost[0])!r}; clean_captions: false leaves them as they are"
+            f"ones, as {shortened(lost[0])!r}; clean_captions: false only puts them in lower case"
         )
     return notes
 

@@ -249,3 +249,10 @@ def test_what_is_written_into_a_compared_folder_is_not_compared_the_next_time(tm
         monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(a), str(b), str(a / "out"), "--overwrite"])
         compare_runs.main()
         assert "1 picture of 2 folders" in capsys.readouterr().out
+
+
+def test_sheets_of_an_earlier_comparison_of_more_pictures_go(tmp_path):
+    a, b = write(tmp_path / "a", {"1.png": flat(1)}), write(tmp_path / "b", {"1.png": flat(1)})
+    write(tmp_path / "out", {"sheet.png": flat(2), "sheet_2.png": flat(2), "sheet_3.png": flat(2), "own.png": flat(2)})
+    compared([a, b], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.html", "own.png", "sheet.png"]

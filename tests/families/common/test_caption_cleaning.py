@@ -45,6 +45,6 @@ def test_texts_without_a_word_are_told():
 
     assert cut_note(Encoder(), ["a dog", "", "中文"], "captions") == [
         "1 of 3 captions have no word left after they are cleaned, and are read as empty ones, as '中文'; "
-        "clean_captions: false leaves them as they are"
+        "clean_captions: false only puts them in lower case"
     ]
     assert cut_note(Encoder(), ["a dog", ""], "captions") == []
