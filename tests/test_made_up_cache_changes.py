@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from families.common.weight_source import _PARTS
 from tests.made_up_family.networks import Squeeze
 from tests.test_made_up_caches import both, built, counted, make
 from tests.test_made_up_caches import of_family as of_family
@@ -18,7 +19,7 @@ from tests.test_made_up_family import SCRIPT, config_file, run_tool, train
 from tests.test_made_up_family import _known as _known
 from tests.tools.test_cache_reuse import members, write_members
 from tests.warpcore.runs import write_shard
-from tools import cache
+from tools import cache, cache_features
 from warpcore.errors import UserError
 from warpcore.pictures import read_cells
 
@@ -102,6 +103,22 @@ def test_cached_latents_are_decoded_to_look_at(settings, tmp_path, kind):
     for cell in cells:
         shown = pixels[cell.top :, cell.left :][: cell.height, : cell.width]
         np.testing.assert_allclose(shown, expected[cell.caption], atol=0.51)
+
+
+def test_a_preview_downloads_no_more_than_its_cache_was_made_with(settings, tmp_path, monkeypatch):
+    kinds, asked = ("latents", "all"), []
+    folders = [make(settings, tmp_path, kind, "--features", kind) for kind in kinds]
+
+    def without_idle_weights(kind, config, features):
+        asked.append((features, _PARTS.get()))
+        return cache_features.without_idle_weights(kind, config, features)
+
+    monkeypatch.setattr(cache, "without_idle_weights", without_idle_weights)
+    for folder in folders:
+        run_tool(
+            cache.main, SCRIPT, config_file(settings, tmp_path), folder, "--preview", 1, tmp_path / f"{folder}.png"
+        )
+    assert asked == [(kind, cache_features.PIPELINE_PARTS[kind]) for kind in kinds]
 
 
 def test_a_preview_that_can_not_be_made_is_refused(settings, tmp_path):

@@ -307,12 +307,16 @@ def preview(kind: type[DiffusionTraining], given: argparse.Namespace) -> None:
     check_new([path], "name another file")
     if (origin := Origin.read(str(given.out.absolute()))) is None:
         raise UserError(f"{given.out} holds no cache ({CACHE_NAME}), of which there could be a preview")
-    if not any("crop_mode" in settings for settings in origin.features.values()):
+    of_pictures = ["crop_mode" in settings for settings in origin.features.values()]
+    if not any(of_pictures):
         raise UserError(f"{given.out} holds nothing that was made of pictures: name a cache of latents")
     source = f"webdataset_path={json.dumps([str(given.out.absolute())])}"
     others = ["caches=[]", "validation_path=null", "validation_caches=[]", "validation_samples=0"]
-    training = kind(load_config(kind.Config, [given.config, *given.settings, source, *others]))
-    print("\n".join(write_preview(training, count, path)))
+    config = load_config(kind.Config, [given.config, *given.settings, source, *others])
+    held = "latents" if all(of_pictures) else "all"
+    with only_parts(*PIPELINE_PARTS[held]):
+        training = kind(without_idle_weights(kind, config, held))
+        print("\n".join(write_preview(training, count, path)))
 
 
 def main(arguments: list[str] | None = None) -> None:
