@@ -322,6 +322,13 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_ending(text: str) -> str:
+    """`.cached` of "cached" or ".cached"."""
+    if not re.fullmatch(r"\.?[\w-]+", text):
+        raise argparse.ArgumentTypeError(f"expected an ending such as .img_sdvae, found {brief(text)}")
+    return f".{text.removeprefix('.')}"
+
+
 def _imported(given: argparse.Namespace) -> str:
     """Build a cache of the features of `--import`; the report."""
     from tools.feature_import import Imported  # what builds networks takes seconds to import
@@ -352,6 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--import",
         nargs="+",
+        type=parse_ending,
         metavar="ENDING",
         dest="endings",
         help="files of features beside the pictures: NAME.ENDING",

@@ -21,6 +21,7 @@ from families.common.cache import buckets_of, origin_of
 from families.common.features import Origin
 from families.common.training import DiffusionTraining
 from families.registry import family_called
+from modules.safetensors_files import MAX_HEADER_BYTES
 from tools.arguments import local_path
 from tools.cache import use_case
 from tools.cache_features import as_if_cached
@@ -137,10 +138,14 @@ class Imported:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise Unusable(f"its {suffix} has more than {MAX_BYTES >> 20} MiB")
+        if int.from_bytes(content[:8], "little") > MAX_HEADER_BYTES:
+            raise Unusable(f"its {suffix} is no whole safetensors file")
         try:
-            return self.family.imported_features(load(content))
-        except SafetensorError:
+            tensors = load(content)
+        except (SafetensorError, KeyError, RuntimeError, AssertionError):  # such as a dtype that PyTorch lacks
             raise Unusable(f"its {suffix} is no whole safetensors file") from None
+        try:
+            return self.family.imported_features(tensors)
         except ValueError as error:
             raise Unusable(f"its {suffix} {error}") from None
 

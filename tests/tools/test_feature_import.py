@@ -124,16 +124,19 @@ def test_files_that_do_not_say_their_networks_want_them_named(made, tmp_path):
         imported(folder, settings | {"crop_mode": "random"}, tmp_path / "out")
 
 
-def test_an_import_whose_last_step_was_interrupted_is_a_cache_when_it_is_finished(made, tmp_path, monkeypatch):
+def test_an_import_whose_last_step_was_interrupted_is_a_cache_when_it_is_finished(made, tmp_path, monkeypatch, capsys):
     folder, settings, _ = made
 
     def interrupted(_):
         raise OSError("interrupted")
 
+    with pytest.raises(SystemExit):
+        imported(folder, settings, tmp_path / "out", endings=("in/img_other",))
+    assert "expected an ending such as .img_sdvae, found 'in/img_other'" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer, "_go_on", interrupted)
         with pytest.raises(OSError, match="interrupted"):
-            imported(folder, settings, tmp_path / "out")
+            imported(folder, settings, tmp_path / "out", endings=("img_other", "txt_other"))
     shard_writer.check_free(tmp_path / "out", overwrite=True)
     assert Origin.read(str(tmp_path / "out")).features.keys() == {"moments", "text"}
     assert not (tmp_path / "out" / shard_writer.ASIDE).exists()
@@ -143,6 +146,11 @@ def test_broken_and_foreign_files_are_left_out_by_name(made, tmp_path, capsys):
     shutil.copytree(made[0], folder := tmp_path / "pictures")
     files = [folder / "in" / f"{number}.b.img_other" for number in range(6)]
     files[0].write_bytes(files[0].read_bytes()[:-5])
+    strange = files[0].with_name("6.b.png")
+    strange.write_bytes(picture(76, 64, "PNG"))
+    header = b'{"latent":{"dtype":"F8_E8M0","shape":[1,2,2],"data_offsets":[0,4]}}'  # a dtype that is not read here
+    strange.with_suffix(".img_other").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    (folder / "in" / "6.b.txt_other").write_bytes((folder / "in" / "0.b.txt_other").read_bytes())
     save_file({"latent": torch.zeros(16, 3, 4)}, files[1])
     save_file({"weight": torch.zeros(2, 2)}, files[2])
     files[3].unlink()
@@ -153,8 +161,8 @@ def test_broken_and_foreign_files_are_left_out_by_name(made, tmp_path, capsys):
     out = imported(folder, made[1], tmp_path / "out")
     told = capsys.readouterr().out
     for line in (
-        "imported moments, text of 1 picture in 1 tar", "left out 5",
-        "1 its .img_other is no whole safetensors file: in/0.b.png",
+        "imported moments, text of 1 picture in 1 tar", "left out 6",
+        "2 its .img_other is no whole safetensors file: in/",
         "1 its .img_other holds 'weight' [2, 2], not 'latent' (C, H, W) or 'emb' (L, D): in/2.b.png",
         "1 no .img_other beside it: in/3.b.png", "1 its moments hold numbers that are not finite: in/4.b.png",
         "  no caption: 1;",
@@ -169,5 +177,5 @@ def test_broken_and_foreign_files_are_left_out_by_name(made, tmp_path, capsys):
     shutil.rmtree(out)
     for file in files:
         file.unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r"holds no picture with .img_other, .txt_other beside it: left out 6"):
+    with pytest.raises(UserError, match=r"holds no picture with .img_other, .txt_other beside it: left out 7"):
         imported(folder, made[1], out)
