@@ -279,6 +279,16 @@ def test_a_text_that_parquet_stores_once_takes_no_memory_in_every_row(tmp_path, 
     assert (found is not None) == (kind == "dictionary")
 
 
+def test_a_struct_of_many_numbers_is_counted_with_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded_parquet, "MAX_BYTES", 2**20)
+    (folder := tmp_path / "pictures").mkdir()
+    (folder / "a.jpg").write_bytes(picture())
+    many = pa.StructArray.from_arrays([pa.array([0] * 1000)] * 200, [f"field {number}" for number in range(200)])
+    path = write_parquet(tmp_path / "x.parquet", {"file_name": ["a.jpg"] * 1000, "more": many})
+    with pytest.raises(UserError, match="with its column 'more', 2 MB of values would be read at once"):
+        read_metadata(folder, [folder / "a.jpg"], LeftOut(), path)
+
+
 def test_a_long_row_group_and_words_of_a_dictionary_are_read(tmp_path):
     columns = {
         "file_name": [f"{number}.jpg" for number in range(3000)],

@@ -97,7 +97,7 @@ def _stored(parquet: pq.ParquetFile, group: int, names: Sequence[str]) -> dict[s
         if name in names:
             before = found.get(name, _Stored(path, 0, 0))  # a struct has a column for each of its fields
             num_bytes = before.num_bytes + max(column.total_uncompressed_size, 0)
-            found[name] = _Stored(path, num_bytes, max(before.num_values, column.num_values))
+            found[name] = _Stored(path, num_bytes, before.num_values + max(column.num_values, 0))
     return found
 
 
