@@ -146,8 +146,11 @@ class Origin:
         known = [name for name in names if name in self.features]
         for setting in dict.fromkeys(setting for name in known for setting in other.features[name]):
             here, there = self.settings.get(setting), other.settings[setting]
-            if here != there:
-                found.append(f"{DISPLAY_NAMES.get(setting, setting)} is {here!r} in the cache, {there!r} here")
+            name = DISPLAY_NAMES.get(setting, setting)
+            if setting not in self.settings and there is not None:
+                found.append(f"the cache does not say which {name} it was made with, here it is {there!r}")
+            elif here != there:
+                found.append(f"{name} is {here!r} in the cache, {there!r} here")
         for network in dict.fromkeys(other.makers[name] for name in known):
             here, there = self.networks.get(network), other.networks[network]
             if not there:

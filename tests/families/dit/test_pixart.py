@@ -1,10 +1,15 @@
 """PixArt-alpha from a training to pictures and files: beside diffusers, which is another implementation."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 
+from families.common.features import Origin
 from families.common.library_networks import LibraryNetwork, adapt
 from families.common.transformer_lora import built_with, open_loras
 from families.dit.pixart_build import BLOCKS, denoiser, text_encoder
@@ -116,6 +121,12 @@ def test_captions_are_cleaned_for_training_drawing_and_caches(tmp_path):
     settings |= {"webdataset_path": str(data.parent), "caches": [str(cache)]}
     with pytest.raises(UserError, match="clean_captions is True in the cache, False here"):
         TrainPixart(make_config(TrainPixart.Config, settings | {"clean_captions": False})).run()
+    older = Path(shutil.copytree(cache, tmp_path / "older"))
+    origin = Origin.read(str(older))
+    settings_then = {name: one for name, one in origin.settings.items() if name != "clean_captions"}
+    replace(origin, settings=settings_then).write(older)
+    with pytest.raises(UserError, match="does not say which clean_captions it was made with, here it is True"):
+        TrainPixart(make_config(TrainPixart.Config, settings | {"caches": [str(older)]})).run()
     assert TrainPixart(make_config(TrainPixart.Config, settings | {"sample_prompts": [UNCLEAN]})).run() == 0
     config = load_config(PixartTextToImageConfig, [f"--run={tmp_path / 'tiny'}", "--prompts=a", "--device=cpu"])
     read = PixartNetworks(config, []).read([UNCLEAN, "a circle at"])
