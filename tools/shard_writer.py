@@ -35,9 +35,11 @@ logger = logging.getLogger(__name__)
 def check_free(out: Path, overwrite: bool) -> None:
     """Raise UserError where `out` is a file, or holds something and `overwrite` is False.
 
-    A swap there that was interrupted is finished first.
+    A swap there that was interrupted is finished first; not through a link, which would take another folder's tars.
     """
     check_folder(out, "the tars")
+    if (out / ASIDE).is_symlink():
+        raise UserError(f"{out / ASIDE} is a link, and tars are put together in a folder of that name: remove it")
     _finish_swap(out / ASIDE)
     if out.exists() and any(path.name != ASIDE for path in out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder, or give --overwrite to replace the tars in it")

@@ -266,6 +266,18 @@ def test_a_swap_that_names_other_files_is_refused(folder, tmp_path, names):
     assert (tmp_path / "x.tar").exists()
 
 
+def test_a_swap_goes_through_no_link(folder, tmp_path):
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    for made in (elsewhere, out):
+        made.mkdir()
+    (elsewhere / "00000.tar").write_text("mine")
+    (elsewhere / ".swap.json").write_text(json.dumps({"new": ["00000.tar"], "old": []}))
+    (out / ".building").symlink_to(elsewhere)
+    with pytest.raises(UserError, match=r"\.building is a link, and tars are put together in a folder of that name"):
+        build_dataset(folder, out)
+    assert sorted(path.name for path in elsewhere.iterdir()) == [".swap.json", "00000.tar"]
+
+
 def test_a_swap_that_the_disk_refuses_is_finished_by_the_next_start(folder, tmp_path, monkeypatch):
     out, replace = tmp_path / "out", os.replace
 
