@@ -20,11 +20,12 @@ from torch import Tensor
 from families.common.cache import buckets_of, origin_of
 from families.common.features import Origin
 from families.common.training import DiffusionTraining
+from families.common.weight_source import only_parts
 from families.registry import family_called
 from modules.safetensors_files import MAX_HEADER_BYTES
 from tools.arguments import local_path
 from tools.cache import use_case
-from tools.cache_features import as_if_cached
+from tools.cache_features import PIPELINE_PARTS, as_if_cached
 from tools.picture_folder import Entry, find_entries
 from tools.picture_sample import Unusable, load_again
 from tools.shard_writer import ASIDE, Packing, ShardWriter, check_free, reserved, sample_bytes, swap
@@ -68,7 +69,10 @@ class Imported:
         """For the training that arguments name: its script, its config, and keys; `out` is its data."""
         script, *config = arguments
         kind = use_case(local_path(script))
-        return cls(kind(load_config(kind.Config, [*config, f"webdataset_path={json.dumps([str(out)])}"])), suffixes)
+        given = [*config, f"webdataset_path={json.dumps([str(out)])}"]
+        with only_parts(*PIPELINE_PARTS["all"]):
+            training = kind(load_config(kind.Config, given))
+        return cls(training, suffixes)
 
     def build(self, folder: Path, out: Path, packing: Packing, metadata: Path | None, overwrite: bool) -> str:
         """Write the cache; what became of the pictures, as a report.

@@ -12,11 +12,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from families.common.features import Origin
+from families.common.weight_source import _PARTS
 from tests.tools.test_cache_reuse import members
 from tests.warpcore.data.tars import picture
 from tests.warpcore.runs import read_metrics
-from tools import build_dataset, cache, shard_writer
-from warpcore.config import make_config
+from tools import build_dataset, cache, feature_import, shard_writer
+from tools.cache_features import PIPELINE_PARTS
+from warpcore.config import load_config, make_config
 from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
@@ -108,6 +110,19 @@ def test_a_training_reads_what_another_trainer_cached_as_it_reads_its_own(made, 
     other.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"the weights of the autoencoder network are autoencoder.safetensors"):
         train(settings | {"autoencoder_checkpoint_path": str(other)}, out, "other")
+
+
+def test_an_import_downloads_no_network_that_makes_no_features(made, tmp_path, monkeypatch):
+    folder, settings, _ = made
+    seen = []
+
+    def watched(*arguments):
+        seen.append(_PARTS.get())
+        return load_config(*arguments)
+
+    monkeypatch.setattr(feature_import, "load_config", watched)
+    imported(folder, settings, tmp_path / "out")
+    assert seen == [PIPELINE_PARTS["all"]]
 
 
 def test_files_that_do_not_say_their_networks_want_them_named(made, tmp_path):
