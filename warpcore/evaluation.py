@@ -11,7 +11,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from warpcore.data.reader import Batch
 from warpcore.exports import Weights
@@ -79,11 +78,15 @@ def validation_means(
 
 
 def weight_norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """The Euclidean norm of the parameters (`NETWORK.NAME`) of each network, over all shards (collective)."""
+    """The Euclidean norm of the parameters (`NETWORK.NAME`) of each network, over all shards (collective).
+
+    In float32 for weights in bfloat16, too, which change by less than its digits.
+    """
     networks: dict[str, list[Tensor]] = {}
     for name, parameter in parameters.items():
-        networks.setdefault(name.partition(".")[0], []).append(parameter.detach())
-    return {f"weight_norm/{name}": full(get_total_norm(own)).item() for name, own in networks.items()}
+        norm = full(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32))
+        networks.setdefault(name.partition(".")[0], []).append(norm)
+    return {f"weight_norm/{name}": torch.linalg.vector_norm(torch.stack(own)).item() for name, own in networks.items()}
 
 
 def _summed(totals: dict[str, Tensor], processes: Processes) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ from tests.warpcore.runs import load_weights, read_metrics, tiny_settings, train
 from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.config import Config, ConfigError, make_config
 from warpcore.errors import UserError
+from warpcore.evaluation import weight_norms
 from warpcore.gradients import gradient_means, keep_largest, mean_groups
 
 
@@ -74,6 +75,12 @@ def test_the_mean_of_each_weight_counts_once_however_large_it_is():
     small.grad, large.grad = torch.full((2, 2), -3.0), torch.full((10, 10), 1.0)
     named = {"net.a": small, "net.b": large, "net.c": nn.Parameter(torch.zeros(3))}
     assert gradient_means(mean_groups(named, {"all": ".", "c": "c$"})) == {"all": 4.0, "c": 0.0}
+
+
+def test_norms_of_weights_in_bfloat16_have_more_digits_than_they():
+    weights = {"net.a": torch.ones(1000), "net.b": torch.ones(10, 33), "other.c": torch.full((7,), 2.0)}
+    found = weight_norms({name: one.bfloat16() for name, one in weights.items()})
+    assert found == pytest.approx({"weight_norm/net": 1330**0.5, "weight_norm/other": 28**0.5}, rel=1e-6)
 
 
 @pytest.mark.integration
