@@ -29,10 +29,11 @@ class SdInferenceSettings(RunSettings, SdSettings):
         merged = with_runs(cls, values, settings_of_run)
         if merged.get(GENERATOR) and isinstance(merged[GENERATOR], str | Path):
             unet = find_component(merged[GENERATOR], "unet", GENERATOR)
+            has_t5 = merged.get("text_model", unet.text_model) == "t5"
             said = {
                 "model_version": unet.version, "diffusion_target": unet.diffusion_target,
                 "zero_terminal_snr": unet.zero_terminal_snr, "text_model": unet.text_model,
-                "text_tokens": unet.text_tokens,
+                "text_tokens": unet.text_tokens if has_t5 else None,
             }  # fmt: skip
             merged = _given(said) | _given(merged)
         return merged

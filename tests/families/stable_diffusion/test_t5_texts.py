@@ -77,6 +77,8 @@ def test_a_pipeline_says_that_it_has_t5_and_how_long_its_texts_are(folders):
         assert (found.model_version, found.text_model, found.text_tokens) == (version, "t5", 12)
         with pytest.raises(UserError, match="was trained with T5; write text_model: t5"):
             build.generator_source(settings(folder, version, text_model="clip", text_tokens=256))
+        with pytest.raises(UserError, match="was trained with T5; write text_model: t5"):
+            build.unet(make_config(SdInferenceSettings, {KEY: str(folder), "text_model": "clip"}))
 
 
 def test_states_are_projected_and_scaled(folders):
