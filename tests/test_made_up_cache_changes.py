@@ -1,4 +1,4 @@
-"""Caches whose pictures are taken out, that are made again alone, or that are decoded to look at."""
+"""Caches whose pictures are taken out, of which one is recreated alone, or that are decoded to look at."""
 
 import io
 import shutil

@@ -158,7 +158,7 @@ def test_rows_keep_their_places_and_what_is_left_out_is_told(settings, tmp_path,
     assert [catalog.name(number) for number in range(2)] == ["0.tar", "1.tar"]
     assert "latent.npy" in catalog.members
     assert "png" not in catalog.members
-    # The source changed: its tar is made anew, the other one stays.
+    # The source changed: its tar is recreated, the other one stays.
     kept, stale = ((out / name).stat().st_mtime_ns for name in ("0.tar", "1.tar"))
     write_pictures(Path(settings["webdataset_path"]) / "1.tar", 9, 8)
     make_cache("train_c", settings, out, "--variants", "2")

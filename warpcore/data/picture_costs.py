@@ -65,7 +65,7 @@ class CountedFile:
         data = self._file.read(size)
         self._reads_left -= _UNPACKING_READS if size == 8 and data[4:] in _UNPACKED_CHUNKS else 1
         if self._reads_left < 0:
-            raise BadPicture("it consists of too many parts; save it anew, as PNG or JPEG")
+            raise BadPicture("it consists of too many parts; save it again, as PNG or JPEG")
         return data
 
     def __getattr__(self, name: str) -> Any:
@@ -98,7 +98,7 @@ def check_tags(file: BinaryIO) -> None:
 def orientation(picture: Image.Image) -> int:
     """How EXIF says an opened picture is turned: 1 to 8. Raises BadPicture where there is far too much of it."""
     if any(len(picture.info.get(place, b"")) > MAX_EXIF_BYTES for place in _EXIF_PLACES):
-        raise BadPicture(f"it has more than {MAX_EXIF_BYTES >> 20} MiB of EXIF; save it anew without")
+        raise BadPicture(f"it has more than {MAX_EXIF_BYTES >> 20} MiB of EXIF; save it again without")
     found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)  # that of PNG files decodes the whole picture
     return found if found in range(1, 9) else 1
 

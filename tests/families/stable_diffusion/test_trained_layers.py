@@ -1,4 +1,4 @@
-"""The table in docs/stable_diffusion.md has what each flag of the reference trainer trains and starts anew."""
+"""The table in docs/stable_diffusion.md has what each flag of the reference trainer trains and starts from scratch."""
 
 import re
 from collections import Counter
