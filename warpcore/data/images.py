@@ -1,9 +1,10 @@
 """Pictures: the bytes of any picture file to RGB pixels at a bucket's size, in one decode and one resize.
 
 The picture is resized, with bilinear anti-aliasing on uint8, to the smallest size that covers the bucket and then
-cropped. Results are within 1.5/255 of the same operation in floats. A JPEG at least twice as large as needed is
-decoded at 1/2, 1/4 or 1/8 of its size, straight from its DCT coefficients: much faster, and about 40 dB PSNR or better
-against decoding it whole (`benchmarks/data.py` measures both).
+cropped. Results are within 1.5/255 of the same operation in floats. Colours of a picture with an ICC profile become
+those of sRGB. A JPEG at least twice as large as needed is decoded at 1/2, 1/4 or 1/8 of its size, straight from its
+DCT coefficients: much faster, and about 40 dB PSNR or better against decoding it whole (`benchmarks/data.py` measures
+both).
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from warpcore.data import jpeg_scans
 from warpcore.data.buckets import resized_size
+from warpcore.data.colour_profiles import in_srgb
 from warpcore.data.picture_costs import (
     MAX_PIXELS,
     BadPicture,
@@ -87,12 +89,14 @@ class Picture(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """Pixels (h, w, 3) uint8 as they lie in the file, `reduction` times smaller; `size` is the full upright (H, W)."""
+    """Pixels (h, w, 3) uint8 as they lie in the file, `reduction` times smaller; `size` is the full upright (H, W).
+    `profile` is what their colours are still to be converted by."""
 
     pixels: np.ndarray
     size: tuple[int, int]
     orientation: int = 1
     reduction: int = 1
+    profile: bytes | None = None
 
 
 def decode(
@@ -111,7 +115,10 @@ def decode(
     """
     stored = _read(data, size, background, max_pixels)
     geometry = place(stored.size, size, crop, seed, stored)
-    return Picture(_resample(stored, geometry), geometry)
+    pixels = _resample(stored, geometry)
+    if stored.profile is not None:
+        pixels = np.array(in_srgb(Image.fromarray(np.ascontiguousarray(pixels)), stored.profile))
+    return Picture(pixels, geometry)
 
 
 def decode_alike(
@@ -119,9 +126,10 @@ def decode_alike(
 ) -> np.ndarray:
     """A picture that belongs to another (a mask, a depth map), with that one's crop: uint8 (H, W, 3).
 
-    It may have another resolution; raises BadPicture too where its shape differs by more than one percent.
+    Its numbers are no colours, and stay as they are. It may have another resolution; raises BadPicture too where its
+    shape differs by more than one percent.
     """
-    stored = _read(data, geometry.resized, background, max_pixels)
+    stored = _read(data, geometry.resized, background, max_pixels, colours=False)
     (height, width), (its_height, its_width) = geometry.source, stored.size
     if abs(height * its_width - width * its_height) > 0.01 * height * its_width + max(height, width):
         raise BadPicture(f"{its_width} x {its_height} px is not the shape of its picture, {width} x {height} px")
@@ -149,17 +157,21 @@ def place(
 
 def check(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(H, W) of an upright picture, which can be decoded to its end; raises BadPicture as `decode` does."""
-    return _read(data, (1, 1), (0, 0, 0), max_pixels).size
+    return _read(data, (1, 1), (0, 0, 0), max_pixels, colours=False).size
 
 
-def _read(data: bytes, size: tuple[int, int], background: tuple[int, int, int], max_pixels: int) -> _Stored:
-    """Decode; a JPEG no larger than covering the bucket `size` needs."""
+def _read(
+    data: bytes, size: tuple[int, int], background: tuple[int, int, int], max_pixels: int, colours: bool = True
+) -> _Stored:
+    """Decode; a JPEG no larger than covering the bucket `size` needs. Without `colours`, profiles are passed over."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has a guard of its own, and the caller asks for a wider one
     try:
         check_tags(file := CountedFile(BytesIO(data)))
         picture = Image.open(file, formats=FORMATS)
         check_pixels(picture, max_pixels)
+        if not colours:
+            picture.info.pop("icc_profile", None)
         if picture.format in ("JPEG", "MPO"):
             return _read_jpeg(data, picture, size, background, max_pixels)
         check_memory(picture, max_pixels)
@@ -191,7 +203,11 @@ def _read_jpeg(
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is None or pixels.shape[:2] != (-(-header.height // reduction), -(-header.width // reduction)):
             raise BadPicture("the JPEG's data is damaged")
-        stored = _Stored(pixels, upright, turned, reduction)
+        profile = header.info.get("icc_profile")
+        if header.mode == "L" and profile is not None:
+            pixels = np.array(in_srgb(Image.fromarray(pixels[..., 0]), profile).convert("RGB"))
+            profile = None
+        stored = _Stored(pixels, upright, turned, reduction, profile)
         last = pixels[-1, -1]
     if all(value in jpeg_scans.GREY for value in last) and jpeg_scans.ran_out(data, scans):
         raise BadPicture("the JPEG is cut off: its data ends before the picture does, of which the rest would be grey")
@@ -202,6 +218,7 @@ def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> _Stored
     picture.load()
     if picture.mode == "P" and picture.has_transparency_data:
         _blend_palette(picture, background)
+        picture.info.pop("icc_profile", None)  # its colours are converted
     turned = orientation(picture)
     (width, height), depth = picture.size, max(1, _STRIP_PIXELS // picture.width)
     pixels = np.empty((height, width, 3), np.uint8)
@@ -223,15 +240,18 @@ def _blend_palette(picture: Image.Image, background: tuple[int, int, int]) -> No
 
 
 def _to_rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I"):
         # 16 bit grey, in whichever byte order: Pillow's own conversion would clip it at 255.
         grey = np.clip(np.asarray(picture).astype(np.int32), 0, 65535)
         picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     elif picture.mode == "F":
         raise BadPicture("its samples are floats, of which nobody knows the range")
-    elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
+    if picture.has_transparency_data:
+        picture = in_srgb(picture.convert("LA" if picture.mode == "LA" else "RGBA"), profile).convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
+    else:
+        picture = in_srgb(picture if picture.mode in ("L", "CMYK") else picture.convert("RGB"), profile)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
