@@ -1,4 +1,5 @@
-"""What a run begins with and keeps when it is resumed: its target, and the weights of its frozen base.
+"""What a run begins with and keeps when it is resumed: its target, the defaults of its keys, and the weights of its
+frozen base.
 
 What weights files say of themselves is obeyed where the config is silent; where it says otherwise, that is an error.
 """
@@ -6,6 +7,7 @@ What weights files say of themselves is obeyed where the config is silent; where
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from families.common.config import DiffusionConfig
 from families.common.weight_files import TARGET_KEY, contradictions, files_of
@@ -38,6 +40,21 @@ def with_target(
             "key out, or write change_target: true to teach the network the other"
         )
     return config.model_copy(update={TARGET_KEY: given or said or default})
+
+
+def with_first_defaults(config: DiffusionConfig, first: Mapping[str, Any]) -> tuple[DiffusionConfig, list[str]]:
+    """The config of a run that is older than some keys: what it does not name of them is as that run began.
+
+    Args:
+        first: by key, what was done before there was such a key.
+
+    Returns:
+        The config, and what to tell of it.
+    """
+    lacking = {key: value for key, value in first.items() if key not in config.model_fields_set}
+    told = ", ".join(f"{key}: {'null' if value is None else value}" for key, value in lacking.items())
+    note = f"{told}: this run is older than the key, and goes on as it began, unless its config says otherwise"
+    return config.model_copy(update=lacking), [note] if lacking else []
 
 
 def check_start_file(config: DiffusionConfig, key: str, about_network: Sequence[str] = ()) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from families.common.beginning import check_start_file, same_base, with_target
+from families.common.beginning import check_start_file, same_base, with_first_defaults, with_target
 from families.common.cache import Caches, Shape, command_for_another, find_caches
 from families.common.cache_commands import cache_command
 from families.common.cache_freshness import check_fresh
@@ -33,6 +33,9 @@ from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
 from warpcore.errors import UserError
 from warpcore.random import SampleRandom
+
+_KEYS = "keys"
+"""Of what a run keeps: the keys of `first_defaults` that there were when it began."""
 
 
 class DiffusionTraining(SampleFields):
@@ -78,6 +81,12 @@ class DiffusionTraining(SampleFields):
     def said_target(self) -> str | None:
         """What the weights to start from say that their network predicts, if they do."""
         return target_of(self.config.generator_checkpoint_path)
+
+    @property
+    def first_defaults(self) -> Mapping[str, Any]:
+        """Keys that are newer than the first runs of this kind, with what those did. A run that began before a key
+        goes on with that when it is resumed, unless its config names the key."""
+        return {}
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -166,6 +175,7 @@ class DiffusionTraining(SampleFields):
     def __init__(self, config: DiffusionConfig):
         super().__init__(with_local_weights(config))
         self.kept = dict(self.conventions)
+        self.older: list[str] = []  # what to tell of keys that are newer than the run
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         about = None
@@ -173,8 +183,12 @@ class DiffusionTraining(SampleFields):
             about, self.kept = saved.get("about", {}), dict(self.first_conventions) | saved.get("kept", {})
         self.config = config = with_target(self.config, about, self.said_target(), self.default_target)
         if saved is None:
+            self.kept[_KEYS] = sorted(self.first_defaults)
             for key in self.start_files:
                 check_start_file(config, key, self.about_network)
+        newer = {key: value for key, value in self.first_defaults.items() if key not in self.kept.get(_KEYS, ())}
+        self.config, self.older = with_first_defaults(config, newer)
+        config = self.config
         if self.frozen_base:
             before = self.kept.get("base")
             base = self.processes.on_main(lambda: same_base(config.generator_checkpoint_path, before))
@@ -260,6 +274,8 @@ class DiffusionTraining(SampleFields):
 
     def setup(self) -> None:
         super().setup()
+        for note in self.older:
+            self.progress.say(note)
         if self.caches is not None:
             for note in self.processes.on_main(self._check_fresh):
                 self.progress.say(note)

@@ -106,7 +106,7 @@ def text_encoder(settings: PixartSettings, device: torch.device | str = "cpu") -
     path, version = text_source(settings), settings.version
     options = {
         "precision": settings.text_encoder_precision, "key": TEXT, "length": version.text_length,
-        "clean": clean_caption if settings.clean_captions else lower_case,
+        "clean": {True: clean_caption, False: lower_case, None: str}[settings.clean_captions],
     }  # fmt: skip
     if are_only_shapes() and version.text is not None and (not path.exists() or read_config(path, TEXT) is None):
         return T5TextEncoder.of(version.text, StandInTokenizer(), dict, path, device=device, **options)

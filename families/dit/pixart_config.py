@@ -32,9 +32,10 @@ class PixartSettings(LatentSettings):
     none."""
     text_encoder_precision: Precision = "bfloat16"
     """What the text encoder is kept and computed in: 10 GB in bfloat16, 3 GB in `nf4` (needs torchao)."""
-    clean_captions: bool = True
+    clean_captions: bool | None = True
     """Clean captions and prompts before T5 reads them, as for published weights: without links, markup, file names,
-    Chinese characters. Otherwise they are only put in lower case. Caches of texts are made for one of both."""
+    Chinese characters. `false` only puts them in lower case, and `null` leaves them as they are. Caches of texts are
+    made for one of these."""
 
     @property
     def version(self) -> TextVersion:

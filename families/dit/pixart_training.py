@@ -39,6 +39,7 @@ class PixartTraining(LatentTraining, PromptSamples):
     config: PixartConfig
     family = "pixart"
     caption_settings = (*CAPTION_SETTINGS, "clean_captions")
+    first_defaults = {"clean_captions": None}
 
     @property
     def needs_geometry(self) -> bool:

@@ -36,6 +36,10 @@ class SdTraining(PromptSamples):
     first_conventions = PromptSamples.first_conventions | {"last_flow_time": "1000"}
 
     @property
+    def first_defaults(self) -> Mapping[str, Any]:
+        return {"min_sigma": 0.0} if self.config.diffusion_target == "rectified_flows" else {}
+
+    @property
     def caption_settings(self) -> tuple[str, ...]:
         return (*CAPTION_SETTINGS, self.text_length)
 

@@ -133,6 +133,31 @@ def test_captions_are_cleaned_for_training_drawing_and_caches(tmp_path):
     assert torch.equal(read[TEXT][0], read[TEXT][1])
 
 
+def test_a_run_that_is_older_than_the_cleaning_of_captions_goes_on_without(tmp_path, capsys):
+    class Before(TrainPixart):
+        def build(self):
+            networks, self.kept = super().build(), {}  # its checkpoints say nothing of the key
+            return networks
+
+    class Watched(TrainPixart):
+        def build(self):
+            networks = super().build()
+            self.clean = networks["text"].clean
+            return networks
+
+    data = write_shard(tmp_path / "data" / "a.tar", 4)
+    settings = tiny_settings(tmp_path, data.parent, updates=1, save_every=1) | MINI
+    assert Before(make_config(TrainPixart.Config, settings | {"clean_captions": None})).run() == 0
+    capsys.readouterr()
+    for updates, given, expected in ((2, {}, None), (3, {}, None), (4, {"clean_captions": True}, True)):
+        run = Watched(make_config(TrainPixart.Config, settings | given | {"updates": updates}))
+        assert run.run() == 0
+        assert run.config.clean_captions is expected
+        assert run.clean(UNCLEAN) == ("a circle at" if expected else UNCLEAN)
+        said = "clean_captions: null: this run is older than the key, and goes on as it began"
+        assert (said in capsys.readouterr().err) == (expected is None)
+
+
 def test_a_dropped_caption_is_the_networks_own_empty_text_behind_the_mask_of_the_caption():
     own = told({FEATURE: torch.randn(2, 3, 4), "text_lengths": torch.tensor([3, 1])}, 8)
     empty = torch.randn(8, 4)

@@ -136,11 +136,20 @@ def test_noise_is_added_in_float32_whatever_the_network_computes_in():
     assert diffused.noised.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("kept", "last"), [({}, 1000), (TrainSd.conventions, 999)])
-def test_a_run_keeps_the_times_of_flows_that_it_began_with(kept, last):
+@pytest.mark.parametrize(
+    ("kept", "given", "last", "min_sigma"),
+    [
+        ({}, {}, 1000, 0),
+        ({}, {"min_sigma": 1e-5}, 1000, 1e-5),
+        (TrainSd.conventions | {"keys": ["min_sigma"]}, {}, 999, 1e-5),
+    ],
+)
+def test_a_run_keeps_the_times_of_flows_that_it_began_with(kept, given, last, min_sigma):
     run = TrainSd(make_config(TrainSd.Config, {
         "experiment_id": "x", "checkpoint_path": "x", "updates": 1, "batch_size": 1, "webdataset_path": "x",
         "image_size": 64, "diffusion_target": "rectified_flows", "sample_sampler": "euler",
-    }))  # fmt: skip
+    } | given))  # fmt: skip
     run.begin({"about": {"diffusion_target": "rectified_flows"}, "kept": dict(kept)})
     assert run.diffusion.noise_cond.steps == last
+    assert run.diffusion.schedule.min_sigma == min_sigma
+    assert len(run.older) == (min_sigma == 0)
