@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from families.common.autoencoders import Autoencoder, LatentScale
 from families.common.library_files import CONFIG, construct, fill
@@ -21,6 +21,9 @@ from families.stable_diffusion.versions import VERSIONS
 from warpcore.config import ConfigError
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import discrete_process, flow_process
+from warpcore.diffusion.tables import TableSchedule
+from warpcore.diffusion.times import Spacing, flow_times, sampling_times
+from warpcore.errors import UserError
 from warpcore.text import brief, shortened
 
 
@@ -194,6 +197,24 @@ def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: f
         "scaled_linear", settings.diffusion_target or "epsilon", loss_weight, offset_noise=offset_noise,
         zero_terminal_snr=bool(settings.zero_terminal_snr),
     )  # fmt: skip
+
+
+def sampling_process(
+    settings: SdSettings, steps: int, sampler: str, *, shift: float = 1.0, spacing: Spacing | None = None,
+    karras: bool = False,
+) -> tuple[GDF, Tensor]:  # fmt: skip
+    """The diffusion process that drawings follow, and the times of the steps of a sampler.
+
+    Raises:
+        UserError: `karras` or `spacing` of a straight flow; see `sampling_times`.
+    """
+    diffusion = process(settings)
+    if not isinstance(diffusion.schedule, TableSchedule):
+        if karras or spacing is not None:
+            key = "karras" if karras else "timestep_spacing"
+            raise UserError(f"{key}: a straight flow (rectified_flows) has no timesteps to choose; remove it")
+        return diffusion, flow_times(steps, shift=shift)
+    return diffusion, sampling_times(diffusion.schedule, steps, sampler, spacing=spacing, karras=karras)
 
 
 def _part(settings: SdSettings, name: str, key: str, default: Path | None) -> Component:

@@ -17,8 +17,6 @@ from families.stable_diffusion.conditions import SIZES, told
 from families.stable_diffusion.lora import UNET, Loras, encoders_by_name, merge, of_network
 from families.stable_diffusion.t5_layers import T5Texts
 from warpcore.diffusion.diffusion import GDF
-from warpcore.diffusion.tables import TableSchedule
-from warpcore.diffusion.times import Spacing, flow_times, sampling_times
 from warpcore.errors import UserError
 
 
@@ -111,20 +109,3 @@ def skip_layers(encoders: ClipTextEncoders, clip_skip: int) -> None:
 def time_ids(original: Size, crop: tuple[int, int], size: Size) -> dict[str, Tensor]:
     """SDXL's six numbers (1, 6), as a condition: true size, top left corner of the crop, and size (H, W) in pixels."""
     return {SIZES: torch.tensor([[*original, *crop, *size]], dtype=torch.float32)}
-
-
-def sampling_process(
-    settings, steps: int, sampler: str, spacing: Spacing | None = None, karras: bool = False
-) -> tuple[GDF, Tensor]:
-    """The diffusion process of the settings, and the times of the steps of a sampler.
-
-    Raises:
-        UserError: `karras` or `spacing` of a straight flow; see `sampling_times`.
-    """
-    diffusion = build.process(settings)
-    if not isinstance(diffusion.schedule, TableSchedule):
-        if karras or spacing is not None:
-            key = "karras" if karras else "timestep_spacing"
-            raise UserError(f"{key}: a straight flow (rectified_flows) has no timesteps to choose; remove it")
-        return diffusion, flow_times(steps, shift=settings.shift)
-    return diffusion, sampling_times(diffusion.schedule, steps, sampler, spacing=spacing, karras=karras)

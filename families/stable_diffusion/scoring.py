@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from families.common.inference import ComputeSettings
 from families.common.scoring import SIDE_PX, ScoredLatents, ScoredSettings, Ways, as_uint8
 from families.stable_diffusion import build
-from families.stable_diffusion.drawing import StableDiffusionNetworks, sampling_process
+from families.stable_diffusion.drawing import StableDiffusionNetworks
 from families.stable_diffusion.inference import SdInferenceSettings
 from families.stable_diffusion.lora import open_loras
 
@@ -24,7 +24,7 @@ class ScoredStableDiffusion(ScoredLatents):
 
     def draw(self, prompts: Sequence[str], seed: int) -> Ways:
         settings, steps, sampler = self.settings, self.sampling["steps"], self.sampling["sampler"]
-        diffusion, times = sampling_process(settings, steps, sampler)
+        diffusion, times = build.sampling_process(settings, steps, sampler)
         read = self.networks.read([*prompts, ""])
         sides = [{name: all_[:-1] for name, all_ in read.items()}, {name: all_[-1:] for name, all_ in read.items()}]
         sides[1] = {name: one.expand(len(prompts), *one.shape[1:]) for name, one in sides[1].items()}

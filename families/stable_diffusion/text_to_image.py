@@ -13,7 +13,7 @@ from families.common.pictures import read_picture, size_of
 from families.common.prompt_flags import Prompt
 from families.common.text_to_image import Drawn, TextToImageConfig
 from families.stable_diffusion import build
-from families.stable_diffusion.drawing import StableDiffusionNetworks, sampling_process, time_ids
+from families.stable_diffusion.drawing import StableDiffusionNetworks, time_ids
 from families.stable_diffusion.inference import SdInferenceSettings
 from families.stable_diffusion.lora import open_loras
 from warpcore.config import Share
@@ -135,8 +135,13 @@ class StableDiffusionTextToImage:
         self.sampler = config.sampler or sampler
         guidance = guidance if config.guidance is None else config.guidance
         self.guidance = None if guidance == 1 else guidance
-        self.diffusion, self.times = sampling_process(
-            config, config.steps, self.sampler, config.timestep_spacing, config.karras
+        self.diffusion, self.times = build.sampling_process(
+            config,
+            config.steps,
+            self.sampler,
+            shift=config.shift,
+            spacing=config.timestep_spacing,
+            karras=config.karras,
         )
         if config.init_image is not None:
             last_part(self.times, config.strength)  # where that leaves nothing, before weights are read

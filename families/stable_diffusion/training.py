@@ -120,11 +120,13 @@ class SdTraining(PromptSamples):
     def draw(self, prompts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:
         config, autoencoder = self.config, self.networks["autoencoder"]
         sides = [self.drawing_conditions(texts, size) for texts in (prompts, [""] * len(prompts))]
+        # As inference draws, whose flows end at other times than those of training.
+        diffusion, times = build.sampling_process(config, config.sample_steps, config.sample_sampler)
         latents = draw_latents(
-            self.diffusion, self.networks["generator"], *sides,
+            diffusion, self.networks["generator"], *sides,
             (autoencoder.latent_channels, *(side // autoencoder.compression for side in size)),
             [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
-            steps=config.sample_steps, sampler=config.sample_sampler, guidance=config.sample_guidance,
+            steps=config.sample_steps, times=times, sampler=config.sample_sampler, guidance=config.sample_guidance,
             guidance_rescale=0.0,
         )  # fmt: skip
         return {"sample": to_pictures(autoencoder.decode(latents))}
