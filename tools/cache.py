@@ -143,7 +143,7 @@ class Caching:
         columns = captions.columns if captions else ()
         selection = Selection(
             filters, tuple(dict.fromkeys(members)), config.max_picture_pixels,
-            columns=column_types(self.catalog, columns), required_columns=columns,
+            columns=column_types(self.catalog, columns), required_columns=columns, videos=training.takes_videos,
         )  # fmt: skip
         selection.check(self.catalog, captions, naming_keys(self.fields.values()))
         check_optional(optional_members(self.fields.values()), self.catalog, None)

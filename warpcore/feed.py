@@ -24,7 +24,7 @@ from warpcore.data.needs import DataNeeds
 from warpcore.data.optional_members import check_optional, optional_members
 from warpcore.data.plan import Plan
 from warpcore.data.reader import BadSample, Batch, Reader
-from warpcore.data.samples import PICTURE_FACTS
+from warpcore.data.samples import PICTURE_FACTS, VIDEO_EXTENSIONS, visual_member
 from warpcore.data.shards import resolve_sources
 from warpcore.data.storage import read_ranges
 from warpcore.errors import UserError
@@ -270,6 +270,12 @@ class Feed:
                     f"{each.urls[0]} is of a cache, which holds what was made of pictures, but this run needs the "
                     "pictures themselves. Where a script can train from a cache, name its folder alone"
                 )
+            if each and not needs.videos and visual_member(each.members) in VIDEO_EXTENSIONS:
+                raise UserError(
+                    f"{each.urls[0]} holds videos, but this script trains on pictures. Make pictures of the videos "
+                    "with python3 tools/build_dataset.py FOLDER OUT --frames-every 10, or take a script that trains "
+                    "on clips"
+                )
         self.catalog, self.validation_catalog = catalog, held_out
         asked = [*self._columns, *(captions.columns if captions else ())]
         self._types = self.processes.on_main(lambda: column_types(catalog, asked))
@@ -290,6 +296,7 @@ class Feed:
             columns=self._types,
             member_keys=naming_keys(needs.extra.values()),
             max_picture_pixels=config.max_picture_pixels,
+            videos=needs.videos,
             seed=config.seed,
             validation=held_out,
             validation_samples=config.validation_samples,

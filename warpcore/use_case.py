@@ -40,6 +40,8 @@ class UseCase:
     `build` freezes are neither trained, averaged nor kept in checkpoints, which makes adapters cheap."""
     needs_images: ClassVar[bool] = True
     """Whether the loader reads pictures."""
+    takes_videos: ClassVar[bool] = False
+    """Whether samples may be videos, of which clips are drawn. Otherwise rows of videos are left out, and counted."""
     needs_captions: ClassVar[bool] = True
     """Whether every sample needs a caption; without them `Batch.captions` are empty."""
     needs_geometry: ClassVar[bool] = False
@@ -194,6 +196,7 @@ class UseCase:
         return DataNeeds(
             bucket_factor=self.bucket_factor,
             images=self.needs_images,
+            videos=self.takes_videos,
             captions=self.needs_captions,
             geometry=self.needs_geometry,
             extra=self.extra_fields(),

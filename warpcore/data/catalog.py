@@ -190,7 +190,7 @@ def open_catalog(sources: Sequence[Source], *, keep_copies: bool = False) -> Cat
     keep_copies: a tar of the same content as another one stays; else each content is there once.
 
     Raises:
-        BadShardError: a tar is damaged, or holds no picture that is whole.
+        BadShardError: a tar is damaged, or holds no picture or video that is whole.
         UserError: a weight leaves nothing of its source.
     """
     weight_of = {shard.url: source.weight for source in sources for shard in source.shards}
@@ -361,7 +361,8 @@ def _lookup(table: pa.Table) -> Callable[[Shard], Summary | None]:
         size, etag, rows, problems, content, renumbered, place = entry
         if size != shard.size_bytes or (etag != shard.etag and remembered(shard) != content):
             return None
-        return Summary(rows, problems, **names[place], content=content, renumbered=renumbered)
+        summary = Summary(rows, problems, **names[place], content=content, renumbered=renumbered)
+        return None if summary.lacks_videos else summary
 
     return find
 

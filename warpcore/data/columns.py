@@ -8,7 +8,7 @@ import torch
 
 from warpcore.data.catalog import Catalog
 from warpcore.data.expressions import near_names
-from warpcore.data.filters import MEASURED_COLUMNS, column_name
+from warpcore.data.filters import MEASURED_COLUMNS, column_names, values_of, widened
 from warpcore.data.index import read_rows
 from warpcore.data.shards import Shard
 from warpcore.errors import UserError
@@ -39,10 +39,11 @@ def column_types(catalog: Catalog, names: Iterable[str]) -> dict[str, pa.DataTyp
     spread = np.unique(np.linspace(0, len(catalog) - 1, LOOKED_AT_SHARDS).astype(int)) if names else ()
     found: dict[str, set[pa.DataType]] = {name: set() for name in names}
     for number in spread:
-        schema = read_rows(catalog.shard(int(number)), [column_name(name) for name in names], 0, 1).schema
+        columns = [column for name in names for column in column_names(name)]
+        row = read_rows(catalog.shard(int(number)), columns, 0, 1)
         for name in names:
-            if column_name(name) in schema.names:
-                found[name].add(schema.field(column_name(name)).type)
+            if (values := values_of(row, name)) is not None:
+                found[name].add(values.type)
     return {name: _widest(types) for name, types in found.items()}
 
 
@@ -65,8 +66,8 @@ def with_columns(rows: pa.Table, source: pa.Table, types: Mapping[str, pa.DataTy
         UserError: a value does not have the type of its column.
     """
     for name, kind in types.items():
-        column = column_name(name)
-        values = source[column] if column in source.column_names else pa.nulls(len(source), kind)
+        values = values_of(source, name)
+        values = pa.nulls(len(source), kind) if values is None else values
         try:
             if pa.types.is_string(values.type) and not pa.types.is_string(kind):
                 raise pa.ArrowInvalid("it is text here")
@@ -76,7 +77,7 @@ def with_columns(rows: pa.Table, source: pa.Table, types: Mapping[str, pa.DataTy
     return rows
 
 
-def values_of(rows: pa.Table, shards: Sequence[Shard]) -> list[dict]:
+def columns_of(rows: pa.Table, shards: Sequence[Shard]) -> list[dict]:
     """Name -> value of each row.
 
     Raises:
@@ -105,6 +106,6 @@ def check_missing(missing: Mapping[str, int], total: int, what: str) -> None:
 
 
 def _widest(types: set[pa.DataType]) -> pa.DataType:
-    order = [pa.bool_(), pa.int32(), pa.int64(), pa.float64(), pa.string()]
+    order = [pa.bool_(), pa.int16(), pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.string()]
     widest = max(types, key=order.index, default=pa.float64())
-    return pa.int64() if widest == pa.int32() else widest
+    return widened(widest)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from warpcore.data.expressions import Expression, compile_expression, near_names
 from warpcore.errors import UserError
@@ -15,6 +16,12 @@ FIELD_PREFIX = "json."
 """The scalar fields of a sample's .json are index columns of this prefix."""
 MEASURED_COLUMNS = ("width", "height", "key")
 """Columns that every index has. width and height are the picture's own, whatever its .json says."""
+VIDEO_COLUMNS = {
+    "num_frames": pa.int32(), "fps": pa.float32(), "seconds": pa.float32(), "codec": pa.string(),
+    "constant_rate": pa.bool_(), "rotation": pa.int16(),
+}  # fmt: skip
+"""Columns, beside those, of an index with videos (see `video_headers.Header`): null for pictures. Of a row where one
+is null, the field of that name in its .json counts."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ class Filter:
 
     @property
     def column_names(self) -> list[str]:
-        """The columns of an index that hold the keys."""
-        return [column_name(key) for key in self.keys]
+        """The columns of an index that may hold the keys."""
+        return [column for key in self.keys for column in column_names(key)]
 
     def evaluate(self, rows: pa.Table) -> Verdict:
         """Which rows pass.
@@ -93,9 +100,10 @@ class Filter:
         if self.takes_mapping:
             return self._evaluate_mappings(rows)
         passed = np.zeros(len(rows), dtype=bool)
-        if any(column_name(name) not in rows.column_names for name in self.columns):
+        found = [values_of(rows, name) for name in self.columns]
+        if any(values is None for values in found):
             return Verdict(passed, len(rows))
-        columns = [rows[column_name(name)].combine_chunks() for name in self.columns]
+        columns = [values.combine_chunks() for values in found]
         present = np.logical_and.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns])
         places = np.flatnonzero(present)
         if len(places) < len(rows):
@@ -112,8 +120,8 @@ class Filter:
     def _evaluate_mappings(self, rows: pa.Table) -> Verdict:
         wanted = self.column_names if self.expression.only_keys else [*rows.column_names]
         names = [name for name in rows.column_names if name in wanted and _is_field(name)]
-        keys = [name.removeprefix(FIELD_PREFIX) for name in names]
-        columns = [rows[name].to_pylist() for name in names]
+        keys = list(dict.fromkeys(name.removeprefix(FIELD_PREFIX) for name in names))
+        columns = [values_of(rows, key).to_pylist() for key in keys]
         passed = np.zeros(len(rows), dtype=bool)
         num_missing = 0
         for place in range(len(rows)):
@@ -141,9 +149,27 @@ class Filter:
 
 
 def _is_field(column: str) -> bool:
-    return column in MEASURED_COLUMNS or column.startswith(FIELD_PREFIX)
+    return column in MEASURED_COLUMNS or column in VIDEO_COLUMNS or column.startswith(FIELD_PREFIX)
 
 
-def column_name(field: str) -> str:
-    """The index column of a name that a user writes."""
-    return field if field in MEASURED_COLUMNS else FIELD_PREFIX + field
+def column_names(field: str) -> list[str]:
+    """The index columns that may hold what a user means by a name, the one that counts first."""
+    if field in MEASURED_COLUMNS:
+        return [field]
+    return [*([field] if field in VIDEO_COLUMNS else []), FIELD_PREFIX + field]
+
+
+def values_of(rows: pa.Table, field: str) -> pa.ChunkedArray | None:
+    """The values of a name that a user writes, null where a row has none; None where no row can have one."""
+    found = [rows[name] for name in column_names(field) if name in rows.column_names]
+    if len(found) == 2 and found[0].null_count:
+        kinds = [widened(values.type) for values in found]
+        if len({pa.types.is_string(kind) for kind in kinds}) == 1:  # else the .json means something else
+            kind = kinds[0] if kinds[0] == kinds[1] else pa.float64()
+            return pc.coalesce(*(values.cast(kind) for values in found))
+    return found[0] if found else None
+
+
+def widened(kind: pa.DataType) -> pa.DataType:
+    """int64 and float64 for narrower numbers."""
+    return pa.int64() if pa.types.is_integer(kind) else pa.float64() if pa.types.is_floating(kind) else kind

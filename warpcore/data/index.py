@@ -1,9 +1,10 @@
 """The index of a shard: one row per sample, so that planning costs no picture byte.
 
 `NAME.tar.index.parquet` lies beside the tar, or where `sidecars` puts what can't lie there. Columns: key, width and
-height (px, EXIF rotation applied), problem (why the row can't be drawn, or null), the members with offsets and sizes
-in bytes, and `json.FIELD` for every scalar field of the samples' .json. Its metadata identify the tar by size and
-content hash (see `identity`), and hold the etag it had then, by which an unchanged tar is known without reading it.
+height (px, rotation applied), problem (why the row can't be drawn, or null), the members with offsets and sizes in
+bytes, `json.FIELD` for every scalar field of the samples' .json, and VIDEO_COLUMNS where the tar holds videos. Its
+metadata identify the tar by size and content hash (see `identity`), and hold the etag it had then, by which an
+unchanged tar is known without reading it.
 """
 
 import io
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from warpcore.data.bounded_parquet import open_parquet, read_row_groups
 from warpcore.data.dotted_names import DOTTED_NAME, as_read, dotted, hidden_pictures
-from warpcore.data.filters import FIELD_PREFIX
+from warpcore.data.filters import FIELD_PREFIX, VIDEO_COLUMNS
 from warpcore.data.identity import new_hash, remember, remembered
 from warpcore.data.index_checks import (
     HIDDEN_COLUMN,
@@ -31,11 +32,12 @@ from warpcore.data.index_checks import (
     check_index,
     check_rows,
     checked,
+    fields_in,
     saved_metadata,
 )
 from warpcore.data.json_columns import gather_fields, typed_column
-from warpcore.data.member_headers import LONG_TEXT, MAX_TEXT_BYTES, TEXT_EXTENSIONS, look
-from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, picture_member
+from warpcore.data.member_headers import LONG_TEXT, MAX_TEXT_BYTES, TEXT_EXTENSIONS, UNDECODABLE_VIDEO, Visual, look
+from warpcore.data.samples import PICTURE_FACTS, VIDEO_EXTENSIONS, VISUAL_EXTENSIONS, visual_member
 from warpcore.data.shards import Shard
 from warpcore.data.sidecars import ABSENT, locations, write_beside
 from warpcore.data.storage import reading, storage_for
@@ -45,6 +47,8 @@ from warpcore.data.tars import SHARED_KEY, BadShardError, CutShardError, TarSamp
 INDEX_SUFFIX = ".index.parquet"
 CUT_SHORT = "is cut short"
 """The end of the problem of a row that stands for all that a tar is missing."""
+NO_VISUAL = "no picture"
+"""The start of the problem of a row that has no picture or video."""
 INDEX_VERSION = 3
 ROW_GROUP_ROWS = 16_384
 MAX_SIDE_PX = 2**31
@@ -69,7 +73,7 @@ class Summary:
     problems: int
     """How many of the rows can't be drawn."""
     fields: tuple[str, ...]
-    """Scalar .json fields with at least one value."""
+    """Scalar .json fields with at least one value, and VIDEO_COLUMNS where it has them."""
     nested: tuple[str, ...]
     """.json keys that hold lists or mappings."""
     members: tuple[str, ...]
@@ -78,15 +82,20 @@ class Summary:
     renumbered: bool = False
     """Whether an index of version 2 had other rows."""
 
+    @property
+    def lacks_videos(self) -> bool:
+        """Whether the tar has videos of which the index of an earlier version says nothing."""
+        return not VIDEO_COLUMNS.keys() <= set(self.fields) and not set(self.members).isdisjoint(VIDEO_EXTENSIONS)
+
 
 def index_shard(shard: Shard, *, replace: bool = False) -> Summary:
-    """Read the headers of a tar, of its pictures and its texts, and write its index.
+    """Read the headers of a tar, of its pictures and videos, its texts, and write its index.
 
     An index that is there of the same content stays as it is, unless `replace`; that the tar was looked at is
     remembered.
 
     Raises:
-        BadShardError: the tar is damaged, or holds no picture that is whole.
+        BadShardError: the tar is damaged, or holds no picture or video that is whole.
         ChangedShardError: it changed meanwhile.
         LostShardError, ReadFaultError: it can't be read.
         UserError: the index can be written nowhere.
@@ -99,21 +108,20 @@ def index_shard(shard: Shard, *, replace: bool = False) -> Summary:
         except CutShardError as cut:
             samples = _before(cut, shard.url)
     _refuse_ambiguous(samples)
-    _check_pictures(samples, shard.url)
+    _check_visuals(samples, shard.url)
     rows, nested = _make_table(samples, shard.url)
     _check_unchanged(shard)
-    fields = [name for name in rows.column_names if name.startswith(FIELD_PREFIX)]
     summary = Summary(
         rows=len(rows),
         problems=len(rows) - rows["problem"].null_count,
-        fields=tuple(name.removeprefix(FIELD_PREFIX) for name in fields),
+        fields=fields_in(rows.column_names),
         nested=tuple(nested),
         members=tuple(sorted({name for sample in samples for name in sample.members})),
         content=content_hash.hexdigest(),
         renumbered=any(sample.renumbered for sample in samples),
     )
     present = [] if replace else list(_present_indexes(shard))
-    if any(_is_of(saved, shard, summary.content) for saved in present):
+    if any(_is_of(saved, shard, summary) for saved in present):
         remember(shard, summary.content)
         return summary
     _tell_difference(shard, present, summary)
@@ -208,6 +216,8 @@ def _summary_of(parquet: pq.ParquetFile, shard: Shard, url: str) -> Summary:
         raise _StaleIndexError()
     names = {name: tuple(summary[name]) for name in ("fields", "nested", "members")}
     found = Summary(**(summary | names))
+    if found.lacks_videos:
+        raise _StaleIndexError(f"{url} says nothing of the videos of its tar, as an earlier version wrote it")
     _check_agrees(shard, found)
     return found
 
@@ -233,10 +243,11 @@ def has_older_index(shard: Shard) -> bool:
     return any(saved["version"] < INDEX_VERSION and saved["size_bytes"] == shard.size_bytes for saved in present)
 
 
-def _is_of(saved: dict, shard: Shard, content: str) -> bool:
+def _is_of(saved: dict, shard: Shard, summary: Summary) -> bool:
     """Whether an index is of the content of a tar whose etag is another one now."""
     known = saved["version"] == INDEX_VERSION and saved["etag"] != shard.etag
-    return known and (saved["size_bytes"], saved["content"]) == (shard.size_bytes, content)
+    is_whole = saved["summary"].get("fields") == list(summary.fields)  # else it says nothing of videos
+    return known and is_whole and (saved["size_bytes"], saved["content"]) == (shard.size_bytes, summary.content)
 
 
 def _tell_difference(shard: Shard, present: list[dict], summary: Summary) -> None:
@@ -245,7 +256,7 @@ def _tell_difference(shard: Shard, present: list[dict], summary: Summary) -> Non
         logger.warning(
             "%s: names repeat in it, and an earlier version put other members together; it is indexed again", shard.url
         )
-    if any(saved["version"] == INDEX_VERSION for saved in of_this_size):
+    if any(saved["version"] == INDEX_VERSION and saved["content"] != summary.content for saved in of_this_size):
         logger.warning("%s changed since it was indexed; it is indexed again", shard.url)
 
 
@@ -293,12 +304,12 @@ def _before(cut: CutShardError, url: str) -> list[TarSample]:
 
 
 def _refuse_ambiguous(samples: list[TarSample]) -> None:
-    """Where a key has two pictures and two captions, say, it is unclear which belong together."""
+    """Where a key has two pictures or videos, and two captions, say, it is unclear which belong together."""
     for sample in samples:
-        repeated = [name for name in sample.replaced if _extension(name) not in PICTURE_EXTENSIONS]
-        pictures = [name for name in PICTURE_EXTENSIONS if name in sample.members]
-        if repeated and len(pictures) > 1 and sample.problem is None:
-            first, second = (f"{sample.key}.{name}" for name in pictures[:2])
+        repeated = [name for name in sample.replaced if _extension(name) not in VISUAL_EXTENSIONS]
+        visuals = [name for name in VISUAL_EXTENSIONS if name in sample.members]
+        if repeated and len(visuals) > 1 and sample.problem is None:
+            first, second = (f"{sample.key}.{name}" for name in visuals[:2])
             sample.problem = f"{SHARED_KEY}: {first} and {second}, with two {repeated[0]}"
 
 
@@ -306,14 +317,14 @@ def _extension(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def _check_pictures(samples: list[TarSample], url: str) -> None:
+def _check_visuals(samples: list[TarSample], url: str) -> None:
     if not samples:
         raise BadShardError(f"{url} is an empty tar: it holds no sample")
     if not any(_measured_member(sample) for sample in samples):
         counts = Counter(name for sample in samples for name in sample.members)
         held = ", ".join(f"{number} x .{name}" for name, number in counts.most_common(8)) or "nothing"
         links = f"; {_LINKS}" if any(sample.links for sample in samples) else ""
-        raise BadShardError(f"{url} holds no picture; its {len(samples)} samples hold {held}{links}")
+        raise BadShardError(f"{url} holds no picture or video; its {len(samples)} samples hold {held}{links}")
 
 
 _LINKS = "some members are links, without content: build the tar with tar --dereference --hard-dereference"
@@ -321,13 +332,13 @@ _LINKS = "some members are links, without content: build the tar with tar --dere
 
 def _make_table(samples: list[TarSample], url: str) -> tuple[pa.Table, list[str]]:
     """The rows of the index, and the .json keys that hold lists or mappings."""
-    measured = [_size_or_problem(sample) for sample in samples]
+    measured = [_visual(sample) for sample in samples]
     names = pa.array([list(sample.members) for sample in samples], pa.list_(pa.string()))
     columns = {
         "key": pa.array([sample.key for sample in samples], pa.string()),
-        "width": pa.array([width for width, _, _ in measured], pa.int32()),
-        "height": pa.array([height for _, height, _ in measured], pa.int32()),
-        "problem": pa.array([problem for _, _, problem in measured], pa.string()),
+        "width": pa.array([visual.width for visual in measured], pa.int32()),
+        "height": pa.array([visual.height for visual in measured], pa.int32()),
+        "problem": pa.array([visual.problem for visual in measured], pa.string()),
         "member_names": names,
     }
     for place, name in enumerate(MEMBER_COLUMNS[1:]):
@@ -336,36 +347,45 @@ def _make_table(samples: list[TarSample], url: str) -> tuple[pa.Table, list[str]
     hidden = hidden_pictures(samples)
     if any(hidden):
         columns[HIDDEN_COLUMN] = pa.array(hidden, pa.list_(pa.string()))
+    members = {name for sample in samples for name in sample.members}
+    if any(visual.video for visual in measured) or not members.isdisjoint(VIDEO_EXTENSIONS):
+        for name, kind in VIDEO_COLUMNS.items():
+            columns[name] = pa.array([(visual.video or {}).get(name) for visual in measured], kind)
     fields, nested = gather_fields(samples)
     columns |= {FIELD_PREFIX + name: typed_column(values, f"{url}: {name!r}") for name, values in fields.items()}
     return pa.table(columns), nested
 
 
-def _size_or_problem(sample: TarSample) -> tuple[int, int, str | None]:
-    """(width, height, None) of the sample's picture, or (0, 0, why it can't be used)."""
+def _visual(sample: TarSample) -> Visual:
+    """What the row of a sample says of its picture or video; nothing but why, where it can't be used."""
     if sample.problem:
-        return 0, 0, sample.problem
+        return Visual(problem=sample.problem)
     for name in TEXT_EXTENSIONS:
         if sample.members.get(name, (0, 0))[1] > MAX_TEXT_BYTES:
-            return 0, 0, f"{LONG_TEXT}: {sample.key}.{name}"
+            return Visual(problem=f"{LONG_TEXT}: {sample.key}.{name}")
     extension = _measured_member(sample)
     if extension is None:
-        return 0, 0, _why_no_picture(sample)
-    width, height, problem = sample.seen[extension]
-    if problem is None and not (0 < width < MAX_SIDE_PX and 0 < height < MAX_SIDE_PX):
+        return Visual(problem=_why_no_picture(sample))
+    visual: Visual = sample.seen[extension]
+    problem = visual.problem
+    if problem is None and not (0 < visual.width < MAX_SIDE_PX and 0 < visual.height < MAX_SIDE_PX):
         problem = "its picture has an impossible size"
-    return (width, height, None) if problem is None else (0, 0, clean(problem))
+    if problem is None:
+        return visual
+    if extension in VIDEO_EXTENSIONS:
+        problem = problem.replace(UNDECODABLE_VIDEO, f"{UNDECODABLE_VIDEO}: {sample.key}.{extension}", 1)
+    return Visual(problem=clean(problem))
 
 
 def _why_no_picture(sample: TarSample) -> str:
     if names := dotted(sample):
         return f"{DOTTED_NAME}: {as_read(sample.key, names)}"
-    return "no picture" + (f": {_LINKS}" if set(sample.links) & set(PICTURE_EXTENSIONS) else "")
+    return NO_VISUAL + (f": {_LINKS}" if set(sample.links) & set(VISUAL_EXTENSIONS) else "")
 
 
 def _measured_member(sample: TarSample) -> str | None:
-    """The extension of its picture, or of what stands for it."""
-    return picture_member(sample.members) or (PICTURE_FACTS if PICTURE_FACTS in sample.members else None)
+    """The extension of its picture or video, or of what stands for it."""
+    return visual_member(sample.members) or (PICTURE_FACTS if PICTURE_FACTS in sample.members else None)
 
 
 def has_member(rows: pa.Table, extension: str) -> pa.Array:

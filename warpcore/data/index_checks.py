@@ -1,6 +1,6 @@
 """Whether an index or a manifest holds what it should: a data set of others brings its own, and disks damage files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from warpcore.data.filters import FIELD_PREFIX
+from warpcore.data.filters import FIELD_PREFIX, VIDEO_COLUMNS
 from warpcore.data.tar_headers import BLOCK_BYTES
 from warpcore.safe_json import parse_json
 
@@ -82,8 +82,10 @@ def check_index(parquet: pq.ParquetFile, rows: int, fields: list[str], size_byte
         raise DamagedError("its columns are not those of an index")
     if types.get(HIDDEN_COLUMN, pa.list_(pa.string())) != pa.list_(pa.string()):
         raise DamagedError(f"its column {HIDDEN_COLUMN} is of another type")
+    if any(types.get(name, kind) != kind for name, kind in VIDEO_COLUMNS.items()):
+        raise DamagedError("its columns of videos are of other types")
     of_fields = {name: kind for name, kind in types.items() if name.startswith(FIELD_PREFIX)}
-    if sorted(of_fields) != sorted(FIELD_PREFIX + name for name in fields):
+    if set(fields_in(schema.names)) != set(fields):
         raise DamagedError("its columns are not the fields that it names")
     if wrong := [name for name, kind in of_fields.items() if kind not in _FIELD_TYPES]:
         raise DamagedError(f"its column {wrong[0]} is of another type")
@@ -91,6 +93,14 @@ def check_index(parquet: pq.ParquetFile, rows: int, fields: list[str], size_byte
         raise DamagedError(f"it says that it has {rows} rows, and has {about.num_rows}")
     if about.num_row_groups != -(-rows // group_rows):
         raise DamagedError("its rows are grouped in another way")
+
+
+def fields_in(columns: Iterable[str]) -> tuple[str, ...]:
+    """The names, of an index's columns, that a filter may name beside those that every index has."""
+    fields = [
+        name.removeprefix(FIELD_PREFIX) for name in columns if name in VIDEO_COLUMNS or name.startswith(FIELD_PREFIX)
+    ]
+    return tuple(sorted(set(fields)))
 
 
 def check_group_sizes(parquet: pq.ParquetFile, first: int, last: int, group_rows: int) -> None:

@@ -1,14 +1,17 @@
 """What indexing reads of a tar's members: the sizes of pictures, from their headers, and the content of texts."""
 
 import io
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
 from warpcore.data.identity import HASHED_BYTES
 from warpcore.data.picture_costs import CountedFile, check_tags, orientation
-from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, PICTURE_FACTS
+from warpcore.data.samples import FORMATS, PICTURE_EXTENSIONS, PICTURE_FACTS, VIDEO_EXTENSIONS
 from warpcore.data.storage import patiently
+from warpcore.data.video_headers import read_header
 from warpcore.errors import UserError
 from warpcore.safe_json import parse_json
 
@@ -20,10 +23,23 @@ LONG_TEXT = f"a text of more than {MAX_TEXT_BYTES >> 20} MiB"
 """The start of the problem of a row that has a longer one."""
 MAX_PROBLEM = 500
 """Characters of what a file says of itself that is wrong with it."""
+UNDECODABLE_VIDEO = "undecodable video"
+"""The start of the problem of a row whose video is damaged."""
+
+
+class Visual(NamedTuple):
+    """What the index says of a picture or a video, or why it can't be drawn."""
+
+    width: int = 0
+    height: int = 0
+    """In px as shown."""
+    problem: str | None = None
+    video: dict[str, Any] | None = None
+    """The fields of a video's `Header` but its size, as far as they are known."""
 
 
 def look(file: BinaryIO, content_hash: Any, extension: str, offset: int, size: int) -> Any:
-    """What the index needs of a member: (width, height, problem) of a picture or its facts, the content of a .json.
+    """What the index needs of a member: a `Visual` of a picture, a video or its facts, the content of a .json.
 
     `content_hash` is updated with what it is identified by.
     """
@@ -31,29 +47,43 @@ def look(file: BinaryIO, content_hash: Any, extension: str, offset: int, size: i
     start = _read_at(file, offset, size if is_whole else min(size, HASHED_BYTES))
     content_hash.update(start)
     if extension in PICTURE_EXTENSIONS:
-        return _measure(_Window(file, offset, size, start), extension)
+        return _measure(_Window(file, offset, size, start), _picture, f"undecodable .{extension}")
+    if extension in VIDEO_EXTENSIONS:
+        return _measure(_Window(file, offset, size, start), _video, UNDECODABLE_VIDEO)
     if extension == PICTURE_FACTS:
         return _told(_as_json(start))
     return _as_json(start) if extension == "json" else None
 
 
-def _told(facts: dict[str, Any]) -> tuple[int, int, str | None]:
-    """(width, height, problem) of a picture that is not there."""
+def _told(facts: dict[str, Any]) -> Visual:
+    """What is said of a picture or a video that is not there."""
     width, height, problem = (facts.get(name) for name in ("width", "height", "problem"))
     if not (isinstance(width, int) and isinstance(height, int)):
-        return 0, 0, f"its .{PICTURE_FACTS} has no width and height"
-    return int(width), int(height), None if problem is None else str(problem)[:MAX_PROBLEM]
+        return Visual(problem=f"its .{PICTURE_FACTS} has no width and height")
+    frames, fps = facts.get("num_frames"), facts.get("fps")
+    is_video = type(frames) is int and type(fps) in (int, float) and 0 < frames < 2**31 and 0 < fps < 2**31
+    video = {"num_frames": frames, "fps": float(fps)} if is_video else None
+    return Visual(int(width), int(height), None if problem is None else str(problem)[:MAX_PROBLEM], video)
 
 
-def _measure(window: "_Window", extension: str) -> tuple[int, int, str | None]:
+def _measure(window: "_Window", measured: Callable[[BinaryIO], Visual], complaint: str) -> Visual:
     try:
-        return *picture_size(io.BufferedReader(window)), None
+        return measured(io.BufferedReader(window))
     except MemoryError:
         raise
-    except Exception as error:  # whatever a decoder makes of hostile bytes says only that the picture is unusable
+    except Exception as error:  # whatever a decoder makes of hostile bytes says only that the file is unusable
         if window.fault is not None:
             raise window.fault from None
-        return 0, 0, f"undecodable .{extension}: {str(error).split('<')[0].strip() or type(error).__name__}"
+        return Visual(problem=f"{complaint}: {str(error).split('<')[0].strip() or type(error).__name__}")
+
+
+def _picture(file: BinaryIO) -> Visual:
+    return Visual(*picture_size(file))
+
+
+def _video(file: BinaryIO) -> Visual:
+    header = asdict(read_header(file))
+    return Visual(header.pop("width"), header.pop("height"), video=header)
 
 
 def picture_size(file: BinaryIO) -> tuple[int, int]:

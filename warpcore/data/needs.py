@@ -16,6 +16,8 @@ class DataNeeds:
     """Sides of pictures are multiples of it, in pixels."""
     images: bool = True
     """Whether pictures are read at all."""
+    videos: bool = False
+    """Whether videos are taken, as clips of frames. Otherwise their rows are left out, and counted."""
     captions: bool = True
     """Whether every sample needs a caption."""
     geometry: bool = False

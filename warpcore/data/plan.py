@@ -64,6 +64,7 @@ class Plan:
         validation_samples: how many rows of the data set are kept for validation where there is no `validation`.
         counted_members: members of which the survey counts how many rows have them.
         columns: index columns whose values samples bring along, as `column_types` gives them.
+        videos: whether rows of videos are taken.
         member_keys: the config keys that name required members, by the first extension of each, for error messages.
         num_lanes, group_rows: by default they follow from the number of rows.
 
@@ -89,6 +90,7 @@ class Plan:
         counted_members: Sequence[str] = (),
         columns: Mapping[str, pa.DataType] = MappingProxyType({}),
         member_keys: Mapping[str, str] = MappingProxyType({}),
+        videos: bool = True,
     ):
         if micro_batch_size < 1:
             raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
@@ -102,6 +104,7 @@ class Plan:
             max_picture_pixels,
             columns=dict(columns),
             required_columns=captions.columns if captions else (),
+            videos=videos,
         )
         selection.check(catalog, captions, member_keys)
         if validation is not None:

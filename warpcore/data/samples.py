@@ -8,10 +8,14 @@ PICTURE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "ppm", "tga", "qoi",
 )  # fmt: skip
 
+VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "ts")
+"""In order of preference, of a sample that has no picture."""
+VISUAL_EXTENSIONS = (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS)
+
 PICTURE_FACTS = "picture.json"
-"""Extension of what stands for a picture that a tar does not hold, such as one of cached latents: its true `width` and
-`height` in px, perhaps a `problem` why it can't be drawn, and `crops`: of each variant the [top, left] of its crop in
-px of the resized picture."""
+"""Extension of what stands for a picture or a video that a tar does not hold, such as one of cached latents: its true
+`width` and `height` in px, of a video `num_frames` and `fps`, perhaps a `problem` why it can't be drawn, and `crops`:
+of each variant the [top, left] of its crop in px of the resized picture."""
 
 COMMON_KINDS = ("mask.png", "depth.png", "seg.png")
 """Pictures beside the picture of a sample that are known to be no picture of another sample, however few have them."""
@@ -48,6 +52,14 @@ class Sample:
     """Values of the index columns that the run asks for."""
     joined: dict[str, tuple[str, tuple[int, str]]] | None = None
     """Of those `members` that lie in another tar of the same samples, such as a cache's: its URL and version."""
+    num_frames: int = 1
+    """Of a video, those that are shown; a picture is a clip of one frame."""
+    fps: float = 0.0
+    """Frames per second on average; 0 of a picture."""
+
+    @property
+    def is_video(self) -> bool:
+        return self.fps > 0
 
     def tar_of(self, member: str) -> tuple[str, tuple[int, str] | None]:
         """URL and version of the tar in which a member lies."""
@@ -78,3 +90,9 @@ def picture_member(extensions: Iterable[str]) -> str | None:
     """The extension of the sample's picture, None where it has none. `mask.png` is not the picture of a sample."""
     present = set(extensions)
     return next((extension for extension in PICTURE_EXTENSIONS if extension in present), None)
+
+
+def visual_member(extensions: Iterable[str]) -> str | None:
+    """The extension of what the sample shows: its picture, or else its video; None where it has neither."""
+    present = set(extensions)
+    return next((extension for extension in VISUAL_EXTENSIONS if extension in present), None)

@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog
-from warpcore.data.columns import PREFIX, values_of, with_columns
+from warpcore.data.columns import PREFIX, columns_of, with_columns
 from warpcore.data.dotted_names import DOTTED_NAME, as_read
 from warpcore.data.expressions import near_names
-from warpcore.data.filters import Filter, column_name
-from warpcore.data.index import CUT_SHORT, HIDDEN_COLUMN, MEMBER_COLUMNS, has_member, read_rows
+from warpcore.data.filters import Filter, column_names, values_of
+from warpcore.data.index import CUT_SHORT, HIDDEN_COLUMN, MEMBER_COLUMNS, NO_VISUAL, has_member, read_rows
 from warpcore.data.joined import add_joined_members, joined_columns, with_joined
-from warpcore.data.member_headers import LONG_TEXT
+from warpcore.data.member_headers import LONG_TEXT, UNDECODABLE_VIDEO
 from warpcore.data.samples import Sample
 from warpcore.data.shards import Shard
 from warpcore.data.tars import SHARED_KEY
@@ -26,6 +26,10 @@ from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
 BASE_COLUMNS = ["key", "width", "height", *MEMBER_COLUMNS]
+FRAME_COLUMNS = {"num_frames": (pa.int32(), 1), "fps": (pa.float32(), 0.0)}
+"""What rows have as well: types, and the values of pictures."""
+VIDEOS_NOT_TAKEN = "a video, and this script takes pictures"
+"""Why rows of videos are rejected, which tools/build_dataset.py --frames-every makes pictures of."""
 HELD_OUT = "held out for validation"
 PASS_ROWS = 262_144
 """How many rows of a shard are looked at together in a pass over the whole index."""
@@ -58,7 +62,7 @@ class Rows:
     """The rows of a piece that can be drawn."""
 
     table: pa.Table
-    """BASE_COLUMNS, and those that the selection names."""
+    """BASE_COLUMNS, FRAME_COLUMNS, and those that the selection names."""
     numbers: np.ndarray
     """(rows,) int64: their places in the shard."""
     rejected: Counter[str]
@@ -70,6 +74,7 @@ class Rows:
 NAMING_PROBLEMS = {
     SHARED_KEY: "rename one of them",
     LONG_TEXT: "shorten it, or leave it out of the tar",
+    UNDECODABLE_VIDEO: "encode it again, or leave it out",
     DOTTED_NAME: "rename such pictures without dots, or make tars of their folder with tools/build_dataset.py",
 }
 """Problems of rows that begin so, and what to do."""
@@ -89,6 +94,8 @@ class Selection:
     """Index columns whose values samples bring along, and their types."""
     required_columns: tuple[str, ...] = ()
     """Those of them without which a row is rejected."""
+    videos: bool = True
+    """False: rows of videos are rejected."""
 
     def load(self, catalog: Catalog, piece: Piece) -> Rows:
         """Read the rows of a piece and keep those that meet the conditions, each rejection counted once."""
@@ -96,6 +103,8 @@ class Selection:
         found = with_joined(read_rows(shard, self._columns(), piece.start, piece.stop), shard, piece.start, piece.stop)
         sieve = _Sieve(shard, found, np.arange(piece.start, piece.stop))
         sieve.reject_problems()
+        if not self.videos and "fps" in sieve.rows.column_names:
+            sieve.keep(_as_bool(sieve.rows["fps"].is_null()), VIDEOS_NOT_TAKEN)
         if self.max_picture_pixels is not None:
             limit = f"more than {self.max_picture_pixels} pixels (max_picture_pixels)"
             sieve.keep(sieve.numbers_of("width") * sieve.numbers_of("height") <= self.max_picture_pixels, limit)
@@ -106,14 +115,14 @@ class Selection:
         for condition in self.filters:
             sieve.apply(condition)
         sieve.keep(~np.isin(sieve.numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
-        base = sieve.rows.select([*BASE_COLUMNS, *joined_columns(sieve.rows)])
+        base = _with_frames(sieve.rows.select([*BASE_COLUMNS, *joined_columns(sieve.rows)]), sieve.rows)
         table = with_columns(base, sieve.rows, self.columns, shard.url)
         return Rows(table, sieve.numbers, +sieve.rejected, sieve.examples)
 
     def read(self, shard: Shard, start: int, stop: int, also: Sequence[str] = ()) -> pa.Table:
         """Rows of a shard as `load` gives them, whether they meet the conditions or not; `also` more of the index."""
-        found = read_rows(shard, [*BASE_COLUMNS, *also, *map(column_name, self.columns)], start, stop)
-        base = with_joined(found.select([*BASE_COLUMNS, *also]), shard, start, stop)
+        found = read_rows(shard, [*BASE_COLUMNS, *FRAME_COLUMNS, *also, *self._asked()], start, stop)
+        base = with_joined(_with_frames(found.select([*BASE_COLUMNS, *also]), found), shard, start, stop)
         return with_columns(base, found, self.columns, shard.url)
 
     def check(
@@ -153,8 +162,10 @@ class Selection:
         if any(condition.takes_mapping and not condition.expression.only_keys for condition in self.filters):
             return None
         wanted = [name for condition in self.filters for name in condition.column_names]
-        wanted += map(column_name, self.columns)
-        return list(dict.fromkeys([*BASE_COLUMNS, "problem", HIDDEN_COLUMN, *wanted]))
+        return list(dict.fromkeys([*BASE_COLUMNS, *FRAME_COLUMNS, "problem", HIDDEN_COLUMN, *wanted, *self._asked()]))
+
+    def _asked(self) -> list[str]:
+        return [column for name in self.columns for column in column_names(name)]
 
 
 class _Sieve:
@@ -176,7 +187,7 @@ class _Sieve:
 
     def reject_problems(self) -> None:
         """Reject the rows that can't be drawn, and count the pictures that dots in their names hide in others."""
-        self.keep(~self._problem(pc.starts_with, "no picture"), "no picture")
+        self.keep(~self._problem(pc.starts_with, NO_VISUAL), NO_VISUAL)
         for tar in pc.unique(
             self.rows["problem"].filter(pa.array(self._problem(pc.ends_with, CUT_SHORT)))
         ).to_pylist():
@@ -207,9 +218,8 @@ class _Sieve:
 
     def require_column(self, name: str) -> None:
         """Reject the rows without a value in a column of the index."""
-        column = column_name(name)
-        known = column in self.rows.column_names
-        held = _as_bool(self.rows[column].is_valid()) if known else np.zeros(len(self.rows), bool)
+        values = values_of(self.rows, name)
+        held = np.zeros(len(self.rows), bool) if values is None else _as_bool(values.is_valid())
         self.keep(held, f"no {name} in the index (captions_getter)")
 
     def apply(self, condition: Filter) -> None:
@@ -260,7 +270,7 @@ def survey(catalog: Catalog, selection: Selection, members: Sequence[str] = ()) 
     """Read every index once: a second per million rows and filter, longer where storage is slow."""
     result = Survey()
     limits: dict[str, list] = {}
-    names = [name for condition in selection.filters for name in condition.column_names]
+    names = list(dict.fromkeys(key for condition in selection.filters for key in condition.keys))
     for piece in as_pieces(cut(catalog, PASS_ROWS)):
         result.rows += piece.stop - piece.start
         rows = selection.load(catalog, piece)
@@ -272,18 +282,29 @@ def survey(catalog: Catalog, selection: Selection, members: Sequence[str] = ()) 
             result.missing[name] += rows.table[PREFIX + name].null_count
         result.rejected += rows.rejected
         result.examples = rows.examples | result.examples
-        for name, column in _columns_of(catalog, piece, names):
+        for name, column in _values_in(catalog, piece, names):
             seen = pc.min_max(column).as_py()
             limits.setdefault(name, []).extend(value for value in seen.values() if value is not None)
     for name, values in limits.items():
-        result.ranges[name.removeprefix("json.")] = _range(values)
+        result.ranges[name] = _range(values)
     return result
 
 
-def _columns_of(catalog: Catalog, piece: Piece, names: list[str]) -> Iterator[tuple[str, pa.ChunkedArray]]:
+def _with_frames(rows: pa.Table, source: pa.Table) -> pa.Table:
+    """`rows` with the FRAME_COLUMNS of `source`, equally many rows of an index."""
+    for name, (kind, of_pictures) in FRAME_COLUMNS.items():
+        known = name in source.column_names
+        values = source[name].fill_null(of_pictures) if known else pa.repeat(pa.scalar(of_pictures, kind), len(rows))
+        rows = rows.append_column(name, values)
+    return rows
+
+
+def _values_in(catalog: Catalog, piece: Piece, names: list[str]) -> Iterator[tuple[str, pa.ChunkedArray]]:
     if names:
-        table = read_rows(catalog.shard(piece.shard), names, piece.start, piece.stop)
-        yield from ((name, table[name]) for name in names if name in table.column_names)
+        columns = [column for name in names for column in column_names(name)]
+        table = read_rows(catalog.shard(piece.shard), columns, piece.start, piece.stop)
+        found = ((name, values_of(table, name)) for name in names)
+        yield from ((name, values) for name, values in found if values is not None)
 
 
 def _range(values: list) -> str:
@@ -299,7 +320,7 @@ def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) 
     Raises:
         UserError: a row lacks one of the columns that were asked for.
     """
-    columns = [rows[name].to_pylist() for name in ("key", "width", "height")]
+    columns = [rows[name].to_pylist() for name in ("key", "width", "height", *FRAME_COLUMNS)]
     names, offsets, sizes = (rows[name].to_pylist() for name in MEMBER_COLUMNS)
     members = [
         dict(zip(keys, zip(starts, lengths, strict=True), strict=True))
@@ -307,9 +328,9 @@ def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) 
     ]
     joined = add_joined_members(rows, shards, members)
     return [
-        Sample(shard.url, key, held, width, height, seed, (shard.size_bytes, shard.etag), values, tars)
-        for shard, key, width, height, held, seed, values, tars in zip(
-            shards, *columns, members, seeds, values_of(rows, shards), joined, strict=True
+        Sample(shard.url, key, held, width, height, seed, (shard.size_bytes, shard.etag), values, tars, frames, fps)
+        for shard, key, width, height, frames, fps, held, seed, values, tars in zip(
+            shards, *columns, members, seeds, columns_of(rows, shards), joined, strict=True
         )
     ]
 

@@ -191,7 +191,7 @@ def test_what_is_no_usable_tar_is_named(tmp_path, content, message):
 
 def test_a_tar_without_pictures_says_what_it_holds(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("a.txt", b""), ("b.txt", b""), ("b.json", b"{}")])
-    with pytest.raises(BadShardError, match=r"no picture; its 2 samples hold 2 x \.txt, 1 x \.json"):
+    with pytest.raises(BadShardError, match=r"no picture or video; its 2 samples hold 2 x \.txt, 1 x \.json"):
         index_shard(shard_of(path))
 
 
