@@ -88,7 +88,7 @@ class Picture(NamedTuple):
     geometry: Geometry
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """Pixels (h, w, 3) uint8 as they lie in the file, `reduction` times smaller; `size` is the full upright (H, W).
     `profile` is what their colours are still to be converted by."""
 
@@ -137,7 +137,7 @@ def decode_alike(
 
 
 def place(
-    source: tuple[int, int], size: tuple[int, int], crop: Crop = "center", seed: int = 0, stored: _Stored | None = None
+    source: tuple[int, int], size: tuple[int, int], crop: Crop = "center", seed: int = 0, stored: Stored | None = None
 ) -> Geometry:
     """The crop of an upright picture of `source` (H, W) px to the bucket `size`; `smart` needs the pixels."""
     resized = resized_size(*source, size)
@@ -162,7 +162,7 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 def _read(
     data: bytes, size: tuple[int, int], background: tuple[int, int, int], max_pixels: int, colours: bool = True
-) -> _Stored:
+) -> Stored:
     """Decode; a JPEG no larger than covering the bucket `size` needs. Without `colours`, profiles are passed over."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has a guard of its own, and the caller asks for a wider one
@@ -186,7 +186,7 @@ def _read(
 
 def _read_jpeg(
     data: bytes, header: Image.Image, size: tuple[int, int], background: tuple[int, int, int], max_pixels: int
-) -> _Stored:
+) -> Stored:
     """`header` is the opened, undecoded picture."""
     scans = jpeg_scans.check(data, header)
     if header.mode not in ("L", "RGB"):
@@ -207,14 +207,14 @@ def _read_jpeg(
         if header.mode == "L" and profile is not None:
             pixels = np.array(in_srgb(Image.fromarray(pixels[..., 0]), profile).convert("RGB"))
             profile = None
-        stored = _Stored(pixels, upright, turned, reduction, profile)
+        stored = Stored(pixels, upright, turned, reduction, profile)
         last = pixels[-1, -1]
     if all(value in jpeg_scans.GREY for value in last) and jpeg_scans.ran_out(data, scans):
         raise BadPicture("the JPEG is cut off: its data ends before the picture does, of which the rest would be grey")
     return stored
 
 
-def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> _Stored:
+def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> Stored:
     picture.load()
     if picture.mode == "P" and picture.has_transparency_data:
         _blend_palette(picture, background)
@@ -228,7 +228,7 @@ def _read_any(picture: Image.Image, background: tuple[int, int, int]) -> _Stored
         pixels[top : top + rows] = np.asarray(_to_rgb(strip, background))
     if turned != 1:
         pixels = np.ascontiguousarray(_UPRIGHT[turned](pixels))
-    return _Stored(pixels, pixels.shape[:2])
+    return Stored(pixels, pixels.shape[:2])
 
 
 def _blend_palette(picture: Image.Image, background: tuple[int, int, int]) -> None:
@@ -255,7 +255,7 @@ def _to_rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Ima
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _resample(stored: _Stored, geometry: Geometry) -> np.ndarray:
+def _resample(stored: Stored, geometry: Geometry) -> np.ndarray:
     """Resize the stored pixels as `geometry` says, turn them upright and crop: (H, W, 3)."""
     upright = _UPRIGHT[stored.orientation]
     (height, width), (rows, columns) = geometry.size, geometry.resized
@@ -280,7 +280,7 @@ def _resample_crop(pixels: np.ndarray, geometry: Geometry, reduction: int) -> np
     return np.asarray(picture.resize(geometry.size[::-1], Image.Resampling.BILINEAR, box=box))
 
 
-def _most_detailed(stored: _Stored, resized: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def _most_detailed(stored: Stored, resized: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """(top, left) of the window `size` of the resized picture with most gradient magnitude; of equals the middle."""
     height, width = stored.pixels.shape[:2]
     shrink = min(1.0, _DETAIL_SIDE / max(height, width))
