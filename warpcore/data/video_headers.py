@@ -28,6 +28,8 @@ _MP4_TYPES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 _TS_PACKETS = ((0, 188), (4, 192))
 """Where the mark of a packet stands, and the length of packets: of MPEG-TS, and of M2TS with a time before each."""
 _TS_MARK = 0x47
+START_BYTES = 2 * _TS_PACKETS[-1][1]
+"""Of a file, by which its container is told."""
 _DEMUXERS = {"mp4": "mov", "matroska": "matroska", "avi": "avi", "mpegts": "mpegts"}
 _VP8_SHOWN = 0x10
 
@@ -66,7 +68,7 @@ def read_header(file: BinaryIO) -> Header:
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    container = container_of(file.read(2 * _TS_PACKETS[-1][1]))
+    container = container_of(file.read(START_BYTES))
     track = None
     try:
         if container == "mp4":
@@ -82,7 +84,7 @@ def container_of(start: bytes) -> str:
     """The container whose file begins so: `mp4`, `matroska`, `avi` or `mpegts`, whatever its extension says.
 
     Args:
-        start: 384 bytes or more, or all of the file.
+        start: START_BYTES or more, or all of the file.
 
     Raises:
         BadVideo: it is none of them.

@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from warpcore.data.buckets import resized_size
-from warpcore.data.images import BadPicture, Crop, Stored, place
+from warpcore.data.images import Crop, Stored, place
+from warpcore.data.video_headers import BadVideo, shown_size
 
 UntaggedMatrix = Literal["auto", "bt601", "bt709"]
 """How colours are meant where a file does not say. ffmpeg takes BT.601 for all, though HD video is BT.709 in truth;
@@ -16,7 +17,6 @@ _UNSPECIFIED = (2, 3)
 _BT709_ROWS = 720
 _PLANES_OF_RGB = (2, 0, 1)
 """swscale's planes are G, B, R."""
-_MAX_PIXEL_SHAPE = 16
 
 
 class FrameWriter:
@@ -34,15 +34,15 @@ class FrameWriter:
         """frame: PyAV's, the first. pixel_shape: width of a pixel by its height; None: square. size: bucket (H, W).
 
         Raises:
-            BadPicture: a shape of pixels or a rotation that can't be.
+            BadVideo: a shape of pixels or a rotation that can't be.
         """
         from av.video.reformatter import VideoReformatter
 
         self._reformatter = VideoReformatter()
         self._matrix = _matrix(frame, untagged_matrix)
         self._turn = _turn(frame)
-        shape = _square_pixels(frame.height, frame.width, pixel_shape)
-        source = shape[::-1] if self._turn.swaps else shape
+        shown = shown_size(frame.width, frame.height, float(pixel_shape or 1), 90 if self._turn.swaps else 0)
+        source = shown[::-1]
         self._resized = resized_size(*source, size)
         stored = Stored(np.stack(self._planes(frame), axis=-1), source) if crop == "smart" else None
         self.geometry = place(source, size, crop, seed, stored)
@@ -80,7 +80,7 @@ class _Turn(NamedTuple):
 
 
 def _turn(frame: Any) -> _Turn:
-    """How a frame is turned to be shown. Raises BadPicture where that is no multiple of a quarter turn."""
+    """How a frame is turned to be shown. Raises BadVideo where that is no multiple of a quarter turn."""
     matrix = next((np.frombuffer(one, np.int32) for one in frame.side_data if one.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
         return _Turn(False, False, False)
@@ -89,7 +89,7 @@ def _turn(frame: Any) -> _Turn:
         return _Turn(False, d < 0, a < 0)
     if b and c and not a and not d:
         return _Turn(True, b < 0, c < 0)
-    raise BadPicture(f"it is shown turned by {frame.rotation} degrees, which is no multiple of 90")
+    raise BadVideo(f"it is shown turned by {frame.rotation} degrees, which is no multiple of 90")
 
 
 def _matrix(frame: Any, untagged: UntaggedMatrix) -> Any:
@@ -100,11 +100,3 @@ def _matrix(frame: Any, untagged: UntaggedMatrix) -> Any:
         return None
     is_bt709 = untagged == "bt709" or (untagged == "auto" and min(frame.width, frame.height) >= _BT709_ROWS)
     return Colorspace.ITU709 if is_bt709 else Colorspace.ITU601
-
-
-def _square_pixels(height: int, width: int, pixel_shape: Fraction | None) -> tuple[int, int]:
-    """(H, W) in px of a frame once its pixels are square: what is too short is enlarged."""
-    shape = pixel_shape or 1
-    if not 1 / _MAX_PIXEL_SHAPE <= shape <= _MAX_PIXEL_SHAPE:
-        raise BadPicture(f"its pixels are said to be {float(shape):.3g} times as wide as high")
-    return round(height * max(1, 1 / shape)), round(width * max(1, shape))

@@ -14,17 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from warpcore.data.images import BadPicture, Crop, Geometry
+from warpcore.data.images import Crop, Geometry
+from warpcore.data.video_headers import MAX_FRAME_PIXELS, START_BYTES, BadVideo, container_of, demuxer_of
 from warpcore.data.video_pixels import FrameWriter, UntaggedMatrix
 from warpcore.data.video_references import without_unused
 
-MAX_FRAME_PIXELS = 2**25
-"""8192 x 4096. A decoder keeps up to 17 frames, in 1.5 bytes per pixel or more."""
 MAX_DECODED_PIXELS = 2**33
 """What may be decoded for one clip: 4,000 frames of 1080p, 20 s of a core."""
 _REMEDY = "which takes too long: encode it with a key frame every second or two, or cut it"
-_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts"
-"""None that opens further files, as those of playlists do."""
 _ONE_FRAME_PER_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg", "prores")
 """Codecs whose packets show one frame each, so that time stamps of packets tell which one is the n-th. Of others, such
 as VP8 with its hidden frames and MPEG-4 with packed ones, frames are counted as they are decoded."""
@@ -32,10 +29,6 @@ _MAX_DELAY = 32
 """Packets that may be decoded before one that is shown earlier: 16 frames of H.264 and H.265, each of two fields."""
 _MAX_REPEATS = 4
 """How often a file's bytes may be read as packets: an edit list may show a part several times."""
-
-
-class BadVideo(BadPicture):
-    """The bytes are no video that the chosen frames can be read of; the message says why."""
 
 
 class Clip(NamedTuple):
@@ -86,18 +79,17 @@ def decode(
                     done += 1
                 if done == len(frames):
                     return Clip(out.transpose(0, 2, 3, 1), writer.geometry)
-    except BadPicture as error:
-        raise BadVideo(str(error)) from error
     except (av.FFmpegError, ValueError, OverflowError) as error:  # all bytes are in memory: none is an I/O fault
-        raise BadVideo(_reason(error, data)) from error
+        raise BadVideo(f"it can't be decoded ({getattr(error, 'strerror', None) or error})") from error
     raise BadVideo(f"it shows fewer frames than its header says: number {frames[-1]} is not there")
 
 
 def _open(data: bytes, max_pixels: int) -> Any:
     import av
 
-    options = {"format_whitelist": _DEMUXERS, "max_pixels": str(max_pixels), "threads": "1"}
-    return av.open(io.BytesIO(data), options=options, metadata_errors="replace")
+    options = {"max_pixels": str(max_pixels), "threads": "1"}  # also of decoders that look for what headers lack
+    demuxer = demuxer_of(container_of(data[:START_BYTES]))
+    return av.open(io.BytesIO(data), format=demuxer, options=options, metadata_errors="replace")
 
 
 def _video_stream(container: Any, max_pixels: int) -> Any:
@@ -220,10 +212,3 @@ def _decoded(context: Any, packets: Iterator[Any]) -> Iterator[Any]:
             if pixels_left < 0:
                 raise BadVideo(f"too many frames have to be decoded before those that are wanted, {_REMEDY}")
             yield frame
-
-
-def _reason(error: Exception, data: bytes) -> str:
-    if not data:
-        return "the file is empty"
-    known = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"it can't be decoded ({known}); it begins with {data[:8]!r}"
