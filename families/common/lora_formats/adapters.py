@@ -124,6 +124,8 @@ def pair(place: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     for part in ("down", "up"):
         if part not in own:
             raise LoraFileError(f"the adapter of {place} has no {part}: the file is not whole")
+    if not own["up"].numel():
+        raise LoraFileError(f"the adapter of {place} is empty: the file is not whole")
     return own["down"], own["up"].flatten(1)
 
 

@@ -159,6 +159,8 @@ def _adapter(place: str, own: dict[str, Tensor], alpha: float | None, config: Ma
     if "mid" in own:  # a Tucker decomposition: `down` is 1 x 1, and what lies between has the kernels
         down = torch.einsum("mnhw,ni->mihw", own["mid"].float(), down.flatten(1).float()).to(down.dtype)
     if "alpha" in own:
+        if own["alpha"].numel() != 1:
+            raise LoraFileError(f"the alpha of {place} is {own['alpha'].numel()} numbers, not one")
         alpha = own["alpha"].item()
     magnitude = own["rows"].flatten() if "rows" in own else None
     if (lengths := own.get("dora_scale")) is not None:

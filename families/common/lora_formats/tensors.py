@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from families.common.lora_formats.adapters import LoraFileError
@@ -13,6 +14,8 @@ from warpcore.files import why_no_file
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file, or of a PyTorch file read without running code in it.
 
+    Those of eight bits are given in bfloat16, which holds the same numbers, as nothing computes in eight.
+
     Raises:
         LoraFileError: it is missing or unreadable.
     """
@@ -22,6 +25,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.suffix != ".safetensors":
             return read_pickled(path), {}
         with open_weights(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: _computable(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # whatever unpickling may raise
         raise LoraFileError(f"{path} cannot be read as a LoRA: {error}") from error
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
