@@ -4,6 +4,7 @@
     python3 benchmarks/learning.py --run runs/quickstart_lora            # see benchmarks/subject.py
     python3 benchmarks/learning.py --run runs/quickstart_controlnet      # see benchmarks/edges.py
     python3 benchmarks/learning.py --run runs/quickstart_dit             # see benchmarks/classes.py
+    python3 benchmarks/learning.py --run runs/quickstart_latte           # see benchmarks/clips.py
 
 Held-out pictures go through the autoencoder alone, and through every other way that a family has: PSNR and SSIM. Then
 sentences that the demo set never uses are drawn, first with (colour, shape) pairs that it shows, then with pairs that
@@ -15,7 +16,7 @@ import argparse
 
 import numpy as np
 
-from benchmarks import classes, edges, subject
+from benchmarks import classes, clips, edges, subject
 from benchmarks.scorer import ATTRIBUTES, accuracy, distance, sentences
 from families.common.family import SCORING, Family
 from families.common.scoring import Scored
@@ -55,6 +56,7 @@ def main() -> None:
     report = (
         subject.report if settings.lora
         else edges.report if settings.controlnet
+        else clips.report if drawing.draws_clips
         else classes.report if drawing.draws_classes
         else report_drawings
     )  # fmt: skip

@@ -22,7 +22,7 @@ _WORKING_SIDE_PX = 256
 _LEAST_CHROMA = 22.0
 """Backgrounds stay below 12 in Lab chroma, every colour of the demo world is above 40."""
 _TEMPLATE_PX = 64
-_TEMPLATE_BLURS = (4.0, 12.0)
+TEMPLATE_BLURS = (4.0, 12.0)
 """Deviations of the blur on a shape of radius 60 px."""
 
 
@@ -48,19 +48,24 @@ def score(picture: np.ndarray, wanted: dict[str, str | int]) -> dict[str, bool]:
 
 def find(picture: np.ndarray, shapes: Sequence[str] = SHAPES) -> Found:
     """Reads a picture, uint8 RGB (H, W, 3), that shows one of `shapes`, if any."""
-    scale = _WORKING_SIDE_PX / (picture.shape[0] * picture.shape[1]) ** 0.5
-    picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    picture = cv2.GaussianBlur(picture, (0, 0), 1.5)
-    lab = cv2.cvtColor(picture.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    masks = _things(lab)
+    lab = in_lab(picture)
+    masks = things(lab)
     if not masks:
         return Found(None, None, None, 0)
     together = np.any(masks, axis=0)
     votes = [_shape(mask, shapes) for mask in masks]
-    return Found(_colour(lab, together), _position(together), max(votes, key=votes.count), len(masks))
+    return Found(colour_of(lab, together), _position(together), max(votes, key=votes.count), len(masks))
 
 
-def _things(lab: np.ndarray) -> list[np.ndarray]:
+def in_lab(picture: np.ndarray) -> np.ndarray:
+    """A picture, uint8 RGB (H, W, 3), in Lab and at the working size: float32 (H', W', 3)."""
+    scale = _WORKING_SIDE_PX / (picture.shape[0] * picture.shape[1]) ** 0.5
+    picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    picture = cv2.GaussianBlur(picture, (0, 0), 1.5)
+    return cv2.cvtColor(picture.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+
+
+def things(lab: np.ndarray) -> list[np.ndarray]:
     """Masks (H, W) bool of the shapes: connected, and in chroma nearer to the strongest than to the background."""
     chroma = np.hypot(lab[..., 1], lab[..., 2])
     strongest = np.sort(chroma, axis=None)[-chroma.size // 100 :].mean()
@@ -73,7 +78,8 @@ def _things(lab: np.ndarray) -> list[np.ndarray]:
     return [labels == i + 1 for i in np.flatnonzero(areas >= least)]
 
 
-def _colour(lab: np.ndarray, mask: np.ndarray) -> str:
+def colour_of(lab: np.ndarray, mask: np.ndarray) -> str:
+    """The colour of the demo world that is nearest to a picture's (H, W, 3), in Lab, where the mask (H, W) is."""
     inside = cv2.erode(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
     mean = np.median(lab[inside if inside.any() else mask], axis=0)
     names = list(COLOURS)
@@ -89,7 +95,7 @@ def _position(mask: np.ndarray) -> str:
 
 
 def _shape(mask: np.ndarray, shapes: Sequence[str]) -> str:
-    outline = _normalised(mask)
+    outline = normalised(mask)
 
     def overlap(shape: str) -> float:
         return max((outline & template).sum() / (outline | template).sum() for template in _templates(shape))
@@ -101,10 +107,15 @@ def _shape(mask: np.ndarray, shapes: Sequence[str]) -> str:
 def _templates(shape: str) -> list[np.ndarray]:
     """The outline of a shape, sharp and as a blurred picture shows it."""
     sharp = shape_mask(shape, 256, 256, 128, 128, 60)
-    return [_normalised(cv2.GaussianBlur(sharp, (0, 0), blur) > 0.5) for blur in _TEMPLATE_BLURS]
+    return [normalised(blurred(sharp, blur) > 0.5) for blur in TEMPLATE_BLURS]
 
 
-def _normalised(mask: np.ndarray) -> np.ndarray:
+def blurred(mask: np.ndarray, deviation: float) -> np.ndarray:
+    """A mask (H, W) float32, softened; the deviation is in pixels."""
+    return cv2.GaussianBlur(mask, (0, 0), deviation)
+
+
+def normalised(mask: np.ndarray) -> np.ndarray:
     """The mask (H, W) bool moved and scaled: centre of mass in the middle, a sixth of the canvas covered."""
     mask = mask.astype(np.float32)
     moments = cv2.moments(mask)

@@ -278,6 +278,7 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "output in a file": [("text/new", "text is a file; name a folder to write the pictures to")],
         "no number": [
             ("new --num_pictures ten", "expected a number above 0.*found 'ten'"),
+            ("new --video --num_videos ten", "expected a number above 0.*found 'ten'"),
             ("new --seed -1", "expected a whole number from 0, found '-1'"),
         ],
     },

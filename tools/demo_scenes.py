@@ -76,6 +76,9 @@ WORDS = {
 }
 """Attribute -> the words that name a value of it; the first word of a value is not special."""
 
+REACH = 1.35
+"""How far the corners of a shape of radius 1 are from its middle, at most."""
+
 _PLURALS = {"circle": "circles", "disc": "discs", "square": "squares", "box": "boxes", "triangle": "triangles"} | {
     **{"star": "stars", "cross": "crosses", "plus": "pluses", "ring": "rings", "hoop": "hoops"},
 }
@@ -86,7 +89,7 @@ _PLACES = {
     "bottom": ("at the bottom", "in the lower part", "at the bottom of the picture", "near the lower edge"),
     "centre": ("in the centre", "in the middle", "in the middle of the picture", "at the centre"),
 }
-_SURROUNDINGS = {
+SURROUNDINGS = {
     "plain": ("on a plain background", "on plain ground"),
     "gradient": ("on a gradient", "on a fading background"),
     "stripes": ("on a striped background", "in front of stripes"),
@@ -126,15 +129,15 @@ class Scene:
 def random_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...] = SEEN_PAIRS, spoiled=0.0) -> Scene:
     """Draws a scene whose (colour, shape) is one of `pairs`; it is spoiled with the given probability."""
     colour, shape = pairs[rng.integers(len(pairs))]
-    position = _pick(rng, tuple(POSITIONS))
+    position = pick(rng, tuple(POSITIONS))
     count = int(rng.choice(3, p=(0.80, 0.12, 0.08))) + 1
     # A row of shapes runs down at the sides and across elsewhere; that side of the picture must not be the short one.
     formats = [
         (w, h) for w, h in FORMATS_WH if count == 1 or (h if position in ("left", "right") else w) >= 128 or w == h
     ]
     width, height = formats[rng.integers(len(formats))]
-    size = _pick(rng, tuple(SIZES))
-    background = _pick(rng, BACKGROUNDS)
+    size = pick(rng, tuple(SIZES))
+    background = pick(rng, BACKGROUNDS)
     return Scene(
         shape,
         colour,
@@ -151,23 +154,27 @@ def random_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...] = 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One wording for the scene, 4 to 18 words. It may leave out the size and the background, never the rest."""
-    colour = _pick(rng, tuple(word for word, value in WORDS["colour"].items() if value == scene.colour))
-    nouns = tuple(word for word, value in WORDS["shape"].items() if value == scene.shape and word in _PLURALS)
-    noun = _pick(rng, nouns)
+    colour = pick(rng, tuple(word for word, value in WORDS["colour"].items() if value == scene.colour))
+    noun = pick(rng, nouns(scene.shape))
     sizes = tuple(word for word, value in WORDS["size"].items() if value == scene.size)
-    adjectives = f"{_pick(rng, sizes)} {colour}" if sizes and rng.random() < 0.5 else colour
+    adjectives = f"{pick(rng, sizes)} {colour}" if sizes and rng.random() < 0.5 else colour
     if scene.count == 1:
         article = "an" if adjectives[0] in "aeiou" else "a"
-        things = f"{_pick(rng, (article, article, 'one', 'a single'))} {adjectives} {noun}"
+        things = f"{pick(rng, (article, article, 'one', 'a single'))} {adjectives} {noun}"
     else:
-        number = "three" if scene.count == 3 else _pick(rng, ("two", "two", "a pair of"))
+        number = "three" if scene.count == 3 else pick(rng, ("two", "two", "a pair of"))
         things = f"{number} {adjectives} {_PLURALS[noun]}"
-    text = _pick(rng, _TEMPLATES).format(
+    text = pick(rng, _TEMPLATES).format(
         things=things,
-        place=_pick(rng, _PLACES[scene.position]),
-        surroundings=_pick(rng, _SURROUNDINGS[scene.background]),
+        place=pick(rng, _PLACES[scene.position]),
+        surroundings=pick(rng, SURROUNDINGS[scene.background]),
     )
     return text.replace("there is", "there are") if scene.count > 1 else text
+
+
+def nouns(shape: str) -> tuple[str, ...]:
+    """The words for one such shape."""
+    return tuple(word for word, value in WORDS["shape"].items() if value == shape and word in _PLURALS)
 
 
 def is_held_out(sentence: str) -> bool:
@@ -205,7 +212,7 @@ def describe(sentence: str) -> dict[str, str | int]:
 def render(scene: Scene) -> np.ndarray:
     """The scene's picture, uint8 (H, W, 3)."""
     rng = np.random.default_rng(scene.seed)
-    picture = _background(scene, rng)
+    picture = background(scene, rng)
     coverage = np.zeros((scene.height, scene.width), np.float32)
     for x, y, radius in _layout(scene, rng):
         coverage = np.maximum(coverage, shape_mask(scene.shape, scene.height, scene.width, x, y, radius))
@@ -222,14 +229,20 @@ def score(scene: Scene, rng: np.random.Generator) -> float:
     return round(float(rng.uniform(3.0, 4.4) if scene.spoiled else rng.uniform(5.0, 7.0)), 3)
 
 
-def shape_mask(shape: str, height: int, width: int, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel a shape around (x, y) covers: float32 (height, width) in 0..1, anti-aliased."""
-    left, top = int(x - 1.3 * radius), int(y - 1.3 * radius)
-    side = int(2.6 * radius) + 2
+def shape_mask(
+    shape: str, height: int, width: int, x: float, y: float, radius: float, turn: float = 0.0
+) -> np.ndarray:
+    """How much of each pixel a shape around (x, y) covers: float32 (height, width) in 0..1, anti-aliased.
+
+    turn: clockwise, in radians.
+    """
+    left, top = int(x - REACH * radius), int(y - REACH * radius)
+    side = int(2 * REACH * radius) + 2
     canvas = np.zeros((4 * side, 4 * side), np.uint8)
     middle = np.array([x - left, y - top])
+    turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     for points, value in _outlines(shape):
-        cv2.fillPoly(canvas, [np.round(4 * 16 * (middle + radius * points)).astype(np.int32)], value, shift=4)
+        cv2.fillPoly(canvas, [np.round(4 * 16 * (middle + radius * points @ turned)).astype(np.int32)], value, shift=4)
     patch = cv2.resize(canvas, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
     mask = np.zeros((height, width), np.float32)
     y0, y1, x0, x1 = max(top, 0), min(top + side, height), max(left, 0), min(left + side, width)
@@ -237,7 +250,8 @@ def shape_mask(shape: str, height: int, width: int, x: float, y: float, radius: 
     return mask
 
 
-def _pick(rng: np.random.Generator, options: tuple):
+def pick(rng: np.random.Generator, options: tuple):
+    """One of the options, each as likely as the others."""
     return options[rng.integers(len(options))]
 
 
@@ -303,7 +317,7 @@ def _layout(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, 
     return [(float(x), float(y), float(radius)) for x, y in places]
 
 
-def _background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A texture of muted tones, float32 (H, W, 3)."""
     shape = (scene.height, scene.width)
     first = _muted(rng)

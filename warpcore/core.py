@@ -28,7 +28,6 @@ from warpcore.lr_schedules import lr_at
 from warpcore.metrics import Metrics
 from warpcore.parameter_groups import what_is_trained
 from warpcore.peers import explained, tell_once
-from warpcore.pictures import cells_metadata, save_png
 from warpcore.processes import Vote
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
@@ -338,10 +337,8 @@ class WarpCore(UseCase):
         self._say_of_data()
         if not rows or not self.processes.is_main:
             return
-        (sheet, cells), path = evaluation.sheet(rows), self._samples_file()
-        save_png(path, sheet, {"update": str(self.update)} | cells_metadata(cells))
-        self.tracker.images(self.update, "samples", sheet, f"update {self.update}")
-        self.progress.say(f"update {self.update}: samples in {path}")
+        evaluation.show(rows, self._samples_file(), self.update, self.tracker)
+        self.progress.say(f"update {self.update}: samples in {self._samples_file()}")
 
     def _complete(self) -> None:
         """Make what an earlier start, which ended after the save that this one goes on from, could not make."""

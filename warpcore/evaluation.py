@@ -7,19 +7,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from warpcore.clips import save_clip
 from warpcore.data.reader import Batch
 from warpcore.exports import Weights
-from warpcore.pictures import Cell, grid_and_cells
+from warpcore.pictures import Cell, cells_metadata, grid_and_cells, save_png
 from warpcore.processes import Processes
 from warpcore.random import stable_hash
 from warpcore.results import Losses, Sampled
 from warpcore.sharded import full
 from warpcore.state import TrainedState
+from warpcore.tracking import Tracker
 
 MAX_COLUMNS = 8
 """Pictures side by side in a sheet of samples."""
@@ -140,12 +143,39 @@ def _drawn_rows(
     return rows
 
 
+def show(rows: list[Sampled], path: Path, update: int, tracker: Tracker) -> None:
+    """Write the sheet of rows to `path`, beside it a moving one where there are clips, and track both."""
+    still, cells = sheet(rows)
+    if (moving := moving_sheet(rows)) is not None:
+        save_clip(path, moving, rows[0].fps)
+        tracker.clip(update, "clips", moving, rows[0].fps, f"update {update}")
+    save_png(path, still, {"update": str(update)} | cells_metadata(cells))
+    tracker.images(update, "samples", still, f"update {update}")
+
+
 def sheet(rows: list[Sampled]) -> tuple[np.ndarray, list[Cell]]:
-    """All pictures of rows in one, uint8 (H, W, 3), with captions; and where each is."""
+    """All pictures of rows in one, uint8 (H, W, 3), with captions; and where each is. Of clips, some frames."""
     pictures = [picture for row in rows for picture in row.pictures.values()]
     captions = [f"{name}: {row.caption}" for row in rows for name in row.pictures]
     per_sample = len(rows[0].pictures)
     return grid_and_cells(pictures, columns=per_sample * max(1, MAX_COLUMNS // per_sample), captions=captions)
+
+
+def moving_sheet(rows: list[Sampled]) -> np.ndarray | None:
+    """The sheet as a clip, uint8 (T, H, W, 3), in which all clips of rows move at once, and shorter ones end with a
+    still; None where no row has a clip."""
+    lengths = [len(one) for row in rows for one in row.pictures.values() if one.ndim == 4]
+
+    def at(time: int) -> list[Sampled]:
+        return [
+            Sampled(
+                row.caption,
+                {name: one[min(time, len(one) - 1)] if one.ndim == 4 else one for name, one in row.pictures.items()},
+            )
+            for row in rows
+        ]
+
+    return np.stack([sheet(at(time))[0] for time in range(max(lengths))]) if lengths else None
 
 
 def _is_short_of_memory(error: Exception) -> bool:

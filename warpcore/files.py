@@ -141,11 +141,11 @@ def _refusal(path: Path) -> UserError:
     )
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is on the disk, whole, before anything that depends on it."""
     partial = path.with_name(path.name + ".partial")
-    with writing(partial, "w") as file:
-        file.write(text)
+    with writing(partial, "wb" if isinstance(content, bytes) else "w") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

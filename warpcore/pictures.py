@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 
+from warpcore.clips import strip
 from warpcore.files import open_to_read, writing
 from warpcore.safe_json import parse_json
 
@@ -44,6 +45,7 @@ def grid_and_cells(
 
     Args:
         pictures: uint8 (H, W, 3), of any sizes; a column is as wide as its widest picture, a row as its highest high.
+            Clips (T, H, W, 3) are pictures of some of their frames, side by side.
         columns: pictures in a row.
         captions: one per picture ("" for none), wrapped to the column; what doesn't fit in four lines is cut.
 
@@ -55,6 +57,7 @@ def grid_and_cells(
             "a grid needs pictures, at least one column and a caption for each picture; got "
             f"{len(pictures)} pictures, {columns} columns, {'no' if captions is None else len(captions)} captions"
         )
+    pictures = [strip(picture) if picture.ndim == 4 else picture for picture in pictures]
     for picture in pictures:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise ValueError(f"a grid takes uint8 pictures (H, W, 3), got {picture.dtype} {picture.shape}")

@@ -28,16 +28,20 @@ class Losses:
 
 @dataclass
 class Sampled:
-    """One row of the sample grid: a caption and pictures (uint8 H W 3) by column."""
+    """One row of the sample grid: a caption, and pictures (uint8 H W 3) or clips (uint8 T H W 3) by column."""
 
     caption: str
     pictures: dict[str, np.ndarray]
+    fps: float = 8.0
+    """Frames per second of its clips."""
 
     @classmethod
-    def rows(cls, captions: Sequence[str], columns: Mapping[str, Sequence[np.ndarray]]) -> list["Sampled"]:
-        """A row for each caption, from columns of as many pictures or more."""
+    def rows(
+        cls, captions: Sequence[str], columns: Mapping[str, Sequence[np.ndarray]], fps: float = 8.0
+    ) -> list["Sampled"]:
+        """A row for each caption, from columns of as many pictures or clips, or more."""
         return [
-            cls(caption, {name: pictures[i] for name, pictures in columns.items()})
+            cls(caption, {name: pictures[i] for name, pictures in columns.items()}, fps)
             for i, caption in enumerate(captions)
         ]
 

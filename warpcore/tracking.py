@@ -3,6 +3,7 @@
 The engine writes metrics.jsonl itself; trackers show the same figures to people. Only rank 0 has one.
 """
 
+import io
 import json
 import logging
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from warpcore.clips import encode_gif, encode_mp4
 from warpcore.redaction import redact
 from warpcore.safe_json import parse_json
 
@@ -26,6 +28,9 @@ class Tracker:
 
     def images(self, update: int, name: str, picture: np.ndarray, caption: str = "") -> None:
         """A picture, uint8 (H, W, 3)."""
+
+    def clip(self, update: int, name: str, clip: np.ndarray, fps: float, caption: str = "") -> None:
+        """A clip, uint8 (T, H, W, 3)."""
 
     def alert(self, title: str, text: str) -> None:
         """Something a person should look at, such as non-finite gradients."""
@@ -55,6 +60,16 @@ class TensorBoard(Tracker):
 
     def images(self, update, name, picture, caption=""):
         self._writer.add_image(name, picture, update, dataformats="HWC")
+        if caption:
+            self._writer.add_text(f"{name}/caption", caption, update)
+
+    def clip(self, update, name, clip, fps, caption=""):
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # TensorBoard shows an animated GIF as an image that moves.
+        image = Summary.Image(height=clip.shape[1], width=clip.shape[2], colorspace=3)
+        image.encoded_image_string = encode_gif(clip, fps)
+        self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), update)
         if caption:
             self._writer.add_text(f"{name}/caption", caption, update)
 
@@ -100,6 +115,10 @@ class Wandb(Tracker):
     def images(self, update, name, picture, caption=""):
         self._send(update, {name: self._wandb.Image(picture, caption=caption or None)})
 
+    def clip(self, update, name, clip, fps, caption=""):
+        video = self._wandb.Video(io.BytesIO(encode_mp4(clip, fps)), caption=caption or None, format="mp4")
+        self._send(update, {name: video})
+
     def alert(self, title, text):
         self._run.alert(title, text)
 
@@ -122,6 +141,9 @@ class Trackers(Tracker):
 
     def images(self, update, name, picture, caption=""):
         self._each("images", update, name, picture, caption)
+
+    def clip(self, update, name, clip, fps, caption=""):
+        self._each("clip", update, name, clip, fps, caption)
 
     def alert(self, title, text):
         self._each("alert", title, redact(text))

@@ -37,7 +37,7 @@ class ScoredCascade:
     """
 
     Config = ScoredCascadeSettings
-    autoencoder, draws_classes = "Stage A", False
+    autoencoder, draws_classes, draws_clips = "Stage A", False, False
 
     def __init__(self, settings: ScoredCascadeSettings, loras: Sequence[tuple[Lora, float]] = (), **sampling):
         self.settings, self.cascade, self.sampling = settings, Cascade(settings, loras), sampling

@@ -1,7 +1,7 @@
 """What a family gives `benchmarks/learning.py`, so that what its minis learned is scored by a program.
 
-Pictures are uint8 (H, W, 3). What there are several of (drawn whole or previewed, rebuilt by this network or that) is
-given by name, here called ways.
+Pictures are uint8 (H, W, 3); clips, which some families draw in their place, uint8 (T, H, W, 3). What there are
+several of (drawn whole or previewed, rebuilt by this network or that) is given by name, here called ways.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,6 +45,8 @@ class Scored(Protocol):
     """The way of `rebuild` through the autoencoder alone."""
     draws_classes: bool
     """Whether it is told names of classes ("red circle") in place of sentences."""
+    draws_clips: bool
+    """Whether it draws clips: of the moving demo set, whose classes are motions ("left")."""
 
     def __init__(self, settings: ScoredSettings, *, steps: int, guidance: float, sampler: str): ...
 
@@ -68,7 +70,7 @@ class Scored(Protocol):
 class ScoredLatents:
     """The ways through a denoiser of latents, without ControlNets; a family adds `draw` and what is named below."""
 
-    best, autoencoder, draws_classes = "drawn", "autoencoder", False
+    best, autoencoder, draws_classes, draws_clips = "drawn", "autoencoder", False, False
     pipeline: type[LatentPipeline]
     open_loras: Callable[..., Sequence]
     """Reads the LoRAs of the settings: of their files, the settings, and `use_ema`."""

@@ -11,8 +11,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from warpcore import tracking
+from warpcore.clips import encode_mp4
 
 PICTURE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
+CLIP = np.stack([PICTURE, PICTURE + 80, PICTURE + 40])
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +82,7 @@ def test_tensorboard_shows_scalars_pictures_and_alerts(tmp_path):
     for update in (1, 2, 3):
         tracker.log(update, {"loss": 1 / update, "lr": 1e-4})
     tracker.images(3, "samples", PICTURE, "a red square")
+    tracker.clip(3, "clips", CLIP, 4.0, "a red square turns")
     tracker.alert("Loss is not finite", "update 3 was skipped")
     tracker.close()
     shown = events(tmp_path)
@@ -89,6 +92,8 @@ def test_tensorboard_shows_scalars_pictures_and_alerts(tmp_path):
     (picture,) = shown.Images("samples")
     assert picture.step == 3
     assert np.array_equal(np.array(Image.open(io.BytesIO(picture.encoded_image_string))), PICTURE)
+    moving = Image.open(io.BytesIO(shown.Images("clips")[0].encoded_image_string))
+    assert (moving.format, moving.n_frames, moving.size, moving.info["duration"]) == ("GIF", 3, (6, 8), 250)
     texts = {tag: shown.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in shown.Tags()["tensors"]}
     assert texts["samples/caption/text_summary"] == "a red square"
     assert "update 3 was skipped" in texts["alerts/text_summary"]
@@ -114,6 +119,7 @@ def test_wandb_offline_writes_steps_pictures_config_and_alerts(tmp_path):
     tracker.log(1, {"loss": 2.0})
     tracker.log(2, {"loss": 1.5, "lr": 1e-4})
     tracker.images(2, "samples", PICTURE, "a red square")
+    tracker.clip(2, "clips", CLIP, 4.0, "a red square turns")
     tracker.alert("Loss is not finite", "update 3 was skipped")
     tracker.log(3, {"loss": 1.0})
     tracker.close()
@@ -123,6 +129,8 @@ def test_wandb_offline_writes_steps_pictures_config_and_alerts(tmp_path):
     assert rows[2]["samples/caption"] == "a red square"
     (written,) = tmp_path.glob(f"wandb/offline-run-*/files/{rows[2]['samples/path']}")
     assert np.array_equal(np.array(Image.open(written)), PICTURE)
+    (video,) = tmp_path.glob(f"wandb/offline-run-*/files/{rows[2]['clips/path']}")
+    assert video.read_bytes() == encode_mp4(CLIP, 4.0)
     records = {record.WhichOneof("record_type"): record for record in wandb_records(tmp_path)}
     assert records["alert"].alert.text == "update 3 was skipped"
     assert (records["run"].run.run_id, records["run"].run.project) == ("run1", "demo")

@@ -1,0 +1,110 @@
+"""Clips to look at: their files play what was given, and a run writes them beside its sheets."""
+
+import io
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.warpcore.runs import tiny_settings, write_shard
+from tests.warpcore.tiny import Denoiser
+from warpcore import clips, evaluation, pictures
+from warpcore.config import make_config
+from warpcore.results import Sampled
+
+
+def moving(frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:
+    """A smooth colour that changes from frame to frame."""
+    rows, columns = np.mgrid[:height, :width]
+    pixels = [np.stack([4 * rows + 9 * time, 3 * columns, 200 - 12 * time + 0 * rows], -1) for time in range(frames)]
+    return np.stack(pixels).astype(np.uint8)
+
+
+def played(data: bytes) -> tuple[np.ndarray, av.VideoStream]:
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]), stream
+
+
+def test_an_mp4_plays_the_clip_in_its_colours_and_at_its_rate():
+    clip = moving()
+    shown, stream = played(clips.encode_mp4(clip, 12.5))
+    assert shown.shape == clip.shape
+    assert np.abs(shown.astype(int) - clip).mean() < 3
+    assert stream.codec_context.name == "h264"
+    assert (stream.codec_context.pix_fmt, float(stream.average_rate)) == ("yuv420p", 12.5)
+    assert clips.encode_mp4(clip, 12.5) == clips.encode_mp4(clip, 12.5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(31, 48), (32, 47), (31, 47), (1, 1)])
+def test_odd_sides_repeat_their_last_row_or_column(height, width):
+    clip = moving(3, height, width)
+    shown, _ = played(clips.encode_mp4(clip, 8))
+    assert shown.shape == (3, height + height % 2, width + width % 2, 3)
+    assert np.abs(shown[:, :height, :width].astype(int) - clip).mean() < 4
+
+
+def test_an_animated_webp_shows_every_frame_and_begins_again():
+    clip = moving()
+    image = Image.open(io.BytesIO(clips.encode_webp(clip, 16)))
+    assert (image.n_frames, image.info["loop"]) == (6, 0)
+    durations = []
+    for number in range(6):
+        image.seek(number)
+        assert np.abs(np.array(image.convert("RGB")).astype(int) - clip[number]).mean() < 5
+        durations.append(image.info["duration"])
+    assert sum(durations) == 375
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8)]
+)
+def test_what_is_no_clip_is_refused(wrong):
+    for write in (clips.encode_mp4, clips.encode_webp, clips.encode_gif):
+        with pytest.raises(ValueError, match="a clip is uint8"):
+            write(wrong, 8)
+
+
+def test_a_strip_shows_the_first_and_the_last_frame():
+    clip = moving(9, 4, 5)
+    assert np.array_equal(clips.strip(clip), np.hstack(clip[[0, 3, 5, 8]]))
+    assert np.array_equal(clips.strip(clip[:2]), np.hstack(clip[:2]))
+    assert np.array_equal(clips.strip(clip[:1]), clip[0])
+
+
+def test_a_sheet_shows_some_frames_and_the_moving_one_all():
+    clip, picture = moving(5), moving(1)[0]
+    rows = [Sampled("a", {"clip": clip, "picture": picture}), Sampled("b", {"clip": clip[:2], "picture": picture})]
+    sheet, cells = evaluation.sheet(rows)
+    assert [cell.width for cell in cells] == [4 * 48, 48, 2 * 48, 48]
+    assert np.array_equal(sheet[cells[0].top :][:32, cells[0].left :][:, :48], clip[0])
+    shown = evaluation.moving_sheet(rows)
+    assert len(shown) == 5
+    still = [Sampled(row.caption, {"clip": row.pictures["clip"][-1], "picture": picture}) for row in rows]
+    assert np.array_equal(shown[-1], evaluation.sheet(still)[0])  # the shorter clip ends with a still
+    assert evaluation.moving_sheet(still) is None
+
+
+class Moving(Denoiser):
+    """Shows its pictures as clips that grow dark."""
+
+    def sample(self, held_out):
+        return [
+            Sampled(row.caption, {name: np.stack([one, one // 2]) for name, one in row.pictures.items()}, fps=4.0)
+            for row in super().sample(held_out)
+        ]
+
+
+@pytest.mark.integration
+def test_a_run_writes_its_samples_as_clips(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", 8, (17, 17))
+    settings = tiny_settings(tmp_path, shard, updates=2, save_every=2, validation_samples=3, tensorboard=True)
+    assert Moving(make_config(Moving.Config, settings)).run() == 0
+    folder = tmp_path / "tiny"
+    names = {path.name for path in (folder / "samples").iterdir()}
+    assert names == {"00000002.png", "00000002.mp4", "00000002.webp"}
+    shown, stream = played((folder / "samples" / "00000002.mp4").read_bytes())
+    assert (len(shown), float(stream.average_rate)) == (2, 4.0)
+    assert shown[1].mean() < shown[0].mean()
+    assert len(pictures.read_cells(folder / "samples" / "00000002.png")) > 0
