@@ -29,6 +29,8 @@ from warpcore.redaction import redact_output
 from warpcore.signals import STOP_SIGNALS
 
 SHARED_MEMORY = "/dev/shm"
+PREFETCH_BYTES = 2**32
+"""A micro-batch of clips may have a gigabyte."""
 # A worker that is told to stop finishes its micro-batch first; one that hangs in a read is killed after this time.
 _STOP_SECONDS = 2.0
 # Python's resource tracker ignores the other STOP_SIGNALS by itself.
@@ -47,7 +49,8 @@ class Loader:
     draws from the plan and copies to the device, so that neither holds up the consumer. Exceptions of the reader and
     of the plan are raised as they are; a worker that dies raises DataWorkerError.
 
-    num_workers: 0 reads in this process, when a batch is asked for. prefetch: micro-batches read ahead per worker.
+    num_workers: 0 reads in this process, when a batch is asked for. prefetch: micro-batches read ahead per worker;
+    fewer, but one, where all of them, of `batch_bytes` each, would take more than PREFETCH_BYTES of shared memory.
     """
 
     def __init__(
@@ -58,12 +61,15 @@ class Loader:
         num_workers: int,
         device: torch.device | str = "cpu",
         prefetch: int = 2,
+        batch_bytes: int = 0,
     ):
         if num_workers < 0 or prefetch < 1:
             raise UserError(f"num_workers is at least 0 and prefetch at least 1, not {num_workers} and {prefetch}")
         self.device = torch.device(device)
         self._micro_batches, self._reader = micro_batches, reader
         self._waited_seconds = 0.0
+        if batch_bytes and num_workers:
+            prefetch = max(1, min(prefetch, PREFETCH_BYTES // (batch_bytes * num_workers)))
         self._workers = _Workers(reader, num_workers, prefetch) if num_workers else None
         self._pass: _Pass | None = None
 

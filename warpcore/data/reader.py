@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from warpcore.data import images
+from warpcore.data import images, videos
 from warpcore.data.captions import BadCaption, CaptionGetter
 from warpcore.data.fields import BadMember, Field, collate, wanted
+from warpcore.data.frames import choose_frames, frame_distance
 from warpcore.data.geometry import CropGeometry, stored_geometry
 from warpcore.data.images import BadPicture, Crop, Geometry
-from warpcore.data.samples import PICTURE_FACTS, MicroBatch, Sample, picture_member
+from warpcore.data.samples import PICTURE_FACTS, VIDEO_EXTENSIONS, MicroBatch, Sample, visual_member
 from warpcore.data.storage import in_parallel, read_ranges
+from warpcore.data.video_headers import MAX_FRAME_PIXELS
 from warpcore.errors import UserError
 
 
@@ -43,14 +46,14 @@ class Batch:
 
     number: int
     """Global micro-batch number."""
-    size: tuple[int, int]
-    """Bucket (H, W) in px."""
+    size: tuple[int, ...]
+    """Bucket (H, W) in px; of clips (T, H, W)."""
     lane: int
     epoch: int
     state: dict
     """JSON-able state of the lane after this micro-batch."""
     images: Tensor | None
-    """uint8 (B, 3, H, W), channels-last in memory; None where the run reads no pictures."""
+    """uint8 (B, 3, H, W), channels-last in memory; of clips (B, T, 3, H, W). None where the run reads no pictures."""
     captions: list[str]
     keys: list[str]
     seeds: list[int]
@@ -63,7 +66,8 @@ class Batch:
     """Further members that a use case asked for, by name: (B, ...) where they stack, else a list of B. And what
     `Reader.computed` made."""
     columns: dict[str, Tensor] = field(default_factory=dict)
-    """The index columns that the run asks for, by name: (B,) bool, int64 or float32."""
+    """The index columns that the run asks for, by name: (B,) bool, int64 or float32. Of clips `fps` is float32 and as
+    drawn: frames per second once the frames between are left out; 0 of a picture."""
     geometry: CropGeometry | None = None
     """True sizes and crops, where the use case asks for them (`needs_geometry`)."""
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -125,6 +129,10 @@ class Reader:
     max_pixels: int = images.MAX_PIXELS
     extra: Mapping[str, Field] = field(default_factory=dict)
     """Further members, by the name that they get in `Batch.extra`."""
+    frame_stride: int = 1
+    """Clips take every so many frames of a video, or"""
+    frame_rate: float | None = None
+    """as many as make this number of frames per second (see `warpcore.data.frames`)."""
     computed: Mapping[str, Callable[[Batch], Any]] = field(default_factory=dict)
     """Functions of the batch, on the CPU, whose results go to `Batch.extra` by these names too."""
     columns: Mapping[str, torch.dtype] = field(default_factory=dict)
@@ -161,7 +169,7 @@ class Reader:
             lane=micro_batch.lane,
             epoch=micro_batch.epoch,
             state=micro_batch.state,
-            images=None if pixels is None else pixels.permute(0, 3, 1, 2),
+            images=pixels if pixels is None or len(size) == 3 else pixels.permute(0, 3, 1, 2),
             captions=[item.caption for item in items],
             keys=[item.sample.key for item in items],
             seeds=[item.sample.seed for item in items],
@@ -169,10 +177,7 @@ class Reader:
             events=events,
             notes=micro_batch.notes,
             extra=collate(self.extra, [item.extra for item in items]),
-            columns={
-                name: torch.tensor([item.sample.columns[name] for item in items], dtype=kind)
-                for name, kind in self.columns.items()
-            },
+            columns=self._columns([item.sample for item in items], size),
             geometry=CropGeometry.of([item.geometry for item in items]) if self.geometry else None,
         )
         for name, compute in self.computed.items():
@@ -211,13 +216,13 @@ class Reader:
         """The suffixes to read, of those that a sample has."""
         asked = [*self.captions.members] if self.captions else []
         asked += [suffix for one in self.extra.values() for suffix in _first(wanted(one, sample), members)]
-        asked += [picture_member(members) or ""] if self.pictures else [PICTURE_FACTS] if self.geometry else []
+        asked += [visual_member(members) or ""] if self.pictures else [PICTURE_FACTS] if self.geometry else []
         return {suffix for suffix in asked if suffix in members}
 
     def _decode(
-        self, sample: Sample, contents: dict[str, bytes], size: tuple[int, int], target: np.ndarray | None
+        self, sample: Sample, contents: dict[str, bytes], size: tuple[int, ...], target: np.ndarray | None
     ) -> "_Item":
-        """One sample; its pixels go into `target` (H, W, 3). Raises _BadContent."""
+        """One sample; its pixels go into `target`, (H, W, 3) or (T, 3, H, W). Raises _BadContent."""
         caption = ""
         if self.captions:
             for member in self.captions.members:
@@ -229,17 +234,15 @@ class Reader:
                 raise _BadContent(next(iter(self.captions.members), "json"), str(error)) from error
         geometry = None
         if target is not None:
-            suffix, content = _content([picture_member(contents) or "jpg"], contents, sample)
+            suffix, content = _content([visual_member(contents) or "jpg"], contents, sample)
             try:
-                picture = images.decode(content, size, self.crop, sample.seed, self.background, self.max_pixels)
+                geometry = self._decode_pixels(sample, content, size, target, suffix in VIDEO_EXTENSIONS)
             except BadPicture as error:
                 raise _BadContent(suffix, str(error)) from error
-            target[:] = picture.pixels
-            geometry = picture.geometry
         elif self.geometry:
             suffix, facts = _content([PICTURE_FACTS], contents, sample)
             try:
-                geometry = stored_geometry(facts, sample, size, self.geometry_remedy)
+                geometry = stored_geometry(facts, sample, size[-2:], self.geometry_remedy)
             except BadPicture as error:
                 raise _BadContent(suffix, str(error)) from error
         extra = {}
@@ -250,6 +253,35 @@ class Reader:
             except (BadPicture, BadMember) as error:
                 raise _BadContent(suffix, str(error)) from error
         return _Item(sample, caption, extra, geometry)
+
+    def _decode_pixels(
+        self, sample: Sample, content: bytes, size: tuple[int, ...], target: np.ndarray, is_video: bool
+    ) -> Geometry:
+        if is_video:
+            frames = choose_frames(
+                sample.num_frames, sample.fps, size[0], stride=self.frame_stride, frame_rate=self.frame_rate,
+                seed=sample.seed,
+            )  # fmt: skip
+            max_pixels = min(self.max_pixels, MAX_FRAME_PIXELS)
+            return videos.decode(
+                content, frames, size[-2:], self.crop, sample.seed, max_pixels=max_pixels, out=target
+            ).geometry
+        picture = images.decode(content, size[-2:], self.crop, sample.seed, self.background, self.max_pixels)
+        if len(size) == 3:
+            target = target[0].transpose(1, 2, 0)
+        target[:] = picture.pixels
+        return picture.geometry
+
+    def _columns(self, samples: Sequence[Sample], size: tuple[int, ...]) -> dict[str, Tensor]:
+        columns = {
+            name: torch.tensor([sample.columns[name] for sample in samples], dtype=kind)
+            for name, kind in self.columns.items()
+        }
+        if len(size) == 3:
+            fps = np.array([sample.fps for sample in samples])
+            drawn = fps / frame_distance(fps, self.frame_stride, self.frame_rate)
+            columns["fps"] = torch.from_numpy(drawn.astype(np.float32))
+        return columns
 
     def _without_gaps(
         self, items: list["_Item | None"], micro_batch: MicroBatch, pixels: Tensor | None
@@ -262,7 +294,7 @@ class Reader:
             extra = {name: one.blank(micro_batch.size) for name, one in self.extra.items()}
             size = micro_batch.size
             return [
-                _Item(sample, "", extra, images.place((sample.height, sample.width), size))
+                _Item(sample, "", extra, images.place((sample.height, sample.width), size[-2:]))
                 for sample in micro_batch.samples
             ]
         filled = []
@@ -298,9 +330,11 @@ def _content(suffixes: Sequence[str], contents: Mapping[str, bytes], sample: Sam
     raise _BadContent(suffixes[0], f"the sample has no .{suffixes[0]}; it has: {', '.join(sorted(sample.members))}")
 
 
-def _new_pixels(number: int, size: tuple[int, int]) -> Tensor:
-    """(B, H, W, 3) uint8; in a worker process in shared memory, which spares a copy when the batch is handed over."""
+def _new_pixels(number: int, size: tuple[int, ...]) -> Tensor:
+    """uint8 (B, H, W, 3), or (B, T, 3, H, W) of clips; in a worker process in shared memory, which spares a copy when
+    the batch is handed over."""
+    shape = (number, *size, 3) if len(size) == 2 else (number, size[0], 3, *size[1:])
     if get_worker_info() is None:
-        return torch.empty(number, *size, 3, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(number * size[0] * size[1] * 3)
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(number, *size, 3)
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
