@@ -1,6 +1,8 @@
 """Data speed: samples per second of the loader, beside what the hardware allows and what a plain pipeline reaches.
 
-    python3 benchmarks/data.py [--quick]
+    python3 benchmarks/data.py [--video] [--quick]
+
+With --video clips of videos are decoded instead, see `benchmarks/video.py`. Of pictures:
 
 Prints Markdown tables. All contenders run in turn, several times over, on the same synthetic photographs (JPEG quality
 90, 12 aspect ratios) and the same number of worker processes; figures are medians over the repeats.
@@ -27,6 +29,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from benchmarks import video
 from warpcore.data.buckets import Buckets, resized_size
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog
@@ -226,7 +229,12 @@ def fidelity(pictures: list[bytes]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer pictures, one short run of each")
-    quick = parser.parse_args().quick
+    parser.add_argument("--video", action="store_true", help="clips of videos, in place of pictures")
+    options = parser.parse_args()
+    quick = options.quick
+    if options.video:
+        video.compare(quick)
+        return
     repeats, seconds = (1, 2.0) if quick else (5, 4.0)
     for title, number, least, most in (("0.8 to 4 MP", 96, 0.8e6, 4e6), ("12 MP", 24, 12e6, 12e6)):
         pictures = photographs(number // 4 if quick else number, least, most)
