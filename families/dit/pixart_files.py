@@ -16,14 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from families.common.library_files import CONFIG, Component, class_names, component_folder, read_config, read_tensors
+from families.common.weight_source import PIPELINE as INDEX
 from families.common.weights import WeightsError, existing_file, read_weights
 from families.dit.pixart_names import EMPTY, LIBRARY_EMPTY, POSITIONS, library_tensors
 from families.dit.pixart_versions import VERSIONS, numbers
 from warpcore.errors import UserError
 from warpcore.exports import is_index
-from warpcore.text import brief
+from warpcore.safe_json import read_object
+from warpcore.text import brief, shortened
 
-TRANSFORMER = "PixArtTransformer2DModel"
+TRANSFORMER, PIPELINE = "PixArtTransformer2DModel", "PixArtAlphaPipeline"
 HEADS = {v.network["cross_attention_dim"]: v.network["num_attention_heads"] for v in VERSIONS.values()}
 """Attention heads, which no tensor tells, of the published widths."""
 _PUBLISHED = ("blocks.0.cross_attn.kv_linear.weight", "y_embedder.y_proj.fc1.weight", "final_layer.scale_shift_table")
@@ -56,6 +58,7 @@ def find_denoiser(path: Path, key: str) -> Component:
         if config is None:
             raise UserError(f"{key}: {path} is no folder with a PixArt-alpha: it has neither transformer/{CONFIG} nor "
                             f"{CONFIG}")  # fmt: skip
+        _check_pipeline(folder.parent, key)
         _check_config(config, folder, key)
         return Component(folder, partial(read_tensors, folder, key), config)
     existing_file(path, key)
@@ -69,6 +72,15 @@ def find_denoiser(path: Path, key: str) -> Component:
         raise WeightsError(f"{key}: {path} holds no PixArt-alpha: {missing[0]} is missing, and it has {held}")
     tensors = library_tensors(state)
     return Component(path, lambda: tensors, _numbers_of(tensors, state, path, key))
+
+
+def _check_pipeline(folder: Path, key: str) -> None:
+    """Raise WeightsError where a folder is another pipeline: PixArt-Sigma's denoiser has the same numbers, but another
+    autoencoder and longer texts."""
+    index = folder / INDEX
+    named = class_names(read_object(index, f"{key}: {index}")) if index.is_file() else set()
+    if named and PIPELINE not in named:
+        raise WeightsError(f"{key}: {folder} is a {shortened(sorted(named)[0])}, no {PIPELINE}")
 
 
 def _check_config(config: Mapping[str, Any], path: Path, key: str) -> None:

@@ -102,3 +102,19 @@ def test_a_file_of_another_network_or_version_is_refused(tmp_path):
     torch.save({"state_dict": published_tensors(network.state_dict())}, file)
     with pytest.raises(WeightsError, match=r"is told the sizes of pictures, unlike PixArt-mini"):
         pixart_build.denoiser(PixartSettings(generator_checkpoint_path=file, model_version="mini"))
+
+
+def test_a_pipeline_of_pixart_sigma_is_refused_though_its_denoiser_has_the_same_numbers(tmp_path):
+    """Sources: PixArt-alpha/PixArt-sigma#70, Nerogar/OneTrainer#312."""
+    small, key, index = (
+        numbers(2, 12, 1, 16, sample_size=8),
+        "generator_checkpoint_path",
+        tmp_path / "model_index.json",
+    )
+    diffusers.PixArtTransformer2DModel(**small).save_pretrained(tmp_path / "transformer")
+    index.write_text('{"_class_name": "PixArtAlphaPipeline"}', encoding="utf-8")
+    assert find_denoiser(tmp_path, key).path == tmp_path / "transformer"
+    index.write_text('{"_class_name": "PixArtSigmaPipeline"}', encoding="utf-8")
+    for place in (tmp_path, tmp_path / "transformer"):
+        with pytest.raises(WeightsError, match="is a PixArtSigmaPipeline, no PixArtAlphaPipeline"):
+            find_denoiser(place, key)
