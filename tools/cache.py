@@ -57,8 +57,9 @@ from warpcore.data.filters import Filter
 from warpcore.data.index import INDEX_SUFFIX, index_shard
 from warpcore.data.optional_members import check_optional, optional_members
 from warpcore.data.reader import Reader
-from warpcore.data.selection import Selection, survey
+from warpcore.data.selection import Selection
 from warpcore.data.shards import named_folders, resolve_sources
+from warpcore.data.survey import survey
 from warpcore.errors import UserError, run_script
 from warpcore.files import open_plain
 from warpcore.locks import lock_file

@@ -10,10 +10,11 @@ from torch import Tensor
 from families.common.cache import Caches
 from families.common.cached_rows import WatchedRandom
 from families.common.config import DiffusionConfig
-from families.common.features import Origin, bucket_name, take_row
+from families.common.features import Origin, take_row
 from families.common.training import DiffusionTraining
 from families.common.weights import only_shapes
 from warpcore.data.fields import Field, collate
+from warpcore.data.lanes import bucket_name
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.keys import weights_keys

@@ -7,12 +7,15 @@ from warpcore.config_keys import MAX_MICRO_BATCH
 from warpcore.errors import UserError
 
 
-def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple[int, int]:
-    """(micro-batch size, accumulation steps) for `batch_size` over the processes.
+def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple[int | None, int]:
+    """(micro-batch size, accumulation steps) for `batch_size` over the processes; where buckets have micro-batch sizes
+    of their own, (None, steps).
 
     Raises:
         UserError: the numbers do not divide, or contradict each other.
     """
+    if config.own_micro_batches is not None:
+        return None, _split_micro_batches(config.own_micro_batches, num_processes)
     batch, micro, steps = config.batch_size, config.micro_batch_size, config.grad_accum_steps
     if micro is None and saved:
         micro, steps = saved["micro_batch_size"], None
@@ -42,6 +45,16 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
             f"processes) = {derived}: remove grad_accum_steps"
         )
     return micro, derived
+
+
+def _split_micro_batches(per_update: int, num_processes: int) -> int:
+    if per_update % num_processes:
+        near = max(per_update // num_processes, 1) * num_processes
+        raise UserError(
+            f"micro_batches_per_update {per_update} does not divide by {num_processes} processes: write "
+            f"micro_batches_per_update: {near}, or start {' or '.join(map(str, divisors(per_update)))} processes"
+        )
+    return per_update // num_processes
 
 
 def fitting_sizes(batch_size: int, num_processes: int) -> list[int]:

@@ -9,7 +9,7 @@ from warpcore.places import CheckpointError
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 DrawNumbers = Annotated[list[Count], Field(min_length=4, max_length=4)]
 """Of `warpcore.data.lanes.Draw`."""
-BucketName = Annotated[str, Field(pattern=r"^[0-9]{1,9}x[0-9]{1,9}$")]
+BucketName = Annotated[str, Field(pattern=r"^[0-9]{1,9}(x[0-9]{1,9}){1,2}$")]
 LaneNumber = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 
 
@@ -29,7 +29,7 @@ class _LaneState(_Checked):
 
 
 class _Feed(_Checked):
-    micro_batch_size: Annotated[int, Field(gt=0, lt=2**31)]
+    micro_batch_size: Annotated[int, Field(gt=0, lt=2**31)] | None
     next_micro_batch: Count
     lane_states: dict[LaneNumber, _LaneState]
     fingerprint: dict[str, Any]

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -30,6 +31,7 @@ from warpcore.config_keys import (
     Share,
     ShareBelowOne,
 )
+from warpcore.data.buckets import Buckets
 from warpcore.data.storage import local_path
 from warpcore.epochs import IN_UPDATES, in_updates
 from warpcore.errors import ConfigError, UserError
@@ -82,10 +84,28 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         self._check_average()
         return self
 
-    def in_updates(self, rows_per_epoch: Callable[[], float]) -> tuple[Self, list[str]]:
+    @property
+    def own_micro_batches(self) -> int | None:
+        """Micro-batches of an update where buckets have micro-batch sizes of their own; else `batch_size` counts."""
+        return None
+
+    def buckets(self, factor: int) -> Buckets:
+        """The sizes of a run's pictures, sides being multiples of `factor` px.
+
+        Raises:
+            UserError: `image_size` and `multi_aspect_ratio` have none.
+        """
+        return Buckets.for_image_size(
+            self.image_size, self.multi_aspect_ratio or (), factor, self.bucketeer_random_ratio
+        )
+
+    def in_updates(
+        self, rows_per_epoch: Callable[[], float], samples_per_update: Callable[[], Fraction | int] | None = None
+    ) -> tuple[Self, list[str]]:
         """The config with updates in place of epochs, and a line about each key that had them.
 
         rows_per_epoch: finds how many rows an epoch draws; called only where a key has epochs.
+        samples_per_update: finds how many of them an update takes, on average; by default `batch_size`.
 
         Raises:
             UserError: the numbers of updates contradict other keys.
@@ -93,7 +113,9 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         given = {key: value for key in IN_UPDATES if isinstance(value := getattr(self, key), str)}
         if not given:
             return self, []
-        found, lines = in_updates(given, rows_per_epoch(), self.batch_size)
+        found, lines = in_updates(
+            given, rows_per_epoch(), self.batch_size if samples_per_update is None else samples_per_update()
+        )
         counted = self.model_copy(update=found)
         try:
             counted._check_export()

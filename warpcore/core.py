@@ -132,7 +132,7 @@ class WarpCore(UseCase):
         self.make_networks(saved if resumed is not None else None)
         config = self.config
         self.feed = Feed(config, self.processes, saved.get("feed"), self.data_needs())
-        self.config, of_epochs = config.in_updates(self.feed.rows_per_epoch)
+        self.config, of_epochs = config.in_updates(self.feed.rows_per_epoch, self.feed.samples_per_update)
         config = self.config
         if resumed is not None:
             self.state.load(self.checkpoints, resumed, saved, self.file_metadata())

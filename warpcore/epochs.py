@@ -4,7 +4,8 @@ An epoch draws each row as often as the `weight` of its source says, so it has
 
     rows that can be drawn x weights / batch_size
 
-updates, and `2e` twice that, rounded down, but at least 1. Rows that wait for their bucket to have a full micro-batch
+updates (with `bucket_config`, by the samples that an update has on average), and `2e` twice that, rounded down, but at
+least 1. Rows that wait for their bucket to have a full micro-batch
 count where they are drawn: at the end of an epoch some wait, and the first of the next one take their place.
 Where `export_every` is so many times `save_every` in epochs, it is as many times that in updates, too.
 """
@@ -39,14 +40,14 @@ Updates = Annotated[int | str, PlainValidator(_count)]
 """A number of updates, or of epochs: `2e`."""
 
 
-def in_updates(given: Mapping[str, str], rows: float, batch_size: int) -> tuple[dict[str, int], list[str]]:
+def in_updates(given: Mapping[str, str], rows: float, batch_size: int | Fraction) -> tuple[dict[str, int], list[str]]:
     """The numbers of updates for keys that have epochs, and a line about each; `rows` are what an epoch draws."""
     found = {key: max(1, _whole(text, rows, batch_size)) for key, text in given.items()}
     if {"save_every", "export_every"} <= given.keys():
         saves = _epochs(given["export_every"]) / _epochs(given["save_every"])
         if saves.denominator == 1:
             found["export_every"] = saves.numerator * found["save_every"]
-    epoch = f"an epoch is {rows:,.10g} rows, {rows / batch_size:,.2f} updates"
+    epoch = f"an epoch is {rows:,.10g} rows, {float(rows / batch_size):,.2f} updates"
     return found, [f"{key}: {given[key]} is {counted(number, 'update')} ({epoch})" for key, number in found.items()]
 
 
@@ -55,6 +56,6 @@ def _epochs(text: str) -> Fraction:
     return Fraction(_EPOCHS.fullmatch(text)[1])
 
 
-def _whole(text: str, rows: float, batch_size: int) -> int:
+def _whole(text: str, rows: float, batch_size: int | Fraction) -> int:
     """Updates of `2e`, rounded down."""
     return math.floor(_epochs(text) * Fraction(rows).limit_denominator(10**6) / batch_size)

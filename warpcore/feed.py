@@ -5,13 +5,13 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from itertools import islice
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from warpcore.batch_size import split_batch
 from warpcore.config import Config
-from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog, open_catalog
 from warpcore.data.columns import check_missing, column_types, tensor_types
@@ -153,6 +153,14 @@ class Feed:
         """How many rows an epoch draws (collective); of a large data set, a pass over its whole index."""
         return self.processes.on_main(lambda: self.plan.survey.per_epoch)
 
+    def samples_per_update(self) -> Fraction | int:
+        """How many samples an update has, on average over epochs (collective)."""
+        if self.config.own_micro_batches is None:
+            return self.config.batch_size
+        found = self.processes.on_main(lambda: self.plan.survey)
+        per_micro_batch = found.per_epoch / max(found.micro_batches_per_epoch, 1e-9)
+        return self.config.own_micro_batches * Fraction(per_micro_batch).limit_denominator(10**6)
+
     def validation(self) -> Iterator[tuple[Batch, list[int]]]:
         """One pass over the validation samples: batches, and the places in each that count.
 
@@ -286,9 +294,7 @@ class Feed:
         return Plan(
             catalog,
             micro_batch_size=self.micro_batch_size,
-            buckets=Buckets.for_image_size(
-                config.image_size, config.multi_aspect_ratio or [], needs.bucket_factor, config.bucketeer_random_ratio
-            ),
+            buckets=config.buckets(needs.bucket_factor),
             filters=[Filter.parse(entry) for entry in config.dataset_filters],
             captions=captions,
             required_members=[field.suffixes for field in needs.extra.values()],
@@ -314,6 +320,8 @@ class Feed:
             held_out = self.plan.validation_survey
             check_missing(held_out.missing, held_out.passed, "validation")
         told = check_optional(optional, self.catalog, found.members, found.passed, resumed)
+        if found.buckets and self.plan.has_validation:
+            told = [f"validation data: {self.plan.validation_survey}", *told]
         return [f"training data: {found}", *told]
 
     def some_captions(self, count: int) -> list[tuple[str, str]]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from warpcore import gradients, optim
 from warpcore.config import Config
-from warpcore.data.buckets import Buckets
 from warpcore.data.fields import collate
 from warpcore.data.geometry import CropGeometry
 from warpcore.data.images import place
@@ -63,23 +62,23 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def bucket_sizes(run: UseCase) -> list[tuple[int, int]]:
-    """The picture sizes (H, W) of a run, largest first."""
-    config = run.config
-    sizes = Buckets.for_image_size(config.image_size, config.multi_aspect_ratio, run.bucket_factor).sizes
-    return sorted(set(sizes), key=lambda size: (-size[0] * size[1], size))
+def bucket_sizes(run: UseCase) -> list[tuple[int, ...]]:
+    """The sizes (H, W) of a run's pictures, or (frames, H, W) of its clips, largest first."""
+    sizes = run.config.buckets(run.bucket_factor).sizes
+    return sorted(set(sizes), key=lambda size: (-math.prod(size), size))
 
 
-def made_up_batch(run: UseCase, size: tuple[int, int], count: int) -> Batch:
-    """A micro-batch of black pictures and empty captions, on the CPU."""
+def made_up_batch(run: UseCase, size: tuple[int, ...], count: int) -> Batch:
+    """A micro-batch of black pictures or clips and empty captions, on the CPU."""
     fields = run.extra_fields()
     extra = collate(fields, [{name: field.blank(size) for name, field in fields.items()}] * count)
-    images = torch.zeros(count, 3, *size, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    *frames, height, width = size
+    images = torch.zeros(count, *frames, height, width, 3, dtype=torch.uint8).movedim(-1, -3)  # as the reader's lie
     batch = Batch(
         number=0, size=size, lane=0, epoch=0, state={}, images=images if run.needs_images else None,
         captions=[""] * count, keys=[str(i) for i in range(count)], seeds=list(range(count)), weight=1.0, extra=extra,
         columns={name: torch.zeros(count, dtype=torch.int64) for name in run.index_columns()},
-        geometry=CropGeometry.of([place(size, size)] * count) if run.needs_geometry else None,
+        geometry=CropGeometry.of([place(size[-2:], size[-2:])] * count) if run.needs_geometry else None,
     )  # fmt: skip
     for name, function in run.computed_in_workers().items():
         batch.extra[name] = function(batch)
@@ -322,7 +321,8 @@ class Rehearsal:
         for network in run.trainable:
             run.networks[network].train()
         # A micro-batch that is not a whole update follows another one, whose gradients are there already.
-        passes = 1 if count >= run.config.batch_size else 2
+        micro_batches = run.config.own_micro_batches or run.config.batch_size / count
+        passes = 1 if micro_batches <= 1 else 2
         for _ in range(passes):
             run.forward(batch).loss.mean().backward()
             gradients.keep_largest(run.thinned, run.config.gradient_topk)

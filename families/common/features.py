@@ -213,8 +213,3 @@ def stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         else torch.stack([row[name] for row in rows])
         for name in rows[0]
     }
-
-
-def bucket_name(size: tuple[int, int]) -> str:
-    """A bucket (H, W) as text, as `parse_size` reads it."""
-    return f"{size[0]}x{size[1]}"

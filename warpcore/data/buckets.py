@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -22,6 +23,11 @@ class Buckets:
     ratios: width / height, each as `parse_ratio` takes it; none, or 1 alone, gives one square bucket.
     random_ratio: the probability, decided by the sample's seed, of a bucket drawn uniformly among the ratios.
     """
+
+    micro_batch_sizes: Mapping[tuple[int, int], int] = MappingProxyType({})
+    """Buckets of pictures have none of their own: the run's holds for all."""
+    settings: Mapping[str, object] = MappingProxyType({})
+    """Nothing but `sizes` and `random_ratio` decides of the bucket."""
 
     def __init__(self, density: int, factor: int, ratios: Iterable[str | int | float] = (), random_ratio: float = 0.0):
         if not 0 <= random_ratio <= 1:
@@ -71,10 +77,13 @@ class Buckets:
         widths: Sequence[int] | np.ndarray,
         heights: Sequence[int] | np.ndarray,
         seeds: Sequence[int] | np.ndarray,
+        num_frames: np.ndarray | None = None,
+        fps: np.ndarray | None = None,
     ) -> np.ndarray:
         """(N,) int64: for each picture the index in `sizes` of its bucket; equal buckets have equal indices.
 
         The bucket is the first of those whose ratio differs least from the picture's (plain difference).
+        `num_frames` and `fps`, which decide of the bucket of a clip, change nothing.
         """
         picture_ratios = np.asarray(widths, np.float64) / np.asarray(heights, np.float64)
         nearest = np.zeros(len(picture_ratios), np.int64)
@@ -85,8 +94,8 @@ class Buckets:
             least = np.minimum(difference, least)
         if self.random_ratio > 0:
             seeds = np.asarray(seeds, np.uint64)
-            drawn = (_uniform(seeds, _WHICH) * len(self.ratios)).astype(np.int64)
-            nearest = np.where(_uniform(seeds, _WHETHER) < self.random_ratio, drawn, nearest)
+            drawn = (uniform(seeds, _WHICH) * len(self.ratios)).astype(np.int64)
+            nearest = np.where(uniform(seeds, _WHETHER) < self.random_ratio, drawn, nearest)
         return self._index[nearest]
 
 
@@ -151,7 +160,7 @@ def _bucket_size(density: int, factor: int, ratio: float) -> tuple[int, int]:
     return height, width
 
 
-def _uniform(seeds: np.ndarray, purpose: int) -> np.ndarray:
-    """(N,) float64 in [0, 1)."""
+def uniform(seeds: np.ndarray, purpose: int) -> np.ndarray:
+    """(N,) float64 in [0, 1), of uint64 seeds; another purpose gives numbers that are independent of these."""
     with np.errstate(over="ignore"):
         return (splitmix64(seeds + np.uint64(purpose)) >> np.uint64(11)) * 2.0**-53

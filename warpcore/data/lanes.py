@@ -7,7 +7,7 @@ are carried into the next group and epoch. Everything follows from the recipe an
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -18,7 +18,8 @@ import pyarrow as pa
 from warpcore.data.catalog import Catalog
 from warpcore.data.hashing import splitmix64
 from warpcore.data.samples import MicroBatch, Sample
-from warpcore.data.selection import Piece, Selection, as_pieces, cut, make_samples, survey
+from warpcore.data.selection import Piece, Selection, as_pieces, cut, make_samples
+from warpcore.data.survey import survey
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
@@ -27,15 +28,24 @@ CHUNK_ROWS = 256
 PIECES_PER_LANE = 8
 """At least so many, where there are several lanes: their loads differ by less than a piece."""
 PASSED, DRAWN = "passed", "drawn"
+NOT_KEPT = "left out this time, by the probabilities in bucket_config"
+MAX_EMPTY_EPOCHS = 1000
+"""Of a lane, one after the other, in which chance keeps none of its rows."""
 
 
 class BucketChoice(Protocol):
     """What a plan needs of `Buckets`."""
 
-    sizes: list[tuple[int, int]]
+    sizes: list[tuple[int, ...]]
+    micro_batch_sizes: Mapping[tuple[int, ...], int]
+    """Of those buckets that have a micro-batch size of their own."""
+    settings: Mapping[str, object]
+    """What else decides of a sample's bucket, as JSON."""
 
-    def choose_many(self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """(N,) places in `sizes`."""
+    def choose_many(
+        self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray, num_frames: np.ndarray, fps: np.ndarray
+    ) -> np.ndarray:
+        """(N,) places in `sizes`; -1 where no bucket keeps a sample this time."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class Recipe:
     catalog: Catalog
     selection: Selection
     buckets: BucketChoice
-    micro_batch_size: int
+    micro_batch_size: int | None
+    """Of buckets that have none of their own."""
     seed: int
     num_lanes: int
     group_rows: int
@@ -93,13 +104,25 @@ class Recipe:
         seeds = [draw_seed(self.seed, draw.epoch, names[draw.shard], draw.row, draw.repeat) for draw in draws]
         return make_samples(rows, [whole[draw.shard] for draw in draws], seeds)
 
-    def sizes_of(self, samples: Sequence[Sample]) -> list[tuple[int, int]]:
-        """The bucket (H, W) of every sample."""
-        widths = np.array([sample.width for sample in samples], np.int64)
-        heights = np.array([sample.height for sample in samples], np.int64)
+    def sizes_of(self, samples: Sequence[Sample]) -> list[tuple[int, ...] | None]:
+        """The bucket of every sample, (H, W) or (frames, H, W); None where no bucket keeps it this time."""
+        widths, heights, num_frames = (
+            np.array([getattr(sample, name) for sample in samples], np.int64)
+            for name in ("width", "height", "num_frames")
+        )
         seeds = np.array([sample.seed for sample in samples], np.uint64)
-        places = self.buckets.choose_many(widths, heights, seeds)
-        return [self.buckets.sizes[place] for place in places.tolist()]
+        fps = np.array([sample.fps for sample in samples], np.float64)
+        places = self.buckets.choose_many(widths, heights, seeds, num_frames, fps)
+        return [None if place < 0 else self.buckets.sizes[place] for place in places.tolist()]
+
+    def micro_batch_size_of(self, size: tuple[int, ...]) -> int:
+        """Samples of a micro-batch of a bucket."""
+        return self.buckets.micro_batch_sizes.get(size, self.micro_batch_size)
+
+    @property
+    def least_micro_batch_size(self) -> int:
+        """Of all buckets."""
+        return min(map(self.micro_batch_size_of, self.buckets.sizes))
 
 
 class Draw(NamedTuple):
@@ -171,17 +194,19 @@ class Lane:
         except (LookupError, OverflowError) as error:
             raise UserError(f"the saved state of lane {number} names rows that the data does not have") from error
         if self._group_number >= len(self._groups) or any(
-            len(entries) >= recipe.micro_batch_size for entries in self._waiting.values()
+            size not in recipe.buckets.sizes or len(entries) >= recipe.micro_batch_size_of(size)
+            for size, entries in self._waiting.items()
         ):
             raise UserError(f"the saved state of lane {number} is not one of this data")
         self._group: Group | None = None
-        self._chunk: deque[tuple[tuple[int, int], tuple[Draw, Sample]]] = deque()
+        self._chunk: deque[tuple[tuple[int, ...] | None, tuple[Draw, Sample]]] = deque()
+        self._empty_epochs = 0
 
     def next_micro_batch(self, number: int) -> MicroBatch:
         """Fill the next micro-batch, whose global number is `number`.
 
         Raises:
-            UserError: a whole epoch of the lane had no row that can be drawn.
+            UserError: a whole epoch of the lane had no row that can be drawn, or many had none that chance kept.
         """
         notes: list[str] = []
         while True:
@@ -190,9 +215,12 @@ class Lane:
                 continue
             size, entry = self._chunk.popleft()
             self._cursor += 1
+            if size is None:
+                self._counts[NOT_KEPT] += 1
+                continue
             entries = self._waiting.setdefault(size, [])
             entries.append(entry)
-            if len(entries) == self.recipe.micro_batch_size:
+            if len(entries) == self.recipe.micro_batch_size_of(size):
                 del self._waiting[size]
                 self.emitted += 1
                 samples = tuple(sample for _, sample in entries)
@@ -207,8 +235,8 @@ class Lane:
             "cursor": self._cursor,
             "counts": dict(self._counts),
             "waiting": {
-                f"{height}x{width}": [list(draw) for draw, _ in entries]
-                for (height, width), entries in sorted(self._waiting.items())
+                bucket_name(size): [list(draw) for draw, _ in entries]
+                for size, entries in sorted(self._waiting.items())
             },
         }
 
@@ -232,6 +260,12 @@ class Lane:
         note = self._epoch_note()
         if not self._counts[PASSED]:
             raise UserError(self._nothing_to_draw())
+        self._empty_epochs = self._empty_epochs + 1 if self._counts[DRAWN] == self._counts[NOT_KEPT] > 0 else 0
+        if self._empty_epochs == MAX_EMPTY_EPOCHS:
+            raise UserError(
+                f"bucket_config: its probabilities kept none of the {self._counts[DRAWN]} rows of lane {self.number} "
+                f"in {MAX_EMPTY_EPOCHS} epochs: raise them"
+            )
         self._epoch, self._group_number, self._counts = self._epoch + 1, 0, Counter()
         self._groups = self.recipe.groups(self.number, self._epoch)
         return [note]
@@ -239,14 +273,14 @@ class Lane:
     def _epoch_note(self) -> str:
         counts = self._counts
         lane = f" of lane {self.number}" if self.recipe.num_lanes > 1 else ""
-        waiting = {f"{h}x{w}": len(entries) for (h, w), entries in sorted(self._waiting.items())}
+        waiting = {bucket_name(size): len(entries) for size, entries in sorted(self._waiting.items())}
         parts = [f"epoch {self._epoch}{lane} is over: {counts[DRAWN]} rows drawn"]
         parts += [f"{n} rejected: {reason}" for reason, n in counts.most_common() if reason not in (PASSED, DRAWN)]
         if waiting:
             buckets = ", ".join(f"{size}: {number}" for size, number in waiting.items())
             parts.append(f"{sum(waiting.values())} wait for a full micro-batch ({buckets})")
-        if counts[DRAWN] < self.recipe.micro_batch_size:
-            size = self.recipe.micro_batch_size
+        size = self.recipe.least_micro_batch_size
+        if counts[DRAWN] - counts[NOT_KEPT] < size:
             parts.append(f"fewer than a micro-batch of {size}: a picture occurs more than once in one")
         return "; ".join(parts)
 
@@ -283,9 +317,13 @@ def fresh_state(epoch: int = 0, emitted: int = 0) -> dict:
     return {"emitted": emitted, "epoch": epoch, "group": 0, "cursor": 0, "counts": {}, "waiting": {}}
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    height, width = text.split("x")
-    return int(height), int(width)
+def bucket_name(size: tuple[int, ...]) -> str:
+    """A bucket as text, `256x320` or `17x256x320`, as `parse_size` reads it."""
+    return "x".join(map(str, size))
+
+
+def parse_size(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x")))
 
 
 def occurrences_in_epoch(hashes: np.ndarray, weights: np.ndarray, epoch: int) -> np.ndarray:

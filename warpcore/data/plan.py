@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog
+from warpcore.data.clip_buckets import ClipBuckets
 from warpcore.data.filters import Filter
 from warpcore.data.lanes import BucketChoice, Lane, Recipe, fresh_state
 from warpcore.data.samples import MicroBatch, Sample
@@ -22,15 +23,13 @@ from warpcore.data.selection import (
     Piece,
     Rows,
     Selection,
-    Survey,
     as_pieces,
     choose_by_hash,
     cut,
-    hold_out,
     make_samples,
-    survey,
 )
 from warpcore.data.storage import real_url
+from warpcore.data.survey import Survey, hold_out, survey
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
 
@@ -53,8 +52,8 @@ class Plan:
 
     Args:
         catalog: from `open_catalog(resolve_sources(webdataset_path))`.
-        micro_batch_size: samples per micro-batch, all of one bucket.
-        buckets: gives every picture its size.
+        micro_batch_size: samples per micro-batch, all of one bucket; None where every bucket has a size of its own.
+        buckets: gives every picture or clip its size.
         filters: conditions on index columns, in order; the first that rejects a row is the one that is told.
         captions: where captions come from; a row without that member is rejected.
         required_members: further members that a row must have, such as a mask; of several extensions, any one.
@@ -76,7 +75,7 @@ class Plan:
         self,
         catalog: Catalog,
         *,
-        micro_batch_size: int,
+        micro_batch_size: int | None,
         buckets: BucketChoice,
         filters: Sequence[Filter] = (),
         captions: CaptionGetter | None = None,
@@ -92,7 +91,7 @@ class Plan:
         member_keys: Mapping[str, str] = MappingProxyType({}),
         videos: bool = True,
     ):
-        if micro_batch_size < 1:
+        if micro_batch_size is not None and micro_batch_size < 1:
             raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
         if validation is not None and validation_samples:
             raise UserError("give validation_path or validation_samples, not both")
@@ -105,6 +104,7 @@ class Plan:
             columns=dict(columns),
             required_columns=captions.columns if captions else (),
             videos=videos,
+            buckets=buckets if isinstance(buckets, ClipBuckets) else None,
         )
         selection.check(catalog, captions, member_keys)
         if validation is not None:
@@ -192,6 +192,7 @@ class Plan:
             "validation_samples": self._validation_samples,
             "shards": catalog.fingerprint(),
             "validation_shards": held.fingerprint() if held else {},
+            **buckets.settings,
         } | ({"copies_of_validation": copies} if held and (copies := _copies(catalog, held)) else {})
 
     def difference(self, saved: dict) -> str | None:
@@ -264,16 +265,18 @@ class Plan:
         """One fixed pass over the validation rows, the same every time; the last of a bucket may be partial."""
         numbers = count()
 
-        def emit(size: tuple[int, int], samples: list[Sample]) -> MicroBatch:
+        def emit(size: tuple[int, ...], samples: list[Sample]) -> MicroBatch:
             return MicroBatch(next(numbers), size, tuple(samples), 0, {}, 0)
 
-        waiting: dict[tuple[int, int], list[Sample]] = {}
+        waiting: dict[tuple[int, ...], list[Sample]] = {}
         found = 0
         for samples in self._validation_rows():
             found += len(samples)
             for size, sample in zip(self._recipe.sizes_of(samples), samples, strict=True):
+                if size is None:
+                    continue
                 waiting.setdefault(size, []).append(sample)
-                if len(waiting[size]) == self._recipe.micro_batch_size:
+                if len(waiting[size]) == self._recipe.micro_batch_size_of(size):
                     yield emit(size, waiting.pop(size))
         if self._validation is not None and not found:
             raise UserError(f"no row of validation_path can be drawn: {survey(self._validation, self._unheld)}")
@@ -307,7 +310,10 @@ class Plan:
             rows = self._unheld.load(catalog, Piece(shard, 0, int(catalog.rows[shard])))
             samples += self._samples(catalog, shard, rows, np.flatnonzero(np.isin(rows.numbers, numbers)))
         sizes = self._recipe.sizes_of(samples)
-        commonest = Counter(sizes).most_common(1)[0][0]
+        kept = Counter(size for size in sizes if size is not None)
+        if not kept:
+            raise UserError("bucket_config: its probabilities keep no sample to draw pictures for: raise them")
+        commonest = kept.most_common(1)[0][0]
         alike = [sample for sample, size in zip(samples, sizes, strict=True) if size == commonest]
         return MicroBatch(0, commonest, tuple(alike), 0, {}, 0)
 

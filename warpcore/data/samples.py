@@ -74,8 +74,8 @@ class MicroBatch:
 
     number: int
     """Global micro-batch number: its place in the run."""
-    size: tuple[int, int]
-    """Bucket (H, W) in px."""
+    size: tuple[int, ...]
+    """Bucket (H, W) in px; of clips (frames, H, W)."""
     samples: tuple[Sample, ...]
     lane: int
     state: dict

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog
-from warpcore.data.columns import PREFIX, columns_of, with_columns
+from warpcore.data.clip_buckets import ClipBuckets
+from warpcore.data.columns import columns_of, with_columns
 from warpcore.data.dotted_names import DOTTED_NAME, as_read
 from warpcore.data.expressions import near_names
 from warpcore.data.filters import Filter, column_names, values_of
@@ -96,6 +97,8 @@ class Selection:
     """Those of them without which a row is rejected."""
     videos: bool = True
     """False: rows of videos are rejected."""
+    buckets: ClipBuckets | None = None
+    """Of a run of clips: a row that fits none of them is rejected."""
 
     def load(self, catalog: Catalog, piece: Piece) -> Rows:
         """Read the rows of a piece and keep those that meet the conditions, each rejection counted once."""
@@ -114,6 +117,8 @@ class Selection:
             sieve.require_column(name)
         for condition in self.filters:
             sieve.apply(condition)
+        if self.buckets is not None:
+            sieve.fit(self.buckets)
         sieve.keep(~np.isin(sieve.numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
         base = _with_frames(sieve.rows.select([*BASE_COLUMNS, *joined_columns(sieve.rows)]), sieve.rows)
         table = with_columns(base, sieve.rows, self.columns, shard.url)
@@ -233,61 +238,17 @@ class _Sieve:
         self.rejected[str(condition)] -= verdict.num_missing
         self.keep(verdict.passed, str(condition))
 
+    def fit(self, buckets: ClipBuckets) -> None:
+        """Reject the rows that fit no bucket, each for its reason."""
+        reasons = buckets.misfits(*shown_sizes(self.rows))
+        for number, reason in enumerate(buckets.reasons):
+            passed = reasons != number
+            self.keep(passed, reason)
+            reasons = reasons[passed]
+
     def _problem(self, test: Callable[[pa.ChunkedArray, str], pa.ChunkedArray], text: str) -> np.ndarray:
         """(rows,) bool: which rows have a problem that passes a test with a text."""
         return _as_bool(test(self.rows["problem"], text).fill_null(False))
-
-
-@dataclass
-class Survey:
-    """What a pass over the whole index finds."""
-
-    rows: int = 0
-    passed: int = 0
-    """Training rows: those that meet all conditions and are not held out."""
-    per_epoch: float = 0.0
-    """How many draws of them an epoch has, on average over epochs: each counts with the weight of its source."""
-    rejected: Counter[str] = field(default_factory=Counter)
-    ranges: dict[str, str] = field(default_factory=dict)
-    """Filtered column -> the values it was seen to have."""
-    members: Counter[str] = field(default_factory=Counter)
-    """How many training rows have each of the members that were asked for."""
-    missing: Counter[str] = field(default_factory=Counter)
-    """How many training rows lack each of the columns that the selection names."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """Of some of the reasons, the first row that was rejected, and what to do."""
-
-    def __str__(self) -> str:
-        reasons = [
-            f"{count} rejected: {reason}" + (f" ({self.examples[reason]})" if reason in self.examples else "")
-            for reason, count in self.rejected.most_common()
-        ]
-        ranges = [f"{name} is {seen}" for name, seen in self.ranges.items()]
-        return "; ".join([f"{self.passed} of {self.rows} rows can be drawn", *reasons, *ranges])
-
-
-def survey(catalog: Catalog, selection: Selection, members: Sequence[str] = ()) -> Survey:
-    """Read every index once: a second per million rows and filter, longer where storage is slow."""
-    result = Survey()
-    limits: dict[str, list] = {}
-    names = list(dict.fromkeys(key for condition in selection.filters for key in condition.keys))
-    for piece in as_pieces(cut(catalog, PASS_ROWS)):
-        result.rows += piece.stop - piece.start
-        rows = selection.load(catalog, piece)
-        result.passed += len(rows.numbers)
-        result.per_epoch += len(rows.numbers) * float(catalog.weights[piece.shard])
-        for member in members:
-            result.members[member] += pc.sum(has_member(rows.table, member)).as_py() or 0
-        for name in selection.columns:
-            result.missing[name] += rows.table[PREFIX + name].null_count
-        result.rejected += rows.rejected
-        result.examples = rows.examples | result.examples
-        for name, column in _values_in(catalog, piece, names):
-            seen = pc.min_max(column).as_py()
-            limits.setdefault(name, []).extend(value for value in seen.values() if value is not None)
-    for name, values in limits.items():
-        result.ranges[name] = _range(values)
-    return result
 
 
 def _with_frames(rows: pa.Table, source: pa.Table) -> pa.Table:
@@ -299,19 +260,10 @@ def _with_frames(rows: pa.Table, source: pa.Table) -> pa.Table:
     return rows
 
 
-def _values_in(catalog: Catalog, piece: Piece, names: list[str]) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    if names:
-        columns = [column for name in names for column in column_names(name)]
-        table = read_rows(catalog.shard(piece.shard), columns, piece.start, piece.stop)
-        found = ((name, values_of(table, name)) for name in names)
-        yield from ((name, values) for name, values in found if values is not None)
-
-
-def _range(values: list) -> str:
-    numbers = [value for value in values if not isinstance(value, str)]
-    texts = [value[:40] for value in values if isinstance(value, str)]
-    shown = [f"{min(kind)!r} .. {max(kind)!r}" for kind in (numbers, texts) if kind]
-    return " and ".join(shown) or "empty"
+def shown_sizes(rows: pa.Table) -> tuple[np.ndarray, ...]:
+    """(rows,) each, of an index: width and height in px, frames, and frames per second, 1 and 0 of pictures."""
+    sizes = _with_frames(rows.select(["width", "height"]), rows)
+    return tuple(sizes[name].to_numpy() for name in ("width", "height", *FRAME_COLUMNS))
 
 
 def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) -> list[Sample]:
@@ -333,23 +285,6 @@ def make_samples(rows: pa.Table, shards: Sequence[Shard], seeds: Sequence[int]) 
             shards, *columns, members, seeds, columns_of(rows, shards), joined, strict=True
         )
     ]
-
-
-def hold_out(catalog: Catalog, selection: Selection, count: int, candidates: int = 262_144) -> dict[int, np.ndarray]:
-    """Choose `count` rows for validation by the hash of their keys: shard number -> row numbers, sorted.
-
-    Raises:
-        UserError: no row would be left for training.
-    """
-    chosen, found = choose_by_hash(catalog, selection, count, candidates)
-    if not found:
-        raise UserError(f"no sample can be drawn: {survey(catalog, selection)}")
-    if found <= count:
-        raise UserError(
-            f"validation_samples: {count} leaves no row for training: only {found} of {catalog.num_rows} rows "
-            "can be drawn"
-        )
-    return chosen
 
 
 def choose_by_hash(

@@ -1,0 +1,258 @@
+"""Buckets of clips, (frames, H, W) in place of (H, W), and which one a clip or a picture goes to.
+
+A *rung* is a length at a resolution (`240p`, 51 frames), with the share of samples that it keeps and a micro-batch
+size. A sample looks for its rung from the largest resolution down:
+
+    a resolution is passed over where the sample has less than 0.8 of its area
+      among its lengths, from the longest down, the first that the sample has frames for and that takes it, by chance
+        is the sample's rung, if it keeps the sample, by chance; else the search goes on at the next resolution
+
+So a rung that keeps nothing (0.0) is a wall: long clips stop there and go on to smaller resolutions. Samples of one
+frame, pictures among them, go to rungs of one frame, and no others do. The size of a rung is the one whose ratio is
+nearest to the sample's. All this is what `bucket_config` means in Open-Sora, but for one point: a clip of exactly as
+many frames as a bucket has fills it, where the published code wants one more.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+
+from warpcore.data.buckets import Buckets, uniform
+from warpcore.data.frames import frames_needed
+from warpcore.data.resolutions import RESOLUTIONS
+from warpcore.errors import UserError
+from warpcore.random import stable_hash
+
+LEAST_AREA = 0.8
+"""Of a resolution's area that a sample needs to be enlarged to it."""
+Size = tuple[int, int, int]
+"""(frames, H, W)"""
+
+
+class Shapes(Protocol):
+    """The sizes (H, W) of a resolution, and the choice among them, such as `Buckets`."""
+
+    sizes: list[tuple[int, int]]
+
+    def choose_many(self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """(N,) places in `sizes`."""
+
+
+class NamedShapes:
+    """The sizes of a resolution with a name, their sides rounded down to multiples of `factor` px."""
+
+    def __init__(self, name: str, factor: int):
+        named = RESOLUTIONS[name].sizes
+        self._ratios = np.array([*named])
+        self.sizes = [(height // factor * factor, width // factor * factor) for height, width in named.values()]
+        if not all(map(all, self.sizes)):
+            raise UserError(f"bucket_config: {name} has sizes with a side under {factor} px: take a larger resolution")
+
+    def choose_many(self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """(N,) the place of the first size whose ratio differs least (plain difference of height / width)."""
+        return np.abs((heights / widths)[:, None] - self._ratios).argmin(axis=1)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A length at a resolution."""
+
+    resolution: str
+    num_frames: int
+    shapes: Shapes
+    area: float = 0.0
+    """Of the resolution, in px²; 0 takes samples of any size."""
+    keep: float = 1.0
+    """Probability that a sample stays here."""
+    take: float | None = None
+    """Probability that this length is considered at all; None: always."""
+    micro_batch_size: int | None = None
+    """None: the run's."""
+
+    def __str__(self) -> str:
+        return f"{self.resolution} x {self.num_frames} frame{'s' * (self.num_frames > 1)}"
+
+
+class ClipBuckets:
+    """The buckets of a run, and the choice among them.
+
+    Args:
+        rungs: in any order.
+        stride: every so many frames of a video are taken, or
+        frame_rate: as many as make this number of frames per second (see `warpcore.data.frames`).
+    """
+
+    def __init__(self, rungs: Sequence[Rung], stride: int = 1, frame_rate: float | None = None):
+        self.stride, self.frame_rate = stride, frame_rate
+        self.rungs = sorted(rungs, key=lambda rung: (-rung.area, rung.resolution, -rung.num_frames))
+        self._sizes_of = [[(rung.num_frames, *size) for size in rung.shapes.sizes] for rung in self.rungs]
+        self.sizes: list[Size] = list(
+            dict.fromkeys(size for rung, sizes in zip(self.rungs, self._sizes_of, strict=True) if rung.keep
+                          for size in sizes)
+        )  # fmt: skip
+        """(frames, H, W) of every bucket that samples may go to."""
+        self.random_ratio = max(getattr(rung.shapes, "random_ratio", 0.0) for rung in self.rungs)
+        self.micro_batch_sizes: dict[Size, int] = {}
+        """Of each bucket with a micro-batch size of its own; of two rungs with one bucket, the smaller one."""
+        for rung, sizes in zip(self.rungs, self._sizes_of, strict=True):
+            for size in sizes if rung.keep and rung.micro_batch_size else ():
+                self.micro_batch_sizes[size] = min(rung.micro_batch_size, self.micro_batch_sizes.get(size, 2**31))
+        place_of = {size: place for place, size in enumerate(self.sizes)}
+        self._places = [np.array([place_of.get(size, -1) for size in sizes]) for sizes in self._sizes_of]
+        lengths = sorted({rung.num_frames for rung in self.rungs})
+        steps = f", frame_rate {frame_rate:g}" if frame_rate else f", frame_stride {stride}" if stride > 1 else ""
+        self.reasons = (
+            "one frame, for which there is no bucket",
+            f"too few frames for the shortest bucket ({next((n for n in lengths if n > 1), 1)} frames{steps})",
+            f"too small: under {LEAST_AREA:g} of the area of every resolution with buckets for its frames",
+            "fits only buckets that keep nothing (0.0 in bucket_config)",
+        )
+        """Why a sample fits no bucket, by the numbers that `misfits` gives."""
+
+    @property
+    def settings(self) -> dict:
+        """JSON-able: what a sample's bucket depends on, beside `sizes`."""
+        rungs = [[r.resolution, r.num_frames, r.keep, r.take, r.micro_batch_size] for r in self.rungs]
+        return {"bucket_config": rungs, "frame_stride": self.stride, "frame_rate": self.frame_rate}
+
+    def choose_many(
+        self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray, num_frames: np.ndarray, fps: np.ndarray
+    ) -> np.ndarray:
+        """(N,) int64: for each sample the place in `sizes` of its bucket; -1 where no bucket keeps it.
+
+        Args:
+            widths, heights: in px, as shown. seeds: of the samples, from which all chance follows.
+            num_frames, fps: 1 and 0 of pictures.
+        """
+        seeds = np.asarray(seeds, np.uint64)
+
+        def chance(number: int, what: str) -> np.ndarray | float:
+            probability = getattr(self.rungs[number], what)
+            if probability is None or probability >= 1:
+                return 1.0
+            drawn = self.draw(seeds, number, what)
+            return (drawn <= probability if what == "take" else drawn < probability).astype(float)
+
+        places = np.full(len(widths), -1, np.int64)
+        for number, share in self._search(widths, heights, num_frames, fps, chance):
+            own = np.flatnonzero(share)
+            if len(own):
+                shapes = self.rungs[number].shapes.choose_many(widths[own], heights[own], seeds[own])
+                places[own] = self._places[number][shapes]
+        return places
+
+    def draw(self, seeds: np.ndarray, number: int, what: str) -> np.ndarray:
+        """(N,) float64 in [0, 1): what decides whether a rung takes ("take") and keeps ("keep") each sample."""
+        rung = self.rungs[number]
+        return uniform(seeds, stable_hash("bucket", rung.resolution, rung.num_frames, what))
+
+    def shares(
+        self, widths: np.ndarray, heights: np.ndarray, num_frames: np.ndarray, fps: np.ndarray
+    ) -> Iterator[tuple[Rung, np.ndarray]]:
+        """For every rung the probability (N,) of each sample to go there: its share of the epochs."""
+
+        def chance(number: int, what: str) -> float:
+            probability = getattr(self.rungs[number], what)
+            return 1.0 if probability is None else probability
+
+        for number, share in self._search(widths, heights, num_frames, fps, chance):
+            yield self.rungs[number], share
+
+    def misfits(self, widths: np.ndarray, heights: np.ndarray, num_frames: np.ndarray, fps: np.ndarray) -> np.ndarray:
+        """(N,) int64: for each sample that no bucket can ever keep, the place of the reason in `reasons`; else -1."""
+        possible = np.zeros(len(widths), bool)
+        for _, share in self.shares(widths, heights, num_frames, fps):
+            possible |= share > 0
+        long_enough = np.zeros(len(widths), bool)
+        fitting = long_enough.copy()
+        for rung in self.rungs:
+            has_frames = self._has_frames(rung, num_frames, fps)
+            long_enough |= has_frames
+            fitting |= has_frames & _has_area(rung, widths, heights)
+        single = np.asarray(num_frames) == 1
+        conditions = [possible, ~long_enough & single, ~long_enough, ~fitting]
+        return np.select(conditions, [-1, 0, 1, 2], default=3)
+
+    def _search(
+        self,
+        widths: np.ndarray,
+        heights: np.ndarray,
+        num_frames: np.ndarray,
+        fps: np.ndarray,
+        chance: Callable[[int, str], np.ndarray | float],
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The search of the module's docstring: of each rung's number, the share (N,) of each sample that ends there.
+
+        chance: gives the share of all samples that a rung takes, and keeps.
+        """
+        arriving = np.ones(len(widths))
+        numbered = enumerate(self.rungs)
+        for _, of_resolution in groupby(numbered, key=lambda pair: pair[1].resolution):
+            searching, going_on = arriving, np.zeros(len(widths))
+            for number, rung in of_resolution:
+                fits = self._has_frames(rung, num_frames, fps) & _has_area(rung, widths, heights)
+                entering = searching * fits * chance(number, "take")
+                kept = entering * chance(number, "keep")
+                searching, going_on = searching - entering, going_on + (entering - kept)
+                yield number, kept
+            arriving = searching + going_on
+
+    def _has_frames(self, rung: Rung, num_frames: np.ndarray, fps: np.ndarray) -> np.ndarray:
+        if rung.num_frames == 1:
+            return np.asarray(num_frames) == 1
+        needed = frames_needed(rung.num_frames, fps, self.stride, self.frame_rate)
+        return (np.asarray(num_frames) > 1) & (num_frames >= needed)
+
+
+def _has_area(rung: Rung, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    return np.asarray(widths, np.int64) * np.asarray(heights, np.int64) >= LEAST_AREA * rung.area
+
+
+def rungs_of(
+    bucket_config: Mapping[str, Mapping[int, Sequence]], factor: int, ratios: Sequence[float] = ()
+) -> list[Rung]:
+    """The rungs of a `bucket_config`: resolution -> frames -> (keep or (keep, take), micro-batch size).
+
+    Args:
+        factor: sides are multiples of so many px, rounded down.
+        ratios: width / height, in place of those that belong to a resolution's name, each with its inverse.
+
+    Raises:
+        UserError: a name of no resolution, or a rung that keeps samples without a micro-batch size.
+    """
+    rungs = []
+    for name, lengths in bucket_config.items():
+        area, shapes = _resolution(name, factor, ratios)
+        for num_frames, (keeping, size) in lengths.items():
+            keep, take = keeping if isinstance(keeping, Sequence) else (keeping, None)
+            if keep and not isinstance(size, int):
+                raise UserError(f"bucket_config: {name}: {num_frames}: {_without_size(size)}")
+            rungs.append(Rung(name, num_frames, shapes, area, keep, take, size if keep else None))
+    return rungs
+
+
+def _without_size(size: Sequence[int] | None) -> str:
+    if size is None:
+        return "it keeps samples, so it needs a micro-batch size: write [keep, size]"
+    return (
+        f"{list(size)} is a guess and a range, in which tools/search_batch_size.py looks for a micro-batch size: run "
+        "that first, or write one number"
+    )
+
+
+def _resolution(name: str, factor: int, ratios: Sequence[float]) -> tuple[int, Shapes]:
+    """Area in px² and sizes of a resolution: `240p`, or `256`, or the side of a square as `64px`."""
+    number = re.fullmatch(r"([1-9][0-9]{0,4})(px)?", name)
+    known = number[1] if number and number[1] in RESOLUTIONS else name
+    if known in RESOLUTIONS:
+        area = RESOLUTIONS[known].area
+        return area, Buckets(area, factor, ratios) if ratios else NamedShapes(known, factor)
+    if number is None:
+        names = ", ".join(sorted(RESOLUTIONS, key=lambda one: RESOLUTIONS[one].area))
+        raise UserError(f"bucket_config: {name} is no resolution: write one of {names}, or a side as 320px")
+    area = int(number[1]) ** 2
+    return area, Buckets(area, factor, ratios)
