@@ -50,6 +50,7 @@ class _Values(_Checked):
     optimizer: _Optimizer
     nonfinite_updates: Count = 0
     loss_scale: dict[str, float] = {}
+    samples_seen: Count | None = None
     run_id: str | None = None
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from fractions import Fraction
+from numbers import Rational
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -100,7 +100,7 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         )
 
     def in_updates(
-        self, rows_per_epoch: Callable[[], float], samples_per_update: Callable[[], Fraction | int] | None = None
+        self, rows_per_epoch: Callable[[], float], samples_per_update: Callable[[], Rational] | None = None
     ) -> tuple[Self, list[str]]:
         """The config with updates in place of epochs, and a line about each key that had them.
 

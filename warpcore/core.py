@@ -35,6 +35,7 @@ from warpcore.random import stable_hash
 from warpcore.results import Losses, Sampled
 from warpcore.signals import STOPPED_EARLY, stop_signals
 from warpcore.tracking import make_tracker
+from warpcore.update_mean import UpdateMean
 from warpcore.use_case import UseCase
 
 __all__ = ["Losses", "Sampled", "WarpCore"]
@@ -80,6 +81,7 @@ class WarpCore(UseCase):
         """One optimizer step over `accumulation` micro-batches; where a number is not finite, it changes nothing."""
         config, accumulation, update = self.config, self.feed.accumulation, self.update + 1
         losses, samples_hash = [], 0
+        update_mean = UpdateMean(self.processes, accumulation, self.feed.plan.largest_micro_batch)
         for name in self.trainable:
             self.networks[name].train()
         for step in range(accumulation):
@@ -92,16 +94,17 @@ class WarpCore(UseCase):
                 compute.begin_graphs(self.parameters.values(), accumulated=step == 1)
             with self.autocast():
                 result = self.loss(*self.encoded(batch))
-            self.loss_scale.scaled(result.loss.mean() * (batch.weight / accumulation)).backward()
+            weight = update_mean.weight_of(batch)
+            self.loss_scale.scaled(result.loss.mean() * (weight / accumulation)).backward()
             gradients.keep_largest(self.thinned, config.gradient_topk)
-            losses.append(result.means(batch.weight))
+            losses.append(result.means(weight))
             self.statistics.add(result.statistics, batch.weight)
 
-        self.loss_scale.unscale(self.parameters.values())
+        self.loss_scale.unscale(self.parameters.values(), update_mean.correction())
         means = {f"grad_mean/{name}": value for name, value in gradients.gradient_means(self.mean_groups).items()}
         norm = gradients.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
         norms = {f"grad_norm/{name}": value for name, value in gradients.gradient_norms(self.gradient_groups).items()}
-        mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        mean = update_mean.of(losses)
         usable = torch.isfinite(norm) & torch.isfinite(mean["loss"]) & (self.feed.fault is None)
         finite = self.processes.all_true(usable)
         lr = self._learning_rate(update)
@@ -113,7 +116,7 @@ class WarpCore(UseCase):
         for average in self.averages.values():
             average.step(update, finite)
         norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in (norms | means).items()}
-        norms |= self.loss_scale.metrics() | optim.metrics(self.optimizers)
+        norms |= self.loss_scale.metrics() | optim.metrics(self.optimizers) | update_mean.metrics
         self.loss_scale.update(norm, finite)
         times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
         self.metrics.add(update, samples_hash, **mean, **norms, **times, lr=lr, data_wait=self.feed.take_data_wait())
@@ -140,7 +143,7 @@ class WarpCore(UseCase):
             self.update = resumed
             self.kept = saved.get("kept", {}) | self.kept
         self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes, config.batch_size)
-        self.metrics.resume(self.update)
+        self.metrics.resume(self.update, saved.get("samples_seen"))
         self.skipped = reports.SkippedUpdates(config.max_nonfinite_updates, saved.get("nonfinite_updates", 0))
         self.saved_update = self.update
         self.run_id = saved.get("run_id") or uuid.uuid4().hex[:12]
@@ -291,6 +294,7 @@ class WarpCore(UseCase):
             "about": about,
             "kept": self.kept,
             "feed": self.feed.state(),
+            "samples_seen": self.metrics.samples_seen,
             "nonfinite_updates": self.skipped.in_a_row,
             "loss_scale": self.loss_scale.state(),
             "run_id": self.run_id,

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from numbers import Rational
 from typing import Annotated, Any
 
 from pydantic import PlainValidator, PositiveInt, TypeAdapter, ValidationError
@@ -40,7 +41,7 @@ Updates = Annotated[int | str, PlainValidator(_count)]
 """A number of updates, or of epochs: `2e`."""
 
 
-def in_updates(given: Mapping[str, str], rows: float, batch_size: int | Fraction) -> tuple[dict[str, int], list[str]]:
+def in_updates(given: Mapping[str, str], rows: float, batch_size: Rational) -> tuple[dict[str, int], list[str]]:
     """The numbers of updates for keys that have epochs, and a line about each; `rows` are what an epoch draws."""
     found = {key: max(1, _whole(text, rows, batch_size)) for key, text in given.items()}
     if {"save_every", "export_every"} <= given.keys():
@@ -56,6 +57,6 @@ def _epochs(text: str) -> Fraction:
     return Fraction(_EPOCHS.fullmatch(text)[1])
 
 
-def _whole(text: str, rows: float, batch_size: int | Fraction) -> int:
+def _whole(text: str, rows: float, batch_size: Rational) -> int:
     """Updates of `2e`, rounded down."""
     return math.floor(_epochs(text) * Fraction(rows).limit_denominator(10**6) / batch_size)

@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from fractions import Fraction
 from itertools import islice
+from numbers import Rational
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -153,13 +153,12 @@ class Feed:
         """How many rows an epoch draws (collective); of a large data set, a pass over its whole index."""
         return self.processes.on_main(lambda: self.plan.survey.per_epoch)
 
-    def samples_per_update(self) -> Fraction | int:
+    def samples_per_update(self) -> Rational:
         """How many samples an update has, on average over epochs (collective)."""
         if self.config.own_micro_batches is None:
             return self.config.batch_size
-        found = self.processes.on_main(lambda: self.plan.survey)
-        per_micro_batch = found.per_epoch / max(found.micro_batches_per_epoch, 1e-9)
-        return self.config.own_micro_batches * Fraction(per_micro_batch).limit_denominator(10**6)
+        per_micro_batch = self.processes.on_main(lambda: self.plan.survey.samples_per_micro_batch)
+        return self.config.own_micro_batches * per_micro_batch
 
     def validation(self) -> Iterator[tuple[Batch, list[int]]]:
         """One pass over the validation samples: batches, and the places in each that count.

@@ -29,11 +29,11 @@ class LossScale:
         return loss * self._scale if self.enabled else loss
 
     @torch.no_grad()
-    def unscale(self, parameters: Iterable[Tensor]) -> None:
-        """Divide gradients by the factor."""
-        if not self.enabled:
+    def unscale(self, parameters: Iterable[Tensor], times: Tensor | None = None) -> None:
+        """Divide gradients by the factor, and multiply them with `times` (0-d), if it is given."""
+        if not self.enabled and times is None:
             return
-        inverse = 1 / self._scale
+        inverse = (1 if times is None else times) / (self._scale if self.enabled else 1)
         for parameter in parameters:
             if parameter.grad is not None:
                 grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad

@@ -23,17 +23,26 @@ class Metrics:
 
     Tensors are averaged over the processes, `samples_hash` is added up modulo 2**64, and plain numbers are those of
     the main process.
+
+    Args:
+        batch_size: samples of an update; None where each says its `samples`.
     """
 
-    def __init__(self, path: Path, processes: Processes, batch_size: int):
+    def __init__(self, path: Path, processes: Processes, batch_size: int | None):
         self.path = path
         self.processes = processes
         self.batch_size = batch_size
+        self.samples_seen = 0
+        """Of all updates that were flushed."""
         self._interval_started = time.monotonic()
         self._lines: list[dict] = []
 
-    def resume(self, update: int) -> None:
-        """Forget every line after `update`: those updates will be repeated."""
+    def resume(self, update: int, samples_seen: int | None = None) -> None:
+        """Forget every line after `update`: those updates will be repeated.
+
+        samples_seen: up to there; None: as many as with the present batch size.
+        """
+        self.samples_seen = update * (self.batch_size or 0) if samples_seen is None else samples_seen
         if not self.processes.is_main or not self.path.exists():
             return
         kept = [line for line in read_text(self.path).splitlines() if _update_of(line) <= update]
@@ -100,7 +109,11 @@ class Metrics:
                 lines[i][name] = value
         now = time.monotonic()
         if lines:
-            speed = self.batch_size * len(lines) / (now - self._interval_started)
+            before = self.samples_seen
+            for line in lines:
+                self.samples_seen += round(line["samples"]) if self.batch_size is None else self.batch_size
+                line["samples_seen"] = self.samples_seen
+            speed = (self.samples_seen - before) / (now - self._interval_started)
             for line in lines:
                 line["samples_per_second"] = speed
             # int64 wraps around exactly like addition modulo 2**64.

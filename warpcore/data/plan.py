@@ -163,6 +163,11 @@ class Plan:
         return samples
 
     @property
+    def largest_micro_batch(self) -> int | None:
+        """Samples of a micro-batch at most, where buckets have micro-batch sizes of their own; else None."""
+        return max(self._recipe.buckets.micro_batch_sizes.values(), default=None)
+
+    @property
     def num_rows_on_file(self) -> int:
         """Rows of the index before filters."""
         return self._recipe.catalog.num_rows

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,11 @@ class Survey:
         buckets = [f"{name}: {rows:,.6g}" for name, rows in self.buckets.items()]
         buckets = [f"rows per bucket and epoch, on average: {', '.join(buckets)}"] if buckets else []
         return "; ".join([f"{self.passed} of {self.rows} rows can be drawn", *reasons, *ranges, *buckets])
+
+    @property
+    def samples_per_micro_batch(self) -> Fraction:
+        """On average over epochs."""
+        return Fraction(self.per_epoch / (self.micro_batches_per_epoch or 1.0)).limit_denominator(10**6) or Fraction(1)
 
     def count_buckets(self, buckets: ClipBuckets, rows: pa.Table, weight: float) -> None:
         """Add what an epoch draws of rows that fit a bucket, for every bucket; `weight` is that of their source."""
