@@ -7,15 +7,27 @@ The largest micro-batch that fits in memory (and whose pass takes no longer than
 halves around a guess; of those tried, `--best speed` takes the one with most samples per second. The networks are
 built as in training, and updates made with black pictures at learning rate 0. One micro-batch size serves all buckets:
 the least of them is written.
+
+Of a run of clips whose `bucket_config` has micro-batch sizes for each bucket, those are searched and written:
+
+python3 tools/search_batch_size.py SCRIPT CONFIG TUNED --base 144p:51 [--resolution 240p]
+
+In place of a size, the config may have [guess, range]. The largest size that fits in memory is searched or, with
+`--base` or `--base-step-time`, the one that takes about as long as the base bucket's largest, or so many seconds.
 """
 
 import warpcore.openmp
 import argparse
+import math
 import re
+from pathlib import Path
+
+import yaml
 
 from tools.arguments import amount, local_path, positive, process_count
+from tools.clip_batch_sizes import ClipSearch, with_sizes
 from warpcore.batch_size import fitting_sizes
-from warpcore.config import ConfigError, load_config
+from warpcore.config import Config, ConfigError, load_config
 from warpcore.config_files import bases_from
 from warpcore.errors import UserError, run_script
 from warpcore.launch import planned_processes
@@ -23,8 +35,18 @@ from warpcore.outputs import check_new
 from warpcore.rehearsal import Rehearsal, bucket_sizes, load_use_case
 from warpcore.safe_yaml import parse_mapping
 from warpcore.text import read_text
+from warpcore.use_case import UseCase
 
 GIB = 2**30
+CLIP_OPTIONS = ("resolution", "base", "base-step-time", "range")
+
+
+def bucket(text: str) -> tuple[str, int]:
+    """An argument such as `144p:51`."""
+    name, _, frames = text.rpartition(":")
+    if not name or not frames.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no bucket: write resolution:frames, such as 144p:51")
+    return name, int(frames)
 
 
 def main() -> None:
@@ -37,10 +59,26 @@ def main() -> None:
     parser.add_argument("--best", choices=("size", "speed"), default="size", help="which of those that fit")
     parser.add_argument("--guess", type=positive, help="where to begin; by default the config's micro-batch")
     parser.add_argument("--processes", type=process_count, help="GPUs of the run; by default the config's key, or 1")
+    clips = parser.add_argument_group("where buckets have micro-batch sizes of their own (bucket_config)")
+    clips.add_argument("--resolution", help="search the buckets of this one alone, such as 240p")
+    clips.add_argument("--base", type=bucket, help="the bucket whose time all others shall take, such as 144p:51")
+    clips.add_argument(
+        "--base-step-time", type=amount, help="the seconds that a micro-batch of all buckets shall take"
+    )
+    clips.add_argument(
+        "--range", type=positive, help="how far from the config's sizes to search; by default half of them"
+    )
     options, keys = parser.parse_known_args()
     check_new([options.tuned], "give the name of a new file")
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [str(options.config), *keys])
+    if config.own_micro_batches is not None:
+        search_clips(use_case, config, options, keys)
+        return
+    if given := [name for name in CLIP_OPTIONS if getattr(options, name.replace("-", "_")) is not None]:
+        raise UserError(
+            f"--{given[0]} is for configs with a bucket_config, which gives each bucket a micro-batch size"
+        )
     processes = planned_processes(options.processes, config.processes)
     fitting = fitting_sizes(config.batch_size, processes)
     if not fitting:
@@ -49,24 +87,60 @@ def main() -> None:
     limit = None if options.max_memory is None else options.max_memory * GIB
     with Rehearsal(use_case, config, limit) as rehearsal:
         chosen = {}
-        print("| bucket (H x W px) | micro-batch | seconds | samples/s | peak GiB |\n|---|---|---|---|---|")
+        print("| bucket (px) | micro-batch | seconds | samples/s | peak GiB |\n|---|---|---|---|---|")
         for size in bucket_sizes(rehearsal.run):
             chosen[size] = search(rehearsal, size, fitting, guess, options.step_seconds, options.best)
             guess = chosen[size]
     least = min(chosen.values())
-    print("\n" + ", ".join(f"{h} x {w}: {n}" for (h, w), n in chosen.items()) + f"; micro_batch_size: {least}")
+    print("\n" + ", ".join(f"{shown(size)}: {n}" for size, n in chosen.items()) + f"; micro_batch_size: {least}")
     inherited = [f"base={bases}"] if (bases := bases_from(options.config, options.tuned.parent)) else []
     if bases and config.grad_accum_steps is not None:
         inherited.append("grad_accum_steps=null")  # it follows from the two sizes
-    text = with_micro_batch(read_text(options.config), least, [*inherited, *keys])
-    options.tuned.parent.mkdir(parents=True, exist_ok=True)
-    options.tuned.write_text(text, encoding="utf-8")
-    load_config(use_case.Config, [str(options.tuned)])
-    print(f"written to {options.tuned}")
+    write_tuned(with_micro_batch(read_text(options.config), least, [*inherited, *keys]), use_case, options.tuned)
+
+
+def write_tuned(text: str, use_case: type[UseCase], path: Path) -> None:
+    """Write a config that training takes as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    load_config(use_case.Config, [str(path)])
+    print(f"written to {path}")
+
+
+def search_clips(use_case: type[UseCase], config: Config, options: argparse.Namespace, keys: list[str]) -> None:
+    """Search the micro-batch size of every bucket of a `bucket_config`, and write it with those that were found.
+
+    Raises:
+        UserError: a bucket has none within its range; the message has those that were found.
+    """
+    entries = config.bucket_config
+    plain = config.model_copy(update={"bucket_config": with_sizes(entries, {})})
+    timed = options.base is not None or options.base_step_time is not None
+    limit = options.max_memory * GIB if options.max_memory else math.inf if timed else None
+    if given := [name for name in ("guess", "step_seconds", "processes") if getattr(options, name) is not None]:
+        raise UserError(f"--{given[0].replace('_', '-')} is not for bucket_config: write [guess, range] into it")
+    with Rehearsal(use_case, plain, limit) as rehearsal:
+        found = ClipSearch(rehearsal, entries, options.range)
+        found.search(options.resolution, options.base, options.base_step_time)
+    tuned = [f"  {name}: {yaml.safe_dump(lengths, default_flow_style=True, width=math.inf).strip()}"
+             for name, lengths in with_sizes(entries, found.found).items()]  # fmt: skip
+    if found.without:
+        raise UserError(
+            f"bucket_config: no size will do for {'; '.join(found.without)}: write another guess, or a wider range. "
+            "Those found (0 for none):\n" + "\n".join(tuned)
+        )
+    inherited = [f"base={bases}"] if (bases := bases_from(options.config, options.tuned.parent)) else []
+    changes = [key for key in keys if key.removeprefix("--").partition("=")[0] != "bucket_config"]
+    text = with_keys(read_text(options.config), [*inherited, *changes], {"bucket_config": "\n" + "\n".join(tuned)})
+    write_tuned(text, use_case, options.tuned)
+
+
+def shown(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))
 
 
 def search(
-    rehearsal: Rehearsal, size: tuple[int, int], fitting: list[int], guess: int, seconds: float | None, best: str
+    rehearsal: Rehearsal, size: tuple[int, ...], fitting: list[int], guess: int, seconds: float | None, best: str
 ) -> int:
     """The largest of the sizes `fitting` (for `best` "speed", the fastest tried) that a bucket can be trained with.
 
@@ -78,11 +152,11 @@ def search(
     def fits(count: int) -> bool:
         measured = rehearsal.measure(size, count)
         if measured is None:
-            print(f"| {size[0]} x {size[1]} | {count} | too much memory | | |", flush=True)
+            print(f"| {shown(size)} | {count} | too much memory | | |", flush=True)
             return False
         took, peak = measured
         speeds[count] = count / took
-        print(f"| {size[0]} x {size[1]} | {count} | {took:.3f} | {count / took:.1f} | {peak / GIB:.2f} |", flush=True)
+        print(f"| {shown(size)} | {count} | {took:.3f} | {count / took:.1f} | {peak / GIB:.2f} |", flush=True)
         if seconds is not None and took > seconds:
             del speeds[count]
             return False
@@ -100,7 +174,7 @@ def search(
         place = max(place, low + 1)
     if low < 0:
         raise UserError(
-            f"a bucket of {size[0]} x {size[1]} px cannot even be trained with {fitting[0]} sample(s) within these "
+            f"a bucket of {shown(size)} px cannot even be trained with {fitting[0]} sample(s) within these "
             "limits: raise activation_checkpointing, or see tools/memory.py"
         )
     return max(speeds, key=speeds.get) if best == "speed" else fitting[low]
@@ -108,14 +182,18 @@ def search(
 
 def with_micro_batch(text: str, micro_batch: int, keys: list[str]) -> str:
     """A config's text, comments and all, with the micro-batch, and with the keys given beside it."""
-    changes = {"micro_batch_size": str(micro_batch)}
+    text = re.sub(r"(?m)^grad_accum_steps:.*\n?", "", text)  # it follows from the two sizes
+    return with_keys(text, keys, {"micro_batch_size": str(micro_batch)})
+
+
+def with_keys(text: str, keys: list[str], changes: dict[str, str]) -> str:
+    """A config's text, comments and all, with values of keys, in YAML, and with `key=value` arguments."""
     for key in keys:
         name, equals, value = key.removeprefix("--").partition("=")
         if not equals or "." in name:
             raise ConfigError(f"argument {key!r}: write key=value for a key of the config itself")
         changes[name] = value
     present = parse_mapping(text, "the config")
-    text = re.sub(r"(?m)^grad_accum_steps:.*\n?", "", text)  # it follows from the two sizes
     for name, value in changes.items():
         if name in present:
             text = re.sub(rf"(?m)^{re.escape(name)}:.*(\n[ \t-]+.*)*$", lambda _, n=name, v=value: f"{n}: {v}", text)

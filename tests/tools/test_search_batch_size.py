@@ -1,16 +1,24 @@
 """The search for a micro-batch: the largest that fits, bucket by bucket, and a config that trains with it."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from tests.golden import load_case
 from tests.train.test_every_script import SETTINGS, settings, train  # noqa: F401
+from tests.warpcore import test_unequal_micro_batches as unequal
+from tests.warpcore.data.tars import write_shard as write_clip_shard
 from tests.warpcore.runs import TINY, tiny_settings, train_here, write_shard
+from tests.warpcore.test_unequal_micro_batches import settings_of
+from tools.clip_batch_sizes import ClipSearch, search_between, with_sizes
 from tools.search_batch_size import main, search, with_micro_batch
 from warpcore.config_files import read_config
+from warpcore.data.clip_buckets import ClipBuckets, rungs_of
 from warpcore.errors import UserError
 
 
@@ -94,3 +102,102 @@ def test_a_micro_batch_is_found_for_every_script(settings, name, tmp_path, monke
     tuned, _ = read_config(tmp_path / "tuned.yaml")
     assert tuned["micro_batch_size"] == 4
     assert len(train(name, tuned)) == 1
+
+
+GOLDEN = load_case("opensora/search_batch_size")[0]["calls"]
+
+
+@pytest.mark.parametrize("call", GOLDEN, ids=lambda call: f"{call['lower']} to {call['upper']}")
+def test_sizes_of_clips_are_searched_as_the_reference_does(call):
+    tried = []
+
+    def seconds_of(size):
+        tried.append(size)
+        if size > call["out_of_memory_above"]:
+            return None
+        return call["time"]["fixed"] + call["time"]["per_sample"] * size
+
+    found = search_between(call["lower"], call["upper"], seconds_of, call["reference_time"])
+    assert tried == call["tried"]
+    assert found == (call["batch_size"], pytest.approx(call["step_time"]))
+
+
+class ClipMachine:
+    """Stands for a rehearsal of clips: time and memory grow with the pixels of all samples."""
+
+    def __init__(self, entries: dict, memory: float = float("inf")):
+        config = SimpleNamespace(buckets=lambda factor: ClipBuckets(rungs_of(with_sizes(entries, {}), factor)))
+        self.run, self.memory, self.asked = SimpleNamespace(config=config, bucket_factor=8), memory, set()
+
+    def measure(self, size, count):
+        self.asked.add(size)
+        pixels = math.prod(size) * count / 1e6
+        return (0.1 + pixels / 10, int(pixels)) if pixels <= self.memory else None
+
+
+ENTRIES = {"144p": {1: (1.0, (400, 100)), 17: (1.0, (20, 10))}, "240p": {1: (0.5, 30), 17: (0.5, 8), 34: (0.0, None)}}
+
+
+def sizes_found(search: ClipSearch) -> dict:
+    return {name: {n: size for n, (_, size) in of.items()} for name, of in with_sizes(ENTRIES, search.found).items()}
+
+
+def test_each_bucket_gets_the_largest_size_within_its_range_that_fits():
+    search = ClipSearch(ClipMachine(ENTRIES, memory=15), ENTRIES)
+    search.search(None, None, None)
+    assert sizes_found(search) == {"144p": {1: 406, 17: 23}, "240p": {1: 45, 17: 8, 34: None}}
+
+
+def test_all_buckets_get_the_time_of_a_base_bucket():
+    machine = ClipMachine(ENTRIES, memory=15)
+    search = ClipSearch(machine, ENTRIES)
+    search.search(None, ("144p", 17), None)
+    found = sizes_found(search)
+    assert found["144p"][17] == 23
+    base = machine.measure((17, 192, 192), 23)[0]
+    for name, num_frames, size in (("144p", 1, (192, 192)), ("240p", 17, (320, 320))):
+        seconds = machine.measure((num_frames, *size), found[name][num_frames])[0]
+        assert 0.85 * base < seconds < 1.02 * base
+    assert found["240p"][1] == 45, "the most within its range, which takes less"
+
+
+def test_one_resolution_alone_and_the_time_of_a_step():
+    search = ClipSearch(ClipMachine(ENTRIES), ENTRIES, spread=3)
+    search.search("240p", None, 2.0)
+    assert sizes_found(search) == {"144p": {1: 400, 17: 20}, "240p": {1: 33, 17: 10, 34: None}}
+    assert not search.without
+    search.search("240p", None, 0.2)
+    assert search.without == ["240p x 17 frames, 5 to 11", "240p x 1 frame, 27 to 33"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("480p", None, None), "--resolution 480p: bucket_config has 144p, 240p"),
+        ((None, ("240p", 34), None), "--base 240p:34 is no bucket that keeps samples: write one of 240p:17, 240p:1"),
+    ],
+)
+def test_buckets_that_are_not_there(arguments, message):
+    with pytest.raises(UserError, match=message):
+        ClipSearch(ClipMachine(ENTRIES), ENTRIES).search(*arguments)
+
+
+@pytest.mark.integration
+def test_a_search_of_clips_writes_a_config_that_trains(tmp_path, monkeypatch, capsys):
+    data = write_clip_shard(tmp_path / "a.tar", 12, sizes=((16, 16), (12, 12)))
+    buckets = {"16px": {1: [1.0, [6, 3]]}, "12px": {1: [[1.0, 0.9], [9, 2]]}}
+    given = settings_of(tmp_path, data, bucket_config=buckets, updates=1, save_every=1, validation_samples=0)
+    (tmp_path / "c.yaml").write_text("# why\n" + yaml.safe_dump(given))
+    script, tuned = Path(unequal.__file__), tmp_path / "tuned.yaml"
+    monkeypatch.setattr(sys, "argv", ["search", str(script), str(tmp_path / "c.yaml"), str(tuned), "--base", "16px:1"])
+    main()
+    assert "| 16px x 1 frame | 9 |" in capsys.readouterr().out
+    written, _ = read_config(tuned)
+    assert tuned.read_text().startswith("# why\n")
+    assert written["bucket_config"]["16px"] == {1: [1.0, 9]}
+    ((keep, size),) = written["bucket_config"]["12px"].values()
+    assert keep == [1.0, 0.9]
+    assert 7 <= size <= 11
+    assert train_here(written, unequal.LearnSizes, unequal.SizesConfig)[0] == 0
+    with pytest.raises(UserError, match=r"\[6, 3\] is a guess and a range.*tools/search_batch_size.py"):
+        train_here(given | {"experiment_id": "untuned"}, unequal.LearnSizes, unequal.SizesConfig)
