@@ -171,7 +171,7 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "file for a folder": [("text new", "text is not a folder of pictures")],
         "empty": [
             ("folder new", "folder holds no usable picture"),
-            ("empty new", "empty holds no usable picture: .*empty file: 0.jpg"),
+            ("empty new", "empty holds no usable picture or video: .*empty file: 0.jpg"),
             ("pictures new --metadata empty.jsonl", "--metadata empty.jsonl: it has no line"),
         ],
         "output exists": [("pictures taken", "taken is not empty; choose another folder, or give --overwrite")],

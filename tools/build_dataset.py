@@ -1,12 +1,14 @@
-"""Builds a data set for training from a folder of pictures: tars with their indexes.
+"""Builds a data set for training from a folder of pictures or videos: tars with their indexes.
 
     python3 tools/build_dataset.py demo/pictures demo/shards
     torchrun --nproc-per-node 8 tools/build_dataset.py data/pictures data/shards
 
-Takes the pictures of the folder and its sub-folders, also linked ones, and what belongs to them. The caption of
-NAME.jpg is NAME.txt (or NAME.jpg.txt, NAME.caption), its fields for filters are NAME.json; both may also come from a
-metadata.jsonl, .csv or .parquet with the columns file_name and text (or caption, prompt, description: the first that a
-line has), whose other columns become fields. NAME.cls is its class.
+Takes the pictures and videos of the folder and its sub-folders, also linked ones, and what belongs to them. The
+caption of NAME.jpg is NAME.txt (or NAME.jpg.txt, NAME.caption), its fields for filters are NAME.json; both may also
+come from a metadata.jsonl, .csv or .parquet with the columns file_name (or path) and text (or caption, prompt,
+description: the first that a line has), whose other columns become fields. NAME.cls is its class.
+A video is stored as it is, or cut into the pieces that its field or column `cuts` names ([[0, 2.5], [4, 8]], in
+seconds) or that --cut makes; pieces are encoded again. --frames-every makes pictures of videos.
 The captions of the pictures in a folder `images` may lie in a folder `metas` beside it.
 NAME.mask.png, NAME.depth.png, NAME.seg.png and NAME.pose.json go with their picture. What is left out is counted by
 reason. The same folder always gives the same bytes, whether one process builds them or many (of torchrun or srun, on
@@ -20,14 +22,13 @@ config the networks that made them, as such files do not say it:
 """
 
 import argparse
+import io
 import re
-import statistics
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -35,101 +36,30 @@ from families.common.captions import CLIP_LENGTH, is_cut
 from families.common.members import SIDE_MEMBERS
 from modules.tokenizers import BytePairTokenizer
 from tools.arguments import local_path, positive
+from tools.dataset_report import Checked, Report
 from tools.metadata import FORMATS
 from tools.picture_folder import Entry, find_entries
-from tools.picture_sample import Outcome, Unusable, load_again, load_sample
+from tools.picture_sample import Outcome, Unusable, load_samples, load_samples_again
 from tools.shard_writer import ASIDE, Packing, ShardWriter, check_free, reserved, sample_bytes, swap
 from tools.shared_work import ALONE, SharedWork
+from tools.video_parts import WHOLE, Parts
 from warpcore.data.catalog import write_manifests
 from warpcore.data.index import Summary
-from warpcore.data.picture_files import SHOWN, LeftOut
-from warpcore.data.samples import PICTURE_EXTENSIONS
+from warpcore.data.samples import VIDEO_EXTENSIONS, visual_member
 from warpcore.data.shards import Shard
-from warpcore.data.tars import clean
+from warpcore.data.video_headers import read_header
 from warpcore.errors import UserError, run_script
 from warpcore.peers import tell_once
 from warpcore.processes import Processes, start_processes, stop_processes
 from warpcore.progress_bar import ProgressBar
 from warpcore.random import stable_hash
-from warpcore.text import brief, counted, format_bytes
+from warpcore.text import brief
 
 TEXT_ENCODERS = ("clip", "none")
-RATIOS = ("9:21", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "21:9")
-_CHECKED_TOGETHER = 64
-
-
-@dataclass
-class Report:
-    """What became of the pictures."""
-
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    """(width, height) in px of those that were kept."""
-    left_out: LeftOut = field(default_factory=LeftOut)
-    members: Counter[str] = field(default_factory=Counter)
-    """How many of those that were kept have a member such as `txt` or `mask.png`."""
-    without_caption: list[str] = field(default_factory=list)
-    """Pictures that have none."""
-    empty_captions: list[str] = field(default_factory=list)
-    """Pictures whose caption is empty."""
-    long_captions: list[str] = field(default_factory=list)
-    """Pictures with captions of which the text encoder reads only the beginning."""
-    notes: list[str] = field(default_factory=list)
-    """How the metadata were read."""
-    shards: int = 0
-    bytes_written: int = 0
-
-    def add(self, entry: Entry, checked: "_Checked | str", folder: Path) -> bool:
-        """Count a picture; whether it is kept."""
-        name = str(entry.picture.relative_to(folder))
-        if isinstance(checked, str):
-            self.left_out.add(checked, name)
-            return False
-        self.sizes.append(checked.size)
-        self.members.update(checked.members.keys())
-        if "txt" not in checked.members:
-            self.without_caption.append(name)
-        if checked.is_empty:
-            self.empty_captions.append(name)
-        if checked.is_long:
-            self.long_captions.append(name)
-        return True
-
-    def refuse_nothing(self, folder: Path) -> None:
-        """Raises UserError where no picture is kept."""
-        if not self.sizes:
-            why = self.left_out if self.left_out else f"none of {', '.join(PICTURE_EXTENSIONS)}"
-            raise UserError(f"{folder} holds no usable picture: {why}")
-
-    def __str__(self) -> str:
-        kept, tars = counted(len(self.sizes), "picture"), counted(self.shards, "tar")
-        lines = [f"kept {kept} in {tars} ({format_bytes(self.bytes_written)})"]
-        if beside := ", ".join(f"{self.members[name]} .{name}" for name in SIDE_MEMBERS if self.members[name]):
-            lines.append(f"  beside them: {beside}")
-        lines += [f"  {note}" for note in self.notes]
-        if self.without_caption:
-            lines.append(
-                f"  no caption: {len(self.without_caption)} ({_first(self.without_caption)}); training with captions "
-                "from .txt leaves them out"
-            )
-        if self.empty_captions:
-            lines.append(f"  empty caption: {len(self.empty_captions)} ({_first(self.empty_captions)})")
-        if self.long_captions:
-            lines.append(
-                f"  caption longer than the {CLIP_LENGTH} tokens that CLIP reads: {len(self.long_captions)} of "
-                f"{self.members['txt']} ({_first(self.long_captions)}); training cuts off the rest"
-            )
-        lines.append(str(self.left_out))
-        pixels = sorted(width * height for width, height in self.sizes)
-        names = {"smallest": pixels[0], "median": statistics.median(pixels), "largest": pixels[-1]}
-        lines.append("megapixels: " + ", ".join(f"{name} {value / 1e6:.2f}" for name, value in names.items()))
-        lines.append("aspect ratios (width : height):")
-        counts = Counter(_nearest_ratio(width / height) for width, height in self.sizes)
-        lines += [
-            f"  {ratio:>5} {counts[ratio]:>8} {'#' * -(-40 * counts[ratio] // max(counts.values()))}"
-            for ratio in RATIOS
-            if counts[ratio]
-        ]
-        return clean("\n".join(lines))  # names of files need not be printable
+_LOADED_TOGETHER, _BYTES_TOGETHER = 64, 2**29
+"""Files, and bytes of them, that are in memory at a time."""
+Samples = Iterable[tuple[str, Outcome]]
+"""Key and outcome of each sample that a file becomes."""
 
 
 def build_dataset(
@@ -142,13 +72,14 @@ def build_dataset(
     overwrite: bool = False,
     extra: Sequence[str] = (),
     text_encoder: Literal[TEXT_ENCODERS] = "clip",
+    parts: Parts = WHOLE,
     processes: Processes = ALONE,
 ) -> Report:
-    """Write the pictures of `folder` to tars in `out`, each with `samples_per_shard` or about `shard_size_bytes`.
+    """Write what `folder` holds to tars in `out`, each with `samples_per_shard` or about `shard_size_bytes`.
 
     extra: kinds of pictures beside the pictures, such as `normal` for NAME.normal.png. text_encoder: the one that is
-    going to read the captions, some of which may be too long for it. processes: share the work (collective); the tars
-    are the same for any number of them.
+    going to read the captions, some of which may be too long for it. parts: what becomes of videos. processes: share
+    the work (collective); the tars are the same for any number of them.
 
     Pictures come in an order that mixes the sub-folders, so that neighbours in a tar have nothing in common. All is
     written aside first; what `out` held goes when everything is there. Where the last step, the swap, is interrupted,
@@ -163,9 +94,10 @@ def build_dataset(
 
         def begin() -> list[Entry]:
             if not folder.is_dir():
-                raise UserError(f"{folder} is not a folder of pictures")
+                raise UserError(f"{folder} is not a folder of pictures or videos")
             check_free(out, overwrite)
             found = find_entries(folder, metadata, report.left_out, report.notes, out, extra)
+            found = (replace(entry, parts=parts) for entry in found)
             entries = sorted(found, key=lambda entry: stable_hash(entry.key))
             until_done.enter_context(reserved(aside))
             return entries
@@ -182,42 +114,31 @@ def build_dataset(
     return report
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A picture that can be used."""
-
-    size: tuple[int, int]
-    """(width, height) in px."""
-    members: dict[str, int]
-    """Sizes in bytes."""
-    is_empty: bool
-    """Whether its caption is."""
-    is_long: bool
-    """Whether its caption loses its end in the text encoder."""
-
-
-def _checked(entry: Entry, outcome: Outcome, tokenizer: BytePairTokenizer | None) -> "_Checked | str":
-    """What a report has to know of a picture: why it can't be used, if it can't."""
+def _checked(outcome: Outcome, tokenizer: BytePairTokenizer | None) -> "Checked | str":
+    """What a report has to know of a sample: why it can't be used, if it can't."""
     if isinstance(outcome, Unusable):
         return str(outcome)
     size, members = outcome
     caption = members.get("txt", b"-").decode().strip()
     is_long = tokenizer is not None and is_cut(tokenizer, CLIP_LENGTH, caption)
-    return _Checked(size, {name: len(content) for name, content in members.items()}, not caption, is_long)
+    visual = visual_member(members)
+    video = read_header(io.BytesIO(members[visual])) if visual in VIDEO_EXTENSIONS else None
+    return Checked(size, {name: len(content) for name, content in members.items()}, not caption, is_long, video)
 
 
 def _build_alone(
     entries: list[Entry], packing: Packing, report: Report, folder: Path, text_encoder: str, _: SharedWork, aside: Path
 ) -> dict[Shard, Summary]:
-    """Check and write the pictures in one go."""
+    """Check and write the pictures and videos in one go."""
     tokenizer, shards, writer = _tokenizer(text_encoder), {}, None
-    for entry, outcome in _load_all(entries, "building"):
-        checked = _checked(entry, outcome, tokenizer)
+    loaded = _load_all(entries, "building")
+    for entry, key, outcome in ((entry, *sample) for entry, samples in loaded for sample in samples):
+        checked = _checked(outcome, tokenizer)
         if not report.add(entry, checked, folder):
             continue
         writer = writer or ShardWriter(aside, len(shards))
-        writer.write(entry.key, outcome[1])
-        if packing.add(sample_bytes(entry.key, checked.members)):
+        writer.write(key, outcome[1])
+        if packing.add(sample_bytes(key, checked.members)):
             _finish(writer, shards)
             writer = None
     if writer is not None:
@@ -241,36 +162,39 @@ def _build_together(
     work: SharedWork,
     aside: Path,
 ) -> dict[Shard, Summary]:
-    """Check the pictures, each process its share; then write the tars that follow from it, each process its share."""
+    """Check the files, each process its share; then write the tars that follow from it, each process its share."""
     tokenizer, is_main = _tokenizer(text_encoder), work.processes.is_main
 
-    def check() -> list[_Checked | str]:
+    def check() -> list[list[tuple[str, Checked | str]]]:
         if not aside.is_dir():
             raise UserError(f"{aside}, made by the main process, is not seen here: OUT wants a folder that all share")
-        loaded = _load_all(work.own(entries), "checking pictures", is_main, work.check)
-        return [_checked(entry, outcome, tokenizer) for entry, outcome in loaded]
+        loaded = _load_all(work.own(entries), "checking", is_main, work.check)
+        return [[(key, _checked(outcome, tokenizer)) for key, outcome in samples] for _, samples in loaded]
 
     shares = [iter(share) for share in work.do(check)]
-    tars: list[list[Entry]] = [[]]
+    tars: list[dict[int, set[str]]] = [{}]  # the keys of samples by the places of their entries
     for number, entry in enumerate(entries):
-        checked = next(shares[number % len(shares)])
-        if report.add(entry, checked, folder):
-            tars[-1].append(entry)
-            if packing.add(sample_bytes(entry.key, checked.members)):
-                tars.append([])
+        for key, checked in next(shares[number % len(shares)]):
+            if report.add(entry, checked, folder):
+                tars[-1].setdefault(number, set()).add(key)
+                if packing.add(sample_bytes(key, checked.members)):
+                    tars.append({})
     tars = [tar for tar in tars if tar]
     report.refuse_nothing(folder)
 
     def write() -> list[tuple[Shard, Summary]]:
         own = work.own(list(enumerate(tars)))
-        loaded = _load_all([entry for _, tar in own for entry in tar], "writing tars", is_main, work.check, load_again)
+        wanted = [entries[place] for _, tar in own for place in tar]
+        loaded = _load_all(wanted, "writing tars", is_main, work.check, load_samples_again)
         made = []
         for number, tar in own:
             writer = ShardWriter(aside, number)
-            for entry, outcome in islice(loaded, len(tar)):
-                if isinstance(outcome, Unusable):
-                    raise UserError(f"{entry.picture} changed while the data set was built: {outcome}")
-                writer.write(entry.key, outcome[1])
+            for keys, (entry, samples) in zip(tar.values(), loaded, strict=False):  # `loaded` goes on in the next tar
+                for key, outcome in samples:
+                    if key in keys and isinstance(outcome, Unusable):
+                        raise UserError(f"{entry.picture} changed while the data set was built: {outcome}")
+                    if key in keys:
+                        writer.write(key, outcome[1])
             writer.close()
             made.append(writer.indexed())
         return made
@@ -288,29 +212,29 @@ def _load_all(
     what: str,
     shown: bool = True,
     check: Callable[[], None] = lambda: None,
-    load: Callable[[Entry], Outcome] = load_sample,
-) -> Iterator[tuple[Entry, Outcome]]:
-    """Load pictures in threads, a few at a time, in order; `check` is called in between."""
-    progress = ProgressBar(total=len(entries), unit="picture", desc=what, mininterval=0.5, disable=not shown)
+    load: Callable[[Entry], Samples] = load_samples,
+) -> Iterator[tuple[Entry, Samples]]:
+    """Load files in threads, a few at a time, in order; `check` is called in between."""
+    progress = ProgressBar(total=len(entries), unit="file", desc=what, mininterval=0.5, disable=not shown)
     with ThreadPoolExecutor() as pool, progress:
-        for start in range(0, len(entries), _CHECKED_TOGETHER):
+        for together in _few(entries):
             check()
-            together = entries[start : start + _CHECKED_TOGETHER]
             for pair in zip(together, pool.map(load, together), strict=True):
-                progress.update()
                 yield pair
+                progress.update()
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
-
-
-def _nearest_ratio(ratio: float) -> str:
-    def distance(name: str) -> float:
-        width, height = map(int, name.split(":"))
-        return max(ratio * height / width, width / (ratio * height))
-
-    return min(RATIOS, key=distance)
+def _few(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """The entries in groups that fit into memory together."""
+    together, held = [], 0
+    for entry in entries:
+        size = entry.picture.stat().st_size if entry.picture.exists() else 0
+        if together and (len(together) == _LOADED_TOGETHER or held + size > _BYTES_TOGETHER):
+            yield together
+            together, held = [], 0
+        together, held = [*together, entry], held + size
+    if together:
+        yield together
 
 
 def parse_bytes(text: str) -> int:
@@ -320,6 +244,14 @@ def parse_bytes(text: str) -> int:
     if not size:
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, found {brief(text)}")
     return size
+
+
+def parse_seconds(text: str) -> float:
+    """A number of seconds above 0."""
+    match = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text.strip())
+    if not match or not float(text):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, found {brief(text)}")
+    return float(text)
 
 
 def parse_ending(text: str) -> str:
@@ -342,7 +274,7 @@ def _imported(given: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=local_path, metavar="FOLDER", help="pictures, also in sub-folders")
+    parser.add_argument("folder", type=local_path, metavar="FOLDER", help="pictures and videos, also in sub-folders")
     parser.add_argument("out", type=local_path, metavar="OUT", help="where the tars go")
     limits = parser.add_mutually_exclusive_group()
     limits.add_argument("--samples-per-shard", type=positive, default=1000, help="default 1000")
@@ -355,6 +287,13 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--text-encoder", choices=TEXT_ENCODERS, default="clip", help="count the captions that are too long for it"
+    )
+    of_videos = parser.add_mutually_exclusive_group()
+    of_videos.add_argument(
+        "--cut", type=parse_seconds, metavar="SECONDS", help="cut videos that are longer into pieces of this length"
+    )
+    of_videos.add_argument(
+        "--frames-every", type=positive, metavar="N", help="take every N-th frame of videos, as a picture"
     )
     parser.add_argument(
         "--import",
@@ -386,6 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
             overwrite=given.overwrite,
             extra=given.extra,
             text_encoder=given.text_encoder,
+            parts=Parts(given.cut, given.frames_every),
             processes=processes,
         )
     finally:

@@ -1,4 +1,4 @@
-"""Captions and fields of pictures from a `metadata.jsonl`, `.csv` or `.parquet`, as Hugging Face's imagefolder has."""
+"""Captions and fields from a `metadata.jsonl`, `.csv` or `.parquet`, as Hugging Face's imagefolder has."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from warpcore.data.bounded_parquet import open_parquet, read_row_groups
 from warpcore.data.index import UNREADABLE
-from warpcore.data.picture_files import LeftOut, is_picture
+from warpcore.data.picture_files import LeftOut, is_picture, is_video
 from warpcore.errors import UserError
 from warpcore.files import open_to_read, read_bytes, why_no_file
 from warpcore.safe_json import ExcessiveJsonError, parse_json
@@ -149,9 +149,9 @@ class _Files:
         return next((paths[0] for paths in found if paths and len(paths) == 1), None)
 
     def of_key(self, key: str) -> Path | None:
-        """The picture whose name without its suffix is `key`, in whichever folder."""
+        """The picture or video whose name without its suffix is `key`, in whichever folder."""
         if self._by_key is None:
-            self._by_key = {path.stem: path for path in self._listed if is_picture(path)}
+            self._by_key = {path.stem: path for path in self._listed if is_picture(path) or is_video(path)}
         return self._by_key.get(key)
 
 

@@ -1,4 +1,4 @@
-"""What a folder of pictures holds: each picture with its caption, its fields and what else belongs to it."""
+"""What a folder of pictures and videos holds: each with its caption, its fields and what else belongs to it."""
 
 import re
 import unicodedata
@@ -11,8 +11,9 @@ from pathlib import Path
 from families.common.members import SIDE_MEMBERS
 from tools.metadata import NAMES as METADATA_NAMES
 from tools.metadata import NOT_IN_FOLDER, read_metadata
-from warpcore.data.picture_files import UNREAD_EXTENSIONS, LeftOut, extension, is_picture, no_decoder, walk
-from warpcore.data.samples import NO_PICKLE, PICKLES, PICTURE_EXTENSIONS
+from tools.video_parts import WHOLE, Parts
+from warpcore.data.picture_files import UNREAD_EXTENSIONS, LeftOut, extension, is_picture, is_video, no_decoder, walk
+from warpcore.data.samples import NO_PICKLE, PICKLES, PICTURE_EXTENSIONS, VISUAL_EXTENSIONS
 
 CAPTION_EXTENSIONS = ("txt", "caption")
 CLASS = "cls"
@@ -23,7 +24,7 @@ PICTURES, CAPTIONS = "images", "metas"
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture of the folder, and what belongs to it."""
+    """A picture or video of the folder, and what belongs to it."""
 
     key: str
     picture: Path
@@ -31,6 +32,8 @@ class Entry:
     """Its files by the members that they become: "txt", "json", "mask.png", ..."""
     metadata: dict
     """Its line in a metadata file."""
+    parts: Parts = WHOLE
+    """What becomes of it, if it is a video."""
 
 
 def find_entries(
@@ -42,7 +45,7 @@ def find_entries(
     extra: Sequence[str] = (),
     others: Sequence[str] = (),
 ) -> Iterator[Entry]:
-    """The pictures of a folder and its sub-folders, also linked ones, with what belongs to them.
+    """The pictures and videos of a folder and its sub-folders, also linked ones, with what belongs to them.
 
     metadata: the file with captions and fields; by default those in the folder. notes: gets lines of the report on
     how the metadata, and captions in folders of their own, were read. without: a folder that is passed over. extra:
@@ -109,14 +112,14 @@ class _Folder:
             self._composed.setdefault(_with_composed_accents(name), path)
 
     def pictures(self, left_out: LeftOut, folder: Path) -> Iterator[Path]:
-        """One for each name; those that lie beside another, such as masks, are none."""
+        """One picture or video for each name; those that lie beside another, such as masks, are none."""
         by_name: dict[str, list[Path]] = defaultdict(list)
         for path in list(self._rest):
-            if is_picture(path) and not side_kind(path, self._kinds):
+            if is_video(path) or (is_picture(path) and not side_kind(path, self._kinds)):
                 by_name[path.stem].append(path)
                 del self._rest[path]
         for name, found in by_name.items():
-            found.sort(key=lambda path: (PICTURE_EXTENSIONS.index(extension(path)), path.name))
+            found.sort(key=lambda path: (VISUAL_EXTENSIONS.index(extension(path)), path.name))
             for other in found[1:]:
                 left_out.add(f"of the same name as another picture ({name})", other.relative_to(folder))
             yield found[0]

@@ -1,9 +1,10 @@
-"""The sample that a picture becomes with what belongs to it: read, checked, and in the form that readers look for."""
+"""The samples that a picture or video becomes, with what belongs to it: read, checked, and as readers look for it."""
 
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from PIL import Image, ImageOps
 
 from families.common.poses import read_people
 from tools.picture_folder import CLASS, Entry
+from tools.video_parts import CUTS, Part, cut_out, pictures_of
 from warpcore.data.images import BadPicture, check, decode_alike, place
 from warpcore.data.member_headers import picture_size
-from warpcore.data.picture_files import extension
+from warpcore.data.picture_files import extension, is_video
 from warpcore.data.samples import FORMATS
+from warpcore.data.video_headers import read_header
 from warpcore.files import NotAFileError, read_bytes
 from warpcore.safe_json import ExcessiveJsonError, parse_json
 from warpcore.text import EncodingError, decode_text, is_whole
@@ -24,32 +27,88 @@ _LOOKED_AT = 64, 64
 
 
 class Unusable(Exception):
-    """Why a picture is left out."""
+    """Why a picture or video is left out."""
 
 
 Outcome = tuple[tuple[int, int], dict[str, bytes]] | Unusable
 """(width, height) in px and the members of a sample, or why it is left out."""
 
 
-def load_sample(entry: Entry) -> Outcome:
-    """(width, height) in px and the members of a sample, each checked, or why it is left out."""
+def load_samples(entry: Entry) -> Iterable[tuple[str, Outcome]]:
+    """Key and outcome of each sample that a picture or video becomes: one, or the parts of a video."""
+    if is_video(entry.picture):
+        return _of_video(entry)
     try:
         content = _read(entry.picture)
-        size = _check_picture(content)
-        members = {extension(entry.picture): content, **_description(entry), **_beside(entry, size)}
+        return [(entry.key, _whole(entry, content, _check_picture(content)))]
     except Unusable as reason:
-        return reason
-    return size, members
+        return [(entry.key, reason)]
+
+
+def load_samples_again(entry: Entry) -> Iterable[tuple[str, Outcome]]:
+    """The same of what was checked before: a picture is not decoded once more."""
+    return _of_video(entry) if is_video(entry.picture) else [(entry.key, load_again(entry))]
 
 
 def load_again(entry: Entry) -> Outcome:
-    """The same of a picture that was checked before, which is not decoded once more."""
+    """The sample of a picture that was checked before, which is not decoded once more."""
+    if is_video(entry.picture):
+        return Unusable("a video")
     try:
         content = _read(entry.picture)
-        size = picture_size(io.BytesIO(content))
-        return size, {extension(entry.picture): content, **_description(entry), **_beside(entry, size)}
+        return _whole(entry, content, picture_size(io.BytesIO(content)))
     except Unusable as reason:
         return reason
+
+
+def _whole(entry: Entry, content: bytes, size: tuple[int, int]) -> Outcome:
+    """The sample of a picture or a whole video of `size` (width, height)."""
+    return size, {extension(entry.picture): content, **_description(entry), **_beside(entry, size)}
+
+
+def _of_video(entry: Entry) -> Iterable[tuple[str, Outcome]]:
+    try:
+        content = _read(entry.picture)
+        header = read_header(io.BytesIO(content))
+        described = _description(entry)
+        fields = parse_json(described["json"]) if "json" in described else {}
+        given = fields.pop(CUTS, None) if isinstance(fields, dict) else None
+        cuts = entry.parts.cuts(header, given)
+        if entry.parts.frames_every:  # one after the other: together they may fill the memory
+            parts = pictures_of(content, header, entry.parts.frames_every)
+        elif cuts is None:
+            return [(entry.key, _whole(entry, content, (header.width, header.height)))]
+        else:
+            parts = [cut_out(content, header, *cut) or Unusable("a cut that shows no frame") for cut in cuts]
+            if given is None:  # a piece of a fixed length may well show none, where the frame before is shown on
+                parts = [part for part in parts if isinstance(part, Part)]
+        about = {**described, **_beside(entry, (header.width, header.height))}
+        return _parts(entry.key, parts, about, fields if isinstance(fields, dict) else {})
+    except BadPicture as error:
+        return [(entry.key, _unreadable(error))]
+    except Unusable as reason:
+        return [(entry.key, reason)]
+
+
+def _unreadable(error: BadPicture) -> Unusable:
+    """Of a video: without what differs from file to file."""
+    return Unusable(f"unreadable ({re.split('[:;]', _reason(error))[0]})")
+
+
+def _parts(
+    key: str, parts: Iterable[Part | Unusable], about: dict[str, bytes], fields: dict
+) -> Iterator[tuple[str, Outcome]]:
+    """Samples of the parts of a video, each with what belongs to all of it, and where in it the part is."""
+    names = (f"{key}__{number:04d}" for number in count(1))
+    try:
+        for part in parts:
+            if isinstance(part, Unusable):
+                yield next(names), part
+            else:
+                members = {part.extension: part.content, **about, "json": _json(fields | part.fields)}
+                yield next(names), (part.size, members)
+    except BadPicture as error:
+        yield next(names), _unreadable(error)
 
 
 def _read(path: Path) -> bytes:

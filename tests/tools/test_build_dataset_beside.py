@@ -167,7 +167,7 @@ def test_every_picture_that_can_be_decoded_is_taken(build):
 
 
 def test_what_is_left_out_is_counted_by_reason_with_names(build):
-    names = ["b.heic", "c.HEIF", "d.txt", "e.json", "f.depth.png", "._a.jpg", ".cache/x.jpg", "clip.mp4", "Thumbs"]
+    names = ["b.heic", "c.HEIF", "d.txt", "e.json", "f.depth.png", "._a.jpg", ".cache/x.jpg", "clip.mp3", "Thumbs"]
     _, report = build({"a.jpg": picture()} | dict.fromkeys(names, b"x"))
     assert report.left_out.files == {
         "of a format that is not read (.heic): convert them to JPEG or PNG": ["b.heic"],
@@ -176,7 +176,7 @@ def test_what_is_left_out_is_counted_by_reason_with_names(build):
         "a .json without a picture, or a second one": ["e.json"],
         "a depth without a picture of its name, or a second one": ["f.depth.png"],
         "hidden (its name begins with a dot)": ["._a.jpg", ".cache"],
-        "no picture (.mp4)": ["clip.mp4"],
+        "no picture (.mp3)": ["clip.mp3"],
         "no picture (no extension)": ["Thumbs"],
     }
     assert "left out 9" in str(report)
@@ -245,5 +245,5 @@ def test_captions_that_are_longer_than_clip_reads_are_counted(build, tmp_path, c
 def test_a_pipe_is_no_picture(tmp_path):
     (tmp_path / "pictures").mkdir()
     os.mkfifo(tmp_path / "pictures/a.jpg")
-    with pytest.raises(UserError, match=r"no usable picture: left out 1\n  1 no regular file: a\.jpg"):
+    with pytest.raises(UserError, match=r"no usable picture or video: left out 1\n  1 no regular file: a\.jpg"):
         build_dataset(tmp_path / "pictures", tmp_path / "out")

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from warpcore.data.samples import PICTURE_EXTENSIONS
+from warpcore.data.samples import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS
 from warpcore.data.tars import clean
 from warpcore.errors import UserError
 
@@ -47,6 +47,11 @@ def is_picture(path: Path) -> bool:
     return extension(path) in PICTURE_EXTENSIONS
 
 
+def is_video(path: Path) -> bool:
+    """Whether a file's name says that it is a video which can be read."""
+    return extension(path) in VIDEO_EXTENSIONS
+
+
 def walk(folder: Path, left_out: LeftOut, without: Path | None = None) -> Iterator[list[Path]]:
     """The files of a folder and of its sub-folders, also linked ones, folder by folder and sorted by name.
 
@@ -74,7 +79,7 @@ def walk(folder: Path, left_out: LeftOut, without: Path | None = None) -> Iterat
         for path in entries:
             is_folder = path.is_dir()
             if path.name.startswith("."):
-                if is_folder or is_picture(path):
+                if is_folder or is_picture(path) or is_video(path):
                     left_out.add("hidden (its name begins with a dot)", path.relative_to(folder))
             elif is_folder:
                 (links if path.is_symlink() else folders).append(path)

@@ -44,7 +44,7 @@ class Header:
 
     width: int
     height: int
-    """In px as shown: rotated, and with square pixels. Mirroring is not applied."""
+    """In px as shown: rotated, and with square pixels."""
     num_frames: int
     """Frames that are shown: those that an edit list cuts away do not count."""
     fps: float

@@ -40,7 +40,7 @@ class FrameWriter:
 
         self._reformatter = VideoReformatter()
         self._matrix = _matrix(frame, untagged_matrix)
-        self._turn = _turn(frame)
+        self._turn = turn_of(frame)
         shown = shown_size(frame.width, frame.height, float(pixel_shape or 1), 90 if self._turn.swaps else 0)
         source = shown[::-1]
         self._resized = resized_size(*source, size)
@@ -79,7 +79,7 @@ class _Turn(NamedTuple):
         return plane[:: -1 if self.flips_rows else 1, :: -1 if self.flips_columns else 1]
 
 
-def _turn(frame: Any) -> _Turn:
+def turn_of(frame: Any) -> _Turn:
     """How a frame is turned to be shown. Raises BadVideo where that is no multiple of a quarter turn."""
     matrix = next((np.frombuffer(one, np.int32) for one in frame.side_data if one.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
