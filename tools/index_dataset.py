@@ -26,7 +26,7 @@ from tools.shared_work import ALONE, SharedWork
 from warpcore.data.catalog import read_summaries, told_of_older_indexes, write_manifests
 from warpcore.data.identity import HASHED_BYTES
 from warpcore.data.index import Summary, index_shard
-from warpcore.data.member_headers import TEXT_EXTENSIONS
+from warpcore.data.member_headers import COUNTED_EXTENSIONS, TEXT_EXTENSIONS
 from warpcore.data.shards import Shard, resolve_sources
 from warpcore.data.sidecars import CACHE_VARIABLE
 from warpcore.data.storage import complete_url, is_remote, storage_for
@@ -85,7 +85,7 @@ def _finish(known: dict[Shard, Summary | None], failures: list[str]) -> None:
     whole = {shard: summary for shard, summary in known.items() if summary is not None}
     locations = write_manifests(list(whole), {shard.url: summary for shard, summary in whole.items()})
     rows, problems = (sum(getattr(summary, name) for summary in whole.values()) for name in ("rows", "problems"))
-    print(f"{rows} samples, {problems} of them without a usable picture; wrote {', '.join(locations)}")
+    print(f"{rows} samples, {problems} of them without a usable picture or video; wrote {', '.join(locations)}")
     if failures:
         more = [f"and {len(failures) - MAX_REPORTED} more"] if len(failures) > MAX_REPORTED else []
         raise UserError(f"{len(failures)} tars can't be used:\n" + "\n".join(failures[:MAX_REPORTED] + more))
@@ -101,7 +101,8 @@ def _estimate(shards: Sequence[Shard]) -> int:
             continue
         members = [(name, size) for sample in samples for name, (_, size) in sample.members.items()]
         read = BLOCK_BYTES * len(members)
-        read += sum(size if name in TEXT_EXTENSIONS else min(size, HASHED_BYTES) for name, size in members)
+        whole = {*TEXT_EXTENSIONS, *COUNTED_EXTENSIONS}
+        read += sum(size if name in whole else min(size, HASHED_BYTES) for name, size in members)
         if is_remote(shard.url):
             read = REMOTE_BLOCK_BYTES * len(members)
         share = min(1.0, read / shard.size_bytes)

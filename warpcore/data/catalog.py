@@ -257,8 +257,8 @@ def told_of_older_indexes(shards: Sequence[Shard]) -> str | None:
     if not older:
         return None
     return (
-        f"{older} of {len(shards)} tars have an index of an earlier version, without a hash of their content: they "
-        "are read and indexed again, once"
+        f"{older} of {len(shards)} tars have an index of an earlier version, without a hash of their content or "
+        "without what their videos are: they are read and indexed again, once"
     )
 
 

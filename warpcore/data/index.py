@@ -12,7 +12,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import BinaryIO
@@ -85,7 +85,7 @@ class Summary:
     @property
     def lacks_videos(self) -> bool:
         """Whether the tar has videos of which the index of an earlier version says nothing."""
-        return not VIDEO_COLUMNS.keys() <= set(self.fields) and not set(self.members).isdisjoint(VIDEO_EXTENSIONS)
+        return _lacks_videos(self.members, self.fields)
 
 
 def index_shard(shard: Shard, *, replace: bool = False) -> Summary:
@@ -217,7 +217,7 @@ def _summary_of(parquet: pq.ParquetFile, shard: Shard, url: str) -> Summary:
     names = {name: tuple(summary[name]) for name in ("fields", "nested", "members")}
     found = Summary(**(summary | names))
     if found.lacks_videos:
-        raise _StaleIndexError(f"{url} says nothing of the videos of its tar, as an earlier version wrote it")
+        raise _StaleIndexError()
     _check_agrees(shard, found)
     return found
 
@@ -228,7 +228,8 @@ def _present_indexes(shard: Shard) -> Iterator[dict]:
         try:
             with storage_for(url).open(url) as file:
                 saved = checked(saved_metadata(open_parquet(file).schema_arrow.metadata, _METADATA_KEY), _SAVED)
-            yield saved | {"content": saved["summary"].get("content")}
+            names = checked(saved["summary"], {"members": list, "fields": list})
+            yield saved | {"content": saved["summary"].get("content"), "lacks_videos": _lacks_videos(**names)}
         except ABSENT:
             continue
         except StorageError:
@@ -237,17 +238,20 @@ def _present_indexes(shard: Shard) -> Iterator[dict]:
             logger.info("%s can't be read (%s)", url, error)
 
 
+def _lacks_videos(members: Collection[str], fields: Collection[str]) -> bool:
+    return not VIDEO_COLUMNS.keys() <= set(fields) and not set(VIDEO_EXTENSIONS).isdisjoint(members)
+
+
 def has_older_index(shard: Shard) -> bool:
-    """Whether an earlier version indexed the tar."""
-    present = _present_indexes(shard)
-    return any(saved["version"] < INDEX_VERSION and saved["size_bytes"] == shard.size_bytes for saved in present)
+    """Whether an earlier version indexed the tar, without its hash or its videos."""
+    present = [saved for saved in _present_indexes(shard) if saved["size_bytes"] == shard.size_bytes]
+    return any(saved["version"] < INDEX_VERSION or saved["lacks_videos"] for saved in present)
 
 
 def _is_of(saved: dict, shard: Shard, summary: Summary) -> bool:
     """Whether an index is of the content of a tar whose etag is another one now."""
-    known = saved["version"] == INDEX_VERSION and saved["etag"] != shard.etag
-    is_whole = saved["summary"].get("fields") == list(summary.fields)  # else it says nothing of videos
-    return known and is_whole and (saved["size_bytes"], saved["content"]) == (shard.size_bytes, summary.content)
+    known = saved["version"] == INDEX_VERSION and saved["etag"] != shard.etag and not saved["lacks_videos"]
+    return known and (saved["size_bytes"], saved["content"]) == (shard.size_bytes, summary.content)
 
 
 def _tell_difference(shard: Shard, present: list[dict], summary: Summary) -> None:

@@ -17,6 +17,8 @@ from warpcore.safe_json import parse_json
 
 TEXT_EXTENSIONS = ("txt", "json", PICTURE_FACTS)
 """Members that are read whole."""
+COUNTED_EXTENSIONS = ("webm", "mkv", "avi", "ts")
+"""Videos without a count of frames: the packets in all of their bytes are counted."""
 MAX_TEXT_BYTES = 16 << 20
 """Of such a member; JSON takes twenty times its size in memory."""
 LONG_TEXT = f"a text of more than {MAX_TEXT_BYTES >> 20} MiB"
