@@ -97,7 +97,10 @@ class ClipTextEncoder(LibraryTextEncoder):
                 f"encoder {settings.vocab_size}"
             )
         if not 0 <= hidden.skip_layers < settings.num_hidden_layers:
-            raise UserError(f"{key}: {hidden.skip_layers} layers cannot be left out of {settings.num_hidden_layers}")
+            layers = settings.num_hidden_layers
+            raise UserError(
+                f"{key}: clip_skip {hidden.skip_layers + 1} of {layers} layers; write a number from 1 to {layers}"
+            )
         self.model.requires_grad_(False)
         self._warned = self._finds_end = False
 

@@ -1,6 +1,7 @@
 """Build the networks of Stable Diffusion with their weights, and its diffusion process."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from families.common.library_networks import adapt
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders, public_tokenizer
 from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
 from families.common.weights import WeightsError, are_only_shapes
-from families.stable_diffusion.components import ZERO_SNR_KEY, Component, find_component, holds
+from families.stable_diffusion.components import SKIP_KEY, ZERO_SNR_KEY, Component, find_component, holds
 from families.stable_diffusion.config import SdConfig, SdSettings
 from families.stable_diffusion.t5_layers import T5Texts
 from families.stable_diffusion.t5_texts import t5_files, t5_texts
@@ -136,19 +137,21 @@ def text_encoders(settings: SdSettings, device: torch.device | str = "cpu") -> C
 
 
 def _encoders(settings: SdSettings, device: torch.device | str) -> list[ClipTextEncoder]:
-    version, encoders = settings.version, []
+    version, encoders, hidden = settings.version, [], settings.version.hidden
+    if settings.clip_skip is not None:
+        hidden = replace(hidden, skip_layers=settings.clip_skip - 1)
     if not version.text:  # the shipped tower of the mini, or another in its place
         path = settings.text_encoder_checkpoint_path or version.text_file
         return [
             ClipTextEncoder.load(
-                path, hidden=version.hidden, precision=settings.text_encoder_precision, device=device, key=TEXT
+                path, hidden=hidden, precision=settings.text_encoder_precision, device=device, key=TEXT
             )
         ]
     for number, (config, padding) in enumerate(zip(version.text, version.padding, strict=True), start=1):
         found = _part(settings, "text_encoder" if number == 1 else f"text_encoder_{number}", TEXT, None)
         encoders.append(ClipTextEncoder.of(
             found.config or config, found.tokenizer or public_tokenizer(padding), found.tensors, found.path,
-            version.hidden, settings.text_encoder_precision, device, TEXT,
+            hidden, settings.text_encoder_precision, device, TEXT,
         ))  # fmt: skip
     return encoders
 
@@ -184,6 +187,18 @@ def with_zero_terminal_snr(settings: SdConfig, about: Mapping[str, str] | None) 
             f"{str(said).lower()}. Leave the key out, or write change_target: true to teach the network the other"
         )
     return settings.model_copy(update={ZERO_SNR_KEY: bool(said if given is None else given)})
+
+
+def with_clip_skip(settings: SdConfig, about: Mapping[str, Any] | None) -> SdConfig:
+    """The settings with what the U-Net's file says of CLIP's hidden states, where they say nothing.
+
+    about: what the checkpoint of a resumed run says of itself.
+    """
+    if settings.clip_skip is not None or settings.text_model == "t5":
+        return settings
+    found = generator_source(settings) if about is None else None
+    said = found and found.clip_skip if about is None else about.get(SKIP_KEY)
+    return settings.model_copy(update={SKIP_KEY: said and int(said)})
 
 
 def process(settings: SdSettings, loss_weight: str = "constant", offset_noise: float = 0.0, **flow: float) -> GDF:

@@ -49,8 +49,8 @@ TITLES = {
 """What messages call the components."""
 VERSION_KEY = "model_version"
 """Where our own files say which Stable Diffusion they are of."""
-TEXT_MODEL_KEY, TOKENS_KEY = "text_model", "text_tokens"
-"""Where they say what read the texts."""
+TEXT_MODEL_KEY, TOKENS_KEY, SKIP_KEY = "text_model", "text_tokens", "clip_skip"
+"""Where they say what read the texts, and how."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 """The noise schedule of Stable Diffusion 1.5 and SDXL."""
 FLOW_SCHEDULER, FLOW_PREDICTION = "FlowMatchEulerDiscreteScheduler", "flow_prediction"
@@ -94,6 +94,8 @@ class Component(library_files.Component):
     """What read the texts that the U-Net was trained with, where it is said: `clip` or `t5`."""
     text_tokens: int | None = None
     """Of T5's, how many tokens the U-Net was trained with, where it is said."""
+    clip_skip: int | None = None
+    """Which of CLIP's hidden states from the end it was trained with, where it is said."""
 
 
 def holds(path: Path, name: str, key: str) -> bool:
@@ -283,11 +285,11 @@ def _of_library_file(path: Path, name: str, key: str) -> Component:
 
 def _texts_said(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What our own files say of the texts that the U-Net was trained with."""
-    tokens = metadata.get(TOKENS_KEY, "")
-    return {
-        "text_model": metadata.get(TEXT_MODEL_KEY),
-        "text_tokens": int(tokens) if re.fullmatch(r"[0-9]{1,4}", tokens) else None,
+    numbers = {
+        key: int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text := metadata.get(key, "")) else None
+        for key in (TOKENS_KEY, SKIP_KEY)
     }
+    return {"text_model": metadata.get(TEXT_MODEL_KEY), **numbers}
 
 
 def library_component(names: Collection[str]) -> str | None:

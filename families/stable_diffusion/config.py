@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from families.common.autoencoders import Latent
 from families.common.config import DiffusionConfig, GeneratorSettings
@@ -50,6 +50,10 @@ class SdSettings(GeneratorSettings):
     text_chunks: Annotated[int, Field(gt=0, le=100)] = 1
     """How many times 75 tokens of a text are read, each 75 by themselves: 2 and 3 are the lengths 150 and 225 of
     kohya's sd-scripts. The rest of longer texts is cut off. Caches of texts are made for one value."""
+    clip_skip: PositiveInt | None = None
+    """Which hidden state of the text encoders from the end the U-Net reads: 1 the last, as 1.5 was trained; 2 the one
+    before, as SDXL and many finetunes of 1.5 were. By default what the files say, or as published. Caches of texts are
+    made for one value."""
     zero_terminal_snr: bool | None = None
     """The last timestep is nothing but noise (arXiv:2305.08891), which wants `diffusion_target: v`. By default what
     the files say, or false."""

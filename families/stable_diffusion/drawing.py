@@ -1,7 +1,6 @@
 """Drawing with Stable Diffusion: text encoders, U-Net, autoencoder, one in memory at a time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +16,6 @@ from families.stable_diffusion.conditions import SIZES, told
 from families.stable_diffusion.lora import UNET, Loras, encoders_by_name, merge, of_network
 from families.stable_diffusion.t5_layers import T5Texts
 from warpcore.diffusion.diffusion import GDF
-from warpcore.errors import UserError
 
 
 class StableDiffusionNetworks(LatentPipeline):
@@ -25,16 +23,11 @@ class StableDiffusionNetworks(LatentPipeline):
 
     build_autoencoder = staticmethod(build.autoencoder)
 
-    def read(self, texts: Sequence[str], clip_skip: int | None = None) -> dict[str, Tensor]:
-        """The U-Net's text conditions (N, ...) of texts, by its names.
-
-        clip_skip: which hidden state from the end is taken, 1 being the last; None as the network was trained.
-        """
+    def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The U-Net's text conditions (N, ...) of texts, by its names."""
         with self.holding("text encoders", partial(text_encoders, loras=self.loras, device=self.device)) as encoders:
             for name, encoder in encoders_by_name(encoders).items():
                 add_tokens(encoder, of_network(self.loras, name))
-            if clip_skip is not None:
-                skip_layers(encoders, clip_skip)
             most = self.settings.batch_size
             parts = [encoders(texts[start : start + most]) for start in range(0, len(texts), most)]
         features = {"text": torch.cat([part.hidden.cpu() for part in parts])}
@@ -91,19 +84,6 @@ def text_encoders(settings, loras: Loras, device: torch.device) -> ClipTextEncod
         if precision != settings.text_encoder_precision:
             freeze(encoder.model, precision, build.TEXT, device)
     return encoders
-
-
-def skip_layers(encoders: ClipTextEncoders, clip_skip: int) -> None:
-    """Let text encoders give the hidden state `clip_skip` from the end, 1 being the last.
-
-    Raises:
-        UserError: an encoder has not that many layers.
-    """
-    for encoder in encoders.encoders:
-        layers = encoder.model.config.num_hidden_layers
-        if clip_skip > layers:
-            raise UserError(f"clip_skip: {clip_skip} of {layers} layers; write a number from 1 to {layers}")
-        encoder.hidden = replace(encoder.hidden, skip_layers=clip_skip - 1)
 
 
 def time_ids(original: Size, crop: tuple[int, int], size: Size) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from families.common.lora_training import missing_tokens
 from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, is_run, weights_in
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
-from families.stable_diffusion.components import TEXT_MODEL_KEY, TITLES, TOKENS_KEY, VERSION_KEY
+from families.stable_diffusion.components import SKIP_KEY, TEXT_MODEL_KEY, TITLES, TOKENS_KEY, VERSION_KEY
 from families.stable_diffusion.diffusers_folder import pipeline, save_t5_folder, t5_parts
 from families.stable_diffusion.inference import SdInferenceSettings
 from families.stable_diffusion.lora import (
@@ -164,6 +164,8 @@ def file_metadata(networks: Mapping[str, nn.Module], settings: ExportSettings) -
     if settings.text_model == "t5":
         about |= {TEXT_MODEL_KEY: settings.text_model, TOKENS_KEY: str(settings.text_tokens)}
         about |= {PROJECTION_KEY: kind_of_projection(settings)}
+    if settings.clip_skip is not None:
+        about |= {SKIP_KEY: str(settings.clip_skip)}
     about |= {CONFIG_KEY.format(name): json.dumps(config_of(network)) for name, network in networks.items()}
     if settings.model_version in ARCHITECTURES and target in MODEL_SPEC_TARGETS:
         about |= {

@@ -33,7 +33,7 @@ class SdInferenceSettings(RunSettings, SdSettings):
             said = {
                 "model_version": unet.version, "diffusion_target": unet.diffusion_target,
                 "zero_terminal_snr": unet.zero_terminal_snr, "text_model": unet.text_model,
-                "text_tokens": unet.text_tokens if has_t5 else None,
+                "text_tokens": unet.text_tokens if has_t5 else None, "clip_skip": None if has_t5 else unet.clip_skip,
             }  # fmt: skip
             merged = _given(said) | _given(merged)
         return merged

@@ -59,9 +59,6 @@ class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
     """A picture to start from instead of noise; it is scaled and cropped to the size that is drawn."""
     strength: Share = 0.8
     """With `init_image`: how far to go away from it, as the share of the steps that are made (1: all)."""
-    clip_skip: PositiveInt | None = None
-    """Which hidden state of the text encoders from the end is taken: 1 the last, as 1.5 was trained; 2 the one before,
-    as SDXL and many finetunes of 1.5 were. By default as trained."""
     lora: list[Place] = []
     """LoRAs, as WEIGHTS or WEIGHTS:STRENGTH (1 by default): files in kohya's, diffusers' or our names, a LoRA's run,
     or names of the Hugging Face hub; textual-inversion embeddings, and folders of them, too."""
@@ -160,7 +157,7 @@ class StableDiffusionTextToImage:
         config = self.config
         negatives = config.negatives(len(prompts))
         texts = list(dict.fromkeys([*prompts, *negatives]))
-        read = self.networks.read(texts, config.clip_skip)
+        read = self.networks.read(texts)
         sides = [
             {name: values[[texts.index(text) for text in side]] for name, values in read.items()}
             for side in (prompts, negatives)

@@ -16,7 +16,7 @@ from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
 from families.common.sampling import draw_latents
 from families.stable_diffusion import build
-from families.stable_diffusion.components import TEXT_MODEL_KEY, TOKENS_KEY
+from families.stable_diffusion.components import SKIP_KEY, TEXT_MODEL_KEY, TOKENS_KEY
 from families.stable_diffusion.conditions import SIZES, told, whole_pictures
 from families.stable_diffusion.config import SdConfig, SdFinetuneConfig
 from families.stable_diffusion.t5_texts import PROJECTION, PROJECTION_KEY, TEXT_PROJECTION, projection_folder
@@ -41,7 +41,7 @@ class SdTraining(PromptSamples):
 
     @property
     def caption_settings(self) -> tuple[str, ...]:
-        return (*CAPTION_SETTINGS, self.text_length)
+        return (*CAPTION_SETTINGS, self.text_length, SKIP_KEY)
 
     @property
     def text_length(self) -> str:
@@ -50,7 +50,7 @@ class SdTraining(PromptSamples):
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         about = None if saved is None else saved.get("about", {})
-        self.config = build.with_zero_terminal_snr(self.config, about)
+        self.config = build.with_clip_skip(build.with_zero_terminal_snr(self.config, about), about)
         super().begin(saved)
 
     def setup(self) -> None:
@@ -88,14 +88,20 @@ class SdTraining(PromptSamples):
         return build.network_files(self.config, network)
 
     def texts_made_with(self, origin: Origin) -> dict[str, str]:
-        return super().texts_made_with(origin) | {self.text_length: str(getattr(self.config, self.text_length))}
+        own = {self.text_length: str(getattr(self.config, self.text_length))}
+        return super().texts_made_with(origin) | own | self.said_skip
 
     def file_metadata(self) -> dict[str, str]:
         about = {TEXT_MODEL_KEY: self.config.text_model}
         if self.config.text_model == "t5":
             folder = projection_folder(self.config, TEXT_PROJECTION)
             about |= {TOKENS_KEY: str(self.config.text_tokens), PROJECTION_KEY: "file" if folder else "random"}
-        return super().file_metadata() | about
+        return super().file_metadata() | about | self.said_skip
+
+    @property
+    def said_skip(self) -> dict[str, str]:
+        """Which of CLIP's hidden states is read, where it is not the published one."""
+        return {} if self.config.clip_skip is None else {SKIP_KEY: str(self.config.clip_skip)}
 
     def read_shape(self, name: str) -> Shape | None:
         unet = build.unet_config(self.config)

@@ -134,7 +134,10 @@ def test_what_does_not_fit_is_one_clear_error(folder, tmp_path):
         ("has no config.json", lambda: ClipTextEncoder.load(tmp_path / "empty")),
         ("holds no tokenizer", lambda: ClipTextEncoder.load(folder, tmp_path / "empty")),
         ("has 57 tokens, the encoder 56", lambda: ClipTextEncoder.load(folder, tmp_path / "larger")),
-        ("3 layers cannot be left out of 3", lambda: ClipTextEncoder.load(folder, hidden=HiddenState(3))),
+        (
+            "clip_skip 4 of 3 layers; write a number from 1 to 3",
+            lambda: ClipTextEncoder.load(folder, hidden=HiddenState(3)),
+        ),
     ):
         with pytest.raises(UserError, match=error):
             load()

@@ -205,7 +205,7 @@ def test_a_strength_that_leaves_no_step_is_refused_before_weights_are_read(sd15,
         ),
         ({"karras": True, "sampler": "pndm"}, "karras: pndm steps along whole timesteps"),
         ({"steps": 1001}, "sampling steps: 1001 of 1000 timesteps"),
-        ({"clip_skip": 9}, "clip_skip: 9 of 3 layers; write a number from 1 to 3"),
+        ({"clip_skip": 9}, "clip_skip 9 of 3 layers; write a number from 1 to 3"),
         ({"lora": ["gone.safetensors"]}, "there is no LoRA file gone.safetensors"),
     ],
 )
