@@ -223,3 +223,13 @@ def test_every_nth_frame_becomes_a_picture(folder, tmp_path):
         assert sample["txt"] == b"a clip"
     assert all("num_frames" not in row for row in rows_of(tmp_path / "out").values())
     assert len(list((tmp_path / "out").glob("*.tar"))) == 2
+
+
+def test_damaged_frames_are_no_pictures_and_are_named(folder, tmp_path):
+    content = bytearray(video(80, options={"g": "8"}))
+    last_key_frame = content.rindex(b"\x65\x88")  # a slice of H.264 with its first bits
+    content[last_key_frame + 2 : last_key_frame + 30] = bytes(28)
+    (folder / "a.mp4").write_bytes(content)
+    report = build_dataset(folder, tmp_path / "out", parts=Parts(frames_every=1))
+    assert "kept 64 pictures" in str(report)
+    assert "left out 1\n  1 unreadable (" in str(report)

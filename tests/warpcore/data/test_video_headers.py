@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.bounds import bounded, fuzz
 from tests.warpcore.data.videos import cut, decoded, moov_first, sound, turned, video, with_number
 from warpcore.data.video_headers import MAX_FRAMES, BadVideo, Header, container_of, read_header
+from warpcore.data.videos import decode
 
 
 def header_of(content: bytes) -> Header:
@@ -88,6 +89,31 @@ def test_a_single_frame_has_a_rate_too():
     header = header_of(video(1))
     assert header.num_frames == 1
     assert header.fps > 0
+
+
+KINDS = {
+    "B-frames": lambda: video(20, options={"bf": "3"}),
+    "single": lambda: video(1),
+    "variable": lambda: video(8, times=[0, 40, 80, 200, 210, 400, 440, 900]),
+    "edit list": lambda: cut(video(40, options={"g": "12", "bf": "3"}), 5, 33),
+    "open GOP": lambda: video(30, codec="hevc", options={"x265-params": "log-level=none:keyint=10:open-gop=1"}),
+    "fragmented": lambda: video(20, container_options={"movflags": "frag_keyframe"}, options={"g": "7"}),
+    "AV1": lambda: video(20, codec="av1"),
+    "VP8": lambda: video(30, codec="vp8", container="webm", options={"auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "MPEG-4": lambda: video(20, codec="mpeg4", container="avi", options={"bf": "2"}),
+    "MPEG-TS": lambda: video(20, container="mpegts"),
+    "Matroska": lambda: video(20, container="matroska"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_frames_are_promised_as_a_clip_can_have(kind):
+    content = KINDS[kind]()
+    header = header_of(content)
+    assert len(decoded(content)) == header.num_frames
+    decode(content, [header.num_frames - 1], (32, 32))
+    with pytest.raises(BadVideo, match="is not there"):
+        decode(content, [header.num_frames], (32, 32))
 
 
 SAMPLE_COUNT = 8
