@@ -122,8 +122,8 @@ class Caching:
         self.work, self.reader = self._work()
         makers = {training.features[name].network for name in self.maker.names}
         training.networks = {
-            name: make().eval().requires_grad_(False).to(training.device, training.dtype)
-            for name, make in training.encoders().items()
+            name: training.make_encoder(name).eval().requires_grad_(False).to(training.device, training.dtype)
+            for name in training.encoders()
             if self.kind == "all" or name in makers
         }
         shapes, draws = self.maker.shapes(self.work.buckets.sizes, self.fields)

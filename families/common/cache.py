@@ -6,6 +6,7 @@ samples in the same order from either. One may hold what is made of pictures, wh
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -15,6 +16,7 @@ from families.common.cache_freshness import MadeFrom
 from families.common.cached_captions import with_token_ids
 from families.common.features import CACHE_NAME, Dtype, Feature, Origin, members_of
 from families.common.file_hashes import sha256_of
+from families.common.weight_source import OnlyOnHubError, hub_name, without_downloads
 from warpcore.config import ConfigError
 from warpcore.data.buckets import Buckets
 from warpcore.data.fields import TensorField
@@ -36,9 +38,12 @@ class Cacheable(Protocol):
     network_keys: Mapping[str, str]
     """The config keys that name the weights of networks which make features."""
 
-    def network_files(self, network: str) -> list[Path]:
+    drawn_with: Collection[str]
+    """Networks that are needed whatever is cached."""
+
+    def local_files(self, network: str) -> list[Path]:
         """The weights of a network that makes features; empty where the config names none, so that a cache may be of
-        any. Raises UserError where they are missing."""
+        any. Raises UserError where they are missing, OnlyOnHubError where they may not be downloaded."""
 
     def network_precision(self, network: str) -> str | None:
         """What a network that makes features is kept in, whatever the run computes in; None where it follows that."""
@@ -59,15 +64,18 @@ def origin_of(
     dtype: Dtype = "float32",
     variants: int = 1,
     shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    downloads: bool = True,
 ) -> Origin:
     """What a cache of these features would be made with. Reads the files of the networks.
+
+    downloads: the weights of a network that may have nothing to do are downloaded where they are only on the hub;
+        otherwise its hash stays unknown then.
 
     Raises:
         UserError: weights are missing.
     """
     config, features = training.config, {name: training.features[name] for name in names}
     makers = {feature.network: None for feature in features.values()}
-    networks = {name: training.network_files(name) for name in makers}
     settings = dict.fromkeys(name for feature in features.values() for name in feature.settings)
     values = {
         name: buckets_of(training).sizes if name == "bucket_sizes" else training.feature_setting(name)
@@ -76,7 +84,7 @@ def origin_of(
     return Origin(
         features={name: list(feature.settings) for name, feature in features.items()},
         makers={name: feature.network for name, feature in features.items()},
-        networks={name: _about_network(training, name, paths) for name, paths in networks.items()},
+        networks={name: _about_network(training, name, downloads) for name in makers},
         settings=parse_json(json.dumps(values)),
         dtype=dtype,
         variants=variants,
@@ -87,10 +95,18 @@ def origin_of(
     )
 
 
-def _about_network(training: Cacheable, name: str, paths: Sequence[Path]) -> dict[str, str]:
-    if not paths:  # the config names none
-        return {}
-    about, precision = {"file": paths[0].name, "sha256": sha256_of(paths)}, training.network_precision(name)
+def _about_network(training: Cacheable, name: str, downloads: bool) -> dict[str, str]:
+    """Its `file`, its `hub` name where it has one, the `sha256` where its files are here, and its own `precision`."""
+    try:
+        with nullcontext() if downloads or name in training.drawn_with else without_downloads():
+            paths = training.local_files(name)
+        if not paths:  # the config names none
+            return {}
+        of_hub = hub_name(paths[0])
+        about = {"file": paths[0].name, "sha256": sha256_of(paths)} | ({"hub": of_hub} if of_hub else {})
+    except OnlyOnHubError as error:
+        about = {"file": error.name, "hub": error.name}
+    precision = training.network_precision(name)
     return about | ({} if precision is None else {"precision": precision})
 
 
@@ -107,6 +123,8 @@ class Caches:
     `validation_path` name, beside these."""
     made_from: dict[str, dict[str, MadeFrom]] = field(default_factory=dict)
     """What the folders were made from, by these keys."""
+    not_compared: list[str] = field(default_factory=list)
+    """What to tell of networks whose weights could not be compared with those that a cache was made with."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.origins
@@ -133,7 +151,9 @@ def find_caches(training: Cacheable) -> Caches | None:
     if any(training.features[name].of_picture for name in data.origins):
         training.check_cacheable()
     further = {key: one.further[key] for key, one in found.items()}
-    return Caches(data.origins, data.folders, further, {key: one.made_from[key] for key, one in found.items()})
+    made_from = {key: one.made_from[key] for key, one in found.items()}
+    notes = dict.fromkeys(note for one in found.values() for note in one.not_compared)
+    return Caches(data.origins, data.folders, further, made_from, [*notes])
 
 
 @dataclass(frozen=True)
@@ -195,11 +215,11 @@ def _used(training: Cacheable, named: _Named) -> Caches:
     }
     whole = [*named.own] == folders_named_whole(getattr(training.config, named.key), named.key)
     remedy_of_own = made_from[next(iter(named.own))].remedy if named.own and whole else None
-    origins, folders, further = {}, {}, []
+    origins, folders, further, notes = {}, {}, [], []
     for folder, origin in every.items():
         kind = of_own if folder in named.own else kinds[folder]
         names = [name for name, feature in features.items() if feature.of_picture in kind]
-        _check(training, named.key, folder, origin, names)
+        notes += _check(training, named.key, folder, origin, names)
         for name in names:
             other = folders.setdefault(name, folder)
             if folder in named.further and other != folder:
@@ -208,7 +228,7 @@ def _used(training: Cacheable, named: _Named) -> Caches:
         if folder in named.further:
             members = members_of(origin, names)
             further.append(FurtherTars(folder, members, made_from[folder].remedy, remedy_of_own))
-    return Caches(origins, folders, {named.key: further}, {named.key: made_from})
+    return Caches(origins, folders, {named.key: further}, {named.key: made_from}, notes)
 
 
 def _command_to_update(training: Cacheable, key: str, folder: str, origin: Origin) -> str:
@@ -227,9 +247,9 @@ def _kind_of(training: Cacheable, origin: Origin) -> str:
     return kind_of(training.features[name] for name in origin.features if name in training.features)
 
 
-def _check(training: Cacheable, key: str, folder: str, origin: Origin, names: Sequence[str]) -> None:
-    """Raise ConfigError where a cache can't be used for these features."""
-    here = origin_of(training, names)
+def _check(training: Cacheable, key: str, folder: str, origin: Origin, names: Sequence[str]) -> list[str]:
+    """Raise ConfigError where a cache can't be used for these features; returns what could not be compared."""
+    here = origin_of(training, names, downloads=False)
     if not all(training.features[name].of_picture for name in names):
         origin = with_token_ids(origin, folder, here, training.config.captions_getter)
     kind = kind_of(training.features[name] for name in names)
@@ -240,6 +260,25 @@ def _check(training: Cacheable, key: str, folder: str, origin: Origin, names: Se
         )
     for name in names:
         _check_shape(training, folder, origin, name, kind, key)
+    return [
+        _not_compared(folder, origin, here, name)
+        for name, one in here.networks.items()
+        if "sha256" not in one and name in origin.networks
+    ]
+
+
+def _not_compared(folder: str, origin: Origin, here: Origin, network: str) -> str:
+    made, own = origin.networks[network], here.networks[network].get("hub")
+    if own is None:
+        why = "this config names no weights"
+    elif own == made.get("hub"):
+        why = f"they are of {own} by name, and what has that name on the hub is not on this machine"
+    else:
+        why = f"{own} is not on this machine"
+    return (
+        f"{folder}: that it was made with the same weights of the {network} network was not checked: {why} (in the "
+        f"cache: {made.get('hub') or made['file']}, SHA-256 {made['sha256'][:12]}...)"
+    )
 
 
 def _check_shape(training: Cacheable, folder: str, origin: Origin, name: str, kind: str, key: str) -> None:

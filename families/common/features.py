@@ -59,8 +59,8 @@ class Origin:
     makers: dict[str, str | None]
     """The network of each feature."""
     networks: dict[str, dict[str, str]]
-    """Of each network `file`, `sha256` of its weights, and the `precision` that it is kept in, where that is its own;
-    older caches do not know it."""
+    """Of each network `file`, `sha256` of its weights, their name on the `hub` if they were downloaded, and the
+    `precision` that it is kept in, where that is its own; older caches do not know these two."""
     settings: dict[str, Any]
     """Values of the settings that the features depend on."""
     dtype: str
@@ -157,7 +157,7 @@ class Origin:
                 continue
             if here is None:
                 found.append(f"the cache does not say which weights the {network} network had")
-            elif here["sha256"] != there["sha256"]:
+            elif "sha256" in there and here["sha256"] != there["sha256"]:
                 files = [f"{one['file']} (SHA-256 {one['sha256'][:12]}...)" for one in (here, there)]
                 found.append(f"the weights of the {network} network are {files[0]} in the cache, {files[1]} here")
             elif "precision" in here and here["precision"] != there.get("precision"):

@@ -32,6 +32,7 @@ from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
 from warpcore.errors import UserError
+from warpcore.keys import weights_keys
 from warpcore.random import SampleRandom
 
 _KEYS = "keys"
@@ -145,7 +146,7 @@ class DiffusionTraining(SampleFields):
         """
         if "autoencoder" not in self.encoders() or not {"moments", "latents"} & self.features.keys():
             raise UserError(f"nothing makes pictures of the features of this training: {', '.join(self.features)}")
-        autoencoder = self.encoders()["autoencoder"]().eval().to(self.device)
+        autoencoder = self.make_encoder("autoencoder").eval().to(self.device)
 
         def decode(features: Mapping[str, Tensor]) -> Tensor:
             moments = features.get("moments")
@@ -173,7 +174,8 @@ class DiffusionTraining(SampleFields):
     # ------------------------------------------------------------------
 
     def __init__(self, config: DiffusionConfig):
-        super().__init__(with_local_weights(config))
+        # A text encoder that is only on the hub may have nothing to do; then it is never downloaded.
+        super().__init__(with_local_weights(config, {*weights_keys(type(config))} - {self.network_keys.get("text")}))
         self.kept = dict(self.conventions)
         self.older: list[str] = []  # what to tell of keys that are newer than the run
 
@@ -212,7 +214,20 @@ class DiffusionTraining(SampleFields):
 
     def needed_encoders(self) -> dict[str, nn.Module]:
         """The encoders that have something to do: a cache spares the run those whose features it has."""
-        return {name: make() for name, make in self.encoders().items() if self.needs_encoder(name)}
+        return {name: self.make_encoder(name) for name in self.encoders() if self.needs_encoder(name)}
+
+    def make_encoder(self, name: str) -> nn.Module:
+        """An encoder with its weights; what is only on the hub is downloaded."""
+        self._bring_weights(name)
+        return self.encoders()[name]()
+
+    def local_files(self, network: str) -> list[Path]:
+        """`network_files`, after what is only on the hub was downloaded."""
+        self._bring_weights(network)
+        return self.network_files(network)
+
+    def _bring_weights(self, network: str) -> None:
+        self.config = with_local_weights(self.config, [self.network_keys.get(network)])
 
     def needs_encoder(self, name: str) -> bool:
         """Whether the run has to build an encoder."""
@@ -249,7 +264,9 @@ class DiffusionTraining(SampleFields):
         made_with = self.texts_made_with(origin)
 
         def open_encoder() -> Encode:
-            tower = self.encoders()["text"]().eval().requires_grad_(False).to(self.device, self.dtype)
+            tower = self.make_encoder("text").eval().requires_grad_(False).to(self.device, self.dtype)
+            if self.caches.not_compared:
+                find_caches(self)  # now that its weights are here
             for note in cut_note(tower, texts[1:], "sample_prompts"):
                 self.progress.say(note)
 
@@ -277,7 +294,7 @@ class DiffusionTraining(SampleFields):
         for note in self.older:
             self.progress.say(note)
         if self.caches is not None:
-            for note in self.processes.on_main(self._check_fresh):
+            for note in [*self.caches.not_compared, *self.processes.on_main(self._check_fresh)]:
                 self.progress.say(note)
             _ = self.texts  # encodes what the caches lack, before the first update
             if computed := [name for name in self.features if not self.is_cached(name)]:

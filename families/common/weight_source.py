@@ -45,13 +45,23 @@ _PART = re.compile(r"-\d{5}-of-\d{5}")
 _PICKLED = re.compile(rf"pytorch_model({_PART.pattern})?\.bin")
 """What transformers wrote before safetensors, as the first T5 are published; read without running code in it."""
 
+_DOWNLOADS = ContextVar("downloads", default=True)
 _PARTS: ContextVar[tuple[str, ...] | None] = ContextVar("parts of pipelines", default=None)
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def with_local_weights(settings: AnySettings) -> AnySettings:
-    """The settings with the local path of every key that names weights; what is only on the hub is downloaded.
+class OnlyOnHubError(UserError):
+    """Weights that are not on this machine, where nothing may be downloaded; `name` is theirs on the hub."""
+
+    def __init__(self, name: str):
+        super().__init__(f"{name} is not on this machine")
+        self.name = name
+
+
+def with_local_weights(settings: AnySettings, keys: Collection[str] | None = None) -> AnySettings:
+    """The settings with the local path of every key that names weights, or of those of them that are among `keys`;
+    what is only on the hub is downloaded.
 
     Processes that ask at the same time wait for the one that downloads. Inside `only_shapes` nothing is downloaded.
 
@@ -64,7 +74,8 @@ def with_local_weights(settings: AnySettings) -> AnySettings:
     if are_only_shapes():
         return settings
     values = dict(settings)
-    named = {key: values[key] for key in weights_keys(type(settings)) if key not in settings.unused}
+    known = [key for key in weights_keys(type(settings)) if key not in settings.unused]
+    named = {key: values[key] for key in known if keys is None or key in keys}
     use_ema = values.get("use_ema", True)
     local = {key: given_weights(path, key, use_ema) for key, path in named.items() if path is not None}
     changed = {key: path for key, path in local.items() if path != named[key]}
@@ -84,6 +95,16 @@ def only_parts(*names: str) -> Iterator[None]:
         _PARTS.reset(before)
 
 
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Inside, weights that are only on the hub are an OnlyOnHubError."""
+    before = _DOWNLOADS.set(False)
+    try:
+        yield
+    finally:
+        _DOWNLOADS.reset(before)
+
+
 def local_weights(name: Path, key: str, models: Path | None = None) -> Path:
     """The file or folder on this machine that holds the weights which a config names.
 
@@ -94,6 +115,7 @@ def local_weights(name: Path, key: str, models: Path | None = None) -> Path:
 
     Raises:
         DownloadError: no network, no such repository, no permission, or no safetensors in it.
+        OnlyOnHubError: it would be downloaded, inside `without_downloads`.
     """
     text = name.as_posix()
     if name.exists() or not _HUB_NAME.fullmatch(text) or text.endswith(_WEIGHTS_ENDINGS):
@@ -102,6 +124,8 @@ def local_weights(name: Path, key: str, models: Path | None = None) -> Path:
     folder = models / text
     if _is_complete(folder):
         return _single_file(folder)
+    if not _DOWNLOADS.get():
+        raise OnlyOnHubError(text)
     models.mkdir(parents=True, exist_ok=True)
     with open_plain(models / f".{text.replace('/', '--')}.lock", "a") as lock:
         lock_file(lock, str(folder))
@@ -113,6 +137,13 @@ def local_weights(name: Path, key: str, models: Path | None = None) -> Path:
                     f"{key}: {text} is no file or folder here, and as a name of the hub: {error}"
                 ) from error
     return _single_file(folder)
+
+
+def hub_name(path: Path) -> str | None:
+    """The name on the hub of a file or folder that was downloaded into `models/`; None for any other."""
+    folders = [one for one in (path, *path.parents) if one.is_relative_to(MODELS) and one != MODELS]
+    found = next((one for one in folders if any(one.glob(DONE.replace(".json", "*.json")))), None)
+    return found and found.relative_to(MODELS).as_posix()
 
 
 def listed_weights(entry: Path, key: str, use_ema: bool = True) -> Path:

@@ -1,5 +1,6 @@
 """PixArt-alpha from a training to pictures and files: beside diffusers, which is another implementation."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,10 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from families.common import weight_source
 from families.common.features import Origin
 from families.common.library_networks import LibraryNetwork, adapt
 from families.common.transformer_lora import built_with, open_loras
@@ -20,6 +24,7 @@ from families.dit.pixart_exports import export_lora, to_diffusers, to_published
 from families.dit.pixart_files import find_denoiser
 from families.dit.pixart_text_to_image import PixartTextToImageConfig
 from families.dit.pixart_transformer import PixArtTransformer2DModel
+from families.dit.pixart_versions import VERSIONS
 from families.registry import family_of
 from tests.caches import make_cache
 from tests.families.dit.pixart import write_pixart
@@ -131,6 +136,56 @@ def test_captions_are_cleaned_for_training_drawing_and_caches(tmp_path):
     config = load_config(PixartTextToImageConfig, [f"--run={tmp_path / 'tiny'}", "--prompts=a", "--device=cpu"])
     read = PixartNetworks(config, []).read([UNCLEAN, "a circle at"])
     assert torch.equal(read[TEXT][0], read[TEXT][1])
+
+
+def test_texts_from_a_cache_need_no_download_of_the_encoder_that_made_them(tmp_path, capsys, monkeypatch):
+    name, here, there = "owner/t5", tmp_path / "here", tmp_path / "there"
+    published, other = tmp_path / "published", tmp_path / "other"
+    published.mkdir()
+    other.mkdir()
+    file = Path(shutil.copy(VERSIONS["mini"].text_encoder, published))
+    with safe_open(file, "pt") as opened:
+        tensors = {key: opened.get_tensor(key) * 1.5 for key in list(opened.keys())}
+        save_file(tensors, other / file.name, opened.metadata())
+
+    def downloads(source):
+        def download(text, folder, root):
+            asked.append(text)
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            sizes = {one.name: one.stat().st_size for one in source.iterdir()}
+            (folder / weight_source.DONE).write_text(json.dumps(sizes), encoding="utf-8")
+
+        monkeypatch.setattr(weight_source, "_download", download)
+
+    asked = []
+    downloads(published)
+    monkeypatch.setattr(weight_source, "MODELS", here)
+    data = write_shard(tmp_path / "data" / "a.tar", 4)
+    settings = tiny_settings(tmp_path, data.parent, updates=1, save_every=1) | MINI
+    settings |= {"text_encoder_checkpoint_path": name, "sample_prompts": ["a red circle"]}
+    cache = make_cache("train_pixart", settings, tmp_path / "cache", "--features", "texts")
+    assert asked == [name]
+    assert Origin.read(str(cache)).networks["text"]["hub"] == name
+
+    monkeypatch.setattr(weight_source, "MODELS", there)
+    settings |= {"caches": [str(cache)]}
+    assert TrainPixart(make_config(TrainPixart.Config, settings)).run() == 0
+    assert asked == [name]
+    said = capsys.readouterr().err
+    assert "that it was made with the same weights of the text network was not checked: they are of owner/t5" in said
+    wrong = settings | {"text_encoder_precision": "bfloat16", "experiment_id": "wrong"}
+    with pytest.raises(UserError, match="of float32 in the cache, bfloat16 here"):
+        TrainPixart(make_config(TrainPixart.Config, wrong)).run()
+
+    further = settings | {"experiment_id": "further", "sample_prompts": ["a text that the cache lacks"]}
+    downloads(other)
+    with pytest.raises(UserError, match=r"the weights of the text network are t5\.safetensors"):
+        TrainPixart(make_config(TrainPixart.Config, further)).run()
+    assert asked == [name, name]
+    shutil.rmtree(there)
+    downloads(published)
+    assert TrainPixart(make_config(TrainPixart.Config, further)).run() == 0
+    assert asked == [name] * 3
 
 
 def test_a_run_that_is_older_than_the_cleaning_of_captions_goes_on_without(tmp_path, capsys):
