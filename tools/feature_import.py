@@ -95,9 +95,11 @@ class Imported:
                 except Unusable as reason:
                     left_out.add(str(reason), entry.picture.relative_to(folder))
                     continue
-                names = names or self._checked_names(features, entry.picture)
+                self._check_networks(features, entry.picture)
+                names = names or list(features)
                 if names != list(features):
-                    left_out.add(f"holds {', '.join(features)}, others {', '.join(names)}", entry.picture)
+                    had, others = ", ".join(features), ", ".join(names)
+                    left_out.add(f"files with {had}, those before it {others}", entry.picture.relative_to(folder))
                     continue
                 kept, without_caption = kept + 1, without_caption + ("txt" not in members)
                 writer = writer or ShardWriter(out / ASIDE, len(shards))
@@ -127,8 +129,12 @@ class Imported:
         size = self.buckets.choose(width, height, 0)
         features: dict[str, Tensor] = {}
         for suffix in self.suffixes:
-            features |= self._read(entry.picture.with_suffix(suffix), suffix)
+            found = self._read(entry.picture.with_suffix(suffix), suffix)
+            if twice := sorted(found.keys() & features.keys()):
+                raise Unusable(f"its {suffix} holds {twice[0]}, as another of its files does")
+            features |= found
         features = {name: self._fitted(name, values, size) for name, values in features.items()}
+        self._check_complete(features)
         crop = place((height, width), size)
         facts = {"width": width, "height": height, "crops": [[crop.top, crop.left]]}
         members = {PICTURE_FACTS: json.dumps(facts).encode()}
@@ -173,8 +179,15 @@ class Imported:
         self.changed["filled up with zeros" if missing > 0 else "cut"] += 1
         return F.pad(values, (0, 0, 0, missing))
 
-    def _checked_names(self, features: Mapping[str, Tensor], picture: Path) -> list[str]:
-        """The names of features. Raises UserError where the config names no network for one, or they lack others."""
+    def _check_complete(self, features: Mapping[str, Tensor]) -> None:
+        """Raise Unusable where the training reads more of pictures, or of texts, than the files of one hold."""
+        known = self.training.features
+        kinds = {known[name].of_picture for name in features}
+        if lacking := [name for name, one in known.items() if one.of_picture in kinds and name not in features]:
+            raise Unusable(f"its {', '.join(self.suffixes)} lack {', '.join(lacking)}, which this training reads too")
+
+    def _check_networks(self, features: Mapping[str, Tensor], picture: Path) -> None:
+        """Raise UserError where the config names no network for a feature."""
         known, config = self.training.features, self.training.config
         for network in dict.fromkeys(known[name].network for name in features):
             for key in self.training.keys_of_network(config, network):
@@ -183,13 +196,6 @@ class Imported:
                         f"the features of {picture} do not say which {network} network made them: name it, "
                         f"{key}=FILE or FOLDER"
                     )
-        kinds = {known[name].of_picture for name in features}
-        lacking = [name for name, one in known.items() if one.of_picture in kinds and name not in features]
-        if lacking:
-            raise UserError(
-                f"this training also reads {', '.join(lacking)}, which {', '.join(self.suffixes)} do not hold"
-            )
-        return list(features)
 
 
 def _finish(writer: ShardWriter, shards: dict) -> None:

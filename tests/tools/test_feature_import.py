@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from families.common.features import Origin
 from families.common.weight_source import _PARTS
+from families.stable_diffusion.t5_layers import Projection
 from tests.tools.test_cache_reuse import members
 from tests.warpcore.data.tars import picture
 from tests.warpcore.runs import read_metrics
@@ -20,6 +21,7 @@ from tools import build_dataset, cache, feature_import, shard_writer
 from tools.cache_features import PIPELINE_PARTS
 from warpcore.config import load_config, make_config
 from warpcore.errors import UserError
+from warpcore.random import stable_hash
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -155,6 +157,57 @@ def test_an_import_whose_last_step_was_interrupted_is_a_cache_when_it_is_finishe
     shard_writer.check_free(tmp_path / "out", overwrite=True)
     assert Origin.read(str(tmp_path / "out")).features.keys() == {"moments", "text"}
     assert not (tmp_path / "out" / shard_writer.ASIDE).exists()
+
+
+def test_states_of_t5_are_filled_up_to_the_length_that_the_config_has(made, tmp_path, capsys):
+    shutil.copytree(made[0], folder := tmp_path / "pictures")
+    projection = Projection(64, 64, scale=0.5)
+    projection.draw("t5_projection")
+    projection.save_pretrained(tmp_path / "layers" / "t5_projection")
+    settings = made[1] | {
+        "text_model": "t5", "text_tokens": 6, "sample_prompts": [],
+        "text_encoder_checkpoint_path": str(ROOT / "models" / "mini" / "t5.safetensors"),
+        "text_projection_checkpoint_path": str(tmp_path / "layers"),
+    }  # fmt: skip
+    build_dataset.build_dataset(folder, tmp_path / "data")
+    config = tmp_path / "ours.yaml"
+    config.write_text(yaml.safe_dump(settings | {"webdataset_path": str(tmp_path / "data")}))
+    cache.main([str(SCRIPT), str(config), str(tmp_path / "ours"), "--dtype", "float32"])
+    expected = {
+        name: np.load(io.BytesIO(content))
+        for name, content in members(tmp_path / "ours" / "00000.tar").items()
+        if name.endswith("text.npy")
+    }
+    for name, states in expected.items():  # the other trainer stores no padding
+        tokens = int(np.abs(states).sum(axis=1).astype(bool).sum())
+        assert 2 < tokens < 6
+        file = folder / name.removesuffix(".text.npy").replace("_", ".")
+        longer = [states[:tokens], np.zeros((9, 64), np.float32)] if "5_b" in name else [states[:tokens]]
+        save_file({"emb": torch.from_numpy(np.concatenate(longer))}, file.with_name(f"{file.name}.txt_t5cache"))
+    out = imported(folder, settings, tmp_path / "out", endings=(".img_other", ".txt_t5cache"))
+    told = capsys.readouterr().out
+    assert "filled up with zeros to the length that the config has: 5 texts" in told
+    assert "cut to the length that the config has: 1 text" in told
+    found = members(out / "00000.tar")
+    for name, states in expected.items():
+        np.testing.assert_array_equal(np.load(io.BytesIO(found[name])), states)
+    losses, built = train(settings, out, "of t5")
+    assert len(losses) == 2
+    assert built == {"generator"}
+    shorter = settings | {"text_tokens": 5}
+    with pytest.raises(UserError, match="text_tokens is 6 in the cache, 5 here"):
+        train(shorter, out, "shorter")
+
+
+def test_a_first_picture_that_lacks_a_feature_is_left_out_alone(made, tmp_path, capsys):
+    shutil.copytree(made[0], folder := tmp_path / "pictures")
+    first = min((f"in/{number}_b" for number in range(6)), key=stable_hash)
+    file = folder / f"{first.replace('_', '.')}.txt_other"
+    shutil.copyfile(file.with_suffix(".img_other"), file)
+    imported(folder, made[1], tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "imported moments, text of 5 pictures in 1 tar" in told
+    assert f"1 its .txt_other holds moments, as another of its files does: {first.replace('_', '.')}.png" in told
 
 
 def test_broken_and_foreign_files_are_left_out_by_name(made, tmp_path, capsys):
