@@ -36,7 +36,7 @@ from warpcore.data.storage import local_path
 from warpcore.epochs import IN_UPDATES, in_updates
 from warpcore.errors import ConfigError, UserError
 from warpcore.keys import help_text, local_paths
-from warpcore.lr_schedules import CYCLE_KEYS, CYCLES, LinearCycles
+from warpcore.lr_schedules import CYCLE_KEYS, CYCLES, CYCLIC, LinearCycles
 from warpcore.mistakes import check_values, explain_all
 from warpcore.unused_keys import check_unused
 
@@ -138,8 +138,22 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         return [key for key in keys if getattr(self, key) != fields[key].get_default(call_default_factory=True)]
 
     def _check_cycles(self) -> None:
-        if self.lr_schedule in ("constant", CYCLES) and self.num_cycles > 1:
-            raise ValueError("num_cycles: only lr_schedule: cosine, linear and rex read this: write one, or remove it")
+        if self.lr_schedule not in CYCLIC and self.num_cycles > 1:
+            raise ValueError(
+                f"num_cycles: only lr_schedule: {', '.join(CYCLIC)} read this: write one of them, or remove it"
+            )
+        readers = {"lr_power": "polynomial", "decay_updates": "warmup_stable_decay"}
+        for key in self._given(*readers):
+            if self.lr_schedule != readers[key]:
+                raise ValueError(f"{key}: only lr_schedule: {readers[key]} reads this: write that, or remove it")
+        if self.lr_schedule == "inverse_sqrt" and self._given("min_lr_ratio"):
+            raise ValueError("min_lr_ratio: lr_schedule: inverse_sqrt ends nowhere: remove it")
+        parts, whole = (self.warmup_updates, self.decay_updates), self.updates
+        if all(isinstance(part, int) for part in (*parts, whole)) and sum(parts) > whole:
+            raise ValueError(
+                f"decay_updates: {parts[1]} of them and warmup_updates: {parts[0]} are more than updates: {whole}: "
+                "write fewer"
+            )
         if self.lr_schedule != CYCLES:
             if given := self._given(*CYCLE_KEYS):
                 raise ValueError(

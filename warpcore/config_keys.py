@@ -25,6 +25,7 @@ from warpcore.data.buckets import parse_ratio, parse_size
 from warpcore.epochs import Updates
 from warpcore.from_scratch import Start
 from warpcore.keys import MAX_NAME, S3Url, local_paths, parts_of
+from warpcore.lr_schedules import SCHEDULES
 from warpcore.mistakes import MAX_INTEGER
 from warpcore.parameter_groups import ParameterGroup
 from warpcore.patterns import valid_pattern
@@ -100,8 +101,8 @@ class RunKeys(Settings):
     """All randomness of the run follows from this number."""
     updates: Updates
     """How many optimizer steps the whole run makes. This key and others that count updates (`warmup_updates`,
-    `save_every`, `backup_every`, `export_every`) take epochs too: `2e` is as many as draw every row twice, rounded
-    down, and `0.5e` half of the rows."""
+    `decay_updates`, `save_every`, `backup_every`, `export_every`) take epochs too: `2e` is as many as draw every row
+    twice, rounded down, and `0.5e` half of the rows."""
     save_every: Updates = 1000
     """A checkpoint, sample pictures and the validation loss come after every this many updates."""
     backup_every: Updates | None = None
@@ -164,14 +165,23 @@ class OptimisationKeys(Settings):
 
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
-    lr_schedule: Literal["constant", "cosine", "linear", "rex", "lambdalinear"] = "constant"
+    lr_schedule: Literal[SCHEDULES] = "constant"
     """Course of the learning rate between warm-up and the last update: `rex` stays high for longer than `linear`, and
-    falls at the end (arXiv:2107.04197). With `lambdalinear`, `lr` times a factor that goes up and down in cycles, each
-    with an entry in the five lists below."""
+    falls at the end (arXiv:2107.04197). `polynomial` is `linear` to the `lr_power`. `warmup_stable_decay` stays at
+    `lr`, and falls in the last `decay_updates` (arXiv:2404.06395). `inverse_sqrt` falls with the root of the updates,
+    without an end: it is half of `lr` at four times the warm-up, or at 30,000 updates without one (arXiv:1706.03762).
+    With `lambdalinear`, `lr` times a factor that goes up and down in cycles, each with an entry in the five lists
+    below."""
     min_lr_ratio: Share = 0.0
-    """Where `cosine`, `linear` and `rex` end, as a fraction of `lr`."""
+    """Where `cosine`, `linear`, `rex`, `polynomial` and `warmup_stable_decay` end, as a fraction of `lr`."""
     num_cycles: Annotated[int, Field(gt=0, le=1_000_000)] = 1
-    """How many times `cosine`, `linear` and `rex` go down from `lr`, each time in the same number of updates."""
+    """How many times `cosine`, `linear`, `rex` and `polynomial` go down from `lr`, each time in the same number of
+    updates."""
+    lr_power: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """With `polynomial`: 1 is `linear`, more falls early."""
+    decay_updates: Updates | None = None
+    """With `warmup_stable_decay`: how many of the last updates the learning rate falls in; by default a tenth of
+    `updates`."""
     warmup_updates: Updates = 1
     """The learning rate rises linearly over this many updates; the first one already learns."""
     warm_up_steps: list[NonNegativeInt] = Field([1000], max_length=MAX_ENTRIES)

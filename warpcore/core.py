@@ -250,7 +250,7 @@ class WarpCore(UseCase):
         return lr_at(
             update, schedule=config.lr_schedule, lr=config.lr, warmup_updates=config.warmup_updates,
             updates=config.updates, min_lr_ratio=config.min_lr_ratio, num_cycles=config.num_cycles,
-            cycles=config.lr_cycles,
+            power=config.lr_power, decay_updates=config.decay_updates, cycles=config.lr_cycles,
         )  # fmt: skip
 
     def _synchronise_gradients(self, now: bool) -> None:

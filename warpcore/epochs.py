@@ -21,7 +21,7 @@ from pydantic import PlainValidator, PositiveInt, TypeAdapter, ValidationError
 
 from warpcore.text import counted
 
-IN_UPDATES = ("updates", "warmup_updates", "save_every", "backup_every", "export_every")
+IN_UPDATES = ("updates", "warmup_updates", "save_every", "backup_every", "export_every", "decay_updates")
 """The keys that take epochs."""
 _EPOCHS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)e")
 _COUNT = TypeAdapter(PositiveInt)

@@ -8,7 +8,11 @@ from warpcore.errors import UserError
 
 CYCLES = "lambdalinear"
 """The name of a schedule in `LinearCycles`."""
-SCHEDULES = ("constant", "cosine", "linear", "rex", CYCLES)
+SCHEDULES = ("constant", "cosine", "linear", "rex", "polynomial", "inverse_sqrt", "warmup_stable_decay", CYCLES)
+CYCLIC = ("cosine", "linear", "rex", "polynomial")
+"""Those that may go down several times."""
+WITHOUT_WARM_UP = 10_000
+"""The updates of `inverse_sqrt` in place of those of a warm-up, as in transformers."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,19 @@ def lr_at(
     updates: int,
     min_lr_ratio: float = 0.0,
     num_cycles: int = 1,
+    power: float = 1.0,
+    decay_updates: int | None = None,
     cycles: LinearCycles | None = None,
 ) -> float:
     """The learning rate of an update, counted from 1.
 
     Warm-up is linear: update 1 runs at lr / warmup_updates, update `warmup_updates` at lr. From there `cosine`
-    (arXiv:1608.03983, equation 5), `linear` and `rex` (arXiv:2107.04197, equation 3 with beta 0.9) go to lr *
-    min_lr_ratio, reached at update `updates`; with `num_cycles` they start again from lr at equal distances before
-    it. `lambdalinear` is lr times the factor of `cycles` alone.
+    (arXiv:1608.03983, equation 5), `linear`, `rex` (arXiv:2107.04197, equation 3 with beta 0.9) and `polynomial`, what
+    is left to the `power`, go to lr * min_lr_ratio, reached at update `updates`; with `num_cycles` they start again
+    from lr at equal distances before it. `warmup_stable_decay` (arXiv:2404.06395, section 4) stays at lr and goes
+    there in the last `decay_updates`, by default a tenth of all, like `cosine`. `inverse_sqrt` (arXiv:1706.03762,
+    equation 3) falls with the root of the updates, counted so that warm-up ends at as many as it had. `lambdalinear`
+    is lr times the factor of `cycles` alone.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"lr_schedule: {schedule!r} is unknown; write one of {', '.join(SCHEDULES)}")
@@ -89,16 +98,25 @@ def lr_at(
     if schedule == "constant":
         return lr
     peak = max(warmup_updates, 1)
+    if schedule == "inverse_sqrt":
+        begin = warmup_updates if warmup_updates > 1 else WITHOUT_WARM_UP
+        return lr * math.sqrt(begin / (begin + update - peak))
+    if schedule == "warmup_stable_decay":
+        peak = max(peak, updates - (decay_updates or max(updates // 10, 1)))
+        if update < peak:
+            return lr
     length = max(updates - peak, 1)
     done = min(update - peak, length)
     # In whole numbers: a fraction that is rounded down would put the begin of a cycle at the end of the one before.
-    remaining = _COURSES[schedule](1 - (num_cycles * done % length / length if done < length else 1))
+    remaining = _COURSES[schedule](1 - (num_cycles * done % length / length if done < length else 1)) ** power
     return lr * (min_lr_ratio + (1 - min_lr_ratio) * remaining)
 
 
 _COURSES = {
     "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+    "warmup_stable_decay": lambda left: (1 - math.cos(math.pi * left)) / 2,
     "linear": lambda left: left,
+    "polynomial": lambda left: left,
     "rex": lambda left: left / (0.1 + 0.9 * left),
 }
 """The factor of what is left of a cycle, from 1 down to 0."""

@@ -1,6 +1,8 @@
 """Learning rates against golden numbers; what `constant`, `cosine` and `linear` do elsewhere is in test_optim.py."""
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from tests.golden import load_case
 from tests.warpcore.runs import tiny_settings, train_here, write_shard
@@ -55,6 +57,67 @@ def test_rates_are_those_of_the_reference(row):
     ]  # fmt: skip
     assert len(found) >= row["max_steps"]
     assert found == pytest.approx(expected[: len(found)], rel=1e-6, abs=1e-18)
+
+
+SMALL_END = {"min_lr_ratio": 0.1}
+OF_TRANSFORMERS = {
+    "polynomial": (SMALL_END | {"lr_power": 2.5}, {"power": 2.5, "lr_end": 2e-5}),
+    "inverse_sqrt": ({}, {}),
+    "warmup_stable_decay": (SMALL_END | {"decay_updates": 15}, SMALL_END | {"num_decay_steps": 15}),
+}
+"""By schedule, our keys and theirs."""
+
+
+@pytest.mark.parametrize("schedule", OF_TRANSFORMERS)
+@pytest.mark.parametrize("warmup_updates", [1, 6])
+def test_rates_after_the_warm_up_are_those_of_transformers(schedule, warmup_updates):
+    """Update 1 without a warm-up, and else its last update, are at `lr`: their first, or the one behind theirs."""
+    keys, theirs = OF_TRANSFORMERS[schedule]
+    given = {"updates": 40, "lr": 2e-4, "warmup_updates": warmup_updates, "lr_schedule": schedule} | keys
+    config = make_config(Config, GIVEN | given)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    steps = warmup_updates if warmup_updates > 1 else 0
+    of_training = config.updates - (not steps)
+    scheduler = get_scheduler(schedule, optimizer, steps, of_training, scheduler_specific_kwargs=theirs)
+    expected = []
+    for _ in range(of_training + 1):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    found = [
+        lr_at(
+            update, schedule=schedule, lr=config.lr, warmup_updates=warmup_updates, updates=config.updates,
+            min_lr_ratio=config.min_lr_ratio, power=config.lr_power, decay_updates=config.decay_updates,
+        )
+        for update in range(warmup_updates, config.updates + 1)
+    ]  # fmt: skip
+    assert found == pytest.approx(expected[steps:], rel=1e-9)
+
+
+def test_a_stable_rate_falls_in_the_last_tenth():
+    given = {"schedule": "warmup_stable_decay", "lr": 1.0, "warmup_updates": 4, "updates": 50}
+    rates = [lr_at(update, **given) for update in range(1, 51)]
+    assert rates[3:45] == [1.0] * 42
+    assert rates[44:] == sorted(rates[44:], reverse=True)
+    assert rates[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lr_schedule": "cosine", "lr_power": 2}, "lr_power: only lr_schedule: polynomial reads this"),
+        ({"lr_schedule": "linear", "decay_updates": 2}, "decay_updates: only lr_schedule: warmup_stable_decay reads"),
+        ({"lr_schedule": "inverse_sqrt", "min_lr_ratio": 0.1}, "min_lr_ratio: lr_schedule: inverse_sqrt ends nowhere"),
+        ({"lr_schedule": "inverse_sqrt", "num_cycles": 2}, "num_cycles: only lr_schedule: cosine, linear, rex, polyn"),
+        (
+            {"lr_schedule": "warmup_stable_decay", "decay_updates": 9, "warmup_updates": 3},
+            "decay_updates: 9 of them and warmup_updates: 3 are more than updates: 10",
+        ),
+    ],
+)
+def test_keys_of_other_schedules_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(Config, GIVEN | keys)
 
 
 def test_every_cycle_begins_at_the_whole_rate_and_the_last_ends_at_the_least():
@@ -117,7 +180,7 @@ def test_a_resumed_run_has_the_learning_rates_of_the_cycles(tmp_path):
         ),
         ({"lr_schedule": "cosine", "f_max": [0.4]}, "f_max: only lr_schedule: lambdalinear reads this"),
         ({"f_max": [-1]}, "f_max"),
-        ({"num_cycles": 2}, "num_cycles: only lr_schedule: cosine, linear and rex read this"),
+        ({"num_cycles": 2}, "num_cycles: only lr_schedule: cosine, linear, rex, polynomial read this"),
     ],
 )
 def test_what_fits_no_cycle_is_one_clear_error(changes, message):
