@@ -22,7 +22,8 @@ def read_pickled(path: Path, map_location: str = "cpu", mmap: bool = False) -> d
     """
     try:
         mmap = mmap and zipfile.is_zipfile(path)
-        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        with torch.sparse.check_sparse_tensor_invariants():  # one whose places lie outside of it would crash
+            state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # whatever a broken archive may raise, or one with code
         raise ValueError(_reason(error)) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):

@@ -2,30 +2,37 @@
 
     python3 tools/compare_runs.py runs/a runs/b compared
     python3 tools/compare_runs.py theirs/checkpoints ours/checkpoints pictures/old compared --size 512
+    python3 tools/compare_runs.py runs/a s3://bucket/runs/b compared
 
 Compared are pictures of equal names, sub-folders included; of a run those in its folder `samples`, whose sheets are
-taken apart again, so that each prompt stands beside itself. A picture that a folder lacks, or that can't be read, is
-shown as missing, and counted. OUT gets compare.html, which holds all that it shows and works without a network (arrow
-keys for picture and update, digits or Tab to flip between the folders), and sheet.png, sheet_2.png, ... to pass on.
+taken apart again, so that each prompt stands beside itself. Pictures on S3 are fetched into a temporary folder. A
+picture that a folder lacks, or that can't be read, is shown as missing, and counted. OUT gets compare.html, which
+holds all that it shows and works without a network (arrow keys for picture and update, digits or Tab to flip between
+the folders), and sheet.png, sheet_2.png, ... to pass on.
 """
 
 import argparse
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
 
 from families.common.pictures import size_of
-from families.common.weight_files import is_run
+from families.common.weight_files import RUN_CONFIG, is_run
 from tools.arguments import local_path, positive
 from tools.compare_page import Missing, Page, Row
 from warpcore.data.images import BadPicture, decode
 from warpcore.data.picture_files import UNREAD_EXTENSIONS, LeftOut, extension, is_picture, no_decoder, walk
+from warpcore.data.s3_files import fetch, sizes_below
+from warpcore.data.samples import PICTURE_EXTENSIONS
+from warpcore.data.storage import in_parallel, is_remote
 from warpcore.data.tars import clean
 from warpcore.errors import UserError, run_script
 from warpcore.files import read_bytes
@@ -40,6 +47,8 @@ SHEET_COLUMNS, SHEET_ROWS = 8, 64
 """Pictures side by side in a sheet, where the folders are fewer; and pictures of each folder in it."""
 SHOWN = 3
 """Missing pictures named for each folder."""
+SAMPLES = "samples"
+"""Where a run has its sample pictures."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +75,53 @@ class Compared:
         return f"{self.update}: {self.prompt}" if self.update else self.prompt
 
 
-def compare_runs(folders: Sequence[Path], out: Path, size: int | None = None) -> list[str]:
+def compare_runs(folders: Sequence[Path | str], out: Path, size: int | None = None) -> list[str]:
     """Write the page and the sheets of the pictures in `folders`; lines that tell what was found.
+
+    folders: of this machine, or s3://bucket/prefix.
 
     size: larger pictures are shrunk to this longer side in the page, in pixels.
 
     Raises:
         UserError: a folder is not there, or no picture is in two of them.
     """
-    left_out = LeftOut()
-    pictures = find_pictures(folders, out, left_out)
-    labels = [str(folder) for folder in folders]
-    out.mkdir(parents=True, exist_ok=True)
-    read, missing = _Reader(left_out, len(folders)), [[] for _ in folders]
+    left_out, labels = LeftOut(), [str(folder) for folder in folders]
+    with TemporaryDirectory() as copies:
+        places = [_copied(folder, Path(copies, str(place)), left_out) for place, folder in enumerate(folders)]
+        pictures = find_pictures(places, labels, out, left_out)
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", dir=out) as aside:  # a page that is too large leaves no sheets behind
+            told = _write(pictures, labels, Path(aside), out, size, left_out)
+        for place, label in zip(places, labels, strict=True):
+            told = [line.replace(f"{place}/", f"{label.rstrip('/')}/") for line in told]
+    return [*told, f"{out / PAGE} ({(out / PAGE).stat().st_size / 1e6:.1f} MB)"]
+
+
+def _copied(folder: Path | str, place: Path, left_out: LeftOut) -> Path:
+    """The folder; of one on S3, a copy of its pictures, of a run of its sample pictures, in `place`."""
+    if not is_remote(str(folder)):
+        return Path(folder)
+    url = f"{str(folder).rstrip('/')}/"
+    sizes = sizes_below(url)
+    if RUN_CONFIG in sizes and (samples := {name for name in sizes if name.startswith(f"{SAMPLES}/")}):
+        sizes, url = {name.removeprefix(f"{SAMPLES}/"): sizes[name] for name in samples}, f"{url}{SAMPLES}/"
+    wanted = []
+    for name, size in sizes.items():
+        if {"", ".", ".."} & {*name.split("/")}:
+            left_out.add("not the name of a file", f"{url}{name}")
+        elif extension(Path(name)) in (*PICTURE_EXTENSIONS, *UNREAD_EXTENSIONS):
+            wanted.append((f"{url}{name}", place / name, size))
+    for _ in in_parallel(fetch, wanted):
+        pass
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _write(
+    pictures: Sequence[Compared], labels: Sequence[str], aside: Path, out: Path, size: int | None, left_out: LeftOut
+) -> list[str]:
+    """Write the page, and behind it the sheets, which are made in the folder `aside`."""
+    read, missing, number = _Reader(left_out, len(labels)), [[] for _ in labels], 0
     with Page(out / PAGE, labels, size) as page:
         for number, rows in enumerate(_groups(pictures, SHEET_ROWS), start=1):
             cells, captions = [], []
@@ -90,18 +133,20 @@ def compare_runs(folders: Sequence[Path], out: Path, size: int | None = None) ->
                 page.add(Row(row.update, row.prompt, shown))
                 cells += _for_sheet(shown)
                 captions += [f"{label}: {row.name}" for label in labels]
-            columns = len(folders) * max(1, SHEET_COLUMNS // len(folders))
-            save_png(_sheet(out, number), grid(cells, columns, [clean(caption) for caption in captions]))
+            columns = len(labels) * max(1, SHEET_COLUMNS // len(labels))
+            save_png(_sheet(aside, number), grid(cells, columns, [clean(caption) for caption in captions]))
+    for made in range(1, number + 1):
+        os.replace(_sheet(aside, made), _sheet(out, made))
     while (old := _sheet(out, number := number + 1)).is_file():  # of an earlier comparison, of more pictures
         old.unlink()
-    return [*_report(pictures, labels, missing, left_out), f"{out / PAGE} ({page.bytes_written / 1e6:.1f} MB)"]
+    return list(_report(pictures, labels, missing, left_out))
 
 
 def _sheet(out: Path, number: int) -> Path:
     return out / f"{SHEET}{f'_{number}' if number > 1 else ''}.png"
 
 
-def find_pictures(folders: Sequence[Path], out: Path, left_out: LeftOut) -> list[Compared]:
+def find_pictures(folders: Sequence[Path], labels: Sequence[str], out: Path, left_out: LeftOut) -> list[Compared]:
     """What the folders hold, by update and prompt, numbers in names in their order.
 
     Raises:
@@ -114,7 +159,7 @@ def find_pictures(folders: Sequence[Path], out: Path, left_out: LeftOut) -> list
         for compared in _pictures(name, [names.get(name) for names in files], left_out)
     ]
     if not any(sum(source is not None for source in one.sources) > 1 for one in found):
-        has = "; ".join(f"{folder} has {_some(list(names))}" for folder, names in zip(folders, files, strict=True))
+        has = "; ".join(f"{label} has {_some(list(names))}" for label, names in zip(labels, files, strict=True))
         raise UserError(f"no picture has the same name in two of the folders: {clean(has)}")
     return found
 
@@ -123,8 +168,8 @@ def _files(folder: Path, out: Path, left_out: LeftOut) -> dict[str, Path]:
     """The pictures in a folder by their names in it."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of pictures")
-    if is_run(folder) and (folder / "samples").is_dir():
-        folder = folder / "samples"
+    if is_run(folder) and (folder / SAMPLES).is_dir():
+        folder = folder / SAMPLES
     inside = [path for files in walk(folder, left_out, out) for path in files]
     for path in inside:
         if extension(path) in UNREAD_EXTENSIONS:
@@ -229,7 +274,10 @@ def _some(names: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=local_path, metavar="FOLDER", help="a run, or a folder of pictures")
+    parser.add_argument(
+        "folders", nargs="+", type=lambda text: text if text.startswith("s3://") else local_path(text),
+        metavar="FOLDER", help="a run, or a folder of pictures; of this machine, or s3://bucket/prefix",
+    )  # fmt: skip
     parser.add_argument("out", type=local_path, metavar="OUT", help="folder for the page and the sheets")
     parser.add_argument("--size", type=positive, metavar="PX", help="shrink larger pictures to this longer side")
     parser.add_argument("--overwrite", action="store_true", help="write into OUT even if it holds something")

@@ -151,7 +151,7 @@ class Feed:
 
     def rows_per_epoch(self) -> float:
         """How many rows an epoch draws (collective); of a large data set, a pass over its whole index."""
-        return self.processes.on_main(lambda: self.plan.survey.per_epoch)
+        return self.processes.on_main_at_length(lambda: self.plan.survey.per_epoch)
 
     def samples_per_update(self) -> Rational:
         """How many samples an update has, on average over epochs (collective)."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -79,6 +80,17 @@ class Processes:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def on_main_at_length(self, make: Callable[[], Made]) -> Made:
+        """`on_main`, for what may take longer than processes wait for each other: they hear that it goes on."""
+        if self.count == 1:
+            return make()
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(make) if self.is_main else None
+            seconds = self.timeout.total_seconds() / 4
+            while not self.on_main(lambda: bool(wait([made], seconds).done)):
+                pass
+            return self.on_main(lambda: made.result())
 
     def another_group(self, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
         """All processes once more, over gloo: for collectives that must not mix with those of training.

@@ -147,11 +147,11 @@ def _of_folder(path: Path, name: str, key: str) -> Component:
     tokenizer = beside if name.startswith("text_encoder") and beside.is_dir() else None
     target, zero_snr = _schedule(folder.with_name("scheduler"), key) if name == "unet" else (None, None)
     version = _version(config) if name == "unet" else None
-    of_t5 = pipeline is not None and T5_PART in pipeline
-    return Component(
-        folder, partial(read_tensors, folder, key), config, version, target, zero_snr, tokenizer,
-        None if pipeline is None else "t5" if of_t5 else "clip", _tokens_said(path, key) if of_t5 else None,
-    )  # fmt: skip
+    texts = _texts_said({name.removeprefix("_"): str(value) for name, value in config.items()})
+    if pipeline is not None:
+        of_t5 = T5_PART in pipeline
+        texts = {"text_model": "t5" if of_t5 else "clip", "text_tokens": _tokens_said(path, key) if of_t5 else None}
+    return Component(folder, partial(read_tensors, folder, key), config, version, target, zero_snr, tokenizer, **texts)
 
 
 def _pipeline(path: Path, key: str) -> Mapping[str, Any] | None:
@@ -162,7 +162,12 @@ def _pipeline(path: Path, key: str) -> Mapping[str, Any] | None:
     if T5_PART in index:  # of a class of its own, whose code is not run
         parts = {name for name, part in index.items() if isinstance(part, list) and part[-1:] not in ([], [None])}
         if unknown := sorted(parts - KNOWN_PARTS - {"_class_name"}):
-            raise UserError(f"{key}: {path} has a part {shortened(unknown[0])}, which is not known here")
+            raise UserError(
+                f"{key}: {path} has a part {shortened(unknown[0])}, which is not known here, so the U-Net might be "
+                f"told more than texts. If it is not, name its networks one by one: {key}: {path / 'unet'}, and the "
+                "folders beside it by autoencoder_checkpoint_path, text_encoder_checkpoint_path and "
+                "text_projection_checkpoint_path"
+            )
         return index
     pipeline = str(index.get("_class_name"))
     if not PIPELINES.fullmatch(pipeline):

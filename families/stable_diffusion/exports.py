@@ -68,7 +68,9 @@ def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
     for name, network in networks.modules.items():
         network.load_state_dict(weights(name, network, settings), assign=True)
     if settings.only_unet:
-        save_library_folder(networks.modules["unet"], target)
+        unet = networks.modules["unet"]
+        unet.register_to_config(**{f"_{key}": said for key, said in about_texts(settings).items()})
+        save_library_folder(unet, target)
     elif settings.text_model == "t5":
         save_t5_folder(networks.modules, networks.tokenizers["tokenizer"], settings, target)
     else:
@@ -161,11 +163,7 @@ def file_metadata(networks: Mapping[str, nn.Module], settings: ExportSettings) -
         TARGET_KEY: target,
         ZERO_SNR_KEY: str(bool(settings.zero_terminal_snr)).lower(),
     }
-    if settings.text_model == "t5":
-        about |= {TEXT_MODEL_KEY: settings.text_model, TOKENS_KEY: str(settings.text_tokens)}
-        about |= {PROJECTION_KEY: kind_of_projection(settings)}
-    if settings.clip_skip is not None:
-        about |= {SKIP_KEY: str(settings.clip_skip)}
+    about |= about_texts(settings)
     about |= {CONFIG_KEY.format(name): json.dumps(config_of(network)) for name, network in networks.items()}
     if settings.model_version in ARCHITECTURES and target in MODEL_SPEC_TARGETS:
         about |= {
@@ -174,6 +172,16 @@ def file_metadata(networks: Mapping[str, nn.Module], settings: ExportSettings) -
             "modelspec.prediction_type": target,
         }
     return about
+
+
+def about_texts(settings: ExportSettings) -> dict[str, str]:
+    """What is said of the texts that a U-Net was trained with, where they are not read as published; in the config of
+    a folder of diffusers, with `_` before each name, which diffusers passes over."""
+    said = {} if settings.clip_skip is None else {SKIP_KEY: str(settings.clip_skip)}
+    if settings.text_model == "t5":
+        said |= {TEXT_MODEL_KEY: settings.text_model, TOKENS_KEY: str(settings.text_tokens)}
+        said |= {PROJECTION_KEY: kind_of_projection(settings)}
+    return said
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:

@@ -27,6 +27,8 @@ PROJECTION = "text_projection_checkpoint_path"
 PROJECTION_KEY = "text_projection"
 """Where a U-Net's file says whether that was a `file` or `random`."""
 SCALE = "scaling_factor"
+MAX_WIDTH = 2**16
+"""Of the states that a U-Net reads: 32 times those of SDXL."""
 _CONFIG_KEYS = {SCALE, "in_features", "out_features", "bias"}
 
 
@@ -49,9 +51,12 @@ def t5_texts(settings: SdSettings, unet: Mapping[str, Any], device: torch.device
 
 
 def _number(unet: Mapping[str, Any], name: str, least: int = 0) -> int:
-    """A constructor number of a U-Net. Raises WeightsError where it is none, or not above `least`."""
-    if type(unet.get(name)) is not int or unet[name] <= least:
-        raise WeightsError(f"{GENERATOR}: its {name} is {brief(unet.get(name))}, not a number above {least}")
+    """A constructor number of a U-Net. Raises WeightsError where it is none, not above `least`, or far too large."""
+    if type(unet.get(name)) is not int or not least < unet[name] <= least + MAX_WIDTH:
+        raise WeightsError(
+            f"{GENERATOR}: its {name} is {brief(unet.get(name))}, not a number above {least} and up to "
+            f"{least + MAX_WIDTH}: check its config.json"
+        )
     return unet[name]
 
 
@@ -100,12 +105,14 @@ def projection_folder(settings: SdSettings, name: str) -> Path | None:
     """
     given, base = settings.text_projection_checkpoint_path, settings.generator_checkpoint_path
     if given is None:
-        if base is not None and metadata_of(base).get(PROJECTION_KEY) == "file":
+        if base is not None and (base / name).is_dir():
+            return base / name
+        if said_of_projection(base) == "file":
             raise WeightsError(
                 f"{GENERATOR}: {base} was trained with a projection of T5's states; name the folder that holds it: "
                 f"{PROJECTION}"
             )
-        return base / name if base is not None and (base / name).is_dir() else None
+        return None
     if (given / name).is_dir():
         return given / name
     if name == POOLED_PROJECTION and not settings.version.sees_sizes:
@@ -115,11 +122,18 @@ def projection_folder(settings: SdSettings, name: str) -> Path | None:
     raise WeightsError(f"{PROJECTION}: {given} holds no folder {name}; name a pipeline with T5 that has one")
 
 
+def said_of_projection(base: Path | None) -> str | None:
+    """What the file or folder of a U-Net says of its projection, `file` or `random`; None where it says nothing."""
+    if base is None or not base.is_dir():
+        return None if base is None else metadata_of(base).get(PROJECTION_KEY)
+    return (read_config(component_folder(base, "unet"), GENERATOR) or {}).get(f"_{PROJECTION_KEY}")
+
+
 def kind_of_projection(settings: SdSettings) -> str:
     """What a U-Net's file says of the projection that it was trained with, `file` or `random`: that of the settings,
     else what their file says."""
     base = settings.generator_checkpoint_path
-    said = None if base is None or settings.text_projection_checkpoint_path else metadata_of(base).get(PROJECTION_KEY)
+    said = None if settings.text_projection_checkpoint_path else said_of_projection(base)
     return said or ("file" if projection_folder(settings, TEXT_PROJECTION) else "random")
 
 

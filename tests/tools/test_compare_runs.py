@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.s3_server import bucket as bucket
+from tests.s3_server import s3_endpoint as s3_endpoint
 from tools import compare_page, compare_runs
 from warpcore.errors import UserError
 from warpcore.evaluation import sheet
@@ -231,6 +233,40 @@ def test_a_page_too_large_for_a_browser_is_refused_and_nothing_half_is_left(tmp_
         compared([a, b], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     compared([a, b], tmp_path / "out", size=20)
+
+
+def test_a_page_that_gets_too_large_behind_a_sheet_leaves_no_sheet(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_runs, "SHEET_ROWS", 1)
+    a, b = (write(tmp_path / which, {f"{i}.png": flat(i) for i in range(4)}) for which in "ab")
+    compared([a, b], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before.keys() == {"compare.html", "sheet.png", "sheet_2.png", "sheet_3.png", "sheet_4.png"}
+    monkeypatch.setattr(compare_page, "MAX_BYTES", len(before["compare.html"]) - 1)
+    write(tmp_path / "a", {"0.png": flat(9)})
+    with pytest.raises(UserError, match=r"compare\.html would have more than"):
+        compared([a, b], tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.integration
+def test_runs_and_folders_on_s3_stand_beside_those_of_this_machine(bucket, tmp_path):
+    prompts = {1: {"a fox": 1, "a cat": 2}, 2: {"a fox": 3, "a cat": 4}}
+    here = write_run(tmp_path / "here", prompts)
+    for path in here.rglob("*.*"):
+        bucket.put(f"runs/there/{path.relative_to(here)}", path.read_bytes())
+    bucket.put("runs/there/state/00000002/rank_0.distcp", b"x")
+    bucket.put("runs/there/samples/../odd.png", b"x")
+    bucket.put("runs/there/samples/broken.png", b"x")
+    page, told = compared([here, f"{bucket.url}/runs/there"], tmp_path / "out")
+    assert [heading for heading, _ in page.rows] == [
+        "00000001 · drawn: a fox", "00000001 · drawn: a cat", "00000002 · drawn: a fox",
+        "00000002 · drawn: a cat", "broken.png",
+    ]  # fmt: skip
+    assert all(np.array_equal(*pictures) for _, pictures in page.rows[:4])
+    assert f"1 not the name of a file: {bucket.url}/runs/there/samples/../odd.png" in told
+    assert re.search(rf"1 unreadable \(.*\): {bucket.url}/runs/there/broken\.png", told)
+    with pytest.raises(UserError, match=r"s3://.*/runs/nowhere has none"):
+        compared([here, f"{bucket.url}/runs/nowhere"], tmp_path / "out")
 
 
 def test_folders_without_a_common_name_are_refused_with_what_they_hold(tmp_path):

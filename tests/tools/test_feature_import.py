@@ -165,7 +165,7 @@ def test_states_of_t5_are_filled_up_to_the_length_that_the_config_has(made, tmp_
     projection.draw("t5_projection")
     projection.save_pretrained(tmp_path / "layers" / "t5_projection")
     settings = made[1] | {
-        "text_model": "t5", "text_tokens": 6, "sample_prompts": [],
+        "text_model": "t5", "text_tokens": 12, "sample_prompts": [],
         "text_encoder_checkpoint_path": str(ROOT / "models" / "mini" / "t5.safetensors"),
         "text_projection_checkpoint_path": str(tmp_path / "layers"),
     }  # fmt: skip
@@ -180,7 +180,7 @@ def test_states_of_t5_are_filled_up_to_the_length_that_the_config_has(made, tmp_
     }
     for name, states in expected.items():  # the other trainer stores no padding
         tokens = int(np.abs(states).sum(axis=1).astype(bool).sum())
-        assert 2 < tokens < 6
+        assert 3 < tokens < 12
         file = folder / name.removesuffix(".text.npy").replace("_", ".")
         longer = [states[:tokens], np.zeros((9, 64), np.float32)] if "5_b" in name else [states[:tokens]]
         save_file({"emb": torch.from_numpy(np.concatenate(longer))}, file.with_name(f"{file.name}.txt_t5cache"))
@@ -194,8 +194,8 @@ def test_states_of_t5_are_filled_up_to_the_length_that_the_config_has(made, tmp_
     losses, built = train(settings, out, "of t5")
     assert len(losses) == 2
     assert built == {"generator"}
-    shorter = settings | {"text_tokens": 5}
-    with pytest.raises(UserError, match="text_tokens is 6 in the cache, 5 here"):
+    shorter = settings | {"text_tokens": 11}
+    with pytest.raises(UserError, match="text_tokens is 12 in the cache, 11 here"):
         train(shorter, out, "shorter")
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from warpcore import processes
 from warpcore.config import Config, make_config
 from warpcore.core import STOPPED_EARLY
 from warpcore.errors import UserError
-from warpcore.processes import start_processes
+from warpcore.processes import start_processes, stop_processes
 
 pytestmark = pytest.mark.integration
 
@@ -102,6 +103,36 @@ def test_a_process_that_stops_answering_does_not_hold_the_others_for_ever(data, 
     started.finish(10)
     assert code == 1
     assert "gave no answer within process_timeout_seconds" in started.log.read_text()
+
+
+def _take_long(rank: int, port: int, folder: Path) -> None:
+    os.environ |= dict(zip(LAUNCH_VARIABLES, (str(rank), "2", "0", "127.0.0.1", str(port)), strict=True))
+    run = start_processes("cpu", timeout_seconds=2)
+    seconds = run.on_main_at_length(lambda: time.sleep(5) or 5)
+
+    def refuse():
+        raise UserError("no rows")
+
+    try:
+        run.on_main_at_length(refuse)
+    except UserError as error:
+        (folder / str(rank)).write_text(f"{seconds} {error}")
+    stop_processes()
+
+
+@pytest.mark.slow
+def test_what_takes_the_main_process_longer_than_the_others_wait_is_waited_for(tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    started = [context.Process(target=_take_long, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        process.kill()
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["5 no rows"] * 2
 
 
 class _SilentStore(dist.Store):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from families.stable_diffusion import build
@@ -77,9 +77,16 @@ def test_a_run_from_caches_has_no_t5_and_its_folder_draws_the_same(tmp_path, exp
     assert (found.text_model, found.text_tokens) == ("t5", 12)
     parts = beside(tmp_path / "pipeline")
     torch.testing.assert_close(drawn_here(tmp_path / "one.safetensors", **parts), drawn, rtol=0, atol=1e-5)
+    export("diffusers", folder, tmp_path / "unet", "only_unet=true", "use_ema=false")
+    found = find_component(tmp_path / "unet", "unet", "x")
+    assert (found.text_model, found.text_tokens) == ("t5", 12)
+    torch.testing.assert_close(drawn_here(tmp_path / "unet", **parts), drawn, rtol=0, atol=1e-5)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict()
+    assert theirs.keys() == load_file(folder / "generator.safetensors").keys()
     del parts["text_projection_checkpoint_path"]
-    with pytest.raises(UserError, match="was trained with a projection of T5's states"):
-        drawn_here(tmp_path / "one.safetensors", **parts)
+    for alone in ("one.safetensors", "unet"):
+        with pytest.raises(UserError, match="was trained with a projection of T5's states"):
+            drawn_here(tmp_path / alone, **parts)
     with pytest.raises(UserError, match="text_tokens is 12 in the cache, 13 here"):
         train(given | {"experiment_id": "longer", "caches": caches, "text_tokens": 13})
 

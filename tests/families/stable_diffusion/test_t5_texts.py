@@ -157,6 +157,7 @@ def test_a_layer_that_has_a_name_in_its_module_is_read(folders, tmp_path):
 
 @pytest.mark.parametrize(("version", "numbers", "message"), [
     ("sd15", {"cross_attention_dim": None}, "its cross_attention_dim is None, not a number above 0"),
+    ("sd15", {"cross_attention_dim": 10**12}, "its cross_attention_dim is 1000000000000, not a number .* up to 65536"),
     ("sd15", {"cross_attention_dim": [8, 8]}, r"its cross_attention_dim is \[8, 8\], not a number"),
     ("sdxl", {"addition_time_embed_dim": None}, "its addition_time_embed_dim is None"),
     ("sdxl", {"projection_class_embeddings_input_dim": 48}, "its projection_class_.* is 48, not a number above 48"),

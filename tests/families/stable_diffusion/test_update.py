@@ -44,7 +44,7 @@ class Recorded(TrainSd):
 def in_diffusers(folder: Path, version: str, run: Recorded) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, gradient norm and weights after the update of train_text_to_image.py or train_text_to_image_sdxl.py."""
     kind = diffusers.StableDiffusionPipeline if version == "sd15" else diffusers.StableDiffusionXLPipeline
-    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = kind.from_pretrained(folder, dtype=torch.float32)
     schedule = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     unet, captions = pipeline.unet.train(), list(run.batch.captions)
 
