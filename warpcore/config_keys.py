@@ -195,9 +195,10 @@ class OptimisationKeys(Settings):
     f_min: list[NonNegativeFloat] = Field([1.0], max_length=MAX_ENTRIES)
     """With `lambdalinear`: the factor at the end of each cycle."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon", "lion", "prodigy"] = "adamw"
-    """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, Muon, Lion
-    (arXiv:2302.06675; with a third to a tenth of AdamW's `lr`, and usually `betas: [0.9, 0.99]`), or Prodigy
-    (arXiv:2306.06101; finds the learning rate itself, so write `lr: 1`, and usually `betas: [0.9, 0.99]`)."""
+    """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, Muon (for the
+    weights of linear layers; embeddings, tables and all else have AdamW), Lion (arXiv:2302.06675; with a third to a
+    tenth of AdamW's `lr`, and usually `betas: [0.9, 0.99]`), or Prodigy (arXiv:2306.06101; finds the learning rate
+    itself, so write `lr: 1`, and usually `betas: [0.9, 0.99]`)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices and kernels; vectors (norms, biases) are not decayed."""
     parameter_groups: list[ParameterGroup] = Field([], max_length=MAX_ENTRIES)

@@ -181,6 +181,8 @@ class WarpCore(UseCase):
             self.kept[from_scratch.KEY] = lines
         if config.start_from_scratch or config.parameter_groups:
             lines = lines + what_is_trained({name: self.networks[name] for name in self.trainable})
+        if config.optimizer == "muon" and self.muon_takes_tables:
+            lines = [*lines, "optimizer: muon: this run goes on as it began, with tables among the matrices"]
         for line in [*of_epochs, *lines]:
             self.progress.say(line)
 

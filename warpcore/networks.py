@@ -99,6 +99,28 @@ def block_names(networks: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
+def linear_weights(networks: Mapping[str, nn.Module]) -> set[str]:
+    """The names, as NETWORK.NAME, of the matrices that linear layers of networks multiply by: their weights, the fused
+    `in_proj_weight` of attention, and what is trained beside such a layer (adapters). Not those of embeddings, by kind
+    or by name, nor tables of numbers, whatever their shape."""
+    found = set()
+    for network, module in networks.items():
+        modules = dict(module.named_modules())
+        for name, parameter in module.named_parameters():
+            owner = name.rpartition(".")[0]
+            around = [modules[owner], *(modules[part] for part in _inside(owner))]
+            is_linear = any(isinstance(one, nn.Linear) or hasattr(one, "in_proj_weight") for one in around)
+            if parameter.dim() == 2 and "embed" not in name and is_linear:
+                found.add(f"{network}.{name}")
+    return found
+
+
+def _inside(name: str) -> list[str]:
+    """The names of the modules that hold a module, but for the outermost: `a.b` and `a` of `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
 def has_tokens(network: nn.Module) -> bool:
     """Whether a network is of the kind `HasTokens`."""
     return getattr(network, "token_arguments", None) is not None

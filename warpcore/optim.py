@@ -4,7 +4,7 @@ The engine holds a list of optimizers (Muon brings AdamW along for the tensors i
 `param_names`, and everything saved is keyed by those names, so a checkpoint doesn't depend on the order of parameters.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -46,22 +46,25 @@ def build_optimizers(
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    linear: Collection[str] | None = None,
 ) -> list[Optimizer]:
     """The optimizers of a run: one, or two for `muon`.
 
     Weight decay applies to matrices and kernels (two dimensions longer than 1), and to norms, biases and scales only
-    where their group has its own. `muon` takes the 2-D weights of hidden layers (no embeddings), with rates matched to
-    AdamW's (arXiv:2502.16982, section 2.2), AdamW the rest. For `adafactor`, `lr` is the largest step relative to a
-    tensor's RMS, and `betas` and `eps` have no effect. `schedulefree` wants `train_mode` before steps and `eval_mode`
-    before sampling. `lion` has no `eps`, and wants 3 to 10 times less `lr` than AdamW. `prodigy` finds the learning
-    rate itself: `lr` is a factor on it, 1 as a rule. bfloat16 parameters are stepped with stochastic rounding, by
-    `adamw` alone.
+    where their group has its own. `muon` takes the weights of linear layers (no embeddings, no tables), with rates
+    matched to AdamW's (arXiv:2502.16982, section 2.2), AdamW the rest. For `adafactor`, `lr` is the largest step
+    relative to a tensor's RMS, and `betas` and `eps` have no effect. `schedulefree` wants `train_mode` before steps
+    and `eval_mode` before sampling. `lion` has no `eps`, and wants 3 to 10 times less `lr` than AdamW. `prodigy` finds
+    the learning rate itself: `lr` is a factor on it, 1 as a rule. bfloat16 parameters are stepped with stochastic
+    rounding, by `adamw` alone.
 
     Args:
         name: one of `OPTIMIZERS`.
         groups: torch parameter groups: "params", "param_names" (unique over all groups), and optionally "lr_scale", a
             factor on the learning rate (see `set_lr`), "weight_decay", then for vectors too, and "pattern", what the
             group is known by in a checkpoint.
+        linear: the names of the weights of linear layers (`warpcore.networks.linear_weights`); without it, all 2-D
+            parameters count as such, but for those whose names say `embed`.
 
     Raises:
         UserError: unknown name, package not installed, or an optimizer that can't take the sharded or bfloat16
@@ -80,6 +83,8 @@ def build_optimizers(
         if name != "adamw":
             raise UserError(f"optimizer: {name} would round away most steps of bfloat16 weights; write adamw")
         return [StochasticAdamW(matrices + undecayed, **settings)]
+    if name == "muon":
+        return _muon(matrices, undecayed, settings, linear)
     return OPTIMIZERS[name].build(matrices, undecayed, settings)
 
 
@@ -101,8 +106,10 @@ def _schedulefree(matrices: list[dict], vectors: list[dict], settings: dict) -> 
     return [_package("schedulefree", "schedulefree").AdamWScheduleFree(matrices + vectors, **settings)]
 
 
-def _muon(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
-    hidden, others = _split(matrices, _is_hidden_matrix)
+def _muon(
+    matrices: list[dict], vectors: list[dict], settings: dict, linear: Collection[str] | None = None
+) -> list[Optimizer]:
+    hidden, others = _split(matrices, _is_2d if linear is None else lambda name, _: name in linear)
     own = {"lr": settings["lr"], "weight_decay": settings["weight_decay"], "adjust_lr_fn": "match_rms_adamw"}
     return [*([torch.optim.Muon(hidden, **own)] if hidden else []), *_adamw(others, vectors, settings)]
 
@@ -146,7 +153,7 @@ def _split(groups: list[dict], test) -> tuple[list[dict], list[dict]]:
     return halves
 
 
-def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+def _is_2d(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and "embed" not in name
 
 

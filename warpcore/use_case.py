@@ -19,7 +19,7 @@ from warpcore.errors import UserError
 from warpcore.from_scratch import fresh_layers, start_layers
 from warpcore.loading import deferring
 from warpcore.loss_scale import LossScale
-from warpcore.networks import block_names, check_networks
+from warpcore.networks import block_names, check_networks, linear_weights
 from warpcore.offload import OnDemand
 from warpcore.parameter_groups import freeze, optimizer_groups
 from warpcore.peers import explained
@@ -29,6 +29,9 @@ from warpcore.random import SampleRandom
 from warpcore.results import Losses, Sampled
 from warpcore.state import TrainedState
 from warpcore.statistics import UpdateStatistics
+
+MATRICES = "matrices"
+"""Of what a run keeps: which matrices Muon takes. Those of earlier versions took all of two dimensions."""
 
 
 class UseCase:
@@ -169,9 +172,13 @@ class UseCase:
         inner = block_names(trained) if config.grad_mean_per_block else ()
         self.mean_groups = gradients.mean_groups(self.parameters, config.grad_mean_groups, inner)
         self.thinned = self._thinned()
+        if saved is None:
+            self.kept[MATRICES] = "of linear layers"
+        self.muon_takes_tables = MATRICES not in (self.kept if saved is None else saved.get("kept", {}))
         self.optimizers = optim.build_optimizers(
             config.optimizer, optimizer_groups(self.trainable, self.parameters, config.parameter_groups),
             lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
+            linear=None if self.muon_takes_tables else linear_weights(trained),
         )  # fmt: skip
         optim.train_mode(self.optimizers)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)

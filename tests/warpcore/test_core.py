@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.many_processes import launch_processes
 from tests.warpcore.runs import (
@@ -24,6 +25,7 @@ from tests.warpcore.runs import (
     write_shard,
 )
 from tests.warpcore.tiny import Denoiser, TinyConfig
+from warpcore import use_case
 from warpcore.config import make_config
 from warpcore.core import STOPPED_EARLY
 from warpcore.errors import UserError
@@ -298,3 +300,45 @@ def test_threads_lanes_and_groups_are_those_of_the_config(tmp_path, monkeypatch)
         run.close()
         assert recipe in (None, (plan["lanes"], plan["shard_group_rows"]))
     assert threads == [3]
+
+
+class Tabled(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.table, self.mix = body, nn.Parameter(torch.eye(2, 3)), nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = self.body(x) + self.table.mean(dim=0)[:, None, None]
+        return x + self.mix(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class WithTable(Denoiser):
+    def build(self):
+        return {"generator": Tabled(super().build()["generator"])}
+
+
+class OfBefore(WithTable):
+    """Muon had everything of two dimensions, and checkpoints did not say what it has."""
+
+    def make_networks(self, saved=None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(use_case, "linear_weights", lambda _: None)
+            super().make_networks(saved)
+        self.kept = {}
+
+
+def test_muon_leaves_tables_to_adamw_but_a_run_goes_on_with_the_matrices_that_it_began_with(tmp_path, shard, capsys):
+    given = tiny_settings(tmp_path, shard, updates=2, save_every=1, optimizer="muon")
+    train_here(given | {"experiment_id": "whole"}, OfBefore)
+    train_here(given | {"experiment_id": "new"}, WithTable)
+    train_here(given | {"updates": 1}, OfBefore)
+    capsys.readouterr()
+    train_here(given, WithTable)
+    assert "optimizer: muon: this run goes on as it began, with tables among the" in capsys.readouterr().err
+    whole, new, resumed = (
+        load_weights(given | one) for one in ({"experiment_id": "whole"}, {"experiment_id": "new"}, {})
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert not torch.equal(whole["table"], new["table"])
+    train_here(given | {"experiment_id": "new", "updates": 3}, WithTable)
+    assert "tables among the matrices" not in capsys.readouterr().err

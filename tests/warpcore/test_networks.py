@@ -1,9 +1,12 @@
 """What a config needs of networks is checked at the start: an error names the network, what it lacks and the key."""
 
 import pytest
+import torch
 from torch import nn
 
+from modules.blocks import MultiheadAttention
 from modules.dit import DiT
+from modules.lora import LoraSettings, add_adapters
 from modules.stage_a import StageA
 from modules.stage_c import StageC
 from tests.golden import load_case
@@ -11,7 +14,7 @@ from tests.warpcore.runs import tiny_settings, write_shard
 from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.config import make_config
 from warpcore.errors import UserError
-from warpcore.networks import blocks, check_networks, forward_methods, is_whole
+from warpcore.networks import blocks, check_networks, forward_methods, is_whole, linear_weights
 
 WANTS = {
     "activation_checkpointing": ({"activation_checkpointing": 2}, "set_activation_checkpointing"),
@@ -87,3 +90,17 @@ def test_a_run_ends_with_that_error_before_its_first_update(tmp_path):
     run = Denoiser(make_config(TinyConfig, tiny_settings(tmp_path, shard) | {"activation_checkpointing": 1}))
     with pytest.raises(UserError, match=r"activation_checkpointing: the network generator \(Sequential\) lacks"):
         run.run()
+
+
+def test_the_weights_of_linear_layers_are_told_from_tables_and_embeddings():
+    network = nn.ModuleDict({
+        "attention": MultiheadAttention(8, 2), "classes": nn.Embedding(3, 8), "time_embed": nn.Linear(8, 8),
+        "block": nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv2d(8, 8, 1)),
+    })  # fmt: skip
+    network["block"].register_parameter("scale_shift_table", nn.Parameter(torch.zeros(6, 8)))
+    add_adapters(network, ["block.0", "attention"], LoraSettings(rank=2, alpha=2))
+    assert linear_weights({"net": network}) == {
+        "net.attention.in_proj_weight", "net.attention.out_proj.weight", "net.block.0.weight",
+        *(f"net.{layer}.lora.{part}" for layer in ("attention", "block.0") for part in ("up", "down")),
+        *(f"net.attention.out_proj.lora.{part}" for part in ("up", "down")),
+    }  # fmt: skip
