@@ -27,6 +27,9 @@ from warpcore.networks import Checkpointing, blocks, has_blocks
 from warpcore.sharded import stored_bytes
 from warpcore.use_case import UseCase
 
+MADE_UP_FPS = 24.0
+"""Frames per second of clips that are made up."""
+
 
 def load_use_case(path: Path) -> type[UseCase]:
     """The use case in a training script.
@@ -72,12 +75,16 @@ def made_up_batch(run: UseCase, size: tuple[int, ...], count: int) -> Batch:
     """A micro-batch of black pictures or clips and empty captions, on the CPU."""
     fields = run.extra_fields()
     extra = collate(fields, [{name: field.blank(size) for name, field in fields.items()}] * count)
-    *frames, height, width = size
-    images = torch.zeros(count, *frames, height, width, 3, dtype=torch.uint8).movedim(-1, -3)  # as the reader's lie
+    columns = {name: torch.zeros(count, dtype=torch.int64) for name in run.index_columns()}
+    if len(size) == 3:
+        images = torch.zeros(count, size[0], 3, *size[1:], dtype=torch.uint8)
+        columns["fps"] = torch.full((count,), MADE_UP_FPS)
+    else:
+        images = torch.zeros(count, 3, *size, dtype=torch.uint8).to(memory_format=torch.channels_last)
     batch = Batch(
         number=0, size=size, lane=0, epoch=0, state={}, images=images if run.needs_images else None,
         captions=[""] * count, keys=[str(i) for i in range(count)], seeds=list(range(count)), weight=1.0, extra=extra,
-        columns={name: torch.zeros(count, dtype=torch.int64) for name in run.index_columns()},
+        columns=columns,
         geometry=CropGeometry.of([place(size[-2:], size[-2:])] * count) if run.needs_geometry else None,
     )  # fmt: skip
     for name, function in run.computed_in_workers().items():
