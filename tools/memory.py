@@ -70,10 +70,15 @@ class Plan:
         config = make_config(type(self.config), self.config.model_dump() | changes)
         return OnShapes(self.use_case, config, self.device, self.processes)
 
-    def needs(self, shapes: OnShapes, level: int, micro_batch: int, size: tuple[int, int] | None = None) -> Needs:
-        """Of a level of activation checkpointing and a micro-batch; of the largest bucket without a size."""
+    def needs(
+        self, shapes: OnShapes, level: int, micro_batch: int | None, size: tuple[int, ...] | None = None
+    ) -> Needs:
+        """Of a level of activation checkpointing and a micro-batch, by default the bucket's; of the largest bucket."""
         shapes.set_checkpointing(level)
         size = size or bucket_sizes(shapes.run)[0]
+        if micro_batch is None:
+            own = shapes.run.config.buckets(shapes.run.bucket_factor).micro_batch_sizes
+            return shapes.needs(size, own[size], self.accumulation)
         return shapes.needs(size, micro_batch, self.accumulation * self.micro_batch // micro_batch)
 
     @cached_property
@@ -90,17 +95,18 @@ class Plan:
             sizes = bucket_sizes(shapes.run)
             rows = [(level, sizes[0]) for level in levels] + [(own, size) for size in sizes[1:] if buckets]
             table = [(level, size, self.needs(shapes, level, micro, size)) for level, size in rows]
+            micro = "the bucket's" if micro is None else micro
             print(f"per process of {self.processes}, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
                   f"{shapes.run.dtype} computation\n".replace("torch.", ""))  # fmt: skip
         needs = table[0][2]
         print("| frozen networks | weights | gradients | optimizer | EMA |\n|---|---|---|---|---|")
         print(f"| {_gib(needs.frozen)} | {_gib(needs.weights)} | {_gib(needs.gradients)} | {_gib(needs.optimizer)} "
               f"| {_gib(needs.ema)} |\n")  # fmt: skip
-        print("| activation_checkpointing | bucket (H x W px) | activations | all | in the CPU's memory |")
+        print("| activation_checkpointing | bucket (px) | activations | all | in the CPU's memory |")
         print("|---|---|---|---|---|")
         for level, size, needs in table:
             mark = " (this config)" if (level, size) == (own, sizes[0]) else ""
-            print(f"| {level}{mark} | {size[0]} x {size[1]} | {_gib(needs.activations)} | {_gib(needs.total)} "
+            print(f"| {level}{mark} | {' x '.join(map(str, size))} | {_gib(needs.activations)} | {_gib(needs.total)} "
                   f"| {_gib(needs.on_cpu)} |")  # fmt: skip
 
     def suggest(self, memory: float) -> None:
@@ -123,7 +129,7 @@ class Plan:
         """Settings and what they need, the first ones being those that cost least."""
         own = self.config.activation_checkpointing
         as_written = [(own, self.micro_batch)]
-        sizes = reversed(divisors(self.micro_batch))
+        sizes = reversed(divisors(self.micro_batch)) if self.micro_batch else [None]
         smaller = [(level, n) for n in sizes for level in self.levels if level >= own]
         free, dear = self._places()
         for changes, batches in [*((c, as_written) for c in free), *((c, smaller) for c in (*free, *dear))]:

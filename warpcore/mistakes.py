@@ -17,6 +17,8 @@ from warpcore.text import brief, is_whole, shortened
 MAX_REPORTED = 20
 """Mistakes that a message names."""
 MAX_INTEGER = 2**63 - 1
+CLIP_KEYS = ("num_frames", "frame_stride", "frame_rate", "bucket_config", "micro_batches_per_update")
+"""Those of `warpcore.clip_keys`, which others may meet in a script that does not take them."""
 
 
 def check_values(values: Mapping[str, Any], files: Mapping[str, Path]) -> None:
@@ -66,6 +68,8 @@ def explain(kind: type[BaseModel], mistake: Any, files: Mapping[str, Path]) -> s
             return f"{'.'.join(location)}: unknown key{where}"
         case "missing" if len(location) > 1 and isinstance(mistake["loc"][-1], str):
             return f"{'.'.join(location)}: this key is required{where}"
+        case "extra_forbidden" if key in CLIP_KEYS:
+            return f"{key}: unknown key{where}: it is for scripts that train on clips, and this one takes pictures"
         case "extra_forbidden":
             near = difflib.get_close_matches(key, kind.model_fields, n=1)
             return f"{key}: unknown key{where}" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")

@@ -66,9 +66,10 @@ def _module(path: Path) -> ModuleType:
 
 
 def bucket_sizes(run: UseCase) -> list[tuple[int, ...]]:
-    """The sizes (H, W) of a run's pictures, or (frames, H, W) of its clips, largest first."""
-    sizes = run.config.buckets(run.bucket_factor).sizes
-    return sorted(set(sizes), key=lambda size: (-math.prod(size), size))
+    """The sizes (H, W) of a run's pictures, or (frames, H, W) of its clips, those of the largest micro-batch first."""
+    buckets = run.config.buckets(run.bucket_factor)
+    own = buckets.micro_batch_sizes
+    return sorted(set(buckets.sizes), key=lambda size: (-math.prod(size) * own.get(size, 1), size))
 
 
 def made_up_batch(run: UseCase, size: tuple[int, ...], count: int) -> Batch:

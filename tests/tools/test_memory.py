@@ -14,6 +14,8 @@ from tests.golden import load_manifest
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings  # noqa: F401
 from tests.train.test_separate_caches import CACHED, CHANGES, SPARED
+from tests.warpcore.runs import tiny_settings
+from tests.warpcore.tiny_clips import ClipConfig, ClipDenoiser
 from tools import memory
 from tools.cache_features import as_if_cached
 from warpcore.config import make_config
@@ -186,3 +188,22 @@ def test_what_trains_on_pictures_has_nothing_to_cache(settings):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_vae.py")
     with pytest.raises(UserError, match="--cached: this script trains on pictures themselves"):
         as_if_cached(use_case, make_config(use_case.Config, settings("train_vae", "memory")))
+
+
+@pytest.mark.integration
+def test_clips_are_counted_with_the_micro_batch_of_their_bucket(tmp_path, capsys):
+    buckets = {"32px": {1: [1.0, 9], 8: [1.0, 2], 4: [0.5, 3]}, "16px": {4: [0.0, None]}}
+    given = tiny_settings(tmp_path, tmp_path, bucket_config=buckets, micro_batches_per_update=4)
+    given = {key: value for key, value in given.items() if key not in ("batch_size", "image_size")}
+    config = make_config(ClipConfig, given)
+    with only_shapes():
+        memory.Plan(ClipDenoiser, config, "cpu", processes=2).show(buckets=True)
+        with OnShapes(ClipDenoiser, config, "cpu") as shapes:
+            counted = [
+                shapes.needs(*of_bucket, 2) for of_bucket in (((8, 32, 32), 2), ((4, 32, 32), 3), ((1, 32, 32), 9))
+            ]
+    told = capsys.readouterr().out
+    assert "per process of 2, in GiB; micro-batch the bucket's, accumulation 2" in told
+    rows = [line.split("|")[2:5] for line in told.splitlines() if "x 32 x 32" in line]
+    assert [row[0].strip() for row in rows] == ["8 x 32 x 32", "4 x 32 x 32", "1 x 32 x 32"]
+    assert [float(row[2]) for row in rows] == pytest.approx([needs.total / GIB for needs in counted], rel=0.1)

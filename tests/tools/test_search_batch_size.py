@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,12 @@ import yaml
 
 from tests.golden import load_case
 from tests.train.test_every_script import SETTINGS, settings, train  # noqa: F401
-from tests.warpcore import test_unequal_micro_batches as unequal
+from tests.warpcore import tiny_clips
 from tests.warpcore.data.tars import write_shard as write_clip_shard
 from tests.warpcore.runs import TINY, tiny_settings, train_here, write_shard
 from tests.warpcore.test_unequal_micro_batches import settings_of
 from tools.clip_batch_sizes import ClipSearch, search_between, with_sizes
-from tools.search_batch_size import main, search, with_micro_batch
+from tools.search_batch_size import bucket, main, search, with_micro_batch
 from warpcore.config_files import read_config
 from warpcore.data.clip_buckets import ClipBuckets, rungs_of
 from warpcore.errors import UserError
@@ -182,22 +183,31 @@ def test_buckets_that_are_not_there(arguments, message):
         ClipSearch(ClipMachine(ENTRIES), ENTRIES).search(*arguments)
 
 
+def test_a_bucket_on_the_command_line():
+    assert bucket("144p:51") == ("144p", 51)
+    for wrong in ("144p", "144p:x", ":51"):
+        with pytest.raises(ArgumentTypeError, match="write resolution:frames, such as 144p:51"):
+            bucket(wrong)
+
+
 @pytest.mark.integration
 def test_a_search_of_clips_writes_a_config_that_trains(tmp_path, monkeypatch, capsys):
-    data = write_clip_shard(tmp_path / "a.tar", 12, sizes=((16, 16), (12, 12)))
-    buckets = {"16px": {1: [1.0, [6, 3]]}, "12px": {1: [[1.0, 0.9], [9, 2]]}}
+    data = write_clip_shard(tmp_path / "a.tar", 12, sizes=((16, 16),))
+    buckets = {"16px": {4: [1.0, [6, 3]], 1: [[1.0, 0.9], [9, 2]]}}
     given = settings_of(tmp_path, data, bucket_config=buckets, updates=1, save_every=1, validation_samples=0)
     (tmp_path / "c.yaml").write_text("# why\n" + yaml.safe_dump(given))
-    script, tuned = Path(unequal.__file__), tmp_path / "tuned.yaml"
-    monkeypatch.setattr(sys, "argv", ["search", str(script), str(tmp_path / "c.yaml"), str(tuned), "--base", "16px:1"])
+    script, tuned = Path(tiny_clips.__file__), tmp_path / "tuned.yaml"
+    monkeypatch.setattr(
+        sys, "argv", ["search", str(script), str(tmp_path / "c.yaml"), str(tuned), "--max-memory", "1"]
+    )
     main()
-    assert "| 16px x 1 frame | 9 |" in capsys.readouterr().out
+    assert "| 16px x 4 frames | 9 |" in capsys.readouterr().out
     written, _ = read_config(tuned)
     assert tuned.read_text().startswith("# why\n")
-    assert written["bucket_config"]["16px"] == {1: [1.0, 9]}
-    ((keep, size),) = written["bucket_config"]["12px"].values()
+    of_clips, (keep, size) = written["bucket_config"]["16px"][4], written["bucket_config"]["16px"][1]
+    assert of_clips == [1.0, 9]
     assert keep == [1.0, 0.9]
-    assert 7 <= size <= 11
-    assert train_here(written, unequal.LearnSizes, unequal.SizesConfig)[0] == 0
+    assert size == 11
+    assert train_here(written, tiny_clips.ClipDenoiser, tiny_clips.ClipConfig)[0] == 0
     with pytest.raises(UserError, match=r"\[6, 3\] is a guess and a range.*tools/search_batch_size.py"):
-        train_here(given | {"experiment_id": "untuned"}, unequal.LearnSizes, unequal.SizesConfig)
+        train_here(given | {"experiment_id": "untuned"}, tiny_clips.ClipDenoiser, tiny_clips.ClipConfig)

@@ -156,5 +156,14 @@ def test_keys_that_contradict_each_other_are_refused(data, tmp_path, changes, me
 
 
 def test_a_script_of_pictures_refuses_the_keys_of_clips_by_name(data, tmp_path):
-    with pytest.raises(ConfigError, match="num_frames: unknown key"):
-        make_config(Config, tiny_settings(tmp_path, data, num_frames=17))
+    keys = {
+        "num_frames": 17,
+        "frame_stride": 2,
+        "frame_rate": 8,
+        "bucket_config": BUCKETS,
+        "micro_batches_per_update": 4,
+    }
+    assert {*keys, "batch_size"} == set(ClipKeys.model_fields)
+    for key, value in keys.items():
+        with pytest.raises(ConfigError, match=f"{key}: unknown key: it is for scripts that train on clips"):
+            make_config(Config, tiny_settings(tmp_path, data, **{key: value}))
