@@ -34,6 +34,13 @@ def in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     return colours
 
 
+def pixels_in_srgb(pixels: np.ndarray, profile: bytes | None) -> np.ndarray:
+    """The same for the pixels uint8 (H, W, 3) of an RGB picture, which are not copied where nothing is to be done."""
+    if profile is None or _transform(profile) is None:
+        return pixels
+    return np.array(in_srgb(Image.fromarray(np.ascontiguousarray(pixels)), profile))
+
+
 @lru_cache(maxsize=16)
 def _transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
     """From the colours of a profile to those of sRGB; None where nothing is to be done."""

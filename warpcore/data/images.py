@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from warpcore.data import jpeg_scans
 from warpcore.data.buckets import resized_size
-from warpcore.data.colour_profiles import in_srgb
+from warpcore.data.colour_profiles import in_srgb, pixels_in_srgb
 from warpcore.data.picture_costs import (
     MAX_PIXELS,
     BadPicture,
@@ -115,10 +115,7 @@ def decode(
     """
     stored = _read(data, size, background, max_pixels)
     geometry = place(stored.size, size, crop, seed, stored)
-    pixels = _resample(stored, geometry)
-    if stored.profile is not None:
-        pixels = np.array(in_srgb(Image.fromarray(np.ascontiguousarray(pixels)), stored.profile))
-    return Picture(pixels, geometry)
+    return Picture(pixels_in_srgb(_resample(stored, geometry), stored.profile), geometry)
 
 
 def decode_alike(
