@@ -10,6 +10,9 @@ from warpcore.data.resolutions import RESOLUTIONS
 from warpcore.errors import UserError
 
 GOLDEN = load_case("opensora/buckets")[0]["configs"]
+BATCHES = load_case("opensora/bucket_batches")[0]
+ON_ONE_PROCESS = [call for call in BATCHES["calls"] if call["processes"] == 1]
+"""With more, the reference cuts an epoch so that all have as many batches, or gives one an empty batch."""
 NAMES = load_case("opensora/aspect_ratios")[0]["resolutions"]
 
 
@@ -56,6 +59,32 @@ def test_samples_go_where_the_reference_puts_them(name):
         if size is not None:
             assert buckets.micro_batch_sizes[size] == sample["batch_size"]
     assert len(found) > 5
+
+
+@pytest.mark.parametrize("call", ON_ONE_PROCESS, ids=lambda call: f"epoch {call['epoch']}, {call['drop_last']}")
+def test_batches_of_an_epoch_hold_what_the_reference_s_hold(call):
+    """The same rows in the same buckets, in batches of the same size. The reference fills up, or drops, what is left
+    of a bucket in an epoch; here it waits for the next one."""
+    buckets = WithRecordedDraws(rungs(BATCHES["bucket_config"]))
+    number_of_buckets = sum(len(rung.shapes.sizes) for rung in buckets.rungs)
+    expected = {}
+    for row, sample in enumerate(BATCHES["rows"]):
+        frames = sample["num_frames"] if sample["num_frames"] == 1 else sample["num_frames"] - 1
+        seed = call["seed"] + call["epoch"] + row * number_of_buckets
+        (size,) = choose(buckets, sample["width"], sample["height"], frames, seeds=[seed])
+        if size is not None:
+            expected.setdefault(size, set()).add(row)
+    found = {}
+    for batch in call["batches_of_each_process"][0]:
+        entries = [tuple(map(int, entry.split("-"))) for entry in batch]
+        (size,) = {entry[1:] for entry in entries}
+        assert len(entries) == buckets.micro_batch_sizes[size]
+        found.setdefault(size, set()).update(row for row, *_ in entries)
+    for size, rows in expected.items():
+        assert found.get(size, set()) <= rows
+        dropped = len(rows) % buckets.micro_batch_sizes[size] if call["drop_last"] else 0
+        assert len(rows - found.get(size, set())) == dropped
+    assert found.keys() <= expected.keys()
 
 
 def test_named_resolutions_have_the_sizes_of_the_reference():
