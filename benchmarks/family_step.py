@@ -1,14 +1,14 @@
 """How fast an update of the families beside the Stable Cascade is, beside the library's network in the plain loop.
 
     python3 benchmarks/family_step.py                       # on a GPU the published sizes, else small networks
-    python3 benchmarks/family_step.py --families cosmos     # one family of `benchmarks/plain_loops.py`
+    python3 benchmarks/family_step.py --families latte      # one family of `benchmarks/plain_loops.py`
     python3 benchmarks/family_step.py --cases "SD small" --turns 5 --updates 10
 
 Three contenders take turns in one process: the plain loop and the training script, both on the same features in
 memory, and the script on pictures, which its frozen networks see in every update (but T5 of Cosmos-Predict2 and
 PixArt-alpha, whose texts always come from a cache). The plain loop is that of the library's training examples, and for
-DiT, which no library has, the published one around our network: `clip_grad_norm_`, `torch.optim.AdamW` as it is by
-default, and on a GPU autocast to bfloat16. The networks have random weights, the same for both.
+DiT and Latte, which no library has, the published one around our network: `clip_grad_norm_`, `torch.optim.AdamW` as it
+is by default, and on a GPU autocast to bfloat16. The networks have random weights, the same for both.
 """
 
 import warpcore.openmp
@@ -43,9 +43,8 @@ def training(family: Family, case: Case, device: torch.device, folder: Path) -> 
     torch.manual_seed(0)
     run = kind(make_config(kind.Config, family.write(case, folder, device) | {
         "experiment_id": "step", "checkpoint_path": str(folder), "webdataset_path": str(folder), "updates": 1,
-        "batch_size": case.batch, "image_size": case.image_px, "model_version": case.version, "device": device.type,
-        "lr": EXAMPLE_LR, "optimizer": "adamw",
-    } | dict(family.undropped)))  # fmt: skip
+        "device": device.type, "lr": EXAMPLE_LR, "optimizer": "adamw",
+    } | case.keys | dict(family.undropped)))  # fmt: skip
     run.update = 0
     run.make_networks()
     return run

@@ -46,7 +46,7 @@ TINY = ("1B full", "1B full, checkpointing 3", "1B full, offload encoders and ac
 SEARCHED = ("1B full", "1B full, checkpointing 3", "1B LoRA", "3.6B LoRA, checkpointing 3")
 
 
-OF_FAMILIES = ("cosmos", "dit", "pixart")
+OF_FAMILIES = ("cosmos", "dit", "latte", "pixart")
 """Of `benchmarks/plain_loops.py`: the first case of each."""
 
 
@@ -75,9 +75,8 @@ def family_row(name: str, changes: dict, bench: Bench) -> Outcome:
     with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
         config = make_config(kind.Config, family.write(case, Path(folder), bench.device) | {
             "experiment_id": "memory", "checkpoint_path": folder, "webdataset_path": folder, "updates": 1,
-            "batch_size": case.batch, "image_size": case.image_px, "model_version": case.version,
             "device": bench.device.type,
-        } | changes)  # fmt: skip
+        } | case.keys | changes)  # fmt: skip
         return compared(as_if_cached(kind, config), config, case.batch, bench)
 
 

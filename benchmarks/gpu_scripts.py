@@ -6,6 +6,7 @@ Nothing is downloaded: networks get seeded random weights where no file of their
 import importlib
 import json
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,6 +21,8 @@ from benchmarks.gpu_part import Bench, no_waiting
 from families.cascade import versions
 from families.stable_diffusion import versions as sd_versions
 from modules.stage_c import StageC
+from tools.demo_clips import MOTIONS
+from tools.make_demo_dataset import make_demo_dataset
 from warpcore.config import make_config
 from warpcore.core import WarpCore
 
@@ -41,6 +44,7 @@ SCRIPTS: dict[str, dict] = {
     "train_cosmos": {"text_encoder_precision": "float32"},
     "train_cosmos_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_dit": {"class_getter": ["key", "lambda k: k[-1]"], "class_names": list("01234567")},
+    "train_latte": {"num_classes": len(MOTIONS), "num_frames": 4, "frame_stride": 4},
     "train_pixart": {"text_encoder_precision": "float32"},
     "train_pixart_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_sd": {},
@@ -69,6 +73,19 @@ def pictures(bench: Bench, count: int, side: int) -> Path:
         write_tars(photographs(count, side**2, 1.5 * side**2), partial)
         partial.rename(folder)
     return folder
+
+
+def clips(bench: Bench, count: int) -> Path:
+    """A tar of clips of the moving demo set."""
+    path = bench.scratch / f"{count}_clips.tar"
+    if not path.exists():
+        folder = bench.scratch / f"{count}_clips"
+        make_demo_dataset(folder, count, video=True)
+        with tarfile.open(partial := path.with_suffix(".partial"), "w") as tar:
+            for file in sorted(folder.glob("*/*")):
+                tar.add(file, file.relative_to(folder).as_posix(), recursive=False)
+        partial.rename(path)
+    return path
 
 
 def mini_generator(bench: Bench) -> Path:
@@ -101,7 +118,7 @@ def mini_stage_b(bench: Bench) -> Path:
 
 
 STARTS: dict[str, Callable[[Bench], Path] | None] = {
-    "train_sd": mini_unet, "train_cosmos": None, "train_dit": None, "train_pixart": None,
+    "train_sd": mini_unet, "train_cosmos": None, "train_dit": None, "train_latte": None, "train_pixart": None,
     "train_b": mini_stage_b, "train_": mini_generator,
 }  # fmt: skip
 """By the beginning of a script's name, what a mini starts from: networks that predict zeros at first do so in every
@@ -112,7 +129,8 @@ def script_settings(bench: Bench, name: str, run: str, device: torch.device, **c
     """Settings of two updates of a script: with mini networks in float32, if the changes say nothing else."""
     every = {
         "experiment_id": run, "checkpoint_path": str(bench.scratch / "runs"), "model_version": "mini", "updates": 2,
-        "webdataset_path": str(pictures(bench, 8, 64)), "batch_size": 4, "image_size": 64, "num_workers": 0,
+        "webdataset_path": str(clips(bench, 8) if use_case(name).takes_videos else pictures(bench, 8, 64)),
+        "batch_size": 4, "image_size": 64, "num_workers": 0,
         "log_every": 1, "device": device.type, "lr": 1e-3, "seed": 3, "dtype": "float32", "allow_tf32": False,
         "crop_mode": "center",
     }  # fmt: skip

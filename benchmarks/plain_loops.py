@@ -35,6 +35,14 @@ class Case:
     batch: int
     changes: Mapping = field(default_factory=dict)
     """Other constructor numbers of the network."""
+    num_frames: int | None = None
+    """Of clips; None of pictures."""
+
+    @property
+    def keys(self) -> dict[str, str | int]:
+        """Those of a training."""
+        of_clips = {} if self.num_frames is None else {"num_frames": self.num_frames}
+        return {"batch_size": self.batch, "image_size": self.image_px, "model_version": self.version} | of_clips
 
     def __str__(self) -> str:
         return f"{self.name} {self.image_px} px, batch {self.batch}"
@@ -72,8 +80,9 @@ class Family:
         return FromCachedTexts
 
 
-def _size(case: Case) -> tuple[int, int]:
-    return case.image_px, case.image_px
+def _size(case: Case) -> tuple[int, ...]:
+    side = case.image_px
+    return (side, side) if case.num_frames is None else (case.num_frames, side, side)
 
 
 # ---------------------------------------------------------------- Stable Diffusion
@@ -180,13 +189,19 @@ def cosmos_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.
     return network, loss
 
 
-# ---------------------------------------------------------------- DiT and PixArt-alpha
+# ---------------------------------------------------------------- DiT, Latte and PixArt-alpha
 
 
 def dit_use_case() -> type[DiffusionTraining]:
     from train.train_dit import TrainDit
 
     return TrainDit
+
+
+def latte_use_case() -> type[DiffusionTraining]:
+    from train.train_latte import TrainLatte
+
+    return TrainLatte
 
 
 def pixart_use_case() -> type[DiffusionTraining]:
@@ -208,7 +223,8 @@ def write_autoencoder(case: Case, folder: Path, device: torch.device) -> dict[st
 
 
 def dit_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Module, Loss]:
-    """The published loop without the bound of the variance, and with our network: diffusers' predicts other noise."""
+    """The published loop without the bound of the variance, and with our network: diffusers' predicts other noise, and
+    it has none for Latte's classes."""
     network = copy.deepcopy(run.networks["generator"])
     return network, _noise_loss(run, batch, lambda noised, times: network(noised, times, y=batch.extra["class"]))
 
@@ -277,6 +293,14 @@ FAMILIES = {
         dit_use_case,
         on_gpu=(Case("DiT-XL/2", "XL/2", 256, 32), Case("DiT-XL/2 512", "XL/2", 512, 8)),
         on_cpu=(Case("DiT tiny", "mini", 128, 16), Case("DiT small", "S/2", 256, 2)),
+        write=write_autoencoder,
+        plain_loop=dit_loop,
+        undropped={"class_dropout": 0.0},
+    ),
+    "latte": Family(
+        latte_use_case,
+        on_gpu=(Case("Latte-XL/2", "XL/2", 256, 5, num_frames=16),),
+        on_cpu=(Case("Latte tiny", "mini", 96, 8, num_frames=6), Case("Latte small", "S/2", 64, 2, num_frames=8)),
         write=write_autoencoder,
         plain_loop=dit_loop,
         undropped={"class_dropout": 0.0},

@@ -12,8 +12,8 @@ Cosmos-Predict2 Text2Image, each with its autoencoder, in a folder of its name:
 cosmos-0.6b, cosmos-2b, cosmos-14b; cosmos-0.6b-distilled: the one that draws in 1 to 4 steps.
 Their licence has to be accepted on the hub. The text encoder is `google-t5/t5-11b`, which a config can name.
 
-DiT-XL/2 of ImageNet's classes, not for commercial use:
-dit-256, dit-512; pixart-256, pixart-512, pixart-1024-ms.
+DiT-XL/2 of ImageNet's classes, not for commercial use: dit-256, dit-512. Latte-XL/2, clips of UCF101's classes:
+latte-ucf101. PixArt-alpha: pixart-256, pixart-512, pixart-1024-ms.
 
 Stable Cascade:
 essential: what every use case needs (encoder of Stage C's latents, its previewer, Stage A).
@@ -29,6 +29,7 @@ models/SHA256SUMS, and against what they were when they were first downloaded (.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from families.common.hub import (
@@ -80,6 +81,10 @@ COSMOS = {
 COSMOS_AUTOENCODER = "tokenizer/tokenizer.pth"
 DIT = {f"dit-{size}": ("facebookresearch/DiT", f"DiT-XL-2-{size}x{size}.pt") for size in (256, 512)}
 """Repository and path of each. They are not on the hub, see `ELSEWHERE`."""
+LATTE = {"latte-ucf101": ("maxin-cn/Latte", "ucf101.pt")}
+"""Repository and path of each."""
+LOCAL_NAMES = {LATTE["latte-ucf101"]: "Latte-XL-2-256x256-ucf101.pt"}
+"""What files are called here whose own names say too little; Open-Sora calls them so, too."""
 PIXART = {
     f"pixart-{name.lower()}": ("PixArt-alpha/PixArt-alpha", f"PixArt-XL-2-{size}.pth")
     for name, size in {"256": "256x256", "512": "512x512", "1024-MS": "1024-MS"}.items()
@@ -93,7 +98,7 @@ LICENCES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/sd-vae-ft-mse-original": "mit", "madebyollin/sdxl-vae-fp16-fix": "mit",
-    "PixArt-alpha/PixArt-alpha": "openrail++",
+    "PixArt-alpha/PixArt-alpha": "openrail++", "maxin-cn/Latte": "unknown",
 }  # fmt: skip
 """By repository. All but `non-commercial` allow commercial use; the openrail licences forbid some uses."""
 DTYPES = {"bfloat16": "_bf16", "bf16": "_bf16", "float32": "", "fp32": ""}
@@ -105,7 +110,7 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     Raises:
         DownloadError: a word is unknown, or none names a set.
     """
-    sets = [*STABLE_DIFFUSION, *COSMOS, *DIT, *PIXART, *SETS]
+    sets = [*STABLE_DIFFUSION, *COSMOS, *DIT, *LATTE, *PIXART, *SETS]
     unknown = [word for word in words if word not in sets and word not in DTYPES]
     if unknown or not any(word in sets for word in words):
         problem = f"{unknown[0]!r} is unknown" if unknown else "nothing to download is named"
@@ -114,7 +119,7 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     if len(suffixes) > 1:
         raise DownloadError("bfloat16 and float32 are both named; write one of them")
     (suffix,) = suffixes
-    single = STABLE_DIFFUSION | DIT | PIXART
+    single = STABLE_DIFFUSION | DIT | LATTE | PIXART
     named = [single[word] for word in words if word in single]
     named += [
         (COSMOS[word][0], path) for word in words if word in COSMOS for path in (COSMOS[word][1], COSMOS_AUTOENCODER)
@@ -146,7 +151,7 @@ def download(words: list[str], folder: Path, dry_run: bool = False) -> None:
     files = [
         look_up_elsewhere(repository, path, ELSEWHERE[repository] + path)
         if repository in ELSEWHERE
-        else look_up(repository, path)
+        else replace(look_up(repository, path), local_name=LOCAL_NAMES.get((repository, path), ""))
         for repository, path in named
     ]
     targets = {file: folder_of(file, folder) / file.name for file in files}
@@ -177,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         "words",
         nargs="+",
         metavar="SET",
-        help=f"{', '.join([*STABLE_DIFFUSION, *COSMOS, *DIT, *PIXART, *SETS])}; and {', '.join(DTYPES)}",
+        help=f"{', '.join([*STABLE_DIFFUSION, *COSMOS, *DIT, *LATTE, *PIXART, *SETS])}; and {', '.join(DTYPES)}",
     )
     parser.add_argument("--folder", type=local_path, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")

@@ -36,10 +36,8 @@ def grid_positions(
 
     spacing: of rows and of columns.
     """
-    # From float64, as published files hold them; MPS has none.
-    dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
     rows, columns = (
-        sines(torch.arange(side, dtype=dtype, device=device) * step, width // 2)
+        sines(torch.arange(side, dtype=_table_dtype(device), device=device) * step, width // 2)
         for side, step in zip(size, spacing, strict=True)
     )
     height, width = size
@@ -47,9 +45,14 @@ def grid_positions(
     return torch.cat(both, dim=2).flatten(0, 1)[None].float()
 
 
-def frame_positions(frames: int, width: int) -> Tensor:
+def frame_positions(frames: int, width: int, device: torch.device | None = None) -> Tensor:
     """(1, T, width) float32."""
-    return sines(torch.arange(frames, dtype=torch.float64), width)[None].float()
+    return sines(torch.arange(frames, dtype=_table_dtype(device), device=device), width)[None].float()
+
+
+def _table_dtype(device: torch.device | None) -> torch.dtype:
+    """float64, as published files hold tables made from it; MPS has none."""
+    return torch.float32 if device is not None and device.type == "mps" else torch.float64
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -157,7 +160,8 @@ class DiT(nn.Module):
             have positions counted from the same corner, as far as they reach.
         num_classes: labels are below it; the label `num_classes` is the empty class.
         learn_sigma: predict a variance beside the target, in as many channels again.
-        num_frames: T of the clips of a Latte, whose blocks are spatial and temporal in turn; None for pictures.
+        num_frames: T of the clips of a Latte, for which `temp_embed` is made; its blocks are spatial and temporal in
+            turn. None for pictures. Other clips have positions counted from the same first frame.
     """
 
     conditions = ("y",)
@@ -255,6 +259,12 @@ class DiT(nn.Module):
         table = self.pos_embed if grid == self.grid else grid_positions(grid, self.hidden_size, like.device)
         return table.to(like.dtype)
 
+    def _frame_positions(self, frames: int, like: Tensor) -> Tensor:
+        table = (
+            self.temp_embed if frames <= self.num_frames else frame_positions(frames, self.hidden_size, like.device)
+        )
+        return table[:, :frames].to(like.dtype)
+
     def _run_blocks(self, x: Tensor, condition: Tensor, frames: int) -> Tensor:
         """Tokens (B T, N, D) -> the same."""
         if self.num_frames is None:
@@ -268,7 +278,7 @@ class DiT(nn.Module):
                 continue
             x = _swapped(x, frames)  # (B N, T, D)
             if number == 1:
-                x = x + self.temp_embed[:, :frames].to(x.dtype)
+                x = x + self._frame_positions(frames, x)
             x = _swapped(block(x, of_places), x.shape[0] // len(condition))
         return x
 

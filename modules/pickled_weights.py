@@ -14,7 +14,8 @@ MAX_REPEATED_BYTES = 2**20
 
 
 def read_pickled(path: Path, map_location: str = "cpu", mmap: bool = False) -> dict[Any, Any]:
-    """The mapping in a `.pt`, `.pth`, `.bin` or `.ckpt` file, or the one it has as `state_dict`.
+    """The mapping in a `.pt`, `.pth`, `.bin` or `.ckpt` file, or the one it has as `state_dict` or, where it holds no
+    tensors itself, as `ema`: the average that a training was published by.
 
     mmap: tensors stay on the disk until they are copied, where the file's format allows it.
 
@@ -28,6 +29,8 @@ def read_pickled(path: Path, map_location: str = "cpu", mmap: bool = False) -> d
         raise ValueError(_reason(error)) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
+    elif isinstance(state, dict) and isinstance(state.get("ema"), dict) and not _has_tensors(state):
+        state = state["ema"]
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__} instead of tensors by name")
     for name, tensor in state.items():
@@ -36,6 +39,10 @@ def read_pickled(path: Path, map_location: str = "cpu", mmap: bool = False) -> d
         if isinstance(tensor, Tensor) and tensor.nbytes > max(tensor.untyped_storage().nbytes(), MAX_REPEATED_BYTES):
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, for which the file holds too few numbers")
     return state
+
+
+def _has_tensors(state: dict[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
 
 
 def read_pickled_tensors(path: Path, mmap: bool = False) -> dict[str, Tensor]:

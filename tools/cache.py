@@ -7,10 +7,11 @@ The tars in OUT mirror those of `webdataset_path`, with latents and conditions i
 `webdataset_path=OUT` and the same config. `--features latents` and `--features texts` make folders of one kind each,
 which can be recreated, extended or deleted alone: train with `caches=[LATENTS,TEXTS]`.
 
-Each picture is cropped once, or `--variants` times. A tar appears when it is complete, so the same command goes on
-where it was stopped. When the data set changed, it encodes the pictures and captions that are new, and copies the
-features of those whose bytes are known, from whichever tar: for that it reads and hashes both, also when it first
-makes the cache. With random crops, a picture that got another row gets other crops, and is encoded again.
+Each picture is cropped once, or `--variants` times; of a video, so many clips are stored, each with frames of its own.
+A tar appears when it is complete, so the same command goes on where it was stopped. When the data set changed, it
+encodes the pictures and captions that are new, and copies the features of those whose bytes are known, from whichever
+tar: for that it reads and hashes both, also when it first makes the cache. With random crops, a picture that got
+another row gets other crops, and is encoded again.
 
 `--preview 16 PICTURES.png` makes no cache, but a sheet of what latents of the one in OUT decode to.
 
@@ -37,6 +38,7 @@ from families.common.cache_writer import Work, shard_at
 from families.common.cached_captions import with_token_ids
 from families.common.cached_rows import keep_old, old_tars
 from families.common.captions import cut_note
+from families.common.config import DiffusionConfig
 from families.common.features import CACHE_NAME, Dtype, Origin
 from families.common.prompts import encode_each, read_prompts, write_prompts
 from families.common.training import DiffusionTraining
@@ -47,10 +49,12 @@ from tools.cache_features import PIPELINE_PARTS, Maker, without_idle_weights
 from tools.cache_preview import MAX_SAMPLES, write_preview
 from tools.cache_timing import seconds_per_sample
 from tools.shared_work import MARK_NAME, SharedWork
+from warpcore.clip_keys import ClipKeys
 from warpcore.config import load_config
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
+from warpcore.data.clip_buckets import ClipBuckets
 from warpcore.data.columns import column_types
 from warpcore.data.fields import naming_keys
 from warpcore.data.filters import Filter
@@ -69,6 +73,7 @@ from warpcore.processes import stop_processes
 from warpcore.rehearsal import load_use_case
 from warpcore.text import counted, format_bytes
 
+BATCH_SIZE, BATCH_FRAMES = 32, 128
 TIMED_SAMPLES = 256
 """How many samples are taken once more from pictures, and from the cache, to say when it pays."""
 SEEN_SECONDS = 120
@@ -127,7 +132,11 @@ class Caching:
             if self.kind == "all" or name in makers
         }
         shapes, draws = self.maker.shapes(self.work.buckets.sizes, self.fields)
-        self.work = replace(self.work, seeded=draws or training.config.crop_mode != "center")
+        origin = origin_of(training, self.maker.names, "float32", self.variants, shapes)
+        self.work = replace(
+            self.work, seeded=draws or training.config.crop_mode != "center",
+            sample_bytes=self.maker.bytes_per_sample(origin),
+        )  # fmt: skip
         self.encoding = Encoding(training, self.maker, self.work, self.reader, self.out, self.dtype)
         processes.on_main(lambda: self._prepare(shapes))
         shared = SharedWork(processes, self.out)
@@ -142,22 +151,26 @@ class Caching:
         members += [field.suffixes for field in self.fields.values()]
         filters = tuple(Filter.parse(entry) for entry in config.dataset_filters)
         columns = captions.columns if captions else ()
+        # Captions have no size: nothing is asked of the autoencoder, whose weights need not be there.
+        buckets = buckets_of(training) if has_pictures else Buckets.for_image_size(config.image_size, factor=1)
         selection = Selection(
             filters, tuple(dict.fromkeys(members)), config.max_picture_pixels,
             columns=column_types(self.catalog, columns), required_columns=columns, videos=training.takes_videos,
+            buckets=buckets if isinstance(buckets, ClipBuckets) else None,
         )  # fmt: skip
         selection.check(self.catalog, captions, naming_keys(self.fields.values()))
         check_optional(optional_members(self.fields.values()), self.catalog, None)
+        of_clips = isinstance(config, ClipKeys)
+        frames = {"frame_stride": config.frame_stride, "frame_rate": config.frame_rate} if of_clips else {}
         reader = Reader(
             captions=captions, single_caption=bool(self.maker.of_texts), pictures=has_pictures,
             crop=config.crop_mode, background=config.background, max_pixels=config.max_picture_pixels,
-            extra=self.fields, geometry=has_pictures,
+            extra=self.fields, geometry=has_pictures, **frames,
         )  # fmt: skip
         work = Work(
             self.catalog,
             selection,
-            # Captions have no size: nothing is asked of the autoencoder, whose weights need not be there.
-            buckets_of(training) if has_pictures else Buckets.for_image_size(config.image_size, factor=1),
+            buckets,
             captions.members if captions else (),
             config.seed,
             self.variants,
@@ -285,6 +298,13 @@ def _is_of(tar: Path, cache: Origin) -> bool:
     return is_same and Record.is_beside(tar)
 
 
+def default_batch_size(config: DiffusionConfig) -> int:
+    """Samples that are encoded together where nothing else is said."""
+    if not isinstance(config, ClipKeys):
+        return BATCH_SIZE
+    return max(1, BATCH_FRAMES // max(size[0] for size in config.buckets(1).sizes))
+
+
 def use_case(script: Path) -> type[DiffusionTraining]:
     """The training that a script in `train/` defines.
 
@@ -330,9 +350,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="other values of the config")
     kinds = ", ".join(f"{name}: {what}" for name, what in KINDS.items())
     parser.add_argument("--features", choices=KINDS, default="all", help=f"{kinds}; default all")
-    parser.add_argument("--variants", type=positive, default=1, help="crops of each picture; default 1")
+    parser.add_argument(
+        "--variants", type=positive, default=1, help="crops of each picture, clips of each video; default 1"
+    )
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float16", help="default float16")
-    parser.add_argument("--batch-size", type=positive, default=32, help="samples encoded together; default 32")
+    parser.add_argument(
+        "--batch-size", type=positive,
+        help=f"samples encoded together; by default {BATCH_SIZE} pictures, or clips of {BATCH_FRAMES} frames together",
+    )  # fmt: skip
     parser.add_argument(
         "--preview", nargs=2, metavar=("N", "PNG"), help="decode N samples of the cache OUT, to look at, and end"
     )
@@ -346,7 +371,8 @@ def main(arguments: list[str] | None = None) -> None:
         using.enter_context(only_parts(*PIPELINE_PARTS[given.features]))
         training = kind(without_idle_weights(kind, config, given.features))
         training.arguments = [given.config, *given.settings]
-        caching = Caching(training, out, given.dtype, given.variants, given.batch_size, given.features)
+        batch_size = given.batch_size or default_batch_size(config)
+        caching = Caching(training, out, given.dtype, given.variants, batch_size, given.features)
         using.enter_context(closing(caching))
         record = caching.run()
         if caching.training.processes.is_main:

@@ -80,7 +80,7 @@ class Maker:
         return {name: [row[name].float() for row in rows] for name in self.names if name in made}
 
     def shapes(
-        self, sizes: Sequence[tuple[int, int]], fields: Mapping[str, Field]
+        self, sizes: Sequence[tuple[int, ...]], fields: Mapping[str, Field]
     ) -> tuple[dict[str, dict[str, tuple[int, ...]]], bool]:
         """Shapes of each feature by bucket, and whether a network draws random numbers, seen on black pictures.
 
@@ -91,7 +91,7 @@ class Maker:
         differ = any(self.training.features[name].variable_length for name in self.names)
         for size in dict.fromkeys(sizes):
             extra = collate(fields, [{name: one.blank(size) for name, one in fields.items()}])
-            images = torch.zeros(1, 3, *size, dtype=torch.uint8) if self.of_pictures else None
+            images = torch.zeros(1, *size[:-2], 3, *size[-2:], dtype=torch.uint8) if self.of_pictures else None
             batch = Batch(0, size, 0, 0, {}, images, [LONG_CAPTION if differ else ""], [""], [0], 1.0, extra=extra)
             random = WatchedRandom(batch.seeds, self.training.device)
             for name, values in self.make(batch.to(self.training.device), random).items():

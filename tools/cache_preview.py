@@ -1,4 +1,4 @@
-"""Pictures out of a cache: what its latents decode to, to look at."""
+"""Pictures out of a cache: what its latents decode to, to look at; of clips, some frames."""
 
 from itertools import islice
 from pathlib import Path
@@ -56,7 +56,8 @@ def write_preview(training: DiffusionTraining, count: int, path: Path) -> list[s
             if batch.weight:
                 with torch.no_grad():
                     features = {name: stored(batch, name).float() for name in names}
-                    shown.extend(to_pictures(decode(features), batch.size))
+                    pictures = decode(features)
+                    shown.extend(to_pictures(pictures, batch.size if pictures.dim() == 4 else None))
                 told += batch.captions if captions else batch.keys
     if not shown:
         raise UserError(f"none of the {counted(len(notes), 'sample')} could be read; the first one is {notes[0]}")

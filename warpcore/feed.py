@@ -19,6 +19,7 @@ from warpcore.data.disk_cache import DiskCache
 from warpcore.data.fields import naming_keys
 from warpcore.data.filters import Filter
 from warpcore.data.joined import join
+from warpcore.data.lanes import most_pixel_bytes
 from warpcore.data.loader import Loader
 from warpcore.data.needs import DataNeeds
 from warpcore.data.optional_members import check_optional, optional_members
@@ -82,23 +83,18 @@ class Feed:
         self._to_draw: Batch | None = None
         captions = CaptionGetter.parse(config.captions_getter) if needs.captions else None
         self._columns = tuple(dict.fromkeys(needs.columns))
+        self.buckets = config.buckets(needs.bucket_factor)
         self.plan = self._make_plan(captions)
         self._check_plan(saved)
         notes = processes.on_main(lambda: self._look_at_data(optional_members(needs.extra.values()), bool(saved)))
         self._notes += notes if processes.is_main else []
         self.reader = Reader(
-            captions=captions,
-            pictures=needs.images,
-            crop=config.crop_mode,
-            background=config.background,
-            max_pixels=config.max_picture_pixels,
-            extra=needs.extra,
-            computed=needs.computed,
-            columns=tensor_types(self._types, self._columns),
-            geometry=needs.geometry,
-            geometry_remedy=needs.geometry_remedy,
-            read_ranges=self._read_ranges,
-        )
+            captions=captions, pictures=needs.images, crop=config.crop_mode, background=config.background,
+            max_pixels=config.max_picture_pixels, extra=needs.extra, computed=needs.computed,
+            columns=tensor_types(self._types, self._columns), geometry=needs.geometry,
+            geometry_remedy=needs.geometry_remedy, frame_stride=self.buckets.stride,
+            frame_rate=self.buckets.frame_rate, read_ranges=self._read_ranges,
+        )  # fmt: skip
 
     def batches(self) -> Iterator[Batch]:
         """Training batches of this process, endless, from the current position on.
@@ -293,7 +289,7 @@ class Feed:
         return Plan(
             catalog,
             micro_batch_size=self.micro_batch_size,
-            buckets=config.buckets(needs.bucket_factor),
+            buckets=self.buckets,
             filters=[Filter.parse(entry) for entry in config.dataset_filters],
             captions=captions,
             required_members=[field.suffixes for field in needs.extra.values()],
@@ -380,7 +376,11 @@ class Feed:
         self._lane_states = self.plan.fresh_lane_states(start=self._number, epoch=epoch)
 
     def _load(self, planned) -> Loader:
-        return Loader(planned, self.reader, num_workers=self.config.num_workers, device=self.processes.device)
+        reads_clips = self.needs.videos and self.needs.images
+        return Loader(
+            planned, self.reader, num_workers=self.config.num_workers, device=self.processes.device,
+            batch_bytes=most_pixel_bytes(self.buckets, self.micro_batch_size) if reads_clips else 0,
+        )  # fmt: skip
 
 
 @contextmanager

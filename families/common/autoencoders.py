@@ -73,7 +73,7 @@ class LatentScale:
         return cls(tuple(mean), tuple(value / factor for value in std))
 
     def apply(self, latents: Tensor) -> Tensor:
-        """Of the autoencoder's own latents (B, C, H, W)."""
+        """Of the autoencoder's own latents (B, C, *positions)."""
         return (latents - self._channels(self.mean, latents)) / self._channels(self.std, latents)
 
     def undo(self, latents: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class LatentScale:
         return latents * self._channels(self.std, latents) + self._channels(self.mean, latents)
 
     def latents(self, moments: Tensor, random: SampleRandom | None) -> Tensor:
-        """Scaled latents (B, C, H, W) float32 of moments (B, 2 C, H, W), each drawn by its sample's seed.
+        """Scaled latents (B, C, *positions) float32 of moments (B, 2 C, *positions), drawn by each sample's seed.
 
         random: None takes the mean.
         """
@@ -93,9 +93,8 @@ class LatentScale:
 
     @staticmethod
     def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-        if len(values) == 1:  # filled on the device, which waits for nothing
-            return like.new_full((1, 1, 1, 1), values[0])
-        return torch.cat([like.new_full((1, 1, 1, 1), value) for value in values], dim=1)
+        each = [like.new_full((1,) * like.dim(), value) for value in values]  # on the device, which waits for nothing
+        return torch.cat(each, dim=1) if len(each) > 1 else each[0]
 
 
 def _is_number(value: object) -> bool:

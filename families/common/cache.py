@@ -18,9 +18,9 @@ from families.common.features import CACHE_NAME, Dtype, Feature, Origin, members
 from families.common.file_hashes import sha256_of
 from families.common.weight_source import OnlyOnHubError, hub_name, without_downloads
 from warpcore.config import ConfigError
-from warpcore.data.buckets import Buckets
 from warpcore.data.fields import TensorField
 from warpcore.data.joined import FurtherTars
+from warpcore.data.lanes import BucketChoice
 from warpcore.data.shards import folders_named_whole, named_folders
 from warpcore.data.storage import is_remote
 from warpcore.safe_json import parse_json
@@ -341,7 +341,6 @@ def _check_alike(training: Cacheable, data: Caches, held_out: Caches) -> None:
             _check_stored_alike(training, "validation_path", name, *pair)
 
 
-def buckets_of(training: Cacheable) -> Buckets:
-    """The picture sizes that a training has."""
-    config = training.config
-    return Buckets.for_image_size(config.image_size, config.multi_aspect_ratio or [], training.bucket_factor)
+def buckets_of(training: Cacheable) -> BucketChoice:
+    """The sizes of pictures or clips that a training has."""
+    return training.config.buckets(training.bucket_factor)

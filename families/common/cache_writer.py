@@ -19,11 +19,10 @@ from torch import Tensor
 
 from families.common.cache_records import Record
 from families.common.cached_rows import Copied, OldRows, Sources, hash_sources
-from warpcore.data.buckets import Buckets
 from warpcore.data.catalog import Catalog
 from warpcore.data.index import index_shard
 from warpcore.data.joined import mirrored_name
-from warpcore.data.lanes import draw_seed
+from warpcore.data.lanes import BucketChoice, draw_seed, sizes_of
 from warpcore.data.samples import PICTURE_FACTS, MicroBatch, Sample
 from warpcore.data.selection import Piece, Rows, Selection, make_samples
 from warpcore.data.shards import Shard
@@ -31,8 +30,8 @@ from warpcore.data.storage import read_ranges, storage_for
 from warpcore.errors import UserError
 from warpcore.files import naming
 
-CHUNK_ROWS = 512
-"""How many rows are encoded, by bucket, before they are written in order: their results wait in memory."""
+CHUNK_ROWS, CHUNK_BYTES = 512, 2**28
+"""At most so many rows, or results of about this size, wait in memory until they are written."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,12 @@ class Work:
     batch_size: samples per micro-batch at most. Crop v of a picture is the one that a run from pictures, of the same
     seed, makes in epoch v. fields: of each member that the training reads beside the picture, its extensions.
     has_pictures, has_text: whether features of pictures, and of captions, are made. seeded: whether features of
-    pictures depend on a sample's seed.
+    pictures depend on a sample's seed. sample_bytes: of the features of a sample in memory.
     """
 
     catalog: Catalog
     selection: Selection
-    buckets: Buckets
+    buckets: BucketChoice
     caption_members: tuple[str, ...]
     seed: int
     variants: int
@@ -71,15 +70,21 @@ class Work:
     has_pictures: bool = True
     has_text: bool = True
     seeded: bool = True
+    sample_bytes: int = 1
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows are encoded, by bucket, before they are written in order."""
+        return min(CHUNK_ROWS, max(1, CHUNK_BYTES // self.sample_bytes))
 
     def chunks(self, number: int, old: OldRows) -> Iterator[Chunk]:
         """The rows of a shard. Reads and hashes what their features are made from, to copy those that `old` has."""
         shard, rows = self.catalog.shard(number), int(self.catalog.rows[number])
         table = self.selection.read(shard, 0, rows, also=["problem"])
         drawn = self.select(number).numbers
-        for start in range(0, rows, CHUNK_ROWS):
-            places = drawn[(drawn >= start) & (drawn < start + CHUNK_ROWS)] - start
-            part = table.slice(start, CHUNK_ROWS)
+        for start in range(0, rows, self.chunk_rows):
+            places = drawn[(drawn >= start) & (drawn < start + self.chunk_rows)] - start
+            part = table.slice(start, self.chunk_rows)
             draws = [self._samples(number, part, start, places, variant) for variant in range(self.variants)]
             captions = self.caption_members if self.has_text else ()
             hashes = hash_sources(draws, captions, self.fields, self.seeded, self.has_pictures)
@@ -90,7 +95,7 @@ class Work:
 
     def num_chunks(self, number: int) -> int:
         """How many `chunks` gives."""
-        return -(-int(self.catalog.rows[number]) // CHUNK_ROWS)
+        return -(-int(self.catalog.rows[number]) // self.chunk_rows)
 
     def select(self, number: int) -> Rows:
         """The rows of a shard that can be drawn, and why the others can't."""
@@ -129,12 +134,12 @@ class Work:
 
         Without pictures, captions of about one length are together, which takes little padding.
         """
-        alike: dict[tuple[tuple[int, int], bool, bool], list[int]] = defaultdict(list)
-        for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
+        alike: dict[tuple[tuple[int, ...], bool, bool], list[int]] = defaultdict(list)
+        for i, (place, size) in enumerate(zip(places, sizes_of(samples, self.buckets), strict=True)):
             pictures = self.has_pictures and variant not in copied[place].crops
             texts = self.has_text and variant == 0 and not copied[place].has_text
             if pictures or texts:
-                alike[self.buckets.choose(sample.width, sample.height, sample.seed), pictures, texts].append(i)
+                alike[size, pictures, texts].append(i)
         for (size, pictures, texts), members in sorted(alike.items()):
             if not self.has_pictures:
                 members.sort(key=lambda i: self._caption_bytes(samples[i]))
@@ -180,10 +185,12 @@ class CacheTar:
         have none. crops: by variant, the [top, left] of each row's crops. cut: whether the end of each row's caption
         is cut off.
         """
-        columns = (chunk.rows[name].to_pylist() for name in ("key", "width", "height", "problem"))
+        names = ("key", "width", "height", "num_frames", "fps", "problem")
+        columns = (chunk.rows[name].to_pylist() for name in names)
         rows = zip(*columns, texts, made, crops, cut, strict=True)
-        for place, (key, width, height, problem, text, features, places, is_cut) in enumerate(rows):
+        for place, (key, width, height, num_frames, fps, problem, text, features, places, is_cut) in enumerate(rows):
             facts = {"width": width, "height": height} | ({"problem": problem} if problem else {})
+            facts |= {"num_frames": num_frames, "fps": fps} if fps else {}  # of a video
             if places:
                 facts["crops"] = [corner for _, corner in sorted(places.items())]
             if features:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from pydantic import TypeAdapter
 
 from warpcore.data.fields import variant_member
-from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample, picture_member
+from warpcore.data.samples import PICTURE_FACTS, VISUAL_EXTENSIONS, Sample, visual_member
 from warpcore.data.storage import read_ranges
 from warpcore.data.tar_headers import Member, TarHeaderError, padded, read_members
 from warpcore.errors import UserError
@@ -29,8 +29,8 @@ from warpcore.safe_json import parse_json
 
 T = TypeVar("T")
 HASH_BYTES = 16
-ROWS_TOGETHER = 32
-"""Rows whose members are in memory together while they are hashed."""
+ROWS_TOGETHER, BYTES_TOGETHER = 32, 2**26
+"""Rows whose members are in memory together while they are hashed: so many, or of so many bytes."""
 _OLD = ".old"
 
 
@@ -73,27 +73,42 @@ def hash_sources(
         draws: by variant, the samples of the rows.
         captions: the members that captions are made from.
         fields: of each further member that the training reads, its extensions, the preferred first.
-        seeded: whether features of pictures depend on the seed of the sample.
+        seeded: whether features of pictures depend on the seed of the sample. Those of a video do, whose frames the
+            seed draws.
         pictures: whether there are features of pictures.
     """
     found = []
-    wanted = {*captions, *(name for names in fields for name in names), *(PICTURE_EXTENSIONS if pictures else ())}
-    for start in range(0, len(draws[0]), ROWS_TOGETHER):
-        samples = draws[0][start : start + ROWS_TOGETHER]
+    wanted = {*captions, *(name for names in fields for name in names), *(VISUAL_EXTENSIONS if pictures else ())}
+    for start, stop in _together(draws[0], wanted):
+        samples = draws[0][start:stop]
         for place, members in enumerate(_contents(samples, wanted), start):
             held = members.keys()
             besides = [next((name for name in names if name in held), None) for names in fields]
-            of_picture = [name for name in (picture_member(held), *besides) if name is not None]
+            of_picture = [name for name in (visual_member(held), *besides) if name is not None]
             of_text = [name for name in captions if name in held]
+            sample = samples[place - start]
+            has_chance = seeded or sample.is_video
             of_variants = tuple(
-                _digest(of_picture, members, [draw[place].key, variant, draw[place].seed if seeded else None])
+                _digest(of_picture, members, [draw[place].key, variant, draw[place].seed if has_chance else None])
                 for variant, draw in enumerate(draws)
             )
-            sample = samples[place - start]
             found.append(
                 Sources(of_variants if pictures else (), _digest(of_text, members, [sample.key, sample.columns]))
             )
     return found
+
+
+def _together(samples: Sequence[Sample], wanted: Collection[str]) -> Iterator[tuple[int, int]]:
+    """The ranges of samples whose members are read at once."""
+    start = held = 0
+    for place, sample in enumerate(samples):
+        size = sum(size for name, (_, size) in sample.members.items() if name.lower() in wanted)
+        if place > start and (place - start == ROWS_TOGETHER or held + size > BYTES_TOGETHER):
+            yield start, place
+            start, held = place, 0
+        held += size
+    if samples:
+        yield start, len(samples)
 
 
 def _contents(samples: Sequence[Sample], wanted: Collection[str]) -> list[dict[str, bytes]]:

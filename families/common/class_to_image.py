@@ -1,4 +1,4 @@
-"""Pictures of classes: the keys that every family takes, and what it gives `inference/class_to_image.py`."""
+"""Pictures or clips of classes: the keys that every family takes, and what it gives `inference/class_to_image.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ class ClassToImage(Protocol):
     def __init__(self, config: ClassToImageConfig): ...
 
     def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Drawn:
-        """A picture for each class and its seed."""
+        """A picture or a clip for each class and its seed."""
 
     def notes(self) -> list[str]:
         """Lines to print after the drawing: the memory that it took."""

@@ -1,15 +1,17 @@
-"""Pictures that inference scripts draw: the keys that every kind of them takes, and the files that they become."""
+"""Pictures and clips that inference scripts draw: the keys that every kind takes, and the files that they become."""
 
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field, PositiveFloat, field_validator
 from torch import Tensor
 
 from families.common.inference import ComputeSettings, RunSettings
 from families.common.pictures import to_pictures
+from warpcore.clips import save_clip
 from warpcore.config import ConfigError
 from warpcore.config_keys import SidePx, Steps
 from warpcore.data.buckets import parse_ratio
@@ -55,6 +57,11 @@ class DrawingConfig(RunSettings, ComputeSettings):
         return None if value is None else parse_ratio(value, "aspect_ratio")
 
     @property
+    def clip_fps(self) -> float | None:
+        """Frames per second of the clips that are drawn; None of pictures."""
+        return None
+
+    @property
     def default_aspect_ratio(self) -> float:
         """Width divided by height where no key says it."""
         return 1.0
@@ -85,7 +92,8 @@ def read_lines(path: Path, key: str, noun: str) -> list[str]:
 
 
 class Drawn(NamedTuple):
-    """Pictures (3, H, W) in [0, 1], one for each prompt or class; and further ones, such as what a ControlNet saw."""
+    """Pictures (3, H, W) or clips (T, 3, H, W) in [0, 1], one for each prompt or class; and further pictures, such as
+    what a ControlNet saw."""
 
     pictures: list[Tensor]
     conditions: Sequence[Tensor] = ()
@@ -99,6 +107,13 @@ def file_names(titles: Sequence[str], seeds: Sequence[int], num_conditions: int 
     return [*names, *(f"condition_{number}.png" for number in range(num_conditions)), "grid.png"]
 
 
+def written_files(files: Sequence[Path], config: DrawingConfig) -> list[Path]:
+    """What `save_drawn` writes for `files`: of clips an mp4 and an animated WebP, of everything else a PNG."""
+    if config.clip_fps is None:
+        return list(files)
+    return [*(file.with_suffix(ending) for file in files[:-1] for ending in (".mp4", ".webp")), files[-1]]
+
+
 def save_drawn(
     config: DrawingConfig,
     files: Sequence[Path],
@@ -108,7 +123,8 @@ def save_drawn(
     drawn: Drawn,
     left_out: Collection[str],
 ) -> None:
-    """Write each picture, with what it was made of inside, each condition, and a sheet of all pictures.
+    """Write each picture, with what it was made of inside, each condition, and a sheet of all pictures; of clips, see
+    `written_files`, the sheet shows some frames, and alone says what they were made of.
 
     Args:
         files: see `file_names`.
@@ -116,12 +132,24 @@ def save_drawn(
         left_out: keys that say what was drawn, beside `NOT_IN_PICTURES`.
     """
     settings = config.model_dump_json(exclude={*NOT_IN_PICTURES, *left_out}, exclude_defaults=True)
-    sheet = [to_pictures(picture[None], config.size_px)[0] for picture in drawn.pictures]
+    sheet = [_shown(picture, config.size_px) for picture in drawn.pictures]
     for file, picture, title, seed in zip(files, sheet, titles, seeds, strict=False):
-        save_png(file, picture, {what: title, "seed": str(seed), "settings": settings})
+        if picture.ndim == 4:
+            save_clip(file, picture, config.clip_fps)
+        else:
+            save_png(file, picture, {what: title, "seed": str(seed), "settings": settings})
     for file, condition in zip(files[len(sheet) :], drawn.conditions, strict=False):
         save_png(file, to_pictures(condition[None], config.size_px)[0])
     columns = len(config.seeds) if len(config.seeds) > 1 else min(6, len(sheet))
     together = grid(sheet, columns, titles)
     save_png(files[-1], together, {f"{what}s": "\n".join(titles), "settings": settings})
-    print(f"{len(sheet)} pictures, and all of them together: {files[-1]}")
+    noun = "pictures" if config.clip_fps is None else "clips"
+    print(f"{len(sheet)} {noun}, and all of them together: {files[-1]}")
+
+
+def _shown(drawn: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """A picture, uint8 (H, W, 3) of `size`, or a clip (T, H, W, 3); one of a single frame is a picture."""
+    if drawn.dim() == 3:
+        return to_pictures(drawn[None], size)[0]
+    clip = to_pictures(drawn)
+    return clip if len(clip) > 1 else clip[0]

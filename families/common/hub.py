@@ -49,10 +49,11 @@ class RemoteFile:
     url: str  # where the bytes are; the hub may send us to another host
     size_bytes: int
     etag: str  # SHA-256 of the hub's large files, git's name of small ones, anything or "" from a mirror
+    local_name: str = ""  # what it is called here; by default as in the repository
 
     @property
     def name(self) -> str:
-        return Path(self.path).name
+        return self.local_name or Path(self.path).name
 
     @property
     def place(self) -> str:

@@ -19,12 +19,15 @@ SSIM_LEAST_PX = 6
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """uint8 (B, 3, H, W) on any device -> (B, H, W, 3)."""
-    return images.permute(0, 2, 3, 1).cpu().numpy()
+    """uint8 (..., 3, H, W) on any device -> (..., H, W, 3)."""
+    return images.movedim(-3, -1).cpu().numpy()
 
 
 def to_pictures(images: Tensor, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Floats (B, 3, H, W), in [0, 1] where they are colours -> uint8 (B, H, W, 3), enlarged to `size` (H, W)."""
+    """Floats (..., 3, H, W), in [0, 1] where they are colours -> uint8 (..., H, W, 3).
+
+    size: (H, W) to enlarge pictures (B, 3, H, W) to.
+    """
     images = images.float()
     if size is not None and images.shape[2:] != size:
         images = F.interpolate(images, size, mode="bicubic", antialias=True)

@@ -20,7 +20,7 @@ from warpcore.core import WarpCore
 from warpcore.data.fields import PictureField
 from warpcore.data.images import Geometry
 from warpcore.data.reader import Batch
-from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample
+from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, VISUAL_EXTENSIONS, Sample
 from warpcore.data.shards import resolve_sources
 from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
@@ -94,7 +94,7 @@ class SampleFields(WarpCore):
         if config.prior_path is not None:
             sources = resolve_sources(config.prior_path, "prior_path")
             shards = frozenset(shard.url for source in sources for shard in source.shards)
-            fields["prior"] = FromField((*PICTURE_EXTENSIONS, PICTURE_FACTS), shards)
+            fields["prior"] = FromField((*VISUAL_EXTENSIONS, PICTURE_FACTS), shards)
         return fields
 
     def caption_features_to_cache(self, *names: str) -> dict[str, Feature]:

@@ -1,4 +1,4 @@
-"""Pictures of classes by a DiT: out of a run, or a published file."""
+"""Pictures of classes by a DiT, and clips by a Latte: out of a run, or a published file."""
 
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -9,7 +9,6 @@ from families.common.class_to_image import ClassToImageConfig
 from families.common.drawn_pictures import Drawn
 from families.common.weight_files import GENERATOR
 from families.dit import build
-from families.dit.autoencoder import latents_of
 from families.dit.classes import class_number, title_of
 from families.dit.drawing import DitNetworks
 from families.dit.files import dit_numbers
@@ -40,32 +39,34 @@ class DitClassToImageConfig(PictureSizeSettings, DitInferenceSettings, ClassToIm
         return self
 
     @property
+    def drawn_size(self) -> tuple[int, ...]:
+        """(H, W) of the pictures in px, or (T, H, W) of the clips."""
+        return self.size_px
+
+    @property
     def used_sampler(self) -> str:
         return self.sampler or ("iddpm" if self.learn_sigma else "ddpm")
 
     @property
     def trained_size(self) -> int:
-        size = dit_numbers(self.generator_checkpoint_path, GENERATOR).get("input_size")
-        if size is None:
-            return self.version.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return round((height * width) ** 0.5) * latents_of(self)[1]
+        return self.trained_px
 
 
 class DitClassToImage:
     """Draws with a DiT and its autoencoder; see `families.common.class_to_image.ClassToImage`."""
 
     Config = DitClassToImageConfig
+    networks_of = DitNetworks
 
     def __init__(self, config: DitClassToImageConfig):
         build.check_network(dit_numbers(config.generator_checkpoint_path, GENERATOR), config)
-        self.config, self.size = config, config.size_px
+        self.config, self.size = config, config.drawn_size
         try:
             self.labels = [class_number(one, config.num_classes, config.class_names) for one in config.all_classes]
         except ValueError as error:
             raise UserError(f"classes, class_file: {error}") from None
         self.titles = [title_of(label, config.class_names) for label in self.labels]
-        self.networks = DitNetworks(config)
+        self.networks = self.networks_of(config)
 
     def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Drawn:
         config, sampler = self.config, self.config.used_sampler

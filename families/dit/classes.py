@@ -12,7 +12,7 @@ from warpcore.data.captions import BadCaption, member_value
 from warpcore.data.expressions import Expression, compile_expression, near_names
 from warpcore.data.fields import BadMember
 from warpcore.data.images import Geometry
-from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, Sample
+from warpcore.data.samples import PICTURE_FACTS, VISUAL_EXTENSIONS, Sample
 from warpcore.errors import UserError
 from warpcore.text import brief
 from warpcore.transfer import to_device
@@ -84,7 +84,7 @@ class ClassField:
     @property
     def suffixes(self) -> tuple[str, ...]:
         # Where the key alone says it, something that every sample has, and that is read anyway.
-        return (PICTURE_FACTS, *PICTURE_EXTENSIONS) if self.member == KEY else (self.member,)
+        return (PICTURE_FACTS, *VISUAL_EXTENSIONS) if self.member == KEY else (self.member,)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

@@ -69,6 +69,11 @@ class DitSettings(LatentSettings):
         return self
 
     @property
+    def clip_frames(self) -> int | None:
+        """T of the clips that the network was made for; None of pictures."""
+        return None
+
+    @property
     def version(self) -> Version:
         return VERSIONS[self.model_version]
 
@@ -78,8 +83,8 @@ class DitSettings(LatentSettings):
         return 3 if self.version.network["in_channels"] == 4 and sampler != "dpm-solver" else None
 
 
-class DitConfig(DitSettings, TechniqueSettings, DiffusionConfig):
-    """Keys of `train/train_dit.py`."""
+class ClassConfig(DitSettings, DiffusionConfig):
+    """Keys of scripts that train on classes."""
 
     unused = CAPTION_KEYS
     class_getter: tuple[str, str] = ("cls", "identity")
@@ -116,3 +121,7 @@ class DitConfig(DitSettings, TechniqueSettings, DiffusionConfig):
     def sample_numbers(self) -> list[int]:
         """The numbers of `sample_classes`."""
         return [class_number(one, self.num_classes, self.class_names) for one in self.sample_classes]
+
+
+class DitConfig(ClassConfig, TechniqueSettings):
+    """Keys of `train/train_dit.py`."""

@@ -1,4 +1,4 @@
-"""DiT (arXiv:2212.09748) and the networks beside it on the same latents, for the registry.
+"""DiT (arXiv:2212.09748), Latte (2401.03048) and the networks beside them on the same latents, for the registry.
 
 Each network of this folder is a family of its own in messages: it has its files, tasks and exports. Another one joins
 with a class here and a place in `FAMILIES`, and with files of its own that use `config.LatentSettings`,
@@ -11,10 +11,12 @@ from typing import Any
 
 from families.common.family import CLASS_TO_IMAGE, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
-from families.dit.files import is_of_dit
+from families.dit.files import is_of_dit, is_of_latte
 from families.dit.pixart_files import TRANSFORMER, is_of_pixart
 
 _format = partial(ExportFormat.of, "families.dit.exports")
+NUM_FRAMES = "num_frames"
+"""A key that runs on clips alone have."""
 
 
 class Dit(Family):
@@ -30,10 +32,30 @@ class Dit(Family):
     )  # fmt: skip
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
-        return "class_getter" in config or super().has_run(config, weights)
+        return ("class_getter" in config and NUM_FRAMES not in config) or super().has_run(config, weights)
 
     def has_weights(self, header: Header) -> bool:
-        return header.metadata.get(FAMILY_KEY) == self.name or is_of_dit(header.names)
+        named = header.metadata.get(FAMILY_KEY)
+        return named == self.name or (named is None and is_of_dit(header.names) and not is_of_latte(header.names))
+
+
+class Latte(Family):
+    name = "latte"
+    title = "Latte"
+    tasks = {
+        CLASS_TO_IMAGE: "families.dit.latte_class_to_image.LatteClassToImage",
+        SCORING: "families.dit.latte_scoring.ScoredLatte",
+    }
+    formats = (
+        _format("published", "a run, or the published file", "a `.pt` file of the published names, under `ema`",
+                "latte_to_published", keys="LatteExportSettings", endings=(".pt",)),
+    )  # fmt: skip
+
+    def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
+        return {"class_getter", NUM_FRAMES} <= config.keys() or super().has_run(config, weights)
+
+    def has_weights(self, header: Header) -> bool:
+        return header.metadata.get(FAMILY_KEY) == self.name or is_of_latte(header.names)
 
 
 _pixart_format = partial(ExportFormat.of, "families.dit.pixart_exports")
@@ -74,4 +96,4 @@ Of the first two, export_dtype chooses the precision, and lora adds LoRAs to the
         return str(index.get("_class_name")) in (TRANSFORMER, "PixArtAlphaPipeline")
 
 
-FAMILIES = (Dit(), Pixart())
+FAMILIES = (Dit(), Latte(), Pixart())

@@ -1,8 +1,8 @@
-"""Weights files of DiT: published ones, those of Open-Sora's names, and what runs export."""
+"""Weights files of DiT and Latte: published ones, those of Open-Sora's names, and what runs export."""
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ HEADS = {version.network["hidden_size"]: version.network["num_heads"] for versio
 TABLE = "y_embedder.embedding_table.weight"
 TABLES = (*POSITIONS, "pos_embed_spatial", "pos_embed_temporal")
 """Tables of positions, also as Open-Sora calls them: they follow from the sizes."""
+OF_FRAMES = TABLES[1::2]
+"""Those of frames, in files of clips; Open-Sora's of pictures have one of a single frame."""
 _NEEDED = {"patch": "x_embedder.proj.weight", "classes": TABLE, "out": "final_layer.linear.weight"}
 
 
@@ -29,12 +31,17 @@ class DitFile(NamedTuple):
     tensors: dict[str, Tensor]
     """Without tables of positions."""
     config: dict[str, Any]
-    """Constructor numbers of `modules.dit.DiT`."""
+    """Constructor numbers of `modules.dit.DiT`; `num_frames` is of a Latte alone."""
 
 
 def is_of_dit(names: Collection[str]) -> bool:
-    """Whether tensors of these names are a DiT's."""
+    """Whether tensors of these names are a DiT's, or a Latte's."""
     return TABLE in names and any(name.endswith("adaLN_modulation.1.weight") for name in names)
+
+
+def is_of_latte(names: Collection[str]) -> bool:
+    """Whether tensors of these names are a Latte's."""
+    return is_of_dit(names) and POSITIONS[1] in names
 
 
 def read_dit(path: Path, key: str) -> DitFile:
@@ -73,9 +80,16 @@ def _numbers_of(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], path
     if width not in HEADS:
         raise WeightsError(f"{problem} of a published width, but one of {width}; published are {sorted(HEADS)}")
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
-    places = next((state[name].shape[1] for name in TABLES[::2] if name in state and state[name].dim() == 3), 0)
+    places, frames = (_length(state, tables) for tables in (TABLES[::2], OF_FRAMES))
     return {
         "hidden_size": width, "num_heads": HEADS[width], "patch_size": patch, "in_channels": channels,
         "depth": max(blocks, default=-1) + 1, "num_classes": shapes["classes"][0] - 1,
         "learn_sigma": shapes["out"][0] == 2 * channels * patch**2,
-    } | ({"input_size": math.isqrt(places) * patch} if places else {})  # fmt: skip
+    } | ({"input_size": math.isqrt(places) * patch} if places else {}) | (
+        {"num_frames": frames} if POSITIONS[1] in state or frames > 1 else {}
+    )  # fmt: skip
+
+
+def _length(state: Mapping[str, Tensor], tables: Sequence[str]) -> int:
+    """N of the first of the tables (1, N, D) that is there; 0 where there is none."""
+    return next((state[name].shape[1] for name in tables if name in state and state[name].dim() == 3), 0)

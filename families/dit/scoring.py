@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from families.common.scoring import SIDE_PX, ScoredLatents, ScoredSettings, Ways, as_uint8
 from families.dit.drawing import DitNetworks
 from families.dit.inference import DitInferenceSettings
@@ -21,10 +23,13 @@ class ScoredDit(ScoredLatents):
     draws_classes = True
 
     def draw(self, prompts: Sequence[str], seed: int) -> Ways:
+        return {self.best: as_uint8(self.networks.decode(self.latents(prompts, (SIDE_PX, SIDE_PX), seed)))}
+
+    def latents(self, prompts: Sequence[str], size: Sequence[int], seed: int) -> list[Tensor]:
+        """Latents of names of classes, for pictures of (H, W) px or clips of (T, H, W)."""
         names = self.settings.class_names
         if missing := [name for name in prompts if name not in names]:
-            raise UserError(f"--run: it has no class {missing[0]!r} (class_names), as quickstart_dit.yaml names them")
+            example = f"quick{self.scripts.replace('train', 'start')}.yaml"
+            raise UserError(f"--run: it has no class {missing[0]!r} (class_names), as {example} names them")
         seeds = [seed + i for i in range(len(prompts))]
-        labels = [names.index(name) for name in prompts]
-        latents = self.networks.draw(labels, (SIDE_PX, SIDE_PX), seeds, **self.sampling)
-        return {self.best: as_uint8(self.networks.decode(latents))}
+        return self.networks.draw([names.index(name) for name in prompts], size, seeds, **self.sampling)

@@ -1,6 +1,6 @@
 """What training scripts of DiT and of PixArt share: moments of an autoencoder, and the diffusion process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,6 @@ class LatentTraining(DiffusionTraining):
         return self.latents[0].latents(moments, random if self.config.latent == "sample" else None)
 
 
-def latent_shape(size: tuple[int, int], channels: int, compression: int) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of a picture of `size` px."""
-    return channels, size[0] // compression, size[1] // compression
+def latent_shape(size: Sequence[int], channels: int, compression: int) -> tuple[int, ...]:
+    """(C, h, w) of the latents of a picture of `size` (H, W) px, or (C, T, h, w) of a clip of (T, H, W)."""
+    return channels, *size[:-2], *(side // compression for side in size[-2:])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
 
 from families.cascade import versions
+from tests.clips import write_clips
 from tests.families.cosmos.tiny_pipeline import write_cosmos
 from tests.families.stable_diffusion.tiny_pipeline import write_sdxl
 from tests.many_processes import launch_processes
@@ -54,6 +55,10 @@ SETTINGS: dict[str, dict] = {
         "repa": {"encoder": str(IMAGE_TOWER), "projector_width": 16},
     },
     "train_encoder": {},
+    "train_latte": {
+        "model_version": "mini", "class_getter": ["txt", "lambda t: len(t) % 7"], "num_classes": 7,
+        "sample_sampler": "ddim", "num_frames": 2, "frame_stride": 2,
+    },
     "train_pixart": {"model_version": "mini", "text_encoder_precision": "float32", "sample_sampler": "iddpm"},
     "train_pixart_lora": {
         "model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32",
@@ -90,6 +95,8 @@ WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers", "train_towers t
 
 PIPELINES = {"train_sd": write_sdxl, "train_cosmos": write_cosmos}
 """What writes the pipeline that scripts with such a name start from."""
+OF_CLIPS = {"train_latte"}
+"""What is trained on clips; the others are on pictures."""
 NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""
 
@@ -111,6 +118,9 @@ def settings_of(cascade: dict, name: str, run: str) -> dict:
         every["generator_checkpoint_path"] = str(pipeline if pipeline.exists() else PIPELINES[kind](pipeline))
     elif name not in NEEDS_GENERATOR:
         del every["generator_checkpoint_path"]  # that of another network
+    if name in OF_CLIPS:
+        clips = Path(cascade["checkpoint_path"]).with_name("clips.tar")
+        every["webdataset_path"] = str(clips if clips.exists() else write_clips(clips, 6, size=(64, 64)))
     kind = use_case(name).Config
     known = kind.model_fields.keys() - kind.unused
     return {key: value for key, value in every.items() if key in known} | SETTINGS[name]
@@ -238,7 +248,11 @@ def check_two_processes(settings, name: str, tmp_path: Path, use_fsdp: bool) -> 
 
 def settings_for_two(settings, name: str, tmp_path: Path) -> dict:
     """Settings of a run that one process or two can make, named `alone`."""
-    wide = write_shard(tmp_path / "wide.tar", 6, (32, 96), first=100)  # a second bucket, sometimes in the same update
+    # A second bucket, sometimes in the same update.
+    wide = (
+        write_clips(tmp_path / "wide.tar", 6, first=100, size=(32, 96)) if name in OF_CLIPS
+        else write_shard(tmp_path / "wide.tar", 6, (32, 96), first=100)
+    )  # fmt: skip
     alone = settings(name, "alone", micro_batch_size=1, batch_size=2)
     if name.startswith("train_sd"):
         alone |= {"image_size": 128}  # a bucket three times as wide as high has sides of 64 px and more

@@ -1,5 +1,7 @@
 """Every training script that has features reads those of pictures and of texts from folders of their own."""
 
+from math import prod
+
 import pytest
 
 from families.common.cache import buckets_of, find_caches, origin_of
@@ -20,6 +22,7 @@ CACHED: dict[str, tuple[str, ...]] = {
     "train_cosmos": ("latents", "texts"),
     "train_cosmos_lora": ("latents", "texts"),
     "train_dit": ("latents",),
+    "train_latte": ("latents",),
     "train_pixart": ("latents", "texts"),
     "train_pixart_lora": ("latents", "texts"),
     "train_sd": ("latents", "texts"),
@@ -27,6 +30,7 @@ CACHED: dict[str, tuple[str, ...]] = {
 }
 """What each script can read from a cache."""
 CHANGES = {
+    "train_latte": {"frame_stride": 4},  # as far as the clips of the tests go: each use is the same clip
     "train_b": {"effnet_scale": [1.0, 1.0]},
     "train_c_lora": {"train_tokens": None},
     "train_sd_lora": {"train_tokens": None, "text_encoder_filters": [], "text_encoder_lr": None},
@@ -34,7 +38,7 @@ CHANGES = {
 SPARED = {
     "train_b": {"encoder", "text"}, "train_c": {"encoder", "text"}, "train_c_controlnet": {"text"},
     "train_c_lora": {"encoder", "text"}, "train_cosmos": {"text"}, "train_cosmos_lora": {"text"},
-    "train_dit": set(), "train_pixart": {"text"}, "train_pixart_lora": {"text"},
+    "train_dit": set(), "train_latte": set(), "train_pixart": {"text"}, "train_pixart_lora": {"text"},
     "train_sd": {"text"}, "train_sd_lora": {"text"},
 }  # fmt: skip
 """Networks that are not built then; the autoencoders of the others draw samples."""
@@ -105,4 +109,5 @@ def test_what_is_cached_of_pictures_is_decoded_to_look_at(settings, name, tmp_pa
     cells = read_cells(tmp_path / "seen.png")
     assert len({cell.caption for cell in cells}) == len(cells) == 3
     training = use_case(name)(make_config(use_case(name).Config, given))
-    assert {(cell.height, cell.width) for cell in cells} <= {*buckets_of(training).sizes}
+    shown = {(height, width * prod(frames)) for *frames, height, width in buckets_of(training).sizes}  # side by side
+    assert {(cell.height, cell.width) for cell in cells} <= shown

@@ -28,6 +28,8 @@ class Buckets:
     """Buckets of pictures have none of their own: the run's holds for all."""
     settings: Mapping[str, object] = MappingProxyType({})
     """Nothing but `sizes` and `random_ratio` decides of the bucket."""
+    stride, frame_rate = 1, None
+    """Of clips."""
 
     def __init__(self, density: int, factor: int, ratios: Iterable[str | int | float] = (), random_ratio: float = 0.0):
         if not 0 <= random_ratio <= 1:

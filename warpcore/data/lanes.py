@@ -6,6 +6,7 @@ are carried into the next group and epoch. Everything follows from the recipe an
 """
 
 import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ class BucketChoice(Protocol):
     """Of those buckets that have a micro-batch size of their own."""
     settings: Mapping[str, object]
     """What else decides of a sample's bucket, as JSON."""
+    stride: int
+    frame_rate: float | None
+    """Which frames clips take, see `warpcore.data.frames`; one of the two."""
 
     def choose_many(
         self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray, num_frames: np.ndarray, fps: np.ndarray
@@ -105,15 +109,7 @@ class Recipe:
         return make_samples(rows, [whole[draw.shard] for draw in draws], seeds)
 
     def sizes_of(self, samples: Sequence[Sample]) -> list[tuple[int, ...] | None]:
-        """The bucket of every sample, (H, W) or (frames, H, W); None where no bucket keeps it this time."""
-        widths, heights, num_frames = (
-            np.array([getattr(sample, name) for sample in samples], np.int64)
-            for name in ("width", "height", "num_frames")
-        )
-        seeds = np.array([sample.seed for sample in samples], np.uint64)
-        fps = np.array([sample.fps for sample in samples], np.float64)
-        places = self.buckets.choose_many(widths, heights, seeds, num_frames, fps)
-        return [None if place < 0 else self.buckets.sizes[place] for place in places.tolist()]
+        return sizes_of(samples, self.buckets)
 
     def micro_batch_size_of(self, size: tuple[int, ...]) -> int:
         """Samples of a micro-batch of a bucket."""
@@ -305,6 +301,22 @@ class Lane:
             table = table.take(pa.array([row - first for row in rows]))
             samples |= zip(of_shard, self.recipe.to_samples(table, of_shard), strict=True)
         return [(draw, samples[draw]) for draw in draws]
+
+
+def sizes_of(samples: Sequence[Sample], buckets: BucketChoice) -> list[tuple[int, ...] | None]:
+    """The bucket of every sample, (H, W) or (frames, H, W); None where no bucket keeps it this time."""
+    widths, heights, num_frames = (
+        np.array([getattr(sample, name) for sample in samples], np.int64) for name in ("width", "height", "num_frames")
+    )
+    seeds = np.array([sample.seed for sample in samples], np.uint64)
+    fps = np.array([sample.fps for sample in samples], np.float64)
+    places = buckets.choose_many(widths, heights, seeds, num_frames, fps)
+    return [None if place < 0 else buckets.sizes[place] for place in places.tolist()]
+
+
+def most_pixel_bytes(buckets: BucketChoice, micro_batch_size: int | None) -> int:
+    """What the pixels of a micro-batch take at most."""
+    return max(3 * math.prod(size) * buckets.micro_batch_sizes.get(size, micro_batch_size) for size in buckets.sizes)
 
 
 def draw_seed(seed: int, epoch: int, shard: str, row: int, repeat: int = 0) -> int:

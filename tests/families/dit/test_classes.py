@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from families.dit.class_training import CLASS
 from families.dit.classes import ClassField, class_number
 from tests.caches import make_cache
 from tests.families.dit.classed import CLASSES, numbered, small_settings, write_classed
 from tests.warpcore.runs import read_metrics
-from train.train_dit import CLASS, TrainDit
+from train.train_dit import TrainDit
 from warpcore.config import ConfigError, make_config
 from warpcore.data.fields import BadMember
 from warpcore.data.samples import Sample

@@ -45,6 +45,7 @@ def counted(script: str, config: str) -> list[Needs]:
     [
         ("train_dit.py", "dit_xl2_256.yaml", 674_834_720),
         ("train_dit.py", "dit_xl2_512.yaml", 674_834_720),
+        ("train_latte.py", "latte_xl2_ucf101.yaml", 673_799_072),
         ("train_pixart.py", "pixart_xl2_256.yaml", 610_856_096),
         ("train_pixart.py", "pixart_xl2_512.yaml", 610_856_096),
         ("train_pixart.py", "pixart_xl2_1024ms.yaml", 611_349_152),

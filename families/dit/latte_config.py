@@ -1,0 +1,31 @@
+"""Configuration keys of Latte: those of DiT, on clips."""
+
+from pydantic import PositiveInt
+
+from families.dit.config import CAPTION_KEYS, ClassConfig, DitSettings
+from warpcore.clip_keys import ClipKeys
+
+DEFAULT_FPS = 8.0
+"""Frames per second at which clips are shown that were not trained at a `frame_rate`; the published program writes
+such."""
+
+
+class LatteSettings(DitSettings):
+    """Which Latte, and of which classes.
+
+    `generator_checkpoint_path` takes the published file (`Latte-XL-2-256x256-ucf101.pt`), a file that a run exported,
+    or a run's folder.
+    """
+
+    autoencoder_frames: PositiveInt = 16
+    """Frames that the autoencoder encodes or decodes at a time, of all clips of a batch: fewer need less memory."""
+
+
+class LatteConfig(LatteSettings, ClipKeys, ClassConfig):
+    """Keys of `train/train_latte.py`."""
+
+    unused = CAPTION_KEYS | {"masked_loss"}
+
+    @property
+    def clip_frames(self) -> int:
+        return self.num_frames or max(number for lengths in self.bucket_config.values() for number in lengths)

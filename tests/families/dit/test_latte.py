@@ -1,0 +1,137 @@
+"""Latte: what its files say, what they are refused for, and the clips that are drawn of them."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from families.common.autoencoders import Autoencoder
+from families.common.clips import clip_moments, decoded_clips
+from families.common.family import CLASS_TO_IMAGE
+from families.common.weights import only_shapes
+from families.dit import build
+from families.dit.class_to_image import DitClassToImage
+from families.dit.config import DitSettings
+from families.dit.exports import latte_to_published
+from families.dit.files import dit_numbers
+from families.dit.inference import LatteInferenceSettings
+from families.dit.latte_class_to_image import LatteClassToImage
+from families.dit.versions import MINI
+from families.registry import family_of, load_task
+from modules.dit import frame_positions
+from tests.families.dit.classed import CLASSES, random_network
+from tests.golden import load_manifest
+from warpcore.config import make_config
+from warpcore.errors import UserError
+
+FRAMES = 3
+DRAWN = {"steps": 2, "device": "cpu", "guidance": 3.0, "classes": [1, 3]}
+
+
+@pytest.fixture
+def published(small_mini, tmp_path):
+    """A file as Latte's is published: the weights beside their average, with tables of positions."""
+    average = random_network(num_frames=FRAMES).state_dict()
+    plain = {name: tensor + 1 for name, tensor in average.items()}
+    torch.save({"model": plain, "ema": average, "epoch": 7}, tmp_path / "Latte.pt")
+    return tmp_path / "Latte.pt"
+
+
+def draw(**given) -> list[torch.Tensor]:
+    task = LatteClassToImage(make_config(LatteClassToImage.Config, DRAWN | given))
+    return task.draw(task.labels, [7] * len(task.labels)).pictures
+
+
+def test_the_network_of_the_published_size_has_the_tensors_of_its_file():
+    manifest = load_manifest("latte_xl_2_256x256_ucf101", "opensora")
+    with only_shapes():
+        network = build.dit(LatteInferenceSettings(num_classes=101, num_frames=16), (256, 256))
+    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert found == {name: tuple(one["shape"]) for name, one in manifest["tensors"].items()}
+    assert sum(p.numel() for p in network.parameters()) == manifest["parameter_count"] == 673_799_072
+
+
+def test_the_published_file_is_known_by_its_tensors_and_its_average_is_drawn_from(published, tmp_path):
+    assert family_of(published).name == "latte"
+    kind, config = load_task(CLASS_TO_IMAGE, [f"generator_checkpoint_path={published}", "classes=[1]"])
+    assert kind is LatteClassToImage
+    assert (config.num_frames, config.num_classes, config.model_version) == (FRAMES, CLASSES, "mini")
+    network = build.dit(config, (32, 32))
+    for name, tensor in torch.load(published, weights_only=True)["ema"].items():
+        torch.testing.assert_close(network.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_the_published_form_has_every_tensor_and_draws_the_same_clips(published, tmp_path):
+    latte_to_published(published, tmp_path / "out.pt", [])
+    written, given = (torch.load(path, weights_only=True)["ema"] for path in (tmp_path / "out.pt", published))
+    assert written.keys() == given.keys()
+    assert all(torch.equal(tensor, given[name]) for name, tensor in written.items() if "embed" not in name)
+    clips = draw(generator_checkpoint_path=published)
+    assert [clip.shape for clip in clips] == [(FRAMES, 3, 32, 32)] * 2
+    for one, other in zip(clips, draw(generator_checkpoint_path=tmp_path / "out.pt"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_files_of_open_sora_s_shapes_are_read(published, tmp_path):
+    state = torch.load(published, weights_only=True)["ema"]
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"][:, :, None]
+    state["pos_embed_spatial"], state["pos_embed_temporal"] = state.pop("pos_embed"), state.pop("temp_embed")
+    torch.save(state, tmp_path / "sora.pt")
+    assert dit_numbers(tmp_path / "sora.pt", "x") == dit_numbers(published, "x")
+    for one, other in zip(draw(generator_checkpoint_path=tmp_path / "sora.pt"),
+                          draw(generator_checkpoint_path=published), strict=True):  # fmt: skip
+        assert torch.equal(one, other)
+
+
+def test_clips_of_any_length_are_drawn_and_one_frame_is_a_picture(published):
+    for frames in (1, 5):
+        drawn = draw(generator_checkpoint_path=published, num_frames=frames)
+        assert [one.shape for one in drawn] == [(frames, 3, 32, 32)] * 2
+    longer = build.dit(make_config(LatteClassToImage.Config, DRAWN | {
+        "generator_checkpoint_path": published, "num_frames": 5}), (32, 32))  # fmt: skip
+    assert torch.equal(longer.temp_embed, frame_positions(5, longer.hidden_size))
+
+
+def test_a_seed_gives_the_same_clip_whatever_else_is_drawn(published):
+    alone = draw(generator_checkpoint_path=published, classes=[3], batch_size=2)
+    torch.testing.assert_close(draw(generator_checkpoint_path=published, batch_size=2)[1], alone[0])
+
+
+def test_networks_of_pictures_and_of_clips_are_not_taken_for_each_other(published, tmp_path):
+    torch.save(random_network().state_dict(), tmp_path / "dit.pt")
+    assert family_of(tmp_path / "dit.pt").name == "dit"
+    settings = LatteInferenceSettings(
+        num_classes=CLASSES, num_frames=FRAMES, generator_checkpoint_path=tmp_path / "dit.pt"
+    )
+    with pytest.raises(UserError, match=r"dit.pt is a DiT, of pictures: train/train_dit.py trains it"):
+        build.dit(settings, (32, 32))
+    pictures = DitSettings(model_version="mini", num_classes=CLASSES, generator_checkpoint_path=published)
+    with pytest.raises(UserError, match=r"is a Latte, which draws clips: train/train_latte.py trains it"):
+        build.dit(pictures, (32, 32))
+    with pytest.raises(UserError, match="is a Latte, which draws clips"):
+        DitClassToImage(make_config(DitClassToImage.Config, {
+            "generator_checkpoint_path": published, "classes": [1], "model_version": "mini"}))  # fmt: skip
+
+
+def test_a_file_of_a_run_says_its_frames(published, tmp_path):
+    about = {"family": "latte", "config": f'{{"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 1, '
+             f'"in_channels": 16, "num_classes": {CLASSES}, "input_size": 2, "num_frames": {FRAMES}}}'}  # fmt: skip
+    save_file(torch.load(published, weights_only=True)["ema"], tmp_path / "generator.safetensors", about)
+    assert family_of(tmp_path / "generator.safetensors").name == "latte"
+    assert draw(generator_checkpoint_path=tmp_path / "generator.safetensors")[0].shape == (FRAMES, 3, 32, 32)
+
+
+def test_frames_go_through_the_autoencoder_one_by_one_whatever_the_number_at_once():
+    autoencoder = Autoencoder.load(MINI / "autoencoder.safetensors")
+    clips = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = []
+    encode, decode = autoencoder.moments, autoencoder.decode
+    autoencoder.moments = lambda frames: seen.append(len(frames)) or encode(frames)
+    autoencoder.decode = lambda latents: seen.append(len(latents)) or decode(latents)
+    moments = clip_moments(autoencoder, clips, at_once=4)
+    assert moments.shape == (2, 32, 3, 2, 2)
+    torch.testing.assert_close(moments[1, :, 2], encode(clips[1, 2:])[0], rtol=1e-4, atol=1e-4)
+    latents = autoencoder.scale.latents(moments, None)
+    made = decoded_clips(autoencoder, latents, at_once=4)
+    assert made.shape == (2, 3, 3, 32, 32)
+    torch.testing.assert_close(made[0, 1], decode(latents[:1, :, 1])[0], rtol=1e-4, atol=1e-4)
+    assert seen == [4, 2, 4, 2]
