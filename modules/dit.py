@@ -224,6 +224,18 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    @torch.no_grad()
+    def initialise_layer(self, name: str, layer: nn.Module) -> None:
+        """Give a layer, like that of a name, what `initialise` gives it."""
+        if name.endswith("adaLN_modulation.1") or name == "final_layer.linear":
+            nn.init.zeros_(layer.weight)
+        elif name.startswith(("t_embedder.", "y_embedder.")):
+            nn.init.normal_(layer.weight, std=0.02)
+        elif isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+        if getattr(layer, "bias", None) is not None:
+            nn.init.zeros_(layer.bias)
+
     def set_activation_checkpointing(self, level: int) -> None:
         """1: every second block; 2 and 3: every block."""
         set_activation_checkpointing(list(self.blocks), level)

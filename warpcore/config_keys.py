@@ -207,7 +207,7 @@ class OptimisationKeys(Settings):
     start_from_scratch: list[Start] = Field([], max_length=MAX_ENTRIES)
     """Parameters that start with new values in place of those of their file, once, before the first update, e.g.
     `[{pattern: 'conv_in.*'}, {pattern: '*.attn2.to_out.*', method: zeros}]`: patterns as above. `method` is `default`
-    (as PyTorch makes a layer of its kind), `xavier_uniform` or `zeros`."""
+    (as the network begins without a file), `xavier_uniform` or `zeros`."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """Decay of the two moments of Adam's family."""
     eps: PositiveFloat = 1e-7

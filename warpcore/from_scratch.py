@@ -11,8 +11,10 @@ the name of a layer, so that they are the same ones on any number of processes.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,7 +34,8 @@ class Start(NamePattern):
     """An entry of `start_from_scratch`."""
 
     method: Literal["default", "xavier_uniform", "zeros"] = "default"
-    """`default`: as PyTorch makes a layer of its kind. `xavier_uniform`: matrices and kernels (Glorot and Bengio,
+    """`default`: as the network begins without a file, where it says that (`warpcore.networks.Initialising`), else as
+    PyTorch makes a layer of its kind. `xavier_uniform`: matrices and kernels (Glorot and Bengio,
     2010, equation 16); of vectors, weights (of norms) are 1 and biases 0. `zeros`."""
 
 
@@ -46,17 +49,24 @@ class FreshLayer:
     """Like the layer, alone, with parameters on the meta device."""
     starts: Mapping[str, Start]
     """What its parameters begin with, by their names in the layer."""
+    initialise: Callable[[nn.Module], None] | None = None
+    """What the network does with such a layer."""
 
     @torch.no_grad()
     def values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Names with their network, and whole tensors on the CPU."""
+        """Names with their network, and whole tensors on the CPU. Raises UserError where nothing gives them values."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(stable_hash(seed, KEY, self.name))
             layer = _alone(self.shapes, "cpu")
             if any(start.method == "default" for start in self.starts.values()):
-                layer.reset_parameters()
+                if _has_default(layer):
+                    layer.reset_parameters()
+                if self.initialise is not None:
+                    self.initialise(layer)
             for name, start in self.starts.items():
                 parameter = layer.get_parameter(name)
+                if start.method == "default" and not parameter.isfinite().all():
+                    raise _without_default(start, self.name, name, layer)
                 if start.method == "zeros" or (start.method == "xavier_uniform" and name == "bias"):
                     nn.init.zeros_(parameter)
                 elif start.method == "xavier_uniform" and parameter.dim() < 2:
@@ -91,22 +101,34 @@ def fresh_layers(networks: Mapping[str, nn.Module], starts: Sequence[Start]) -> 
         layer = networks[network].get_submodule(path)
         for name, start in starts_of.items():
             _check(layer, owner, name, start)
-        layers.append(FreshLayer(owner, _alone(layer, "meta"), starts_of))
+        own = getattr(networks[network], "initialise_layer", None)
+        initialise = own and partial(own, path)
+        for name, start in starts_of.items():
+            if start.method == "default" and initialise is None and not _has_default(layer):
+                raise _without_default(start, owner, name, layer)
+        layers.append(FreshLayer(owner, _alone(layer, "meta"), starts_of, initialise))
     return layers
 
 
 def _check(layer: nn.Module, owner: str, name: str, start: Start) -> None:
     kind = type(layer).__name__
-    if start.method == "default" and (not hasattr(layer, "reset_parameters") or len(list(layer.children()))):
-        raise UserError(
-            f"{KEY}: {start.pattern!r} matches {owner}.{name}, and PyTorch has no default for a {kind}: write method: "
-            "xavier_uniform or zeros for it"
-        )
     if start.method == "xavier_uniform" and layer.get_parameter(name).dim() < 2 and name not in ("weight", "bias"):
         raise UserError(
             f"{KEY}: {start.pattern!r} matches {owner}.{name}, a vector of a {kind} that is neither the weight of a "
             "norm nor a bias: write method: zeros for it"
         )
+
+
+def _has_default(layer: nn.Module) -> bool:
+    """Whether PyTorch has one for layers of a kind, and nothing else has a part in it."""
+    return hasattr(layer, "reset_parameters") and not len(list(layer.children()))
+
+
+def _without_default(start: Start, owner: str, name: str, layer: nn.Module) -> UserError:
+    return UserError(
+        f"{KEY}: {start.pattern!r} matches {owner}.{name}, and PyTorch has no default for a {type(layer).__name__}: "
+        "write method: xavier_uniform or zeros for it"
+    )
 
 
 def _alone(layer: nn.Module, device: str) -> nn.Module:
@@ -115,11 +137,15 @@ def _alone(layer: nn.Module, device: str) -> nn.Module:
     alone._modules = {}
     for kind, make in (("_parameters", nn.Parameter), ("_buffers", lambda tensor: tensor)):
         made = {
-            name: None if one is None else make(torch.empty(one.shape, dtype=one.dtype, device=device))
-            for name, one in vars(layer)[kind].items()
+            name: None if one is None else make(_undefined(one, device)) for name, one in vars(layer)[kind].items()
         }
         setattr(alone, kind, made)
     return alone
+
+
+def _undefined(like: Tensor, device: str) -> Tensor:
+    """Not numbers, so that it is seen where nothing gives them values."""
+    return torch.full(like.shape, math.nan if like.is_floating_point() else 0, dtype=like.dtype, device=device)
 
 
 @torch.no_grad()

@@ -51,6 +51,20 @@ class Compiling(Protocol):
         graphs of what it computes with gradients, one for each shape."""
 
 
+@runtime_checkable
+class Initialising(Protocol):
+    """Knows what its layers begin with where it has no file (`start_from_scratch`); otherwise PyTorch's defaults are
+    taken."""
+
+    def initialise_layer(self, name: str, layer: nn.Module) -> None:
+        """Give the parameters of a layer, without those of layers in it, the values of the start.
+
+        Args:
+            name: that of the layer in the network. layer: like it, by itself; its values mean nothing, or are
+                PyTorch's where such a layer has defaults.
+        """
+
+
 class Network(HasBlocks, Checkpointing, Compiling, Protocol):
     """All that training can ask of a network. Those of diffusers get it from the adapter in `families/common`."""
 

@@ -34,18 +34,25 @@ LIBRARY_DEFAULTS = {"in_channels": 16, "text_embed_dim": 1024, "patch_size": (1,
 
 def transformer(settings: CosmosSettings, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The denoiser as the engine wants it; random weights where the settings name no file."""
-    from families.cosmos.transformer import CosmosTransformer3DModel, adapted
+    from families.cosmos.transformer import CosmosTransformer3DModel
 
     found = generator_source(settings)
     config = settings.version.transformer if found is None else found.config
     if found is None and not are_only_shapes():
         build = partial(construct, CosmosTransformer3DModel, config, GENERATOR)
-        return nn.Module.to(adapted(random_start(build, initialise, dtype)), dtype)
+        return nn.Module.to(_adapted(random_start(build, initialise, dtype)), dtype)
     with torch.device("meta"):
         network = construct(CosmosTransformer3DModel, config, GENERATOR)
     if not are_only_shapes():
         fill(network, found.tensors(), found.path, GENERATOR, dtype, deferrable=True)
-    return nn.Module.to(adapted(network), dtype)
+    return nn.Module.to(_adapted(network), dtype)
+
+
+def _adapted(network: nn.Module) -> nn.Module:
+    from families.cosmos.transformer import adapted
+
+    network.initialise_layer = initialise
+    return adapted(network)
 
 
 def initialise(name: str, layer: nn.Module) -> None:

@@ -37,9 +37,9 @@ def denoiser(settings: PixartSettings, dtype: torch.dtype = torch.float32) -> nn
             construct, partial_named(PixArtTransformer2DModel, length), settings.version.network, GENERATOR
         )
         if not are_only_shapes():
-            return nn.Module.to(adapt(random_start(build, initialise, dtype), BLOCKS, token_arguments={}), dtype)
+            return nn.Module.to(_adapted(random_start(build, initialise, dtype)), dtype)
         with torch.device("meta"):
-            return nn.Module.to(adapt(build(), BLOCKS, token_arguments={}), dtype)
+            return nn.Module.to(_adapted(build()), dtype)
     tensors = found.tensors() if found.path.exists() else {}
     length = text_length_of(tensors)
     check_text(length, found.path, settings)
@@ -47,7 +47,14 @@ def denoiser(settings: PixartSettings, dtype: torch.dtype = torch.float32) -> nn
         network = construct(partial_named(PixArtTransformer2DModel, length), found.config, GENERATOR)
     if not are_only_shapes():
         fill(network, tensors, found.path, GENERATOR, dtype, deferrable=True)
-    return nn.Module.to(adapt(network, BLOCKS, token_arguments={}), dtype)
+    return nn.Module.to(_adapted(network), dtype)
+
+
+def _adapted(network: nn.Module) -> nn.Module:
+    from families.dit.pixart_transformer import initialise
+
+    network.initialise_layer = initialise
+    return adapt(network, BLOCKS, token_arguments={})
 
 
 def partial_named(kind: type, text_length: int | None):

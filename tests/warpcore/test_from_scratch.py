@@ -81,6 +81,28 @@ class Odd(nn.Module):
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
 
 
+class Own(Odd):
+    def initialise_layer(self, name, layer):
+        if name == "norm":
+            nn.init.constant_(layer.weight, 2)
+        elif not name:
+            nn.init.constant_(layer.scale, 3)
+
+
+def test_layers_begin_as_their_network_says_where_it_does():
+    network = Own()
+    network.other = nn.ParameterList([torch.ones(2)])
+    nets = {"net": network}
+    layers = fresh_layers(nets, [Start(pattern="scale"), Start(pattern="norm.*")])
+    start_layers(layers, {f"net.{name}": tensor for name, tensor in network.named_parameters()}, seed=0)
+    assert network.scale.tolist() == [3] * 3
+    assert network.norm.weight.tolist() == [2] * 3
+    assert network.norm.bias.tolist() == [0] * 3
+    (layer,) = fresh_layers(nets, [Start(pattern="other.*")])
+    with pytest.raises(UserError, match=r"net.other.0, and PyTorch has no default for a ParameterList: write method"):
+        list(layer.values(seed=0))
+
+
 @pytest.mark.parametrize(
     ("start", "told"),
     [
