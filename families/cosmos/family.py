@@ -38,7 +38,8 @@ class Cosmos(Family):
         _format("diffusers", "the same", "a folder for CosmosTransformer3DModel", "to_diffusers",
                 keys="ExportSettings", writes_folder=True),
         _lora("lora", "a LoRA: a run, a file, peft's folder", "our file", "export_lora", "warpcore"),
-        _lora("lora-diffusers", "the same", "a file for diffusers' load_lora_weights", "export_lora", "diffusers"),
+        _lora("lora-diffusers", "the same", "a file for load_lora_adapter of diffusers' network", "export_lora",
+              "diffusers"),
         _lora("lora-comfyui", "the same", "a file for ComfyUI", "export_lora", "comfyui"),
         _lora("lora-published", "the same", "a file of the published program's names", "export_lora", "published"),
     )  # fmt: skip
