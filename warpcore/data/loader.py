@@ -1,11 +1,8 @@
 """The loader: micro-batches of a plan go to worker processes, batches come back in the plan's order, on the device."""
 
 import atexit
-import errno
-import os
 import pickle
 import queue
-import shutil
 import signal
 import sys
 import threading
@@ -24,11 +21,11 @@ from torch.utils.data import DataLoader
 
 from warpcore.data.reader import Batch, Reader
 from warpcore.data.samples import MicroBatch
+from warpcore.data.shared_memory import SHARED_MEMORY, full_message, is_full
 from warpcore.errors import UserError
 from warpcore.redaction import redact_output
 from warpcore.signals import STOP_SIGNALS
 
-SHARED_MEMORY = "/dev/shm"
 PREFETCH_BYTES = 2**32
 """A micro-batch of clips may have a gigabyte."""
 # A worker that is told to stop finishes its micro-batch first; one that hangs in a read is killed after this time.
@@ -237,8 +234,8 @@ class _Workers:
             dead = [process for process in self._context.started() if process.exitcode is not None]
             if dead:
                 raise DataWorkerError(_obituary(dead[0].pid, dead[0].exitcode)) from error
-            if _is_full_shared_memory(error):
-                raise UserError(_full_shared_memory()) from error
+            if is_full(error):
+                raise UserError(full_message()) from error
             raise
         if self._sampler.error is not None:
             raise self._sampler.error
@@ -348,26 +345,6 @@ def _obituary(pid: int, exitcode: int) -> str:
     return (
         f"data worker {pid} was killed by {name}; the usual reason is too little memory "
         f"(SIGBUS: too little of it in {SHARED_MEMORY}): lower num_workers, prefetch or the micro-batch size"
-    )
-
-
-def _is_full_shared_memory(error: Exception) -> bool:
-    """Whether it was raised by PyTorch, which makes shared memory for a batch, or by the semaphores of a queue.
-
-    Both read as a full disk, though no disk has anything to do with it: they name no file on one.
-    """
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC and error.filename is None
-    return isinstance(error, RuntimeError) and "shared memory" in str(error) and "No space left" in str(error)
-
-
-def _full_shared_memory() -> str:
-    usage = shutil.disk_usage(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
-    room = f" ({usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB are free)" if usage else ""
-    return (
-        f"the shared memory {SHARED_MEMORY}, through which data workers hand their batches over, is full{room}; no "
-        "disk is. Give it more room (docker run --shm-size=8g), lower num_workers or the micro-batch size, or write "
-        "num_workers: 0, which needs none of it"
     )
 
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from warpcore.data.fields import Field
+from warpcore.data.fields import Field, PictureField
 from warpcore.data.joined import FurtherTars
+from warpcore.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,13 @@ class DataNeeds:
     """By `webdataset_path` and `validation_path`, tars with further members of the samples that they name."""
     geometry_remedy: str = ""
     """What a user does where features, stored in place of pictures, lack their geometry."""
+
+    def __post_init__(self):
+        """Raises UserError for a picture beside clips, such as a mask: it would belong to one of their frames."""
+        for one in self.extra.values() if self.videos else ():
+            if isinstance(one, PictureField):
+                _, option = getattr(one, "optional", (None, None))
+                raise UserError(
+                    f"a .{one.suffixes[0]} belongs to one picture, and this script trains on clips: "
+                    f"{f'remove {option}' if option else 'do without it'}, or train on pictures with a script of them"
+                )

@@ -123,7 +123,8 @@ def _by_time(container: Any, stream: Any, frames: Sequence[int], max_bytes: int)
     """(place in `frames`, decoded frame) where the time stamps of packets tell which ones it takes; else nothing."""
     found = None
     if stream.codec_context.codec.canonical_name in _ONE_FRAME_PER_PACKET:
-        found = _find_packets(container.demux(stream), frames, max_bytes)
+        may_be_cut = container.format.name == "mpegts"  # as it is broadcast
+        found = _find_packets(container.demux(stream), frames, max_bytes, may_be_cut)
     if found is None:
         return
     packets, times = found
@@ -149,10 +150,13 @@ def _by_counting(container: Any, stream: Any, frames: Sequence[int], max_bytes: 
             return
 
 
-def _find_packets(packets: Iterator[Any], frames: Sequence[int], max_bytes: int) -> tuple[list[Any], list[int]] | None:
+def _find_packets(
+    packets: Iterator[Any], frames: Sequence[int], max_bytes: int, may_be_cut: bool
+) -> tuple[list[Any], list[int]] | None:
     """The packets from the last key frame before the first of `frames` to the last, and the times of these frames.
 
-    None where a packet has no time, two have the same, or no key frame comes before.
+    None where a packet has no time, two have the same, or no key frame comes first. may_be_cut: what comes before the
+    first key frame is not shown.
     """
     held: list[Any] = []
     keys: list[int] = []  # their places in `held`
@@ -168,7 +172,9 @@ def _find_packets(packets: Iterator[Any], frames: Sequence[int], max_bytes: int)
             keys.append(len(held))
             first_time = packet.pts if first_time is None else first_time
         if first_time is None:
-            continue  # cut off from its key frame, as what is shown before the first one
+            if not may_be_cut:
+                return None
+            continue
         held.append(packet)
         if packet.pts >= first_time and not packet.is_discard:  # an edit list discards
             insort(times, packet.pts)
@@ -177,7 +183,8 @@ def _find_packets(packets: Iterator[Any], frames: Sequence[int], max_bytes: int)
     if len(times) <= frames[-1]:
         raise BadVideo(f"it has {len(times)} frames; number {frames[-1]}, counted from 0, is not there")
     chosen = [times[number] for number in frames]
-    places = [place for place, packet in enumerate(held) if not packet.is_discard and packet.pts in set(chosen)]
+    wanted = set(chosen)
+    places = [place for place, packet in enumerate(held) if not packet.is_discard and packet.pts in wanted]
     start = [key for key in keys if key <= places[0] and held[key].pts <= chosen[0]]
     if not start or len(places) != len(chosen):
         return None
