@@ -300,6 +300,9 @@ class DiffusionTraining(SampleFields):
             if computed := [name for name in self.features if not self.is_cached(name)]:
                 self.progress.say(f"no cache has {', '.join(computed)}: computed for each batch")
         say_of_captions(self)
+        for key in ("sample_prompts", "sample_classes"):
+            if (given := len(getattr(self.config, key, []))) > self.config.sample_count:
+                self.progress.say(f"{key}: the first {self.config.sample_count} of {given} are drawn (sample_count)")
 
     def _check_fresh(self) -> list[str]:
         """Compare the caches with their data, and with each other; what to tell of those that can't be compared."""

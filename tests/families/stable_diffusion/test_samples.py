@@ -57,3 +57,10 @@ def test_samples_are_what_inference_draws(tmp_path, name):
     found = to_pictures(torch.stack(pictures)).astype(int)
     assert found.std() > 3
     assert np.abs(found - drawn[-1]).max() <= 1
+
+
+def test_prompts_that_are_not_drawn_are_counted(tmp_path, capsys):
+    """Source: d8ahazard/sd_dreambooth_extension#250."""
+    settings = settings_of(tmp_path, "sd15", sample_prompts=["a", "b", "c"], sample_count=2, sample_steps=1)
+    assert TrainSd(make_config(TrainSd.Config, settings)).run() == 0
+    assert "sample_prompts: the first 2 of 3 are drawn (sample_count)" in "".join(capsys.readouterr())
