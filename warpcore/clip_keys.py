@@ -3,18 +3,16 @@
 A family's config takes them in: `class MyConfig(ClipKeys, DiffusionConfig)`.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, PositiveFloat, model_validator
 
-from warpcore.config_keys import MAX_ENTRIES, BatchSize, MicroBatchSize, Settings, Share
+from warpcore.config_keys import BatchSize, Settings
 from warpcore.data.buckets import Buckets
-from warpcore.data.clip_buckets import ClipBuckets, Rung, rungs_of
+from warpcore.data.clip_buckets import MAX_FRAMES, ClipBuckets, Rung, checked, rungs_of
 
-FrameCount = Annotated[int, Field(gt=0, le=100_000)]
-SearchRange = tuple[MicroBatchSize, Annotated[int, Field(ge=0)]]
-"""A guess, and how far from it a micro-batch size is searched."""
-Lengths = dict[FrameCount, tuple[Share | tuple[Share, Share], MicroBatchSize | SearchRange | None]]
+FrameCount = Annotated[int, Field(gt=0, le=MAX_FRAMES)]
+BucketConfig = Annotated[dict[str, dict[int, list]], PlainValidator(checked), PlainSerializer(dict)]
 
 
 class ClipKeys(Settings):
@@ -23,7 +21,7 @@ class ClipKeys(Settings):
     num_frames: FrameCount | None = None
     """Frames of every clip; 1 trains on pictures. Shorter videos are left out, and counted. Sizes are those of
     `image_size` and `multi_aspect_ratio`."""
-    bucket_config: dict[str, Lengths] = Field({}, max_length=MAX_ENTRIES)
+    bucket_config: BucketConfig = {}
     """In place of `num_frames`: resolutions (`144p`, `240p`, `360p`, `480p`, `720p`, `1080p`, `256`, `512`, `1024`, or
     the side of a square as `64px`), of each the numbers of frames, and of each of these [share of its clips to keep,
     micro-batch size]: `{480p: {51: [0.5, 2]}, 240p: {1: [1.0, 64], 51: [1.0, 8], 102: [[1.0, 0.33], 4]}}`. A clip goes
@@ -38,11 +36,6 @@ class ClipKeys(Settings):
     """Every so many frames of a video are taken."""
     frame_rate: PositiveFloat | None = None
     """Frames per second of the clips, in place of `frame_stride`; slower videos keep their own."""
-
-    @field_validator("bucket_config", mode="before")
-    @classmethod
-    def _resolutions_are_names(cls, value: Any) -> Any:
-        return {str(name): lengths for name, lengths in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _one_way_to_choose_clips(self) -> Self:

@@ -315,7 +315,7 @@ class Feed:
             held_out = self.plan.validation_survey
             check_missing(held_out.missing, held_out.passed, "validation")
         told = check_optional(optional, self.catalog, found.members, found.passed, resumed)
-        if found.buckets and self.plan.has_validation:
+        if found.buckets and self.config.validation_path is not None:
             told = [f"validation data: {self.plan.validation_survey}", *told]
         return [f"training data: {found}", *told]
 

@@ -28,7 +28,7 @@ class ClipTraining(DiffusionTraining):
         super().check_cacheable()
         for size, lengths in self.config.bucket_config.items():
             for num_frames, (share, _) in lengths.items():
-                if any(0 < one < 1 for one in (share if isinstance(share, tuple) else (share,))):
+                if any(0 < one < 1 for one in (share if isinstance(share, list) else [share])):
                     raise ConfigError(
                         f"bucket_config: {size}: {num_frames}: the probability {share} draws another bucket for a "
                         "clip in each epoch, but a cache holds one: write 1.0 or 0.0"

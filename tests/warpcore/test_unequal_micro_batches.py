@@ -11,7 +11,7 @@ from tests.warpcore.data.tars import catalog_of, write_shard
 from tests.warpcore.runs import load_weights, read_metrics, tiny_settings, train_here
 from warpcore.batch_size import split_batch
 from warpcore.clip_keys import ClipKeys
-from warpcore.config import Config, ConfigError, make_config
+from warpcore.config import Config, ConfigError, dump_config, load_config, make_config
 from warpcore.core import Losses, WarpCore
 from warpcore.data.plan import Plan
 from warpcore.errors import UserError
@@ -146,13 +146,33 @@ def test_processes_that_do_not_divide_an_update_are_refused(data, tmp_path):
         ({"bucket_config": {}, "num_frames": 17}, "batch_size: this key is required"),
         ({"bucket_config": {}, "num_frames": 17, "batch_size": 4}, "micro_batches_per_update goes with bucket_config"),
         ({"bucket_config": {"240p": {17: [0.0, None]}}}, "no bucket keeps a sample"),
-        ({"bucket_config": {"240p": {17: [1.5, 2]}}}, "bucket_config"),
+        ({"bucket_config": {"240p": {17: [1.5, 2]}}}, r"240p: 17 has \[1.5, 2\]: write \[share of the clips to keep"),
+        ({"bucket_config": {"240p": {17: [1.0, 0]}}}, r"240p: 17 has \[1.0, 0\]: write"),
+        ({"bucket_config": {"240p": {17: 8}}}, "240p: 17 has 8: write"),
+        ({"bucket_config": {"240p": {17: [[1, 1, 1], 8]}}}, "240p: 17 has .*: write"),
+        ({"bucket_config": {"240p": {17: [1.0, [8, 2, 1]]}}}, "240p: 17 has .*: write"),
+        ({"bucket_config": {"240p": {0: [1.0, 8]}}}, "240p has 0, which is no number of frames from 1 to 100,000"),
+        ({"bucket_config": {"240p": {True: [1.0, 8]}}}, "240p has True, which is no number of frames"),
+        ({"bucket_config": {"240p": []}}, r"240p needs numbers of frames, such as \{51: \[1.0, 8\]\}"),
+        ({"bucket_config": [1]}, "write resolutions with numbers of frames"),
         ({"frame_stride": 2, "frame_rate": 8.0}, "frame_stride and frame_rate exclude each other"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         make_config(SizesConfig, settings_of(tmp_path, data, **changes))
+
+
+def test_a_bucket_config_is_read_as_yaml_and_json_write_it(data, tmp_path):
+    given = {256: {"1": ["5e-1", "4"]}, "240p": {17: ((1.0, 0.5), [8, 4]), 34: [0, None]}}
+    config = make_config(SizesConfig, settings_of(tmp_path, data, bucket_config=given))
+    assert config.bucket_config == {"256": {1: [0.5, 4]}, "240p": {17: [[1.0, 0.5], [8, 4]], 34: [0.0, None]}}
+    (tmp_path / "saved.yaml").write_text(dump_config(config))
+    assert load_config(SizesConfig, [str(tmp_path / "saved.yaml")]) == config
+    argument = ["bucket_config={240p: {17: [1.0, 8]}}"]
+    assert load_config(SizesConfig, [str(tmp_path / "saved.yaml"), *argument]).bucket_config == {
+        "240p": {17: [1.0, 8]}
+    }
 
 
 def test_a_script_of_pictures_refuses_the_keys_of_clips_by_name(data, tmp_path):

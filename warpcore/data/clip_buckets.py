@@ -26,7 +26,9 @@ from warpcore.data.frames import frames_needed
 from warpcore.data.resolutions import RESOLUTIONS
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
+from warpcore.text import brief
 
+MAX_FRAMES, MAX_MICRO_BATCH = 100_000, 100_000
 LEAST_AREA = 0.8
 """Of a resolution's area that a sample needs to be enlarged to it."""
 Size = tuple[int, int, int]
@@ -212,6 +214,59 @@ def _has_area(rung: Rung, widths: np.ndarray, heights: np.ndarray) -> np.ndarray
     return np.asarray(widths, np.int64) * np.asarray(heights, np.int64) >= LEAST_AREA * rung.area
 
 
+def checked(bucket_config: object) -> dict[str, dict[int, list]]:
+    """A `bucket_config` as YAML gives it, with names as texts and numbers as numbers; see `rungs_of`.
+
+    Raises:
+        ValueError: says which entry is wrong, and what to write.
+    """
+    if not isinstance(bucket_config, dict):
+        raise ValueError("write resolutions with numbers of frames, such as {240p: {51: [1.0, 8]}}")
+    found: dict[str, dict[int, list]] = {}
+    for name, lengths in bucket_config.items():
+        if not isinstance(lengths, dict) or not lengths:
+            raise ValueError(f"{name} needs numbers of frames, such as {{51: [1.0, 8]}}")
+        of_name = found[str(name)] = {}
+        for frames, entry in lengths.items():
+            number = _number(frames, int, 1, MAX_FRAMES)
+            if number is None:
+                raise ValueError(f"{name} has {brief(frames)}, which is no number of frames from 1 to {MAX_FRAMES:,}")
+            of_name[number] = _entry(entry)
+            if of_name[number] is None:
+                raise ValueError(
+                    f"{name}: {number} has {brief(entry)}: write [share of the clips to keep, micro-batch size], such "
+                    "as [1.0, 8], or [[share to keep, share to take], size]; shares are from 0 to 1, sizes at least 1"
+                )
+    return found
+
+
+def _entry(entry: object) -> list | None:
+    """[keep or [keep, take], size or [guess, range] or None]; None where it is something else."""
+    if not isinstance(entry, list | tuple) or len(entry) != 2:
+        return None
+    keeping, size = entry
+    shares = [_number(one, float, 0, 1) for one in (keeping if isinstance(keeping, list | tuple) else [keeping])]
+    sizes = list(size) if isinstance(size, list | tuple) else [size]
+    numbers = [_number(one, int, least, MAX_MICRO_BATCH) for one, least in zip(sizes, (1, 0), strict=False)]
+    if (
+        None in shares
+        or not 1 <= len(shares) <= 2
+        or not 1 <= len(sizes) <= 2
+        or (None in numbers and size is not None)
+    ):
+        return None
+    return [shares if len(shares) == 2 else shares[0], numbers if len(sizes) == 2 else numbers[0]]
+
+
+def _number(value: object, kind: type, least: int, most: int) -> int | float | None:
+    """The number that a value is, or spells, if it is in range."""
+    try:
+        number = None if isinstance(value, bool) or (kind is int and isinstance(value, float)) else kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if number is not None and least <= number <= most else None
+
+
 def rungs_of(
     bucket_config: Mapping[str, Mapping[int, Sequence]], factor: int, ratios: Sequence[float] = ()
 ) -> list[Rung]:
@@ -248,11 +303,13 @@ def _resolution(name: str, factor: int, ratios: Sequence[float]) -> tuple[int, S
     """Area in px² and sizes of a resolution: `240p`, or `256`, or the side of a square as `64px`."""
     number = re.fullmatch(r"([1-9][0-9]{0,4})(px)?", name)
     known = number[1] if number and number[1] in RESOLUTIONS else name
-    if known in RESOLUTIONS:
-        area = RESOLUTIONS[known].area
-        return area, Buckets(area, factor, ratios) if ratios else NamedShapes(known, factor)
-    if number is None:
+    if known in RESOLUTIONS and not ratios:
+        return RESOLUTIONS[known].area, NamedShapes(known, factor)
+    if known not in RESOLUTIONS and number is None:
         names = ", ".join(sorted(RESOLUTIONS, key=lambda one: RESOLUTIONS[one].area))
         raise UserError(f"bucket_config: {name} is no resolution: write one of {names}, or a side as 320px")
-    area = int(number[1]) ** 2
-    return area, Buckets(area, factor, ratios)
+    area = RESOLUTIONS[known].area if known in RESOLUTIONS else int(number[1]) ** 2
+    try:
+        return area, Buckets(area, factor, ratios)
+    except UserError as error:
+        raise UserError(f"bucket_config: {name}: {error}") from None
