@@ -2,9 +2,9 @@ import json
 import shutil
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +14,8 @@ from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.clip_buckets import ClipBuckets, rungs_of
 from warpcore.data.filters import Filter
-from warpcore.data.index import read_rows
 from warpcore.data.lanes import occurrences_in_epoch
-from warpcore.data.plan import Plan, default_lanes, describe_difference
+from warpcore.data.plan import Plan, describe_difference
 from warpcore.data.storage import LocalStorage
 from warpcore.errors import UserError
 from warpcore.random import stable_hash
@@ -41,14 +40,18 @@ UNEQUAL = resolutions(_16=1.0, _12=1.0, _8=1.0)
 BY_CHANCE = resolutions(_16=0.5, _12=0.6, _8=0.9)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
+def write_shards(folder: Path) -> Path:
+    """Tars of NUM_ROWS rows."""
     first = 0
     for number, rows in enumerate(SHARD_ROWS):
         write_shard(folder / f"{number}.tar", rows, first, PICTURES)
         first += rows
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -145,88 +148,6 @@ def test_pictures_keep_the_order_and_states_of_runs_that_began_before_there_were
         "bucket_sizes": [[16, 16], [12, 16], [16, 12]], "bucketeer_random_ratio": 0.5, "shards": 0,
         "validation_shards": 0,
     }  # fmt: skip
-
-
-def test_micro_batches_have_the_size_of_their_bucket_and_rows_are_left_out_by_chance(catalog):
-    plan = Plan(catalog, micro_batch_size=None, buckets=BY_CHANCE, seed=3)
-    micro_batches = take(plan, 200)
-    for one in micro_batches:
-        assert len(one.samples) == BY_CHANCE.micro_batch_sizes[one.size]
-    epochs = micro_batches[-1].epoch
-    counts = Counter(one.size for one in micro_batches for _ in one.samples)
-    # Of 80 pictures 32 have the area of 16 px, all that of 12; half of the 32 stay, 0.6 of all others, ...
-    survey = plan.survey
-    assert survey.buckets == pytest.approx({
-        "16px x 1 frame": 16, "12px x 1 frame": 0.6 * 64, "8px x 1 frame": 0.9 * 0.4 * 64,
-    })  # fmt: skip
-    assert survey.per_epoch == pytest.approx(sum(survey.buckets.values()))
-    assert survey.micro_batches_per_epoch == pytest.approx(16 / 2 + 38.4 / 3 + 23.04 / 4)
-    large = sum(count for size, count in counts.items() if max(size) == 16 and size[1] == size[2])
-    assert large / epochs == pytest.approx(16, rel=0.25)
-    assert sum(counts.values()) / epochs == pytest.approx(survey.per_epoch, rel=0.1)
-    assert "rows per bucket and epoch, on average: 16px x 1 frame: 16, 12px x 1 frame: 38.4" in str(survey)
-    (note,) = next(one.notes for one in micro_batches if one.epoch == 1)
-    assert "rejected: left out this time, by the probabilities in bucket_config" in note
-    fingerprint = json.loads(json.dumps(plan.fingerprint))
-    assert plan.difference(fingerprint) is None
-    other = Plan(catalog, micro_batch_size=None, buckets=resolutions(_16=0.4, _12=0.6, _8=0.9), seed=3)
-    assert "bucket_config changed" in other.difference(fingerprint)
-
-
-@pytest.fixture
-def with_videos(monkeypatch):
-    """Every second row of an index is a video: row n has n frames at 24 per second."""
-
-    def read(shard, columns=None, start=0, stop=None):
-        rows = read_rows(shard, columns, start, stop)
-        numbers = np.arange(start, start + len(rows))
-        for name, values in (("num_frames", numbers), ("fps", np.full(len(rows), 24.0))):
-            rows = rows.append_column(
-                name, pa.array(values, pa.float32() if name == "fps" else pa.int32(), mask=numbers % 2 == 0)
-            )
-        return rows
-
-    monkeypatch.setattr("warpcore.data.selection.read_rows", read)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_clips_and_pictures_go_to_buckets_that_they_fill(catalog, with_videos, stride):
-    rungs = rungs_of({"16px": {9: (1.0, 2), 1: (1.0, 3)}, "12px": {5: (1.0, 1), 1: (1.0, 4)}}, 4)
-    plan = Plan(catalog, micro_batch_size=None, buckets=ClipBuckets(rungs, stride), seed=2, group_rows=20, num_lanes=2)
-    micro_batches = take(plan, 150)
-    for one in micro_batches:
-        assert len(one.samples) == {(9, 16, 16): 2, (1, 16, 16): 3, (5, 12, 12): 1, (1, 12, 12): 4}[one.size]
-        for sample in one.samples:
-            area, frames = sample.width * sample.height, sample.num_frames
-            assert (frames > 1) == (one.size[0] > 1)
-            if frames > 1:
-                assert one.size[0] == (9 if area == 256 and frames > 8 * stride else 5), (area, frames)
-                assert frames > (one.size[0] - 1) * stride
-            else:
-                assert one.size[1] == (16 if area == 256 else 12)
-    drawn = Counter(keys(one for one in micro_batches if one.epoch < 1))
-    assert max(drawn.values()) == 1
-    survey = plan.survey
-    short = sum(1 < number <= 4 * stride for rows in SHARD_ROWS for number in range(1, rows, 2))
-    assert f"{short} rejected: too few frames for the shortest bucket (5 frames" in str(survey)
-    assert survey.passed == NUM_ROWS - short == sum(survey.buckets.values())
-    states = {one.lane: one.state for one in micro_batches[:60]}
-    assert take(plan, 90, start=60, lane_states=json.loads(json.dumps(states))) == micro_batches[60:]
-
-
-def test_rows_that_fit_no_bucket_are_counted_and_not_held_out(catalog):
-    plan = Plan(catalog, micro_batch_size=None, buckets=resolutions(_16=1.0), validation_samples=4)
-    assert "28 of 80 rows can be drawn; 48 rejected: too small" in str(plan.survey)
-    assert len(keys(plan.validation())) == 4
-    with pytest.raises(UserError, match="0 of 80 rows can be drawn; 80 rejected: too small"):
-        take(Plan(catalog, micro_batch_size=None, buckets=resolutions(_64=1.0)), 1)
-
-
-def test_chance_that_keeps_no_row_ends_the_run(catalog, monkeypatch):
-    monkeypatch.setattr("warpcore.data.lanes.MAX_EMPTY_EPOCHS", 20)
-    plan = Plan(catalog, micro_batch_size=None, buckets=resolutions(_8=1e-12))
-    with pytest.raises(UserError, match="bucket_config: its probabilities kept none of the 80 rows of lane 0 in 20"):
-        take(plan, 1)
 
 
 def test_lanes_are_balanced_by_rows_and_groups_come_in_a_new_order(catalog):
@@ -438,35 +359,6 @@ def test_a_filter_that_fails_names_the_tar(tmp_path):
         take(plan, 1)
 
 
-def test_validation_rows_are_held_out_and_the_same_every_time(catalog):
-    plan = Plan(catalog, micro_batch_size=4, buckets=many_buckets(0.5), validation_samples=11, num_lanes=2)
-    micro_batches = list(plan.validation())
-    held_out = keys(micro_batches)
-    assert len(set(held_out)) == len(held_out) == 11
-    assert list(plan.validation()) == micro_batches
-    assert set(held_out).isdisjoint(keys(take(plan, 200)))
-    assert plan.num_rows == NUM_ROWS - 11
-    other = Plan(catalog, micro_batch_size=3, buckets=SQUARE, validation_samples=11, seed=5)
-    assert set(keys(other.validation())) == set(held_out), "the choice depends on the keys alone"
-    more = Plan(catalog, micro_batch_size=3, buckets=SQUARE, validation_samples=15)
-    assert set(held_out) < set(keys(more.validation()))
-
-
-def test_a_validation_path_is_passed_once_and_never_trained_on(folder, catalog):
-    plan = Plan(catalog, micro_batch_size=4, buckets=SQUARE, validation=catalog_of(folder / "2.tar"))
-    held_out = keys(plan.validation())
-    assert sorted(held_out) == [f"{number:06d}" for number in range(8, 28)]
-    assert set(held_out).isdisjoint(keys(take(plan, 60)))
-    with pytest.raises(UserError, match="not both"):
-        Plan(catalog, micro_batch_size=4, buckets=SQUARE, validation=catalog, validation_samples=1)
-
-
-def test_without_validation_there_is_none(catalog):
-    plan = Plan(catalog, micro_batch_size=4, buckets=SQUARE)
-    assert not plan.has_validation
-    assert list(plan.validation()) == []
-
-
 def test_a_difference_to_the_checkpoint_is_named(folder, catalog, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
 
@@ -503,7 +395,3 @@ def test_changed_data_can_start_a_fresh_epoch(catalog):
     assert {m.epoch for m in micro_batches} <= {5, 6}
     first = Counter(sample.key for m in micro_batches if m.epoch == 5 for sample in m.samples)
     assert set(first.values()) == {1}
-
-
-def test_the_number_of_lanes_follows_from_the_rows():
-    assert [default_lanes(rows) for rows in (0, 1, 131_071, 131_072, 10**6, 10**9)] == [1, 1, 1, 2, 8, 64]

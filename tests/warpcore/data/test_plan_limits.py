@@ -12,7 +12,7 @@ from tests.warpcore.data.tars import catalog_of, picture, write_shard, write_tar
 from warpcore.data import catalog as catalog_module
 from warpcore.data import plan as plan_module
 from warpcore.data.buckets import Buckets
-from warpcore.data.plan import Plan, describe_difference
+from warpcore.data.plan import Plan, default_lanes, describe_difference
 from warpcore.data.reader import Reader
 from warpcore.data.storage_protocol import ChangedShardError
 from warpcore.errors import UserError
@@ -136,3 +136,7 @@ def test_a_tar_with_links_says_so(tmp_path):
             tar.add(tmp_path / f"{name}.jpg", f"{name}.jpg")
     with pytest.raises(UserError, match=r"holds no picture.*--hard-dereference"):
         catalog_of(tmp_path / "y.tar")
+
+
+def test_the_number_of_lanes_follows_from_the_rows():
+    assert [default_lanes(rows) for rows in (0, 1, 131_071, 131_072, 10**6, 10**9)] == [1, 1, 1, 2, 8, 64]
