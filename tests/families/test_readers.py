@@ -14,7 +14,10 @@ import torch
 from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
+from families.cascade.lora_files import write_lora
+from families.common.autoencoders import Autoencoder
 from families.common.lora import adapters_of, add_adapters, merge_loras
 from families.common.lora_files import read_loras, write_loras
 from families.common.lora_formats import Lora
@@ -22,13 +25,20 @@ from families.cosmos.exports import to_published
 from families.cosmos.original_names import published_tensors
 from families.cosmos.transformer import CosmosTransformer3DModel
 from families.dit.pixart_transformer import PixArtTransformer2DModel
+from families.stable_diffusion.exports import export_lora, to_single_file
 from modules.lora import LoraSettings
 from tests.docs.pages import ROOT, blocks
+from tests.families.common.tiny_clip import write_encoder, write_tokenizer
 from tests.families.common.tiny_unets import SD15, inputs, library_call, unet
 from tests.families.cosmos.tiny_pipeline import TRANSFORMER, transformer
 from tests.families.dit.pixart import SMALL
+from tests.families.stable_diffusion.tiny_pipeline import write_sd15
+from tests.families.stable_diffusion.tiny_t5_pipeline import write_t5_pipeline
 from tests.modules.test_dit import golden_network as golden_dit
 from tests.modules.test_lora import randomised
+from tests.modules.test_stage_c import golden_model, small_inputs
+from tests.tiers import represented_by
+from warpcore.weights import write_weights
 
 ATTENTION = ("to_q", "to_v", "to_out")
 
@@ -73,9 +83,31 @@ def test_lycoris_merges_a_lora_of_pixart_in_kohyas_names(lycoris, tmp_path):
     same_and_not(of_pixart(theirs), of_pixart(trained), untouched)
 
 
-def merge_by_lycoris(lycoris, file: Path, network: nn.Module, layers: int) -> None:
+@torch.no_grad()
+def test_lycoris_merges_a_lora_of_a_text_encoder_in_kohyas_names(lycoris, tmp_path):
+    write_encoder(tmp_path, write_tokenizer(tmp_path), seed=1)
+    trained, theirs = (CLIPTextModel.from_pretrained(tmp_path).eval() for _ in range(2))
+    ids = torch.arange(20).view(2, 10)
+    lora, untouched = lora_on(trained, "q_proj", "fc1"), theirs(ids).last_hidden_state
+    write_loras({"text_encoder": lora}, tmp_path / "x.safetensors", "kohya", {"text_encoder": trained})
+    named = nn.Module()  # as the network that kohya's scripts have, whose layers are in `text_model`
+    named.text_model = getattr(theirs, "text_model", theirs)
+    merge_by_lycoris(lycoris, tmp_path / "x.safetensors", named, len(lora.adapters), "lora_te")
+    same_and_not(theirs(ids).last_hidden_state, trained(ids).last_hidden_state, untouched)
+
+
+@torch.no_grad()
+def test_lycoris_merges_a_lora_of_stage_c_in_kohyas_names(lycoris, tmp_path):
+    trained, theirs, given = *(golden_model("stage_c_small")[0].eval() for _ in range(2)), small_inputs()
+    lora, untouched = lora_on(trained, "channelwise", "mapper"), theirs(**given)
+    write_lora(lora, tmp_path / "x.safetensors", "kohya")
+    merge_by_lycoris(lycoris, tmp_path / "x.safetensors", theirs, len(lora.adapters))
+    same_and_not(theirs(**given), trained(**given), untouched)
+
+
+def merge_by_lycoris(lycoris, file: Path, network: nn.Module, layers: int, prefix: str = "lora_unet") -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lycoris.LycorisNetwork, "LORA_PREFIX", "lora_unet")  # which its file for kohya's scripts has
+        patch.setattr(lycoris.LycorisNetwork, "LORA_PREFIX", prefix)  # as its own file for kohya's scripts has it
         found, _ = lycoris.create_lycoris_from_weights(1.0, str(file), network)
     assert len(found.loras) == layers
     found.merge_to()
@@ -97,6 +129,44 @@ def test_what_lycoris_trained_is_read(lycoris, settings, tmp_path):
     assert len(lora.adapters) == len(made.loras)
     merge_loras(ours, [(lora, 1.0)])
     same_and_not(library_call(ours, given), library_call(theirs, given), untouched)
+
+
+# ---------------------------------------------------------------- Stable Diffusion by diffusers
+
+
+@torch.no_grad()
+def test_diffusers_opens_the_trained_autoencoder_in_a_single_file(tmp_path):
+    """Where A1111 and ComfyUI read it, too; by itself a run's file has diffusers' names."""
+    folder = write_sd15(tmp_path / "pipeline")
+    trained = Autoencoder.load(folder)
+    for parameter in trained.parameters():
+        parameter += 0.05
+    latents, file = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), tmp_path / "whole.safetensors"
+    write_weights(tmp_path / "autoencoder.safetensors", trained.weights_to_save(), trained.metadata_to_save())
+    to_single_file(folder, file, [f"autoencoder_checkpoint_path={tmp_path / 'autoencoder.safetensors'}"])
+    kind, untouched = diffusers.AutoencoderKL, Autoencoder.load(folder).model
+    theirs = kind.from_single_file(str(file), config=str(folder), subfolder="vae", local_files_only=True)
+    found, expected, before = (network.decode(latents).sample for network in (theirs, trained.model, untouched))
+    same_and_not(found, expected, before)
+
+
+@pytest.mark.parametrize("kind", represented_by("kohya", of=["kohya", "diffusers"]))
+@torch.no_grad()
+def test_diffusers_loads_a_lora_on_a_u_net_that_reads_with_t5(kind, tmp_path):
+    folder = write_t5_pipeline(tmp_path / "pipeline", "sd15")
+    trained, theirs = (diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").eval() for _ in range(2))
+    lora, ours, file = lora_on(trained), tmp_path / "ours.safetensors", tmp_path / "x.safetensors"
+    write_loras({"unet": lora}, ours, "warpcore", {"unet": trained},
+                {"family": "stable_diffusion", "model_version": "sd15"})  # fmt: skip
+    export_lora(kind, ours, file, [f"generator_checkpoint_path={folder}"])
+    random = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 12, 16, generator=random)
+    untouched = theirs(x, 7, text).sample
+    state, alphas, metadata = diffusers.StableDiffusionPipeline.lora_state_dict(
+        tmp_path, weight_name=file.name, unet_config=theirs.config, return_lora_metadata=True
+    )
+    theirs.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata)
+    same_and_not(theirs(x, 7, text).sample, trained(x, 7, text).sample, untouched)
 
 
 # ---------------------------------------------------------------- PixArt-alpha by peft, Cosmos and DiT by diffusers
