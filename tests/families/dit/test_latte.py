@@ -1,7 +1,11 @@
 """Latte: what its files say, what they are refused for, and the clips that are drawn of them."""
 
+import sys
+
+import av
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from families.common.autoencoders import Autoencoder
@@ -17,6 +21,7 @@ from families.dit.inference import LatteInferenceSettings
 from families.dit.latte_class_to_image import LatteClassToImage
 from families.dit.versions import MINI
 from families.registry import family_of, load_task
+from inference.class_to_image import main
 from modules.dit import frame_positions
 from tests.families.dit.classed import CLASSES, random_network
 from tests.golden import load_manifest
@@ -135,3 +140,22 @@ def test_frames_go_through_the_autoencoder_one_by_one_whatever_the_number_at_onc
     assert made.shape == (2, 3, 3, 32, 32)
     torch.testing.assert_close(made[0, 1], decode(latents[:1, :, 1])[0], rtol=1e-4, atol=1e-4)
     assert seen == [4, 2, 4, 2]
+
+
+def test_the_script_writes_clips_and_a_sheet_that_says_what_they_show(published, tmp_path, monkeypatch):
+    given = [f"--generator-checkpoint-path={published}", "--classes=[1, 3]", "--steps=2", "--device=cpu", "--fps=4"]
+    for frames, written in ((2, ["mp4", "webp"]), (1, ["png"])):
+        folder = tmp_path / f"drawn_{frames}"
+        monkeypatch.setattr(sys, "argv", ["script", *given, f"--num-frames={frames}", f"--output-path={folder}"])
+        main()
+        names = [f"{i:04d}_class_{c}_0.{ending}" for i, c in enumerate((1, 3)) for ending in written]
+        assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "grid.png"])
+        assert "class 1\nclass 3" in Image.open(folder / "grid.png").text.values()
+    with Image.open(tmp_path / "drawn_2" / "0000_class_1_0.webp") as moving:
+        assert (moving.n_frames, moving.size) == (2, (32, 32))
+    with av.open(str(tmp_path / "drawn_2" / "0001_class_3_0.mp4")) as video:
+        assert len(list(video.decode(video=0))) == 2
+        assert video.streams.video[0].average_rate == 4
+    monkeypatch.setattr(sys, "argv", ["script", *given, "--num-frames=2", f"--output-path={tmp_path / 'drawn_2'}"])
+    with pytest.raises(UserError, match=r"0000_class_1_0\.mp4 is there already"):
+        main()
