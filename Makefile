@@ -60,6 +60,13 @@ demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subj
 	$(PY) tools/build_dataset.py demo/subject demo/subject_shards
 	touch $@
 
+# The moving demo set: clips, in shards.
+demo/videos_ready: tools/demo_scenes.py tools/demo_clips.py tools/make_demo_dataset.py tools/build_dataset.py | install
+	rm -rf demo/videos demo/video_shards
+	$(PY) tools/make_demo_dataset.py --video demo/videos
+	$(PY) tools/build_dataset.py demo/videos demo/video_shards
+	touch $@
+
 # The whole mini cascade from scratch, in about 30 minutes on two cores: towers, Stage A, encoder and previewer, Stage B, the autoencoder
 # of the mini Stable Diffusion (the weights of these become those in models/mini), and Stage C.
 mini: demo/ready

@@ -49,6 +49,10 @@ SCRIPTS: dict[str, dict] = {
     "train_pixart_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_sd": {},
     "train_sd_lora": {"module_filters": ["to_q", "conv1"], "rank": 4},
+    "train_video_vae": {
+        "num_frames": 1, "base_dim": 8, "dim_mult": [1, 1, 2], "num_res_blocks": 1, "z_dim": 2,
+        "discriminator_start": 1, "discriminator_channels": 8,
+    },
     "train_vae": {
         "block_out_channels": [8, 16], "norm_num_groups": 2, "discriminator_start": 1,
         "discriminator_channels": 8,

@@ -1,4 +1,5 @@
-"""diffusers' AutoencoderKLWan, the autoencoder of Wan 2.1 and of Cosmos-Predict2, on pictures: videos of one frame."""
+"""diffusers' AutoencoderKLWan, the autoencoder of Wan 2.1 and of Cosmos-Predict2, on clips and on pictures, which are
+clips of one frame."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +27,17 @@ CONSTRUCTOR = {
     ],
 }  # fmt: skip
 """Of the published network; what is not here is the library's default."""
+TIME_COMPRESSION = 4
+"""Frames per latent frame, after the first, which has its own."""
 COMPRESSIONS = [2**levels for levels in range(11)]
 
 
 class WanAutoencoder(Autoencoder):
-    """A frozen AutoencoderKLWan in its own precision; neither pictures nor latents have a dimension of frames."""
+    """A frozen AutoencoderKLWan in its own precision.
+
+    Pictures (B, 3, H, W) have latents (B, C, h, w); clips (B, T, 3, H, W) of T = 1 + 4 n frames have latents
+    (B, C, 1 + n, h, w).
+    """
 
     @staticmethod
     def library_class() -> type[nn.Module]:
@@ -55,11 +62,26 @@ class WanAutoencoder(Autoencoder):
         return (CONSTRUCTOR | dict(config))["z_dim"]
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        posterior = self.model.encode(pixels[:, :, None]).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], dim=1)[:, :, 0]
+        if pixels.ndim == 4:
+            return self._encode(pixels[:, None])[:, :, 0]
+        check_frames(pixels.shape[1], self.key)
+        posterior = self.model.encode(pixels.transpose(1, 2)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.model.decode(latents[:, :, None]).sample[:, :, 0]
+        if latents.ndim == 4:
+            return self._decode(latents[:, :, None])[:, 0]
+        return self.model.decode(latents).sample.transpose(1, 2)
+
+
+def check_frames(frames: int, key: str) -> None:
+    """Raises UserError for a number of frames of which the network would drop the last ones: not 1 + 4 n."""
+    if (frames - 1) % TIME_COMPRESSION:
+        lower = frames - (frames - 1) % TIME_COMPRESSION
+        raise UserError(
+            f"{key}: clips of {frames} frames; this autoencoder takes 1 + a multiple of {TIME_COMPRESSION}, such as "
+            f"{lower} or {lower + TIME_COMPRESSION}"
+        )
 
 
 def read_wan_tensors(path: Path, key: str) -> dict[str, Tensor]:

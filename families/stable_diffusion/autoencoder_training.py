@@ -1,4 +1,4 @@
-"""An AutoencoderKL of diffusers that is trained: its beginning, and the scale of its latents."""
+"""An AutoencoderKL of diffusers that is trained, and its beginning."""
 
 import json
 import math
@@ -6,18 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from families.common.autoencoder_training import FIRST_LOG_VARIANCE
 from families.common.library_files import CONFIG_KEY, constructor_numbers
 from families.common.library_networks import adapt
 from families.common.weights import are_only_shapes
-
-FIRST_LOG_VARIANCE = -6.0
-"""Of the latents of an autoencoder from scratch: at first, hardly any noise hides what its decoder learns from."""
-SCALE_DECAY = 0.99
-"""Decay of the running statistics of latents, per update."""
-LEAST_DEVIATION = 0.15
-"""Directions of latents with less of the mean deviation are not raised to 1 when latents are whitened."""
 
 
 class TrainedAutoencoder(nn.Module):
@@ -58,6 +51,10 @@ class TrainedAutoencoder(nn.Module):
 
     def compile_blocks(self, graphs: bool = False) -> None:
         self.model.compile_blocks(graphs)
+
+    def latent_shape(self, pictures: torch.Size) -> tuple[int, ...]:
+        """(C, h, w) of pictures (B, 3, H, W)."""
+        return self.latent_channels, *(side // self.compression for side in pictures[2:])
 
     def forward(self, pictures: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Rebuild pictures (B, 3, H, W) in [0, 1] from latents drawn with noise (B, C, h, w), or from their means.
@@ -125,70 +122,3 @@ def initialise(model: nn.Module) -> None:
     _, log_variance = model.quant_conv.weight.chunk(2)
     log_variance.mul_(0.1)
     model.quant_conv.bias.chunk(2)[1].fill_(FIRST_LOG_VARIANCE)
-
-
-class LatentStatistics(nn.Module):
-    """Running mean, and mean products of the channels, of the latents over the updates of a run."""
-
-    mean: Tensor
-    products: Tensor
-    updates: Tensor
-
-    def __init__(self, channels: int):
-        super().__init__()
-        for name, shape in {"mean": (channels,), "products": (channels, channels), "updates": ()}.items():
-            self.register_buffer(name, torch.zeros(shape))
-
-    @staticmethod
-    def of(latents: Tensor) -> dict[str, Tensor]:
-        """What `step` wants to know of latents (B, C, h, w): (B, C) and (B, C, C) by name."""
-        flat = latents.flatten(2)
-        return {"mean": flat.mean(dim=2), "products": flat @ flat.mT / flat.shape[2]}
-
-    @torch.no_grad()
-    def step(self, mean: Tensor, products: Tensor) -> None:
-        """Take in the statistics (B, C) and (B, C, C) of an update's samples."""
-        self.updates += 1
-        taken = (1 / self.updates).clamp(min=1 - SCALE_DECAY)  # of the first updates, the plain mean
-        self.mean.lerp_(mean.mean(dim=0).to(self.mean), taken)
-        self.products.lerp_(products.mean(dim=0).to(self.products), taken)
-
-    def whitening(self) -> Tensor:
-        """The symmetric matrix (C, C) after which channels are uncorrelated, of deviation 1 on average (ZCA whitening:
-        Kessy et al., arXiv:1512.00809). What hardly varies is noise, and isn't raised to 1: see `LEAST_DEVIATION`."""
-        mean, products = self.mean.cpu().double(), self.products.cpu().double()  # not every device has float64
-        variances, directions = torch.linalg.eigh(products - mean.outer(mean))
-        variances = variances.clamp(min=1e-12)
-        scales = (variances + LEAST_DEVIATION**2 * variances.mean()).rsqrt()
-        scales = scales / (variances * scales.square()).mean().sqrt()
-        return (directions * scales) @ directions.mT
-
-
-def whitened_weights(model: nn.Module, statistics: LatentStatistics) -> dict[str, Tensor]:
-    """The weights of the same autoencoder with latents of mean 0 and deviation 1, whose channels are uncorrelated.
-
-    A diffusion model weighs all channels alike: left as they come, a few directions (brightness, colour) hold nearly
-    all of the variance, and what tells a star from a circle is learned slowly. The convolutions of 1 x 1 around the
-    latents take the matrix in, so that every program that reads one `scaling_factor` (here 1) has it. The noise of
-    latents is scaled by channel, as if it were equal in all.
-    """
-    state = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
-    if not statistics.updates:
-        return state
-    matrix = statistics.whitening()
-    mean = statistics.mean.cpu().double()
-    around = {name: tensor.cpu().double() for name, tensor in state.items() if "quant_conv" in name}
-    of_mean, of_log_variance = around["quant_conv.bias"].chunk(2)
-    weight, more = around["quant_conv.weight"].chunk(2)
-    back = around["post_quant_conv.weight"][..., 0, 0]
-    changed = {
-        "quant_conv.weight": torch.cat([(matrix @ weight[..., 0, 0])[..., None, None], more]),
-        "quant_conv.bias": torch.cat([matrix @ (of_mean - mean), of_log_variance + matrix.square().sum(1).log()]),
-        "post_quant_conv.weight": (back @ matrix.inverse())[..., None, None],
-        "post_quant_conv.bias": around["post_quant_conv.bias"] + back @ mean,
-    }
-    return state | {name: tensor.to(state[name]) for name, tensor in changed.items()}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -82,6 +82,10 @@ SETTINGS: dict[str, dict] = {
         "words": ["picture"], "text_encoder": "t5", "tower_width": 16, "tower_heads": 2, "text_length": 6,
         "text_layers": 1, "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
     },
+    "train_video_vae": {  # pictures are clips of one frame
+        "num_frames": 1, "base_dim": 8, "dim_mult": [1, 1, 2], "num_res_blocks": 1, "z_dim": 2, "means_weight": 1.0,
+        "discriminator_start": 1, "discriminator_channels": 8,
+    },
     "train_vae": {
         "block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2,
         "mid_block_attention": False, "means_weight": 1.0, "discriminator_start": 1, "discriminator_channels": 8,
