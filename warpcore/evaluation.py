@@ -163,7 +163,7 @@ def sheet(rows: list[Sampled]) -> tuple[np.ndarray, list[Cell]]:
 
 def moving_sheet(rows: list[Sampled]) -> np.ndarray | None:
     """The sheet as a clip, uint8 (T, H, W, 3), in which all clips of rows move at once, and shorter ones end with a
-    still; None where no row has a clip."""
+    still; None where no row has a clip of several frames."""
     lengths = [len(one) for row in rows for one in row.pictures.values() if one.ndim == 4]
 
     def at(time: int) -> list[Sampled]:
@@ -175,7 +175,7 @@ def moving_sheet(rows: list[Sampled]) -> np.ndarray | None:
             for row in rows
         ]
 
-    return np.stack([sheet(at(time))[0] for time in range(max(lengths))]) if lengths else None
+    return np.stack([sheet(at(time))[0] for time in range(max(lengths))]) if max(lengths, default=1) > 1 else None
 
 
 def _is_short_of_memory(error: Exception) -> bool:

@@ -84,6 +84,7 @@ def test_a_sheet_shows_some_frames_and_the_moving_one_all():
     still = [Sampled(row.caption, {"clip": row.pictures["clip"][-1], "picture": picture}) for row in rows]
     assert np.array_equal(shown[-1], evaluation.sheet(still)[0])  # the shorter clip ends with a still
     assert evaluation.moving_sheet(still) is None
+    assert evaluation.moving_sheet([Sampled("a", {"clip": clip[:1]})]) is None  # a clip of one frame is a picture
 
 
 class Moving(Denoiser):
