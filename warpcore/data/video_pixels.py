@@ -1,5 +1,6 @@
 """Decoded frames of a video to RGB at a bucket's size: matrix, range, rotation, shape of pixels, resize and crop."""
 
+import math
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from warpcore.data.buckets import resized_size
 from warpcore.data.images import Crop, Stored, place
-from warpcore.data.video_headers import BadVideo, shown_size
+from warpcore.data.video_headers import MAX_FRAME_PIXELS, BadVideo, shown_size
 
 UntaggedMatrix = Literal["auto", "bt601", "bt709"]
 """How colours are meant where a file does not say. ffmpeg takes BT.601 for all, though HD video is BT.709 in truth;
@@ -34,7 +35,7 @@ class FrameWriter:
         """frame: PyAV's, the first. pixel_shape: width of a pixel by its height; None: square. size: bucket (H, W).
 
         Raises:
-            BadVideo: a shape of pixels or a rotation that can't be.
+            BadVideo: a shape of pixels or a rotation that can't be, or frames so long that resizing takes too much.
         """
         from av.video.reformatter import VideoReformatter
 
@@ -44,6 +45,11 @@ class FrameWriter:
         shown = shown_size(frame.width, frame.height, float(pixel_shape or 1), 90 if self._turn.swaps else 0)
         source = shown[::-1]
         self._resized = resized_size(*source, size)
+        if math.prod(self._resized) > MAX_FRAME_PIXELS:
+            raise BadVideo(
+                f"to cover {size[1]} x {size[0]} px its frames of {shown[0]} x {shown[1]} px would become "
+                f"{self._resized[1]} x {self._resized[0]} px; the limit is {MAX_FRAME_PIXELS:,} pixels"
+            )
         stored = Stored(np.stack(self._planes(frame), axis=-1), source) if crop == "smart" else None
         self.geometry = place(source, size, crop, seed, stored)
 

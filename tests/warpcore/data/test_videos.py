@@ -350,6 +350,13 @@ def test_too_large_frames_and_too_many_before_the_chosen_are_refused(monkeypatch
             decode(clip(kind), [0, 20], SIZE)
 
 
+def test_frames_that_would_become_huge_to_cover_their_bucket_are_refused():
+    strip = encode([np.zeros((4096, 16, 3), np.uint8)] * 2)
+    assert decode(strip, [0, 1], (512, 16)).pixels.shape == (2, 512, 16, 3)
+    with pytest.raises(BadVideo, match=r"to cover 512 x 512 px its frames of 16 x 4096 px would become 512 x 131072"):
+        decode(strip, [0, 1], (512, 512))
+
+
 def test_a_header_that_understates_the_size_of_frames_is_found_by_the_decoder():
     data = encode([np.zeros((512, 512, 3), np.uint8)] * 3)
     small = data.replace(b"\x02\x00\x02\x00\x00\x48", b"\x00\x40\x00\x40\x00\x48")
