@@ -51,7 +51,8 @@ class ClipKeys(Settings):
             raise ValueError(f"{', '.join(given)}: bucket_config says this for each bucket: remove one of the two")
         if self.micro_batches_per_update is None:
             raise ValueError("bucket_config needs micro_batches_per_update: write how many make an update")
-        if not any(keep for lengths in self.bucket_config.values() for keep, _ in lengths.values()):
+        keeping = [keep for lengths in self.bucket_config.values() for keep, _ in lengths.values()]
+        if not any(keep[0] if isinstance(keep, list) else keep for keep in keeping):
             raise ValueError("bucket_config: no bucket keeps a sample: write a share above 0 into one")
         return self
 
@@ -77,5 +78,6 @@ class ClipKeys(Settings):
             shapes = Buckets.for_image_size(
                 self.image_size, self.multi_aspect_ratio or (), factor, self.bucketeer_random_ratio
             )
-            rungs = [Rung("image_size", self.num_frames, shapes)]
+            sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+            rungs = [Rung("x".join(map(str, sides)) + "px", self.num_frames, shapes)]
         return ClipBuckets(rungs, self.frame_stride, self.frame_rate)

@@ -146,6 +146,7 @@ def test_processes_that_do_not_divide_an_update_are_refused(data, tmp_path):
         ({"bucket_config": {}, "num_frames": 17}, "batch_size: this key is required"),
         ({"bucket_config": {}, "num_frames": 17, "batch_size": 4}, "micro_batches_per_update goes with bucket_config"),
         ({"bucket_config": {"240p": {17: [0.0, None]}}}, "no bucket keeps a sample"),
+        ({"bucket_config": {"240p": {17: [[0.0, 0.5], None]}}}, "no bucket keeps a sample"),
         ({"bucket_config": {"240p": {17: [1.5, 2]}}}, r"240p: 17 has \[1.5, 2\]: write \[share of the clips to keep"),
         ({"bucket_config": {"240p": {17: [1.0, 0]}}}, r"240p: 17 has \[1.0, 0\]: write"),
         ({"bucket_config": {"240p": {17: 8}}}, "240p: 17 has 8: write"),
@@ -187,3 +188,10 @@ def test_a_script_of_pictures_refuses_the_keys_of_clips_by_name(data, tmp_path):
     for key, value in keys.items():
         with pytest.raises(ConfigError, match=f"{key}: unknown key: it is for scripts that train on clips"):
             make_config(Config, tiny_settings(tmp_path, data, **{key: value}))
+
+
+@pytest.mark.parametrize(("image_size", "name"), [(64, "64px x 17 frames"), ([64, 32], "64x32px x 17 frames")])
+def test_buckets_of_one_length_are_told_by_their_size(data, tmp_path, image_size, name):
+    one_length = {"bucket_config": {}, "micro_batches_per_update": None, "num_frames": 17, "batch_size": 4}
+    config = make_config(SizesConfig, settings_of(tmp_path, data, **one_length, image_size=image_size))
+    assert [str(rung) for rung in config.buckets(8).rungs] == [name]
