@@ -20,11 +20,12 @@ from torch import Tensor
 from families.common.cache_records import Record
 from families.common.cached_rows import Copied, OldRows, Sources, hash_sources
 from warpcore.data.catalog import Catalog
+from warpcore.data.filters import VIDEO_COLUMNS
 from warpcore.data.index import index_shard
 from warpcore.data.joined import mirrored_name
 from warpcore.data.lanes import BucketChoice, draw_seed, sizes_of
 from warpcore.data.samples import PICTURE_FACTS, MicroBatch, Sample
-from warpcore.data.selection import Piece, Rows, Selection, make_samples
+from warpcore.data.selection import FURTHER_OF_VIDEOS, Piece, Rows, Selection, make_samples
 from warpcore.data.shards import Shard
 from warpcore.data.storage import read_ranges, storage_for
 from warpcore.errors import UserError
@@ -80,7 +81,7 @@ class Work:
     def chunks(self, number: int, old: OldRows) -> Iterator[Chunk]:
         """The rows of a shard. Reads and hashes what their features are made from, to copy those that `old` has."""
         shard, rows = self.catalog.shard(number), int(self.catalog.rows[number])
-        table = self.selection.read(shard, 0, rows, also=["problem"])
+        table = self.selection.read(shard, 0, rows, also=["problem", *FURTHER_OF_VIDEOS])
         drawn = self.select(number).numbers
         for start in range(0, rows, self.chunk_rows):
             places = drawn[(drawn >= start) & (drawn < start + self.chunk_rows)] - start
@@ -185,12 +186,13 @@ class CacheTar:
         have none. crops: by variant, the [top, left] of each row's crops. cut: whether the end of each row's caption
         is cut off.
         """
-        names = ("key", "width", "height", "num_frames", "fps", "problem")
-        columns = (chunk.rows[name].to_pylist() for name in names)
-        rows = zip(*columns, texts, made, crops, cut, strict=True)
-        for place, (key, width, height, num_frames, fps, problem, text, features, places, is_cut) in enumerate(rows):
-            facts = {"width": width, "height": height} | ({"problem": problem} if problem else {})
-            facts |= {"num_frames": num_frames, "fps": fps} if fps else {}  # of a video
+        of_videos = [name for name in VIDEO_COLUMNS if name in chunk.rows.column_names]
+        known = chunk.rows.select(["key", "width", "height", "problem", *of_videos]).to_pylist()
+        rows = zip(known, texts, made, crops, cut, strict=True)
+        for place, (row, text, features, places, is_cut) in enumerate(rows):
+            key, problem = row["key"], row["problem"]
+            facts = {name: row[name] for name in ("width", "height")} | ({"problem": problem} if problem else {})
+            facts |= {name: row[name] for name in of_videos if row[name] is not None} if row["fps"] else {}
             if places:
                 facts["crops"] = [corner for _, corner in sorted(places.items())]
             if features:

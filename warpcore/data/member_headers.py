@@ -25,6 +25,8 @@ LONG_TEXT = f"a text of more than {MAX_TEXT_BYTES >> 20} MiB"
 """The start of the problem of a row that has a longer one."""
 MAX_PROBLEM = 500
 """Characters of what a file says of itself that is wrong with it."""
+MAX_CODEC = 40
+"""Characters of the name of one."""
 UNDECODABLE_VIDEO = "undecodable video"
 """The start of the problem of a row whose video is damaged."""
 
@@ -64,8 +66,19 @@ def _told(facts: dict[str, Any]) -> Visual:
         return Visual(problem=f"its .{PICTURE_FACTS} has no width and height")
     frames, fps = facts.get("num_frames"), facts.get("fps")
     is_video = type(frames) is int and type(fps) in (int, float) and 0 < frames < 2**31 and 0 < fps < 2**31
-    video = {"num_frames": frames, "fps": float(fps)} if is_video else None
+    video = {"num_frames": frames, "fps": float(fps)} | _further_told(facts) if is_video else None
     return Visual(int(width), int(height), None if problem is None else str(problem)[:MAX_PROBLEM], video)
+
+
+def _further_told(facts: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a video beside its size and frames, as far as it can be."""
+    seconds, codec, constant, rotation = (facts.get(n) for n in ("seconds", "codec", "constant_rate", "rotation"))
+    return {
+        "seconds": float(seconds) if type(seconds) in (int, float) and 0 <= seconds < 2**31 else None,
+        "codec": codec if isinstance(codec, str) and codec.isascii() and len(codec) <= MAX_CODEC else None,
+        "constant_rate": constant if isinstance(constant, bool) else None,
+        "rotation": rotation if rotation in (0, 90, 180, 270) and type(rotation) is int else None,
+    }
 
 
 def _measure(window: "_Window", measured: Callable[[BinaryIO], Visual], complaint: str) -> Visual:

@@ -14,8 +14,8 @@ VISUAL_EXTENSIONS = (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS)
 
 PICTURE_FACTS = "picture.json"
 """Extension of what stands for a picture or a video that a tar does not hold, such as one of cached latents: its true
-`width` and `height` in px, of a video `num_frames` and `fps`, perhaps a `problem` why it can't be drawn, and `crops`:
-of each variant the [top, left] of its crop in px of the resized picture."""
+`width` and `height` in px, of a video the other columns of the index, perhaps a `problem` why it can't be drawn, and
+`crops`: of each variant the [top, left] of its crop in px of the resized picture."""
 
 COMMON_KINDS = ("mask.png", "depth.png", "seg.png")
 """Pictures beside the picture of a sample that are known to be no picture of another sample, however few have them."""

@@ -16,7 +16,7 @@ from warpcore.data.clip_buckets import ClipBuckets
 from warpcore.data.columns import columns_of, with_columns
 from warpcore.data.dotted_names import DOTTED_NAME, as_read
 from warpcore.data.expressions import near_names
-from warpcore.data.filters import Filter, column_names, values_of
+from warpcore.data.filters import VIDEO_COLUMNS, Filter, column_names, values_of
 from warpcore.data.index import CUT_SHORT, HIDDEN_COLUMN, MEMBER_COLUMNS, NO_VISUAL, has_member, read_rows
 from warpcore.data.joined import add_joined_members, joined_columns, with_joined
 from warpcore.data.member_headers import LONG_TEXT, UNDECODABLE_VIDEO
@@ -29,6 +29,8 @@ from warpcore.random import stable_hash
 BASE_COLUMNS = ["key", "width", "height", *MEMBER_COLUMNS]
 FRAME_COLUMNS = {"num_frames": (pa.int32(), 1), "fps": (pa.float32(), 0.0)}
 """What rows have as well: types, and the values of pictures."""
+FURTHER_OF_VIDEOS = tuple(name for name in VIDEO_COLUMNS if name not in FRAME_COLUMNS)
+"""What else an index with videos says of them."""
 VIDEOS_NOT_TAKEN = "a video, and this script takes pictures"
 """Why rows of videos are rejected, which tools/build_dataset.py --frames-every makes pictures of."""
 HELD_OUT = "held out for validation"
@@ -125,9 +127,13 @@ class Selection:
         return Rows(table, sieve.numbers, +sieve.rejected, sieve.examples)
 
     def read(self, shard: Shard, start: int, stop: int, also: Sequence[str] = ()) -> pa.Table:
-        """Rows of a shard as `load` gives them, whether they meet the conditions or not; `also` more of the index."""
+        """Rows of a shard as `load` gives them, whether they meet the conditions or not.
+
+        also: further columns of the index, where it has them.
+        """
         found = read_rows(shard, [*BASE_COLUMNS, *FRAME_COLUMNS, *also, *self._asked()], start, stop)
-        base = with_joined(_with_frames(found.select([*BASE_COLUMNS, *also]), found), shard, start, stop)
+        known = [*BASE_COLUMNS, *(name for name in also if name in found.column_names)]
+        base = with_joined(_with_frames(found.select(known), found), shard, start, stop)
         return with_columns(base, found, self.columns, shard.url)
 
     def check(

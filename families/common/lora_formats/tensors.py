@@ -10,6 +10,8 @@ from modules.pickled_weights import read_pickled
 from modules.safetensors_files import open_weights
 from warpcore.files import why_no_file
 
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file, or of a PyTorch file read without running code in it.
@@ -23,12 +25,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoraFileError(f"there is no LoRA file {path}: it {problem}")
     try:
         if path.suffix != ".safetensors":
-            return read_pickled(path), {}
-        with open_weights(path) as file:
-            return {name: _computable(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, about = read_pickled(path), {}
+        else:
+            with open_weights(path) as file:
+                tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # whatever unpickling may raise
         raise LoraFileError(f"{path} cannot be read as a LoRA: {error}") from error
-
-
-def _computable(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    small = {name: one for name, one in tensors.items() if isinstance(one, Tensor) and one.dtype in _EIGHT_BITS}
+    return tensors | {name: tensor.to(torch.bfloat16) for name, tensor in small.items()}, about

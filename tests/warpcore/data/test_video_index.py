@@ -93,6 +93,18 @@ def test_captions_and_batches_may_take_the_columns_of_videos(tmp_path):
     assert captions == {"a": "a, 7 fps", "b": "b, 25 fps", "c": "c, 10 fps", "d": "d, 25 fps"}
 
 
+def test_what_stands_for_a_video_says_its_columns_as_far_as_it_can(tmp_path):
+    size = {"width": 4, "height": 6, "num_frames": 5, "fps": 8.0}
+    whole = {"seconds": 0.625, "codec": "vp9", "constant_rate": False, "rotation": 90}
+    odd = {"seconds": -1, "codec": "\ud800", "constant_rate": 1, "rotation": 10**9}
+    members = [(f"{key}.picture.json", json.dumps(facts).encode())
+               for key, facts in (("a", size | whole), ("b", size | odd), ("c", size))]  # fmt: skip
+    rows = rows_of(catalog_of(write_tar(tmp_path / "a.tar", members)))
+    assert {name: rows["a"][name] for name in (*size, *whole)} == size | whole
+    for key in "bc":
+        assert {name: rows[key][name] for name in (*size, *whole)} == size | dict.fromkeys(whole)
+
+
 def test_tars_of_pictures_have_no_columns_of_videos(tmp_path):
     catalog = catalog_of(write_shard(tmp_path / "a.tar", 3))
     assert not VIDEO_COLUMNS.keys() & set(read_rows(catalog.shard(0)).column_names)
