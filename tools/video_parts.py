@@ -1,6 +1,7 @@
 """Parts of videos: pieces between given times, and single frames as pictures."""
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from warpcore.data.video_headers import START_BYTES, BadVideo, Header, container_of, demuxer_of, read_header
+from warpcore.data.video_headers import MAX_FRAME_PIXELS, BadVideo, Header, read_header
 from warpcore.data.video_pixels import turn_of
-from warpcore.data.videos import decode
+from warpcore.data.videos import decode, decoded, open_video, video_stream
 from warpcore.safe_json import parse_json
 
 CUTS = "cuts"
@@ -19,6 +20,11 @@ CUTS = "cuts"
 _QUALITY = {"crf": "18", "preset": "medium"}
 """Of H.264: hard to tell from the original."""
 _JPEG = {"quality": 95, "subsampling": 0}
+MAX_PIECES = 100_000
+"""Of a video; times that can't be true make more."""
+_MAX_SECONDS = 2**53
+_WITHOUT_SEEKING = ("avi", "mpegts")
+"""Containers that do not tell when their key frames are shown: those are decoded from the beginning."""
 _LEAD_SECONDS = 1.0
 """Decoding begins so long before a cut: frames that are shown before a key frame may follow it in the file."""
 _NEAR = 1e-6
@@ -57,6 +63,8 @@ class Parts:
         if self.cut_seconds is None or header.seconds <= self.cut_seconds + _NEAR:
             return None
         pieces = int(np.ceil(header.seconds / self.cut_seconds - _NEAR))
+        if pieces > MAX_PIECES:
+            raise BadVideo(f"pieces of this length are more than {MAX_PIECES}")
         return [(number * self.cut_seconds, (number + 1) * self.cut_seconds) for number in range(pieces)]
 
 
@@ -87,15 +95,12 @@ def cut_out(content: bytes, header: Header, start: float, end: float) -> Part | 
     """
     import av
 
+    if start >= header.seconds:
+        return None
     file = io.BytesIO()
     try:
-        with (
-            av.open(
-                io.BytesIO(content), format=demuxer_of(container_of(content[:START_BYTES])), metadata_errors="replace"
-            ) as source,
-            av.open(file, "w", format="mp4") as output,
-        ):
-            stream = source.streams.video[0]
+        with open_video(content, MAX_FRAME_PIXELS) as source, av.open(file, "w", format="mp4") as output:
+            stream = video_stream(source, MAX_FRAME_PIXELS)
             encoder = output.add_stream("libx264", rate=max(1, round(header.fps)), options=_QUALITY)
             first = None
             for frame in _upright(source, stream, start, end):
@@ -133,15 +138,21 @@ def pictures_of(content: bytes, header: Header, every: int) -> Iterator[Part]:
 
 def _is_cut(pair: Any) -> bool:
     is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(one) in (int, float) for one in pair)
-    return is_pair and 0 <= pair[0] < pair[1]
+    return is_pair and 0 <= pair[0] < pair[1] <= _MAX_SECONDS
 
 
 def _upright(source: Any, stream: Any, start: float, end: float) -> Iterator[Any]:
     """The frames of a cut as they are shown, in a form that H.264 is commonly played in."""
     base, begin = stream.time_base, stream.start_time or 0
-    source.seek(begin + int(max(0.0, start - _LEAD_SECONDS) / base), stream=stream)
-    graph = None
-    for frame in source.decode(stream):
+    container, graph = source.format.name, None
+    if container not in _WITHOUT_SEEKING:
+        source.seek(begin + int(max(0.0, start - _LEAD_SECONDS) / base), stream=stream)
+    packets = (packet for packet in source.demux(stream) if packet.size)
+    for number, frame in enumerate(decoded(stream.codec_context, packets, math.inf)):
+        if container == "avi":  # has one clock for all its frames, and knows no other order than that of decoding
+            frame.pts = begin + number
+        if frame.pts is None:
+            raise BadVideo("it does not say when its frames are shown")
         time = float((frame.pts - begin) * base)
         if time >= end - _NEAR:
             return

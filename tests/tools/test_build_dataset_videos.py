@@ -192,7 +192,42 @@ def test_cuts_keep_colours(folder, tmp_path):
         assert np.abs(found[32, 8::16].astype(int) - colours).max() <= 8
 
 
-@pytest.mark.parametrize("cuts", ["soon", [[1]], [[2, 1]], [["a", "b"]], [[-1, 1]], {"a": 1}])
+@pytest.mark.parametrize(("container", "codec"), [("mpegts", "h264"), ("avi", "h264"), ("matroska", "hevc")])
+def test_pieces_together_have_every_frame_in_containers_that_seek_badly(folder, tmp_path, container, codec):
+    content = video(60, container=container, codec=codec, fps=10, options={"g": "250", "bf": "2"})
+    extension = {"mpegts": "ts", "matroska": "mkv"}.get(container, container)
+    (folder / f"a.{extension}").write_bytes(content)
+    build_dataset(folder, tmp_path / "out", parts=Parts(cut_seconds=2))
+    pieces = samples_of(tmp_path / "out")
+    for number in range(3):
+        expected = [20 * frame % 256 for frame in range(20 * number, 20 * number + 20)]
+        assert brightness(pieces[f"a__{number + 1:04d}"]["mp4"]) == pytest.approx(expected, abs=4)
+
+
+def test_damaged_frames_are_in_no_cut(folder, tmp_path):
+    content = bytearray(video(80, options={"g": "8"}))
+    key_frame = content.rindex(b"\x65\x88")  # a slice of H.264 with its first bits
+    content[key_frame + 2 : key_frame + 30] = bytes(28)
+    for name, cuts in (("a", [[0, 1]]), ("b", [[2.5, 3.2]])):
+        (folder / f"{name}.mp4").write_bytes(content)
+        (folder / f"{name}.json").write_text(json.dumps({"cuts": cuts}))
+    report = build_dataset(folder, tmp_path / "out")
+    assert list(samples_of(tmp_path / "out")) == ["a__0001"]
+    assert "left out 1\n  1 unreadable (" in str(report)
+
+
+def test_times_that_can_not_be_true_make_no_pieces(folder, tmp_path):
+    (folder / "a.mp4").write_bytes(video(2, times=[0, 100_000_000]))
+    (folder / "b.mp4").write_bytes(video(10))
+    (folder / "c.mp4").write_bytes(video(10))
+    (folder / "c.json").write_text('{"cuts": [[0, 0.2], [1e15, 9e15]]}')
+    report = str(build_dataset(folder, tmp_path / "out", parts=Parts(cut_seconds=0.5)))
+    assert "kept 2 videos" in report
+    assert "1 unreadable (pieces of this length are more than 100000): a.mp4" in report
+    assert "1 a cut that shows no frame: c.mp4" in report
+
+
+@pytest.mark.parametrize("cuts", ["soon", [[1]], [[2, 1]], [["a", "b"]], [[-1, 1]], [[0, 10**400]], {"a": 1}])
 def test_cuts_that_are_no_times_are_named(folder, tmp_path, cuts):
     (folder / "a.mp4").write_bytes(video())
     (folder / "a.json").write_text(json.dumps({"cuts": cuts}))

@@ -68,8 +68,8 @@ def decode(
         out = np.empty((len(frames), 3, *size), np.uint8)
     try:
         for chosen in (_by_time, _by_counting):
-            with _open(data, max_pixels) as container:
-                stream, writer = _video_stream(container, max_pixels), None
+            with open_video(data, max_pixels) as container:
+                stream, writer = video_stream(container, max_pixels), None
                 done = 0
                 for number, frame in chosen(container, stream, frames, _MAX_REPEATS * len(data)):
                     writer = writer or FrameWriter(
@@ -84,7 +84,8 @@ def decode(
     raise BadVideo(f"it shows fewer frames than its header says: number {frames[-1]} is not there")
 
 
-def _open(data: bytes, max_pixels: int) -> Any:
+def open_video(data: bytes, max_pixels: int) -> Any:
+    """PyAV's container of a video file's bytes, to be closed."""
     import av
 
     options = {"max_pixels": str(max_pixels), "threads": "1"}  # also of decoders that look for what headers lack
@@ -92,7 +93,7 @@ def _open(data: bytes, max_pixels: int) -> Any:
     return av.open(io.BytesIO(data), format=demuxer, options=options, metadata_errors="replace")
 
 
-def _video_stream(container: Any, max_pixels: int) -> Any:
+def video_stream(container: Any, max_pixels: int) -> Any:
     """The first video of the file that is no cover picture, ready to be decoded."""
     from av.stream import Discard, Disposition
 
@@ -132,7 +133,7 @@ def _by_time(container: Any, stream: Any, frames: Sequence[int], max_bytes: int)
         raise BadVideo(f"{len(packets)} frames have to be decoded for those that are wanted, {_REMEDY}")
     wanted = {time: place for place, time in enumerate(times)}
     is_wanted = [packet.pts in wanted and not packet.is_discard for packet in packets]
-    for frame in _decoded(stream.codec_context, without_unused(packets, is_wanted, stream.codec_context)):
+    for frame in decoded(stream.codec_context, without_unused(packets, is_wanted, stream.codec_context)):
         if frame.pts in wanted:
             yield wanted.pop(frame.pts), frame
         if not wanted:
@@ -143,7 +144,7 @@ def _by_counting(container: Any, stream: Any, frames: Sequence[int], max_bytes: 
     """The same, of a video that is decoded from its beginning."""
     packets = (packet for packet in container.demux(stream) if packet.size)
     wanted = {number: place for place, number in enumerate(frames)}
-    for number, frame in enumerate(_decoded(stream.codec_context, _bounded(packets, max_bytes))):
+    for number, frame in enumerate(decoded(stream.codec_context, _bounded(packets, max_bytes))):
         if number in wanted:
             yield wanted[number], frame
         if number == frames[-1]:
@@ -200,12 +201,12 @@ def _bounded(packets: Iterator[Any], max_bytes: int) -> Iterator[Any]:
         yield packet
 
 
-def _decoded(context: Any, packets: Iterator[Any]) -> Iterator[Any]:
-    """Every frame of the packets, checked. Raises BadVideo.
+def decoded(context: Any, packets: Iterator[Any], max_pixels: float | None = None) -> Iterator[Any]:
+    """Every frame of the packets, checked. Raises BadVideo; also after `max_pixels`, by default MAX_DECODED_PIXELS.
 
     A frame that refers to a damaged one is not marked as damaged: all are looked at, not only the chosen.
     """
-    size, pixels_left = None, MAX_DECODED_PIXELS
+    size, pixels_left = None, MAX_DECODED_PIXELS if max_pixels is None else max_pixels
     for packet in chain(packets, (None,)):  # None: what the decoder still holds
         if packet is not None and packet.is_corrupt:
             raise BadVideo("it is cut off or damaged: a frame's data is incomplete")
