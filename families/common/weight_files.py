@@ -2,8 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from safetensors import SafetensorError
@@ -30,10 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 class Header(NamedTuple):
-    """What a weights file says without its tensors: their names, and its metadata (safetensors only)."""
+    """What a weights file says without its tensors: their names, its metadata (safetensors only), and their shapes,
+    which an index of several files does not tell."""
 
     names: frozenset[str]
     metadata: dict[str, str]
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 def read_header(path: Path) -> Header:
@@ -48,20 +51,23 @@ def read_header(path: Path) -> Header:
         index = read_index(path)
         return Header(frozenset(index.files), index.about)
     if path.suffix != ".safetensors":
-        return Header(frozenset(_pickled_names(path)), {})
+        shapes = _pickled_shapes(path)
+        return Header(frozenset(shapes), {}, shapes)
     try:
         with open_weights(path) as file:
-            return Header(frozenset(file.keys()), file.metadata() or {})
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return Header(frozenset(shapes), file.metadata() or {}, shapes)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error
 
 
-def _pickled_names(path: Path) -> Iterator[str]:
+def _pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """By name; () of what is no tensor."""
     try:
         state = read_pickled(path, map_location="meta", mmap=True)
     except ValueError as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error
-    return (name for name in state if isinstance(name, str))
+    return {name: tuple(getattr(one, "shape", ())) for name, one in state.items() if isinstance(name, str)}
 
 
 def metadata_of(path: Path) -> dict[str, str]:

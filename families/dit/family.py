@@ -36,7 +36,7 @@ class Dit(Family):
 
     def has_weights(self, header: Header) -> bool:
         named = header.metadata.get(FAMILY_KEY)
-        return named == self.name or (named is None and is_of_dit(header.names) and not is_of_latte(header.names))
+        return named == self.name or (named is None and is_of_dit(header.names) and not is_of_latte(header.shapes))
 
 
 class Latte(Family):
@@ -55,7 +55,7 @@ class Latte(Family):
         return {"class_getter", NUM_FRAMES} <= config.keys() or super().has_run(config, weights)
 
     def has_weights(self, header: Header) -> bool:
-        return header.metadata.get(FAMILY_KEY) == self.name or is_of_latte(header.names)
+        return header.metadata.get(FAMILY_KEY) == self.name or is_of_latte(header.shapes)
 
 
 _pixart_format = partial(ExportFormat.of, "families.dit.pixart_exports")

@@ -39,9 +39,9 @@ def is_of_dit(names: Collection[str]) -> bool:
     return TABLE in names and any(name.endswith("adaLN_modulation.1.weight") for name in names)
 
 
-def is_of_latte(names: Collection[str]) -> bool:
-    """Whether tensors of these names are a Latte's."""
-    return is_of_dit(names) and POSITIONS[1] in names
+def is_of_latte(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether tensors of these shapes, by name, are a Latte's."""
+    return is_of_dit(shapes) and (POSITIONS[1] in shapes or _length(shapes, OF_FRAMES) > 1)
 
 
 def read_dit(path: Path, key: str) -> DitFile:
@@ -80,7 +80,8 @@ def _numbers_of(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], path
     if width not in HEADS:
         raise WeightsError(f"{problem} of a published width, but one of {width}; published are {sorted(HEADS)}")
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
-    places, frames = (_length(state, tables) for tables in (TABLES[::2], OF_FRAMES))
+    places, frames = (_length({name: one.shape for name, one in state.items()}, tables)
+                      for tables in (TABLES[::2], OF_FRAMES))  # fmt: skip
     return {
         "hidden_size": width, "num_heads": HEADS[width], "patch_size": patch, "in_channels": channels,
         "depth": max(blocks, default=-1) + 1, "num_classes": shapes["classes"][0] - 1,
@@ -90,6 +91,6 @@ def _numbers_of(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], path
     )  # fmt: skip
 
 
-def _length(state: Mapping[str, Tensor], tables: Sequence[str]) -> int:
+def _length(shapes: Mapping[str, Sequence[int]], tables: Sequence[str]) -> int:
     """N of the first of the tables (1, N, D) that is there; 0 where there is none."""
-    return next((state[name].shape[1] for name in tables if name in state and state[name].dim() == 3), 0)
+    return next((shapes[name][1] for name in tables if len(shapes.get(name, ())) == 3), 0)

@@ -81,6 +81,9 @@ def test_files_of_open_sora_s_shapes_are_read(published, tmp_path):
     state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"][:, :, None]
     state["pos_embed_spatial"], state["pos_embed_temporal"] = state.pop("pos_embed"), state.pop("temp_embed")
     torch.save(state, tmp_path / "sora.pt")
+    assert family_of(tmp_path / "sora.pt").name == "latte"
+    torch.save(state | {"pos_embed_temporal": state["pos_embed_temporal"][:, :1]}, tmp_path / "pictures.pt")
+    assert family_of(tmp_path / "pictures.pt").name == "dit"
     assert dit_numbers(tmp_path / "sora.pt", "x") == dit_numbers(published, "x")
     for one, other in zip(draw(generator_checkpoint_path=tmp_path / "sora.pt"),
                           draw(generator_checkpoint_path=published), strict=True):  # fmt: skip
