@@ -97,6 +97,7 @@ class Caching:
         self._lock: TextIO | None = None
         training = self.training
         training.config = training.config.model_copy(update={"caches": [], "validation_caches": []})
+        training.settle_features(None)
         self.maker = Maker(training, self.kind)
         if self.variants != 1 and not self.maker.of_pictures:
             raise UserError("--variants are crops of pictures; of a caption there is one")

@@ -72,6 +72,7 @@ class Imported:
         given = [*config, f"webdataset_path={json.dumps([str(out)])}"]
         with only_parts(*PIPELINE_PARTS["all"]):
             training = kind(load_config(kind.Config, given))
+            training.settle_features(None)
         return cls(training, suffixes)
 
     def build(self, folder: Path, out: Path, packing: Packing, metadata: Path | None, overwrite: bool) -> str:

@@ -179,10 +179,17 @@ class DiffusionTraining(SampleFields):
         self.kept = dict(self.conventions)
         self.older: list[str] = []  # what to tell of keys that are newer than the run
 
+    def settle_features(self, about: Mapping[str, Any] | None) -> None:
+        """Settle what features depend on where the config is silent; may replace `config`.
+
+        about: what the checkpoint of a resumed run says of itself.
+        """
+
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         about = None
         if saved is not None:
             about, self.kept = saved.get("about", {}), dict(self.first_conventions) | saved.get("kept", {})
+        self.settle_features(about)
         self.config = config = with_target(self.config, about, self.said_target(), self.default_target)
         if saved is None:
             self.kept[_KEYS] = sorted(self.first_defaults)

@@ -196,7 +196,8 @@ def with_clip_skip(settings: SdConfig, about: Mapping[str, Any] | None) -> SdCon
     """
     if settings.clip_skip is not None or settings.text_model == "t5":
         return settings
-    found = generator_source(settings) if about is None else None
+    path = settings.generator_checkpoint_path  # which need not be there for a cache
+    found = generator_source(settings) if about is None and path is not None and path.exists() else None
     said = found and found.clip_skip if about is None else about.get(SKIP_KEY)
     return settings.model_copy(update={SKIP_KEY: said and int(said)})
 

@@ -48,9 +48,12 @@ class SdTraining(PromptSamples):
         """The key that says how much of a text is read."""
         return "text_tokens" if self.config.text_model == "t5" else "text_chunks"
 
+    def settle_features(self, about: Mapping[str, Any] | None) -> None:
+        self.config = build.with_clip_skip(self.config, about)
+
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         about = None if saved is None else saved.get("about", {})
-        self.config = build.with_clip_skip(build.with_zero_terminal_snr(self.config, about), about)
+        self.config = build.with_zero_terminal_snr(self.config, about)
         super().begin(saved)
 
     def setup(self) -> None:

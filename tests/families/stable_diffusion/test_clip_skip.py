@@ -62,6 +62,9 @@ def test_a_hidden_state_is_learned_drawn_and_said(tmp_path):
         settings | beside | {"generator_checkpoint_path": base, "clip_skip": None, "experiment_id": "more"}
     )
     assert again.config.clip_skip == 2  # as the file says
+    silent = settings | beside | {"generator_checkpoint_path": base, "clip_skip": None}
+    made = make_cache("train_sd", silent, tmp_path / "silent", "--features", "texts", "--dtype", "float32")
+    trained(silent | {"caches": [str(made)], "experiment_id": "silent"})
     cache = make_cache("train_sd", settings, tmp_path / "texts", "--features", "texts", "--dtype", "float32")
     cached = settings | {"caches": [str(cache)], "experiment_id": "cached"}
     trained(cached)
