@@ -11,6 +11,8 @@ from PIL import Image
 from warpcore.files import write_whole
 
 BT601 = 5  # as ffmpeg numbers matrices and primaries
+MAX_SIDE = 16_382
+"""In px, of H.264 and WebP; of larger clips every second pixel, or every third, ... is shown."""
 STRIP_FRAMES = 4
 """How many frames of a clip a sheet shows."""
 
@@ -19,6 +21,12 @@ def check_clip(clip: np.ndarray) -> None:
     """Raises ValueError for what is no clip."""
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not clip.size:
         raise ValueError(f"a clip is uint8 (T, H, W, 3) with at least one frame, got {clip.dtype} {clip.shape}")
+
+
+def _small_enough(clip: np.ndarray) -> np.ndarray:
+    check_clip(clip)
+    step = -(-max(clip.shape[1:3]) // MAX_SIDE)
+    return np.ascontiguousarray(clip[:, ::step, ::step])
 
 
 def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
@@ -30,7 +38,7 @@ def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
     """
     import av
 
-    check_clip(clip)
+    clip = _small_enough(clip)
     clip = np.pad(clip, ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)), mode="edge")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -49,8 +57,7 @@ def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
 
 def encode_webp(clip: np.ndarray, fps: float, quality: int = 90) -> bytes:
     """The clip as an animated WebP, which begins again at its end."""
-    check_clip(clip)
-    first, *others = map(Image.fromarray, clip)
+    first, *others = map(Image.fromarray, _small_enough(clip))
     times = [round(1000 * number / fps) for number in range(len(clip) + 1)]
     durations = [end - start for start, end in pairwise(times)]
     file = io.BytesIO()

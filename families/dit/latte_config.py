@@ -28,4 +28,4 @@ class LatteConfig(LatteSettings, ClipKeys, ClassConfig):
 
     @property
     def clip_frames(self) -> int:
-        return self.num_frames or max(number for lengths in self.bucket_config.values() for number in lengths)
+        return max(frames for frames, _, _ in self.buckets(1).sizes)

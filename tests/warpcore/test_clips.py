@@ -37,6 +37,18 @@ def test_an_mp4_plays_the_clip_in_its_colours_and_at_its_rate():
     assert clips.encode_mp4(clip, 12.5) == clips.encode_mp4(clip, 12.5)
 
 
+def test_a_sheet_that_no_video_format_takes_is_shown_smaller():
+    clip = np.zeros((2, 8, 8 * 2352, 3), np.uint8)
+    clip[:, :, 8 * 1176 :] = 200
+    shown, _ = played(clips.encode_mp4(clip, 8.0))
+    assert shown.shape == (2, 4, 4 * 2352, 3)
+    with Image.open(io.BytesIO(clips.encode_webp(clip, 8.0))) as image:
+        assert image.size == (4 * 2352, 4)
+        pixels = np.asarray(image.convert("RGB"))
+    for picture in (shown[0], pixels):
+        assert [np.median(picture[:, :4000]), np.median(picture[:, 5000:])] == pytest.approx([0, 200], abs=3)
+
+
 @pytest.mark.parametrize(("height", "width"), [(31, 48), (32, 47), (31, 47), (1, 1)])
 def test_odd_sides_repeat_their_last_row_or_column(height, width):
     clip = moving(3, height, width)

@@ -274,17 +274,23 @@ class Plan:
             return MicroBatch(next(numbers), size, tuple(samples), 0, {}, 0)
 
         waiting: dict[tuple[int, ...], list[Sample]] = {}
-        found = 0
+        found = kept = 0
         for samples in self._validation_rows():
             found += len(samples)
             for size, sample in zip(self._recipe.sizes_of(samples), samples, strict=True):
                 if size is None:
                     continue
+                kept += 1
                 waiting.setdefault(size, []).append(sample)
                 if len(waiting[size]) == self._recipe.micro_batch_size_of(size):
                     yield emit(size, waiting.pop(size))
         if self._validation is not None and not found:
             raise UserError(f"no row of validation_path can be drawn: {survey(self._validation, self._unheld)}")
+        if found and not kept:
+            raise UserError(
+                f"bucket_config: its probabilities keep none of {found} samples for validation: raise them, or hold "
+                "out more"
+            )
         for size, samples in sorted(waiting.items()):
             yield emit(size, samples)
 

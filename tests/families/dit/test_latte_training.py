@@ -157,7 +157,7 @@ def test_lengths_and_pictures_are_mixed_by_buckets(small_mini, tmp_path):
     given = settings(tmp_path, tmp_path / "data", updates=6)
     for key in ("num_frames", "batch_size", "image_size"):
         del given[key]
-    given |= {"bucket_config": {"32px": {4: [1.0, 2], 2: [1.0, 3]}}, "micro_batches_per_update": 2}
+    given |= {"bucket_config": {"32px": {8: [0.0, None], 4: [1.0, 2], 2: [1.0, 3]}}, "micro_batches_per_update": 2}
     run = trained(given)
     assert {batch.size for batch in run.seen} == {(4, 32, 32), (2, 32, 32)}
     assert {len(batch.keys) for batch in run.seen} == {2, 3}

@@ -100,3 +100,11 @@ def test_chance_that_keeps_no_row_ends_the_run(catalog, monkeypatch):
     plan = Plan(catalog, micro_batch_size=None, buckets=resolutions(_8=1e-12))
     with pytest.raises(UserError, match="bucket_config: its probabilities kept none of the 80 rows of lane 0 in 20"):
         take(plan, 1)
+
+
+def test_chance_that_keeps_no_sample_for_validation_is_an_error(catalog):
+    plan = Plan(catalog, micro_batch_size=None, buckets=resolutions(_8=1e-12), validation_samples=4)
+    with pytest.raises(UserError, match="bucket_config: its probabilities keep none of 4 samples for validation"):
+        list(plan.validation())
+    some = Plan(catalog, micro_batch_size=None, buckets=resolutions(_8=0.5), validation_samples=40)
+    assert 5 < len(keys(some.validation())) < 35
