@@ -23,6 +23,8 @@ LEAST_GROWTH = 1.25
 LEAST_TURN_DEGREES = 30
 LEAST_SEEN = 0.75
 """The share of the frames that must show something."""
+MANY_FRAMES = 16
+"""Of fewer, each is read: from one to the next a shape may not turn by half of its symmetry."""
 SYMMETRY = {"square": 4, "triangle": 3, "star": 5, "cross": 4, "circle": 1, "ring": 1}
 """How many turns of a shape look the same."""
 TEMPLATE_STEP_DEGREES = 9
@@ -68,8 +70,8 @@ def attributes_of(sentence: str) -> dict[str, str]:
 
 
 def look(clip: np.ndarray) -> Seen:
-    """Reads a clip, uint8 RGB (T, H, W, 3), of any size: every second frame."""
-    found, clip = [], clip[::2]
+    """Reads a clip, uint8 RGB (T, H, W, 3), of any size: every second frame where there are many."""
+    found, clip = [], clip[::2] if len(clip) >= MANY_FRAMES else clip
     for number, frame in enumerate(clip):
         lab = in_lab(frame)
         if masks := things(lab):

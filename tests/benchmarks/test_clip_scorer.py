@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import clips
 from benchmarks.clip_scorer import ATTRIBUTES, accuracy, attributes_of, look, score, sentences
-from tools.demo_clips import MOTIONS, ROUND, describe, lanes, random_scene, render
+from tools.demo_clips import MOTIONS, ROUND, MovingScene, describe, lanes, random_scene, render
 from tools.demo_scenes import COLOURS, SHAPES
 
 pytestmark = pytest.mark.integration
@@ -63,6 +63,12 @@ def test_a_frozen_or_reversed_clip_does_not_move_as_told():
         if scene.motion in opposite:
             assert look(clip[::-1]).motion == opposite[scene.motion]
         seen.add(scene.motion)
+
+
+def test_a_turning_star_turns_in_clips_of_six_frames_too():
+    """As the mini Latte draws them: a star looks the same after a fifth of a turn, and few frames lie between."""
+    scenes = [MovingScene("turn", "star", "red", "centre", seed=seed) for seed in range(12)]
+    assert [look(render(scene)[2:23:4]).motion for scene in scenes] == ["turn"] * len(scenes)
 
 
 def test_clips_that_show_nothing_or_noise_are_wrong():
