@@ -193,13 +193,34 @@ def with_keys(text: str, keys: list[str], changes: dict[str, str]) -> str:
         if not equals or "." in name:
             raise ConfigError(f"argument {key!r}: write key=value for a key of the config itself")
         changes[name] = value
-    present = parse_mapping(text, "the config")
+    parse_mapping(text, "the config")  # which says what is wrong with it
     for name, value in changes.items():
-        if name in present:
-            text = re.sub(rf"(?m)^{re.escape(name)}:.*(\n[ \t-]+.*)*$", lambda _, n=name, v=value: f"{n}: {v}", text)
+        if place := _place_of(name, text):
+            start, end = place
+            text = f"{text[:start]}{name}: {value}{text[end:]}"
         else:
             text = f"{text.rstrip()}\n{name}: {value}\n"
     return text
+
+
+def _place_of(key: str, text: str) -> tuple[int, int] | None:
+    """Where in a config's text a key begins, and where the line ends in which its value does; None where it isn't."""
+    config = yaml.compose(text, Loader=yaml.SafeLoader)
+    found = [pair for pair in config.value if pair[0].value == key] if config else []
+    if not found:
+        return None
+    name, value = found[0]
+    is_here = value.start_mark.index >= name.end_mark.index  # else it stands where its anchor is
+    end = text.find("\n", _end_of(value) if is_here else name.end_mark.index)
+    return name.start_mark.index, end if end >= 0 else len(text)
+
+
+def _end_of(node: yaml.Node) -> int:
+    """Where in its text a value ends; the parser takes comments after a block as part of it."""
+    if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
+        return node.end_mark.index
+    last = node.value[-1]
+    return _end_of(last[1] if isinstance(last, tuple) else last)
 
 
 if __name__ == "__main__":

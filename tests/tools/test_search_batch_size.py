@@ -17,7 +17,7 @@ from tests.warpcore.data.tars import write_shard as write_clip_shard
 from tests.warpcore.runs import TINY, tiny_settings, train_here, write_shard
 from tests.warpcore.test_unequal_micro_batches import settings_of
 from tools.clip_batch_sizes import ClipSearch, search_between, with_sizes
-from tools.search_batch_size import bucket, main, search, with_micro_batch
+from tools.search_batch_size import bucket, main, search, with_keys, with_micro_batch
 from warpcore.config_files import read_config
 from warpcore.data.clip_buckets import ClipBuckets, rungs_of
 from warpcore.errors import UserError
@@ -60,6 +60,19 @@ def test_the_config_keeps_its_comments():
     written = with_micro_batch(text, 4, ["batch_size=16", "multi_aspect_ratio=[1]"])
     assert yaml.safe_load(written) == {"batch_size": 16, "micro_batch_size": 4, "multi_aspect_ratio": [1], "lr": 1e-4}
     assert written.startswith("# why\n")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "bucket_config:\n  480p: {1: [1.0, 4]}\n\n  # long ones\n# more\n  240p:\n    1: [1.0, 8]  # gone\n",
+        "bucket_config: {\n  480p: {1: [1.0, 4]},\n  240p: {1: [1.0, 8]}\n}\n",
+        "bucket_config: {480p: {1: [1.0, 4]}}\n",
+    ],
+)
+def test_a_value_of_several_lines_is_replaced_as_a_whole(block):
+    written = with_keys(f"lr: 1\n{block}\n# next\nseed: 3\n", ["seed=4"], {"bucket_config": "\n  480p: {1: [1.0, 6]}"})
+    assert written == "lr: 1\nbucket_config: \n  480p: {1: [1.0, 6]}\n\n# next\nseed: 4\n"
 
 
 @pytest.mark.slow
