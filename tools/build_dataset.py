@@ -190,11 +190,15 @@ def _build_together(
         for number, tar in own:
             writer = ShardWriter(aside, number)
             for keys, (entry, samples) in zip(tar.values(), loaded, strict=False):  # `loaded` goes on in the next tar
+                left = set(keys)
                 for key, outcome in samples:
                     if key in keys and isinstance(outcome, Unusable):
                         raise UserError(f"{entry.picture} changed while the data set was built: {outcome}")
                     if key in keys:
                         writer.write(key, outcome[1])
+                        left.remove(key)
+                if left:
+                    raise UserError(f"{entry.picture} changed while the data set was built: {min(left)} is gone")
             writer.close()
             made.append(writer.indexed())
         return made

@@ -11,6 +11,7 @@ from PIL import Image
 from tests.tools.test_build_dataset import samples_of
 from tests.warpcore.data.tars import catalog_of, picture
 from tests.warpcore.data.videos import decoded, sound, turned, video
+from tools import build_dataset as build
 from tools.build_dataset import build_dataset, main
 from tools.video_parts import Parts
 from warpcore.data.index import read_rows
@@ -202,6 +203,21 @@ def test_pieces_together_have_every_frame_in_containers_that_seek_badly(folder, 
     for number in range(3):
         expected = [20 * frame % 256 for frame in range(20 * number, 20 * number + 20)]
         assert brightness(pieces[f"a__{number + 1:04d}"]["mp4"]) == pytest.approx(expected, abs=4)
+
+
+@pytest.mark.parametrize("change", [lambda _: video(20), lambda content: content[:-1]], ids=["shorter", "cut off"])
+def test_a_video_that_changes_while_many_processes_build_is_named(folder, tmp_path, monkeypatch, change):
+    (folder / "a.mp4").write_bytes(video(50))
+    load = build.load_samples_again
+
+    def changed(entry):
+        entry.picture.write_bytes(change(entry.picture.read_bytes()))
+        return load(entry)
+
+    monkeypatch.setattr(build, "load_samples_again", changed)
+    monkeypatch.setattr(build, "_build_alone", build._build_together)
+    with pytest.raises(UserError, match=r"a\.mp4 changed while the data set was built: a__0001 is gone"):
+        build_dataset(folder, tmp_path / "out", parts=Parts(cut_seconds=1))
 
 
 def test_damaged_frames_are_in_no_cut(folder, tmp_path):
