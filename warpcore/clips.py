@@ -39,15 +39,17 @@ def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
     import av
 
     clip = _small_enough(clip)
-    clip = np.pad(clip, ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)), mode="edge")
+    odd_height, odd_width = (side % 2 for side in clip.shape[1:3])
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], "yuv420p"
+        stream.height, stream.width = clip.shape[1] + odd_height, clip.shape[2] + odd_width
+        stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}  # mbtree rounds differently from time to time
         context = stream.codec_context
         context.thread_count, context.colorspace, context.color_range = 1, BT601, 1
         for pixels in clip:
+            pixels = np.pad(pixels, ((0, odd_height), (0, odd_width), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=BT601, dst_color_range=1, threads=1)
             container.mux(stream.encode(frame))
