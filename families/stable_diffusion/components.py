@@ -150,7 +150,7 @@ def _of_folder(path: Path, name: str, key: str) -> Component:
     texts = _texts_said({name.removeprefix("_"): str(value) for name, value in config.items()})
     if pipeline is not None:
         of_t5 = T5_PART in pipeline
-        texts = {"text_model": "t5" if of_t5 else "clip", "text_tokens": _tokens_said(path, key) if of_t5 else None}
+        texts |= {"text_model": "t5" if of_t5 else "clip", "text_tokens": _tokens_said(path, key) if of_t5 else None}
     return Component(folder, partial(read_tensors, folder, key), config, version, target, zero_snr, tokenizer, **texts)
 
 

@@ -67,15 +67,18 @@ def to_diffusers(source: Path, target: Path, arguments: list[str]) -> None:
     networks = open_networks(settings)
     for name, network in networks.modules.items():
         network.load_state_dict(weights(name, network, settings), assign=True)
+    if settings.only_unet or settings.text_model == "clip":  # a pipeline with T5 says it by its parts
+        said = {f"_{key}": value for key, value in about_texts(settings).items()}
+        networks.modules["unet"].register_to_config(**said)
     if settings.only_unet:
-        unet = networks.modules["unet"]
-        unet.register_to_config(**{f"_{key}": said for key, said in about_texts(settings).items()})
-        save_library_folder(unet, target)
+        save_library_folder(networks.modules["unet"], target)
     elif settings.text_model == "t5":
         save_t5_folder(networks.modules, networks.tokenizers["tokenizer"], settings, target)
     else:
         save_library_folder(pipeline(networks.modules, networks.tokenizers, settings), target)
     print_sizes(sorted(target.rglob("*.safetensors")))
+    for note in skip_notes(settings, "diffusers"):
+        print(f"{note}.")
 
 
 def to_single_file(source: Path, target: Path, arguments: list[str]) -> None:
@@ -91,7 +94,7 @@ def to_single_file(source: Path, target: Path, arguments: list[str]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, tensors, about | {"dtype": dtype_name(tensors)})
     print_sizes([target])
-    for note in notes(settings):
+    for note in [*notes(settings), *skip_notes(settings, "other programs")]:
         print(f"{note}.")
 
 
@@ -205,6 +208,18 @@ def notes(settings: ExportSettings) -> list[str]:
     if target not in MODEL_SPEC_TARGETS:
         return [f"No other program takes a network that predicts {target} for what it is"]
     return []
+
+
+def skip_notes(settings: ExportSettings, program: str) -> list[str]:
+    """What to write in other programs, which read CLIP as published unless they are told."""
+    skip, published = settings.clip_skip, settings.version.hidden.skip_layers + 1
+    if skip in (None, published) or settings.model_version == "mini":
+        return []
+    if program == "diffusers":
+        remedy = f"write clip_skip={skip - published} in each call" if skip > published else "no call says that"
+    else:
+        remedy = f"A1111 needs Clip skip: {skip}, ComfyUI the node CLIP Set Last Layer with -{skip}"
+    return [f"The U-Net reads CLIP's hidden state {skip} from the end, and {program} must be told: {remedy}"]
 
 
 # ---------------------------------------------------------------- LoRA

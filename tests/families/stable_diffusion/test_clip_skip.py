@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from families.common.pictures import to_pictures
+from families.stable_diffusion.exports import to_diffusers
 from families.stable_diffusion.text_to_image import StableDiffusionTextToImage
 from tests.caches import make_cache
 from tests.families.stable_diffusion.test_train_sd import settings_of
@@ -34,7 +35,7 @@ def trained(settings: dict) -> tuple[TrainSd, list]:
     return run, drawn
 
 
-def test_a_hidden_state_is_learned_drawn_and_said(tmp_path):
+def test_a_hidden_state_is_learned_drawn_and_said(tmp_path, capsys):
     common = {"sample_prompts": PROMPTS, "latent": "mean", "lr": 1e-3}
     settings = settings_of(tmp_path, "sd15", clip_skip=2, **common)
     (_, drawn), folder = trained(settings), tmp_path / settings["experiment_id"]
@@ -45,8 +46,11 @@ def test_a_hidden_state_is_learned_drawn_and_said(tmp_path):
     given = {"prompts": PROMPTS, "size": [64, 64], "steps": 2, "sampler": "ddim", "guidance": 7.5}
     seeds = [stable_hash(0, "sample", i) for i in range(2)]
     beside = {f"{name}_checkpoint_path": str(tmp_path / "pipeline") for name in ("autoencoder", "text_encoder")}
+    to_diffusers(folder, tmp_path / "exported", [])
+    assert "write clip_skip=1 in each call" in capsys.readouterr().out
     for place in (
         {"run": str(folder)},
+        {"generator_checkpoint_path": str(tmp_path / "exported")},
         {"generator_checkpoint_path": str(folder / "generator_ema.safetensors")} | beside,
     ):
         config = make_config(StableDiffusionTextToImage.Config, given | place)
