@@ -105,11 +105,13 @@ class ClipBuckets:
                 self.micro_batch_sizes[size] = min(rung.micro_batch_size, self.micro_batch_sizes.get(size, 2**31))
         place_of = {size: place for place, size in enumerate(self.sizes)}
         self._places = [np.array([place_of.get(size, -1) for size in sizes]) for sizes in self._sizes_of]
-        lengths = sorted({rung.num_frames for rung in self.rungs})
+        shortest = min((rung.num_frames for rung in self.rungs if rung.num_frames > 1), default=None)
         steps = f", frame_rate {frame_rate:g}" if frame_rate else f", frame_stride {stride}" if stride > 1 else ""
         self.reasons = (
             "one frame, for which there is no bucket",
-            f"too few frames for the shortest bucket ({next((n for n in lengths if n > 1), 1)} frames{steps})",
+            f"too few frames for the shortest bucket ({shortest} frames{steps})"
+            if shortest
+            else "a video, and all buckets are of one frame",
             f"too small: under {LEAST_AREA:g} of the area of every resolution with buckets for its frames",
             "fits only buckets that keep nothing (0.0 in bucket_config)",
         )

@@ -136,7 +136,7 @@ def test_a_sample_that_fits_nothing_is_told_why():
     assert why(clips, 320, 320, 40) is None
     assert why(clips, 900, 900, 101) is None
     pictures = ClipBuckets(rungs({"256": {1: [0.1, 4]}}))
-    assert "too few frames" in why(pictures, 4000, 4000, 200), "no clip goes to a bucket of pictures"
+    assert why(pictures, 4000, 4000, 200) == "a video, and all buckets are of one frame"
     assert why(pictures, 256, 256, 1, 0) is None
 
 
