@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def write_pictures(
 
 def make_cache(script: str, settings: dict, out: Path, *options: str) -> Path:
     """Run the tool for a training with these settings."""
-    config = out.with_suffix(".yaml")
+    config = out.with_name(f"{out.name}.{os.getpid()}.yaml")  # several processes may make one cache
     config.write_text(yaml.safe_dump(settings))
     cache.main([str(SCRIPTS / f"{script}.py"), str(config), str(out), *options])
     return out

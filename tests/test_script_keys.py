@@ -70,7 +70,7 @@ def test_help_shows_the_keys_of_the_script_in_sections(script, capsys):
 
 UNUSED_VALUES = {
     "captions_getter": "[json, identity]", "diffusion_target": "v", "multires_noise_iterations": 2,
-    "multires_noise_discount": 0.5, "repa": "true", "tread": "true",
+    "multires_noise_discount": 0.5, "repa": "true", "tread": "true", "masked_loss": "true",
     "cache_text": "true", "caption_dropout": 0.5, "shuffle_tags": "true", "tag_dropout": 0.5,
     "caption_templates": "['a {caption}']",
 }  # fmt: skip
@@ -80,7 +80,8 @@ UNUSED_VALUES = {
 def test_a_key_without_use_is_refused_and_its_file_is_named(script, tmp_path):
     kind = config_of(script)
     needed = [f"{name}=1" for name, field in kind.model_fields.items() if field.is_required()]
-    further = {"run": "[]", "stage_a_only": "true", "generator_checkpoint_path": "a.safetensors"}
+    further = {"run": "[]", "stage_a_only": "true", "generator_checkpoint_path": "a.safetensors", "num_frames": "17"}
+    further |= {"batch_size": "1"} if "num_frames" in kind.model_fields else {}
     needed += [f"{name}={further[name]}" for name in further.keys() & kind.model_fields.keys() - kind.unused]
     for key in kind.unused:
         value = UNUSED_VALUES.get(key, "somewhere.safetensors")

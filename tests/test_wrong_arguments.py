@@ -95,14 +95,14 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "unknown key": [("unknown.yaml", "no family has the key batch_sise; did you mean batch_size")],
     },
     "inference/class_to_image.py": {
-        "no argument": [("", "nothing to draw: give classes or class_file")],
-        "unknown flag": [("--colour red", "colour: unknown key"), ("--colour", "write key=value")],
+        "no argument": [("", "these keys do not tell which family is meant")],
+        "unknown flag": [("--colour red", "no family has the key colour"), ("--colour", "write key=value")],
         "missing": [
             ("missing.yaml", "config file missing.yaml does not exist"),
             ("--run missing --classes [1]", "run: missing"),
             ("classes.yaml class_file=missing.txt", "class_file: missing.txt does not exist"),
             ("classes.yaml generator_checkpoint_path=missing.safetensors", "missing.safetensors"),
-            ("--classes [1]", "no weights of the denoiser: give run or generator_checkpoint_path"),
+            ("--classes [1]", "these keys do not tell which family is meant"),
         ],
         "folder for a file": [
             ("folder", FOLDER_FOR_CONFIG),
@@ -110,7 +110,8 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         ],
         "file for a folder": [("--run text --classes [1]", "run: text is no training run")],
         "empty": [
-            ("empty.yaml", "nothing to draw: give classes or class_file"),
+            ("empty.yaml", "these keys do not tell which family is meant"),
+            ("classes.yaml classes=[]", "nothing to draw: give classes or class_file"),
             ("classes.yaml class_file=empty.txt", "class_file: empty.txt holds no class; write one per line"),
             ("classes.yaml generator_checkpoint_path=empty.safetensors", "empty.safetensors cannot be read"),
         ],
@@ -121,7 +122,7 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("classes.yaml classes=[ten]", "classes, class_file: 'ten' is no class; classes are numbers from 0 to 4"),
             ("classes.yaml classes=[5]", r"class 5 is outside of 0 to 4 \(num_classes: 5\)"),
         ],
-        "unknown key": [("unknown.yaml", UNKNOWN_KEY)],
+        "unknown key": [("unknown.yaml", "no family has the key batch_sise; did you mean batch_size")],
     },
     "inference/text_to_image.py": {
         "no argument": [("", "these keys do not tell which family is meant")],

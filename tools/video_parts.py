@@ -17,7 +17,7 @@ from warpcore.safe_json import parse_json
 
 CUTS = "cuts"
 """The field or column with the pieces of a video: [[start, end], ...] in seconds."""
-_QUALITY = {"crf": "18", "preset": "medium"}
+_QUALITY = {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"}  # mbtree rounds differently from time to time
 """Of H.264: hard to tell from the original."""
 _JPEG = {"quality": 95, "subsampling": 0}
 MAX_PIECES = 100_000

@@ -258,7 +258,7 @@ NETWORKS = {
 def needed(kind: type[Settings], folder) -> dict:
     """Values of the keys that a kind wants."""
     training = GIVEN | {"module_filters": [".attn"], "rank": 2, "words": ["a"]}
-    training |= {"controlnet_blocks": [0], "controlnet_filter": "CannyFilter"}
+    training |= {"controlnet_blocks": [0], "controlnet_filter": "CannyFilter", "num_frames": 17}
     drawing = {"prompts": ["a"], "classes": ["1"], "pictures": ["a.png"], "stage_a_only": True, "device": "cpu"}
     is_library = kind.model_fields.keys() & {"autoencoder_checkpoint_path", "text_chunks"}
     of_family = next((file for module, file in NETWORKS.items() if kind.__module__.startswith(module)), None)
