@@ -111,9 +111,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, hidden_size: int, inner: int):
+    """Tokens (B, N, D) -> (B, N, `out`), by default as wide as they were."""
+
+    def __init__(self, hidden_size: int, inner: int, out: int | None = None):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(hidden_size, inner), nn.Linear(inner, hidden_size)
+        self.fc1, self.fc2 = nn.Linear(hidden_size, inner), nn.Linear(inner, out or hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
