@@ -54,7 +54,7 @@ from warpcore.config import load_config
 from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
-from warpcore.data.clip_buckets import ClipBuckets
+from warpcore.data.clip_buckets import DRAWN_BY_ROW, ClipBuckets
 from warpcore.data.columns import column_types
 from warpcore.data.fields import naming_keys
 from warpcore.data.filters import Filter
@@ -153,7 +153,11 @@ class Caching:
         filters = tuple(Filter.parse(entry) for entry in config.dataset_filters)
         columns = captions.columns if captions else ()
         # Captions have no size: nothing is asked of the autoencoder, whose weights need not be there.
-        buckets = buckets_of(training) if has_pictures else Buckets.for_image_size(config.image_size, factor=1)
+        buckets = (
+            buckets_of(training).drawn_by_row()
+            if has_pictures
+            else Buckets.for_image_size(config.image_size, factor=1)
+        )
         selection = Selection(
             filters, tuple(dict.fromkeys(members)), config.max_picture_pixels,
             columns=column_types(self.catalog, columns), required_columns=columns, videos=training.takes_videos,
@@ -211,6 +215,8 @@ class Caching:
         found = survey(self.catalog, self.work.selection)
         if not found.passed:
             raise UserError(f"no sample can be drawn: {found}")
+        if self.work.buckets.by_row:
+            print(f"{DRAWN_BY_ROW}. {found}", flush=True)
         size = self.maker.bytes_per_sample(here)
         done = sum(record.tar_bytes for record in map(self.encoding.record, range(len(self.catalog))) if record)
         missing, free = max(0, size * found.passed - done), shutil.disk_usage(self.out).free

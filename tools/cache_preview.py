@@ -42,7 +42,7 @@ def write_preview(training: DiffusionTraining, count: int, path: Path) -> list[s
     plan = Plan(
         catalog,
         micro_batch_size=1,
-        buckets=buckets_of(training),
+        buckets=buckets_of(training).drawn_by_row(),
         captions=captions,
         required_members=[field.suffixes for field in fields.values()],
         seed=training.config.seed,

@@ -14,6 +14,7 @@ from warpcore.batch_size import split_batch
 from warpcore.config import Config
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog, open_catalog
+from warpcore.data.clip_buckets import DRAWN_BY_ROW
 from warpcore.data.columns import check_missing, column_types, tensor_types
 from warpcore.data.disk_cache import DiskCache
 from warpcore.data.fields import naming_keys
@@ -83,7 +84,9 @@ class Feed:
         self._to_draw: Batch | None = None
         captions = CaptionGetter.parse(config.captions_getter) if needs.captions else None
         self._columns = tuple(dict.fromkeys(needs.columns))
-        self.buckets = config.buckets(needs.bucket_factor)
+        buckets = config.buckets(needs.bucket_factor)
+        self.buckets = buckets if needs.images else buckets.drawn_by_row()  # what was made of pictures has one size
+        self._notes += [DRAWN_BY_ROW] * (self.buckets.by_row and processes.is_main)
         self.plan = self._make_plan(captions)
         self._check_plan(saved)
         notes = processes.on_main(lambda: self._look_at_data(optional_members(needs.extra.values()), bool(saved)))

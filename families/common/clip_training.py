@@ -4,7 +4,6 @@ from typing import Any
 
 from families.common.features import PICTURE_SETTINGS
 from families.common.training import DiffusionTraining
-from warpcore.config import ConfigError
 
 BUCKET_CONFIG = "bucket_config"
 CLIP_SETTINGS = (*PICTURE_SETTINGS, "frame_stride", "frame_rate", BUCKET_CONFIG)
@@ -23,13 +22,3 @@ class ClipTraining(DiffusionTraining):
         # Not the sizes of micro-batches, which change no feature.
         return {size: {num_frames: share for num_frames, (share, _) in lengths.items()}
                 for size, lengths in self.config.bucket_config.items()}  # fmt: skip
-
-    def check_cacheable(self) -> None:
-        super().check_cacheable()
-        for size, lengths in self.config.bucket_config.items():
-            for num_frames, (share, _) in lengths.items():
-                if any(0 < one < 1 for one in (share if isinstance(share, list) else [share])):
-                    raise ConfigError(
-                        f"bucket_config: {size}: {num_frames}: the probability {share} draws another bucket for a "
-                        "clip in each epoch, but a cache holds one: write 1.0 or 0.0"
-                    )

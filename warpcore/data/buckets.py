@@ -30,6 +30,8 @@ class Buckets:
     """Nothing but `sizes` and `random_ratio` decides of the bucket."""
     stride, frame_rate = 1, None
     """Of clips."""
+    by_row = False
+    """Each epoch draws for itself, where `random_ratio` leaves something to chance."""
 
     def __init__(self, density: int, factor: int, ratios: Iterable[str | int | float] = (), random_ratio: float = 0.0):
         if not 0 <= random_ratio <= 1:
@@ -69,6 +71,10 @@ class Buckets:
         made = cls(width * height, 1, (width / height,))
         made.ratios, made.sizes, made._index = made.ratios[:1], [(height, width)], made._index[:1]
         return made
+
+    def drawn_by_row(self) -> Self:
+        """These buckets: of pictures nothing is stored where their bucket is left to chance."""
+        return self
 
     def choose(self, width: int, height: int, seed: int) -> tuple[int, int]:
         """The bucket (H, W) of one picture of `width` x `height` px."""

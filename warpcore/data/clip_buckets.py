@@ -14,7 +14,7 @@ many frames as a bucket has fills it, where the published code wants one more.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -31,6 +31,10 @@ from warpcore.text import brief
 MAX_FRAMES, MAX_MICRO_BATCH = 100_000, 100_000
 LEAST_AREA = 0.8
 """Of a resolution's area that a sample needs to be enlarged to it."""
+DRAWN_BY_ROW = (
+    "the probabilities in bucket_config are drawn once for each row, by its key: a cache holds it in one bucket, the "
+    "same in each epoch"
+)
 Size = tuple[int, int, int]
 """(frames, H, W)"""
 
@@ -86,10 +90,12 @@ class ClipBuckets:
         rungs: in any order.
         stride: every so many frames of a video are taken, or
         frame_rate: as many as make this number of frames per second (see `warpcore.data.frames`).
+        by_row: chance decides once for each row, see `drawn_by_row`.
     """
 
-    def __init__(self, rungs: Sequence[Rung], stride: int = 1, frame_rate: float | None = None):
+    def __init__(self, rungs: Sequence[Rung], stride: int = 1, frame_rate: float | None = None, by_row: bool = False):
         self.stride, self.frame_rate = stride, frame_rate
+        self.by_row = by_row and any(0 < share < 1 for rung in rungs for share in (rung.keep, rung.take or 0.0))
         self.rungs = sorted(rungs, key=lambda rung: (-rung.area, rung.resolution, -rung.num_frames))
         self._sizes_of = [[(rung.num_frames, *size) for size in rung.shapes.sizes] for rung in self.rungs]
         self.sizes: list[Size] = list(
@@ -121,7 +127,13 @@ class ClipBuckets:
     def settings(self) -> dict:
         """JSON-able: what a sample's bucket depends on, beside `sizes`."""
         rungs = [[r.resolution, r.num_frames, r.keep, r.take, r.micro_batch_size] for r in self.rungs]
-        return {"bucket_config": rungs, "frame_stride": self.stride, "frame_rate": self.frame_rate}
+        chance = {"buckets_drawn": "by row"} if self.by_row else {}
+        return {"bucket_config": rungs, "frame_stride": self.stride, "frame_rate": self.frame_rate} | chance
+
+    def drawn_by_row(self) -> "ClipBuckets":
+        """These buckets for samples of which something is stored at one size: what chance decides follows from the key
+        of a row alone (`row_seeds`), so that it has the same bucket, or none, in each epoch and in every run."""
+        return ClipBuckets(self.rungs, self.stride, self.frame_rate, by_row=True)
 
     def choose_many(
         self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray, num_frames: np.ndarray, fps: np.ndarray
@@ -133,7 +145,15 @@ class ClipBuckets:
             num_frames, fps: 1 and 0 of pictures.
         """
         seeds = np.asarray(seeds, np.uint64)
+        places = np.full(len(widths), -1, np.int64)
+        for number, share in self._search(widths, heights, num_frames, fps, self._drawn(seeds)):
+            own = np.flatnonzero(share)
+            if len(own):
+                shapes = self.rungs[number].shapes.choose_many(widths[own], heights[own], seeds[own])
+                places[own] = self._places[number][shapes]
+        return places
 
+    def _drawn(self, seeds: np.ndarray) -> Callable[[int, str], np.ndarray | float]:
         def chance(number: int, what: str) -> np.ndarray | float:
             probability = getattr(self.rungs[number], what)
             if probability is None or probability >= 1:
@@ -141,13 +161,7 @@ class ClipBuckets:
             drawn = self.draw(seeds, number, what)
             return (drawn <= probability if what == "take" else drawn < probability).astype(float)
 
-        places = np.full(len(widths), -1, np.int64)
-        for number, share in self._search(widths, heights, num_frames, fps, chance):
-            own = np.flatnonzero(share)
-            if len(own):
-                shapes = self.rungs[number].shapes.choose_many(widths[own], heights[own], seeds[own])
-                places[own] = self._places[number][shapes]
-        return places
+        return chance
 
     def draw(self, seeds: np.ndarray, number: int, what: str) -> np.ndarray:
         """(N,) float64 in [0, 1): what decides whether a rung takes ("take") and keeps ("keep") each sample."""
@@ -155,14 +169,23 @@ class ClipBuckets:
         return uniform(seeds, stable_hash("bucket", rung.resolution, rung.num_frames, what))
 
     def shares(
-        self, widths: np.ndarray, heights: np.ndarray, num_frames: np.ndarray, fps: np.ndarray
+        self,
+        widths: np.ndarray,
+        heights: np.ndarray,
+        num_frames: np.ndarray,
+        fps: np.ndarray,
+        seeds: np.ndarray | None = None,
     ) -> Iterator[tuple[Rung, np.ndarray]]:
-        """For every rung the probability (N,) of each sample to go there: its share of the epochs."""
+        """For every rung the probability (N,) of each sample to go there: its share of the epochs.
 
-        def chance(number: int, what: str) -> float:
+        seeds: of samples for which chance has decided; their shares are 0 or 1.
+        """
+
+        def probability(number: int, what: str) -> float:
             probability = getattr(self.rungs[number], what)
             return 1.0 if probability is None else probability
 
+        chance = probability if seeds is None else self._drawn(seeds)
         for number, share in self._search(widths, heights, num_frames, fps, chance):
             yield self.rungs[number], share
 
@@ -210,6 +233,11 @@ class ClipBuckets:
             return np.asarray(num_frames) == 1
         needed = frames_needed(rung.num_frames, fps, self.stride, self.frame_rate)
         return (np.asarray(num_frames) > 1) & (num_frames >= needed)
+
+
+def row_seeds(keys: Iterable[str]) -> np.ndarray:
+    """(N,) uint64: of rows with these keys, whose buckets are drawn once (`ClipBuckets.drawn_by_row`)."""
+    return np.array([stable_hash("bucket of a row", key) for key in keys], np.uint64)
 
 
 def _has_area(rung: Rung, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:

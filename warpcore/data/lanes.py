@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from warpcore.data.catalog import Catalog
+from warpcore.data.clip_buckets import row_seeds
 from warpcore.data.hashing import splitmix64
 from warpcore.data.samples import MicroBatch, Sample
 from warpcore.data.selection import Piece, Selection, as_pieces, cut, make_samples
@@ -45,6 +46,8 @@ class BucketChoice(Protocol):
     stride: int
     frame_rate: float | None
     """Which frames clips take, see `warpcore.data.frames`; one of the two."""
+    by_row: bool
+    """Whether a row has its bucket once and for all, by `row_seeds`; else each of its draws has one of its own."""
 
     def choose_many(
         self, widths: np.ndarray, heights: np.ndarray, seeds: np.ndarray, num_frames: np.ndarray, fps: np.ndarray
@@ -308,7 +311,10 @@ def sizes_of(samples: Sequence[Sample], buckets: BucketChoice) -> list[tuple[int
     widths, heights, num_frames = (
         np.array([getattr(sample, name) for sample in samples], np.int64) for name in ("width", "height", "num_frames")
     )
-    seeds = np.array([sample.seed for sample in samples], np.uint64)
+    if buckets.by_row:
+        seeds = row_seeds(sample.key for sample in samples)
+    else:
+        seeds = np.array([sample.seed for sample in samples], np.uint64)
     fps = np.array([sample.fps for sample in samples], np.float64)
     places = buckets.choose_many(widths, heights, seeds, num_frames, fps)
     return [None if place < 0 else buckets.sizes[place] for place in places.tolist()]

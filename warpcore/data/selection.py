@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import Catalog
-from warpcore.data.clip_buckets import ClipBuckets
+from warpcore.data.clip_buckets import ClipBuckets, row_seeds
 from warpcore.data.columns import columns_of, with_columns
 from warpcore.data.dotted_names import DOTTED_NAME, as_read
 from warpcore.data.expressions import near_names
@@ -74,6 +74,7 @@ class Rows:
     """Of some of the reasons, one row that it rejects, and what to do."""
 
 
+NEVER_KEPT = "kept in no bucket, by the probabilities in bucket_config"
 NAMING_PROBLEMS = {
     SHARED_KEY: "rename one of them",
     LONG_TEXT: "shorten it, or leave it out of the tar",
@@ -113,14 +114,14 @@ class Selection:
         if self.max_picture_pixels is not None:
             limit = f"more than {self.max_picture_pixels} pixels (max_picture_pixels)"
             sieve.keep(sieve.numbers_of("width") * sieve.numbers_of("height") <= self.max_picture_pixels, limit)
+        if self.buckets is not None:
+            sieve.fit(self.buckets)
         for suffixes in self.required_members:
             sieve.require_member(suffixes)
         for name in self.required_columns:
             sieve.require_column(name)
         for condition in self.filters:
             sieve.apply(condition)
-        if self.buckets is not None:
-            sieve.fit(self.buckets)
         sieve.keep(~np.isin(sieve.numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
         base = _with_frames(sieve.rows.select([*BASE_COLUMNS, *joined_columns(sieve.rows)]), sieve.rows)
         table = with_columns(base, sieve.rows, self.columns, shard.url)
@@ -245,12 +246,16 @@ class _Sieve:
         self.keep(verdict.passed, str(condition))
 
     def fit(self, buckets: ClipBuckets) -> None:
-        """Reject the rows that fit no bucket, each for its reason."""
+        """Reject the rows that fit no bucket, each for its reason, or that chance keeps out once and for all."""
         reasons = buckets.misfits(*shown_sizes(self.rows))
         for number, reason in enumerate(buckets.reasons):
             passed = reasons != number
             self.keep(passed, reason)
             reasons = reasons[passed]
+        if buckets.by_row:
+            widths, heights, *frames = shown_sizes(self.rows)
+            seeds = row_seeds(self.rows["key"].to_pylist())
+            self.keep(buckets.choose_many(widths, heights, seeds, *frames) >= 0, NEVER_KEPT)
 
     def _problem(self, test: Callable[[pa.ChunkedArray, str], pa.ChunkedArray], text: str) -> np.ndarray:
         """(rows,) bool: which rows have a problem that passes a test with a text."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from warpcore.data.catalog import Catalog
-from warpcore.data.clip_buckets import ClipBuckets
+from warpcore.data.clip_buckets import ClipBuckets, row_seeds
 from warpcore.data.columns import PREFIX
 from warpcore.data.filters import column_names, values_of
 from warpcore.data.index import has_member, read_rows
@@ -58,7 +58,8 @@ class Survey:
 
     def count_buckets(self, buckets: ClipBuckets, rows: pa.Table, weight: float) -> None:
         """Add what an epoch draws of rows that fit a bucket, for every bucket; `weight` is that of their source."""
-        for rung, shares in buckets.shares(*shown_sizes(rows)):
+        seeds = row_seeds(rows["key"].to_pylist()) if buckets.by_row else None
+        for rung, shares in buckets.shares(*shown_sizes(rows), seeds):
             draws = float(shares.sum()) * weight
             self.per_epoch += draws
             self.micro_batches_per_epoch += draws / (rung.micro_batch_size or 1)

@@ -1,5 +1,7 @@
 """Training a Latte: an update is that of the plain formulas; caches hold what the frozen network makes of clips."""
 
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from tests.families.dit.classed import CLASSES, SMALL, random_network, small_set
 from tests.families.dit.test_update import bound, mean
 from tests.warpcore.runs import read_metrics
 from train.train_latte import TrainLatte
-from warpcore.config import ConfigError, make_config
+from warpcore.config import make_config
 from warpcore.errors import UserError
 from warpcore.pictures import read_cells
 
@@ -137,10 +139,35 @@ def test_a_cache_of_other_frames_is_refused(small_mini, tmp_path):
                              ({"num_frames": 2}, "bucket_sizes.* in the cache")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             trained(given | {"webdataset_path": str(cache)} | changes)
-    chance = {"bucket_config": {"32px": {FRAMES: [0.5, 2]}}, "micro_batches_per_update": 1}
-    mixed = {key: value for key, value in given.items() if key not in ("num_frames", "batch_size", "image_size")}
-    with pytest.raises(ConfigError, match=r"the probability 0\.5 draws another bucket for a clip in each epoch"):
-        make_cache("train_latte", mixed | chance, tmp_path / "other")
+
+
+def test_a_cache_draws_shares_once_for_each_row(small_mini, tmp_path, capfd):
+    data = write_clips(tmp_path / "data" / "a.tar", 12, frames=5)
+    given = settings(tmp_path, data, updates=24, save_every=24, seed=3)
+    for key in ("num_frames", "batch_size", "image_size"):
+        del given[key]
+    given |= {"bucket_config": {"32px": {4: [0.5, 1], 2: [1.0, 1]}, "16px": {2: [0.5, 1]}}}
+    given |= {"micro_batches_per_update": 1}
+    cache = make_cache("train_latte", given, tmp_path / "cache")
+    said = capfd.readouterr().out
+    assert "bucket_config are drawn once for each row" in said
+    buckets_said = re.search(r"rows per bucket and epoch, on average: (.*)", said)[1]
+    run = trained(given | {"experiment_id": "cached", "webdataset_path": str(cache), "seed": 4})
+    said = capfd.readouterr().err
+    assert "bucket_config are drawn once for each row" in said
+    assert f"on average: {buckets_said}" in said
+    found = {}
+    for batch in run.seen:
+        for key, moments in zip(batch.keys, stored(batch, "moments"), strict=True):
+            found.setdefault(key, set()).add((batch.size, *moments.shape))
+    assert all(len(sizes) == 1 for sizes in found.values())
+    sizes = Counter(next(iter(of_key))[0] for of_key in found.values())
+    assert sizes.keys() == {(4, 32, 32), (2, 16, 16)}
+    left_out = int(re.search(r"(\d+) rejected: kept in no bucket, by the probabilities", said)[1])
+    assert sizes.total() + left_out == 12
+    assert (
+        buckets_said == f"32px x 4 frames: {sizes[4, 32, 32]}, 32px x 2 frames: 0, 16px x 2 frames: {sizes[2, 16, 16]}"
+    )
 
 
 def test_cached_clips_are_decoded_to_look_at(small_mini, tmp_path):
