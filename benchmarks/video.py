@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
+from queue import Empty
 from typing import Any, NamedTuple
 
 import cv2
@@ -31,6 +32,7 @@ from warpcore.data.buckets import resized_size
 from warpcore.data.frames import choose_frames
 from warpcore.data.video_references import without_unused
 from warpcore.data.videos import decode
+from warpcore.errors import UserError
 from warpcore.files import write_whole
 
 FOLDER = Path("demo/benchmark_videos")
@@ -261,7 +263,12 @@ def _memory(size: str, length: int, seconds: int) -> str:
     data = video("h264", size, seconds)
     process = context.Process(target=_read_again, args=(data, size, length, seconds, queue))
     process.start()
-    before, after = queue.get()
+    while process.is_alive() and queue.empty():
+        process.join(0.1)
+    try:
+        before, after = queue.get(timeout=1)
+    except Empty:
+        raise UserError(f"the process that reads clips ended too early (exit code {process.exitcode})") from None
     process.join()
     return (
         f"memory of a worker that reads 20 clips of {length} frames of a {size} video of {seconds} s "

@@ -104,7 +104,7 @@ class Report:
         lines.append(str(self.left_out))
         pixels = sorted(width * height for width, height in self.sizes)
         names = {"smallest": pixels[0], "median": statistics.median(pixels), "largest": pixels[-1]}
-        lines.append("megapixels: " + ", ".join(f"{name} {value / 1e6:.2f}" for name, value in names.items()))
+        lines.append("megapixels: " + ", ".join(f"{name} {_megapixels(value)}" for name, value in names.items()))
         lines.append("aspect ratios (width : height):")
         counts = Counter(_nearest_ratio(width / height) for width, height in self.sizes)
         lines += [
@@ -126,6 +126,11 @@ class Report:
             + ", ".join(f"{count} {codec}" for codec, count in codecs)
             + (f"; {variable} of a variable rate" if variable else "")
         )
+
+
+def _megapixels(pixels: float) -> str:
+    """Two digits after the point, and of small pictures two that are not 0."""
+    return f"{pixels / 1e6:.2f}" if pixels >= 1e5 else f"{pixels / 1e6:.2g}"
 
 
 def _first(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Clips to look at, uint8 (T, H, W, 3): as mp4 and animated WebP, and in a sheet of pictures."""
 
 import io
+import math
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,10 @@ from warpcore.files import write_whole
 BT601 = 5  # as ffmpeg numbers matrices and primaries
 MAX_SIDE = 16_382
 """In px, of H.264 and WebP; of larger clips every second pixel, or every third, ... is shown."""
+MAX_PIXELS = 2**26
+"""Of all frames of a sheet that moves, about: 200 MB, which are compressed in seconds rather than in minutes."""
+MIN_FPS = 1 / 600
+"""Slower clips are shown at this rate: GIF and WebP count a frame's time in few bits."""
 STRIP_FRAMES = 4
 """How many frames of a clip a sheet shows."""
 
@@ -21,6 +26,11 @@ def check_clip(clip: np.ndarray) -> None:
     """Raises ValueError for what is no clip."""
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not clip.size:
         raise ValueError(f"a clip is uint8 (T, H, W, 3) with at least one frame, got {clip.dtype} {clip.shape}")
+
+
+def step_within(pixels: int) -> int:
+    """Every how many pixels of a row, and rows, leave about MAX_PIXELS of so many: 1 leaves all of them."""
+    return max(1, math.ceil(math.sqrt(pixels / MAX_PIXELS)))
 
 
 def _small_enough(clip: np.ndarray) -> np.ndarray:
@@ -42,7 +52,7 @@ def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
     odd_height, odd_width = (side % 2 for side in clip.shape[1:3])
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream = container.add_stream("libx264", rate=Fraction(max(fps, MIN_FPS)).limit_denominator(1001))
         stream.height, stream.width = clip.shape[1] + odd_height, clip.shape[2] + odd_width
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}  # mbtree rounds differently from time to time
@@ -60,7 +70,7 @@ def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
 def encode_webp(clip: np.ndarray, fps: float, quality: int = 90) -> bytes:
     """The clip as an animated WebP, which begins again at its end."""
     first, *others = map(Image.fromarray, _small_enough(clip))
-    times = [round(1000 * number / fps) for number in range(len(clip) + 1)]
+    times = [round(1000 * number / max(fps, MIN_FPS)) for number in range(len(clip) + 1)]
     durations = [end - start for start, end in pairwise(times)]
     file = io.BytesIO()
     first.save(
@@ -73,8 +83,8 @@ def encode_gif(clip: np.ndarray, fps: float) -> bytes:
     """The clip as an animated GIF: what TensorBoard shows moving."""
     check_clip(clip)
     first, *others = map(Image.fromarray, clip)
-    file = io.BytesIO()
-    first.save(file, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+    file, duration = io.BytesIO(), round(1000 / max(fps, MIN_FPS))
+    first.save(file, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
     return file.getvalue()
 
 

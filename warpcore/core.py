@@ -343,8 +343,8 @@ class WarpCore(UseCase):
         self._say_of_data()
         if not rows or not self.processes.is_main:
             return
-        evaluation.show(rows, self._samples_file(), self.update, self.tracker)
-        self.progress.say(f"update {self.update}: samples in {self._samples_file()}")
+        smaller = evaluation.show(rows, self._samples_file(), self.update, self.tracker)
+        self.progress.say(f"update {self.update}: samples in {self._samples_file()}{smaller}")
 
     def _complete(self) -> None:
         """Make what an earlier start, which ended after the save that this one goes on from, could not make."""

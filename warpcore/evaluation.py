@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from warpcore.clips import save_clip
+from warpcore.clips import save_clip, step_within
 from warpcore.data.reader import Batch
 from warpcore.exports import Weights
 from warpcore.pictures import Cell, cells_metadata, grid_and_cells, save_png
@@ -143,14 +143,19 @@ def _drawn_rows(
     return rows
 
 
-def show(rows: list[Sampled], path: Path, update: int, tracker: Tracker) -> None:
-    """Write the sheet of rows to `path`, beside it a moving one where there are clips, and track both."""
+def show(rows: list[Sampled], path: Path, update: int, tracker: Tracker) -> str:
+    """Write the sheet of rows to `path`, beside it a moving one where there are clips, and track both.
+
+    Returns what to say of the moving one, where it is smaller than what was drawn.
+    """
     still, cells = sheet(rows)
     if (moving := moving_sheet(rows)) is not None:
         save_clip(path, moving, rows[0].fps)
         tracker.clip(update, "clips", moving, rows[0].fps, f"update {update}")
     save_png(path, still, {"update": str(update)} | cells_metadata(cells))
     tracker.images(update, "samples", still, f"update {update}")
+    step = _moving_step(rows)
+    return f" (moving, they show one pixel of {step} x {step}: all of them are too many)" if step > 1 else ""
 
 
 def sheet(rows: list[Sampled]) -> tuple[np.ndarray, list[Cell]]:
@@ -163,19 +168,30 @@ def sheet(rows: list[Sampled]) -> tuple[np.ndarray, list[Cell]]:
 
 def moving_sheet(rows: list[Sampled]) -> np.ndarray | None:
     """The sheet as a clip, uint8 (T, H, W, 3), in which all clips of rows move at once, and shorter ones end with a
-    still; None where no row has a clip of several frames."""
+    still; None where no row has a clip of several frames. Of more than `MAX_PIXELS`, clips are smaller in it."""
+    step = _moving_step(rows)
     lengths = [len(one) for row in rows for one in row.pictures.values() if one.ndim == 4]
 
     def at(time: int) -> list[Sampled]:
         return [
             Sampled(
                 row.caption,
-                {name: one[min(time, len(one) - 1)] if one.ndim == 4 else one for name, one in row.pictures.items()},
+                {
+                    name: (one[min(time, len(one) - 1)] if one.ndim == 4 else one)[::step, ::step]
+                    for name, one in row.pictures.items()
+                },
             )
             for row in rows
         ]
 
     return np.stack([sheet(at(time))[0] for time in range(max(lengths))]) if max(lengths, default=1) > 1 else None
+
+
+def _moving_step(rows: list[Sampled]) -> int:
+    """Of the pictures in a moving sheet every so many pixels of a row, and rows, are shown."""
+    pictures = [one for row in rows for one in row.pictures.values()]
+    longest = max((len(one) for one in pictures if one.ndim == 4), default=1)
+    return step_within(longest * sum(math.prod(one.shape[-3:-1]) for one in pictures)) if longest > 1 else 1
 
 
 def _is_short_of_memory(error: Exception) -> bool:

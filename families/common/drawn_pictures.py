@@ -142,7 +142,8 @@ def save_drawn(
         save_png(file, to_pictures(condition[None], config.size_px)[0])
     columns = len(config.seeds) if len(config.seeds) > 1 else min(6, len(sheet))
     together = grid(sheet, columns, titles)
-    save_png(files[-1], together, {f"{what}s": "\n".join(titles), "settings": settings})
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    save_png(files[-1], together, {plural: "\n".join(titles), "settings": settings})
     noun = "pictures" if config.clip_fps is None else "clips"
     print(f"{len(sheet)} {noun}, and all of them together: {files[-1]}")
 

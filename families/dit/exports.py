@@ -30,6 +30,8 @@ class ExportSettings(DitInferenceSettings):
 class LatteExportSettings(LatteInferenceSettings, ExportSettings):
     """Those of Latte's."""
 
+    unused = frozenset({"num_frames", "fps", "autoencoder_frames"})
+
 
 def latte_to_published(source: Path, target: Path, arguments: list[str]) -> None:
     """A file as Latte's was published: with the weights under `ema`."""

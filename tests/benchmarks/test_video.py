@@ -1,10 +1,13 @@
 """The contenders of `benchmarks/data.py --video` do the same work."""
 
+import os
+
 import numpy as np
 import pytest
 
 from benchmarks import video
 from tests.warpcore.data.clips import SIZE, clip, encode, number_of, numbered
+from warpcore.errors import UserError
 
 FRAMES = [13, 15, 17, 30]
 
@@ -32,3 +35,15 @@ def test_a_film_moves_and_is_kept(tmp_path, monkeypatch):
     (path,) = tmp_path.iterdir()
     path.write_bytes(clip("h264"))
     assert video.video("h264", "480p", seconds=1) == clip("h264")
+
+
+def is_killed(*_):
+    os._exit(9)
+
+
+@pytest.mark.integration
+def test_a_worker_that_is_killed_ends_the_benchmark(monkeypatch):
+    monkeypatch.setattr(video, "video", lambda *_: b"")
+    monkeypatch.setattr(video, "_read_again", is_killed)
+    with pytest.raises(UserError, match=r"ended too early \(exit code 9\)"):
+        video._memory("480p", 9, 3)

@@ -81,7 +81,7 @@ def test_what_is_skipped_is_told_with_the_reason(folder, tmp_path, capsys):
         "1 unreadable (it is no picture in a known format): fake.jpg",
         "1 caption is not UTF-8: latin.jpg",
         "1 .json is not JSON: broken.jpg",
-        "megapixels: smallest 0.00",
+        "megapixels: smallest 6.4e-05, median 0.00019, largest 0.0009",
     ):
         assert line in told
     assert ": cut.jpg" in told

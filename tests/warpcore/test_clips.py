@@ -12,6 +12,7 @@ from tests.warpcore.tiny import Denoiser
 from warpcore import clips, evaluation, pictures
 from warpcore.config import make_config
 from warpcore.results import Sampled
+from warpcore.tracking import Tracker
 
 
 def moving(frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:
@@ -97,6 +98,33 @@ def test_a_sheet_shows_some_frames_and_the_moving_one_all():
     assert np.array_equal(shown[-1], evaluation.sheet(still)[0])  # the shorter clip ends with a still
     assert evaluation.moving_sheet(still) is None
     assert evaluation.moving_sheet([Sampled("a", {"clip": clip[:1]})]) is None  # a clip of one frame is a picture
+
+
+def test_a_moving_sheet_of_too_many_pixels_is_smaller_and_says_so(monkeypatch, tmp_path):
+    clip = moving(5)
+    rows = [Sampled(name, {"clip": clip, "first": clip[0]}, fps=8.0) for name in "ab"]
+    whole = evaluation.moving_sheet(rows)
+    assert evaluation.show(rows, tmp_path / "a.png", 1, Tracker()) == ""
+    monkeypatch.setattr(clips, "MAX_PIXELS", 5 * 4 * 32 * 48 // 4)
+    smaller = evaluation.moving_sheet(rows)
+    assert smaller.shape[1] < whole.shape[1]
+    assert smaller.shape[2] < whole.shape[2]
+    halved = {"clip": clip[:, ::2, ::2], "first": clip[0, ::2, ::2]}
+    assert np.array_equal(smaller, evaluation.moving_sheet([Sampled(name, halved) for name in "ab"]))
+    assert "one pixel of 2 x 2" in evaluation.show(rows, tmp_path / "b.png", 1, Tracker())
+    shown, _ = played((tmp_path / "b.mp4").read_bytes())
+    assert shown.shape[:3] == (5, *(side + side % 2 for side in smaller.shape[1:3]))
+
+
+@pytest.mark.parametrize("fps", [1e-9, 0.004])
+def test_a_frame_is_shown_ten_minutes_at_most(fps):
+    clip, seconds = moving(2), min(600, 1 / fps)
+    for encode in (clips.encode_gif, clips.encode_webp):
+        with Image.open(io.BytesIO(encode(clip, fps))) as image:
+            image.seek(1)
+            image.load()
+            assert image.info["duration"] == pytest.approx(1000 * seconds, rel=0.01)
+    assert float(played(clips.encode_mp4(clip, fps))[1].average_rate) == pytest.approx(1 / seconds, rel=0.01)
 
 
 class Moving(Denoiser):

@@ -26,7 +26,7 @@ from modules.dit import frame_positions
 from tests.families.dit.classed import CLASSES, random_network
 from tests.golden import load_manifest
 from warpcore.config import make_config
-from warpcore.errors import UserError
+from warpcore.errors import ConfigError, UserError
 
 FRAMES = 3
 DRAWN = {"steps": 2, "device": "cpu", "guidance": 3.0, "classes": [1, 3]}
@@ -74,6 +74,12 @@ def test_the_published_form_has_every_tensor_and_draws_the_same_clips(published,
     assert [clip.shape for clip in clips] == [(FRAMES, 3, 32, 32)] * 2
     for one, other in zip(clips, draw(generator_checkpoint_path=tmp_path / "out.pt"), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("given", ["num_frames=5", "fps=24", "autoencoder_frames=2"])
+def test_an_export_refuses_keys_that_change_nothing_of_it(published, tmp_path, given):
+    with pytest.raises(ConfigError, match=f"{given.partition('=')[0]}: this script has no use for it"):
+        latte_to_published(published, tmp_path / "out.pt", [given])
 
 
 def test_files_of_open_sora_s_shapes_are_read(published, tmp_path):
@@ -153,7 +159,7 @@ def test_the_script_writes_clips_and_a_sheet_that_says_what_they_show(published,
         main()
         names = [f"{i:04d}_class_{c}_0.{ending}" for i, c in enumerate((1, 3)) for ending in written]
         assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "grid.png"])
-        assert "class 1\nclass 3" in Image.open(folder / "grid.png").text.values()
+        assert Image.open(folder / "grid.png").text["classes"] == "class 1\nclass 3"
     with Image.open(tmp_path / "drawn_2" / "0000_class_1_0.webp") as moving:
         assert (moving.n_frames, moving.size) == (2, (32, 32))
     with av.open(str(tmp_path / "drawn_2" / "0001_class_3_0.mp4")) as video:
