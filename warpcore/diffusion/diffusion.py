@@ -86,7 +86,7 @@ class GDF:
         t: Tensor | None = None,
         offset: Tensor | None = None,
         perturbation: Tensor | None = None,
-        shift: float = 1.0,
+        shift: float | Tensor = 1.0,
         loss_shift: float = 1.0,
     ) -> Diffused:
         """Noise a batch.
@@ -98,7 +98,7 @@ class GDF:
             t: (B,) times from 0 (clean) to 1 (noise); whole numbers are timesteps of a discrete schedule.
             offset: (B, C, 1, ...) standard normal draws; needed exactly when `offset_noise` is not 0.
             perturbation: like `epsilon`; noise that the input has, but the target has not (arXiv:2301.11706, eq. 8).
-            shift: of the schedule.
+            shift: of the schedule; (B,) of each sample.
             loss_shift: of the loss weight.
         """
         if (uniform is None) == (t is None):

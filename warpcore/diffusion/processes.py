@@ -9,7 +9,7 @@ from warpcore.diffusion.noise_conditions import FlowTimestepNoiseCond, TimestepN
 from warpcore.diffusion.scalers import LERPScaler, VPScaler
 from warpcore.diffusion.schedules import RectifiedFlowsSchedule
 from warpcore.diffusion.tables import make_table
-from warpcore.diffusion.targets import TARGETS, RectifiedFlowsTarget
+from warpcore.diffusion.targets import TARGETS, RectifiedFlowsTarget, SignalwardsFlowTarget
 
 
 def discrete_process(
@@ -50,6 +50,9 @@ def flow_process(
     shift: float = 1.0,
     min_sigma: float = 0.0,
     logit_normal: bool = False,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    signalwards: bool = False,
     offset_noise: float = 0.0,
     **weight_settings,
 ) -> GDF:
@@ -58,13 +61,15 @@ def flow_process(
     Args:
         shift: above 1 there is more noise, for larger pictures (arXiv:2403.03206, eq. 23).
         min_sigma: of the noise's share in training, which ends at 1 - `min_sigma`.
-        logit_normal: train more at medium noise (arXiv:2403.03206, eq. 19).
+        logit_normal: train more at medium noise (arXiv:2403.03206, eq. 19). logit_mean, logit_std: of log(t / (1 - t))
+            for the noise's share t; a higher mean is more noise.
+        signalwards: the network predicts the direction from the noise to the signal, not that from signal to noise.
         loss_weight, weight_settings: see `loss_weight_for`.
     """
     return GDF(
-        RectifiedFlowsSchedule((-math.inf, math.inf), min_sigma, logit_normal, shift=shift),
+        RectifiedFlowsSchedule((-math.inf, math.inf), min_sigma, logit_normal, logit_mean, logit_std, shift=shift),
         LERPScaler(),
-        RectifiedFlowsTarget(),
+        SignalwardsFlowTarget() if signalwards else RectifiedFlowsTarget(),
         FlowTimestepNoiseCond(steps),
         loss_weight_for(loss_weight, "rectified_flows", **weight_settings),
         offset_noise,

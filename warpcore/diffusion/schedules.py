@@ -15,6 +15,10 @@ SMALLEST_DRAW = 2.0**-25
 """Half of the smallest uniform number above 0 that float32 draws give."""
 
 
+UNSHIFTED_SIDE = 512
+"""Pixels of the square pictures whose times `shift_by_size` leaves alone."""
+
+
 class Schedule:
     """Base of all schedules: steps, shift and limits around `log_snr`, which a subclass defines.
 
@@ -36,10 +40,12 @@ class Schedule:
         if force_limits:
             self.limits = self(torch.tensor([1.0, 0.0])).tolist()
 
-    def __call__(self, t: Tensor, shift: float = 1.0) -> Tensor:
-        """logSNR of `t`, both (B,)."""
+    def __call__(self, t: Tensor, shift: float | Tensor = 1.0) -> Tensor:
+        """logSNR of `t`, both (B,); `shift` may be of each sample (B,), on the device of `t`."""
         logsnr = self.log_snr(self.fraction(t).clamp(0, 1))
-        if shift * self.shift != 1:
+        if isinstance(shift, Tensor):
+            logsnr = logsnr - 2 * (shift * self.shift).log()
+        elif shift * self.shift != 1:
             logsnr = logsnr + 2 * math.log(1 / (shift * self.shift))
         return logsnr if self.limits is None else logsnr.clamp(*self.limits)
 
@@ -139,8 +145,8 @@ class SqrtSchedule(_VarianceSchedule):
 class RectifiedFlowsSchedule(Schedule):
     """Straight path (1 - t) * x0 + t * epsilon (arXiv:2209.03003, eq. 1 with time reversed).
 
-    Times of training are from `min_sigma` to 1 - `min_sigma`. With `logit_normal` log(t / (1 - t)) is standard normal
-    (arXiv:2403.03206, eq. 19): there are more of medium noise.
+    Times of training are from `min_sigma` to 1 - `min_sigma`. With `logit_normal` log(t / (1 - t)) is normal of this
+    mean and deviation (arXiv:2403.03206, eq. 19): there are more of medium noise.
     """
 
     def __init__(
@@ -148,22 +154,39 @@ class RectifiedFlowsSchedule(Schedule):
         logsnr_range: Sequence[float] = (-15.0, 15.0),
         min_sigma: float = 0.0,
         logit_normal: bool = False,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
         **kwargs,
     ):
         self.logsnr_range = tuple(logsnr_range)
         self.min_sigma = min_sigma
-        self.logit_normal = logit_normal
+        self.logit_normal, self.logit_mean, self.logit_std = logit_normal, logit_mean, logit_std
         super().__init__(**kwargs)
 
     def training_t(self, uniform: Tensor) -> Tensor:
         if self.logit_normal:  # at a draw of 0 the quantile is infinite
-            t = torch.special.ndtri(uniform.clamp(min=SMALLEST_DRAW)).sigmoid()
+            normal = torch.special.ndtri(uniform.clamp(min=SMALLEST_DRAW))
+            t = (self.logit_mean + self.logit_std * normal).sigmoid()
         else:
             t = super().training_t(uniform)
         return t * (1 - 2 * self.min_sigma) + self.min_sigma if self.min_sigma else t
 
     def log_snr(self, t: Tensor) -> Tensor:
         return (2 * ((1 - t).log() - t.log())).clamp(*self.logsnr_range)
+
+
+def shift_by_size(height: Tensor, width: Tensor, latent_frames: Tensor, scale: float = 1.0) -> Tensor:
+    """The shift (B,) float32 of a straight flow by the size of clips, as Open-Sora 1.2 has it: sqrt(H W / 512^2 * T).
+
+    Larger and longer clips show their content through more noise (arXiv:2403.03206, eq. 23).
+
+    Args:
+        height, width: (B,) in pixels.
+        latent_frames: (B,) frames of the latents; 1 for pictures. Less than one counts as one.
+        scale: of the shift.
+    """
+    area = height.float() * width.float() / UNSHIFTED_SIDE**2
+    return (area * latent_frames.float().clamp(min=1)).sqrt() * scale
 
 
 class EDMSampleSchedule(Schedule):

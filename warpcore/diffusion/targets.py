@@ -69,4 +69,17 @@ class RectifiedFlowsTarget:
         return (noised + a * pred) / (a + b)
 
 
+class SignalwardsFlowTarget(RectifiedFlowsTarget):
+    """The opposite direction x0 - epsilon, which the networks of Open-Sora predict."""
+
+    def __call__(self, x0, epsilon, logsnr, a, b):
+        return x0 - epsilon
+
+    def x0(self, noised, pred, logsnr, a, b):
+        return super().x0(noised, -pred, logsnr, a, b)
+
+    def epsilon(self, noised, pred, logsnr, a, b):
+        return super().epsilon(noised, -pred, logsnr, a, b)
+
+
 TARGETS = {"epsilon": EpsilonTarget, "x0": X0Target, "v": VTarget, "rectified_flows": RectifiedFlowsTarget}
