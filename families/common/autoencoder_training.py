@@ -79,7 +79,7 @@ class AutoencoderTraining(ReconstructionTraining):
         rebuilt, *_ = self.networks["autoencoder"](images.float() / 255)
         columns = {"picture" if images.ndim == 4 else "clip": to_uint8(images), "rebuilt": to_pictures(rebuilt)}
         rates = held_out.columns.get("fps", torch.zeros(1))  # of clips; they move together in one sheet
-        return Sampled.rows(held_out.captions[: len(images)], columns, float(rates.max()) or Sampled.fps)
+        return Sampled.rows(held_out.captions[: len(images)], columns, float(rates.cpu().max()) or Sampled.fps)
 
 
 class LatentStatistics(nn.Module):

@@ -63,14 +63,18 @@ class WanAutoencoder(Autoencoder):
 
     def _encode(self, pixels: Tensor) -> Tensor:
         if pixels.ndim == 4:
-            return self._encode(pixels[:, None])[:, :, 0]
+            return self._moments(pixels[:, :, None])[:, :, 0]
         check_frames(pixels.shape[1], self.key)
-        posterior = self.model.encode(pixels.transpose(1, 2)).latent_dist
+        return self._moments(pixels.transpose(1, 2))
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        """Of (B, 3, T, H, W), the library's order."""
+        posterior = self.model.encode(pixels).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def _decode(self, latents: Tensor) -> Tensor:
         if latents.ndim == 4:
-            return self._decode(latents[:, :, None])[:, 0]
+            return self.model.decode(latents[:, :, None]).sample[:, :, 0]
         return self.model.decode(latents).sample.transpose(1, 2)
 
 

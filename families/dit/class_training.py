@@ -50,7 +50,7 @@ class ClassTraining(LatentTraining):
     def labels_to_draw(self, held_out: Batch | None) -> list[int]:
         """The classes of samples: those of the config, or else of held-out samples."""
         count = self.config.sample_count
-        return self.config.sample_numbers[:count] if held_out is None else held_out.extra[CLASS][:count].tolist()
+        return self.config.sample_numbers[:count] if held_out is None else held_out.extra[CLASS][:count].cpu().tolist()
 
     def titles(self, labels: list[int]) -> list[str]:
         """What drawings of classes are called."""
