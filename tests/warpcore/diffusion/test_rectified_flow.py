@@ -8,8 +8,10 @@ from torch import Tensor
 
 from modules.stdit3 import STDiT3
 from tests.golden import load_case, resolve, weights_of
+from warpcore.diffusion.given_frames import GivenFrames
 from warpcore.diffusion.guidance import Guidance
 from warpcore.diffusion.processes import flow_process
+from warpcore.diffusion.samplers import SAMPLERS, DDIMSampler
 from warpcore.diffusion.schedules import shift_by_size
 from warpcore.diffusion.times import Steps
 
@@ -99,6 +101,40 @@ def test_drawing_takes_every_step_of_the_reference(call):
     found = torch.stack([x for _, x, _ in steps]).float()
     wanted = torch.cat([expected["input_of_each_step"][1:], expected["final"][None]])
     torch.testing.assert_close(found, wanted, rtol=0, atol=call["result_stats"]["suggested_atol"])
+
+
+def test_drawing_with_given_frames_takes_every_step_of_the_reference():
+    call = next(call for call in SAMPLING["calls"] if call["name"] == "masked")
+    network, settings = small_network(), call["scheduler"]
+    given, expected, draws = (resolve(call[key], SAMPLING_TENSORS) for key in ("kwargs", "result", "noise_draws"))
+    sizes = {key: given["additional_args"][key] for key in ("fps", "height", "width")} | {"mask": given["text_mask"]}
+    text, diffusion, masks = given["y"][:, 0], flow_process(signalwards=True), []
+    sampler = GivenFrames(DDIMSampler(diffusion.input_scaler), given["mask"])
+
+    def predict(x: Tensor, r: Tensor, **conditions: Tensor) -> Tensor:
+        masks.append(sampler.noised)
+        found = network(x.float(), r.float(), x_mask=sampler.noised.repeat(2, 1), **conditions)
+        return found[:, : x.shape[1]].double()
+
+    shift = shift_of(given["additional_args"])[0].item()
+    steps = diffusion.sample(
+        predict, {"y": text, **sizes}, given["z"].double(), sampler=sampler,
+        unconditional={"y": network.y_embedder.y_embedding.expand_as(text), **sizes},
+        guidance=Guidance(settings["cfg_scale"], rho=0.0), noise=lambda step: draws[step + 1],
+        steps=Steps(times=torch.linspace(1, 0, settings["num_sampling_steps"] + 1, dtype=torch.float64), shift=shift),
+    )  # fmt: skip
+    found = torch.stack([x for _, x, _ in steps]).float()
+    assert torch.equal(torch.stack(masks), expected["x_mask_of_each_step"])
+    wanted = torch.cat([expected["input_of_each_step"][1:], expected["final"][None]])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=call["result_stats"]["suggested_atol"])
+    kept = given["mask"] == 0
+    assert torch.equal(found[-1].transpose(1, 2)[kept], given["z"].transpose(1, 2)[kept])
+
+
+def test_frames_cannot_join_steps_that_are_asked_about_twice():
+    scaler = flow_process().input_scaler
+    with pytest.raises(ValueError, match="HeunSampler asks twice about a step"):
+        GivenFrames(SAMPLERS["heun"](scaler), torch.ones(1, 2)).start(torch.tensor([-1.0, 0.0, 1.0]))
 
 
 def test_a_flow_towards_the_signal_is_the_other_one_with_its_sign_turned():
