@@ -13,6 +13,7 @@ import tools.build_dataset
 import tools.index_dataset
 from tests.many_processes import launch_processes
 from tests.warpcore.data.tars import picture, write_shard
+from tests.warpcore.data.videos import video
 from tests.warpcore.runs import torchrun
 from tools.build_dataset import build_dataset
 from warpcore.data.catalog import MANIFEST_NAME
@@ -63,6 +64,22 @@ def test_three_processes_build_the_same_tars_as_one(folder, tmp_path, limit):
     assert alone == together
     names = {path.name for path in (tmp_path / "together").iterdir()}
     assert names == {*together, *(name + INDEX_SUFFIX for name in together), MANIFEST_NAME}
+
+
+@pytest.mark.slow
+def test_two_processes_pack_videos_as_one_does(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"{number}.mp4").write_bytes(video(4 + number)[: 700 if number == 3 else None])
+        (folder / f"{number}.txt").write_text(f"{number} brightens")
+    report = build_dataset(folder, tmp_path / "alone", samples_per_shard=2)
+    arguments = [folder, tmp_path / "together", "--samples-per-shard", "2"]
+    launch_processes(2, call, tools.build_dataset.main, arguments, tmp_path / "said")
+    assert str(report) in (tmp_path / "said.0").read_text()
+    alone, together = contents(tmp_path / "alone"), contents(tmp_path / "together")
+    assert len(alone) == 3
+    assert alone == together
 
 
 def call(tool: Callable, arguments: list, said: Path) -> None:

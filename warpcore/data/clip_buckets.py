@@ -29,6 +29,7 @@ from warpcore.random import stable_hash
 from warpcore.text import brief
 
 MAX_FRAMES, MAX_MICRO_BATCH = 100_000, 100_000
+_SIDE = re.compile(r"([1-9][0-9]{0,4})(px)?")
 LEAST_AREA = 0.8
 """Of a resolution's area that a sample needs to be enlarged to it."""
 DRAWN_BY_ROW = (
@@ -256,11 +257,15 @@ def checked(bucket_config: object) -> dict[str, dict[int, list]]:
     for name, lengths in bucket_config.items():
         if not isinstance(lengths, dict) or not lengths:
             raise ValueError(f"{name} needs numbers of frames, such as {{51: [1.0, 8]}}")
+        if same := next((other for other in found if _plain(other) == _plain(str(name))), None):
+            raise ValueError(f"{name!r} and {same!r} are one resolution: write its lengths under one of them")
         of_name = found[str(name)] = {}
         for frames, entry in lengths.items():
             number = _number(frames, int, 1, MAX_FRAMES)
             if number is None:
                 raise ValueError(f"{name} has {brief(frames)}, which is no number of frames from 1 to {MAX_FRAMES:,}")
+            if number in of_name:
+                raise ValueError(f"{name} has {number} frames twice: remove one")
             of_name[number] = _entry(entry)
             if of_name[number] is None:
                 raise ValueError(
@@ -268,6 +273,11 @@ def checked(bucket_config: object) -> dict[str, dict[int, list]]:
                     "as [1.0, 8], or [[share to keep, share to take], size]; shares are from 0 to 1, sizes at least 1"
                 )
     return found
+
+
+def _plain(name: str) -> str:
+    """The name of a resolution without what may be left out: 256 for 256px."""
+    return number[1] if (number := _SIDE.fullmatch(name)) else name
 
 
 def _entry(entry: object) -> list | None:
@@ -331,7 +341,7 @@ def _without_size(size: Sequence[int] | None) -> str:
 
 def _resolution(name: str, factor: int, ratios: Sequence[float]) -> tuple[int, Shapes]:
     """Area in px² and sizes of a resolution: `240p`, or `256`, or the side of a square as `64px`."""
-    number = re.fullmatch(r"([1-9][0-9]{0,4})(px)?", name)
+    number = _SIDE.fullmatch(name)
     known = number[1] if number and number[1] in RESOLUTIONS else name
     if known in RESOLUTIONS and not ratios:
         return RESOLUTIONS[known].area, NamedShapes(known, factor)

@@ -1,13 +1,14 @@
-"""What the index has to know of a video, read from its container without decoding a frame.
+"""What the index has to know of a video, read from its container, without decoding more than one frame.
 
 MP4 and MOV say it in their `moov` box, wherever it lies (`mp4_boxes`). Matroska, WebM, AVI, MPEG-TS and fragmented MP4
 have no count of frames: their packets are counted, which reads all of their bytes, in FFmpeg's demuxer of that very
-format. Formats that refer to other files, such as playlists, are never opened.
+format; of all but MP4 the first frame is decoded, which alone tells a rotation. Formats that refer to other files,
+such as playlists, are never opened.
 """
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -152,8 +153,8 @@ def _header(times: np.ndarray, last: float, track: Mp4Track) -> Header:
     )
 
 
-def _demuxed(file: BinaryIO, container: str, track: Mp4Track | None) -> Header:
-    """By the packets of a file; what an MP4 says of its `track` counts."""
+def _demuxed(file: BinaryIO, container: str, track_of_boxes: Mp4Track | None) -> Header:
+    """By the packets of a file, and its first frame; of an MP4, what its boxes say of the track counts."""
     import av  # takes a fifth of a second, and FFmpeg
 
     file.seek(0)
@@ -166,9 +167,13 @@ def _demuxed(file: BinaryIO, container: str, track: Mp4Track | None) -> Header:
             if context is None:
                 raise BadVideo("its video stream is of an unknown codec")
             shape, codec = stream.sample_aspect_ratio or context.sample_aspect_ratio, context.name
-            track = track or Mp4Track(context.width, context.height, stream.codec.canonical_name, float(shape or 1))
-            times, last = [], 0.0
+            name = stream.codec.canonical_name
+            track = track_of_boxes or Mp4Track(context.width, context.height, name, float(shape or 1))
+            times, last, first = [], 0.0, None
+            context.thread_count, context.options = 1, {"max_pixels": str(MAX_FRAME_PIXELS)}
             for packet in opened.demux(stream):
+                if track_of_boxes is None and first is None and packet.size:
+                    first = next(iter(context.decode(packet)), None)
                 if not packet.size or packet.is_discard or (codec == "vp8" and not memoryview(packet)[0] & _VP8_SHOWN):
                     continue
                 if len(times) == MAX_FRAMES:
@@ -176,6 +181,10 @@ def _demuxed(file: BinaryIO, container: str, track: Mp4Track | None) -> Header:
                 time = packet.dts if packet.pts is None else packet.pts
                 times.append(len(times) / float(stream.average_rate or 25) if time is None else time * base)
                 last = float((packet.duration or 0) * base)
+            if track_of_boxes is None and first is None:
+                first = next(iter(context.decode(None)), None)
     except av.FFmpegError as error:
         raise BadVideo(f"it is cut short or damaged ({container}: {error.strerror or error})") from None
+    if first is not None:  # frames alone tell a rotation
+        track = replace(track, rotation=round(-first.rotation / 90) * 90 % 360)
     return _header(np.array(times), last, track)

@@ -5,7 +5,7 @@ import pytest
 
 from tests.golden import load_case
 from warpcore.data.buckets import Buckets
-from warpcore.data.clip_buckets import ClipBuckets, Rung, rungs_of
+from warpcore.data.clip_buckets import ClipBuckets, Rung, checked, rungs_of
 from warpcore.data.resolutions import RESOLUTIONS
 from warpcore.errors import UserError
 
@@ -173,6 +173,21 @@ def test_sides_are_multiples_of_the_factor_and_ratios_may_be_given():
 def test_a_config_without_a_meaning_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         rungs(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({256: {1: [1.0, 4]}, "256": {17: [1.0, 4]}}, "'256' and '256' are one resolution"),
+        ({256: {1: [1.0, 4]}, "256px": {17: [1.0, 4]}}, "'256px' and '256' are one resolution"),
+        ({"64px": {1: [1.0, 4]}, 64: {17: [1.0, 4]}}, "64 and '64px' are one resolution"),
+        ({"64px": {1: [1.0, 4], "1": [0.5, 4]}}, "64px has 1 frames twice"),
+    ],
+)
+def test_what_stands_twice_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        checked(config)
+    assert checked({256: {1: [1.0, 4]}, "240p": {17: [1.0, 4]}}).keys() == {"256", "240p"}
 
 
 def test_two_rungs_with_one_bucket_share_the_smaller_micro_batch():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.bounds import bounded, fuzz
+from tests.warpcore.data.clips import encode, numbered
 from tests.warpcore.data.videos import cut, decoded, moov_first, sound, turned, video, with_number
 from warpcore.data.video_headers import MAX_FRAMES, BadVideo, Header, container_of, read_header
 from warpcore.data.videos import decode
@@ -76,6 +77,16 @@ def test_turned_videos_have_the_size_that_is_shown(matrix, rotation):
     header = header_of(content)
     assert -decoded(content)[0].rotation % 360 == header.rotation == rotation
     assert (header.width, header.height) == ((48, 64) if rotation in (90, 270) else (64, 48))
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270, 0])
+@pytest.mark.parametrize("options", [{}, {"bf": "3"}])
+def test_turned_videos_of_matroska_have_the_size_that_is_shown(degrees, options):
+    content = encode([numbered(n) for n in range(6)], container="matroska", options=options, turn={"degrees": degrees})
+    header, clip = header_of(content), decode(content, [0, 5], (64, 64))
+    assert -decoded(content)[0].rotation % 360 == header.rotation
+    assert header.rotation in ({90, 270} if degrees in (90, 270) else {degrees})
+    assert (header.num_frames, header.height, header.width) == (6, *clip.geometry.source)
 
 
 @pytest.mark.parametrize(("shape", "size"), [((4, 3), (85, 48)), ((1, 2), (64, 96)), ((1, 1), (64, 48))])
