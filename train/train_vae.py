@@ -18,6 +18,7 @@ from families.common.weight_files import FAMILY_KEY
 from families.stable_diffusion.autoencoder_training import TrainedAutoencoder, from_scratch
 from families.stable_diffusion.build import autoencoder_by_itself
 from warpcore.data.buckets import whole_size
+from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 
 SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "mid_block_attention")
@@ -28,6 +29,13 @@ Channels = Annotated[int, Field(gt=0, le=8192)]
 
 
 class VaeConfig(AutoencoderConfig):
+    needs = {
+        **dict.fromkeys(
+            SIZES,
+            Need("a new autoencoder", lambda config: config.autoencoder_checkpoint_path is None),
+        ),
+        "kl_weight": Need("decoder_only: false", lambda config: not config.decoder_only),
+    }
     autoencoder_checkpoint_path: Weights | None = None
     """Autoencoder to start from: a folder of diffusers, a pipeline, a checkpoint in one file, or a file of its own; a
     new one without it. It keeps its `scaling_factor`, as denoisers of its latents were trained with that."""

@@ -10,6 +10,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, PositiveFloat, mode
 from warpcore.config_keys import BatchSize, Settings
 from warpcore.data.buckets import Buckets
 from warpcore.data.clip_buckets import MAX_FRAMES, ClipBuckets, Rung, checked, rungs_of
+from warpcore.idle_keys import Need
 
 FrameCount = Annotated[int, Field(gt=0, le=MAX_FRAMES)]
 BucketConfig = Annotated[dict[str, dict[int, list]], PlainValidator(checked), PlainSerializer(dict)]
@@ -17,6 +18,10 @@ BucketConfig = Annotated[dict[str, dict[int, list]], PlainValidator(checked), Pl
 
 class ClipKeys(Settings):
     """Clips."""
+
+    needs = dict.fromkeys(
+        ("frame_stride", "frame_rate"), Need("clips of several frames", lambda config: config.num_frames != 1)
+    )
 
     num_frames: FrameCount | None = None
     """Frames of every clip; 1 trains on pictures. Shorter videos are left out, and counted. Sizes are those of

@@ -35,6 +35,7 @@ from warpcore.data.buckets import Buckets
 from warpcore.data.storage import local_path
 from warpcore.epochs import IN_UPDATES, in_updates
 from warpcore.errors import ConfigError, UserError
+from warpcore.idle_keys import about_idle
 from warpcore.keys import help_text, local_paths
 from warpcore.lr_schedules import CYCLE_KEYS, CYCLES, CYCLIC, LinearCycles
 from warpcore.mistakes import check_values, explain_all
@@ -293,6 +294,8 @@ def make_config(
     except ValidationError as error:
         raise ConfigError(explain_all(kind, error.errors(include_url=False), files)) from None
     check_unused(config, kind.unused & values.keys(), files)
+    for line in about_idle(config, values):
+        logger.warning(line)
     return config
 
 

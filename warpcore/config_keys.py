@@ -3,6 +3,7 @@
 The sentence under a key is its documentation: `--help` and docs/configuration.md are made from it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -24,8 +25,9 @@ from warpcore.arguments import numbers_in
 from warpcore.data.buckets import parse_ratio, parse_size
 from warpcore.epochs import Updates
 from warpcore.from_scratch import Start
+from warpcore.idle_keys import Need
 from warpcore.keys import MAX_NAME, S3Url, local_paths, parts_of
-from warpcore.lr_schedules import SCHEDULES
+from warpcore.lr_schedules import ENDING, SCHEDULES
 from warpcore.mistakes import MAX_INTEGER
 from warpcore.parameter_groups import ParameterGroup
 from warpcore.patterns import valid_pattern
@@ -54,6 +56,9 @@ class Settings(BaseModel):
 
     unused: ClassVar[frozenset[str]] = frozenset()
     """Keys of a shared base class that a script has no use for."""
+    needs: ClassVar[Mapping[str, Need]] = {}
+    """Keys of this class that have no effect without others, which is said where they are given. Those that only a
+    mistake can bring together are refused by a validator instead."""
 
     @model_validator(mode="before")
     @classmethod
@@ -80,6 +85,11 @@ class Settings(BaseModel):
         return value
 
 
+def may_be_far(*sources: Any) -> bool:
+    """Whether data are on S3, or a list of sources says where."""
+    return any(place in str(sources) for place in ("s3://", ".yml", ".yaml"))
+
+
 def _short_name(name: str) -> str:
     if len(name.encode()) > MAX_NAME:
         raise ValueError(f"a folder's name has at most {MAX_NAME} bytes")
@@ -88,6 +98,10 @@ def _short_name(name: str) -> str:
 
 class RunKeys(Settings):
     """The run."""
+
+    needs = {
+        "scratch_path": Need("checkpoint_path: s3://...", lambda config: isinstance(config.checkpoint_path, str)),
+    }
 
     experiment_id: Annotated[str, Field(pattern=r"^\w[\w .-]*$"), AfterValidator(_short_name)]
     """Name of the run: everything is written under `checkpoint_path/experiment_id`, and a second start resumes it."""
@@ -163,6 +177,14 @@ class RunKeys(Settings):
 class OptimisationKeys(Settings):
     """Optimisation."""
 
+    needs = {
+        "min_lr_ratio": Need(f"lr_schedule: {', '.join(ENDING)}", lambda config: config.lr_schedule in ENDING),
+        "betas": Need("an optimizer other than adafactor", lambda config: config.optimizer != "adafactor"),
+        "eps": Need(
+            "an optimizer other than adafactor and lion", lambda config: config.optimizer not in ("adafactor", "lion")
+        ),
+    }
+
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
     lr_schedule: Literal[SCHEDULES] = "constant"
@@ -234,6 +256,11 @@ class OptimisationKeys(Settings):
 class AverageKeys(Settings):
     """Average of the weights."""
 
+    needs = dict.fromkeys(
+        ("ema_iters", "ema_beta", "ema_device"),
+        Need("ema_start_iters", lambda config: config.ema_start_iters is not None),
+    )
+
     ema_start_iters: NonNegativeInt | None = None
     """First update of the exponential moving average; without this key there is none."""
     ema_iters: PositiveInt = 1
@@ -255,6 +282,12 @@ class AverageKeys(Settings):
 
 class DataKeys(Settings):
     """Data."""
+
+    needs = {
+        "bucketeer_random_ratio": Need.of("multi_aspect_ratio"),
+        "cache_path": Need("data on s3://", lambda config: may_be_far(config.webdataset_path, config.validation_path)),
+        "cache_size_gb": Need.of("cache_path"),
+    }
 
     webdataset_path: str | list[str | dict[str, Any]]
     """Training data: a tar, folder, glob, brace range, URL or .yml, or a list of them ({path: ..., weight: 2})."""
@@ -319,6 +352,8 @@ class DataKeys(Settings):
 
 class ReportKeys(Settings):
     """What is reported."""
+
+    needs = {"wandb_entity": Need.of("wandb_project")}
 
     log_every: PositiveInt = 10
     """Metrics are fetched from the device and written after every this many updates."""

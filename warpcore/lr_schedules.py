@@ -11,6 +11,8 @@ CYCLES = "lambdalinear"
 SCHEDULES = ("constant", "cosine", "linear", "rex", "polynomial", "inverse_sqrt", "warmup_stable_decay", CYCLES)
 CYCLIC = ("cosine", "linear", "rex", "polynomial")
 """Those that may go down several times."""
+ENDING = (*CYCLIC, "warmup_stable_decay")
+"""Those that end at `min_lr_ratio`."""
 WITHOUT_WARM_UP = 10_000
 """The updates of `inverse_sqrt` in place of those of a warm-up, as in transformers."""
 

@@ -9,6 +9,7 @@ from families.common.config import DiffusionConfig, GeneratorSettings
 from families.common.prompt_flags import Prompt
 from warpcore.config import FileName, Settings, Share
 from warpcore.config_keys import Steps
+from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 
 
@@ -80,6 +81,10 @@ class StageCConfig(CascadeConfig):
     """What every training script of Stage C understands."""
 
     unused = frozenset({"stage_a_checkpoint_path"})
+    needs = dict.fromkeys(
+        ("clip_image_model_name", "clip_image_checkpoint_path"),
+        Need("clip_image_dropout below 1", lambda config: config.clip_image_dropout < 1),
+    )
 
     clip_image_dropout: Share = 0.9
     """Share of the samples without the image condition; at 1 the image tower is not even loaded."""

@@ -75,6 +75,13 @@ class CascadeSettings(RunSettings, ModelSettings):
         return settings.model_copy(update={"generator_checkpoint_path": path, "diffusion_target": target})
 
 
+OF_STAGE_B = (
+    "stage_b_version", "stage_b_checkpoint_path", "stage_b_target", "stage_b_steps", "stage_b_guidance",
+    "stage_b_sampler", "stage_b_shift",
+)  # fmt: skip
+"""Keys about Stage B alone."""
+
+
 class DrawingSettings(CascadeSettings, ComputeSettings):
     """How Stage B draws."""
 

@@ -6,11 +6,12 @@ from typing import Self
 from pydantic import PositiveFloat, model_validator
 from torch import Tensor
 
-from families.cascade.inference import DrawingSettings
+from families.cascade.inference import OF_STAGE_B, DrawingSettings
 from families.cascade.sampling import Cascade
 from families.common.pictures import pad
 from families.common.reconstruction import ReconstructConfig
 from families.common.sampling import latent_size
+from warpcore.idle_keys import Need
 
 
 class CascadeReconstructConfig(ReconstructConfig, DrawingSettings):
@@ -25,6 +26,12 @@ class CascadeReconstructConfig(ReconstructConfig, DrawingSettings):
             "diffusion_target",
         }
     )
+
+    needs = dict.fromkeys(
+        (*OF_STAGE_B, "guidance_rescale", "compression", "caption", "seed", "effnet_checkpoint_path",
+         "clip_text_model_name", "clip_text_checkpoint_path"),
+        Need("stage_a_only: false", lambda config: not config.stage_a_only),
+    )  # fmt: skip
 
     compression: PositiveFloat | None = None
     """Pixels per position of the encoder's latents; by default what Stage C's have (42.67, mini: 16)."""

@@ -17,6 +17,7 @@ from families.common.weight_source import listed_weights
 from modules.filters.inpaint import InpaintFilter
 from warpcore.config import ConfigError, FileName, Share
 from warpcore.files import why_no_file
+from warpcore.idle_keys import Need
 
 OF_EACH = ("control_image", "control_ready", "control_strength", "control_start", "control_end")
 """Keys that hold a value for each ControlNet, or one for all."""
@@ -26,6 +27,13 @@ OF_A_FILE = ("controlnet_filter", "controlnet_filter_params", "controlnet_blocks
 
 class SteeringSettings(DrawingSettings):
     """Keys of scripts that draw with Stage C."""
+
+    needs = {
+        "keep_unmasked": Need(
+            "control_mask or control_margins",
+            lambda config: config.control_mask is not None or config.control_margins is not None,
+        ),
+    }
 
     lora: list[FileName] = []
     """LoRAs, whose changes add up: WEIGHTS or WEIGHTS:STRENGTH each, files in any format, folders of runs that made

@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from families.cascade.controlled import pasted
 from families.cascade.drawing import finish, sketch
+from families.cascade.inference import OF_STAGE_B
 from families.cascade.lora import open_loras
 from families.cascade.sampling import Cascade
 from families.cascade.steering import SteeringSettings, open_controls
@@ -19,10 +20,19 @@ from families.common.pictures import read_picture, size_of
 from families.common.text_to_image import Drawn, TextToImageConfig
 from warpcore.config import Share
 from warpcore.files import why_no_file
+from warpcore.idle_keys import Need
 
 
 class CascadeTextToImageConfig(TextToImageConfig, SteeringSettings):
     """Keys of `inference/text_to_image.py` for the cascade; `steps`, `guidance` and `sampler` are Stage C's."""
+
+    needs = {
+        **dict.fromkeys(OF_STAGE_B, Need("preview: false", lambda config: not config.preview)),
+        **dict.fromkeys(
+            ("clip_image_model_name", "clip_image_checkpoint_path"),
+            Need("image, without noise_level", lambda config: config.image is not None and config.noise_level is None),
+        ),
+    }
 
     image: Path | None = None
     """A picture to vary: Stage C sees what it shows (CLIP). With `noise_level`, a picture to start from instead."""

@@ -8,8 +8,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from families.common.losses import LossSettings
 from families.common.sample_fields import SampleSettings
 from warpcore.config import Config, Settings, Share
-from warpcore.config_keys import Gigabytes, Steps
+from warpcore.config_keys import Gigabytes, Steps, may_be_far
 from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.idle_keys import Need
 from warpcore.keys import Place, Weights
 
 Folder = Annotated[Place, Field(min_length=1)]
@@ -31,6 +32,20 @@ class GeneratorSettings(Settings):
 
 class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
     """What is learned, and what is drawn on the way."""
+
+    needs = {
+        "cache_path": Need(
+            "data on s3://",
+            lambda config: may_be_far(
+                config.webdataset_path, config.validation_path, config.caches, config.validation_caches
+            ),
+        ),
+        "cache_text_gb": Need.of("cache_text"),
+        "change_target": Need(
+            "diffusion_target, and generator_checkpoint_path with another",
+            lambda config: bool(config.diffusion_target and config.generator_checkpoint_path),
+        ),
+    }
 
     caches: list[Folder] = []
     """Folders that tools/cache.py made, with features of the samples of `webdataset_path`: `[data/latents,

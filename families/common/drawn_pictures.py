@@ -17,6 +17,7 @@ from warpcore.config_keys import SidePx, Steps
 from warpcore.data.buckets import parse_ratio
 from warpcore.diffusion.samplers import SAMPLERS
 from warpcore.files import why_no_file
+from warpcore.idle_keys import Need
 from warpcore.pictures import grid, save_png
 from warpcore.text import read_text
 
@@ -26,8 +27,13 @@ NOT_IN_PICTURES = {"seeds", "output_path", "overwrite", "device", "batch_size"}
 """Keys that the settings inside of pictures leave out."""
 
 
+GUIDED = Need("a guidance other than 1", lambda config: config.is_guided)
+
+
 class DrawingConfig(RunSettings, ComputeSettings):
     """How pictures are drawn, and where they are written."""
+
+    needs = dict.fromkeys(("image_size", "aspect_ratio"), Need("size: null", lambda config: config.size is None))
 
     output_path: Path | None = None
     """Folder for `grid.png` and the single pictures, each of which holds what it was made of; by default the first of
@@ -55,6 +61,11 @@ class DrawingConfig(RunSettings, ComputeSettings):
     @classmethod
     def _ratio(cls, value: Any) -> float | None:
         return None if value is None else parse_ratio(value, "aspect_ratio")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance is computed."""
+        return self.guidance not in (None, 1)
 
     @property
     def clip_fps(self) -> float | None:

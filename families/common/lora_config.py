@@ -10,11 +10,19 @@ from modules.lora import LoraSettings
 from modules.tokens import is_new
 from warpcore.config import Settings, ShareBelowOne
 from warpcore.config_keys import MAX_ENTRIES
+from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 
 
 class LoraKeys(Settings):
     """Which layers get adapters, and what adapters are like."""
+
+    needs = {
+        "lora_init": Need(
+            "adapters that start anew: they have those of lora_checkpoint_path, and their alpha is written",
+            lambda config: config.lora_checkpoint_path is None or config.alpha is None,
+        ),
+    }
 
     module_filters: list[str] = Field(max_length=MAX_ENTRIES)
     """Which layers are adapted: parts of their names, such as `.attn`, or regular expressions on them; `.` is all."""
@@ -71,6 +79,8 @@ class TransformerLoraKeys(LoraKeys):
 
 class TokenKeys(Settings):
     """Tokens of the text encoder that are trained; for a `DiffusionConfig`."""
+
+    needs = {"token_lr_scale": Need.of("train_tokens")}
 
     train_tokens: list[tuple[str, str | None]] | None = Field(None, max_length=MAX_ENTRIES)
     """Tokens to train: `['[fernando]', '^dog</w>']`, a new one that starts as the mean of those that a regular

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from warpcore.config import Settings, Share
 from warpcore.diffusion.huber import PseudoHuber
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS, loss_weight_for
+from warpcore.idle_keys import Need
 
 if TYPE_CHECKING:
     from warpcore.diffusion.diffusion import GDF
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
 
 class LossSettings(Settings):
     """The error that is minimised, and the noise that is added."""
+
+    needs = {
+        **dict.fromkeys(
+            ("huber_c", "huber_schedule"),
+            Need("loss_type: huber or smooth_l1", lambda config: config.loss_type != "l2"),
+        ),
+        "multires_noise_iterations": Need("a number above 1", lambda config: config.multires_noise_iterations > 1),
+        "multires_noise_discount": Need(
+            "multires_noise_iterations above 1", lambda config: config.multires_noise_iterations > 1
+        ),
+    }
 
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "p2"
     """How much the loss of each noise level counts. A formula published for the error of another prediction than

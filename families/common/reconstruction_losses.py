@@ -18,6 +18,7 @@ from modules.perceptual import PerceptualDistance
 from warpcore.config import Config, Settings
 from warpcore.core import WarpCore
 from warpcore.data.reader import Batch
+from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 from warpcore.random import SampleRandom
 from warpcore.results import per_sample
@@ -28,6 +29,11 @@ BLOCK_PX = 8
 
 class ReconstructionKeys(Settings):
     """What says how good a reconstruction is."""
+
+    needs = {
+        "perceptual_weight": Need.of("perceptual_checkpoint_path"),
+        **dict.fromkeys(("discriminator_start", "discriminator_channels"), Need.of("discriminator_weight")),
+    }
 
     squared_weight: NonNegativeFloat = 1.0
     """Weight of the squared error, beside the absolute error."""

@@ -22,6 +22,7 @@ from warpcore.data.images import Geometry
 from warpcore.data.reader import Batch
 from warpcore.data.samples import PICTURE_EXTENSIONS, PICTURE_FACTS, VISUAL_EXTENSIONS, Sample
 from warpcore.data.shards import resolve_sources
+from warpcore.idle_keys import Need
 from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
 
@@ -31,6 +32,8 @@ LATENT_MASK = "latent_mask"
 
 class SampleSettings(TagSettings):
     """Keys on what counts of the samples, and on captions out of templates."""
+
+    needs = {"prior_weight": Need.of("prior_path")}
 
     caption_templates: list[str] = []
     """One of these is a sample's caption, chosen at random; in it, `{caption}` stands for its own."""

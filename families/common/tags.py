@@ -6,11 +6,14 @@ from typing import Self
 from pydantic import Field, NonNegativeInt, model_validator
 
 from warpcore.config import Settings, ShareBelowOne
+from warpcore.idle_keys import Need
 from warpcore.random import stable_hash
 
 
 class TagSettings(Settings):
     """Keys on captions that are lists of tags."""
+
+    needs = {"tag_separator": Need("shuffle_tags or tag_dropout", lambda config: config.tags_vary)}
 
     shuffle_tags: bool = False
     """Captions are lists of tags, whose order means nothing: each draw of a sample has another one."""

@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol, Self
 
 from pydantic import model_validator
 
-from families.common.drawn_pictures import DrawingConfig, Drawn, read_lines
+from families.common.drawn_pictures import GUIDED, DrawingConfig, Drawn, read_lines
 from families.common.prompt_flags import Prompt, without_flags
 from warpcore.config import ConfigError
 from warpcore.text import shortened
@@ -14,6 +14,8 @@ from warpcore.text import shortened
 
 class TextToImageConfig(DrawingConfig):
     """Which prompts are drawn, how, and where the pictures are written."""
+
+    needs = {"negative_prompt": GUIDED}
 
     prompts: list[Prompt] = []
     """What to draw."""

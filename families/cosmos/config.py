@@ -13,6 +13,7 @@ from warpcore.config import Share
 from warpcore.config_keys import Steps
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 
 TARGET = "rectified_flows"
@@ -53,6 +54,8 @@ class CosmosSettings(GeneratorSettings):
 
 class CosmosConfig(CosmosSettings, TechniqueSettings, DiffusionConfig):
     """Keys of the scripts that train."""
+
+    needs = {"start_from_ema": Need.of("generator_checkpoint_path")}
 
     start_from_ema: bool = False
     """Start from the average (`net_ema.`) in a published file that has it beside the weights."""

@@ -15,6 +15,7 @@ from families.dit.files import dit_numbers
 from families.dit.latte_config import DEFAULT_FPS, LatteSettings
 from families.dit.versions import version_of
 from warpcore.config_files import read_mapping
+from warpcore.idle_keys import Need
 
 OF_RUNS = {"generator": GENERATOR}
 """What runs export, and the key that takes it."""
@@ -58,6 +59,7 @@ class LatteInferenceSettings(DitInferenceSettings, LatteSettings):
     """A Latte with its autoencoder, published or out of a training run."""
 
     of_network = (*DitInferenceSettings.of_network, "num_frames")
+    needs = {"fps": Need("clips of several frames", lambda config: config.clip_frames > 1)}
 
     num_frames: PositiveInt | None = None
     """Frames of each clip, by default as many as the network was trained with; 1 draws pictures."""

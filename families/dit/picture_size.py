@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from families.common.drawn_pictures import DrawingConfig
+from families.common.drawn_pictures import GUIDED, DrawingConfig
 from families.dit.autoencoder import latents_of
 from warpcore.config_keys import SidePx
 from warpcore.errors import UserError
@@ -12,6 +12,8 @@ from warpcore.errors import UserError
 
 class PictureSizeSettings(DrawingConfig):
     """The keys that say it, and how many channels are guided."""
+
+    needs = {"guidance_channels": GUIDED}
 
     image_size: SidePx | None = None
     """Side of a square picture in pixels; other shapes get about the same area. By default that of the training, which

@@ -13,6 +13,7 @@ from families.stable_diffusion.versions import VERSIONS, Version
 from warpcore.config import Share
 from warpcore.diffusion.loss_weights import LOSS_WEIGHTS
 from warpcore.diffusion.samplers import SAMPLERS
+from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 
 
@@ -74,6 +75,13 @@ class SdSettings(GeneratorSettings):
 
 class SdConfig(SdSettings, DiffusionConfig):
     """Keys of the scripts that train."""
+
+    needs = {
+        "min_sigma": Need(  # without a target, a file says it
+            "diffusion_target: rectified_flows",
+            lambda config: config.diffusion_target in (None, "rectified_flows"),
+        ),
+    }
 
     latent: Latent = "sample"
     """What of the autoencoder's moments is learned: a draw for each sample and epoch, or the `mean`."""

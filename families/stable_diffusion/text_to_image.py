@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
+from families.common.drawn_pictures import GUIDED
 from families.common.pictures import read_picture, size_of
 from families.common.prompt_flags import Prompt
 from families.common.text_to_image import Drawn, TextToImageConfig
@@ -32,6 +33,8 @@ PUBLISHED = {"sd15": ("pndm", 7.5), "sdxl": ("euler", 5.0), "mini": ("ddim", 5.0
 
 class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
     """Keys of `inference/text_to_image.py` for Stable Diffusion."""
+
+    needs = {"guidance_rescale": GUIDED}
 
     image_size: SidePx | None = None
     """Side of a square picture in pixels; other shapes get about the same area. By default that of the training: 512
@@ -92,8 +95,12 @@ class SdTextToImageConfig(SdInferenceSettings, TextToImageConfig):
         return self
 
     @property
+    def is_guided(self) -> bool:
+        return self.guidance != 1
+
+    @property
     def negatives_without_use(self) -> bool:
-        return self.guidance == 1 and bool(self.negative_prompt or any(self.negative_prompts))
+        return not self.is_guided and bool(self.negative_prompt or any(self.negative_prompts))
 
     @property
     def default_aspect_ratio(self) -> float:
