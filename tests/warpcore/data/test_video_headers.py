@@ -96,6 +96,19 @@ def test_pixels_that_are_not_square_count_as_shown(shape, size, container):
     assert (header.width, header.height) == size
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (12, 11), (64, 45), (1, 1), (1000, 999), (1, 2)])
+@pytest.mark.parametrize(
+    "options", [{}, {"profile": "baseline"}, {"x264-params": "cqm=jvt:mbtree=0"}, {"x264-params": "interlaced=1"}]
+)
+def test_the_shape_of_pixels_in_h264_alone_counts_as_it_is_decoded(shape, options):
+    content = video(2, size=(80, 48), pixel_shape=Fraction(*shape), options=options).replace(b"pasp", b"free")
+    for place, side in ((76, 80), (80, 48)):
+        content = with_number(content, b"tkhd", place, side << 16)
+    header, (height, width) = header_of(content), decode(content, [0], (32, 32)).geometry.source
+    assert (header.width, header.height) == (width, height)
+    assert (width != height * 80 // 48) == (shape not in ((1, 1), (1000, 999)))
+
+
 def test_a_single_frame_has_a_rate_too():
     header = header_of(video(1))
     assert header.num_frames == 1
