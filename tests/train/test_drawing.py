@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.many_processes import launch_processes
-from tests.train.test_every_script import SETTINGS, settings, use_case  # noqa: F401
+from tests.train.test_every_script import OF_CLIPS, SETTINGS, settings, use_case  # noqa: F401
 from tests.warpcore.runs import read_metrics, tiny_settings, train_here, write_shard
 from tests.warpcore.tiny import Denoiser
 from warpcore.config import make_config
@@ -29,7 +29,8 @@ def samples_of(settings: dict) -> list[str]:  # noqa: F811
 def test_a_run_without_prompts_and_validation_draws_for_training_data_and_says_so_once(settings, name, capfd):  # noqa: F811
     given = settings(name, "run", validation_samples=0, updates=2, save_every=1)
     assert use_case(name)(make_config(use_case(name).Config, given)).run() == 0
-    assert samples_of(given) == ["00000001.png", "00000002.png"]
+    of_clips = [".mp4", ".png", ".webp"] if name in OF_CLIPS else [".png"]
+    assert samples_of(given) == [f"0000000{update}{kind}" for update in (1, 2) for kind in of_clips]
     assert capfd.readouterr().err.count("samples of the training data") == 1
 
 

@@ -19,10 +19,10 @@ ONLY_WITH_ANOTHER_KEY = {
 """`processes` is used before a run begins."""
 READ_IN_ANY_CASE = {
     "multires_noise_iterations", "multires_noise_discount", "caption_templates", "cache_text", "shuffle_tags",
-    "tag_dropout", "repa", "tread",
+    "tag_dropout", "repa", "tread", "masked_loss",
 }  # fmt: skip
-"""Stage B's noise has many resolutions of its own; networks without texts have no captions; the script of a LoRA
-extends that of the whole network."""
+"""Stage B's noise has many resolutions of its own; networks without texts have no captions, clips no masks; the script
+of a LoRA extends that of the whole network."""
 VALUES = {
     "caption_templates": ["a {caption}"], "caption_dropout": 0.5, "cache_text": True, "shuffle_tags": True,
     "tag_dropout": 0.5,
