@@ -18,6 +18,8 @@ from warpcore.data.samples import NO_PICKLE, PICKLES, PICTURE_EXTENSIONS, VISUAL
 CAPTION_EXTENSIONS = ("txt", "caption")
 CLASS = "cls"
 """The member with the class of a sample, as webdataset's tars have it."""
+REPEATED = re.compile(r"[1-9]\d{0,2}_\S")
+"""The name of a folder of kohya's scripts: how often its pictures are repeated, and what they show."""
 PICTURES, CAPTIONS = "images", "metas"
 """Two folders beside each other, the second with the captions of the pictures in the first: the layout of Cosmos."""
 
@@ -54,7 +56,7 @@ def find_entries(
     """
     folders = list(walk(folder, left_out, without))
     read = read_metadata(folder, [path for files in folders for path in files], left_out, metadata)
-    notes += read.notes()
+    notes += read.notes() + _repeats(folders, folder)
     kinds = dict(member.split(".") for member in SIDE_MEMBERS) | dict.fromkeys(extra, "png")
     named: set[Path] = set()
     keys: set[str] = set()
@@ -72,6 +74,20 @@ def find_entries(
     for path in read.lines:
         if path not in named:
             left_out.add(NOT_IN_FOLDER, path)
+
+
+def _repeats(folders: Sequence[Sequence[Path]], folder: Path) -> list[str]:
+    """A note on folders whose names say how often kohya's scripts repeat what is in them, which nothing here does."""
+    found = sorted({files[0].parent for files in folders if files and REPEATED.match(files[0].parent.name)})
+    if not found:
+        return []
+    names = ", ".join(path.relative_to(folder.parent).as_posix() for path in found[:3])
+    names += ", ..." if len(found) > 3 else ""
+    return [
+        f"folders named as for kohya's scripts, REPEATS_NAME ({names}): each picture is packed once, and the name is "
+        "no caption. To draw from one more often, pack it by itself and give its tars a weight: webdataset_path: "
+        "[{path: ..., weight: 10}]"
+    ]
 
 
 def _with_captions_beside(

@@ -247,3 +247,14 @@ def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "pictures/a.jpg")
     with pytest.raises(UserError, match=r"no usable picture or video: left out 1\n  1 no regular file: a\.jpg"):
         build_dataset(tmp_path / "pictures", tmp_path / "out")
+
+
+def test_folders_named_with_repeats_as_for_kohyas_scripts_get_a_note(tmp_path):
+    for name in ("10_a fox", "sub/3_cats", "2024_summer", "plain"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "a.png").write_bytes(picture(kind="PNG"))
+    report = build_dataset(tmp_path / "set", tmp_path / "out")
+    (note,) = report.notes
+    assert "(set/10_a fox, set/sub/3_cats): each picture is packed once" in note
+    assert "weight: 10" in note
+    assert build_dataset(tmp_path / "set" / "plain", tmp_path / "plain").notes == []
