@@ -139,8 +139,12 @@ class Plan:
 
     @cached_property
     def validation_survey(self) -> Survey:
-        """The same of the rows of `validation_path`; of a data set without one, of all its rows."""
-        return survey(self._validation or self._recipe.catalog, self._unheld)
+        """The same of the rows of `validation_path`; without one, of those that are held out."""
+        if self._validation is not None:
+            return survey(self._validation, self._unheld)
+        every = survey(self._recipe.catalog, self._unheld)
+        held = every.passed - self.survey.passed
+        return Survey(held, held, missing=every.missing - self.survey.missing)
 
     def some_samples(self, count: int) -> list[Sample]:
         """Training samples to look at: all, if `count` is not below the rows of the index, else some of many shards.

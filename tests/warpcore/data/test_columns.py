@@ -151,6 +151,17 @@ def test_rows_without_what_their_caption_needs_are_counted(tmp_path):
         column_types(catalog, ["styl"])
 
 
+@pytest.mark.parametrize("count", [2, 7, 11])
+def test_rows_that_are_held_out_are_counted_alone(tmp_path, count):
+    lacking = [[{**row, "score": None} if row["class"] % 2 else row for row in shard] for shard in SHARDS]
+    data = catalog_of(write(tmp_path / "data", lacking))
+    plain, _ = plan_of(data, (), validation_samples=count)
+    keys = [sample.key for batch in plain.validation() for sample in batch.samples]
+    found = plan_of(data, ("score",), validation_samples=count)[0].validation_survey
+    assert found.passed == found.rows == len(keys) == count
+    assert found.missing["score"] == sum(int(key) % 2 for key in keys)
+
+
 class Sees(Denoiser):
     """Notes what it is given."""
 
