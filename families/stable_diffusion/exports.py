@@ -13,7 +13,7 @@ from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import constructor_numbers, save_library_folder
 from families.common.lora_files import lora_files
 from families.common.lora_training import missing_tokens
-from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, is_run, weights_in
+from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, is_run, metadata_of, weights_in
 from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.components import SKIP_KEY, TEXT_MODEL_KEY, TITLES, TOKENS_KEY, VERSION_KEY
@@ -225,6 +225,10 @@ def skip_notes(settings: ExportSettings, program: str) -> list[str]:
 # ---------------------------------------------------------------- LoRA
 
 
+KOHYA_SKIP_KEY = "ss_clip_skip"
+"""The same as SKIP_KEY, as kohya's scripts write it into LoRAs."""
+
+
 class LoraExportSettings(SdInferenceSettings):
     """Keys of the LoRA formats, beside those of the networks."""
 
@@ -241,8 +245,11 @@ def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> 
         raise UserError(f"one LoRA at a time, not {len(settings.lora)}: {', '.join(settings.lora) or source}")
     with only_shapes():
         networks = networks_by_name(build.unet(settings), build.text_encoders(settings))
-    loras = read_lora(weights_in(source, "lora", settings.use_ema), networks, settings.model_version)
+    path = weights_in(source, "lora", settings.use_ema)
+    loras = read_lora(path, networks, settings.model_version)
     about = {FAMILY_KEY: FAMILY, VERSION_KEY: settings.model_version}
+    if skip := metadata_of(path).get(SKIP_KEY) or settings.clip_skip:
+        about |= {SKIP_KEY: str(skip)} | ({KOHYA_SKIP_KEY: str(skip)} if kind == "kohya" else {})
     changed = {name: lora for name, lora in loras.items() if lora.adapters or lora.tokens}
     notes = [missing_tokens(lora) for lora in loras.values() if lora.missing_tokens]
     write_new_files(lora_files(changed, target, kind, networks, about), notes)

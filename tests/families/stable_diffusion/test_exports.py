@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from families.common.lora import adapters_of, add_adapters
 from families.common.lora_files import read_loras, write_loras
 from families.common.lora_formats import Lora
+from families.common.weight_files import metadata_of
 from families.registry import family_of
 from families.stable_diffusion import build
 from families.stable_diffusion.components import find_component
@@ -291,6 +292,19 @@ def test_the_tokens_of_a_lora_become_embeddings_beside_it(form, folders, export,
     export(form, tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", f"{KEY}={folders['sd15']}")
     (embedding,) = load_file(tmp_path / "theirs_embeddings" / "dog.safetensors").values()
     assert torch.equal(embedding, torch.ones(1, 16))
+
+
+def test_a_lora_says_kohyas_clip_skip(folders, export, tmp_path):
+    """As `ss_clip_skip`, the name under which kohya's sd-scripts write it."""
+    network, lora = some_lora(folders["sd15"])
+    write_loras({"unet": lora}, tmp_path / "plain.safetensors", "warpcore", {"unet": network})
+    save_file(load_file(tmp_path / "plain.safetensors"), tmp_path / "said.safetensors",
+              metadata_of(tmp_path / "plain.safetensors") | {"clip_skip": "2"})  # fmt: skip
+    for name, said in {"plain": None, "said": "2"}.items():
+        export("lora-kohya", tmp_path / f"{name}.safetensors", tmp_path / f"{name}_kohya.safetensors",
+               f"{KEY}={folders['sd15']}")  # fmt: skip
+        found = metadata_of(tmp_path / f"{name}_kohya.safetensors")
+        assert found.get("ss_clip_skip") == found.get("clip_skip") == said
 
 
 def test_a_checkpoint_with_a_lora_in_it_has_the_weights_that_peft_merges(folders, export, tmp_path):
