@@ -241,7 +241,10 @@ def _to_rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Ima
     if picture.mode.startswith("I"):
         # 16 bit grey, in whichever byte order: Pillow's own conversion would clip it at 255.
         grey = np.clip(np.asarray(picture).astype(np.int32), 0, 65535)
+        clear = picture.info.get("transparency")  # the grey that is transparent, of a PNG
         picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        if isinstance(clear, int):
+            picture.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
     elif picture.mode == "F":
         raise BadPicture("its samples are floats, of which nobody knows the range")
     if picture.has_transparency_data:

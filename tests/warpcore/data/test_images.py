@@ -183,6 +183,13 @@ def _palette_with_transparency() -> bytes:
     return encoded(picture, transparency=0)
 
 
+def _sixteen_bit_with_transparency() -> bytes:
+    """One grey is transparent (tRNS), and not the one that is the same in 8 bits."""
+    grey = np.full((30, 40), 149 * 257, np.uint16)
+    grey[:, 20:] += 60
+    return encoded(Image.fromarray(grey), transparency=149 * 257 + 60)
+
+
 def _half_transparent(mode: str, kind: str, **options) -> bytes:
     picture = Image.new("RGBA", (40, 30), (*ORANGE, 255))
     picture.paste((77, 77, 77, 0), (20, 0, 40, 30))
@@ -238,8 +245,9 @@ def test_every_kind_of_picture_becomes_rgb(kind):
         (lambda: _half_transparent("RGBA", "PNG"), ORANGE),
         (lambda: _half_transparent("RGBA", "WEBP", lossless=True), ORANGE),
         (lambda: _half_transparent("LA", "PNG"), (149, 149, 149)),
+        (_sixteen_bit_with_transparency, (149, 149, 149)),
     ],
-    ids=["palette", "png", "webp", "grey"],
+    ids=["palette", "png", "webp", "grey", "grey of 16 bits"],
 )
 def test_transparent_pixels_show_the_background(make, solid):
     pixels = decode(make(), (30, 40), background=(0, 60, 255)).pixels.astype(int)
