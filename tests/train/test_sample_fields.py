@@ -85,7 +85,7 @@ def test_a_prior_that_is_not_there_is_named_by_its_key(small_cascade, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", represented_by("train_sd", of=[n for n, kinds in CACHED.items() if "latents" in kinds])
+    "name", represented_by("train_sd", of=[n for n, kinds in CACHED.items() if "latents" in kinds and n in SCRIPTS])
 )
 def test_a_cache_with_masks_gives_the_losses_of_pictures_with_masks(small_cascade, name, tmp_path):
     given = settings_of(small_cascade, name, "pictures") | {
