@@ -98,7 +98,7 @@ def test_a_run_on_the_networks_of_libraries_writes_only_its_own_lines(stable_dif
         ("tools/export.py", "single-file", "runs/quickstart_sd", "exported.safetensors"),
         ("train/train_vae.py", ROOT / "configs/training/mini_vae.yaml", *SD_KEYS[:6], *SD_KEYS[8:]),
         ("train/train_sd_lora.py", ROOT / "configs/training/quickstart_sd_lora.yaml", *SD_KEYS, "prior_path=null",
-         "train_tokens=null", "token_lr_scale=1",
+         "train_tokens=null", "token_lr_scale=1", 'sample_prompts=["a"]',
          "generator_checkpoint_path=runs/quickstart_sd/generator.safetensors"),
     ],
     ids=lambda words: " ".join(map(str, words[:2])).removeprefix(str(ROOT)),
