@@ -19,7 +19,7 @@ class LoraKeys(Settings):
 
     needs = {
         "lora_init": Need(
-            "adapters that start anew: they have those of lora_checkpoint_path, and their alpha is written",
+            "adapters from scratch: they have those of lora_checkpoint_path, and their alpha is written",
             lambda config: config.lora_checkpoint_path is None or config.alpha is None,
         ),
     }
