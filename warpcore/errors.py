@@ -28,7 +28,9 @@ class ConfigError(UserError):
 
 def print_error(message: str) -> None:
     """As every script tells of an error that is the user's to fix."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    # One write: lines of several processes into one file stay whole, even where PYTHONUNBUFFERED is set.
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
 
 
 def run_script(main: Callable[[], int | None], tell: Callable[[str], None] = print_error) -> None:

@@ -1,7 +1,6 @@
 """An error of a run is told once, whichever of its processes meet it; the others end with it, without a traceback."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def _run(log: Path, fail: Callable[[], None]) -> None:
             finally:
                 stop_processes()
     except SystemExit as end:
-        print(f"status {end.code}", file=sys.stderr, flush=True)
+        os.write(2, f"status {end.code}\n".encode())
 
 
 def _in_the_config() -> None:
