@@ -1,14 +1,17 @@
 """Drawing latents from the noise of seeds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.given_frames import GivenFrames, of_frames
 from warpcore.diffusion.guidance import Guidance
 from warpcore.diffusion.noise_conditions import TimestepNoiseCond
 from warpcore.diffusion.samplers import DIT_SAMPLERS
@@ -42,6 +45,7 @@ def draw_latents(
     start: Tensor | None = None,
     noise_level: float = 1.0,
     initial_noise: Tensor | None = None,
+    given_frames: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Draw latents (B, *shape) from the noise that `seeds` stand for: the same seed, the same noise, in any batch.
 
@@ -53,11 +57,21 @@ def draw_latents(
         start: clean latents (B, *shape) at which drawing begins, with noise of `noise_level` (1 is hardly anything but
             noise); it makes that share of the steps.
         initial_noise: (B, *shape) normal numbers in place of those that the seeds stand for.
+        given_frames: of clips, clean latents (B, *shape), and on the CPU the share of noise (B, T) from which each
+            frame is drawn: 0 keeps it. The network is told by `x_mask` (B, T) which frames are noised. See
+            `GivenFrames`.
     """
     given = (value for value in conditions.values() if isinstance(value, Tensor))
     device = next(chain(given, network.parameters())).device  # weights may be offloaded to another
     random = SampleRandom(seeds, device)
     x = random.normal("initial noise", *shape) if initial_noise is None else to_device(initial_noise, random.device)
+    steps_by = DIT_SAMPLERS[sampler](diffusion.input_scaler)
+    predict: Callable[..., Tensor] = network
+    if given_frames is not None:
+        latents, shares = given_frames
+        steps_by = GivenFrames(steps_by, shares, x.device)
+        x = torch.where(of_frames(steps_by.noised, x), x, to_device(latents, x.device).to(x))
+        predict = partial(_told_frames, network, steps_by)
     if times is None and isinstance(diffusion.schedule, TableSchedule):
         times = sampling_times(diffusion.schedule, steps, sampler)
     if times is not None:
@@ -68,17 +82,23 @@ def draw_latents(
         t = torch.full((len(x),), first, device=device)
         x = diffusion.diffuse(start, x, t=t, shift=shift).noised
     for found, reached, _ in diffusion.sample(
-        network,
+        predict,
         conditions,
         x,
         unconditional=unconditional,
-        sampler=DIT_SAMPLERS[sampler](diffusion.input_scaler),
+        sampler=steps_by,
         guidance=None if guidance is None else Guidance(guidance, guidance_rescale, channels=guidance_channels),
         steps=Steps(max(1, round(steps * noise_level)), start=noise_level, times=times, shift=shift),
         noise=lambda step: random.normal(f"noise of step {step}", *shape),
     ):
-        drawn = found if times is None else reached  # published lists of times end where their pipelines end
+        # Published lists of times end where their pipelines end; what is found in given frames says nothing.
+        drawn = found if times is None and given_frames is None else reached
     return drawn
+
+
+def _told_frames(network: nn.Module, frames: GivenFrames, x: Tensor, r: Tensor, **conditions: Any) -> Tensor:
+    """What the network predicts, told which frames of x (B or with guidance 2 B, C, T, ...) are noised."""
+    return network(x, r, x_mask=frames.noised.repeat(len(x) // len(frames.noised), 1), **conditions)
 
 
 def check_sampling(diffusion: GDF, steps: int, sampler: str) -> None:

@@ -18,6 +18,7 @@ from warpcore.diffusion.schedules import Schedule
 from warpcore.diffusion.targets import EpsilonTarget, Target
 from warpcore.diffusion.times import Steps
 from warpcore.errors import UserError
+from warpcore.transfer import to_device
 
 
 class Diffused(NamedTuple):
@@ -201,7 +202,7 @@ class GDF:
         x = x_init.to(torch.promote_types(x_init.dtype, torch.float32))
         logsnrs, fractions = steps.along(self.schedule, x.dtype)
         order = sampler.start(logsnrs)
-        logsnrs = logsnrs.to(x)[order, None].expand(-1, len(x))
+        logsnrs = to_device(logsnrs[order].to(x.dtype), x.device)[:, None].expand(-1, len(x))
         for step in range(len(order) - 1):
             logsnr, logsnr_next = logsnrs[step], logsnrs[step + 1]
             pred, variance = predict(x, logsnr, fractions[order[step]])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from warpcore.diffusion.sampler import Sampler
+from warpcore.transfer import to_device
 
 
 class GivenFrames(Sampler):
@@ -16,37 +17,45 @@ class GivenFrames(Sampler):
 
     Args:
         sampler: one that looks at one step alone, such as DDIM; frames that join have no steps before.
-        shares: (B, T) from 0 to 1.
+        shares: (B, T) from 0 to 1, on the CPU: which frames join when is known before the first step.
+        device: of the drawing.
 
     Attributes: `noised` (B, T) bool: the frames that take part in the step to come, for the network's `x_mask`.
     """
 
-    def __init__(self, sampler: Sampler, shares: Tensor):
+    def __init__(self, sampler: Sampler, shares: Tensor, device: torch.device | str = "cpu"):
         super().__init__(sampler.scaler)
-        self.sampler, self.shares = sampler, shares
+        self.sampler, self.shares, self.device = sampler, shares, torch.device(device)
         self.needs_variance = sampler.needs_variance
-        self.noised = shares >= 1
+        self.noised = to_device(shares >= 1, self.device)
 
     def start(self, logsnrs: Tensor) -> list[int]:
         order = self.sampler.start(logsnrs)
         if order != list(range(len(logsnrs))):
             raise ValueError(f"{type(self.sampler).__name__} asks twice about a step; frames cannot join it")
-        self.noised = self.shares >= 1
+        times = (-logsnrs[1:-1] / 2).sigmoid()[:, None, None]  # of the noise, where the second step begins, ...
+        from_start = (self.shares >= 1)[None]
+        noised = torch.cat([from_start, from_start | ((self.shares > 0) & (self.shares >= times))])
+        joins = noised[1:] & ~noised[:-1]
+        self.noised, *self._later = to_device(noised, self.device)
+        self._joins = [which if some else None for which, some in zip(
+            to_device(joins, self.device), joins.flatten(1).any(dim=1).tolist(), strict=True
+        )]  # fmt: skip
         return order
 
     def step(self, x, x0, epsilon, logsnr, logsnr_next, *, noise=None, variance=None):
         """See `Sampler.step`; `noise` is called where a frame joins."""
         reached = self.sampler.step(x, x0, epsilon, logsnr, logsnr_next, noise=noise, variance=variance)
-        reached = torch.where(_of_frames(self.noised, x), reached, x)
-        time = (-logsnr_next / 2).sigmoid()[:, None]
-        joins = (self.shares > 0) & (self.shares >= time) & ~self.noised
-        self.noised = self.noised | joins
-        if not joins.any():
+        reached = torch.where(of_frames(self.noised, x), reached, x)
+        if not self._later:
+            return reached
+        self.noised, joins = self._later.pop(0), self._joins.pop(0)
+        if joins is None:
             return reached
         a, b = self.scaler.weights(logsnr_next, x)
-        return torch.where(_of_frames(joins, x), a * x + b * self._draw(noise), reached)
+        return torch.where(of_frames(joins, x), a * x + b * self._draw(noise), reached)
 
 
-def _of_frames(mask: Tensor, like: Tensor) -> Tensor:
-    """(B, T) -> (B, 1, T, 1, ...)."""
+def of_frames(mask: Tensor, like: Tensor) -> Tensor:
+    """(B, T) as the numbers of frames that (B, C, T, ...) have: (B, 1, T, 1, ...)."""
     return mask.view(mask.shape[0], 1, mask.shape[1], *[1] * (like.dim() - 3))
