@@ -87,16 +87,20 @@ def place_references(
             raise UserError(
                 f"mask_strategy: latents of reference {placement.reference} are {sizes[0]}, not {sizes[1]}"
             )
-        source = _start(placement.reference_start, reference.shape[1], align, f"reference {placement.reference}")
-        target = _start(placement.start, latents.shape[1], align, "the clip")
+        source = start_of(placement.reference_start, reference.shape[1], f"reference {placement.reference}", align)
+        target = start_of(placement.start, latents.shape[1], "the clip", align)
         length = min(placement.length, latents.shape[1] - target, reference.shape[1] - source)
         latents[:, target : target + length] = reference[:, source : source + length].to(latents)
         shares[target : target + length] = placement.edit
     return latents, shares
 
 
-def _start(frame: int, frames: int, align: int, what: str) -> int:
-    """The frame from the beginning, at a multiple of `align`: the nearest, and below where both are as near."""
+def start_of(frame: int, frames: int, what: str, align: int = 1) -> int:
+    """The frame from the beginning, at a multiple of `align`: the nearest, and below where both are as near.
+
+    Raises:
+        UserError: it is outside of `what`, which has `frames`.
+    """
     counted = frame + frames if frame < 0 else frame
     if not 0 <= counted < frames:
         raise UserError(f"mask_strategy: frame {frame} of {what}, which has {frames} latent frames")
