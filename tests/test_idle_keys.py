@@ -1,6 +1,7 @@
 """Every key of every script is in one table: what it has no effect without, and that this is said or refused then."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ def names(text: str) -> set[str]:
     return set(text.split())
 
 
+PICTURE, VIDEO = [Path("a.png")], [Path("a.mp4")]
 SAID = {
     "betas": ([0.8, 0.9], {"optimizer": "adafactor"}, {"optimizer": "lion"}),
     "block_out_channels": ([32, 64], {"autoencoder_checkpoint_path": "a"}, {}),
@@ -33,7 +35,7 @@ SAID = {
     "ema_iters": (5, {}, {"ema_start_iters": 0}),
     "eps": (1e-6, {"optimizer": "lion"}, {"optimizer": "muon"}),
     "frame_rate": (8.0, {"num_frames": 1, "frame_stride": 1}, {"num_frames": 5, "frame_stride": 1}),
-    "frame_stride": (2, {"num_frames": 1}, {"num_frames": 5}),
+    "frame_stride": (2, {"num_frames": 1, "pictures": PICTURE}, {"num_frames": 5, "pictures": VIDEO}),
     "huber_c": (0.3, {}, {"loss_type": "huber"}),
     "huber_schedule": ("constant", {}, {"loss_type": "smooth_l1"}),
     "kl_weight": (0.5, {"decoder_only": True, "autoencoder_checkpoint_path": "a"}, {}),
@@ -46,6 +48,7 @@ SAID = {
     "multires_noise_discount": (0.5, {"offset_noise": 0.0}, {"multires_noise_iterations": 6, "offset_noise": 0.0}),
     "multires_noise_iterations": (1, {"offset_noise": 0.0}, None),
     "norm_num_groups": (4, {"autoencoder_checkpoint_path": "a"}, {"block_out_channels": [4, 8]}),
+    "num_frames": (5, {"pictures": PICTURE}, {"pictures": VIDEO}),  # of a script that rebuilds
     "perceptual_weight": (0.5, {}, {"perceptual_checkpoint_path": "a"}),
     "prior_weight": (0.5, {}, {"prior_path": "b.tar"}),
     "scratch_path": ("scratch", {}, {"checkpoint_path": "s3://bucket/runs"}),

@@ -79,14 +79,14 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "missing": [
             ("missing.yaml", "config file missing.yaml does not exist"),
             ("--run missing --pictures pictures", "run: missing does not exist"),
-            ("rebuild.yaml pictures=missing", "pictures: missing is no picture and no folder with one"),
+            ("rebuild.yaml pictures=missing", "pictures: missing is no file and no folder with some to read"),
             ("rebuild.yaml stage_a_checkpoint_path=missing.safetensors pictures=pictures", "missing.safetensors"),
         ],
         "folder for a file": [("folder", FOLDER_FOR_CONFIG)],
         "file for a folder": [("--run text --pictures pictures", "run: text is no training run")],
         "empty": [
             ("empty.yaml", "these keys do not tell which family is meant"),
-            ("rebuild.yaml pictures=folder", "pictures: folder is no picture and no folder with one"),
+            ("rebuild.yaml pictures=folder", "pictures: folder is no file and no folder with some to read"),
             ("rebuild.yaml pictures=empty.jpg", "pictures: there is none to rebuild: empty.jpg"),
         ],
         "output exists": [("rebuild.yaml output_path=taken", "taken/grid.png is there already: give another output")],

@@ -9,7 +9,7 @@ from torch import Tensor
 from families.cascade.inference import OF_STAGE_B, DrawingSettings
 from families.cascade.sampling import Cascade
 from families.common.pictures import pad
-from families.common.reconstruction import ReconstructConfig
+from families.common.reconstruction import ReconstructConfig, frame_by_frame
 from families.common.sampling import latent_size
 from warpcore.idle_keys import Need
 
@@ -60,7 +60,10 @@ class CascadeReconstruction:
     def __init__(self, config: CascadeReconstructConfig):
         self.config, self.cascade = config, Cascade(config)
 
-    def rebuild(self, pictures: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    def rebuild(self, originals: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        return frame_by_frame(self._rebuild_pictures, originals)
+
+    def _rebuild_pictures(self, pictures: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         rebuilt = {"Stage A": self.cascade.rebuild(pictures)}
         return rebuilt if self.config.stage_a_only else rebuilt | {"cascade": self._from_latents(pictures)}
 

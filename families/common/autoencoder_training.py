@@ -1,10 +1,16 @@
 """What the trainings of autoencoders whose latents a diffusion model learns have in common."""
 
+import json
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.common.library_networks import adapt
 from families.common.pictures import image_metrics, to_pictures, to_uint8
 from families.common.reconstruction_losses import ReconstructionConfig, ReconstructionTraining
 from warpcore.data.reader import Batch
@@ -80,6 +86,39 @@ class AutoencoderTraining(ReconstructionTraining):
         columns = {"picture" if images.ndim == 4 else "clip": to_uint8(images), "rebuilt": to_pictures(rebuilt)}
         rates = held_out.columns.get("fps", torch.zeros(1))  # of clips; they move together in one sheet
         return Sampled.rows(held_out.captions[: len(images)], columns, float(rates.cpu().max()) or Sampled.fps)
+
+
+class LibraryAutoencoder(nn.Module):
+    """An autoencoder of diffusers as training wants it: adapted to the engine, with its config beside its weights."""
+
+    class_name: str | None = None
+    """What the config says of its class, where readers have to know it."""
+
+    def __init__(self, model: nn.Module, **options: Any):
+        """
+        Args:
+            model: adapted in place; everything is trained.
+            options: of `families.common.library_networks.adapt`.
+        """
+        super().__init__()
+        self.model = adapt(model.requires_grad_(True), **options)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.model.blocks
+
+    def set_activation_checkpointing(self, level: int) -> None:
+        """Compute the residual blocks again in the backward pass from level 3 on."""
+        self.model.set_activation_checkpointing(level)
+
+    def compile_blocks(self, graphs: bool = False) -> None:
+        """Let `torch.compile` fuse what the residual blocks compute; see `LibraryNetwork.compile_blocks`."""
+        self.model.compile_blocks(graphs)
+
+    def metadata_to_save(self) -> dict[str, str]:
+        """The config, as metadata of a safetensors file: `Autoencoder.load` reads it there."""
+        name = {} if self.class_name is None else {"_class_name": self.class_name}
+        return {CONFIG_KEY: json.dumps(name | constructor_numbers(self.model.config))}
 
 
 class LatentStatistics(nn.Module):

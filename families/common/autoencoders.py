@@ -108,6 +108,8 @@ class Autoencoder(FrozenNetwork):
     """
 
     forward_methods = ("moments", "decode")
+    time_compression: int | None = None
+    """Frames of a clip per latent frame, after the first one; None where it takes pictures alone."""
 
     def __init__(
         self,

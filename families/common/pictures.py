@@ -52,8 +52,8 @@ def _at_least(picture: Tensor, side: int) -> Tensor:
 
 
 def pad(picture: Tensor, factor: int) -> Tensor:
-    """(3, H, W) with its last row and column repeated until `factor` divides both sides."""
-    return F.pad(picture[None], (0, -picture.shape[2] % factor, 0, -picture.shape[1] % factor), mode="replicate")[0]
+    """(..., 3, H, W) with its last row and column repeated until `factor` divides both sides."""
+    return F.pad(picture, (0, -picture.shape[-1] % factor, 0, -picture.shape[-2] % factor), mode="replicate")
 
 
 def size_of(path: Path) -> tuple[int, int]:

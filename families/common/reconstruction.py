@@ -1,7 +1,7 @@
-"""Pictures through an autoencoder and back: the keys that every family takes, and what it gives
+"""Pictures and clips through an autoencoder and back: the keys that every family takes, and what it gives
 `inference/reconstruct.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,27 +13,39 @@ from torch import Tensor
 from families.common.autoencoders import Autoencoder
 from families.common.inference import ComputeSettings, RunSettings, runs_of
 from families.common.pictures import pad
-from families.common.pipeline import Pipeline, sizes_of
+from families.common.pipeline import Pipeline
 from families.common.weight_files import AUTOENCODER
 from families.common.weight_source import with_local_weights
+from warpcore.clip_keys import FrameCount
 from warpcore.config_keys import SidePx
+from warpcore.data.picture_files import is_video
+from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 
 
 class ReconstructConfig(RunSettings, ComputeSettings):
-    """Which pictures are rebuilt, and where they are written."""
+    """Which pictures and videos are rebuilt, and where they are written."""
+
+    needs = dict.fromkeys(
+        ("num_frames", "frame_stride"),
+        Need("videos", lambda config: any(place.is_dir() or is_video(place) for place in config.pictures)),
+    )
 
     pictures: list[Path]
-    """Files, or folders of files, with their sub-folders."""
+    """Pictures and videos: files, or folders of files, with their sub-folders."""
+    num_frames: FrameCount = 17
+    """Frames of a video that are rebuilt, from its first one on; of a shorter video all."""
+    frame_stride: FrameCount = 1
+    """Every so many frames of a video are taken."""
     most_pictures: PositiveInt = 64
     """At most this many of them, in the order of their names."""
     output_path: Path | None = None
-    """Folder for `grid.png` and the single pictures; by default the first of `reconstructions`, `reconstructions_2`,
-    ... that is free."""
+    """Folder for `grid.png` and the single pictures and clips; by default the first of `reconstructions`,
+    `reconstructions_2`, ... that is free."""
     overwrite: bool = False
-    """Write over pictures of the same names in `output_path`."""
+    """Write over files of the same names in `output_path`."""
     image_size: SidePx | None = None
-    """Scale pictures to the area of a square with this side, in pixels; without it, they keep their size."""
+    """Scale pictures and frames to the area of a square with this side, in pixels; without it, sizes stay."""
 
 
 class Reconstruction(Protocol):
@@ -43,11 +55,25 @@ class Reconstruction(Protocol):
 
     def __init__(self, config: ReconstructConfig): ...
 
-    def rebuild(self, pictures: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        """What each way through the family's autoencoders makes of pictures (3, H, W) in [0, 1], by its name."""
+    def rebuild(self, originals: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """What each way through the family's autoencoders makes of pictures (3, H, W) and clips (T, 3, H, W) in
+        [0, 1], by its name."""
 
     def notes(self) -> list[str]:
         """Lines to print at the end, such as the memory that it took."""
+
+
+Rebuild = Callable[[Sequence[Tensor]], dict[str, list[Tensor]]]
+
+
+def frame_by_frame(rebuild: Rebuild, originals: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """What `rebuild`, which takes pictures (3, H, W), makes of pictures and of the frames of clips (T, 3, H, W)."""
+    made = rebuild([frame for one in originals for frame in (one if one.ndim == 4 else one[None])])
+    found = {}
+    for name, frames in made.items():
+        left = iter(frames)
+        found[name] = [torch.stack([next(left) for _ in one]) if one.ndim == 4 else next(left) for one in originals]
+    return found
 
 
 class AutoencoderReconstructConfig(ReconstructConfig):
@@ -90,21 +116,35 @@ class AutoencoderReconstruction:
         """The autoencoder at a path; options: see `Autoencoder`."""
         raise NotImplementedError
 
-    def rebuild(self, pictures: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    def rebuild(self, originals: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         config, precision = self.config, str(self.pipeline.dtype).removeprefix("torch.")
         load = partial(self.load, config.autoencoder_checkpoint_path, precision=precision, tiling=config.tiling)
         with self.pipeline.holding("autoencoder", lambda _: load()) as autoencoder:
-            whole = [pad(picture, autoencoder.compression) for picture in pictures]
+            work = partial(self._rebuild_with, autoencoder)
+            return frame_by_frame(work, originals) if autoencoder.time_compression is None else work(originals)
 
-            def through(rows: list[int]) -> Tensor:
-                pixels = (torch.stack([whole[row] for row in rows]) * 255).round().byte()
-                return autoencoder.decode(autoencoder.scale.latents(autoencoder.moments(pixels), None))
+    def _rebuild_with(self, autoencoder: Autoencoder, originals: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        whole = [_whole_latents(one, autoencoder) for one in originals]
 
-            rebuilt = self.pipeline.in_batches("autoencoder", sizes_of(whole), through)
-        sizes = sizes_of(pictures)
-        return {
-            "autoencoder": [made[:, :height, :width] for made, (height, width) in zip(rebuilt, sizes, strict=True)]
-        }
+        def through(rows: list[int]) -> Tensor:
+            pixels = (torch.stack([whole[row] for row in rows]) * 255).round().byte()
+            return autoencoder.decode(autoencoder.scale.latents(autoencoder.moments(pixels), None))
+
+        rebuilt = self.pipeline.in_batches("autoencoder", [one.shape for one in whole], through)
+        own = [
+            made[: len(one), ..., : one.shape[-2], : one.shape[-1]]  # channels of a picture, frames of a clip
+            for made, one in zip(rebuilt, originals, strict=True)
+        ]
+        return {"autoencoder": own}
 
     def notes(self) -> list[str]:
         return [self.pipeline.peak_memory()]
+
+
+def _whole_latents(original: Tensor, autoencoder: Autoencoder) -> Tensor:
+    """A picture (3, H, W) or clip (T, 3, H, W) whose last rows, columns and frame are repeated until latents fit."""
+    whole = pad(original, autoencoder.compression)
+    if whole.ndim == 3:
+        return whole
+    missing = (1 - len(whole)) % autoencoder.time_compression
+    return torch.cat([whole, whole[-1:].expand(missing, -1, -1, -1)])

@@ -39,6 +39,8 @@ class WanAutoencoder(Autoencoder):
     (B, C, 1 + n, h, w).
     """
 
+    time_compression = TIME_COMPRESSION
+
     @staticmethod
     def library_class() -> type[nn.Module]:
         from diffusers import AutoencoderKLWan

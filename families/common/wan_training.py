@@ -5,16 +5,13 @@ Here the same convolutions see all frames together, which gives the same numbers
 not clamp colours, so that every pixel has a gradient.
 """
 
-import json
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from families.common.autoencoder_training import FIRST_LOG_VARIANCE
-from families.common.library_files import CONFIG_KEY, constructor_numbers
-from families.common.library_networks import adapt
+from families.common.autoencoder_training import FIRST_LOG_VARIANCE, LibraryAutoencoder
 from families.common.wan_autoencoder import LIBRARY_CLASS, TIME_COMPRESSION, check_frames
 from families.common.weights import are_only_shapes
 
@@ -22,20 +19,21 @@ TIME_LEVELS = 2
 """How many of the halvings of the sides, the last ones, also halve the number of frames."""
 
 
-class TrainedWanAutoencoder(nn.Module):
+class TrainedWanAutoencoder(LibraryAutoencoder):
     """An AutoencoderKLWan whose `forward` is what training needs of it.
 
     Levels of activation checkpointing: 3 computes the residual blocks again in the backward pass; 1 and 2 keep all, as
     no block has attention.
     """
 
+    class_name = LIBRARY_CLASS
+
     def __init__(self, model: nn.Module):
         """
         Args:
             model: diffusers' AutoencoderKLWan, that of Wan 2.1; adapted to the engine in place.
         """
-        super().__init__()
-        self.model = adapt(model.requires_grad_(True), blocks=("WanResidualBlock",))
+        super().__init__(model, blocks=("WanResidualBlock",))
 
     @property
     def latent_channels(self) -> int:
@@ -45,18 +43,6 @@ class TrainedWanAutoencoder(nn.Module):
     def compression(self) -> int:
         """Pixels per latent position and side."""
         return self.model.config.scale_factor_spatial
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.model.blocks
-
-    def set_activation_checkpointing(self, level: int) -> None:
-        """Compute the residual blocks again in the backward pass from level 3 on."""
-        self.model.set_activation_checkpointing(level)
-
-    def compile_blocks(self, graphs: bool = False) -> None:
-        """Let `torch.compile` fuse what the residual blocks compute; see `LibraryNetwork.compile_blocks`."""
-        self.model.compile_blocks(graphs)
 
     def latent_shape(self, clips: torch.Size) -> tuple[int, ...]:
         """(C, t, h, w) of clips (B, T, 3, H, W). Raises UserError for a T that is not 1 + 4 n."""
@@ -99,11 +85,6 @@ class TrainedWanAutoencoder(nn.Module):
                 hidden = _more(layer, hidden)
         hidden = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(hidden)))
         return _from_patches(hidden, side)
-
-    def metadata_to_save(self) -> dict[str, str]:
-        """The config, as metadata of a safetensors file: `WanAutoencoder.load` reads it there."""
-        numbers = constructor_numbers(self.model.config)
-        return {CONFIG_KEY: json.dumps({"_class_name": LIBRARY_CLASS} | numbers)}
 
 
 def _fewer(layer: nn.Module, x: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ _lora = partial(_format, keys="LoraExportSettings")
 class Cosmos(Family):
     name = "cosmos"
     title = "Cosmos-Predict2"
-    weight_keys = {"generator": "generator_checkpoint_path", "lora": "lora"}
+    weight_keys = {
+        "generator": "generator_checkpoint_path", "autoencoder": "autoencoder_checkpoint_path", "lora": "lora",
+    }  # fmt: skip
     formats = (
         _format("published", "a run, a published file, a folder of diffusers", "a file of the published names: "
                 "`.pt`, or `.safetensors` for ComfyUI", "to_published", keys="ExportSettings",

@@ -17,7 +17,9 @@ class CosmosReconstructConfig(reconstruction.AutoencoderReconstructConfig):
 
     @classmethod
     def autoencoder_of_run(cls, folder: Path, use_ema: bool) -> Path:
-        saved, _ = read_run(folder, OF_RUNS, use_ema)
+        saved, exported = read_run(folder, ("autoencoder", *OF_RUNS), use_ema)
+        if "autoencoder" in exported:
+            return exported["autoencoder"]
         known = {key: saved[key] for key in CosmosSettings.model_fields if saved.get(key) is not None}
         return autoencoder_source(with_local_weights(CosmosSettings(**known))).path
 

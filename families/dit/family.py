@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from families.common.family import CLASS_TO_IMAGE, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
+from families.common.family import CLASS_TO_IMAGE, RECONSTRUCTION, SCORING, TEXT_TO_IMAGE, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.dit.files import is_of_dit, is_of_latte
 from families.dit.pixart_files import TRANSFORMER, is_of_pixart
@@ -24,6 +24,7 @@ class Dit(Family):
     title = "DiT"
     tasks = {
         CLASS_TO_IMAGE: "families.dit.class_to_image.DitClassToImage",
+        RECONSTRUCTION: "families.dit.reconstruction.DitReconstruction",
         SCORING: "families.dit.scoring.ScoredDit",
     }
     formats = (
@@ -44,6 +45,7 @@ class Latte(Family):
     title = "Latte"
     tasks = {
         CLASS_TO_IMAGE: "families.dit.latte_class_to_image.LatteClassToImage",
+        RECONSTRUCTION: "families.dit.reconstruction.DitReconstruction",
         SCORING: "families.dit.latte_scoring.ScoredLatte",
     }
     formats = (
@@ -70,6 +72,7 @@ class Pixart(Family):
     weight_keys = {"generator": "generator_checkpoint_path", "lora": "lora"}
     tasks = {
         TEXT_TO_IMAGE: "families.dit.pixart_text_to_image.PixartTextToImage",
+        RECONSTRUCTION: "families.dit.reconstruction.PixartReconstruction",
         SCORING: "families.dit.pixart_scoring.ScoredPixart",
     }
     formats = (

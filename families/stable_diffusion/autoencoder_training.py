@@ -1,19 +1,16 @@
 """An AutoencoderKL of diffusers that is trained, and its beginning."""
 
-import json
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from families.common.autoencoder_training import FIRST_LOG_VARIANCE
-from families.common.library_files import CONFIG_KEY, constructor_numbers
-from families.common.library_networks import adapt
+from families.common.autoencoder_training import FIRST_LOG_VARIANCE, LibraryAutoencoder
 from families.common.weights import are_only_shapes
 
 
-class TrainedAutoencoder(nn.Module):
+class TrainedAutoencoder(LibraryAutoencoder):
     """An AutoencoderKL whose `forward` is what training needs of it.
 
     Levels of activation checkpointing: 3 computes the residual blocks, and the discriminator's layers, again in the
@@ -26,8 +23,7 @@ class TrainedAutoencoder(nn.Module):
             model: diffusers' AutoencoderKL; adapted to the engine in place.
             decoder_only: freeze the encoder, so that pictures keep their latents.
         """
-        super().__init__()
-        self.model = adapt(model.requires_grad_(True))
+        super().__init__(model)
         if decoder_only:
             frozen = (self.model.encoder, self.model.quant_conv)
             for part in filter(None, frozen):
@@ -41,16 +37,6 @@ class TrainedAutoencoder(nn.Module):
     def compression(self) -> int:
         """Pixels per latent position and side."""
         return 2 ** (len(self.model.config.block_out_channels) - 1)
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.model.blocks
-
-    def set_activation_checkpointing(self, level: int) -> None:
-        self.model.set_activation_checkpointing(level)
-
-    def compile_blocks(self, graphs: bool = False) -> None:
-        self.model.compile_blocks(graphs)
 
     def latent_shape(self, pictures: torch.Size) -> tuple[int, ...]:
         """(C, h, w) of pictures (B, 3, H, W)."""
@@ -69,10 +55,6 @@ class TrainedAutoencoder(nn.Module):
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
         rebuilt = self.model.decode(latents).sample.float()
         return rebuilt / 2 + 0.5, latents, divergence
-
-    def metadata_to_save(self) -> dict[str, str]:
-        """The config, as metadata of a safetensors file: `Autoencoder.load` reads it there."""
-        return {CONFIG_KEY: json.dumps(constructor_numbers(self.model.config))}
 
 
 def from_scratch(

@@ -71,7 +71,7 @@ _CLASSES = {
 }  # fmt: skip
 _TENSORS = {
     "unet": {"conv_in.weight", "time_embedding.linear_1.weight"},
-    "vae": {"encoder.conv_in.weight", "encoder.mid_block.resnets.0.conv1.weight"},
+    "vae": {"encoder.conv_in.weight", "encoder.mid_block.resnets.0.norm1.weight"},
     "text_encoder": {"embeddings.token_embedding.weight"},
     "text_encoder_2": {"text_model.embeddings.token_embedding.weight", "text_projection.weight"},
 }  # fmt: skip

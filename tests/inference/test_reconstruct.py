@@ -83,7 +83,7 @@ def test_a_mistake_is_named(reconstruct, pictures, tmp_path):
     (tmp_path / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:100])
     for words, *arguments in (
         ("pictures: this key is required",),
-        ("nowhere is no picture and no folder with one", "--pictures", "nowhere"),
+        ("nowhere is no file and no folder with some to read", "--pictures", "nowhere"),
         ("broken.png cannot be read as a picture", "--pictures", tmp_path / "broken.png"),
     ):
         with pytest.raises(UserError, match=words):

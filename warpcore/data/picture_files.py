@@ -52,6 +52,10 @@ def is_video(path: Path) -> bool:
     return extension(path) in VIDEO_EXTENSIONS
 
 
+def _is_shown(path: Path) -> bool:
+    return is_picture(path) or is_video(path)
+
+
 def walk(folder: Path, left_out: LeftOut, without: Path | None = None) -> Iterator[list[Path]]:
     """The files of a folder and of its sub-folders, also linked ones, folder by folder and sorted by name.
 
@@ -90,7 +94,7 @@ def walk(folder: Path, left_out: LeftOut, without: Path | None = None) -> Iterat
 
 
 def find_pictures(places: Sequence[Path], left_out: LeftOut, without: Path | None = None) -> list[Path]:
-    """The pictures among files and in folders and their sub-folders, in the order of their names.
+    """The pictures and videos among files and in folders and their sub-folders, in the order of their names.
 
     Raises:
         UserError: a place is not there, or a folder holds none.
@@ -98,13 +102,13 @@ def find_pictures(places: Sequence[Path], left_out: LeftOut, without: Path | Non
     found = []
     for place in places:
         inside = [path for files in walk(place, left_out, without) for path in files] if place.is_dir() else []
-        pictures = [place] if place.is_file() else sorted(filter(is_picture, inside))
+        pictures = [place] if place.is_file() else sorted(filter(_is_shown, inside))
         for path in inside:
             if extension(path) in UNREAD_EXTENSIONS:
                 left_out.add(no_decoder(path), path)
         if not pictures:
-            known = ", ".join(PICTURE_EXTENSIONS)
-            raise UserError(f"pictures: {place} is no picture and no folder with one ({known}); {left_out}")
+            known = ", ".join((*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS))
+            raise UserError(f"pictures: {place} is no file and no folder with some to read ({known}); {left_out}")
         found += pictures
     return found
 

@@ -1,7 +1,9 @@
 """Pictures through the Wan autoencoder by inference/reconstruct.py, as diffusers' own network takes them."""
 
+import re
 from pathlib import Path
 
+import av
 import diffusers
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from inference.reconstruct import main
+from tests.clips import clip
 from tests.families.cosmos.tiny_pipeline import transformer, write_cosmos, write_published
 from tests.golden import load_manifest
+from warpcore.clips import encode_mp4
+from warpcore.data.videos import decode
 
 pytestmark = pytest.mark.integration
 
@@ -87,3 +92,25 @@ def test_a_run_of_the_mini_rebuilds_with_the_autoencoder_that_ships(rebuild, tmp
     save_file({"x": torch.zeros(1)}, run / "generator.safetensors", {"family": "cosmos"})
     picture, made = rebuild(f"run={run}", size=(64, 64))
     assert made.shape == picture.shape
+
+
+@torch.no_grad()
+def test_a_clip_of_any_number_of_frames_is_rebuilt_as_diffusers_does(pipeline, tmp_path, monkeypatch, capsys):
+    """Six frames: the last one is repeated until there are 1 + 4 n, and what comes of that is left out."""
+    content = encode_mp4(clip(3, (32, 48), 8), fps=4)
+    (tmp_path / "moving.mp4").write_bytes(content)
+    given = ["num_frames=6", f"pictures={tmp_path}", f"output_path={tmp_path / 'rebuilt'}", "device=cpu"]
+    monkeypatch.setattr("sys.argv", ["reconstruct.py", f"autoencoder_checkpoint_path={pipeline / 'vae'}", *given])
+    main()
+    network = diffusers.AutoencoderKLWan.from_pretrained(pipeline / "vae").eval()
+    true = torch.from_numpy(decode(content, range(6), (32, 48)).pixels).permute(3, 0, 1, 2)[None]
+    extended = torch.cat([true, *[true[:, :, -1:]] * 3], dim=2) / 127.5 - 1
+    made = network.decode(network.encode(extended).latent_dist.mode()).sample[:, :, :6] / 2 + 0.5
+    errors = (made.clamp(0, 1) - true / 255).square().mean(dim=(0, 1, 3, 4))
+    told = re.search(r"dB of each frame, autoencoder: (.*)", capsys.readouterr().out)[1]
+    assert [float(value) for value in told.split()] == pytest.approx((-10 * errors.log10()).tolist(), abs=0.06)
+    for name in ("0000_moving", "grid"):
+        with av.open(tmp_path / "rebuilt" / f"{name}.mp4") as written:
+            assert written.streams.video[0].average_rate == 4
+            assert sum(1 for _ in written.decode(video=0)) == 6
+    assert (tmp_path / "rebuilt/grid.png").is_file()

@@ -1,5 +1,6 @@
 """Latte: what its files say, what they are refused for, and the clips that are drawn of them."""
 
+import re
 import sys
 
 import av
@@ -13,6 +14,7 @@ from families.common.clips import clip_moments, decoded_clips
 from families.common.family import CLASS_TO_IMAGE
 from families.common.weights import only_shapes
 from families.dit import build
+from families.dit.autoencoder import autoencoder as own_autoencoder
 from families.dit.class_to_image import DitClassToImage
 from families.dit.config import DitSettings
 from families.dit.exports import latte_to_published
@@ -22,10 +24,14 @@ from families.dit.latte_class_to_image import LatteClassToImage
 from families.dit.versions import MINI
 from families.registry import family_of, load_task
 from inference.class_to_image import main
+from inference.reconstruct import main as reconstruct
 from modules.dit import frame_positions
+from tests.clips import clip
 from tests.families.dit.classed import CLASSES, random_network
 from tests.golden import load_manifest
+from warpcore.clips import encode_mp4
 from warpcore.config import make_config
+from warpcore.data.videos import decode
 from warpcore.errors import ConfigError, UserError
 
 FRAMES = 3
@@ -168,3 +174,27 @@ def test_the_script_writes_clips_and_a_sheet_that_says_what_they_show(published,
     monkeypatch.setattr(sys, "argv", ["script", *given, "--num-frames=2", f"--output-path={tmp_path / 'drawn_2'}"])
     with pytest.raises(UserError, match=r"0000_class_1_0\.mp4 is there already"):
         main()
+
+
+@torch.no_grad()
+def test_clips_go_through_the_autoencoder_of_a_run_frame_by_frame(published, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model_version: mini\nclass_getter: [cls, identity]\nnum_frames: 3\n")
+    save_file({"x": torch.zeros(1)}, run / "generator.safetensors", {"family": "latte"})
+    content = encode_mp4(clip(3, (32, 48), 9), fps=4)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/grün & schnell.mp4").write_bytes(content)
+    (tmp_path / "videos/broken.mp4").write_bytes(content[:-200])
+    given = ["num_frames=4", "frame_stride=2", "batch_size=3", f"output_path={tmp_path / 'rebuilt'}", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["reconstruct.py", f"run={run}", f"pictures={tmp_path / 'videos'}", *given])
+    reconstruct()
+    true = torch.from_numpy(decode(content, (0, 2, 4, 6), (32, 48)).pixels).permute(0, 3, 1, 2)
+    autoencoder = own_autoencoder(DitSettings(model_version="mini"))
+    made = autoencoder.decode(autoencoder.scale.latents(autoencoder.moments(true), None))
+    told, errors = capsys.readouterr().out, (made - true / 255).square().mean(dim=(1, 2, 3))
+    of_frames = re.search(r"dB of each frame, autoencoder: (.*)", told)[1]
+    assert [float(value) for value in of_frames.split()] == pytest.approx((-10 * errors.log10()).tolist(), abs=0.06)
+    assert "left out 1\n  1 that cannot be read as a video: " in told
+    with av.open(tmp_path / "rebuilt/0000_grün & schnell.mp4") as written:
+        assert (written.streams.video[0].average_rate, sum(1 for _ in written.decode(video=0))) == (2, 4)
