@@ -49,6 +49,7 @@ SCRIPTS: dict[str, dict] = {
     "train_pixart_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_sd": {},
     "train_sd_lora": {"module_filters": ["to_q", "conv1"], "rank": 4},
+    "train_stdit": {"text_encoder_precision": "float32", "num_frames": 5, "frame_stride": 4},
     "train_video_vae": {
         "num_frames": 5, "base_dim": 8, "dim_mult": [1, 1, 2], "num_res_blocks": 1, "z_dim": 2,
         "discriminator_start": 1, "discriminator_channels": 8,
@@ -123,6 +124,7 @@ def mini_stage_b(bench: Bench) -> Path:
 
 STARTS: dict[str, Callable[[Bench], Path] | None] = {
     "train_sd": mini_unet, "train_cosmos": None, "train_dit": None, "train_latte": None, "train_pixart": None,
+    "train_stdit": None,
     "train_b": mini_stage_b, "train_": mini_generator,
 }  # fmt: skip
 """By the beginning of a script's name, what a mini starts from: networks that predict zeros at first do so in every

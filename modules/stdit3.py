@@ -39,7 +39,7 @@ class CaptionEmbedding(nn.Module):
 
     def __init__(self, caption_channels: int, hidden_size: int, max_length: int):
         super().__init__()
-        self.register_buffer("y_embedding", torch.randn(max_length, caption_channels) / math.sqrt(caption_channels))
+        self.register_buffer("y_embedding", torch.empty(max_length, caption_channels))
         self.y_proj = Mlp(caption_channels, hidden_size, hidden_size)
 
     def forward(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
@@ -58,15 +58,16 @@ class Rotation(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.register_buffer("freqs", self._frequencies())
+        self.register_buffer("freqs", self.frequencies())
 
-    def _frequencies(self, device: torch.device | None = None) -> Tensor:
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """(width / 2,) float32."""
         return MAX_PERIOD ** -(torch.arange(0, self.width, 2, device=device).float() / self.width)
 
     def forward(self, frames: int) -> Tensor:
         """(2, T, width / 2) float32: cosines and sines. They stay in float32, whatever the weights are in."""
         device = self.freqs.device
-        angles = torch.arange(frames, device=device).float()[:, None] * self._frequencies(device)
+        angles = torch.arange(frames, device=device).float()[:, None] * self.frequencies(device)
         return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -78,13 +79,20 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+class HeadNorm(nn.RMSNorm):
+    """The norm of queries or keys, in their precision, which under autocast is another one than that of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class NormedAttention(Attention):
     """Self-attention of tokens (B, N, D), with norms of queries and keys, and with rotary positions where given."""
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
         super().__init__(hidden_size, num_heads)
         width = hidden_size // num_heads
-        self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (HeadNorm(width, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -124,7 +132,7 @@ class STDiT3Block(Block):
         self.attn = NormedAttention(hidden_size, num_heads, qk_norm)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / math.sqrt(hidden_size))
+        self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size))
 
     def compute(self, x: Tensor, y: Tensor, mask: Tensor | None, time: Tensor, rotation: Tensor) -> Tensor:
         """x (B, T, S, D); y (B, L, D) and its mask (B, L); time (B, T or 1, 6, D); see `Rotation` for the last."""
@@ -147,7 +155,7 @@ class TimedFinalLayer(nn.Module):
         super().__init__()
         self.norm_final = layer_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, numbers)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / math.sqrt(hidden_size))
+        self.scale_shift_table = nn.Parameter(torch.empty(2, hidden_size))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """time: (B, T or 1, D)."""
@@ -219,6 +227,14 @@ class STDiT3(nn.Module):
     @torch.no_grad()
     def initialise_layer(self, name: str, layer: nn.Module) -> None:
         """Give a layer, like that of a name, what `initialise` gives it."""
+        if isinstance(layer, STDiT3Block | TimedFinalLayer):
+            nn.init.normal_(layer.scale_shift_table, std=layer.scale_shift_table.shape[1] ** -0.5)
+        elif isinstance(layer, CaptionEmbedding):
+            nn.init.normal_(layer.y_embedding, std=layer.y_embedding.shape[1] ** -0.5)
+        elif isinstance(layer, Rotation):
+            layer.freqs.copy_(layer.frequencies())
+        elif isinstance(layer, nn.RMSNorm):
+            nn.init.ones_(layer.weight)
         if not isinstance(layer, nn.Linear | nn.Conv3d):
             return
         ends = ("attn.proj", "mlp.fc2")  # of both attentions

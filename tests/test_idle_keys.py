@@ -17,6 +17,7 @@ def names(text: str) -> set[str]:
 
 PICTURE, VIDEO = [Path("a.png")], [Path("a.mp4")]
 SAID = {
+    "autoencoder_frames": (2, {"model_version": "mini"}, {"model_version": "XL/2"}),
     "betas": ([0.8, 0.9], {"optimizer": "adafactor"}, {"optimizer": "lion"}),
     "block_out_channels": ([32, 64], {"autoencoder_checkpoint_path": "a"}, {}),
     "bucketeer_random_ratio": (0.5, {}, {"multi_aspect_ratio": [1, 2]}),
@@ -41,6 +42,8 @@ SAID = {
     "kl_weight": (0.5, {"decoder_only": True, "autoencoder_checkpoint_path": "a"}, {}),
     "latent_channels": (8, {"autoencoder_checkpoint_path": "a"}, {}),
     "layers_per_block": (3, {"autoencoder_checkpoint_path": "a"}, {}),
+    "logit_mean": (0.5, {"timestep_sampling": "uniform"}, {"timestep_sampling": "logit_normal"}),
+    "logit_std": (0.5, {"timestep_sampling": "uniform"}, {"timestep_sampling": "logit_normal"}),
     "lora_init": ("published", {"lora_checkpoint_path": "a", "alpha": 2.0}, {"lora_checkpoint_path": "a"}),
     "mid_block_attention": (False, {"autoencoder_checkpoint_path": "a"}, {}),
     "min_lr_ratio": (0.1, {}, {"lr_schedule": "cosine"}),
@@ -130,8 +133,9 @@ ALWAYS = names(
     generator_checkpoint_path grad_accum_steps grad_mean_groups grad_norm_groups gradient_topk guidance_rescale
     image image_layers image_size image_tower_patch image_tower_size init_image input_perturbation keep_last
     kl_weight lanes latent latent_noise learn_sigma log_every lora lora_checkpoint_path lora_dropout loss_reduce
-    loss_scale loss_type loss_weight lr lr_schedule masked_loss max_bad_samples max_nonfinite_updates
-    max_picture_pixels means_weight micro_batch_size min_snr_gamma model_version module_filters most_pictures
+    loss_scale loss_type loss_weight lr lr_schedule mask_ratios masked_loss max_bad_samples
+    max_nonfinite_updates max_picture_pixels means_weight micro_batch_size min_snr_gamma model_version
+    module_filters most_pictures
     multi_aspect_ratio num_classes num_frames num_res_blocks num_threads num_workers official_stem offset_noise
     on_data_change optimizer output_path overwrite parameter_groups patch_size perceptual_checkpoint_path pictures
     preview previewer_checkpoint_path prior_path process_timeout_seconds processes profile prompt_file prompts
@@ -141,7 +145,8 @@ ALWAYS = names(
     text_chunks text_encoder text_encoder_checkpoint_path text_encoder_filters text_encoder_precision text_layers
     text_length text_model text_projection_checkpoint_path text_tokens text_width tiled_decoding tiling
     timestep_sampling tower_heads tower_width train_encoder train_text_encoder train_tokens tread updates use_ema
-    use_fsdp validation_caches validation_path wandb_project warmup_updates webdataset_path weight_decay weight_norm
+    use_fsdp use_timestep_transform
+    validation_caches validation_path wandb_project warmup_updates webdataset_path weight_decay weight_norm
     weights_dtype words z_dim zero_terminal_snr
     """
 )

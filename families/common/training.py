@@ -358,6 +358,8 @@ class DiffusionTraining(SampleFields):
         random: SampleRandom,
         predict: Callable[[Tensor, Tensor], Tensor],
         noise: Tensor | None = None,
+        shift: float | Tensor = 1.0,
+        noised: Tensor | None = None,
     ) -> Losses:
         """The loss of predicting the target of noised latents, with the mask and the weights of the batch's samples.
 
@@ -365,25 +367,28 @@ class DiffusionTraining(SampleFields):
             latents: (B, C, *positions), such as (B, C, H, W) or (B, C, T, H, W).
             predict: the network: noised latents (like the latents) and noise conditions (B,) -> predictions.
             noise: like the latents; without it independent normal numbers, or multi-resolution noise.
+            shift: in addition to the config's; (B,) of each sample.
+            noised: broadcasts to the latents, false for parts that are given: these stay clean, and are not learned.
         """
-        config, shape = self.config, latents.shape[1:]
+        config, shape, shift = self.config, latents.shape[1:], shift * self.config.shift
         if noise is None and config.multires_noise_iterations:
             iterations, discount = config.multires_noise_iterations, config.multires_noise_discount
             noise = multires_noise(random, shape[0], shape[1:], iterations, discount)
         noise = random.normal("noise", *shape) if noise is None else noise
         gamma = config.input_perturbation
         perturbation = random.normal("input perturbation", *shape) * gamma if gamma else None
-        each_channel = (latents.shape[1], *(1 for _ in latents.shape[2:]))
-        offset = random.normal("offset noise", *each_channel) if config.offset_noise else None
+        offset = random.normal("offset noise", shape[0], *[1] * len(shape[1:])) if config.offset_noise else None
         diffused = self.diffusion.diffuse(
-            latents, noise, random.uniform("timestep"), offset=offset, perturbation=perturbation, shift=config.shift
+            latents, noise, random.uniform("timestep"), offset=offset, perturbation=perturbation, shift=shift
         )
         mask = None if self.mask is None else resized(self.mask, latents)
+        if noised is not None:
+            diffused = diffused._replace(noised=torch.where(noised, diffused.noised, diffused.x0))
+            mask = noised.float() if mask is None else mask * noised
         with self.around_forward(random):
             prediction = predict(diffused.noised, diffused.noise_cond)
         loss, raw, logsnr = self.diffusion.loss(diffused, prediction, mask)
-        if self.sample_weight is not None:
-            loss = loss * self.sample_weight
+        loss = loss if self.sample_weight is None else loss * self.sample_weight
         losses = Losses(loss, raw, {"logsnr": logsnr, "raw": raw} if self.diffusion.state_dict() else {})
         return self.with_further_losses(losses)
 

@@ -18,6 +18,7 @@ from torch.multiprocessing import ProcessExitedException
 from families.cascade import versions
 from tests.clips import write_clips
 from tests.families.cosmos.tiny_pipeline import write_cosmos
+from tests.families.open_sora.tiny import write_wan
 from tests.families.stable_diffusion.tiny_pipeline import write_sdxl
 from tests.many_processes import launch_processes
 from tests.small_cascade import put_cascade
@@ -74,6 +75,10 @@ SETTINGS: dict[str, dict] = {
         "model_version": "sdxl", "module_filters": ["to_q", "conv1"], "rank": 2, "lr": 0.01, "dora": True,
         "text_encoder_filters": ["self_attn"], "text_encoder_lr": 0.005, "train_tokens": [["[fernando]", "^p"]],
     },
+    "train_stdit": {
+        "model_version": "mini", "text_encoder_precision": "float32", "num_frames": 5, "sample_sampler": "euler",
+        "mask_ratios": {"image_head": 0.5},
+    },
     "train_towers": {
         "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,
         "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
@@ -99,8 +104,10 @@ WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers", "train_towers t
 
 PIPELINES = {"train_sd": write_sdxl, "train_cosmos": write_cosmos}
 """What writes the pipeline that scripts with such a name start from."""
-OF_CLIPS = {"train_latte"}
+OF_CLIPS = {"train_latte", "train_stdit"}
 """What is trained on clips; the others are on pictures."""
+OF_LATENT_CLIPS = {"train_stdit"}
+"""What has an autoencoder of clips."""
 NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""
 
@@ -125,6 +132,9 @@ def settings_of(cascade: dict, name: str, run: str) -> dict:
     if name in OF_CLIPS:
         clips = Path(cascade["checkpoint_path"]).with_name("clips.tar")
         every["webdataset_path"] = str(clips if clips.exists() else write_clips(clips, 6, size=(64, 64)))
+    if name in OF_LATENT_CLIPS:
+        file = Path(cascade["checkpoint_path"]).with_name("wan.safetensors")
+        every["autoencoder_checkpoint_path"] = str(file if file.exists() else write_wan(file))
     kind = use_case(name).Config
     known = kind.model_fields.keys() - kind.unused
     return {key: value for key, value in every.items() if key in known} | SETTINGS[name]

@@ -1,0 +1,50 @@
+"""What STDiT3 is told beside noised latents and times."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from families.common.features import lengths_name
+from families.common.t5 import padded, token_mask
+from families.open_sora.config import PICTURE_FPS
+
+FEATURE = "text"
+"""States of T5 (B, N, D), as caches hold them."""
+Conditions = dict[str, Tensor]
+
+
+class TargetAlone(nn.Module):
+    """STDiT3 without the channels that published networks predict beyond their target, and no loss learns."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor | None) -> Tensor:
+        """See `modules.stdit3.STDiT3.forward`; (B, C, T, H, W) of as many channels as x."""
+        return self.network(x, t, **conditions)[:, : x.shape[1]]
+
+
+def told(texts: Mapping[str, Tensor], length: int) -> Conditions:
+    """States of texts and their lengths by the names of the network's conditions: (B, L, D) and (B, L)."""
+    return {
+        "y": padded(texts[FEATURE].float(), length),
+        "mask": token_mask(texts[lengths_name(FEATURE)], length),
+    }
+
+
+def of_clips(size: Sequence[int], fps: Tensor) -> Conditions:
+    """Size and frame rate of clips (T, H, W) in px: (B,) each.
+
+    fps: (B,) frames per second; pictures, which have 0, are told to the network by a number of their own.
+    """
+    fps = fps.float()
+    told_fps = torch.where(fps > 0, fps, PICTURE_FPS) if size[0] > 1 else torch.full_like(fps, PICTURE_FPS)
+    return {"fps": told_fps, **{name: torch.full_like(fps, side) for name, side in zip(("height", "width"), size[1:],
+                                                                                       strict=True)}}  # fmt: skip
+
+
+def without_text(conditions: Conditions) -> Conditions:
+    """Conditions with the network's own empty text in place of theirs, seen through their masks, as published."""
+    return conditions | {"dropped": torch.ones_like(conditions["mask"][:, 0], dtype=torch.bool)}

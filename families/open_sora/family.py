@@ -1,0 +1,22 @@
+"""What the registry knows of Open-Sora 1.2 (STDiT3)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from families.common.family import Family
+from families.common.weight_files import FAMILY_KEY, Header
+from families.open_sora.files import is_of_stdit3
+
+
+class OpenSora(Family):
+    name = "open_sora"
+    title = "Open-Sora 1.2"
+
+    def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
+        return "mask_ratios" in config or super().has_run(config, weights)
+
+    def has_weights(self, header: Header) -> bool:
+        return header.metadata.get(FAMILY_KEY) == self.name or is_of_stdit3(header.names)
+
+
+FAMILY = OpenSora()

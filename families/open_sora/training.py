@@ -1,0 +1,157 @@
+"""What the training scripts of Open-Sora 1.2 share: networks, conditions, given frames, the loss, drawing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from families.common.autoencoders import LatentScale
+from families.common.cache import Shape
+from families.common.clip_training import CLIP_SETTINGS, ClipTraining
+from families.common.features import Feature, lengths_name, stored
+from families.common.pictures import to_pictures, to_uint8
+from families.common.prompt_samples import PromptSamples
+from families.open_sora import build
+from families.open_sora.autoencoder import autoencoder, autoencoder_files, latents_of
+from families.open_sora.conditions import FEATURE, Conditions, TargetAlone, of_clips, told
+from families.open_sora.config import DEFAULT_FPS, TARGET, OpenSoraConfig
+from families.open_sora.sampling import draw_clips
+from warpcore.core import Losses, Sampled
+from warpcore.data.reader import Batch
+from warpcore.diffusion.diffusion import GDF
+from warpcore.diffusion.frame_masks import frame_masks
+from warpcore.random import SampleRandom, stable_hash
+from warpcore.transfer import to_device
+
+MOMENTS = "moments"
+Inputs = tuple[Tensor, Conditions]
+
+
+class OpenSoraTraining(ClipTraining, PromptSamples):
+    """Trains the denoiser of Open-Sora 1.2, or what steers it."""
+
+    config: OpenSoraConfig
+    family = "open_sora"
+    about_network = ("model_version",)
+    drawn_with = frozenset({"autoencoder"})
+    default_target = TARGET
+
+    def said_target(self) -> str | None:
+        return TARGET
+
+    def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
+        return build.process(self.config, loss_weight, self.config.offset_noise)
+
+    # ---------------------------------------------------------------- features
+
+    def encoders(self) -> dict[str, Callable[[], nn.Module]]:
+        return {
+            "autoencoder": partial(autoencoder, self.config),
+            "text": partial(build.text_encoder, self.config, self.device),
+        }
+
+    def network_files(self, network: str) -> list[Path]:
+        return build.text_files(self.config) if network == "text" else autoencoder_files(self.config)
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        texts = self.caption_features_to_cache(FEATURE)
+        texts = {name: Feature(one.network, one.settings, variable_length=True) for name, one in texts.items()}
+        return {MOMENTS: Feature("autoencoder", CLIP_SETTINGS)} | texts
+
+    def read_shape(self, name: str) -> Shape | None:
+        numbers = self.config.version.network
+        known = {MOMENTS: (2 * numbers["in_channels"], None, None, None), FEATURE: (None, numbers["caption_channels"])}
+        return known.get(name)
+
+    def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        drawn = random if self.config.latent == "sample" else None
+        return {MOMENTS: self.networks["autoencoder"].clip_moments(batch.images, drawn)}
+
+    def text_features(self, encoder: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
+        made = encoder(list(captions))
+        return {FEATURE: made.hidden.float(), lengths_name(FEATURE): made.lengths}
+
+    def feature_decoder(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        autoencoder = self.make_encoder("autoencoder").eval().to(self.device)
+
+        def decode(features: Mapping[str, Tensor]) -> Tensor:
+            latents = autoencoder.scale.latents(features[MOMENTS], None)
+            return autoencoder.decoded_clips(latents, autoencoder.frames_of(latents.shape[2]))
+
+        return decode
+
+    @cached_property
+    def latents(self) -> tuple[LatentScale, int]:
+        """The scale of latents, and the pixels per position of them and side."""
+        return latents_of(self.config)
+
+    @property
+    def bucket_factor(self) -> int:
+        return self.latents[1]  # not of patches: the network fills these up
+
+    # ---------------------------------------------------------------- an update
+
+    def encode(self, batch: Batch, random: SampleRandom) -> Inputs:
+        config, moments = self.config, stored(batch, MOMENTS)
+        moments = self.picture_features(batch, random)[MOMENTS] if moments is None else moments
+        latents = self.latents[0].latents(moments, random if config.latent == "sample" else None)
+        conditions = self.text_told(batch) | of_clips(batch.size, batch.columns["fps"])
+        if config.mask_ratios and latents.shape[2] > 1:
+            masks = frame_masks(config.mask_ratios, latents.shape[2], batch.seeds)
+            conditions["x_mask"] = to_device(masks, self.device)
+        return latents, conditions
+
+    def text_told(self, batch: Batch) -> Conditions:
+        texts = {name: stored(batch, name) for name in (FEATURE, lengths_name(FEATURE))}
+        texts = self.text_conditions(batch.captions) if texts[FEATURE] is None else texts
+        return told(texts, self.config.version.text_length)
+
+    def loss(self, inputs: Inputs, random: SampleRandom) -> Losses:
+        latents, conditions = inputs
+        noised = conditions.get("x_mask")
+        dropped = random.uniform("caption dropout") < self.config.caption_dropout
+        return self.denoising_loss(
+            latents, random, partial(self.target_alone, **conditions, dropped=dropped),
+            shift=build.time_shift(self.config, conditions["height"], conditions["width"], latents.shape[2]),
+            noised=None if noised is None else noised[:, None, :, None, None],
+        )  # fmt: skip
+
+    @property
+    def target_alone(self) -> TargetAlone:
+        return TargetAlone(self.networks["generator"])
+
+    # ---------------------------------------------------------------- drawing
+
+    def draw(self, prompts: list[str], size: Sequence[int], fps: Tensor | None = None) -> dict[str, np.ndarray]:
+        """Clips of prompts, uint8 (B, T, H, W, 3) each, of `size` (T, H, W) in px; fps: (B,), 0 of pictures."""
+        config, autoencoder = self.config, self.networks["autoencoder"]
+        fps = torch.full((len(prompts),), config.frame_rate or DEFAULT_FPS) if fps is None else fps
+        conditions = told(self.text_conditions(prompts), config.version.text_length)
+        frames = autoencoder.latent_frames(size[0])
+        latents = draw_clips(
+            self.diffusion, self.target_alone, conditions | of_clips(size, to_device(fps, self.device)),
+            (autoencoder.latent_channels, frames, *(side // autoencoder.compression for side in size[1:])),
+            [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
+            shift=build.drawing_shift(config, size, frames), steps=config.sample_steps,
+            sampler=config.sample_sampler, guidance=config.sample_guidance,
+        )  # fmt: skip
+        return {"sample": to_pictures(autoencoder.decoded_clips(latents, size[0]))}
+
+    def sample(self, held_out: Batch | None) -> list[Sampled]:
+        config = self.config
+        if config.sample_prompts:
+            prompts, size = config.sample_prompts[: config.sample_count], self.largest_bucket
+            return Sampled.rows(prompts, self.draw(prompts, size), fps=config.frame_rate or DEFAULT_FPS)
+        prompts, fps = held_out.captions[: config.sample_count], held_out.columns["fps"][: config.sample_count]
+        shown = {} if held_out.images is None else {"clip": to_uint8(held_out.images[: len(prompts)])}
+        rate = float(fps.cpu().max()) or Sampled.fps  # they move together in one sheet
+        return Sampled.rows(prompts, shown | self.draw(prompts, held_out.size, fps), fps=rate)
+
+    @property
+    def largest_bucket(self) -> tuple[int, ...]:
+        """(T, H, W) in px."""
+        return max(self.config.buckets(self.bucket_factor).sizes, key=lambda size: (size[1] * size[2], size[0]))
