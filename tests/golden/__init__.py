@@ -8,8 +8,8 @@ reference implementation's outputs, within the tolerances of the cases, for the 
 reference gave is in `reference_outputs.safetensors`: rounding moves it by less than `ROUNDING`. Sampling loops
 keep their first and last step; filters keep one picture of each size.
 
-The weights of the cases in `sd_t5`, `cosmos` and `opensora` are those of the reference, to the bit of a rounding, made
-by the recipes that they turned out to follow.
+The weights of the cases in `sd_t5`, `cosmos`, `opensora` and `nova` are those of the reference, to the bit of a
+rounding, made by the recipes that they turned out to follow.
 """
 
 import gzip
@@ -100,7 +100,9 @@ def _by_recipe(weights: dict, computed: Mapping[str, torch.Tensor]) -> dict[str,
             made[name] = 0.5 + torch.rand(shape, generator=generator)
         else:
             draw = torch.randn(shape, generator=generator)
-            if last == "running_mean":
+            if name in (deviations := weights.get("deviations", {})):
+                made[name] = deviations[name] * draw
+            elif last == "running_mean":
                 made[name] = 0.1 * draw
             elif last == "gammas":
                 made[name] = 0.4 + 0.15 * draw
@@ -111,9 +113,10 @@ def _by_recipe(weights: dict, computed: Mapping[str, torch.Tensor]) -> dict[str,
             elif name.endswith(("y_embedding", "embedding_table.weight")):
                 made[name] = 0.5 * draw
             elif draw.dim() >= 2:
-                made[name] = draw * (weights["gain"] / (draw.numel() / draw.shape[0]) ** 0.5)
+                gain = weights.get("gains", {}).get(name, weights["gain"])
+                made[name] = draw * (gain / (draw.numel() / draw.shape[0]) ** 0.5)
             elif last == "weight":
                 made[name] = 1 + weights.get("norm_deviation", 0.1) * draw
             else:
-                made[name] = 0.1 * draw
+                made[name] = weights.get("bias_deviation", 0.1) * draw
     return made
