@@ -4,7 +4,6 @@ A family is a folder in one of `PACKAGES` with a `family.py`, which may hold sev
 `family.py` is imported when somebody asks, what it needs for its networks only when they are built.
 """
 
-import difflib
 import importlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from warpcore.config_files import read_config, read_mapping
 from warpcore.data.storage import local_path
 from warpcore.errors import UserError
 from warpcore.keys import choices_of, describe, help_text
+from warpcore.mistakes import keys_meant
 from warpcore.safe_json import read_json
 from warpcore.safe_yaml import parse_yaml
 
@@ -211,7 +211,7 @@ def _undecided(able: Sequence[Family], task: str, values: Mapping[str, Any]) -> 
     all_keys = {key for family in able for key in family.config_of(task).model_fields}
     for key in values:
         if key not in all_keys:
-            near = difflib.get_close_matches(key, all_keys, n=3)
+            near = keys_meant(key, all_keys, 3)
             return f"no family has the key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "")
     shared = _shared_keys(able)
     there = [f"{key}: {path} does not exist" for path, key in _named(able, values).items()

@@ -9,6 +9,7 @@ import pytest
 from families.registry import families
 from warpcore.config import Config, ConfigError, Settings, load_config
 from warpcore.keys import describe
+from warpcore.mistakes import OTHER_NAMES, keys_meant
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -98,3 +99,10 @@ def test_every_script_with_keys_is_found():
 def test_the_keys_of_the_published_configs_are_known_and_used(name):
     kind = config_of(Path("train", f"{name}.py"))
     assert set(PUBLISHED[name].split()) <= kind.model_fields.keys() - kind.unused
+
+
+def test_names_of_other_trainers_stand_for_keys_that_there_are():
+    every = {key for script in SCRIPTS for key in config_of(script).model_fields}
+    assert {*OTHER_NAMES.values()} <= every
+    assert keys_meant("learning_rate", ["lr", "ema_rate"]) == ["lr"]
+    assert keys_meant("learning_rate", ["ema_rate"]) == ["ema_rate"]

@@ -22,7 +22,7 @@ from families.stable_diffusion import build
 from families.stable_diffusion.components import ZERO_SNR_KEY
 from families.stable_diffusion.conditions import SIZES, TEXT, sizes_of, told
 from families.stable_diffusion.config import SdFinetuneConfig
-from families.stable_diffusion.lora import encoders_by_name
+from families.stable_diffusion.lora import encoders_by_name, unread_notes
 from families.stable_diffusion.training import SdTraining, with_text_rates
 from warpcore.core import Losses
 from warpcore.data.reader import Batch
@@ -52,6 +52,11 @@ class TrainSd(SdTraining):
         if self.config.trains_text_encoders:
             networks["text"].requires_grad_(True)
         return networks
+
+    def setup(self) -> None:
+        super().setup()
+        for note in unread_notes(self.networks["text"], self.needs_geometry) if self.texts_learn else []:
+            self.progress.say(note)
 
     @property
     def features(self) -> dict[str, Feature]:

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,28 @@ MAX_REPORTED = 20
 MAX_INTEGER = 2**63 - 1
 CLIP_KEYS = ("num_frames", "frame_stride", "frame_rate", "bucket_config", "micro_batches_per_update")
 """Those of `warpcore.clip_keys`, which others may meet in a script that does not take them."""
+
+OTHER_NAMES = {
+    "cfg": "guidance", "cfg_scale": "guidance", "checkpoint": "generator_checkpoint_path",
+    "dataset": "webdataset_path", "epochs": "updates", "gradient_accumulation_steps": "grad_accum_steps",
+    "guidance_scale": "guidance", "learning_rate": "lr", "loras": "lora", "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "warmup_updates", "max_grad_norm": "clip_grad_norm", "max_steps": "updates",
+    "max_train_epochs": "updates", "max_train_steps": "updates", "mixed_precision": "dtype",
+    "model": "generator_checkpoint_path", "network_alpha": "alpha", "network_dim": "rank",
+    "num_inference_steps": "steps", "optimizer_type": "optimizer", "output": "output_path",
+    "output_dir": "checkpoint_path", "output_name": "experiment_id", "precision": "dtype",
+    "pretrained_model_name_or_path": "generator_checkpoint_path", "prompt": "prompts", "resolution": "image_size",
+    "save_every_n_epochs": "save_every", "save_every_n_steps": "save_every", "save_steps": "save_every",
+    "train_batch_size": "batch_size", "train_data_dir": "webdataset_path", "vae": "autoencoder_checkpoint_path",
+    "warmup_steps": "warmup_updates",
+}  # fmt: skip
+"""What other trainers and programs call a key, and what it is called here."""
+
+
+def keys_meant(key: str, there: Collection[str], count: int = 1) -> list[str]:
+    """Which of the keys that there are an unknown one may stand for: that by another name, or the nearest names."""
+    meant = OTHER_NAMES.get(key.lower().replace("-", "_"))
+    return [meant] if meant in there else difflib.get_close_matches(key, there, n=count)
 
 
 def check_values(values: Mapping[str, Any], files: Mapping[str, Path]) -> None:
@@ -71,7 +93,7 @@ def explain(kind: type[BaseModel], mistake: Any, files: Mapping[str, Path]) -> s
         case "extra_forbidden" if key in CLIP_KEYS:
             return f"{key}: unknown key{where}: it is for scripts that train on clips, and this one takes pictures"
         case "extra_forbidden":
-            near = difflib.get_close_matches(key, kind.model_fields, n=1)
+            near = keys_meant(key, kind.model_fields)
             return f"{key}: unknown key{where}" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
         case "missing" if len(location) == 1:
             return f"{key}: this key is required. {kind.model_fields[key].description or ''}"

@@ -3,13 +3,14 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from families.cascade.lora_formats import embeddings, layouts, reference
 from families.common.exports import Files, write_files
-from families.common.lora_files import check_adapters, peft_config
+from families.common.lora_files import fitted, peft_config
 from families.common.lora_formats import ours, peft
 from families.common.lora_formats.adapters import Lora, LoraFileError, named_tokens
 from families.common.lora_formats.embeddings import embeddings_folder, file_name
@@ -62,7 +63,7 @@ def read_lora(
                 lora = lora.with_tokens(tokens.tokens, tokens.token_initial, tokens.token_delta)
         if not lora.adapters and not lora.tokens:
             raise LoraFileError("it is no LoRA: it holds no tensors")
-        check_adapters(lora.adapters, there, "model_version")
+        lora = replace(lora, adapters=fitted(lora.adapters, there, "model_version"))
         if lora.token_delta is not None and len(lora.token_delta) != len(lora.tokens):
             raise LoraFileError(f"it has {len(lora.token_delta)} rows of tokens, and names {len(lora.tokens)} of them")
         named_tokens(about)

@@ -42,27 +42,45 @@ def peft_config(path: Path) -> dict:
         raise LoraFileError(str(error)) from None
 
 
-def check_adapters(adapters: Mapping[str, Adapter], there: Mapping[str, Place], hint: str) -> None:
-    """Raise LoraFileError where adapters do not fit the places of a network, or are not finite.
+def fitted(adapters: Mapping[str, Adapter], there: Mapping[str, Place], hint: str) -> dict[str, Adapter]:
+    """Adapters that fit the places of a network. One that holds the matrix (R, C_in) for a 1 x 1 convolution, or
+    (R, C_in, 1, 1) for a linear layer, gets the shape of the layer here: programs build the same layer as either.
 
     hint: which keys to check where shapes differ.
+
+    Raises:
+        LoraFileError: adapters do not fit, or are not finite.
     """
-    for name, adapter in adapters.items():
-        if name not in there:
-            raise LoraFileError(f"it was made for another network: this one has no layer {name}")
-        shape = tuple(there[name].weight.shape)
-        made_for = (adapter.up.shape[0], *adapter.down.shape[1:])
-        if made_for != shape or adapter.down.shape[0] != adapter.rank:
-            raise LoraFileError(
-                f"it was made for another network: {name} is {made_for} in the file (rank {adapter.rank}) and {shape} "
-                f"here. Check {hint}"
-            )
-        parts = (adapter.up, adapter.down, adapter.magnitude)
-        if not all(part.isfinite().all() for part in parts if part is not None):
-            raise LoraFileError(f"{name} holds numbers that are not finite: its training went wrong, or it is damaged")
-        lengths = (1, shape[1]) if adapter.by_columns else (shape[0],)
-        if adapter.magnitude is not None and tuple(adapter.magnitude.shape) != lengths:
-            raise LoraFileError(f"{name} has {adapter.magnitude.numel()} lengths of DoRA for a weight of {shape}")
+    return {name: _fitted(name, adapter, there, hint) for name, adapter in adapters.items()}
+
+
+def _fitted(name: str, adapter: Adapter, there: Mapping[str, Place], hint: str) -> Adapter:
+    if name not in there:
+        raise LoraFileError(f"it was made for another network: this one has no layer {name}")
+    shape = tuple(there[name].weight.shape)
+    rank, *inner = adapter.down.shape
+    made_for = (adapter.up.shape[0], *inner)
+    if (*inner[:1], *_kernel(inner)) == (*shape[1:2], *_kernel(shape[1:])):
+        adapter = replace(adapter, down=adapter.down.reshape(rank, *shape[1:]))
+        made_for = (adapter.up.shape[0], *shape[1:])
+    if made_for != shape or rank != adapter.rank:
+        raise LoraFileError(
+            f"it was made for another network: {name} is {made_for} in the file (rank {adapter.rank}) and {shape} "
+            f"here. Check {hint}"
+        )
+    parts = (adapter.up, adapter.down, adapter.magnitude)
+    if not all(part.isfinite().all() for part in parts if part is not None):
+        raise LoraFileError(f"{name} holds numbers that are not finite: its training went wrong, or it is damaged")
+    lengths = (1, shape[1]) if adapter.by_columns else (shape[0],)
+    if adapter.magnitude is not None and tuple(adapter.magnitude.shape) != lengths:
+        raise LoraFileError(f"{name} has {adapter.magnitude.numel()} lengths of DoRA for a weight of {shape}")
+    return adapter
+
+
+def _kernel(inner: Sequence[int]) -> tuple[int, ...]:
+    """The kernel of a weight (C_out, *inner); nothing for one pixel, as linear layers have none."""
+    kernel = tuple(inner[1:])
+    return kernel if any(side != 1 for side in kernel) else ()
 
 
 # ---------------------------------------------------------------- the networks of a pipeline
@@ -100,8 +118,7 @@ def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the f
                 found[name] = replace(found.get(name, Lora({})), adapters=adapters)
         if not any(own.adapters or own.tokens for own in found.values()):
             raise LoraFileError("it is no LoRA: it holds no tensors")
-        for name, own in found.items():
-            check_adapters(own.adapters, there[name], hint)
+        found = {name: replace(own, adapters=fitted(own.adapters, there[name], hint)) for name, own in found.items()}
     except LoraFileError as error:
         raise LoraFileError(f"{path}: {error}") from None
     return embeddings.with_tokens_beside(found, path, named_tokens(about), text_encoders(networks))

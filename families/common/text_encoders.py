@@ -206,6 +206,18 @@ class ClipTextEncoder(LibraryTextEncoder):
         """The part of the library's network that has the embeddings and the layers."""
         return self.model.text_model if self.projects else self.model
 
+    def unread(self, pooled: bool) -> list[nn.Module]:
+        """The parts whose output no condition is made of: those behind the hidden state that is read.
+
+        pooled: whether the pooled vector is read, too, which the whole encoder makes.
+        """
+        if pooled and self.projects:
+            return []
+        layers = self.transformer.encoder.layers
+        behind = [*layers[len(layers) - self.hidden.skip_layers :]]
+        behind += [] if self.hidden.final_norm else [self.transformer.final_layer_norm]
+        return behind + ([self.model.text_projection] if self.projects else [])
+
     @property
     def token_embedding(self) -> nn.Module:
         """Makes (B, L, D) of token ids (B, L)."""

@@ -32,6 +32,7 @@ from warpcore.data.joined import FurtherTars
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
 from warpcore.errors import UserError
+from warpcore.idle_keys import about_idle
 from warpcore.keys import weights_keys
 from warpcore.random import SampleRandom
 
@@ -178,6 +179,7 @@ class DiffusionTraining(SampleFields):
         super().__init__(with_local_weights(config, {*weights_keys(type(config))} - {self.network_keys.get("text")}))
         self.kept = dict(self.conventions)
         self.older: list[str] = []  # what to tell of keys that are newer than the run
+        self.idle: list[str] = []  # of keys that have no effect beside what files say
 
     def settle_features(self, about: Mapping[str, Any] | None) -> None:
         """Settle what features depend on where the config is silent; may replace `config`.
@@ -190,7 +192,9 @@ class DiffusionTraining(SampleFields):
         if saved is not None:
             about, self.kept = saved.get("about", {}), dict(self.first_conventions) | saved.get("kept", {})
         self.settle_features(about)
+        before = about_idle(self.config, self.config.model_fields_set)
         self.config = config = with_target(self.config, about, self.said_target(), self.default_target)
+        self.idle = [line for line in about_idle(config, config.model_fields_set) if line not in before]
         if saved is None:
             self.kept[_KEYS] = sorted(self.first_defaults)
             for key in self.start_files:
@@ -298,7 +302,7 @@ class DiffusionTraining(SampleFields):
 
     def setup(self) -> None:
         super().setup()
-        for note in self.older:
+        for note in [*self.older, *self.idle]:
             self.progress.say(note)
         if self.caches is not None:
             for note in [*self.caches.not_compared, *self.processes.on_main(self._check_fresh)]:

@@ -39,6 +39,23 @@ def networks_by_name(unet: nn.Module, text: ClipTextEncoders) -> dict[str, nn.Mo
     return {UNET: unet} | {name: encoder.model for name, encoder in encoders_by_name(text).items()}
 
 
+def unread_notes(text: ClipTextEncoders, pooled: bool) -> list[str]:
+    """A line for each text encoder with trained weights that never learn, as nothing reads what they make.
+
+    pooled: whether the U-Net is told the pooled vector of the last encoder.
+    """
+    notes = []
+    for name, encoder in encoders_by_name(text).items():
+        parts = encoder.unread(pooled and encoder is text.encoders[-1])
+        count = sum(parameter.requires_grad for part in parts for parameter in part.parameters())
+        if count:
+            notes.append(
+                f"{name}: {count} trained tensors never learn and stay as they are: they lie behind the hidden state "
+                f"that the U-Net reads, number {encoder.hidden.skip_layers + 1} from the end (clip_skip)"
+            )
+    return notes
+
+
 def open_loras(files: Sequence[str], settings, use_ema: bool = True) -> Loras:
     """Read LoRAs, written as FILE[:STRENGTH], for the networks that the settings name.
 

@@ -141,6 +141,7 @@ def test_what_is_no_model_is_refused(tmp_path):
         ),
         ("prompts=x generator_checkpoint_path=gone.safetensors", r"gone\.safetensors does not exist; name a run"),
         ("prompts=x promts=y", "no family has the key promts; did you mean prompts"),
+        ("prompts=x num_inference_steps=9", "no family has the key num_inference_steps; did you mean steps"),
         (
             "prompts=x stage_b_steps=3 karras=true",
             "Stable Cascade has no karras; .*; Stable Diffusion has no stage_b_steps",

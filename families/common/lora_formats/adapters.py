@@ -126,6 +126,9 @@ def pair(place: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             raise LoraFileError(f"the adapter of {place} has no {part}: the file is not whole")
     if not own["up"].numel():
         raise LoraFileError(f"the adapter of {place} is empty: the file is not whole")
+    if flat := [part for part in ("down", "up") if own[part].dim() < 2]:
+        shape = tuple(own[flat[0]].shape)
+        raise LoraFileError(f"the adapter of {place} has a {flat[0]} of the shape {shape}, which is no matrix")
     return own["down"], own["up"].flatten(1)
 
 

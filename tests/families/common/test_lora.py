@@ -7,6 +7,7 @@ import diffusers
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -179,6 +180,36 @@ def test_names_of_other_programs_are_read(tmp_path):
         assert back.keys() == lora.adapters.keys(), spelling
         assert all(torch.equal(back[place].up, adapter.up) for place, adapter in lora.adapters.items())
         assert {adapter.alpha for adapter in back.values()} == {2.0 if "kohya" in spelling else 3}
+
+
+def other_shape(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix as a 1 x 1 convolution, and the other way round; other kernels stay."""
+    if tensor.dim() == 2:
+        return tensor[:, :, None, None]
+    return tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
+
+
+@pytest.mark.parametrize("form", ["warpcore", "diffusers", "kohya"])
+def test_a_layer_may_be_a_matrix_in_the_file_and_a_convolution_here(form, tmp_path):
+    """Programs build projections of SD's transformers as linear layers or as 1 x 1 convolutions."""
+    path, network = tmp_path / "x.safetensors", unet(SD15)
+    lora = lora_on(network, ["proj_in", "to_q", "conv_shortcut", "conv1"])
+    write_loras({"unet": lora}, path, form, {"unet": network})
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    kept = {name for name, t in tensors.items() if t.dim() < 2 or (form == "warpcore" and name.endswith("up"))}
+    flipped = {name: t if name in kept else other_shape(t) for name, t in tensors.items()}
+    assert any(flipped[name].shape != tensor.shape for name, tensor in tensors.items())
+    save_file(flipped, path, about)
+    same({"unet": lora}, read_loras(path, {"unet": unet(SD15)}))
+    name = next(name for name, t in tensors.items() if t.dim() == 4 and t.shape[2:] == (3, 3))
+    save_file(tensors | {name: tensors[name][..., :1, :1].contiguous()}, path, about)
+    with pytest.raises(LoraFileError, match="made for another network"):
+        read_loras(path, {"unet": unet(SD15)})
+    save_file(tensors | {name: tensors[name].flatten()}, path, about)
+    with pytest.raises(LoraFileError, match=r"which is no matrix|has rank 432"):
+        read_loras(path, {"unet": unet(SD15)})
 
 
 def test_a_folder_of_pefts_is_read(tmp_path):

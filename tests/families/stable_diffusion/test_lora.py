@@ -92,10 +92,13 @@ def text_conditions(pipeline, captions) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("version", PIPELINES)
-def test_an_update_is_that_of_peft_on_the_library_s_networks(tmp_path, version):
-    """U-Net and text encoders: forward, loss, gradients, clipping and AdamW with two learning rates."""
-    settings = settings_of(tmp_path, version, caption_dropout=0.0, weight_decay=0.1, **LORA, **TEXT)
+def test_an_update_is_that_of_peft_on_the_library_s_networks(tmp_path, version, capfd):
+    """U-Net and text encoders: forward, loss, gradients, clipping and AdamW with two learning rates. Adapters that get
+    no gradient are told at the start, and a key of other targets than that of the file."""
+    settings = settings_of(tmp_path, version, caption_dropout=0.0, weight_decay=0.1, min_sigma=0.1, **LORA, **TEXT)
     run = train(settings, Recorded)
+    said = capfd.readouterr().err
+    assert "min_sigma has no effect without diffusion_target: rectified_flows" in said
     pipeline = CLASSES[version].from_pretrained(tmp_path / "pipeline")
     theirs = with_peft(pipeline)
     assert theirs.keys() == run.start.keys()
@@ -121,6 +124,11 @@ def test_an_update_is_that_of_peft_on_the_library_s_networks(tmp_path, version):
     (line,) = read_metrics(settings)
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    unread = [name for name, tensor in theirs.items() if tensor.grad is None]
+    assert all(name.startswith("text_encoder.") for name in unread)
+    assert bool(unread) == (version == "sdxl")
+    assert (f"text_encoder: {len(unread)} trained tensors never learn" in said) == bool(unread)
+    assert "text_encoder_2: " not in said
     after = load_weights(settings, "lora")
     assert after.keys() == theirs.keys()
     for name, tensor in theirs.items():
