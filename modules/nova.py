@@ -158,9 +158,9 @@ class NOVATransformer(nn.Module):
     def encode_clip(self, latents: Tensor, condition: Tensor) -> Tensor:
         """What stands for each frame (B, T, M, D), made of the condition (B, L, D) and of the frames of latents
         (B, C, T, H, W) before it: the T frames at once."""
-        frames, grid = latents.shape[2], self._video_grid(latents)
+        grid = self._video_grid(latents)
         begin = self._begin(len(latents), grid)[:, None]
-        earlier = self.video_encoder.patch_embed(latents[:, :, :-1]) if frames > 1 else begin[:, :0]
+        earlier = self.video_encoder.patch_embed(latents[:, :, :-1])
         x = torch.cat([begin.to(earlier.dtype), earlier], dim=1)
         x = x if self.rotary else self.video_pos_embed(x)
         return self.video_encoder.all_frames(x, condition, grid)
