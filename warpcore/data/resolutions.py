@@ -5,6 +5,9 @@ They are those of Open-Sora, in whose `bucket_config` the names occur; the squar
 
 from typing import NamedTuple
 
+from warpcore.errors import UserError
+from warpcore.text import brief
+
 
 class NamedSizes(NamedTuple):
     """What the name of a resolution stands for."""
@@ -83,3 +86,38 @@ RESOLUTIONS: dict[str, NamedSizes] = {
     **{str(256 * n): _named((256 * n) ** 2, _SQUARE_RATIOS, _SQUARE_SIZES, n) for n in (1, 2, 4, 8)},
     "2880": _named(2880**2, _RATIOS_OF_2880, _SIZES_OF_2880),
 }
+RATIOS = {
+    "3:8": 0.38, "9:21": 0.43, "12:25": 0.48, "1:2": 0.50, "9:17": 0.53, "27:50": 0.54, "9:16": 0.56, "5:8": 0.62,
+    "2:3": 0.67, "3:4": 0.75, "1:1": 1.00, "4:3": 1.33, "3:2": 1.50, "16:9": 1.78, "17:9": 1.89, "2:1": 2.00,
+    "50:27": 2.08,
+}  # fmt: skip
+"""Height : width, as the tables name it; 50:27 stands for the inverse of 12:25 there."""
+LENGTHS = {f"{2 * n}s": 51 * n for n in (1, 2, 4, 8, 16)} | {f"{n}x": 51 * n for n in (1, 2, 4, 8, 16)}
+"""Frames of clips whose length has a name: `2s` has 51."""
+
+
+def named_size(resolution: str, ratio: str) -> tuple[int, int]:
+    """(H, W) in px of a resolution, such as `480p`, at a ratio of height to width, such as `9:16` or `0.56`.
+
+    Raises:
+        UserError: there is no such resolution, or it has no such ratio.
+    """
+    if resolution not in RESOLUTIONS:
+        raise UserError(f"resolution: {brief(resolution)} has no sizes; write one of {', '.join(RESOLUTIONS)}")
+    sizes = RESOLUTIONS[resolution].sizes
+    try:
+        wanted = RATIOS[ratio] if ratio in RATIOS else round(float(ratio), 2)
+        return sizes[wanted]
+    except (ValueError, KeyError, OverflowError):
+        of_it = [name for name, value in RATIOS.items() if value in sizes] + [f"{value:.2f}" for value in sizes]
+        raise UserError(
+            f"aspect_ratio: {brief(ratio)} is not among those of {resolution}, which are height : width: write one of "
+            f"{', '.join(of_it)}"
+        ) from None
+
+
+def named_length(name: str) -> int:
+    """Frames of a length such as `4s`. Raises UserError for one that has no name."""
+    if name not in LENGTHS:
+        raise UserError(f"num_frames: {brief(name)}; write a number of frames, or one of {', '.join(LENGTHS)}")
+    return LENGTHS[name]
