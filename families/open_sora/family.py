@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from families.common.family import Family
+from families.common.family import SCORING, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.open_sora.files import is_of_stdit3
 
@@ -11,6 +11,8 @@ from families.open_sora.files import is_of_stdit3
 class OpenSora(Family):
     name = "open_sora"
     title = "Open-Sora 1.2"
+    weight_keys = {"generator": "generator_checkpoint_path", "lora": "lora"}
+    tasks = {SCORING: "families.open_sora.scoring.ScoredOpenSora"}
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
         return "mask_ratios" in config or super().has_run(config, weights)

@@ -32,15 +32,26 @@ def read_stdit3(path: Path, key: str, model_version: str) -> dict[str, Tensor]:
     Raises:
         UserError: it is missing, damaged, or of another network than `model_version`.
     """
+    tensors = _read(path, key)
+    own = _version(tensors)
+    if own is not None and own != model_version:
+        raise WeightsError(f"{key}: {path} is STDiT3-{own}; write model_version: {own}")
+    return _with_length(tensors, VERSIONS[model_version].text_length)
+
+
+def version_in(path: Path, key: str) -> str | None:
+    """The `model_version` of the network in a file or folder; None for another size. Errors as in `read_stdit3`."""
+    return _version(_read(path, key))
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor]:
+    """All tensors, which are mapped into memory."""
     tensors = read_tensors(path, key) if path.is_dir() else read_weights(path, key)
     if not is_of_stdit3(tensors):
         held = ", ".join(sorted(tensors)[:3]) or "nothing"
         missing = next(name for name in (*_NEEDED.values(), *_PARTS) if name not in tensors)
         raise WeightsError(f"{key}: {path} holds no STDiT3: {missing} is missing, and it has {held}")
-    own = _version(tensors)
-    if own is not None and own != model_version:
-        raise WeightsError(f"{key}: {path} is STDiT3-{own}; write model_version: {own}")
-    return _with_length(tensors, VERSIONS[model_version].text_length)
+    return tensors
 
 
 def _version(tensors: Mapping[str, Tensor]) -> str | None:
