@@ -68,8 +68,7 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
         return known.get(name)
 
     def picture_features(self, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        drawn = random if self.config.latent == "sample" else None
-        return {MOMENTS: self.networks["autoencoder"].clip_moments(batch.images, drawn)}
+        return {MOMENTS: self.networks["autoencoder"].clip_moments(batch.images, random)}
 
     def text_features(self, encoder: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
         made = encoder(list(captions))
