@@ -222,7 +222,9 @@ def _from_ours(
     for place, tensor in tensors.items():
         name, _, own = place.partition(".")
         if name not in networks:
-            raise LoraFileError(f"it changes {place}; here it is read for {', '.join(networks)} alone")
+            raise LoraFileError(
+                f"it was made for another network: it changes {place}; here it is read for {', '.join(networks)} alone"
+            )
         found.setdefault(name, {})[own] = tensor
     alpha = named_alpha(about)
     alphas = {name: {place.removeprefix(f"{name}."): value for place, value in alpha.items()
@@ -241,6 +243,8 @@ def _by_network(tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]
         options = [(network, prefix) for network in networks for prefix in programs.prefixes(network)]
         network, prefix = next(((n, p) for n, p in options if bare.startswith(p)), (None, ""))
         if network is None and (len(networks) > 1 or re.match(r"lora_(te\d?|unet)_|text_encoder|unet\.", bare)):
+            if not any(re.search("lora|lokr|hada|dora", other) for other in tensors):
+                raise LoraFileError(f"it is no LoRA: it holds {name}, as files of whole weights do")
             raise LoraFileError(f"it holds {name}; here it is read for {', '.join(networks)} alone")
         found.setdefault(network or next(iter(networks)), {})[_without_processor(bare.removeprefix(prefix))] = tensor
     return found

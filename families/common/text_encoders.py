@@ -156,6 +156,10 @@ class ClipTextEncoder(LibraryTextEncoder):
         Raises:
             UserError: they are made for another network.
         """
+        if "clip" not in (kind := str(config.get("model_type", "clip"))):
+            raise UserError(
+                f"{key}: {path} holds a text encoder of the type {shortened(kind)}; here one of CLIP is read"
+            )
         with torch.device("meta"):
             encoder = cls(config, tokenizer, hidden, key)
         dtype = getattr(torch, "bfloat16" if precision == "nf4" else precision)

@@ -62,6 +62,7 @@ _OTHERS = {
     r"(model\.diffusion_model\.)?joint_blocks\.": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?double_blocks\.": "FLUX",
     r"(model\.diffusion_model\.)?clip_txt_mapper\.|effnet_mapper\.": "Stable Cascade",
+    r"vquantizer\.|(down|up)_blocks\.\d+\.(channelwise|depthwise)\.": "Stage A of Stable Cascade",
     r"cond_stage_model\.model\.": "Stable Diffusion 2.x",
     r"conditioner\.embedders\.0\.model\.": "SDXL's refiner",
     r"edm_mean$|edm_vpred\.": "SDXL with EDM's noise levels (Playground 2.5, CosXL)",

@@ -104,7 +104,7 @@ def resolve_sources(webdataset_path: Any, key: str = "webdataset_path") -> list[
                 shards.append(shard)
             sources.append(Source(weight, sorted(shards, key=lambda shard: shard.url)))
         if not seen:
-            raise UserError("it names no tar")
+            raise UserError("an empty list names no tar: name one, or write null where the key may be left out")
     return sources
 
 

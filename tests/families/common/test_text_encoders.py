@@ -17,6 +17,8 @@ from warpcore.errors import UserError
 
 TEXTS = ["a red star", "", "word " * 40]
 
+T5 = Path(__file__).parents[3] / "models/mini/t5.safetensors"
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -132,6 +134,7 @@ def test_what_does_not_fit_is_one_clear_error(folder, tmp_path):
     for error, load in (
         ("te_path: .* does not exist", lambda: ClipTextEncoder.load(tmp_path / "none", key="te_path")),
         ("has no config.json", lambda: ClipTextEncoder.load(tmp_path / "empty")),
+        ("a text encoder of the type t5; here one of CLIP is read", lambda: ClipTextEncoder.load(T5)),
         ("holds no tokenizer", lambda: ClipTextEncoder.load(folder, tmp_path / "empty")),
         ("has 57 tokens, the encoder 56", lambda: ClipTextEncoder.load(folder, tmp_path / "larger")),
         (

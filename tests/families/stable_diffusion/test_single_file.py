@@ -176,6 +176,7 @@ def test_a_checkpoint_of_another_architecture_is_named(what, sd15, tmp_path):
     ("Stable Diffusion 3", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
     ("FLUX", "double_blocks.0.img_attn.qkv.weight"),
     ("Stable Cascade", "clip_txt_mapper.weight"),
+    ("Stage A of Stable Cascade", "down_blocks.0.channelwise.0.weight"),
     ("a LoRA", "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"),
     ("a LoRA", "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"),
     ("a U-Net in diffusers' names", "down_blocks.0.resnets.0.norm1.weight"),
