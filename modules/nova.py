@@ -173,15 +173,15 @@ class NOVATransformer(nn.Module):
         Args:
             previous: latents (B, C, H, W) of the frame before; None for the first.
             condition: (B, L, D). clip: what is kept of earlier frames, which this call adds to.
-            unseen: (B,) bool, samples that do not see the frame before.
+            unseen: (B,) bool, samples that see nothing of this frame: neither the one before nor places.
         """
         grid = self.video_base_size[1:] if previous is None else self._video_grid(previous)
         begin = self._begin(len(condition), grid)
         x = begin if previous is None else self.video_encoder.patch_embed(previous)
-        if unseen is not None:
-            x = torch.where(unseen[:, None, None], begin, x)
         if not self.rotary:
             x = self.video_pos_embed.space(x) + self.video_pos_embed.times(clip.frames)[clip.frame]
+        if unseen is not None:  # not even places, as published
+            x = torch.where(unseen[:, None, None], begin.to(x.dtype), x)
         return self.video_encoder.next_frame(x, condition, clip, grid)
 
     def encode_picture(self, latents: Tensor, hidden: Tensor, visible: Tensor, condition: Tensor) -> Tensor:
