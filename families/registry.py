@@ -227,7 +227,7 @@ def _undecided(able: Sequence[Family], task: str, values: Mapping[str, Any]) -> 
             if not _takes(family.config_of(task), key, value)
         ]
         return f"no family takes all of these keys: {'; '.join(of_each)}"
-    return "; ".join([f"these keys do not tell which family is meant ({_titles(able)})", *there, hint])
+    return "; ".join([*(there or [f"these keys do not tell which family is meant ({_titles(able)})"]), hint])
 
 
 def _help(of: Sequence[Family], task: str) -> str:

@@ -74,7 +74,10 @@ def _problem_of(value: Any, levels: int = MAX_LEVELS) -> str:
 
 def explain_all(kind: type[BaseModel], mistakes: Sequence[Any], files: Mapping[str, Path]) -> str:
     """A line for each of pydantic's errors, but no more than MAX_REPORTED."""
-    lines = list(dict.fromkeys(explain(kind, mistake, files) for mistake in mistakes[:MAX_REPORTED]))
+    first = mistakes[:MAX_REPORTED]
+    simpler = {mistake["loc"][:1] for mistake in first if mistake["type"] != "tuple_type"}  # one number, or two
+    told = [mistake for mistake in first if mistake["type"] != "tuple_type" or mistake["loc"][:1] not in simpler]
+    lines = list(dict.fromkeys(explain(kind, mistake, files) for mistake in told))
     if len(mistakes) > MAX_REPORTED:
         lines.append(f"and {len(mistakes) - MAX_REPORTED} more mistakes")
     return "\n  ".join(["the configuration is wrong:", *lines])
@@ -99,6 +102,8 @@ def explain(kind: type[BaseModel], mistake: Any, files: Mapping[str, Path]) -> s
             return f"{key}: this key is required. {kind.model_fields[key].description or ''}"
         case "value_error":
             reason = shortened(str(mistake["ctx"]["error"]), 2000)
+        case "tuple_type":
+            reason = "a list in brackets is needed"
         case "model_type":
             reason = "a mapping with keys of its own is needed"
         case _:

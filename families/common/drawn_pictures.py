@@ -155,8 +155,8 @@ def save_drawn(
     together = grid(sheet, columns, titles)
     plural = f"{what}es" if what.endswith("s") else f"{what}s"
     save_png(files[-1], together, {plural: "\n".join(titles), "settings": settings})
-    noun = "pictures" if config.clip_fps is None else "clips"
-    print(f"{len(sheet)} {noun}, and all of them together: {files[-1]}")
+    noun = "picture" if config.clip_fps is None else "clip"
+    print(f"1 {noun}: {files[-1]}" if len(sheet) == 1 else f"{len(sheet)} {noun}s, and all together: {files[-1]}")
 
 
 def _shown(drawn: Tensor, size: tuple[int, int]) -> np.ndarray:

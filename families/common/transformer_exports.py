@@ -55,6 +55,7 @@ def export_lora(
     arguments: list[str],
 ) -> None:  # fmt: skip
     """Write the LoRA of a run, a file or peft's folder in one of the formats `families.common.lora_files` has."""
+    weights_in(source, "lora")  # says what is wrong with a run that has none
     settings: Any = load_config(settings_kind, [f"--{'run' if is_run(source) else 'lora'}", str(source), *arguments])
     if len(settings.lora) != 1:
         raise UserError(f"one LoRA at a time, not {len(settings.lora)}: {', '.join(settings.lora) or source}")

@@ -238,6 +238,7 @@ class LoraExportSettings(SdInferenceSettings):
 
 def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> None:
     key = "run" if is_run(source) else "lora"
+    weights_in(source, "lora")  # says what is wrong with a run that has none
     said = version_of(source)
     model_version = ["--model_version", said] if said else []
     settings = load_config(LoraExportSettings, [f"--{key}", str(source), *model_version, *arguments])

@@ -140,6 +140,7 @@ def test_what_is_no_model_is_refused(tmp_path):
             r"do not tell which family is meant \(Stable Cascade, .*, Stable Diffusion\); name a run \(run=FOLDER",
         ),
         ("prompts=x generator_checkpoint_path=gone.safetensors", r"gone\.safetensors does not exist; name a run"),
+        ("prompts=x run=gone", r"^run: gone does not exist; name a run"),
         ("prompts=x promts=y", "no family has the key promts; did you mean prompts"),
         ("prompts=x num_inference_steps=9", "no family has the key num_inference_steps; did you mean steps"),
         (

@@ -1,5 +1,6 @@
 """A cascade written for diffusers draws the same pictures there, and comes back with the same bits."""
 
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -220,3 +221,14 @@ def test_without_stage_b_only_the_prior_is_written(export, drawing_cascade, tmp_
     export("diffusers", drawing_cascade["generator_checkpoint_path"], tmp_path / "out", "model_version=mini")
     assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["prior"]
     assert "no weights of Stage B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "module", ["cascade.exports", "cosmos.exports", "dit.pixart_exports", "stable_diffusion.exports"]
+)
+def test_a_run_without_a_lora_says_what_it_holds(module, tmp_path):
+    (tmp_path / "config.yaml").write_text("experiment_id: a")
+    save_file({"a": torch.zeros(1)}, tmp_path / "generator.safetensors")
+    exports = importlib.import_module(f"families.{module}")
+    with pytest.raises(UserError, match=r"holds no lora\.safetensors, but generator\.safetensors"):
+        exports.export_lora("lora-kohya", tmp_path, tmp_path / "x.safetensors", [])

@@ -62,6 +62,8 @@ def test_paths_in_a_base_are_relative_to_where_the_script_is_started(write):
         ({"run": {"base": "s3://bucket/a.yaml"}}, "s3://bucket/a.yaml is a URL"),
         ({"run": {"base": "a.yaml"}, "a": NEEDED | {"batch_sise": 4}},
          "batch_sise: unknown key in .*a.yaml; did you mean batch_size?"),
+        ({"run": NEEDED | {"image_size": 10**6}}, r"wrong:\n  image_size: found .* 32768 \(expected[^\n]*\Z"),
+        ({"run": NEEDED | {"betas": 0.9}}, r"betas: found 0.9 in .*run.yaml, but a list in brackets is needed"),
         ({"run": NEEDED | {"learning_rate": 1e-4}}, "learning_rate: unknown key in .*run.yaml; did you mean lr?"),
         ({"run": NEEDED | {"base": "a.yaml"}, "a": {"lr": "fast"}}, "lr: found 'fast' in .*a.yaml, but"),
         ({"run": NEEDED | {"base": "a.yaml"}, "a": {"dataset_filters": None}}, "found null in .*a.yaml; write"),
