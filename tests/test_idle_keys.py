@@ -50,6 +50,7 @@ SAID = {
     "min_sigma": (0.1, {"diffusion_target": "v"}, {"diffusion_target": "rectified_flows"}),
     "multires_noise_discount": (0.5, {"offset_noise": 0.0}, {"multires_noise_iterations": 6, "offset_noise": 0.0}),
     "multires_noise_iterations": (1, {"offset_noise": 0.0}, None),
+    "muon_convolutions": (True, {"optimizer": "lion"}, {"optimizer": "muon"}),
     "norm_num_groups": (4, {"autoencoder_checkpoint_path": "a"}, {"block_out_channels": [4, 8]}),
     "num_frames": (5, {"pictures": PICTURE}, {"pictures": VIDEO}),  # of a script that rebuilds
     "perceptual_weight": (0.5, {}, {"perceptual_checkpoint_path": "a"}),

@@ -183,6 +183,7 @@ class OptimisationKeys(Settings):
         "eps": Need(
             "an optimizer other than adafactor and lion", lambda config: config.optimizer not in ("adafactor", "lion")
         ),
+        "muon_convolutions": Need("optimizer: muon", lambda config: config.optimizer == "muon"),
     }
 
     lr: PositiveFloat = 1e-4
@@ -221,6 +222,8 @@ class OptimisationKeys(Settings):
     weights of linear layers; embeddings, tables and all else have AdamW), Lion (arXiv:2302.06675; with a third to a
     tenth of AdamW's `lr`, and usually `betas: [0.9, 0.99]`), or Prodigy (arXiv:2306.06101; finds the learning rate
     itself, so write `lr: 1`, and usually `betas: [0.9, 0.99]`)."""
+    muon_convolutions: bool = False
+    """With `muon`: the kernels of convolutions have it too, as matrices of (outputs, inputs x positions)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices and kernels; vectors (norms, biases) are not decayed."""
     parameter_groups: list[ParameterGroup] = Field([], max_length=MAX_ENTRIES)

@@ -129,6 +129,16 @@ def linear_weights(networks: Mapping[str, nn.Module]) -> set[str]:
     return found
 
 
+def convolution_weights(networks: Mapping[str, nn.Module]) -> set[str]:
+    """The names, as NETWORK.NAME, of the kernels of convolutions, but for those of embeddings by name."""
+    return {
+        f"{network}.{name}.weight"
+        for network, module in networks.items()
+        for name, part in module.named_modules()
+        if isinstance(part, nn.modules.conv._ConvNd) and "embed" not in name
+    }
+
+
 def _inside(name: str) -> list[str]:
     """The names of the modules that hold a module, but for the outermost: `a.b` and `a` of `a.b.c`."""
     parts = name.split(".")

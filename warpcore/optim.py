@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from warpcore.bfloat16 import StochasticAdamW
 from warpcore.errors import UserError
+from warpcore.optimizers.kernel_muon import KernelMuon
 from warpcore.optimizers.lion import Lion
 from warpcore.optimizers.prodigy import Prodigy
 
@@ -47,8 +48,9 @@ def build_optimizers(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     linear: Collection[str] | None = None,
+    convolutions: Collection[str] = (),
 ) -> list[Optimizer]:
-    """The optimizers of a run: one, or two for `muon`.
+    """The optimizers of a run: one, or up to three for `muon`.
 
     Weight decay applies to matrices and kernels (two dimensions longer than 1), and to norms, biases and scales only
     where their group has its own. `muon` takes the weights of linear layers (no embeddings, no tables), with rates
@@ -65,6 +67,7 @@ def build_optimizers(
             group is known by in a checkpoint.
         linear: the names of the weights of linear layers (`warpcore.networks.linear_weights`); without it, all 2-D
             parameters count as such, but for those whose names say `embed`.
+        convolutions: the names of kernels that `muon` takes as well (`warpcore.networks.convolution_weights`).
 
     Raises:
         UserError: unknown name, package not installed, or an optimizer that can't take the sharded or bfloat16
@@ -84,7 +87,7 @@ def build_optimizers(
             raise UserError(f"optimizer: {name} would round away most steps of bfloat16 weights; write adamw")
         return [StochasticAdamW(matrices + undecayed, **settings)]
     if name == "muon":
-        return _muon(matrices, undecayed, settings, linear)
+        return _muon(matrices, undecayed, settings, linear, convolutions)
     return OPTIMIZERS[name].build(matrices, undecayed, settings)
 
 
@@ -107,11 +110,20 @@ def _schedulefree(matrices: list[dict], vectors: list[dict], settings: dict) -> 
 
 
 def _muon(
-    matrices: list[dict], vectors: list[dict], settings: dict, linear: Collection[str] | None = None
+    matrices: list[dict],
+    vectors: list[dict],
+    settings: dict,
+    linear: Collection[str] | None = None,
+    convolutions: Collection[str] = (),
 ) -> list[Optimizer]:
     hidden, others = _split(matrices, _is_2d if linear is None else lambda name, _: name in linear)
-    own = {"lr": settings["lr"], "weight_decay": settings["weight_decay"], "adjust_lr_fn": "match_rms_adamw"}
-    return [*([torch.optim.Muon(hidden, **own)] if hidden else []), *_adamw(others, vectors, settings)]
+    kernels, others = _split(others, lambda name, _: name in convolutions)
+    own = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
+    return [
+        *([torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **own)] if hidden else []),
+        *([KernelMuon(kernels, **own)] if kernels else []),
+        *_adamw(others, vectors, settings),
+    ]
 
 
 def _lion(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:

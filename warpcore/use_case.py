@@ -19,7 +19,7 @@ from warpcore.errors import UserError
 from warpcore.from_scratch import fresh_layers, start_layers
 from warpcore.loading import deferring
 from warpcore.loss_scale import LossScale
-from warpcore.networks import block_names, check_networks, linear_weights
+from warpcore.networks import block_names, check_networks, convolution_weights, linear_weights
 from warpcore.offload import OnDemand
 from warpcore.parameter_groups import freeze, optimizer_groups
 from warpcore.peers import explained
@@ -179,6 +179,7 @@ class UseCase:
             config.optimizer, optimizer_groups(self.trainable, self.parameters, config.parameter_groups),
             lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
             linear=None if self.muon_takes_tables else linear_weights(trained),
+            convolutions=convolution_weights(trained) if config.muon_convolutions else (),
         )  # fmt: skip
         optim.train_mode(self.optimizers)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)

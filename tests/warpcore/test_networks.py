@@ -14,7 +14,7 @@ from tests.warpcore.runs import tiny_settings, write_shard
 from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.config import make_config
 from warpcore.errors import UserError
-from warpcore.networks import blocks, check_networks, forward_methods, is_whole, linear_weights
+from warpcore.networks import blocks, check_networks, convolution_weights, forward_methods, is_whole, linear_weights
 
 WANTS = {
     "activation_checkpointing": ({"activation_checkpointing": 2}, "set_activation_checkpointing"),
@@ -104,3 +104,4 @@ def test_the_weights_of_linear_layers_are_told_from_tables_and_embeddings():
         *(f"net.{layer}.lora.{part}" for layer in ("attention", "block.0") for part in ("up", "down")),
         *(f"net.attention.out_proj.lora.{part}" for part in ("up", "down")),
     }  # fmt: skip
+    assert convolution_weights({"net": network}) == {"net.block.2.weight"}
