@@ -20,6 +20,8 @@ CLASS = "cls"
 """The member with the class of a sample, as webdataset's tars have it."""
 REPEATED = re.compile(r"[1-9]\d{0,2}_\S")
 """The name of a folder of kohya's scripts: how often its pictures are repeated, and what they show."""
+MASKLABEL = re.compile("-masklabel$", re.IGNORECASE)
+"""How OneTrainer's names of masks end: `0001-masklabel.png` is that of `0001.jpg`."""
 PICTURES, CAPTIONS = "images", "metas"
 """Two folders beside each other, the second with the captions of the pictures in the first: the layout of Cosmos."""
 
@@ -56,7 +58,7 @@ def find_entries(
     """
     folders = list(walk(folder, left_out, without))
     read = read_metadata(folder, [path for files in folders for path in files], left_out, metadata)
-    notes += read.notes() + _repeats(folders, folder)
+    notes += read.notes() + _repeats(folders, folder) + _apart(folders, folder)
     kinds = dict(member.split(".") for member in SIDE_MEMBERS) | dict.fromkeys(extra, "png")
     named: set[Path] = set()
     keys: set[str] = set()
@@ -87,6 +89,19 @@ def _repeats(folders: Sequence[Sequence[Path]], folder: Path) -> list[str]:
         f"folders named as for kohya's scripts, REPEATS_NAME ({names}): each picture is packed once, and the name is "
         "no caption. To draw from one more often, pack it by itself and give its tars a weight: webdataset_path: "
         "[{path: ..., weight: 10}]"
+    ]
+
+
+def _apart(folders: Sequence[Sequence[Path]], folder: Path) -> list[str]:
+    """A note on folders of masks, as other trainers have them, which are read as pictures like all others."""
+    parents = sorted({files[0].parent for files in folders if any(map(is_picture, files))})
+    found = [path for path in parents if path != folder and path.name.lower() in ("mask", "masks")]
+    if not found:
+        return []
+    names = ", ".join(path.relative_to(folder).as_posix() for path in found[:3]) + (", ..." if len(found) > 3 else "")
+    return [
+        f"folders named as for masks ({names}): they are packed as pictures. The mask of NAME.jpg lies beside it as "
+        "NAME.mask.png"
     ]
 
 
@@ -169,7 +184,7 @@ class _Folder:
 
 def side_kind(path: Path, kinds: Mapping[str, str]) -> str | None:
     """`mask` for NAME.mask.png: which of the `kinds` of files beside a picture it is; None for others."""
-    kind = Path(path.stem).suffix.lower()[1:]
+    kind = Path(_plain(path.stem, kinds)).suffix[1:]
     readable = is_picture(path) or extension(path) == "json" == kinds.get(kind)
     return kind if kind in kinds and readable else None
 
@@ -179,7 +194,8 @@ def _with_composed_accents(name: tuple[str, str]) -> tuple[str, str]:
 
 
 def _plain(name: str, kinds: Mapping[str, str]) -> str:
-    """A name whose kind, if it has one, is in lower case."""
+    """A name whose kind, if it has one, is in lower case; a mask's as it is written here."""
+    name = MASKLABEL.sub(".mask", name)
     base, dot, kind = name.rpartition(".")
     return f"{base}.{kind.lower()}" if dot and kind.lower() in kinds else name
 

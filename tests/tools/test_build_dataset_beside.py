@@ -103,6 +103,12 @@ def test_a_caption_of_a_mask_makes_no_picture_of_it(build):
     assert report.left_out.files == {"a caption without a picture, or a second one": ["a.mask.txt"]}
 
 
+def test_a_folder_of_masks_is_told(build):
+    samples, report = build({"a.jpg": picture(), "masks/a.png": encoded("L", "PNG")})
+    assert set(samples) == {"a", "masks/a"}
+    assert "folders named as for masks (masks): they are packed as pictures. The mask of NAME.jpg lies" in str(report)
+
+
 def test_every_member_that_a_reader_looks_at_is_known():
     looked_at = {name for kind in FILTERS.values() for name in (filter_fields(kind()) if _plain(kind) else ())}
     assert looked_at | {MASK} == set(SIDE_MEMBERS)
@@ -116,9 +122,9 @@ def _plain(kind) -> bool:
     return kind.member is not None or "member" in kind.__init__.__code__.co_varnames
 
 
-@pytest.mark.parametrize("name", ["A.MASK.PNG", "A.mask.webp", "A.Mask.tif", "A.mask.bmp"])
+@pytest.mark.parametrize("name", ["A.MASK.PNG", "A.mask.webp", "A.Mask.tif", "A.mask.bmp", "A-masklabel.png"])
 def test_a_mask_of_any_picture_format_becomes_what_readers_look_for(build, name):
-    kind = {"PNG": "PNG", "webp": "WEBP", "tif": "TIFF", "bmp": "BMP"}[name.rpartition(".")[2]]
+    kind = {"PNG": "PNG", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "bmp": "BMP"}[name.rpartition(".")[2]]
     mask = encoded("RGB", kind, **({"lossless": True} if kind == "WEBP" else {}))
     samples, report = build({"A.jpg": picture(), name: mask})
     assert set(samples) == {"A"}
