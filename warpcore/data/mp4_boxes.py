@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from warpcore.data.h264_shape import pixel_shape
+from warpcore.data import h264_shape, hevc_shape
 
 MAX_MOOV_BYTES = 64 << 20
 """A video of 2**19 frames needs about 15 MB, and its sound as much."""
@@ -184,8 +184,9 @@ def _entry(stsd: memoryview, tkhd: memoryview) -> tuple[int, int, str, float]:
         shown_width, shown_height = _unpack("II", tkhd, 76 + _later(tkhd))  # 16.16 fixed point
         if shown_width and shown_height and width and height:
             wide, high = shown_width * height, shown_height * width
-        if wide == high and b"avcC" in inner:
-            wide, high = pixel_shape(bytes(inner[b"avcC"]))
+        for box, own in ((b"avcC", h264_shape), (b"hvcC", hevc_shape)):
+            if wide == high and box in inner:
+                wide, high = own.pixel_shape(bytes(inner[box]))
     return width, height, _CODECS.get(codec, codec), wide / high if wide and high else 1.0
 
 

@@ -98,15 +98,27 @@ def test_pixels_that_are_not_square_count_as_shown(shape, size, container):
 
 @pytest.mark.parametrize("shape", [(4, 3), (12, 11), (64, 45), (1, 1), (1000, 999), (1, 2)])
 @pytest.mark.parametrize(
-    "options", [{}, {"profile": "baseline"}, {"x264-params": "cqm=jvt:mbtree=0"}, {"x264-params": "interlaced=1"}]
-)
-def test_the_shape_of_pixels_in_h264_alone_counts_as_it_is_decoded(shape, options):
-    content = video(2, size=(80, 48), pixel_shape=Fraction(*shape), options=options).replace(b"pasp", b"free")
+    "given",
+    [
+        {}, {"options": {"profile": "baseline"}}, {"options": {"x264-params": "cqm=jvt:mbtree=0"}},
+        {"options": {"x264-params": "interlaced=1"}}, {"codec": "hevc"},
+    ],
+)  # fmt: skip
+def test_the_shape_of_pixels_in_the_codec_s_header_alone_counts_as_it_is_decoded(shape, given):
+    content = video(2, size=(80, 48), pixel_shape=Fraction(*shape), **given).replace(b"pasp", b"free")
     for place, side in ((76, 80), (80, 48)):
         content = with_number(content, b"tkhd", place, side << 16)
     header, (height, width) = header_of(content), decode(content, [0], (32, 32)).geometry.source
     assert (header.width, header.height) == (width, height)
     assert (width != height * 80 // 48) == (shape not in ((1, 1), (1000, 999)))
+
+
+def test_a_header_of_hevc_that_says_nothing_readable_leaves_pixels_square():
+    content = video(2, size=(80, 48), codec="hevc").replace(b"pasp", b"free")
+    place = content.index(b"hvcC")
+    for damaged in (bytes(40), bytes(range(40)), b"\xff" * 40):
+        header = header_of(content[: place + 4] + damaged + content[place + 44 :])
+        assert (header.width, header.height) == (80, 48)
 
 
 def test_a_single_frame_has_a_rate_too():
