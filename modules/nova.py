@@ -17,27 +17,30 @@ from modules.nova_decoder import DiffusionDecoder
 from modules.nova_embeddings import LabelEmbedding, MaskEmbedding, MotionEmbedding, TextEmbedding, VideoPositions
 from modules.nova_encoders import ClipState, ImageEncoder, VideoEncoder
 
+MAX_DEPTH = 1000
+"""Of encoders and head: no network has as many blocks."""
 HEADS = {768: 12, 1024: 16, 1536: 16}
 """Of published encoders, by their width."""
+PHI_WIDTH = 2560
+"""Of the states of Phi-2, which encodes the texts of published networks."""
 IMAGE_1024 = {"image_size": 1024, "image_base_size": (64, 64), "video_base_size": (1, 32, 32)}
+IMAGE_512 = {"image_size": 512, "image_base_size": (32, 32), "video_base_size": (1, 16, 16)}
 VIDEO_480 = {"image_size": (480, 768), "image_base_size": (30, 48), "video_base_size": (16, 15, 24)}
 HEAD_512 = ("vit_d16w1024", "vit_d32w1024", "mlp_d3w1280")
 SIZES: dict[str, dict[str, Any]] = {
-    **{
-        f"nova-d48w{width}-sdxl1024": {
-            "arch": (f"vit_d16w{width}", f"vit_d32w{width}", f"mlp_d6w{width}"),
-            **IMAGE_1024,
-        }
-        for width in HEADS
-    },
-    "nova-d48w1024-sd512": {
-        "arch": HEAD_512,
-        "image_size": 512,
-        "image_base_size": (32, 32),
-        "video_base_size": (1, 16, 16),
-    },
-    "nova-d48w1024-osp480": {"arch": HEAD_512, **VIDEO_480},
-    "nova-d48w1024-osp480 with a mixer": {"arch": HEAD_512, "video_mixer_rank": 24, **VIDEO_480},
+    name: {"text_token_dim": PHI_WIDTH, **numbers}
+    for name, numbers in {
+        **{
+            f"nova-d48w{width}-sdxl1024": {
+                "arch": (f"vit_d16w{width}", f"vit_d32w{width}", f"mlp_d6w{width}"),
+                **IMAGE_1024,
+            }
+            for width in HEADS
+        },
+        "nova-d48w1024-sd512": {"arch": HEAD_512, **IMAGE_512},
+        "nova-d48w1024-osp480": {"arch": HEAD_512, **VIDEO_480},
+        "nova-d48w1024-osp480 with a mixer": {"arch": HEAD_512, "video_mixer_rank": 24, **VIDEO_480},
+    }.items()
 }
 """Constructor arguments by published name. A published folder says its own in config.json."""
 
@@ -73,7 +76,7 @@ class NOVATransformer(nn.Module):
         image_dim: int = 4,
         image_size: int | Sequence[int] | None = None,
         image_stride: int = 8,
-        text_token_dim: int | None = 2560,
+        text_token_dim: int | None = None,
         text_token_len: int = 256,
         video_mixer_rank: int | None = None,
         rotary_pos_embed: bool = False,
@@ -237,8 +240,10 @@ class NOVATransformer(nn.Module):
 def _numbers(arch: str | Mapping[str, Any]) -> dict[str, int]:
     """Depth, width, and heads of encoders, of a registered name or of a mapping."""
     if not isinstance(arch, str):
+        if arch["depth"] > MAX_DEPTH:
+            raise ValueError(f"arch: {arch['depth']} blocks; write at most {MAX_DEPTH}")
         return {key: arch[key] for key in ("depth", "embed_dim", "num_heads") if key in arch}
-    match = re.fullmatch(r"(vit|mlp)_d(\d+)w(\d+)", arch)
+    match = re.fullmatch(r"(vit|mlp)_d(\d{1,3})w(\d{1,5})", arch)
     if not match or (match[1] == "vit" and int(match[3]) not in HEADS):
         known = ", ".join(map(str, HEADS))
         raise ValueError(

@@ -19,6 +19,6 @@ def golden_nova(case: str) -> NOVATransformer:
     spec, tensors = load_case(f"nova/{case}")
     if "model_of_case" in spec["weights"]:
         return golden_nova(spec["weights"]["model_of_case"])
-    network = NOVATransformer(**{"text_token_dim": None} | spec["constructor"])
+    network = NOVATransformer(**spec["constructor"])
     network.load_state_dict(weights_of(spec, tensors))
     return network

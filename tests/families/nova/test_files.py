@@ -1,0 +1,109 @@
+"""Published folders of NOVA are read strictly: its transformer, and the autoencoder of its clips."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from families.nova.autoencoder import NovaClips
+from families.nova.files import read_transformer
+from modules.open_sora_plan_vae import is_open_sora_plan
+from tests.golden import load_case, resolve, weights_of
+from tests.small_nova import golden_nova
+from warpcore.errors import UserError
+
+VIDEOS, KEY = "transformer_t2v_small", "generator_checkpoint_path"
+
+
+def published(folder: Path, case: str = VIDEOS, pickled: bool = False, **changes) -> Path:
+    """A pipeline's folder, of which the network is one part. A change of None leaves a number out."""
+    part = folder / "transformer"
+    part.mkdir(parents=True)
+    numbers = load_case(f"nova/{case}")[0]["constructor"] | {"_class_name": "NOVATransformer3DModel"} | changes
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    (part / "config.json").write_text(json.dumps(numbers), encoding="utf-8")
+    state = golden_nova(case).state_dict()
+    if pickled:
+        torch.save(state, part / "diffusion_pytorch_model.bin")
+    else:
+        save_file(state, part / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("case", [VIDEOS, "transformer_rope_small", "transformer_t2i_small"])
+def test_a_published_folder_is_the_network_that_its_config_says(tmp_path, case, pickled):
+    folder, expected = published(tmp_path, case, pickled), golden_nova(case).state_dict()
+    for path in (folder, folder / "transformer"):
+        found = read_transformer(path, KEY).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"video_mixer_rank": None}, 'a mixer of rank 3, .* says no mixer of frames: write "video_mixer_rank": 3'),
+        ({"video_mixer_rank": -1}, "a mixer of rank 3, but its config.json says a mixer of full rank"),
+        ({"video_mixer_rank": 5}, "says a mixer of rank 5"),
+        ({"video_base_size": [1, 2, 3]}, "motion_embed.flow_proj.0.bias is only in the file"),
+        ({"text_token_dim": None}, "label_embed.weight is missing in the file"),
+        ({"arch": ["vit_d2w32", "vit_d4w32", "mlp_d2w40"]}, "its config is none of NOVATransformer: .* is unknown"),
+        ({"arch": ["vit_d99999w768"] * 2 + ["mlp_d3w40"]}, "is unknown"),
+        ({"arch": [{"depth": 99999, "embed_dim": 32, "num_heads": 2}] * 3}, "99999 blocks"),
+        ({"perturbation": True}, "unexpected keyword argument 'perturbation'"),
+    ],
+)  # fmt: skip
+def test_a_config_of_another_network_is_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_transformer(published(tmp_path, **changes), KEY)
+
+
+def test_weights_without_a_mixer_and_a_folder_without_a_config_are_refused(tmp_path):
+    folder = published(tmp_path, "transformer_t2i_small", video_mixer_rank=3)
+    with pytest.raises(UserError, match=r"have no mixer of frames, but its config.json says a mixer of rank 3"):
+        read_transformer(folder, KEY)
+    (folder / "transformer" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"lacks config.json"):
+        read_transformer(folder, KEY)
+
+
+SPEC, TENSORS = load_case("nova/vae_opensora_small")
+CALLS = {call["name"]: call for call in SPEC["calls"]}
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> NovaClips:
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "vae").mkdir()
+    numbers = SPEC["constructor"] | {"_class_name": "AutoencoderKLOpenSora"}
+    (folder / "vae" / "config.json").write_text(json.dumps(numbers), encoding="utf-8")
+    save_file(weights_of(SPEC, TENSORS), folder / "vae" / "diffusion_pytorch_model.safetensors")
+    return NovaClips.read(folder)
+
+
+def test_clips_pass_the_autoencoder_as_in_the_reference(autoencoder):
+    call = CALLS["decode_2x2x3"]
+    latents = autoencoder.scale.apply(resolve(call["args"], TENSORS)[0])
+    clips = autoencoder.decoded_clips(latents)
+    expected = (resolve(call["result"], TENSORS).transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(clips, expected, rtol=0, atol=1e-4)
+    pixels = (clips * 255).round().to(torch.uint8)
+    moments = autoencoder.clip_moments(pixels)
+    assert moments.shape == (1, 8, autoencoder.latent_frames(5), 2, 3)
+    assert autoencoder.frames_of(moments.shape[2]) == 5
+    expected = autoencoder.model.encode(pixels.transpose(1, 2) / 127.5 - 1)
+    torch.testing.assert_close(moments, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="clips of 6 frames: write one more than a multiple of 4, such as 5 or 9"):
+        autoencoder.clip_moments(torch.zeros(1, 6, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(UserError, match="a clip of 20 x 16 px; sides have to be multiples of 8"):
+        autoencoder.clip_moments(torch.zeros(1, 1, 3, 16, 20, dtype=torch.uint8))
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    save_file({"encoder.mid.block_1.conv1.conv.weight": torch.zeros(3)}, tmp_path / "vae.safetensors")
+    assert is_open_sora_plan(["encoder.mid.block_1.conv1.conv.weight"])
+    with pytest.raises(UserError, match="was made for another network"):
+        NovaClips.read(tmp_path / "vae.safetensors")
