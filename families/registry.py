@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from families.common.family import ExportFormat, Family
+from families.common.family import SCRIPTS, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, exported_file, is_run, read_header
 from families.common.weight_source import local_weights
 from warpcore.arguments import pairs
@@ -184,7 +184,8 @@ def _owners(able: Sequence[Family], task: str, values: Mapping[str, Any], downlo
         raise unknown[0]  # where the family is known otherwise, it says itself what is wrong with the file
     for path, owner in owners.items():
         if owner not in able:
-            raise UserError(f"{path} is of {owner.title}, which does not do this: {task}")
+            does = " and ".join(script for other, script in SCRIPTS.items() if owner.task(other) is not None)
+            raise UserError(f"{path} is of {owner.title}, which does not do this: {task}. It has {does}")
     if len({owner.name for owner in owners.values()}) > 1:
         said = ", ".join(f"{path} is of {owner.title}" for path, owner in owners.items())
         raise UserError(f"these are weights of several families: {said}; name those of one")

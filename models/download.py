@@ -187,12 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=local_path, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")
     options = parser.parse_args(arguments)
-    try:
-        with clear_errors():
-            download(options.words, options.folder, options.dry_run)
-    except KeyboardInterrupt:
-        print("stopped; run the same command to go on from here", file=sys.stderr)
-        return 130
+    with clear_errors():
+        download(options.words, options.folder, options.dry_run)
     return 0
 
 

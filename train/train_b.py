@@ -19,12 +19,12 @@ from families.cascade.scaled import encode_scaled, enlarge
 from families.cascade.training import DenoiserTraining
 from families.common.features import PICTURE_SETTINGS, Feature, stored
 from families.common.pictures import to_pictures, to_uint8
-from families.common.sampling import draw_latents
+from families.common.sampling import draw_latents, sample_seeds
 from modules.effnet import normalise_images
 from warpcore.config import ConfigError
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
-from warpcore.random import SampleRandom, stable_hash
+from warpcore.random import SampleRandom
 
 Inputs = tuple[Tensor, Tensor, Sequence[Tensor] | None, Tensor | None]
 
@@ -120,7 +120,7 @@ class TrainStageB(DenoiserTraining):
             {"effnet": effnet, "clip": text},
             {"effnet": torch.zeros_like(effnet), "clip": no_text},
             (networks["generator"].c_in, *(side // stage_a.compression for side in held_out.size)),
-            [stable_hash(config.seed, "sample", i) for i in range(count)],
+            sample_seeds(config.seed, count),
             steps=config.sample_steps, guidance=config.sample_guidance, sampler=config.sample_sampler,
         )  # fmt: skip
         for name, drawn in (("Stage A", encoded), ("Stage B", latents)):

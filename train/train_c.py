@@ -18,13 +18,13 @@ from families.cascade.config import StageCConfig
 from families.cascade.training import DenoiserTraining
 from families.common.features import PICTURE_SETTINGS, Feature, stored
 from families.common.pictures import to_pictures, to_uint8
-from families.common.sampling import draw_latents, latent_size
+from families.common.sampling import draw_latents, latent_size, sample_seeds
 from modules.effnet import normalise_images
 from warpcore.core import Losses, Sampled
 from warpcore.data.buckets import whole_size
 from warpcore.data.reader import Batch
 from warpcore.diffusion.guidance import Condition
-from warpcore.random import SampleRandom, stable_hash
+from warpcore.random import SampleRandom
 
 
 class TrainStageC(DenoiserTraining):
@@ -117,7 +117,7 @@ class TrainStageC(DenoiserTraining):
             generator,
             *sides,
             (generator.c_in, *latent_size(height, width, config.version.encoder_compression, generator.patch_size)),
-            [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
+            sample_seeds(config.seed, len(prompts)),
             steps=config.sample_steps,
             guidance=config.sample_guidance,
             sampler=config.sample_sampler,

@@ -3,6 +3,7 @@
 The sentence under a key is its documentation: `--help` and docs/configuration.md are made from it.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -10,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -90,7 +92,9 @@ def may_be_far(*sources: Any) -> bool:
     return any(place in str(sources) for place in ("s3://", ".yml", ".yaml"))
 
 
-def _short_name(name: str) -> str:
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        raise ValueError("write a name of letters, digits, spaces and _ . - that begins with a letter, a digit or _")
     if len(name.encode()) > MAX_NAME:
         raise ValueError(f"a folder's name has at most {MAX_NAME} bytes")
     return name
@@ -103,7 +107,7 @@ class RunKeys(Settings):
         "scratch_path": Need("checkpoint_path: s3://...", lambda config: isinstance(config.checkpoint_path, str)),
     }
 
-    experiment_id: Annotated[str, Field(pattern=r"^\w[\w .-]*$"), AfterValidator(_short_name)]
+    experiment_id: Annotated[str, AfterValidator(_folder_name)]
     """Name of the run: everything is written under `checkpoint_path/experiment_id`, and a second start resumes it."""
     checkpoint_path: S3Url | Path
     """Folder for checkpoints, weights, metrics and samples, or s3://bucket/prefix."""
@@ -205,8 +209,8 @@ class OptimisationKeys(Settings):
     decay_updates: Updates | None = None
     """With `warmup_stable_decay`: how many of the last updates the learning rate falls in; by default a tenth of
     `updates`."""
-    warmup_updates: Updates = 1
-    """The learning rate rises linearly over this many updates; the first one already learns."""
+    warmup_updates: Annotated[Updates, BeforeValidator(lambda value: 1 if value in (0, "0") else value)] = 1
+    """The learning rate rises linearly over this many updates. The first one learns already, so 1 (or 0) is none."""
     warm_up_steps: list[NonNegativeInt] = Field([1000], max_length=MAX_ENTRIES)
     """With `lambdalinear`: updates at the begin of each cycle in which the factor rises; fewer than the cycle has."""
     cycle_lengths: list[PositiveInt] = Field([10_000_000_000_000], max_length=MAX_ENTRIES)

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ def run_script(main: Callable[[], int | None], tell: Callable[[str], None] = pri
 
 @contextmanager
 def clear_errors(tell: Callable[[str], None] = print_error) -> Iterator[None]:
-    """A `UserError`, a full disk, or a path that can't be used becomes one clear message and exit status 2.
+    """A `UserError`, a full disk, or a path that can't be used becomes one clear message and exit status 2; Ctrl-C one
+    line and the status that shells give it, 130.
 
     tell: what prints the message; of a script that runs in several processes `warpcore.peers.tell_once`.
     """
@@ -59,6 +61,9 @@ def clear_errors(tell: Callable[[str], None] = print_error) -> Iterator[None]:
             raise
         tell(redact(problem))
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # not by `tell`, which may wait for other processes
+        sys.stderr.write("stopped by Ctrl-C\n")
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _explained(error: OSError) -> str | None:

@@ -28,7 +28,7 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None = None) -> np.ndarr
 
     size: (H, W) to enlarge pictures (B, 3, H, W) to.
     """
-    images = images.float()
+    images = images.float().clamp(0, 1)
     if size is not None and images.shape[2:] != size:
         images = F.interpolate(images, size, mode="bicubic", antialias=True)
     return to_uint8((images.clamp(0, 1) * 255).round().byte())

@@ -21,6 +21,15 @@ from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
 
 
+def sample_seeds(seed: int, count: int, most: int | None = None) -> list[int]:
+    """The seeds of the sample pictures of a run with this `seed`: it, and the next ones. With these `seeds`, inference
+    draws the same pictures from the weights that were exported at that update.
+
+    most: the largest seed that inference takes, after which 0 comes.
+    """
+    return [seed + i if most is None else (seed + i) % (most + 1) for i in range(count)]
+
+
 def latent_size(height: int, width: int, compression: float, patch_size: int = 1) -> tuple[int, int]:
     """(H, W) of the latents of a picture of `height` x `width` px, `compression` px per position; multiples of the
     patch size of the network that draws them."""

@@ -13,14 +13,15 @@ from families.common.cache import Shape
 from families.common.features import PICTURE_SETTINGS, Feature, lengths_name, stored
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
+from families.common.sampling import sample_seeds
 from families.common.t5 import padded
 from families.cosmos import build
 from families.cosmos.config import TARGET, CosmosConfig
-from families.cosmos.sampling import draw
+from families.cosmos.sampling import MAX_SEED, draw, published_noise
 from warpcore.core import Losses
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
-from warpcore.random import SampleRandom, stable_hash
+from warpcore.random import SampleRandom
 
 TEXT = "encoder_hidden_states"
 """What the network calls its text condition."""
@@ -105,10 +106,11 @@ class CosmosTraining(PromptSamples):
     def draw(self, prompts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:
         config, autoencoder = self.config, self.networks["autoencoder"]
         text = self.text_condition(self.text_conditions(prompts)["text"])
+        shape = (autoencoder.latent_channels, *(side // autoencoder.compression for side in size))
+        seeds = sample_seeds(config.seed, len(prompts), MAX_SEED)
         latents = draw(
-            self.diffusion, self.networks["generator"], {TEXT: text}, {TEXT: text.new_zeros(text.shape)},
-            (autoencoder.latent_channels, *(side // autoencoder.compression for side in size)),
-            [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
+            self.diffusion, self.networks["generator"], {TEXT: text}, {TEXT: text.new_zeros(text.shape)}, shape, seeds,
+            initial_noise=published_noise(seeds, shape),
             steps=config.sample_steps, sampler=config.sample_sampler, guidance=config.sample_guidance,
         )  # fmt: skip
         return {"sample": to_pictures(autoencoder.decode(latents))}

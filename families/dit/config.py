@@ -17,7 +17,7 @@ from warpcore.keys import Weights
 
 CAPTION_KEYS = frozenset({
     "captions_getter", "caption_templates", "caption_dropout", "cache_text", "shuffle_tags", "tag_dropout",
-    "cache_text_gb", "tag_separator",
+    "cache_text_gb", "keep_tags", "tag_separator",
 })  # fmt: skip
 """Keys of other scripts, for which a network without texts has no use."""
 MAX_CLASSES = 1_000_000

@@ -8,10 +8,10 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from families.common import inference_sources
 from families.common.inference import RunSettings
 from families.common.inference_sources import with_runs
-from families.common.weight_files import GENERATOR, RUN_CONFIG, TARGET_KEY, target_of
+from families.common.weight_files import GENERATOR, RUN_CONFIG, TARGET_KEY, metadata_of, target_of
 from families.dit.autoencoder import latents_of
 from families.dit.config import DitSettings
-from families.dit.files import dit_numbers
+from families.dit.files import NAMES_KEY, dit_numbers, names_said
 from families.dit.latte_config import DEFAULT_FPS, LatteSettings
 from families.dit.versions import version_of
 from warpcore.config_files import read_mapping
@@ -36,6 +36,7 @@ class DitInferenceSettings(RunSettings, DitSettings):
             config = dit_numbers(path, GENERATOR)
             said = {key: config[key] for key in cls.of_network if key in config}
             said |= {"model_version": version_of(config), TARGET_KEY: target_of(path)}
+            said[NAMES_KEY] = names_said(metadata_of(path), f"the class names of {path}") or None
             known = {key: value for key, value in said.items() if value is not None}
             merged = known | {key: value for key, value in merged.items() if value is not None}
         return merged

@@ -1,13 +1,20 @@
 """How large the pictures are that DiT and PixArt-alpha draw."""
 
+import re
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, PositiveInt, model_validator
 
 from families.common.drawn_pictures import GUIDED, DrawingConfig
 from families.dit.autoencoder import latents_of
 from warpcore.config_keys import SidePx
 from warpcore.errors import UserError
+
+
+def _resolution(name: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{1,3}p?", name):
+        raise ValueError("write the height of a picture of 16:9, such as 480p, or the side of a square, such as 512")
+    return name
 
 
 class PictureSizeSettings(DrawingConfig):
@@ -18,7 +25,7 @@ class PictureSizeSettings(DrawingConfig):
     image_size: SidePx | None = None
     """Side of a square picture in pixels; other shapes get about the same area. By default that of the training, which
     the weights tell."""
-    resolution: Annotated[str, Field(pattern=r"^[1-9]\d{1,3}p?$")] | None = None
+    resolution: Annotated[str, AfterValidator(_resolution)] | None = None
     """The same by name, as Open-Sora has it: `480p` is the area of 480 x 853 px, of which a square has sides of 640;
     `512` is that of 512 x 512."""
     guidance_channels: PositiveInt | None = None

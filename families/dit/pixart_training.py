@@ -12,7 +12,7 @@ from families.common.cache import Shape
 from families.common.features import CAPTION_SETTINGS, Feature, Origin, lengths_name, stored
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
-from families.common.sampling import draw_latents
+from families.common.sampling import draw_latents, sample_seeds
 from families.dit import pixart_build
 from families.dit.pixart_conditions import (
     FEATURE,
@@ -28,7 +28,7 @@ from families.dit.pixart_config import PixartConfig
 from families.dit.training import LatentTraining, latent_shape
 from warpcore.core import Losses
 from warpcore.data.reader import Batch
-from warpcore.random import SampleRandom, stable_hash
+from warpcore.random import SampleRandom
 
 Conditions = dict[str, Tensor]
 
@@ -112,7 +112,7 @@ class PixartTraining(LatentTraining, PromptSamples):
         latents = draw_latents(
             self.diffusion, self.networks["generator"], conditions, self.without_text(conditions),
             latent_shape(size, autoencoder.latent_channels, autoencoder.compression),
-            [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
+            sample_seeds(config.seed, len(prompts)),
             steps=config.sample_steps, sampler=config.sample_sampler, guidance=config.sample_guidance,
             guidance_rescale=0.0, guidance_channels=config.guided_channels(config.sample_sampler),
         )  # fmt: skip

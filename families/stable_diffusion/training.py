@@ -14,7 +14,7 @@ from families.common.cache import Shape
 from families.common.features import CAPTION_SETTINGS, Origin
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
-from families.common.sampling import draw_latents
+from families.common.sampling import draw_latents, sample_seeds
 from families.stable_diffusion import build
 from families.stable_diffusion.components import SKIP_KEY, TEXT_MODEL_KEY, TOKENS_KEY
 from families.stable_diffusion.conditions import SIZES, told, whole_pictures
@@ -22,7 +22,6 @@ from families.stable_diffusion.config import SdConfig, SdFinetuneConfig
 from families.stable_diffusion.t5_texts import PROJECTION, PROJECTION_KEY, TEXT_PROJECTION, projection_folder
 from warpcore.diffusion.diffusion import GDF
 from warpcore.parameter_groups import ParameterGroup
-from warpcore.random import stable_hash
 
 
 class SdTraining(PromptSamples):
@@ -134,7 +133,7 @@ class SdTraining(PromptSamples):
         latents = draw_latents(
             diffusion, self.networks["generator"], *sides,
             (autoencoder.latent_channels, *(side // autoencoder.compression for side in size)),
-            [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
+            sample_seeds(config.seed, len(prompts)),
             steps=config.sample_steps, times=times, sampler=config.sample_sampler, guidance=config.sample_guidance,
             guidance_rescale=0.0,
         )  # fmt: skip

@@ -15,14 +15,13 @@ from families.common.config import DiffusionConfig
 from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
 from families.common.lora import add_adapters
 from families.common.pictures import to_pictures
-from families.common.sampling import draw_latents
+from families.common.sampling import draw_latents, sample_seeds
 from families.common.training import DiffusionTraining
 from families.common.weights import existing_file
 from modules.lora import LoraSettings
 from tests.made_up_family import settings
 from tests.made_up_family.networks import COMPRESSION
 from warpcore.core import Losses, Sampled
-from warpcore.random import stable_hash
 
 
 class MadeUpConfig(settings.MadeUpSettings, DiffusionConfig):
@@ -82,7 +81,7 @@ class TrainMadeUp(DiffusionTraining):
         config, texts = self.config, held_out.captions[: self.config.sample_count]
         sides = [self.text_conditions(side) for side in (texts, [""] * len(texts))]
         shape = (self.networks["generator"].channels, *(side // COMPRESSION for side in held_out.size))
-        seeds = [stable_hash(config.seed, "sample", i) for i in range(len(texts))]
+        seeds = sample_seeds(config.seed, len(texts))
         drawn = draw_latents(self.diffusion, self.networks["generator"], *sides, shape, seeds, sampler="ddim",
                              steps=config.sample_steps, guidance=config.sample_guidance)  # fmt: skip
         return Sampled.rows(texts, {"sample": to_pictures(self.networks["squeeze"].decode(drawn))})

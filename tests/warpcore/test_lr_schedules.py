@@ -69,7 +69,7 @@ OF_TRANSFORMERS = {
 
 
 @pytest.mark.parametrize("schedule", OF_TRANSFORMERS)
-@pytest.mark.parametrize("warmup_updates", [1, 6])
+@pytest.mark.parametrize("warmup_updates", [0, 1, 6])
 def test_rates_after_the_warm_up_are_those_of_transformers(schedule, warmup_updates):
     """Update 1 without a warm-up, and else its last update, are at `lr`: their first, or the one behind theirs."""
     keys, theirs = OF_TRANSFORMERS[schedule]
@@ -86,10 +86,10 @@ def test_rates_after_the_warm_up_are_those_of_transformers(schedule, warmup_upda
         scheduler.step()
     found = [
         lr_at(
-            update, schedule=schedule, lr=config.lr, warmup_updates=warmup_updates, updates=config.updates,
+            update, schedule=schedule, lr=config.lr, warmup_updates=config.warmup_updates, updates=config.updates,
             min_lr_ratio=config.min_lr_ratio, power=config.lr_power, decay_updates=config.decay_updates,
         )
-        for update in range(warmup_updates, config.updates + 1)
+        for update in range(config.warmup_updates, config.updates + 1)
     ]  # fmt: skip
     assert found == pytest.approx(expected[steps:], rel=1e-9)
 

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+from families.common.family import CLASS_TO_IMAGE
+from families.common.tags import TagSettings
 from families.dit.class_training import CLASS
 from families.dit.classes import ClassField, class_number
+from families.dit.files import NAMES_KEY, names_said
+from families.registry import load_task
 from tests.caches import make_cache
 from tests.families.dit.classed import CLASSES, numbered, small_settings, write_classed
 from tests.warpcore.runs import read_metrics
@@ -87,6 +91,38 @@ def test_names_come_before_numbers_and_say_how_many_there_are(tmp_path):
     config = make_config(TrainDit.Config, given)
     assert (config.num_classes, config.sample_numbers) == (2, [1, 0])
     assert class_number("7", 3, NAMES) == 2
+
+
+def test_keys_about_captions_are_none_of_scripts_that_learn_classes():
+    assert TagSettings.model_fields.keys() <= TrainDit.Config.unused
+
+
+@pytest.mark.integration
+def test_a_run_keeps_the_names_of_its_classes_and_files_say_them(small_mini, tmp_path, caplog):
+    names = ["böxes 🎁", 'the "old" dog', "cat"]
+    data = write_classed(tmp_path / "a.tar", [{"txt": names[i % 3].encode()} for i in range(6)])
+    given = small_settings(tmp_path, data, class_getter=["txt", "identity"], class_names=names, num_classes=None)
+    given = {key: value for key, value in given.items() if value is not None}
+    run(given | {"sample_classes": ["cat"]})
+
+    file = tmp_path / "runs" / "run" / "generator.safetensors"
+    keys = {"generator_checkpoint_path": str(file), "classes": names, "device": "cpu"}
+    kind, config = load_task(CLASS_TO_IMAGE, [f"{key}={value}" for key, value in keys.items()])
+    assert kind(config).labels == [0, 1, 2]
+
+    swapped = {"class_names": [names[1], names[0], names[2]], "updates": 3}
+    with pytest.raises(UserError, match="has learned class 0 as 'böxes 🎁', which is 'the \"old\" dog' here"):
+        run(given | swapped)
+    run(given | {"updates": 3})
+    assert not [record for record in caplog.records if "class_names" in record.getMessage()]
+    run(given | swapped | {"experiment_id": "other", "generator_checkpoint_path": str(file)})
+    assert "class_names: 'the \"old\" dog' is class 0 here and class 1 in" in caplog.text
+
+
+@pytest.mark.parametrize("said", ["[", "[1]", '{"names": 1}', '{"names": [1]}'])
+def test_names_in_a_damaged_file_are_refused(said):
+    with pytest.raises(UserError, match="names of a"):
+        names_said({NAMES_KEY: said}, "names of a")
 
 
 class Seeing(TrainDit):
