@@ -73,7 +73,7 @@ UNUSED_VALUES = {
     "captions_getter": "[json, identity]", "diffusion_target": "v", "multires_noise_iterations": 2,
     "multires_noise_discount": 0.5, "repa": "true", "tread": "true", "masked_loss": "true",
     "cache_text": "true", "caption_dropout": 0.5, "shuffle_tags": "true", "tag_dropout": 0.5,
-    "caption_templates": "['a {caption}']", "cache_text_gb": 1,
+    "caption_templates": "['a {caption}']", "cache_text_gb": 1, "keep_tags": 1,
 }  # fmt: skip
 
 

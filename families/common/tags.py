@@ -31,7 +31,8 @@ class TagSettings(Settings):
 
     @model_validator(mode="after")
     def _kept_from_something(self) -> Self:
-        if self.keep_tags and not self.tags_vary:
+        without_use = "keep_tags" in getattr(self, "unused", ())  # which is refused by itself
+        if self.keep_tags and not self.tags_vary and not without_use:
             raise ValueError("keep_tags has no effect without shuffle_tags or tag_dropout: write one of them")
         return self
 
