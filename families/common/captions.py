@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import nn
 
 from modules.tokenizers import Tokenizer
+from warpcore.config import Settings
 from warpcore.text import shortened
 
 if TYPE_CHECKING:
@@ -89,6 +90,13 @@ def say_of_captions(run: "WarpCore") -> None:
     notes += run.token_notes(texts, what) if hasattr(run, "token_notes") else []
     for note in notes:
         run.progress.say(note)
+
+
+def undrawn(config: Settings) -> list[str]:
+    """A line about each list of what to draw that is longer than `sample_count`."""
+    counts = {key: len(getattr(config, key, [])) for key in ("sample_prompts", "sample_classes")}
+    return [f"{key}: the first {config.sample_count} of {count} are drawn (sample_count)"
+            for key, count in counts.items() if count > config.sample_count]  # fmt: skip
 
 
 def unused_tokens(

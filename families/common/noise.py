@@ -5,7 +5,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from families.common.config import DiffusionConfig
 from warpcore.random import SampleRandom
+
+
+def training_noise(random: SampleRandom, shape: Sequence[int], config: DiffusionConfig) -> Tensor:
+    """What a config noises latents (B, *shape) with, where `shape` is (C, *positions)."""
+    if not config.multires_noise_iterations:
+        return random.normal("noise", *shape)
+    levels, discount = config.multires_noise_iterations, config.multires_noise_discount
+    return multires_noise(random, shape[0], shape[1:], levels, discount)
 
 
 def coarse_noise(

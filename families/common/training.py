@@ -15,11 +15,11 @@ from families.common.cache import Caches, Shape, command_for_another, find_cache
 from families.common.cache_commands import cache_command
 from families.common.cache_freshness import check_fresh
 from families.common.cached_captions import TOKEN_IDS
-from families.common.captions import cut_note, say_of_captions
+from families.common.captions import cut_note, say_of_captions, undrawn
 from families.common.config import DiffusionConfig
 from families.common.features import Feature, Origin, lengths_name, stored
 from families.common.losses import with_loss
-from families.common.noise import multires_noise
+from families.common.noise import training_noise
 from families.common.prompts import FILE_NAME, Encode, prompt_features, read_prompts
 from families.common.sample_fields import SampleFields, resized
 from families.common.sampling import check_sampling
@@ -83,6 +83,9 @@ class DiffusionTraining(SampleFields):
     def said_target(self) -> str | None:
         """What the weights to start from say that their network predicts, if they do."""
         return target_of(self.config.generator_checkpoint_path)
+
+    def check_start(self) -> None:
+        """Raise UserError where a new run's weights are of another network. Asked before what they say is compared."""
 
     @property
     def first_defaults(self) -> Mapping[str, Any]:
@@ -189,7 +192,9 @@ class DiffusionTraining(SampleFields):
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         about = None
-        if saved is not None:
+        if saved is None:
+            self.check_start()
+        else:
             about, self.kept = saved.get("about", {}), dict(self.first_conventions) | saved.get("kept", {})
         self.settle_features(about)
         before = about_idle(self.config, self.config.model_fields_set)
@@ -200,8 +205,8 @@ class DiffusionTraining(SampleFields):
             for key in self.start_files:
                 check_start_file(config, key, self.about_network)
         newer = {key: value for key, value in self.first_defaults.items() if key not in self.kept.get(_KEYS, ())}
-        self.config, self.older = with_first_defaults(config, newer)
-        config = self.config
+        config, self.older = with_first_defaults(config, newer)
+        self.config = config
         if self.frozen_base:
             before = self.kept.get("base")
             base = self.processes.on_main(lambda: same_base(config.generator_checkpoint_path, before))
@@ -295,14 +300,13 @@ class DiffusionTraining(SampleFields):
         batch = super().held_out()
         if batch is not None and self.texts is not None:  # captions are drawn with the conditions that a cache has
             names = [key for name in self._made_by("text") for key in (name, lengths_name(name))]
-            found = {name: value for name in names if (value := stored(batch, name)) is not None}
-            if found:
+            if found := {name: value for name in names if (value := stored(batch, name)) is not None}:
                 self.texts.add(batch.captions, found)
         return batch
 
     def setup(self) -> None:
         super().setup()
-        for note in [*self.older, *self.idle]:
+        for note in [*self.older, *self.idle, *undrawn(self.config)]:
             self.progress.say(note)
         if self.caches is not None:
             for note in [*self.caches.not_compared, *self.processes.on_main(self._check_fresh)]:
@@ -311,17 +315,12 @@ class DiffusionTraining(SampleFields):
             if computed := [name for name in self.features if not self.is_cached(name)]:
                 self.progress.say(f"no cache has {', '.join(computed)}: computed for each batch")
         say_of_captions(self)
-        for key in ("sample_prompts", "sample_classes"):
-            if (given := len(getattr(self.config, key, []))) > self.config.sample_count:
-                self.progress.say(f"{key}: the first {self.config.sample_count} of {given} are drawn (sample_count)")
 
     def _check_fresh(self) -> list[str]:
         """Compare the caches with their data, and with each other; what to tell of those that can't be compared."""
         catalogs = {"webdataset_path": self.feed.catalog, "validation_path": self.feed.validation_catalog}
-        notes = (
-            check_fresh(catalogs[key], folders, getattr(self.config, key))
-            for key, folders in self.caches.made_from.items()
-        )
+        made_from = self.caches.made_from.items()
+        notes = (check_fresh(catalogs[key], folders, getattr(self.config, key)) for key, folders in made_from)
         return list(chain.from_iterable(notes))
 
     @property
@@ -375,10 +374,7 @@ class DiffusionTraining(SampleFields):
             noised: broadcasts to the latents, false for parts that are given: these stay clean, and are not learned.
         """
         config, shape, shift = self.config, latents.shape[1:], shift * self.config.shift
-        if noise is None and config.multires_noise_iterations:
-            iterations, discount = config.multires_noise_iterations, config.multires_noise_discount
-            noise = multires_noise(random, shape[0], shape[1:], iterations, discount)
-        noise = random.normal("noise", *shape) if noise is None else noise
+        noise = training_noise(random, shape, config) if noise is None else noise
         gamma = config.input_perturbation
         perturbation = random.normal("input perturbation", *shape) * gamma if gamma else None
         offset = random.normal("offset noise", shape[0], *[1] * len(shape[1:])) if config.offset_noise else None

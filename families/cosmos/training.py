@@ -36,6 +36,9 @@ class CosmosTraining(PromptSamples):
     drawn_with = frozenset({"autoencoder"})
     default_target = TARGET
 
+    def check_start(self) -> None:
+        build.transformer_numbers(self.config)
+
     def said_target(self) -> str | None:
         return TARGET
 

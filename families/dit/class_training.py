@@ -12,11 +12,11 @@ from torch import Tensor
 
 from families.common.library_files import CONFIG_KEY
 from families.common.sampling import draw_latents, sample_seeds
-from families.common.weight_files import metadata_of
+from families.common.weight_files import GENERATOR, metadata_of
 from families.dit import build
 from families.dit.classes import ClassField, class_conditions, title_of
 from families.dit.config import ClassConfig
-from families.dit.files import NAMES_KEY, names_said
+from families.dit.files import NAMES_KEY, dit_numbers, names_said
 from families.dit.training import LatentTraining, latent_shape
 from warpcore.core import Losses
 from warpcore.data.reader import Batch
@@ -38,6 +38,11 @@ class ClassTraining(LatentTraining):
     def __init__(self, config: ClassConfig):
         super().__init__(config)
         self.class_field = ClassField.parse(config.class_getter, config.num_classes, config.class_names)
+
+    def check_start(self) -> None:
+        path = self.config.generator_checkpoint_path
+        if path is not None and path.exists():
+            build.check_network(dit_numbers(path, GENERATOR), self.config)
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         super().begin(saved)

@@ -41,6 +41,9 @@ class PixartTraining(LatentTraining, PromptSamples):
     caption_settings = (*CAPTION_SETTINGS, "clean_captions")
     first_defaults = {"clean_captions": None}
 
+    def check_start(self) -> None:
+        pixart_build.network_numbers(self.config)
+
     @property
     def needs_geometry(self) -> bool:
         return self.config.version.sees_sizes
