@@ -70,11 +70,11 @@ class TransformerLora(PromptSamples):
             start_from(read_lora(config.lora_checkpoint_path, network), network, None, config.lora_checkpoint_path)
         return networks
 
-    def draw(self, prompts: list[str], size: tuple[int, int]) -> dict:
+    def draw(self, prompts: list[str], size: tuple[int, ...], *told: Any) -> dict:
         """Drawings without and with the LoRA, from the same noise."""
         with without_adapters(self.networks["generator"]):
-            base = super().draw(prompts, size)["sample"]
-        return {"base": base, "LoRA": super().draw(prompts, size)["sample"]}
+            base = super().draw(prompts, size, *told)["sample"]
+        return {"base": base, "LoRA": super().draw(prompts, size, *told)["sample"]}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         own = lora_tensors(self.networks["generator"], None)

@@ -1,11 +1,14 @@
 """What the registry knows of Open-Sora 1.2 (STDiT3)."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from families.common.family import SCORING, Family
+from families.common.family import SCORING, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.open_sora.files import is_of_stdit3
+
+_format = partial(ExportFormat.of, "families.open_sora.exports")
 
 
 class OpenSora(Family):
@@ -13,6 +16,11 @@ class OpenSora(Family):
     title = "Open-Sora 1.2"
     weight_keys = {"generator": "generator_checkpoint_path", "lora": "lora"}
     tasks = {SCORING: "families.open_sora.scoring.ScoredOpenSora"}
+    formats = (
+        _format("published", "a run, a published file or folder", "a file of the published names", "to_published",
+                keys="ExportSettings", endings=(".safetensors", ".pth")),
+        _format("lora", "a LoRA: a run, a file", "our file", "export_lora", "warpcore", keys="LoraExportSettings"),
+    )  # fmt: skip
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
         return "mask_ratios" in config or super().has_run(config, weights)

@@ -79,6 +79,10 @@ SETTINGS: dict[str, dict] = {
         "model_version": "mini", "text_encoder_precision": "float32", "num_frames": 5, "sample_sampler": "euler",
         "mask_ratios": {"image_head": 0.5},
     },
+    "train_stdit_lora": {
+        "model_version": "mini", "text_encoder_precision": "float32", "num_frames": 5, "sample_sampler": "euler",
+        "rank": 2, "lr": 0.01,
+    },
     "train_towers": {
         "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,
         "image_layers": 1, "image_tower_size": 16, "image_tower_patch": 8,
@@ -104,9 +108,9 @@ WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers", "train_towers t
 
 PIPELINES = {"train_sd": write_sdxl, "train_cosmos": write_cosmos}
 """What writes the pipeline that scripts with such a name start from."""
-OF_CLIPS = {"train_latte", "train_stdit"}
+OF_CLIPS = {"train_latte", "train_stdit", "train_stdit_lora"}
 """What is trained on clips; the others are on pictures."""
-OF_LATENT_CLIPS = {"train_stdit"}
+OF_LATENT_CLIPS = {"train_stdit", "train_stdit_lora"}
 """What has an autoencoder of clips."""
 NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""

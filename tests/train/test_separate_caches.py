@@ -29,6 +29,7 @@ CACHED: dict[str, tuple[str, ...]] = {
     "train_sd": ("latents", "texts"),
     "train_sd_lora": ("latents", "texts"),
     "train_stdit": ("latents", "texts"),
+    "train_stdit_lora": ("latents", "texts"),
 }
 """What each script can read from a cache."""
 CHANGES = {
@@ -42,7 +43,7 @@ SPARED = {
     "train_c_lora": {"encoder", "text"}, "train_cosmos": {"text"}, "train_cosmos_lora": {"text"},
     "train_dit": set(), "train_latte": set(), "train_pixart": {"text"}, "train_pixart_lora": {"text"},
     "train_sd": {"text"}, "train_sd_lora": {"text"},
-    "train_stdit": {"text"},
+    "train_stdit": {"text"}, "train_stdit_lora": {"text"},
 }  # fmt: skip
 """Networks that are not built then; the autoencoders of the others draw samples."""
 

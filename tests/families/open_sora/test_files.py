@@ -1,0 +1,93 @@
+"""Weights of STDiT3 in the published forms, and back; LoRAs of it."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from families.common.weight_files import GENERATOR
+from families.open_sora import build
+from families.open_sora.config import OpenSoraSettings
+from families.open_sora.files import EMPTY
+from families.registry import family_of
+from tests.clips import write_clips
+from tests.families.open_sora.tiny import random_network, small_settings
+from train.train_stdit_lora import TrainStditLora
+from warpcore.config import make_config
+from warpcore.errors import UserError
+
+pytestmark = pytest.mark.integration
+
+
+def export(*arguments: str, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["export.py", *arguments])
+    importlib.import_module("tools.export").main()
+
+
+def loaded(path: Path) -> dict[str, torch.Tensor]:
+    return build.network(OpenSoraSettings(model_version="mini", generator_checkpoint_path=path)).state_dict()
+
+
+def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_published_forms_are_read_strictly(small_mini, tmp_path):
+    state = random_network().state_dict()
+    folder, parts = tmp_path / "hub", tmp_path / "parts"
+    for one in (folder, parts):
+        one.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["STDiT3"], "model_type": "STDiT3"}))
+    save_file(state, folder / "model.safetensors")
+    torch.save(state, tmp_path / "weights.pth")
+    names, map_ = sorted(state), {}
+    for number, some in enumerate((names[::2], names[1::2])):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: state[name] for name in some}, parts / file)
+        map_ |= dict.fromkeys(some, file)
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": map_}))
+    for place in (folder, folder / "model.safetensors", tmp_path / "weights.pth", parts):
+        assert equal(loaded(place), state)
+    del state["t_block.1.bias"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"{GENERATOR}: .*t_block.1.bias is missing in the file"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_an_empty_text_of_another_length_is_cut_or_its_last_row_repeated(rows, small_mini, tmp_path):
+    state = random_network(model_max_length=rows).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    found, own = loaded(tmp_path / "weights.pth")[EMPTY], state[EMPTY]
+    assert torch.equal(found, own[:32] if rows > 32 else torch.cat([own, own[-1:].repeat(32 - rows, 1)]))
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_a_published_file_is_written_and_read_again(ending, small_mini, tmp_path, monkeypatch):
+    state, target = random_network().state_dict(), tmp_path / f"out.{ending}"
+    save_file(state, tmp_path / "own.safetensors")
+    export("published", str(tmp_path / "own.safetensors"), str(target), "model_version=mini", monkeypatch=monkeypatch)
+    assert equal(loaded(target), state)
+    assert family_of(target).name == "open_sora"
+
+
+def test_a_lora_is_trained_exported_and_merged(small_mini, tmp_path, monkeypatch):
+    save_file(random_network().state_dict(), tmp_path / "base.safetensors")
+    base = f"generator_checkpoint_path={tmp_path / 'base.safetensors'}"
+    given = small_settings(
+        tmp_path, write_clips(tmp_path / "a.tar", 4, frames=9), rank=2, updates=2, save_every=2, lr=0.1,
+        generator_checkpoint_path=str(tmp_path / "base.safetensors"),
+    )  # fmt: skip
+    run = TrainStditLora(make_config(TrainStditLora.Config, given))
+    assert run.run() == 0
+    lora, folder = load_file(tmp_path / "runs" / "run" / "lora.safetensors"), tmp_path / "runs" / "run"
+    assert all("attn" in name for name in lora)
+    export("lora", str(folder), str(tmp_path / "lora.safetensors"), base, monkeypatch=monkeypatch)
+    export("published", str(tmp_path / "base.safetensors"), str(tmp_path / "merged.pth"), "model_version=mini",
+           f"lora=['{tmp_path / 'lora.safetensors'}']", monkeypatch=monkeypatch)  # fmt: skip
+    merged, before = loaded(tmp_path / "merged.pth"), random_network().state_dict()
+    changed = {name for name, one in before.items() if not torch.equal(merged[name], one)}
+    assert changed == {name for name in before if "attn." in name and name.endswith("weight") and "norm" not in name}
