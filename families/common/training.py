@@ -343,8 +343,7 @@ class DiffusionTraining(SampleFields):
 
     def caption_features(self, batch: Batch) -> dict[str, Tensor]:
         """What the text encoders make of the captions of a batch: (B, ...) by name."""
-        made = self.encode_texts(batch.captions)
-        wanted = {key for name in self.features for key in (name, lengths_name(name))}
+        made, wanted = self.encode_texts(batch.captions), {key for n in self.features for key in (n, lengths_name(n))}
         return {name: values for name, values in made.items() if name in wanted}
 
     def text_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
