@@ -59,6 +59,7 @@ SAID = {
     "start_from_ema": (True, {"generator_checkpoint_path": None}, {"generator_checkpoint_path": "a"}),
     "tag_separator": (";", {}, {"shuffle_tags": True}),
     "token_lr_scale": (2.0, {"train_tokens": None}, {"train_tokens": [["[a]", "^a"]]}),
+    "zero_terminal_snr": (True, {"diffusion_target": "rectified_flows"}, {"diffusion_target": "v"}),
     "wandb_entity": ("team", {}, {"wandb_project": "project"}),
     # drawing
     "aspect_ratio": (2.0, {"size": (64, 64)}, {"size": None}),

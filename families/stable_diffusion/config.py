@@ -81,6 +81,10 @@ class SdConfig(SdSettings, DiffusionConfig):
             "diffusion_target: rectified_flows",
             lambda config: config.diffusion_target in (None, "rectified_flows"),
         ),
+        "zero_terminal_snr": Need(
+            "timesteps, which diffusion_target: rectified_flows does not have",
+            lambda config: not (config.zero_terminal_snr and config.diffusion_target == "rectified_flows"),
+        ),
     }
 
     latent: Latent = "sample"

@@ -133,8 +133,10 @@ class StableDiffusionTextToImage:
 
     def __init__(self, config: SdTextToImageConfig):
         sampler, guidance = PUBLISHED[config.model_version]
-        if config.zero_terminal_snr or config.diffusion_target == "rectified_flows":
-            sampler = "ddim" if config.zero_terminal_snr else "euler"
+        if config.diffusion_target == "rectified_flows":
+            sampler = "euler"
+        elif config.zero_terminal_snr:
+            sampler = "ddim"
         self.config = config
         self.sampler = config.sampler or sampler
         guidance = guidance if config.guidance is None else config.guidance

@@ -12,7 +12,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2i
 from torch import Tensor
 
 from families.common.pictures import read_picture, to_pictures
-from families.stable_diffusion.text_to_image import StableDiffusionTextToImage
+from families.stable_diffusion.text_to_image import SdTextToImageConfig, StableDiffusionTextToImage
 from tests.families.stable_diffusion.tiny_pipeline import write_sd15, write_sdxl
 from warpcore.config import make_config
 from warpcore.pictures import save_png
@@ -164,3 +164,14 @@ def test_a_network_of_v_with_zero_terminal_snr_is_drawn_as_its_scheduler_says(sd
         output_type="pt",
     ).images  # fmt: skip
     assert_same(found, expected)
+
+
+def test_a_straight_flow_is_drawn_by_euler_whatever_a_config_says_of_its_last_timestep():
+    settings = {
+        "prompts": ["a"],
+        "diffusion_target": "rectified_flows",
+        "zero_terminal_snr": True,
+        "model_version": "mini",
+    }
+    drawing = StableDiffusionTextToImage(SdTextToImageConfig.model_construct(**settings))
+    assert drawing.sampler == "euler"
