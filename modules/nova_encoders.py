@@ -198,7 +198,7 @@ class ImageEncoder(Encoder):
             for block in self.blocks[:half]:
                 tokens = block(tokens, None, turned)
             condition, seen = tokens.split([in_front, visible.shape[1]], dim=1)
-            x = x.scatter(1, chosen, seen.to(x.dtype))
+            x = x.to(seen.dtype).scatter(1, chosen, seen)  # under autocast blocks give float32
         tokens = torch.cat([condition, x], dim=1)
         for block in self.blocks[half:]:
             tokens = block(tokens, None, rotation)
