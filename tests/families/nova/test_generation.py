@@ -74,6 +74,8 @@ def test_a_drawing_is_that_of_the_reference(case, name, monkeypatch):
     )  # fmt: skip
     steps, atols = expected["steps"], call["result_stats"]["steps"]
     for z, step, atol in zip(seen, steps, atols, strict=True):
+        if "z" not in step:  # not kept of every case
+            continue
         torch.testing.assert_close(z, step["z"][: len(z)], rtol=0, atol=atol["z"]["suggested_atol"])
         if len(z) < len(step["z"]):  # spatiotemporal guidance, whose third pass is the first one again
             torch.testing.assert_close(step["z"][4:], step["z"][:2], rtol=0, atol=1e-5)

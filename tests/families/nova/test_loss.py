@@ -7,7 +7,7 @@ from torch import Tensor
 from families.nova.loss import LOSS_REPEAT, TokenDraws, process, token_losses, token_times
 from families.nova.masks import split_tokens, visible_tokens
 from modules.nova import NOVATransformer
-from modules.nova_decoder import patchify
+from modules.nova_decoder import unpatchify
 from tests.golden import resolve
 from tests.small_nova import golden_nova, load_nova
 from warpcore.diffusion.diffusion import GDF
@@ -75,9 +75,8 @@ def test_the_loss_and_its_gradients_are_those_of_the_reference(case, name):
 
     noised, times, z = seen["given"]
     recorded.agrees(times, "timestep")
-    torch.testing.assert_close(
-        noised, patchify(recorded.expected["noised"], 2), rtol=0, atol=recorded.atol["noised"]["suggested_atol"]
-    )
+    if "noised" in recorded.expected:  # not kept of every case
+        recorded.agrees(unpatchify(noised, network.image_base_size, 2), "noised")
     recorded.agrees(z[: len(z) // LOSS_REPEAT], "image_encoder")
     recorded.agrees(seen["made"], "prediction")
     assert torch.equal(recorded.draws.hidden.float()[..., None], recorded.expected["mask"])
