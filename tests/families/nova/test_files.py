@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from families.common.autoencoders import Autoencoder
 from families.nova.autoencoder import NovaClips
 from families.nova.files import read_transformer
 from modules.open_sora_plan_vae import is_open_sora_plan
@@ -100,6 +101,25 @@ def test_clips_pass_the_autoencoder_as_in_the_reference(autoencoder):
         autoencoder.clip_moments(torch.zeros(1, 6, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(UserError, match="a clip of 20 x 16 px; sides have to be multiples of 8"):
         autoencoder.clip_moments(torch.zeros(1, 1, 3, 16, 20, dtype=torch.uint8))
+
+
+@torch.no_grad()
+def test_the_autoencoder_of_pictures_is_the_library_s():
+    spec, tensors = load_case("nova/vae_kl_small")
+    weights = weights_of(spec, tensors)
+    autoencoder = Autoencoder.of(spec["constructor"], lambda: weights, Path("pictures"))
+    calls = {call["name"]: call for call in spec["calls"]}
+
+    def agrees(found: torch.Tensor, name: str) -> None:
+        expected, atol = resolve(calls[name]["result"], tensors), calls[name]["result_stats"]["suggested_atol"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+    given = {name: resolve(call["args"], tensors)[0] for name, call in calls.items()}
+    posterior = autoencoder.model.encode(given["encode"]).latent_dist
+    agrees(torch.cat([posterior.mean, posterior.logvar], dim=1), "encode")
+    agrees(autoencoder.model.decode(given["decode"]).sample, "decode")
+    agrees(autoencoder.scale.apply(given["scale"]), "scale")
+    agrees(autoencoder.scale.undo(given["unscale"]), "unscale")
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
