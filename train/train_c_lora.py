@@ -7,9 +7,9 @@ Stage C is frozen. The run's folder gets `lora.safetensors`, which holds the ada
 """
 
 import warpcore.openmp
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
 
 
-class TrainLora(TrainStageC):
+class TrainLora(lora_training.DrawnWithoutLora, TrainStageC):
     Config = LoraConfig
     start_files = ("generator_checkpoint_path", "lora_checkpoint_path")
     frozen_base = True
@@ -65,14 +65,13 @@ class TrainLora(TrainStageC):
         with torch.set_grad_enabled(tokens is not None and tokens.training):
             return super().encode(batch, random)
 
-    def draw(self, prompts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Drawings without and with the LoRA, from the same noise."""
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
         with ExitStack() as off:
             off.enter_context(without_adapters(self.networks["generator"]))
             if "tokens" in self.networks:
                 off.enter_context(untrained(self.networks["tokens"]))
-            base = super().draw(prompts, size)["sample"]
-        return {"base": base, "LoRA": super().draw(prompts, size)["sample"]}
+            yield
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         return {"lora": lora_training.lora_tensors(self.networks["generator"], self.networks.get("tokens"))}

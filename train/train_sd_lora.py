@@ -8,7 +8,8 @@ text encoders, and the tokens; tools/export.py writes it for diffusers and for k
 """
 
 import warpcore.openmp
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from families.common.library_files import CONFIG_KEY
 from families.common.lora import add_adapters
 from families.common.lora_files import metadata
 from families.common.lora_formats import Lora
-from families.common.lora_training import freeze, lora_of, lora_tensors, start_from, train_tokens
+from families.common.lora_training import DrawnWithoutLora, freeze, lora_of, lora_tensors, start_from, train_tokens
 from families.stable_diffusion.lora import encoders_by_name, networks_by_name, read_lora
 from families.stable_diffusion.lora_config import SdLoraConfig
 from modules.lora import without_adapters
@@ -28,7 +29,7 @@ TOKENS = {"text_encoder": "tokens", "text_encoder_2": "tokens_2"}
 """What the rows of the tokens are called among the run's networks, by their text encoder."""
 
 
-class TrainSdLora(TrainSd):
+class TrainSdLora(DrawnWithoutLora, TrainSd):
     Config = SdLoraConfig
     start_files = ("generator_checkpoint_path", "lora_checkpoint_path")
     frozen_base = True
@@ -81,15 +82,14 @@ class TrainSdLora(TrainSd):
         tokenizer = self.networks["text"].encoders[0].tokenizer if rows else None
         return unused_tokens(tokenizer, entries, rows.tokens, texts, what) if rows else []
 
-    def draw(self, prompts: list[str], size: tuple[int, int]) -> dict:
-        """Drawings without and with the LoRA, from the same noise."""
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
         with ExitStack() as off:
             for name, network in self.adapted(self.networks).items():
                 off.enter_context(without_adapters(network))
                 if (rows := self.rows(name, self.networks)) is not None:
                     off.enter_context(untrained(rows))
-            base = super().draw(prompts, size)["sample"]
-        return {"base": base, "LoRA": super().draw(prompts, size)["sample"]}
+            yield
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         adapted = self.adapted(self.networks).items()

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from families.cascade.versions import VERSIONS, Version
-from families.common.config import DiffusionConfig, GeneratorSettings
+from families.common.config import DiffusionConfig, VersionSettings
 from families.common.prompt_flags import Prompt
 from warpcore.config import FileName, Settings, Share
 from warpcore.config_keys import Steps
@@ -24,7 +24,7 @@ class FamilySettings(Settings):
         return VERSIONS[self.model_version]
 
 
-class ModelSettings(FamilySettings, GeneratorSettings):
+class ModelSettings(FamilySettings, VersionSettings):
     """Where the weights of the networks are."""
 
     effnet_checkpoint_path: Weights | None = None

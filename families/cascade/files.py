@@ -5,8 +5,6 @@ import re
 from families.cascade.versions import VERSIONS
 from families.common.weight_files import Header
 
-ABOUT_NETWORK = ("model_version",)
-"""Keys that weights files of runs say of themselves, beside what their network predicts."""
 WEIGHT_KEYS = {
     "generator": "generator_checkpoint_path",
     "lora": "lora",

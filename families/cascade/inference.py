@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import PositiveFloat, model_validator
 
 from families.cascade.config import ModelSettings
-from families.cascade.files import ABOUT_NETWORK, STAGE_B_TENSOR, STEERING, WEIGHT_KEYS
+from families.cascade.files import STAGE_B_TENSOR, STEERING, WEIGHT_KEYS
 from families.common.inference import ComputeSettings, RunSettings, read_run, runs_of
 from families.common.weight_files import TARGET_KEY, contradictions, read_header, target_of
 from families.common.weight_source import given_weights
@@ -110,7 +110,7 @@ class DrawingSettings(CascadeSettings, ComputeSettings):
 
 def warn_of_contradictions(path: Path, settings: ModelSettings) -> None:
     """Log what a LoRA or ControlNet says of the network that it steers, where that is another one here."""
-    for key, (said, here) in contradictions(path, settings, (TARGET_KEY, *ABOUT_NETWORK)).items():
+    for key, (said, here) in contradictions(path, settings, (TARGET_KEY, *settings.about_network)).items():
         logger.warning("%s says that it was trained with %s %s, and draws with %s here", path, key, said, here)
 
 

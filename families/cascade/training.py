@@ -10,7 +10,6 @@ from families.cascade import build
 from families.cascade.conditions import text_conditions
 from families.cascade.config import CascadeConfig, FamilySettings
 from families.cascade.diffusion import make_diffusion
-from families.cascade.files import ABOUT_NETWORK
 from families.common.cache import Shape
 from families.common.cached_captions import TOKEN_IDS
 from families.common.training import DiffusionTraining
@@ -38,7 +37,6 @@ class DenoiserTraining(CascadeTraining, DiffusionTraining):
     """Trains Stage B or Stage C, or what steers it."""
 
     config: CascadeConfig
-    about_network = ABOUT_NETWORK
     network_keys = {
         "text": "clip_text_checkpoint_path", "image": "clip_image_checkpoint_path",
         "encoder": "effnet_checkpoint_path", "stage_a": "stage_a_checkpoint_path",

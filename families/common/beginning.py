@@ -5,7 +5,7 @@ What weights files say of themselves is obeyed where the config is silent; where
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,10 @@ def with_first_defaults(config: DiffusionConfig, first: Mapping[str, Any]) -> tu
     return config.model_copy(update=lacking), [note] if lacking else []
 
 
-def check_start_file(config: DiffusionConfig, key: str, about_network: Sequence[str] = ()) -> None:
-    """Raise ConfigError where the weights that a key of the config names were trained for another kind of network.
-
-    about_network: keys that say which network a file is for, beside its target.
-    """
+def check_start_file(config: DiffusionConfig, key: str) -> None:
+    """Raise ConfigError where the weights that a key of the config names were trained for another kind of network."""
     path = getattr(config, key, None)
-    wrong = contradictions(path, config, (TARGET_KEY, *about_network))
+    wrong = contradictions(path, config, (TARGET_KEY, *config.about_network))
     if config.change_target:
         wrong.pop(TARGET_KEY, None)
     if wrong:

@@ -1,7 +1,7 @@
 """Configuration keys that the training scripts of all families of diffusion models share."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -23,11 +23,30 @@ class GeneratorSettings(Settings):
     `owner/name` or `owner/name/subfolder`, which is downloaded once, into `models/`, and read from there.
     """
 
+    about_network: ClassVar[tuple[str, ...]] = ()
+    """Keys of a family that say which network this is. Exported files say them; a file to start from that says
+    otherwise is refused."""
+
     generator_checkpoint_path: Weights | None = None
     """Weights of the network that is trained or drawn with (.safetensors); without it, random ones."""
     diffusion_target: Literal["epsilon", "x0", "v", "rectified_flows"] | None = None
     """What the network predicts: noise, clean latents, v (learns faster from zero), or straight flow. By default what
     its weights file says, or noise where it says nothing (published weights)."""
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the network is a toy, of which random weights may be what a LoRA changes."""
+        return False
+
+
+class VersionSettings(GeneratorSettings):
+    """A network of one of the sizes that a family's `model_version` names; `mini` is its toy."""
+
+    about_network = ("model_version",)
+
+    @property
+    def is_toy(self) -> bool:
+        return self.model_version == "mini"
 
 
 class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):

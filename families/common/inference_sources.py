@@ -18,7 +18,7 @@ def settings_of_run(
     folder: Path,
     kind: type[Settings],
     exported: Mapping[str, str],
-    beside: Callable[[Path, str, str], Path | None],
+    beside: Callable[[Path, str, str], Path | None] = lambda *_: None,
     use_ema: bool = True,
 ) -> dict[str, Any]:
     """The keys that say what a training run made, and of which networks; `lora` is a list.
@@ -27,7 +27,7 @@ def settings_of_run(
         kind: has the keys that are taken out of the run's config.
         exported: what runs export, and the key that takes each.
         beside: where the `vae` or the `text_encoder` of a place with a denoiser is, if there is one; it gets the key
-            that named the network.
+            that named the network; by default nothing is.
 
     Raises:
         ValueError: it is not a run's folder, or holds no weights yet.

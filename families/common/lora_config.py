@@ -5,7 +5,6 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from families.common.precision import BasePrecision
-from families.common.techniques.config import TECHNIQUES
 from modules.lora import LoraSettings
 from modules.tokens import is_new
 from warpcore.config import Settings, ShareBelowOne
@@ -61,18 +60,14 @@ class LoraKeys(Settings):
 
 
 class TransformerLoraKeys(LoraKeys):
-    """Keys of a script that adapts the one denoiser of a family.
+    """Keys of a script that adapts the one denoiser of a family."""
 
-    That is trained already, so that techniques for training from scratch have no use.
-    """
-
-    unused = TECHNIQUES
     rank: PositiveInt = 16
     """How much an adapter can hold: it is two matrices, one with this many columns, one with this many rows."""
 
     @model_validator(mode="after")
     def _a_base(self) -> Self:
-        if self.generator_checkpoint_path is None and self.model_version != "mini":
+        if self.generator_checkpoint_path is None and not self.is_toy:
             raise ValueError("a LoRA changes a trained network: give generator_checkpoint_path")
         return self
 

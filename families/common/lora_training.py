@@ -2,8 +2,11 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,21 @@ from warpcore.patterns import searching
 from warpcore.processes import Processes
 
 logger = logging.getLogger(__name__)
+
+
+class DrawnWithoutLora:
+    """Draws samples without and with the LoRA that is trained; named before the class that draws them."""
+
+    def without_lora(self) -> AbstractContextManager:
+        """Within it, the networks are as they were before the LoRA."""
+        raise NotImplementedError
+
+    def draw(self, prompts: list[str], size: tuple[int, ...], *told: Any) -> dict[str, np.ndarray]:
+        """Two columns of drawings, uint8 (B, H, W, 3), from the same noise; of clips with their frames."""
+        with self.without_lora():
+            (base,) = super().draw(prompts, size, *told).values()
+        (own,) = super().draw(prompts, size, *told).values()
+        return {"base": base, "LoRA": own}
 
 
 def freeze(network: nn.Module, weights: BasePrecision | torch.dtype, processes: Processes) -> None:

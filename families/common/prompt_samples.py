@@ -15,7 +15,8 @@ class PromptSamples(DiffusionTraining):
     """Draws what `sample_prompts` say, else the captions of held-out samples beside their pictures."""
 
     def draw(self, prompts: list[str], size: tuple[int, int]) -> Mapping[str, np.ndarray]:
-        """Columns of drawings, uint8 (B, H, W, 3) of `size` (H, W), by their name."""
+        """Columns of drawings, uint8 (B, H, W, 3) of `size` (H, W), by their name; one where a LoRA is
+        drawn beside what it changes."""
         raise NotImplementedError
 
     @property

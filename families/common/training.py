@@ -57,9 +57,6 @@ class DiffusionTraining(SampleFields):
 
     family: ClassVar[str | None] = None
     """The name of its family, which exported files then say: needed where tensors do not tell it, as in a LoRA."""
-    about_network: ClassVar[tuple[str, ...]] = ()
-    """Keys of the config that say which network is trained. Exported files say them; a file to start from that says
-    otherwise is refused."""
     drawn_with: ClassVar[frozenset[str]] = frozenset()
     """Names of encoders that sample images need, whether or not a cache has their features."""
     default_target: ClassVar[str] = "epsilon"
@@ -203,7 +200,7 @@ class DiffusionTraining(SampleFields):
         if saved is None:
             self.kept[_KEYS] = sorted(self.first_defaults)
             for key in self.start_files:
-                check_start_file(config, key, self.about_network)
+                check_start_file(config, key)
         newer = {key: value for key, value in self.first_defaults.items() if key not in self.kept.get(_KEYS, ())}
         config, self.older = with_first_defaults(config, newer)
         self.config = config
@@ -392,7 +389,7 @@ class DiffusionTraining(SampleFields):
         return self.with_further_losses(losses)
 
     def file_metadata(self) -> dict[str, str]:
-        about = {key: str(getattr(self.config, key)) for key in (TARGET_KEY, *self.about_network)}
+        about = {key: str(getattr(self.config, key)) for key in (TARGET_KEY, *self.config.about_network)}
         return about | ({FAMILY_KEY: self.family} if self.family else {})
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """What families of one denoiser export: its weights with LoRAs in them, and LoRAs of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,5 +62,5 @@ def export_lora(
     with only_shapes():
         network = build(settings)
     lora = read_lora(weights_in(source, "lora", settings.use_ema), network)
-    about: Mapping[str, str] = {FAMILY_KEY: family, "model_version": settings.model_version}
+    about = {FAMILY_KEY: family} | {key: str(getattr(settings, key)) for key in settings.about_network}
     write_new_files(lora_files({TRANSFORMER: lora}, target, kind, {TRANSFORMER: network}, about))

@@ -1,6 +1,7 @@
 """LoRA on the one denoiser of a family, which pipelines call `transformer`: its files, and what trains it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from families.common.library_files import CONFIG_KEY
 from families.common.lora import add_adapters, listed_loras, merge_loras
 from families.common.lora_files import metadata, read_loras
 from families.common.lora_formats import Lora
-from families.common.lora_training import freeze, lora_of, lora_tensors, start_from
+from families.common.lora_training import DrawnWithoutLora, freeze, lora_of, lora_tensors, start_from
 from families.common.prompt_samples import PromptSamples
+from families.common.weight_files import GENERATOR
 from families.common.weights import only_shapes
 from modules.lora import without_adapters
 
@@ -30,7 +32,7 @@ def read_lora(path: Path, network: nn.Module) -> Lora:
     Raises:
         LoraFileError: it is for another network, damaged, or something else.
     """
-    return read_loras(path, {TRANSFORMER: network}, "model_version").get(TRANSFORMER, Lora({}))
+    return read_loras(path, {TRANSFORMER: network}, GENERATOR).get(TRANSFORMER, Lora({}))
 
 
 def open_loras(build: Build, files: Sequence[str], settings: Any, use_ema: bool = True) -> Loras:
@@ -55,7 +57,7 @@ def built_with(build: Build, loras: Loras, settings: Any, dtype: torch.dtype = t
     return network
 
 
-class TransformerLora(PromptSamples):
+class TransformerLora(DrawnWithoutLora, PromptSamples):
     """Hooks of a script that trains a LoRA; named before the class that trains the whole denoiser."""
 
     start_files = ("generator_checkpoint_path", "lora_checkpoint_path")
@@ -70,11 +72,8 @@ class TransformerLora(PromptSamples):
             start_from(read_lora(config.lora_checkpoint_path, network), network, None, config.lora_checkpoint_path)
         return networks
 
-    def draw(self, prompts: list[str], size: tuple[int, ...], *told: Any) -> dict:
-        """Drawings without and with the LoRA, from the same noise."""
-        with without_adapters(self.networks["generator"]):
-            base = super().draw(prompts, size, *told)["sample"]
-        return {"base": base, "LoRA": super().draw(prompts, size, *told)["sample"]}
+    def without_lora(self) -> AbstractContextManager:
+        return without_adapters(self.networks["generator"])
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         own = lora_tensors(self.networks["generator"], None)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import PositiveFloat
 
-from families.common.config import DiffusionConfig, GeneratorSettings
+from families.common.config import DiffusionConfig, VersionSettings
 from families.common.precision import Precision
 from families.common.prompt_flags import Prompt
 from families.common.techniques.config import TechniqueSettings
@@ -20,7 +20,7 @@ TARGET = "rectified_flows"
 """What the published networks predict."""
 
 
-class CosmosSettings(GeneratorSettings):
+class CosmosSettings(VersionSettings):
     """Which Cosmos-Predict2 Text2Image, and where its networks are.
 
     Each key for weights takes a pipeline of diffusers (a folder), the folder of that network alone, a published file

@@ -32,7 +32,6 @@ class CosmosTraining(PromptSamples):
 
     config: CosmosConfig
     family = "cosmos"
-    about_network = ("model_version",)
     drawn_with = frozenset({"autoencoder"})
     default_target = TARGET
 

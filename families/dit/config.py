@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from families.common.config import DiffusionConfig, GeneratorSettings
+from families.common.config import DiffusionConfig, VersionSettings
 from families.common.techniques.config import TechniqueSettings
 from families.dit.classes import class_number
 from families.dit.versions import VERSIONS, Version
@@ -23,7 +23,7 @@ CAPTION_KEYS = frozenset({
 MAX_CLASSES = 1_000_000
 
 
-class LatentSettings(GeneratorSettings):
+class LatentSettings(VersionSettings):
     """The autoencoder whose latents are drawn."""
 
     autoencoder_checkpoint_path: Weights | None = None

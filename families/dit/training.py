@@ -26,7 +26,6 @@ class LatentTraining(DiffusionTraining):
     """
 
     config: Any
-    about_network = ("model_version",)
     drawn_with = frozenset({"autoencoder"})
 
     def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:

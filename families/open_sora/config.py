@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from families.common.config import DiffusionConfig, GeneratorSettings
+from families.common.config import DiffusionConfig, VersionSettings
 from families.common.precision import Precision
 from families.common.prompt_flags import Prompt
 from families.open_sora.versions import VERSIONS, Version
@@ -26,7 +26,7 @@ PICTURE_FPS = 120.0
 """What the network is told of pictures instead of frames per second."""
 
 
-class OpenSoraSettings(GeneratorSettings):
+class OpenSoraSettings(VersionSettings):
     """Which network of Open-Sora 1.2, and where its parts are.
 
     `generator_checkpoint_path` takes a published file or folder, a name of the Hugging Face hub

@@ -10,8 +10,6 @@ from warpcore.config_keys import MAX_ENTRIES
 class OpenSoraLoraConfig(TransformerLoraKeys, OpenSoraConfig):
     """Keys of `train/train_stdit_lora.py`."""
 
-    unused = OpenSoraConfig.unused
-
     module_filters: list[str] = Field(["attn"], max_length=MAX_ENTRIES)
     """Which layers are adapted: parts of their names, or regular expressions on them; `.` is all. By default the
     projections of all attentions; `temporal_blocks` are those over time."""

@@ -35,7 +35,6 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
 
     config: OpenSoraConfig
     family = "open_sora"
-    about_network = ("model_version",)
     drawn_with = frozenset({"autoencoder"})
     default_target = TARGET
 

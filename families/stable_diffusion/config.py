@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from families.common.autoencoders import Latent
-from families.common.config import DiffusionConfig, GeneratorSettings
+from families.common.config import DiffusionConfig, VersionSettings
 from families.common.precision import Precision
 from families.common.prompt_flags import Prompt
 from families.stable_diffusion.t5_layers import MAX_TOKENS
@@ -17,7 +17,7 @@ from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 
 
-class SdSettings(GeneratorSettings):
+class SdSettings(VersionSettings):
     """Which Stable Diffusion, and where its networks are.
 
     Each key for weights takes a pipeline of diffusers (a folder), the folder of that network alone, a checkpoint in

@@ -21,7 +21,7 @@ class SdLoraConfig(LoraKeys, TokenKeys, SdConfig):
 
     @model_validator(mode="after")
     def _a_base_and_something_to_learn(self) -> Self:
-        if self.generator_checkpoint_path is None and self.model_version != "mini":
+        if self.generator_checkpoint_path is None and not self.is_toy:
             raise ValueError("a LoRA changes a trained network: give generator_checkpoint_path")
         if self.text_model == "t5" and (self.text_encoder_filters or self.train_tokens):
             key = "text_encoder_filters" if self.text_encoder_filters else "train_tokens"

@@ -29,7 +29,6 @@ class SdTraining(PromptSamples):
 
     config: SdConfig
     family = "stable_diffusion"
-    about_network = ("model_version",)
     drawn_with = frozenset({"autoencoder"})
     conventions = PromptSamples.conventions | {"last_flow_time": "999"}
     first_conventions = PromptSamples.first_conventions | {"last_flow_time": "1000"}

@@ -14,6 +14,8 @@ from warpcore.diffusion.processes import discrete_process
 class MadeUpSettings(GeneratorSettings):
     """The networks of the made-up family."""
 
+    about_network = ("cloud_width",)
+
     cloud_width: PositiveInt = 8
     """Channels of the denoiser."""
     squeeze_path: Path

@@ -34,7 +34,6 @@ class MadeUpConfig(settings.MadeUpSettings, DiffusionConfig):
 class TrainMadeUp(DiffusionTraining):
     Config = MadeUpConfig
     family = "made_up_family"
-    about_network = ("cloud_width",)
     bucket_factor = COMPRESSION
     drawn_with = frozenset({"squeeze"})
     features = {
