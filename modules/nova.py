@@ -124,9 +124,11 @@ class NOVATransformer(nn.Module):
         return [*self.video_encoder.blocks, *self.image_encoder.blocks, *self.image_decoder.blocks]
 
     def set_activation_checkpointing(self, level: int) -> None:
-        """As published: 1: the MLPs of the video encoder; 2: and of the image encoder; 3: and the diffusion head.
+        """As published, a part of the network more at each level, and never attention. 1: the MLPs of the video
+        encoder; 2: those of the image encoder, too; 3: the blocks of the diffusion head, too.
 
-        Attention is never computed again. Raises ValueError for another level.
+        Transformers here otherwise compute whole blocks again, attention included: at 1 every second one, above all
+        of them. Level 2 is nearest to that, and keeps what attention needs. Raises ValueError for another level.
         """
         if level not in (0, 1, 2, 3):
             raise ValueError(f"activation checkpointing level {level!r} does not exist: choose 0 (off), 1, 2 or 3")
@@ -135,6 +137,8 @@ class NOVATransformer(nn.Module):
                 block.checkpointed = level >= least
 
     def compile_blocks(self, graphs: bool = False) -> None:
+        """MLPs of the encoders and blocks of the diffusion head; attention, which keeps keys in drawing, stays as it
+        is."""
         compile_blocks(self.blocks, graphs)
 
     def condition(
