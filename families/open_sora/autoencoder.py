@@ -37,6 +37,8 @@ class ClipAutoencoder(Protocol):
     compression: int
     """Pixels per latent position and side."""
     latent_channels: int
+    align: int
+    """Latent frames of a window, which are independent of others; 1 where all of a clip depend on those before."""
 
     def latent_frames(self, frames: int) -> int:
         """t, of a clip of T frames. Raises UserError for a number that it does not take."""
@@ -84,6 +86,7 @@ class OpenSoraClips(FrozenNetwork):
         self.key, self.spatial_channels = key, spatial.config.latent_channels
         self.compression = Autoencoder.compression_of(spatial.config)
         self.latent_channels = len(self.scale.mean)
+        self.align = self.latent_frames(WINDOW)
         freeze(self.model.eval(), precision, key)
 
     def latent_frames(self, frames: int) -> int:
@@ -121,6 +124,7 @@ class OpenSoraClips(FrozenNetwork):
 class WanClips(WanAutoencoder):
     """A frozen AutoencoderKLWan, in its own precision. Clips have 1 + 4 n frames, and are one window."""
 
+    align = 1
     forward_methods = ("clip_moments", "decoded_clips", "decoded_windows")
 
     def latent_frames(self, frames: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from families.common.family import SCORING, ExportFormat, Family
+from families.common.family import SCORING, TEXT_TO_VIDEO, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.open_sora.files import is_of_stdit3
 
@@ -15,7 +15,10 @@ class OpenSora(Family):
     name = "open_sora"
     title = "Open-Sora 1.2"
     weight_keys = {"generator": "generator_checkpoint_path", "lora": "lora"}
-    tasks = {SCORING: "families.open_sora.scoring.ScoredOpenSora"}
+    tasks = {
+        TEXT_TO_VIDEO: "families.open_sora.text_to_video.OpenSoraTextToVideo",
+        SCORING: "families.open_sora.scoring.ScoredOpenSora",
+    }
     formats = (
         _format("published", "a run, a published file or folder", "a file of the published names", "to_published",
                 keys="ExportSettings", endings=(".safetensors", ".pth")),

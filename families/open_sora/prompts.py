@@ -8,6 +8,7 @@ The grammar is that of Open-Sora. `|LOOP|text` says from which clip of a long vi
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from families.common.mask_strategies import Placement, parse_mask_strategy
@@ -36,11 +37,9 @@ class ClipPrompt:
         """The text of a clip of a long video."""
         return [text for start, text in self.texts if start <= loop][-1]
 
-    def with_scores(self, aes: float | None, flow: float | None, camera_motion: str | None) -> "ClipPrompt":
-        """With each text told the scores that are given; see `append_scores`."""
-        return replace(self, texts=tuple(
-            (loop, append_scores(text, aes, flow, camera_motion)) for loop, text in self.texts
-        ))  # fmt: skip
+    def mapped(self, change: Callable[[str], str]) -> "ClipPrompt":
+        """With each text changed."""
+        return replace(self, texts=tuple((loop, change(text)) for loop, text in self.texts))
 
 
 def parse_prompt(line: str, reference_path: str = "", mask_strategy: str = "") -> ClipPrompt:

@@ -1,5 +1,7 @@
 """Prompts are read as the reference reads them, and what is wrong in one is shown."""
 
+from functools import partial
+
 import pytest
 
 from families.open_sora.prompts import append_scores, parse_prompt
@@ -36,7 +38,7 @@ def test_scores_are_told_as_the_reference_does(row):
 
 
 def test_each_text_of_a_long_video_is_told_the_scores():
-    scored = parse_prompt("|0|a dog|2|a cat").with_scores(6.5, None, "pan left")
+    scored = parse_prompt("|0|a dog|2|a cat").mapped(partial(append_scores, aes=6.5, camera_motion="pan left"))
     assert [scored.text_of(loop) for loop in (1, 2)] == [
         "a dog aesthetic score: 6.5. camera motion: pan left.", "a cat aesthetic score: 6.5. camera motion: pan left.",
     ]  # fmt: skip

@@ -1,0 +1,163 @@
+"""Videos for prompts: the keys that every family takes, what it gives `inference/text_to_video.py`, and the files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol, Self
+
+import numpy as np
+from pydantic import Field, PositiveFloat, field_validator, model_validator
+
+from families.common.drawn_pictures import NOT_IN_PICTURES, file_names
+from families.common.text_to_image import TextToImageConfig
+from warpcore.clip_keys import FrameCount
+from warpcore.clips import encode_mp4, strip
+from warpcore.config_keys import SidePx
+from warpcore.data.resolutions import named_length, named_size
+from warpcore.files import write_whole
+from warpcore.idle_keys import Need
+from warpcore.pictures import grid, save_png, shrunk
+
+SHEET_SIDE_PX = 1024
+"""The longest side of some frames of a video, side by side, in the sheet of all videos."""
+Finished = Callable[[int, np.ndarray], None]
+"""Takes the number of a video and its frames, uint8 (T, H, W, 3), as soon as it is drawn."""
+
+
+class TextToVideoConfig(TextToImageConfig):
+    """Which prompts are drawn, how large and how long, and where the videos are written."""
+
+    unused = frozenset({"size"})
+    needs = {"aspect_ratio": Need.of("resolution")}
+
+    image_size: SidePx | tuple[SidePx, SidePx] | None = None
+    """[height, width] of the frames in pixels, or the side of a square. By default that of the training."""
+    resolution: str | None = None
+    """The same by name, with `aspect_ratio`, as Open-Sora has it: `144p`, `240p`, `360p`, `480p`, `720p`, `1080p`,
+    `2k`, `4k`, or squares and their like as `256`, `512`, `1024`."""
+    aspect_ratio: str | None = None
+    """Height : width, of those that the resolution has: `9:16` (the default) is wide, `16:9` is high."""
+    num_frames: FrameCount | None = None
+    """Frames of a clip, as a number, or as in Open-Sora `2s`, `4s`, `8s`, `16s`, `2s` being 51; 1 draws pictures. By
+    default as many as in the training."""
+    fps: PositiveFloat | None = None
+    """Frames per second, which the network is told, and at which videos are written."""
+    save_fps: PositiveFloat | None = None
+    """Frames per second at which videos are written, where they are not those that the network is told."""
+    sample_name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")] | None = None
+    """Videos are called NAME_0000, NAME_0001, ..., of several seeds NAME_0000-0, NAME_0000-1, ...; by default after
+    their prompts and seeds."""
+
+    @field_validator("aspect_ratio", mode="before")
+    @classmethod
+    def _ratio(cls, value: Any) -> str | None:
+        if type(value) is int and value >= 60:  # YAML 1.1 reads a bare 9:16 as a number in base 60
+            return "{}:{}".format(*divmod(value, 60))
+        return value if value is None else str(value)
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @field_validator("num_frames", mode="before")
+    @classmethod
+    def _length(cls, value: Any) -> Any:
+        return named_length(value) if isinstance(value, str) and not value.isdecimal() else value
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.image_size is not None and self.resolution is not None:
+            raise ValueError("image_size and resolution both say the size of the frames; remove one")
+        if self.resolution is not None:
+            named_size(self.resolution, self.aspect_ratio or "9:16")
+        return self
+
+    @property
+    def default_clip(self) -> tuple[int, int, int]:
+        """(T, H, W) of clips where no key says it."""
+        return 51, *named_size("240p", "9:16")
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(H, W) of the frames."""
+        if self.resolution is not None:
+            return named_size(self.resolution, self.aspect_ratio or "9:16")
+        if self.image_size is None:
+            return self.default_clip[1:]
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def clip_frames(self) -> int:
+        """T of the clips."""
+        return self.num_frames or self.default_clip[0]
+
+    @property
+    def default_fps(self) -> float:
+        """Frames per second where no key says it."""
+        return 24.0
+
+    @property
+    def told_fps(self) -> float:
+        """Frames per second that the network is told."""
+        return self.fps or self.default_fps
+
+
+class TextToVideo(Protocol):
+    """What a family gives `inference/text_to_video.py`: a class, made of its config."""
+
+    Config: type[TextToVideoConfig]
+    titles: Sequence[str]
+    """What each of the config's prompts is called: files are named after it."""
+    total_frames: int
+    """Of each video; 1 of pictures."""
+
+    def __init__(self, config: TextToVideoConfig): ...
+
+    def draw(self, prompts: Sequence[int], seeds: Sequence[int], finished: Finished) -> None:
+        """A video for each of some prompts, by their numbers, and its seed."""
+
+    def notes(self) -> list[str]:
+        """Lines to print after the drawing: the memory that it took."""
+
+
+def video_names(titles: Sequence[str], seeds: Sequence[int], config: TextToVideoConfig, ending: str) -> list[str]:
+    """Of a video for each title and its seed, the seeds of a title one after another; and of the sheet."""
+    if config.sample_name is None:
+        *names, sheet = file_names(titles, seeds)
+        return [*(name.removesuffix(".png") + ending for name in names), sheet]
+    several = len(config.seeds)
+    numbers = [divmod(number, several) for number in range(len(titles))]
+    names = [f"{config.sample_name}_{title:04d}" + (f"-{seed}" if several > 1 else "") for title, seed in numbers]
+    return [*(name + ending for name in names), "grid.png"]
+
+
+class VideoFiles:
+    """The files that videos become, each as soon as it is drawn: an mp4, or of a single frame a PNG; at last a sheet
+    that shows some frames of all, and says what they were made of."""
+
+    def __init__(self, config: TextToVideoConfig, files: Sequence[Path], titles: Sequence[str], seeds: Sequence[int]):
+        self.config, self.files, self.titles, self.seeds = config, files, titles, seeds
+        self.settings = config.model_dump_json(
+            exclude={*NOT_IN_PICTURES, "prompts", "prompt_file"}, exclude_defaults=True
+        )
+        self.shown: dict[int, np.ndarray] = {}
+
+    def save(self, number: int, video: np.ndarray) -> None:
+        """See `Finished`."""
+        file = self.files[number]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if len(video) > 1:
+            write_whole(file, encode_mp4(video, self.config.save_fps or self.config.told_fps))
+        else:
+            about = {"prompt": self.titles[number], "seed": str(self.seeds[number]), "settings": self.settings}
+            save_png(file, video[0], about)
+        self.shown[number] = shrunk(strip(video), SHEET_SIDE_PX)
+
+    def finish(self) -> None:
+        """Write the sheet, and say where it is."""
+        shown = [self.shown[number] for number in range(len(self.titles))]
+        columns = min(len(self.config.seeds), 4) if len(self.config.seeds) > 1 else min(3, len(shown))
+        about = {"prompts": "\n".join(self.titles), "settings": self.settings}
+        save_png(self.files[-1], grid(shown, columns, self.titles), about)
+        noun = "pictures" if self.files[0].suffix == ".png" else "videos"
+        print(f"{len(shown)} {noun}, and frames of all of them together: {self.files[-1]}")
