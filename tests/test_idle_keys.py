@@ -62,11 +62,13 @@ SAID = {
     "zero_terminal_snr": (True, {"diffusion_target": "rectified_flows"}, {"diffusion_target": "v"}),
     "wandb_entity": ("team", {}, {"wandb_project": "project"}),
     # drawing
-    "aspect_ratio": (2.0, {"size": (64, 64)}, {"size": None}),
+    "aspect_ratio": (2.0, {"size": (64, 64)}, {"size": None, "resolution": "480p"}),
     "caption": ("a", {"stage_a_only": True}, {"stage_a_only": False}),
     "clip_text_checkpoint_path": ("a", {"stage_a_only": True}, {"stage_a_only": False}),
     "clip_text_model_name": ("a", {"stage_a_only": True}, {"stage_a_only": False}),
     "compression": (8.0, {"stage_a_only": True}, {"stage_a_only": False}),
+    "condition_frame_edit": (0.5, {"loop": 1}, {"loop": 2}),
+    "condition_frame_length": (5, {"loop": 1}, {"loop": 2}),
     "effnet_checkpoint_path": ("a", {"stage_a_only": True}, {"stage_a_only": False}),
     "fps": (5.0, {"num_frames": 1}, {"num_frames": 16}),
     "guidance_channels": (3, {"guidance": 1.0}, {"guidance": 4.0}),
@@ -74,6 +76,7 @@ SAID = {
     "image_size": (256, {"size": (64, 64)}, {"size": None}),
     "keep_unmasked": (False, {}, {"control_margins": 0.25}),
     "negative_prompt": ("a", {"guidance": 1.0}, {"guidance": 4.0}),
+    "save_fps": (5.0, {"num_frames": 1}, {"num_frames": 16}),
     "seed": (3, {"stage_a_only": True}, {"stage_a_only": False}),
 } | {
     key: (value, {"preview": True, "stage_a_only": True}, {"preview": False, "stage_a_only": False})
@@ -123,7 +126,8 @@ REFUSED_IN_DRAWING = names(
 """The same of drawing, where weights are read first: see tests/inference and tests/families."""
 ALWAYS = names(
     """
-    activation_checkpointing adaptive_loss_weight allow_tf32 alpha autoencoder_checkpoint_path autoencoder_frames
+    activation_checkpointing aes camera_motion clean_prompts flow loop mask_strategy reference_mb reference_path
+    reference_seconds sample_name adaptive_loss_weight allow_tf32 alpha autoencoder_checkpoint_path autoencoder_frames
     autoencoder_precision autoencoder_version background backup_every discriminator_weight ema_start_iters
     base_dim batch_size bucket_config cache_text caches
     caption_dropout caption_templates captions_getter checkpoint_path class_dropout class_file class_getter

@@ -152,6 +152,39 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "no number": [("draw.yaml steps=ten", "steps: found 'ten'"), ("draw.yaml seeds=ten", "seeds: found ")],
         "unknown key": [("unknown.yaml", "no family has the key batch_sise; did you mean batch_size")],
     },
+    "inference/text_to_video.py": {
+        "no argument": [("", "nothing to draw: give prompts or prompt_file|these keys do not tell which family")],
+        "unknown flag": [("video.yaml --colour red", "colour"), ("--colour", "write key=value")],
+        "missing": [
+            ("missing.yaml", "config file missing.yaml does not exist"),
+            ("--run missing --prompts x", "run: missing"),
+            ("video.yaml prompt_file=missing.txt", "prompt_file: missing.txt does not exist"),
+            ("video.yaml reference_path=missing.png mask_strategy=0", "reference_path: missing.png does not exist"),
+            ("video.yaml reference_path=http://127.0.0.1:9/a.png mask_strategy=0", "a.png cannot be fetched"),
+            ("video.yaml lora=missing.safetensors", "missing.safetensors"),
+            ("--prompts x", "no weights of the denoiser|these keys do not tell which family"),
+        ],
+        "folder for a file": [
+            ("folder", FOLDER_FOR_CONFIG),
+            ("video.yaml prompt_file=folder", "prompt_file: folder is a folder"),
+            ("video.yaml reference_path=folder mask_strategy=0", "reference_path: folder is a folder"),
+        ],
+        "file for a folder": [("--run text --prompts x", "run: text is no training run")],
+        "empty": [
+            ("video.yaml prompt_file=empty.txt", "prompt_file: empty.txt holds no prompt; write one per line"),
+            ("video.yaml reference_path=empty.jpg mask_strategy=0", "empty.jpg is no video, and cannot be read"),
+            ("video.yaml reference_path=pictures/0.jpg", "reference_path: mask_strategy says nothing of reference 0"),
+        ],
+        "output exists": [("video.yaml output_path=taken", "taken/grid.png is there already: give another output")],
+        "output in a file": [("video.yaml output_path=text/new", "can't be written: text is a file")],
+        "no number": [
+            ("video.yaml steps=ten", "steps: found 'ten'"),
+            ("video.yaml num_frames=3s", "num_frames: '3s'; write a number of frames, or one of 2s"),
+            ("video.yaml mask_strategy=0,a", "mask_strategy '0,a': '0,a': reference is 'a'"),
+            ("video.yaml loop=2", "condition_frame_length: 5 latent frames are 17 frames"),
+        ],
+        "unknown key": [("unknown.yaml", "batch_sise.*; did you mean batch_size")],
+    },
     "models/download.py": {
         "no argument": [("", "the following arguments are required: SET")],
         "unknown flag": [("essential --colour red", "unrecognized arguments: --colour")],
@@ -329,6 +362,7 @@ def arguments(tmp_path_factory) -> Path:
         "rebuild.yaml": "model_version: mini\nstage_a_only: true\npictures: [pictures]\ndevice: cpu\n",
     }  # fmt: skip
     texts["classes.yaml"] = draw.replace("c.safetensors", "d.safetensors").replace("prompts: [x]", "classes: [1]")
+    texts["video.yaml"] = draw.replace("mini", "XL/2") + "num_frames: 17\n"
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)

@@ -19,6 +19,7 @@ from warpcore.pictures import grid, save_png, shrunk
 
 SHEET_SIDE_PX = 1024
 """The longest side of some frames of a video, side by side, in the sheet of all videos."""
+SEVERAL_FRAMES = Need("clips of several frames", lambda config: config.clip_frames > 1)
 Finished = Callable[[int, np.ndarray], None]
 """Takes the number of a video and its frames, uint8 (T, H, W, 3), as soon as it is drawn."""
 
@@ -26,8 +27,7 @@ Finished = Callable[[int, np.ndarray], None]
 class TextToVideoConfig(TextToImageConfig):
     """Which prompts are drawn, how large and how long, and where the videos are written."""
 
-    unused = frozenset({"size"})
-    needs = {"aspect_ratio": Need.of("resolution")}
+    needs = {"aspect_ratio": Need.of("resolution"), "fps": SEVERAL_FRAMES, "save_fps": SEVERAL_FRAMES}
 
     image_size: SidePx | tuple[SidePx, SidePx] | None = None
     """[height, width] of the frames in pixels, or the side of a square. By default that of the training."""
@@ -66,8 +66,9 @@ class TextToVideoConfig(TextToImageConfig):
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
-        if self.image_size is not None and self.resolution is not None:
-            raise ValueError("image_size and resolution both say the size of the frames; remove one")
+        given = [key for key in ("image_size", "resolution", "size") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say the size of the frames; remove one")
         if self.resolution is not None:
             named_size(self.resolution, self.aspect_ratio or "9:16")
         return self
@@ -82,6 +83,8 @@ class TextToVideoConfig(TextToImageConfig):
         """(H, W) of the frames."""
         if self.resolution is not None:
             return named_size(self.resolution, self.aspect_ratio or "9:16")
+        if self.size is not None:
+            return self.size
         if self.image_size is None:
             return self.default_clip[1:]
         return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size

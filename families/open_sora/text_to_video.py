@@ -35,11 +35,7 @@ LONG = Need("loop above 1", lambda config: config.loop > 1)
 class OpenSoraTextToVideoConfig(OpenSoraInferenceSettings, TextToVideoConfig):
     """Keys of `inference/text_to_video.py` for Open-Sora 1.2."""
 
-    needs = {
-        "condition_frame_length": LONG,
-        "condition_frame_edit": LONG,
-        "mask_strategy": Need.of("reference_path"),
-    }
+    needs = {"condition_frame_length": LONG, "condition_frame_edit": LONG}
 
     batch_size: MicroBatchSize = 1
     """Videos that go through the network at once."""
