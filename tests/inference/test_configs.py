@@ -10,6 +10,7 @@ from families.cascade.reconstruction import CascadeReconstructConfig
 from families.cascade.text_to_image import CascadeTextToImageConfig
 from families.cosmos.text_to_image import CosmosTextToImageConfig
 from families.dit.latte_class_to_image import LatteClassToImage
+from families.open_sora.text_to_video import OpenSoraTextToVideoConfig
 from families.stable_diffusion.text_to_image import SdTextToImageConfig
 from warpcore.config import make_config
 from warpcore.config_files import read_config
@@ -18,6 +19,10 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "inference").glob("*.y
 NEEDED = {
     "class_to_image": (LatteClassToImage.Config, {"classes": ["YoYo"]}),
     "text_to_image": (CascadeTextToImageConfig, {"prompts": ["a"], "generator_checkpoint_path": "c.safetensors"}),
+    "text_to_video": (
+        OpenSoraTextToVideoConfig,
+        {"prompts": ["a"], "generator_checkpoint_path": "a", "model_version": "XL/2"},
+    ),
     "reconstruct": (CascadeReconstructConfig, {"pictures": ["a"], "stage_b_checkpoint_path": "b.safetensors"}),
 }
 """A script's keys, and those that it wants from the command line or from weights on the disk."""
