@@ -14,7 +14,7 @@ from warpcore.errors import UserError
 from warpcore.text import EncodingError, read_text
 
 FOLDERS = ("benchmarks", "families", "inference", "models", "modules", "tools", "train", "warpcore")
-NO_FILES_OF_TEXT = ("tarfile", "os", "Image")
+NO_FILES_OF_TEXT = ("tarfile", "os", "Image", "context")  # the last one: a decoder of PyAV
 TEXT_MODE = re.compile(r"[rwax]t?\+?t?")
 
 
