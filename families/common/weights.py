@@ -103,6 +103,10 @@ def existing_file(path: Path, key: str) -> Path:
     Raises:
         WeightsError: there is no such file.
     """
+    if path.is_dir():
+        raise WeightsError(
+            f"{key}: {path} is a folder in which no training run has saved: name a file of weights, or another run"
+        )
     if problem := why_no_file(path):
         raise WeightsError(
             f"{key}: {path} {problem}. `python3 models/download.py` lists and fetches published weights; "

@@ -83,7 +83,8 @@ class Filter:
             if key not in known:
                 raise UserError(
                     f"dataset_filters {self}: no sample has {key!r}.{near_names(key, known)} "
-                    f"The samples have: {', '.join(sorted(known))}"
+                    f"The samples have: {', '.join(sorted(known))}. Remove the filter (dataset_filters=[] on the "
+                    f"command line removes all), or write {key!r} into a .json beside each picture and build again"
                 )
 
     @property

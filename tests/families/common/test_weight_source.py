@@ -15,6 +15,7 @@ from families.cascade.config import StageCConfig
 from families.common import weight_source
 from families.common.hub import RemoteFile
 from families.common.weight_source import DONE, local_weights, only_parts, wanted, with_local_weights
+from families.common.weights import WeightsError, existing_file
 from tests.models.test_download import content
 from tests.models.test_download import hub as hub
 from tests.small_cascade import small_cascade as small_cascade
@@ -241,3 +242,8 @@ def test_the_folder_of_a_run_stands_for_what_it_exported(small_cascade, tmp_path
     for name in ("generator", "generator_ema"):
         save_file({"a": torch.zeros(1)}, run / f"{name}.safetensors", {"update": "1"})
     assert with_local_weights(config).generator_checkpoint_path == run / "generator_ema.safetensors"
+
+
+def test_a_folder_in_which_nothing_was_saved_is_no_file_of_weights(tmp_path):
+    with pytest.raises(WeightsError, match=r"^controlnet: .* is a folder in which no training run has saved"):
+        existing_file(tmp_path, "controlnet")

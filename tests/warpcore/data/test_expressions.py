@@ -216,8 +216,11 @@ def test_a_filter_that_fails_names_the_sample_and_its_value():
 
 def test_a_filter_on_a_key_that_no_sample_has_lists_what_there_is():
     condition = Filter.parse(["aestetic_score", "lambda s: s > 4.5"])
-    with pytest.raises(UserError, match=r"no sample has 'aestetic_score'. Did you mean 'aesthetic_score'\?.*caption"):
+    with pytest.raises(
+        UserError, match=r"no sample has 'aestetic_score'. Did you mean 'aesthetic_score'\?.*caption"
+    ) as error:
         condition.check_keys({"aesthetic_score", "caption"})
+    assert "Remove the filter (dataset_filters=[] on the command line" in str(error.value)
     with pytest.raises(UserError, match="lists or mappings"):
         Filter.parse(["json", 'lambda j: j["tags"] == 1']).check_keys({"score"}, {"tags"})
 
