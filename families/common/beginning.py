@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from families.common.config import DiffusionConfig
-from families.common.weight_files import TARGET_KEY, contradictions, files_of
+from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, contradictions, files_of, metadata_of
 from warpcore.config import ConfigError
 from warpcore.files import open_to_read
 
@@ -55,6 +55,13 @@ def with_first_defaults(config: DiffusionConfig, first: Mapping[str, Any]) -> tu
     told = ", ".join(f"{key}: {'null' if value is None else value}" for key, value in lacking.items())
     note = f"{told}: this run is older than the key, and goes on as it began, unless its config says otherwise"
     return config.model_copy(update=lacking), [note] if lacking else []
+
+
+def check_family(config: DiffusionConfig, family: str) -> None:
+    """Raise ConfigError where `generator_checkpoint_path` of a config names weights that say another family."""
+    path = config.generator_checkpoint_path
+    if path is not None and (said := metadata_of(path).get(FAMILY_KEY, family)) != family:
+        raise ConfigError(f"{GENERATOR}: {path} says that it is of {said}, not of {family}: name other weights")
 
 
 def check_start_file(config: DiffusionConfig, key: str) -> None:

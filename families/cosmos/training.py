@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from families.common.autoencoders import LatentScale
+from families.common.beginning import check_family
 from families.common.cache import Shape
 from families.common.features import PICTURE_SETTINGS, Feature, lengths_name, stored
 from families.common.pictures import to_pictures
@@ -36,6 +37,7 @@ class CosmosTraining(PromptSamples):
     default_target = TARGET
 
     def check_start(self) -> None:
+        check_family(self.config, self.family)
         build.transformer_numbers(self.config)
 
     def said_target(self) -> str | None:

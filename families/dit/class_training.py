@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from families.common.beginning import check_family
 from families.common.library_files import CONFIG_KEY
 from families.common.sampling import draw_latents, sample_seeds
 from families.common.weight_files import GENERATOR, metadata_of
@@ -40,6 +41,7 @@ class ClassTraining(LatentTraining):
         self.class_field = ClassField.parse(config.class_getter, config.num_classes, config.class_names)
 
     def check_start(self) -> None:
+        check_family(self.config, self.family)
         path = self.config.generator_checkpoint_path
         if path is not None and path.exists():
             build.check_network(dit_numbers(path, GENERATOR), self.config)

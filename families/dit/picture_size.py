@@ -45,6 +45,9 @@ class PictureSizeSettings(DrawingConfig):
             raise ValueError(f"{' and '.join(given)} all say the size of pictures; remove all but one")
         if self.size and self.aspect_ratio:
             raise ValueError("size and aspect_ratio both say the shape of pictures; remove one")
+        channels = self.version.network["in_channels"]
+        if (self.guidance_channels or 0) > channels:
+            raise ValueError(f"guidance_channels: {self.guidance_channels} of {channels} channels: write fewer")
         return self
 
     @property

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from families.common.beginning import check_family
 from families.common.cache import Shape
 from families.common.features import CAPTION_SETTINGS, Feature, Origin, lengths_name, stored
 from families.common.pictures import to_pictures
@@ -42,6 +43,7 @@ class PixartTraining(LatentTraining, PromptSamples):
     first_defaults = {"clean_captions": None}
 
     def check_start(self) -> None:
+        check_family(self.config, self.family)
         pixart_build.network_numbers(self.config)
 
     @property
