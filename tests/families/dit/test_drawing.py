@@ -1,6 +1,7 @@
 """What is drawn from, through inference/class_to_image.py: runs, averages, published files; and what is refused."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -21,7 +22,7 @@ from modules.dit import DiT
 from tests.caches import make_cache
 from tests.families.dit.classed import CLASSES, SMALL, numbered, random_network, small_settings, write_classed
 from train.train_dit import TrainDit
-from warpcore.config import make_config
+from warpcore.config import ConfigError, make_config
 from warpcore.errors import UserError
 
 NAMES = ["red circle", "red star", "blue circle", "blue star", "green ring"]
@@ -124,8 +125,19 @@ def test_files_are_known_by_their_tensors(published, tmp_path):
     kind, config = load_task(CLASS_TO_IMAGE, [f"generator_checkpoint_path={published}", "classes=[1]"])
     assert kind is DitClassToImage
     assert (config.num_classes, config.learn_sigma, config.model_version) == (CLASSES, True, "mini")
-    with pytest.raises(UserError, match="is of DiT, which does not do this: text to image"):
+    named = "is of DiT, which does not do this: text to image. It has inference/class_to_image.py"
+    with pytest.raises(UserError, match=re.escape(named)):
         load_task(TEXT_TO_IMAGE, [f"generator_checkpoint_path={published}", "prompts=a"])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("guidance_channels=99", "guidance_channels: 99 of [0-9]+ channels: write fewer"),
+     ("resolution=4k", "found '4k', but write the height of a picture of 16:9, such as 480p")],
+)  # fmt: skip
+def test_what_no_picture_can_have_is_refused_in_words(published, key, message):
+    with pytest.raises(ConfigError, match=message):
+        load_task(CLASS_TO_IMAGE, [f"generator_checkpoint_path={published}", "classes=[1]", key])
 
 
 BROKEN = {
