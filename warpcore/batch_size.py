@@ -17,7 +17,8 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
     if config.own_micro_batches is not None:
         return None, _split_micro_batches(config.own_micro_batches, num_processes)
     batch, micro, steps = config.batch_size, config.micro_batch_size, config.grad_accum_steps
-    if micro is None and saved:
+    goes_on = micro is None and bool(saved)
+    if goes_on:
         micro, steps = saved["micro_batch_size"], None
     if micro is None:
         parts = num_processes * (steps or 1)
@@ -34,6 +35,14 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
         return batch // parts, steps or 1
     if batch % (micro * num_processes):
         fitting = fitting_sizes(batch, num_processes)
+        if goes_on:
+            fewer = "" if batch % micro else f"start {batch // micro} at most, or "
+            fresh = f", or on_data_change: new_epoch and micro_batch_size: {fitting[-1]}" if fitting else ""
+            raise UserError(
+                f"batch_size {batch} does not divide by the micro-batches of {micro} that the run began with x "
+                f"{num_processes} processes: {fewer}write batch_size: "
+                f"{micro * num_processes * math.ceil(batch / (micro * num_processes))}{fresh}"
+            )
         raise UserError(
             f"batch_size {batch} does not divide by micro_batch_size {micro} x {num_processes} processes: "
             + (f"write micro_batch_size: {' or '.join(map(str, fitting))}" if fitting else "use fewer processes")

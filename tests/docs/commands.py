@@ -62,7 +62,7 @@ def check(words: list[str], folder: Path) -> None:
     """Fail where a command could not start. Configs that stand for the reader's own are written into `folder`."""
     program, *arguments = words
     if program == "make":
-        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        targets = set(re.findall(r"^([\w/-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         assert {word for word in arguments if "=" not in word} <= targets, words
     elif program in ("python3", "python"):
         check_script(arguments[0], arguments[1:], folder)

@@ -14,6 +14,7 @@ from families.common.config import DiffusionConfig
 from warpcore.batch_size import split_batch
 from warpcore.config import Config, ConfigError, dump_config, load_config, make_config
 from warpcore.core import WarpCore
+from warpcore.errors import UserError
 from warpcore.keys import describe
 from warpcore.safe_yaml import parse_yaml
 
@@ -178,6 +179,17 @@ def test_accumulation_follows_from_the_batch_sizes():
 def test_a_batch_that_does_not_divide_says_what_would(num_processes, keys, words):
     with pytest.raises(ValueError, match="batch_size") as error:
         split(num_processes, **keys)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [(8, ["start 1 at most", "batch_size: 16", "micro_batch_size: 4"]),
+     (12, ["2 processes: write", "batch_size: 16", "on_data_change: new_epoch", "micro_batch_size: 6"])],
+)  # fmt: skip
+def test_a_resumed_run_of_too_large_micro_batches_says_what_can_be_changed(batch, words):
+    with pytest.raises(UserError, match="the micro-batches of 8 that the run began with x 2 processes") as error:
+        split(num_processes=2, saved={"micro_batch_size": 8}, batch_size=batch)
     assert all(word in str(error.value) for word in words), error.value
 
 
