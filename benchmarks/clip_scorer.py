@@ -81,7 +81,7 @@ def look(clip: np.ndarray) -> Seen:
         return Seen()
     times, colours, masks = zip(*found, strict=True)
     shape = _majority([_shape(mask) for mask in masks])
-    middles = np.array([_middle(mask) for mask in masks])
+    middles = np.array([middle_of(mask) for mask in masks])
     motion = _motion(np.array(times) / (len(clip) - 1), middles, masks, shape)
     return Seen(motion, _majority(colours), shape, _position(middles.mean(axis=0), motion))
 
@@ -90,7 +90,7 @@ def _majority(votes: Sequence[str]) -> str:
     return Counter(votes).most_common(1)[0][0]
 
 
-def _middle(mask: np.ndarray) -> tuple[float, float]:
+def middle_of(mask: np.ndarray) -> tuple[float, float]:
     """(x, y) of the middle of a mask's box, as fractions of width and height."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return (columns[0] + columns[-1] + 1) / 2 / mask.shape[1], (rows[0] + rows[-1] + 1) / 2 / mask.shape[0]

@@ -1,0 +1,34 @@
+"""Seams of true clips are within a pixel, and jumps, drifts of colour and empty frames are seen."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.clip_seams import SEAM_PX, distance, drift, psnr, scenes
+from tools.demo_clips import DIRECTIONS, TRAVEL, render
+
+pytestmark = pytest.mark.integration
+
+
+def test_true_clips_go_on_and_jumps_are_seen():
+    for scene, _ in scenes(3, [*DIRECTIONS], seed=5):
+        clip = render(scene)
+        step = TRAVEL * scene.side / (len(clip) - 1)
+        assert distance(clip[8], clip[9]) == pytest.approx(step, abs=1.0)
+        assert distance(clip[8], clip[9]) < SEAM_PX < distance(clip[8], clip[16])
+        assert distance(clip[8], np.full_like(clip[8], 128)) == float("inf")
+
+
+def test_colours_drift_where_they_change():
+    ((scene, _),) = scenes(1, ["stay"], seed=6)
+    clip = render(scene)
+    other = render(replace(scene, colour="blue" if scene.colour != "blue" else "red"))
+    assert drift([clip[:8], clip[8:]]) < 3 < 20 < drift([clip, other])
+
+
+def test_equal_frames_have_the_most_decibels():
+    frames = render(scenes(1, ["stay"], seed=7)[0][0])[:2]
+    noise = np.random.default_rng(0).normal(0, 10, frames.shape)
+    assert psnr(frames, frames) > 100
+    assert psnr(np.clip(frames + noise, 0, 255).astype(np.uint8), frames) == pytest.approx(28.5, abs=1)
