@@ -5,10 +5,11 @@
     python3 benchmarks/family_step.py --cases "SD small" --turns 5 --updates 10
 
 Three contenders take turns in one process: the plain loop and the training script, both on the same features in
-memory, and the script on pictures, which its frozen networks see in every update (but T5 of Cosmos-Predict2 and
-PixArt-alpha, whose texts always come from a cache). The plain loop is that of the library's training examples, and for
-DiT and Latte, which no library has, the published one around our network: `clip_grad_norm_`, `torch.optim.AdamW` as it
-is by default, and on a GPU autocast to bfloat16. The networks have random weights, the same for both.
+memory, and the script on pictures, which its frozen networks see in every update (but T5 of Cosmos-Predict2,
+PixArt-alpha and Open-Sora, whose texts always come from a cache). The plain loop is that of the library's training
+examples, and for DiT, Latte and STDiT3, which no library has, the published one around our network, of STDiT3 with its
+attention written out (`benchmarks/plain_stdit.py`): `clip_grad_norm_`, `torch.optim.AdamW` as it is by default, and on
+a GPU autocast to bfloat16. The networks have random weights, the same for both.
 """
 
 import warpcore.openmp

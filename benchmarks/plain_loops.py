@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.plain_stdit import stdit_loop
 from families.common.features import lengths_name, stored, stored_name
 from families.common.training import DiffusionTraining
 from warpcore.data.reader import Batch
@@ -210,6 +212,30 @@ def pixart_use_case() -> type[DiffusionTraining]:
     return TrainPixart
 
 
+def stdit_use_case() -> type[DiffusionTraining]:
+    from train.train_stdit import TrainStdit
+
+    return TrainStdit
+
+
+def write_clip_autoencoder(case: Case, folder: Path, device: torch.device) -> dict[str, str]:
+    """The autoencoder of Open-Sora 1.2, or for the mini a small one of Wan's, with random weights."""
+    from diffusers import AutoencoderKL
+
+    from families.common.autoencoders import SD_AUTOENCODER
+    from families.common.wan_training import TrainedWanAutoencoder, from_scratch
+    from modules.open_sora_vae import OpenSoraAutoencoder, TemporalAutoencoder
+
+    if case.version == "mini":
+        made = TrainedWanAutoencoder(from_scratch(24, [1, 2, 3], 1, 16, 2))
+        network, about = made.model, made.metadata_to_save()
+    else:
+        network, about = OpenSoraAutoencoder(AutoencoderKL(**SD_AUTOENCODER), TemporalAutoencoder()), None
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(tensors, folder / "vae.safetensors", about)
+    return {"autoencoder_checkpoint_path": str(folder / "vae.safetensors")}
+
+
 def write_autoencoder(case: Case, folder: Path, device: torch.device) -> dict[str, str]:
     """The autoencoder of the published sizes; the denoiser is the run's random one, in both contenders."""
     from diffusers import AutoencoderKL
@@ -304,6 +330,17 @@ FAMILIES = {
         write=write_autoencoder,
         plain_loop=dit_loop,
         undropped={"class_dropout": 0.0},
+    ),
+    "open_sora": Family(
+        stdit_use_case,
+        on_gpu=(Case("STDiT3-XL/2", "XL/2", 240, 2, num_frames=51),),
+        on_cpu=(
+            Case("STDiT3 tiny", "mini", 64, 16, num_frames=17), Case("STDiT3 small", "mini", 256, 1, num_frames=33),
+        ),
+        write=write_clip_autoencoder,
+        plain_loop=stdit_loop,
+        batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
+        caches_texts=True,
     ),
     "pixart": Family(
         pixart_use_case,

@@ -14,6 +14,7 @@ Their licence has to be accepted on the hub. The text encoder is `google-t5/t5-1
 
 DiT-XL/2 of ImageNet's classes, not for commercial use: dit-256, dit-512. Latte-XL/2, clips of UCF101's classes:
 latte-ucf101. PixArt-alpha: pixart-256, pixart-512, pixart-1024-ms.
+Open-Sora 1.2: open-sora-v3, the network STDiT3-XL/2, and open-sora-vae, its autoencoder.
 
 Stable Cascade:
 essential: what every use case needs (encoder of Stage C's latents, its previewer, Stage A).
@@ -83,7 +84,16 @@ DIT = {f"dit-{size}": ("facebookresearch/DiT", f"DiT-XL-2-{size}x{size}.pt") for
 """Repository and path of each. They are not on the hub, see `ELSEWHERE`."""
 LATTE = {"latte-ucf101": ("maxin-cn/Latte", "ucf101.pt")}
 """Repository and path of each."""
-LOCAL_NAMES = {LATTE["latte-ucf101"]: "Latte-XL-2-256x256-ucf101.pt"}
+OPEN_SORA = {
+    "open-sora-v3": ("hpcai-tech/OpenSora-STDiT-v3", "model.safetensors"),
+    "open-sora-vae": ("hpcai-tech/OpenSora-VAE-v1.2", "model.safetensors"),
+}
+"""Repository and path of each."""
+LOCAL_NAMES = {
+    LATTE["latte-ucf101"]: "Latte-XL-2-256x256-ucf101.pt",
+    OPEN_SORA["open-sora-v3"]: "OpenSora-STDiT-v3.safetensors",
+    OPEN_SORA["open-sora-vae"]: "OpenSora-VAE-v1.2.safetensors",
+}
 """What files are called here whose own names say too little; Open-Sora calls them so, too."""
 PIXART = {
     f"pixart-{name.lower()}": ("PixArt-alpha/PixArt-alpha", f"PixArt-XL-2-{size}.pth")
@@ -99,8 +109,11 @@ LICENCES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/sd-vae-ft-mse-original": "mit", "madebyollin/sdxl-vae-fp16-fix": "mit",
     "PixArt-alpha/PixArt-alpha": "openrail++", "maxin-cn/Latte": "unknown",
+    **{repository: "apache-2.0" for repository, _ in OPEN_SORA.values()},
 }  # fmt: skip
 """By repository. All but `non-commercial` allow commercial use; the openrail licences forbid some uses."""
+ALL = [*STABLE_DIFFUSION, *COSMOS, *DIT, *LATTE, *PIXART, *OPEN_SORA, *SETS]
+"""The sets that may be named."""
 DTYPES = {"bfloat16": "_bf16", "bf16": "_bf16", "float32": "", "fp32": ""}
 
 
@@ -110,16 +123,15 @@ def choose(words: list[str]) -> list[tuple[str, str]]:
     Raises:
         DownloadError: a word is unknown, or none names a set.
     """
-    sets = [*STABLE_DIFFUSION, *COSMOS, *DIT, *LATTE, *PIXART, *SETS]
-    unknown = [word for word in words if word not in sets and word not in DTYPES]
-    if unknown or not any(word in sets for word in words):
+    unknown = [word for word in words if word not in ALL and word not in DTYPES]
+    if unknown or not any(word in ALL for word in words):
         problem = f"{unknown[0]!r} is unknown" if unknown else "nothing to download is named"
-        raise DownloadError(f"{problem}; write any of {', '.join(sets)}, and at most one of {', '.join(DTYPES)}")
+        raise DownloadError(f"{problem}; write any of {', '.join(ALL)}, and at most one of {', '.join(DTYPES)}")
     suffixes = {DTYPES[word] for word in words if word in DTYPES} or {"_bf16"}
     if len(suffixes) > 1:
         raise DownloadError("bfloat16 and float32 are both named; write one of them")
     (suffix,) = suffixes
-    single = STABLE_DIFFUSION | DIT | LATTE | PIXART
+    single = STABLE_DIFFUSION | DIT | LATTE | PIXART | OPEN_SORA
     named = [single[word] for word in words if word in single]
     named += [
         (COSMOS[word][0], path) for word in words if word in COSMOS for path in (COSMOS[word][1], COSMOS_AUTOENCODER)
@@ -182,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         "words",
         nargs="+",
         metavar="SET",
-        help=f"{', '.join([*STABLE_DIFFUSION, *COSMOS, *DIT, *LATTE, *PIXART, *SETS])}; and {', '.join(DTYPES)}",
+        help=f"{', '.join(ALL)}; and {', '.join(DTYPES)}",
     )
     parser.add_argument("--folder", type=local_path, default=Path(__file__).resolve().parent, help="default: models/")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, download nothing")

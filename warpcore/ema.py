@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from warpcore.errors import UserError
+from warpcore.loading import own_rows
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,13 @@ class EMA:
                 )
             if average is not tensors[name]:
                 average.copy_(tensors[name])
+        self.update = update
+
+    @torch.no_grad()
+    def begin_with(self, tensors: Mapping[str, Tensor], update: int) -> None:
+        """Begins, after `update`, with another average than a copy of the weights: whole tensors by name."""
+        for name, average in self._average.items():
+            _local(average).copy_(own_rows(average, tensors[name]))
         self.update = update
 
     def restart(self, update: int) -> None:

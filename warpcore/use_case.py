@@ -73,6 +73,10 @@ class UseCase:
         None in a new run.
         """
 
+    def take_over(self) -> None:
+        """In a new run: take over what another program's run has beside the weights that this one starts from, its
+        averages (`self.averages`) and the number of its updates (`self.update`)."""
+
     def encode(self, batch: Batch, random: SampleRandom) -> Any:
         """Turn a batch into what `loss` needs, without gradients."""
         return batch
@@ -185,6 +189,8 @@ class UseCase:
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self.averages = averages(trained, config)
         self.state = TrainedState(trained, self.averages, self.optimizers, self.bookkeeping)
+        if saved is None:
+            self.take_over()
 
     def _thinned(self) -> list[Tensor]:
         """The weights of whose gradients only the largest are kept."""

@@ -30,7 +30,8 @@ class OpenSoraSettings(VersionSettings):
     """Which network of Open-Sora 1.2, and where its parts are.
 
     `generator_checkpoint_path` takes a published file or folder, a name of the Hugging Face hub
-    (`hpcai-tech/OpenSora-STDiT-v3`), a file that a run exported, or a run's folder.
+    (`hpcai-tech/OpenSora-STDiT-v3`), a file that a run exported, or a run's folder. A new run goes on from a
+    checkpoint of the published program (`epoch0-global_step500`) with its average, and counts its updates.
     """
 
     needs = {

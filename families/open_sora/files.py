@@ -1,6 +1,8 @@
 """Weights of STDiT3: published files, and what runs export."""
 
+import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,9 +11,13 @@ from torch import Tensor
 from families.common.library_files import read_tensors
 from families.common.weights import WeightsError, read_weights
 from families.open_sora.versions import VERSIONS
+from warpcore.safe_json import read_object
 
 EMPTY, ROTATION = "y_embedder.y_embedding", "rope.freqs"
 _NEEDED = {"patch": "x_embedder.proj.weight", "text": "y_embedder.y_proj.fc1.weight"}
+MODEL, STATES = "model", "running_states.json"
+"""In the folder of a checkpoint of the published program (`epoch0-global_step500`): its weights, and its counters."""
+AVERAGES = ("ema.safetensors", "ema.pt")
 _PARTS = ("spatial_blocks.0.attn.qkv.weight", "temporal_blocks.0.attn.qkv.weight")
 
 
@@ -46,6 +52,7 @@ def version_in(path: Path, key: str) -> str | None:
 
 def _read(path: Path, key: str) -> dict[str, Tensor]:
     """All tensors, which are mapped into memory."""
+    path = path / MODEL if (path / MODEL).is_dir() else path
     tensors = read_tensors(path, key) if path.is_dir() else read_weights(path, key)
     if not is_of_stdit3(tensors):
         held = ", ".join(sorted(tensors)[:3]) or "nothing"
@@ -72,3 +79,42 @@ def _with_length(tensors: Mapping[str, Tensor], length: int) -> dict[str, Tensor
         return dict(tensors)
     rows = torch.cat([empty, empty[-1:].expand(max(length - len(empty), 0), -1)])[:length]
     return dict(tensors) | {EMPTY: rows}
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A checkpoint of the published program, beside its weights."""
+
+    folder: Path
+    updates: int
+    """That were made."""
+    average: Path | None
+    """The file of the averaged weights."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """What is in it that a run of ours does not take over."""
+        taken = {MODEL, STATES, *AVERAGES}
+        return sorted(path.name for path in self.folder.iterdir() if path.name not in taken)
+
+
+def published_run(path: Path | None, key: str) -> PublishedRun | None:
+    """The checkpoint of the published program in a folder; None for anything else.
+
+    Raises:
+        UserError: nothing says how many updates were made.
+    """
+    if path is None or not (path / MODEL).is_dir():
+        return None
+    states = read_object(path / STATES, f"{key}: {path / STATES}") if (path / STATES).is_file() else {}
+    named = re.search(r"global_step(\d{1,9})$", path.name)
+    updates = states.get("global_step", int(named[1]) if named else None)
+    if type(updates) is not int or not 0 <= updates < 2**31:
+        raise WeightsError(f"{key}: {path} does not say how many updates were made: its name ends with no "
+                           f"global_step500, and {STATES} has no global_step")  # fmt: skip
+    return PublishedRun(path, updates, next((path / name for name in AVERAGES if (path / name).is_file()), None))
+
+
+def read_average(run: PublishedRun, key: str, model_version: str) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint of the published program. Errors as in `read_stdit3`."""
+    return _with_length(_read(run.average, key), VERSIONS[model_version].text_length)

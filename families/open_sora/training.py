@@ -14,15 +14,19 @@ from families.common.clip_training import CLIP_SETTINGS, ClipTraining
 from families.common.features import Feature, lengths_name, stored
 from families.common.pictures import to_pictures, to_uint8
 from families.common.prompt_samples import PromptSamples
+from families.common.weight_files import GENERATOR
+from families.common.weights import are_only_shapes, check_names
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder, autoencoder_files, latents_of
 from families.open_sora.conditions import FEATURE, Conditions, TargetAlone, of_clips, told
 from families.open_sora.config import DEFAULT_FPS, TARGET, OpenSoraConfig
+from families.open_sora.files import MODEL, published_run, read_average
 from families.open_sora.sampling import draw_clips
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.frame_masks import frame_masks
+from warpcore.errors import UserError
 from warpcore.random import SampleRandom, stable_hash
 from warpcore.transfer import to_device
 
@@ -37,12 +41,42 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
     family = "open_sora"
     drawn_with = frozenset({"autoencoder"})
     default_target = TARGET
+    taken_over: str | None = None
+    """What was taken over of a checkpoint of the published program, as a line."""
 
     def said_target(self) -> str | None:
         return TARGET
 
     def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
         return build.process(self.config, loss_weight, self.config.offset_noise)
+
+    def take_over(self) -> None:
+        """Of a checkpoint of the published program: its average, and the number of its updates."""
+        config = self.config
+        if self.frozen_base or are_only_shapes():
+            return
+        if (run := published_run(config.generator_checkpoint_path, GENERATOR)) is None:
+            return
+        if run.updates >= config.updates:
+            raise UserError(
+                f"{GENERATOR}: {run.folder} is at update {run.updates}, from which this run goes on, and updates is "
+                f"{config.updates}; write a larger number, or name {run.folder / MODEL}, whose weights count from 0"
+            )
+        self.update, taken = run.updates, ["weights"]
+        for average in self.averages.values() if run.average is not None else ():
+            tensors = read_average(run, GENERATOR, config.model_version)
+            check_names(self.networks["generator"].state_dict(), tensors, run.average, GENERATOR)
+            average.begin_with(tensors, run.updates)
+            taken.append("average")
+        self.taken_over = (
+            f"{run.folder}: {', '.join(taken)} and {run.updates} updates are taken over; not taken: "
+            f"{', '.join(run.left_out) or 'nothing'}, so the optimizer and the data begin from scratch"
+        )
+
+    def setup(self) -> None:
+        super().setup()
+        if self.taken_over:
+            self.progress.say(self.taken_over)
 
     # ---------------------------------------------------------------- features
 

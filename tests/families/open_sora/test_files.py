@@ -15,6 +15,8 @@ from families.open_sora.files import EMPTY
 from families.registry import family_of
 from tests.clips import write_clips
 from tests.families.open_sora.tiny import random_network, small_settings
+from tests.warpcore.runs import read_metrics
+from train.train_stdit import TrainStdit
 from train.train_stdit_lora import TrainStditLora
 from warpcore.config import make_config
 from warpcore.errors import UserError
@@ -91,3 +93,37 @@ def test_a_lora_is_trained_exported_and_merged(small_mini, tmp_path, monkeypatch
     merged, before = loaded(tmp_path / "merged.pth"), random_network().state_dict()
     changed = {name for name, one in before.items() if not torch.equal(merged[name], one)}
     assert changed == {name for name in before if "attn." in name and name.endswith("weight") and "norm" not in name}
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_the_published_program(small_mini, tmp_path, capfd):
+    """Weights, average and number of updates come; that nothing is left is told, and how to begin at 0."""
+    state, folder = random_network().state_dict(), tmp_path / "epoch1-global_step500"
+    average = {name: tensor + 1 for name, tensor in state.items()}
+    (folder / "model").mkdir(parents=True)
+    (folder / "optimizer").mkdir()
+    save_file(state, folder / "model" / "model.safetensors")
+    torch.save(average, folder / "ema.pt")
+    (folder / "running_states.json").write_text(json.dumps({"epoch": 1, "step": 3, "global_step": 501}))
+    given = small_settings(
+        tmp_path, write_clips(tmp_path / "a.tar", 4, frames=9), updates=502, ema_start_iters=0, ema_beta=0.75,
+        generator_checkpoint_path=str(folder), lr=1e-12, weight_decay=0,
+    )  # fmt: skip
+    assert TrainStdit(make_config(TrainStdit.Config, given)).run() == 0
+    told = " ".join(capfd.readouterr().err.split())
+    assert "weights, average and 501 updates are taken over; not taken: optimizer, so" in told
+    (line,) = read_metrics(given)
+    assert line["update"] == 502
+    runs = tmp_path / "runs" / "run"
+    weights = load_file(runs / "generator.safetensors")
+    assert all(torch.allclose(weights[name], one, rtol=0, atol=1e-6) for name, one in state.items())
+    found = load_file(runs / "generator_ema.safetensors")
+    for name, tensor in state.items():
+        trained = name not in (EMPTY, "rope.freqs")
+        torch.testing.assert_close(found[name], tensor + 0.75 if trained else tensor)
+    again = given | {"experiment_id": "again", "updates": 501}
+    with pytest.raises(UserError, match=r"is at update 501.* updates is 501; write a larger number, or name .*model"):
+        TrainStdit(make_config(TrainStdit.Config, again)).run()
+    (folder / "running_states.json").unlink()
+    folder = folder.rename(tmp_path / "some")
+    with pytest.raises(UserError, match="does not say how many updates were made"):
+        TrainStdit(make_config(TrainStdit.Config, again | {"generator_checkpoint_path": str(folder)})).run()
