@@ -9,11 +9,10 @@ diffusers of it.
 """
 
 import warpcore.openmp
-import json
 
 from torch import nn
 
-from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.common.library_files import said_config
 from families.common.techniques.transformer import TransformerTechniques
 from families.cosmos import build
 from families.cosmos.config import CosmosConfig
@@ -28,8 +27,7 @@ class TrainCosmos(TransformerTechniques, CosmosTraining):
         return self.with_techniques(build.transformer(self.config)) | self.needed_encoders()
 
     def file_metadata(self) -> dict[str, str]:
-        config = constructor_numbers(dict(self.networks["generator"].config))
-        return super().file_metadata() | {CONFIG_KEY: json.dumps(config)}
+        return super().file_metadata() | said_config(self.networks["generator"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.features import PICTURE_SETTINGS, Feature, stored
-from families.common.library_files import CONFIG_KEY, constructor_numbers
+from families.common.library_files import CONFIG_KEY, said_config
 from families.stable_diffusion import build
 from families.stable_diffusion.components import ZERO_SNR_KEY
 from families.stable_diffusion.conditions import SIZES, TEXT, sizes_of, told
@@ -103,11 +103,10 @@ class TrainSd(SdTraining):
         return {"generator": self.networks["generator"].state_dict()} | own
 
     def file_metadata(self) -> dict[str, str]:
-        config = constructor_numbers(dict(self.networks["generator"].config))
         zero_snr = json.dumps(self.config.zero_terminal_snr)
         texts = encoders_by_name(self.networks["text"]) if self.config.trains_text_encoders else {}
         own = {f"{name}_{CONFIG_KEY}": json.dumps(encoder.config) for name, encoder in texts.items()}
-        return super().file_metadata() | {CONFIG_KEY: json.dumps(config), ZERO_SNR_KEY: zero_snr} | own
+        return super().file_metadata() | said_config(self.networks["generator"]) | {ZERO_SNR_KEY: zero_snr} | own
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A cache stores moments, not latents, so that each draw of a sample has its own l
 into latents: a run from caches needs no autoencoder for it.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from families.common.library_files import (
-    CONFIG_KEY,
     component_folder,
     construct,
-    constructor_numbers,
     fill,
     read_config,
     read_tensors,
+    said_config,
 )
 from families.common.precision import FrozenNetwork, freeze
 from families.common.weights import are_only_shapes
@@ -217,7 +215,7 @@ class Autoencoder(FrozenNetwork):
 
     def metadata_to_save(self) -> dict[str, str]:
         """The config, as metadata of a safetensors file: `load` reads it there."""
-        return {CONFIG_KEY: json.dumps(constructor_numbers(self.model.config))}
+        return said_config(self.model)
 
     @torch.no_grad()
     def moments(self, pictures: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Nothing is run that a file contains, and nothing is downloaded: paths are local.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +86,11 @@ def read_config(path: Path, key: str) -> dict[str, Any] | None:
 def constructor_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what diffusers and transformers note beside the numbers (`_class_name`, ...)."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def said_config(network: Any) -> dict[str, str]:
+    """What a file of weights says of a network of diffusers, so that it is built again: its config."""
+    return {CONFIG_KEY: json.dumps(constructor_numbers(dict(network.config)))}
 
 
 def class_names(config: Mapping[str, Any]) -> set[str]:

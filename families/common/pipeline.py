@@ -4,20 +4,25 @@ Pictures, their latents and everything between them are lists of tensors on the 
 may have different sizes. A pipeline loads one network, works through them all in batches, and frees it.
 """
 
+import logging
 import resource
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from families.common.autoencoders import Autoencoder
+from families.common.captions import cut_note
 from families.common.inference import ComputeSettings
 from warpcore.config import Settings
 from warpcore.processes import choose_device, choose_dtype
 from warpcore.progress_bar import ProgressBar
+
+logger = logging.getLogger(__name__)
 
 Network = TypeVar("Network", bound=nn.Module)
 Size = tuple[int, int]
@@ -98,6 +103,24 @@ class LatentPipeline(Pipeline):
     def __init__(self, settings: ComputeSettings, loras: Sequence = ()):
         super().__init__(settings)
         self.loras = loras
+
+    def read_texts(
+        self, make: Callable[..., Network], texts: Sequence[str], told: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The conditions of texts (N, ...) by the denoiser's names, on the CPU; texts that are cut are named.
+
+        Args:
+            make: builds the text encoder from the settings, for a `device`.
+            told: conditions of some texts, of their states (B, L, D) and numbers of tokens (B,), on the CPU.
+        """
+        most, parts = self.settings.batch_size, []
+        with self.holding("text encoder", partial(make, device=self.device)) as encoder:
+            for note in cut_note(encoder, texts, "prompts"):
+                logger.warning(note)
+            for start in range(0, len(texts), most):
+                made = encoder(list(texts[start : start + most]))
+                parts.append(told(made.hidden.cpu(), made.lengths.cpu()))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, latents: Sequence[Tensor], tiled: bool = False) -> list[Tensor]:
         """Pictures (3, H, W) in [0, 1] of scaled latents (C, h, w)."""

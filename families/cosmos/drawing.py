@@ -1,22 +1,17 @@
 """Drawing with Cosmos-Predict2: text encoder, denoiser, autoencoder, one in memory at a time."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from families.common.captions import cut_note
 from families.common.pipeline import LatentPipeline, Size
 from families.common.t5 import padded
 from families.common.transformer_lora import built_with
 from families.cosmos import build
 from families.cosmos.sampling import draw
 from families.cosmos.training import TEXT
-
-logger = logging.getLogger(__name__)
 
 
 class CosmosNetworks(LatentPipeline):
@@ -26,13 +21,10 @@ class CosmosNetworks(LatentPipeline):
 
     def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The text conditions (N, L, D) of texts, by the denoiser's name; zeros of the empty one."""
-        make = partial(build.text_encoder, device=self.device)
-        most, length = self.settings.batch_size, self.settings.version.text_length
-        with self.holding("text encoder", make) as encoder:
-            for note in cut_note(encoder, texts, "prompts"):
-                logger.warning(note)
-            parts = [encoder(texts[start : start + most]).hidden.cpu() for start in range(0, len(texts), most)]
-        return {TEXT: torch.cat([padded(part.float(), length) for part in parts])}
+        length = self.settings.version.text_length
+        return self.read_texts(
+            build.text_encoder, texts, lambda hidden, lengths: {TEXT: padded(hidden.float(), length)}
+        )
 
     def draw(
         self,

@@ -1,6 +1,5 @@
 """What Cosmos-Predict2 exports: the formats of `tools/export.py`."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from families.common import transformer_exports
 from families.common.exports import OTHER_NAME, print_sizes
-from families.common.library_files import CONFIG_KEY, constructor_numbers, save_library_folder
+from families.common.library_files import said_config, save_library_folder
 from families.common.transformer_exports import opened
 from families.common.weight_files import FAMILY_KEY, TARGET_KEY
 from families.cosmos import build
@@ -43,8 +42,7 @@ def to_published(source: Path, target: Path, arguments: list[str]) -> None:
     tensors = {PREFIX + name: tensor for name, tensor in published_tensors(tensors, head_size).items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
-        config = json.dumps(constructor_numbers(dict(network.config)))
-        write_weights(target, tensors, about(settings) | {CONFIG_KEY: config})
+        write_weights(target, tensors, about(settings) | said_config(network))
     else:
         write_pytorch_file(target, tensors, dtype, unchanged={PREFIX + name for name in buffers(head_size)})
     print_sizes([target])

@@ -1,6 +1,5 @@
 """Drawing with PixArt-alpha: text encoder, denoiser, autoencoder, one in memory at a time."""
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -8,17 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from families.common.captions import cut_note
 from families.common.features import lengths_name
 from families.common.pipeline import LatentPipeline, Size
 from families.common.sampling import draw_latents
 from families.common.transformer_lora import built_with
 from families.dit import build, pixart_build
 from families.dit.autoencoder import autoencoder, latents_of
-from families.dit.pixart_conditions import FEATURE, MASK, TEXT, own_empty_text, told, whole_pictures, without_text
+from families.dit.pixart_conditions import FEATURE, own_empty_text, told, whole_pictures, without_text
 from families.dit.training import latent_shape
-
-logger = logging.getLogger(__name__)
 
 
 class PixartNetworks(LatentPipeline):
@@ -28,15 +24,12 @@ class PixartNetworks(LatentPipeline):
 
     def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The text conditions of texts, by the denoiser's names."""
-        make = partial(pixart_build.text_encoder, device=self.device)
-        most, length, parts = self.settings.batch_size, self.settings.version.text_length, []
-        with self.holding("text encoder", make) as encoder:
-            for note in cut_note(encoder, texts, "prompts"):
-                logger.warning(note)
-            for start in range(0, len(texts), most):
-                made = encoder(list(texts[start : start + most]))
-                parts.append(told({FEATURE: made.hidden.cpu(), lengths_name(FEATURE): made.lengths.cpu()}, length))
-        return {name: torch.cat([part[name] for part in parts]) for name in (TEXT, MASK)}
+        length = self.settings.version.text_length
+        return self.read_texts(
+            pixart_build.text_encoder,
+            texts,
+            lambda hidden, lengths: told({FEATURE: hidden, lengths_name(FEATURE): lengths}, length),
+        )
 
     def draw(
         self,

@@ -1,6 +1,5 @@
 """Drawing with Open-Sora 1.2: text encoder, denoiser, autoencoder, one in memory at a time."""
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from families.common.captions import cut_note
 from families.common.features import lengths_name
 from families.common.pipeline import LatentPipeline
 from families.common.transformer_lora import built_with
@@ -16,8 +14,6 @@ from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder, latents_of
 from families.open_sora.conditions import FEATURE, Conditions, TargetAlone, of_clips, told
 from families.open_sora.sampling import draw_clips
-
-logger = logging.getLogger(__name__)
 
 
 class OpenSoraNetworks(LatentPipeline):
@@ -27,15 +23,12 @@ class OpenSoraNetworks(LatentPipeline):
 
     def read(self, texts: Sequence[str]) -> Conditions:
         """The text conditions of texts, by the denoiser's names, on the CPU."""
-        make = partial(build.text_encoder, device=self.device)
-        most, length, parts = self.settings.batch_size, self.settings.version.text_length, []
-        with self.holding("text encoder", make) as encoder:
-            for note in cut_note(encoder, texts, "prompts"):
-                logger.warning(note)
-            for start in range(0, len(texts), most):
-                made = encoder(list(texts[start : start + most]))
-                parts.append(told({FEATURE: made.hidden.cpu(), lengths_name(FEATURE): made.lengths.cpu()}, length))
-        return {name: torch.cat([part[name] for part in parts]) for name in ("y", "mask")}
+        length = self.settings.version.text_length
+        return self.read_texts(
+            build.text_encoder,
+            texts,
+            lambda hidden, lengths: told({FEATURE: hidden, lengths_name(FEATURE): lengths}, length),
+        )
 
     def draw(
         self,

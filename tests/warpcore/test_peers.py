@@ -104,7 +104,6 @@ COMMANDS = {
         "device=cpu",
         "generator_checkpoint_path=/nowhere",
     ],
-    "train/train_sd.py": [str(ROOT / "configs/training/quickstart_sd.yaml"), "device=cpu", "webdataset_path=/nowhere"],
     "tools/cache.py": [str(ROOT / "train/train_c.py"), CASCADE, "cache", "device=cpu", "webdataset_path=/nowhere"],
     "tools/index_dataset.py": ["/nowhere"],
     "tools/build_dataset.py": ["/nowhere", "out"],
