@@ -36,7 +36,7 @@ from families.common.captions import CLIP_LENGTH, is_cut
 from families.common.members import SIDE_MEMBERS
 from modules.tokenizers import BytePairTokenizer
 from tools.arguments import local_path, positive
-from tools.dataset_report import Checked, Report
+from tools.dataset_report import Checked, Report, is_animation
 from tools.metadata import FORMATS
 from tools.picture_folder import Entry, find_entries
 from tools.picture_sample import Outcome, Unusable, load_samples, load_samples_again
@@ -45,7 +45,7 @@ from tools.shared_work import ALONE, SharedWork
 from tools.video_parts import WHOLE, Parts
 from warpcore.data.catalog import write_manifests
 from warpcore.data.index import Summary
-from warpcore.data.samples import VIDEO_EXTENSIONS, visual_member
+from warpcore.data.samples import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS, visual_member
 from warpcore.data.shards import Shard
 from warpcore.data.video_headers import read_header
 from warpcore.errors import UserError, run_script
@@ -123,7 +123,8 @@ def _checked(outcome: Outcome, tokenizer: BytePairTokenizer | None) -> "Checked 
     is_long = tokenizer is not None and is_cut(tokenizer, CLIP_LENGTH, caption)
     visual = visual_member(members)
     video = read_header(io.BytesIO(members[visual])) if visual in VIDEO_EXTENSIONS else None
-    return Checked(size, {name: len(content) for name, content in members.items()}, not caption, is_long, video)
+    moves = visual in PICTURE_EXTENSIONS and is_animation(members[visual])
+    return Checked(size, {name: len(content) for name, content in members.items()}, not caption, is_long, video, moves)
 
 
 def _build_alone(

@@ -1,15 +1,18 @@
 """The report of tools/build_dataset.py: what became of the pictures and videos of a folder."""
 
+import io
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from families.common.captions import CLIP_LENGTH
 from families.common.members import SIDE_MEMBERS
 from tools.picture_folder import Entry
 from warpcore.data.picture_files import SHOWN, LeftOut
-from warpcore.data.samples import VISUAL_EXTENSIONS
+from warpcore.data.samples import FORMATS, VISUAL_EXTENSIONS
 from warpcore.data.tars import clean
 from warpcore.data.video_headers import Header
 from warpcore.errors import UserError
@@ -32,6 +35,8 @@ class Checked:
     """Whether its caption loses its end in the text encoder."""
     video: Header | None
     """Of a video."""
+    is_animation: bool = False
+    """Whether it is a picture file with several frames, of which the first is taken."""
 
 
 @dataclass
@@ -42,6 +47,8 @@ class Report:
     """(width, height) in px of those that were kept."""
     videos: list[Header] = field(default_factory=list)
     """Of those of them that are videos."""
+    animations: list[str] = field(default_factory=list)
+    """Pictures in whose files are further frames."""
     left_out: LeftOut = field(default_factory=LeftOut)
     members: Counter[str] = field(default_factory=Counter)
     """How many of those that were kept have a member such as `txt` or `mask.png`."""
@@ -68,6 +75,8 @@ class Report:
         self.members.update(checked.members.keys())
         if "txt" not in checked.members:
             self.without_caption.append(name)
+        if checked.is_animation:
+            self.animations.append(name)
         if checked.is_empty:
             self.empty_captions.append(name)
         if checked.is_long:
@@ -89,6 +98,11 @@ class Report:
         if beside := ", ".join(f"{self.members[name]} .{name}" for name in SIDE_MEMBERS if self.members[name]):
             lines.append(f"  beside them: {beside}")
         lines += [f"  {note}" for note in self.notes]
+        if self.animations:
+            lines.append(
+                f"  several frames in a picture's file: {len(self.animations)} ({_first(self.animations)}); the first "
+                "one is taken: convert them to .mp4 to train on clips"
+            )
         if self.without_caption:
             lines.append(
                 f"  no caption: {len(self.without_caption)} ({_first(self.without_caption)}); training with captions "
@@ -133,7 +147,14 @@ def _megapixels(pixels: float) -> str:
     return f"{pixels / 1e6:.2f}" if pixels >= 1e5 else f"{pixels / 1e6:.2g}"
 
 
+def is_animation(content: bytes) -> bool:
+    """Whether the file of a picture, which can be decoded, holds several frames or pages."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return getattr(image, "is_animated", False)
+
+
 def _first(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))  # a video has one for each of its parts
     return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import av
 import numpy as np
@@ -284,3 +285,17 @@ def test_damaged_frames_are_no_pictures_and_are_named(folder, tmp_path):
     report = build_dataset(folder, tmp_path / "out", parts=Parts(frames_every=1))
     assert "kept 64 pictures" in str(report)
     assert "left out 1\n  1 unreadable (" in str(report)
+
+
+def test_animations_in_pictures_files_are_told_and_parts_of_a_video_are_named_once(folder, tmp_path, capsys):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
+    for name in ("moving.gif", "turning.webp"):
+        frames[0].save(folder / name, save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "still.webp")
+    (folder / "5long.mp4").write_bytes(video(60, options={"g": "10"}))
+    main([str(folder), str(tmp_path / "out"), "--cut", "0.5"])
+    told = capsys.readouterr().out
+    named = re.search(r"several frames in a picture's file: 2 \((.*)\); the first one is taken: convert them", told)[1]
+    assert sorted(named.split(", ")) == ["moving.gif", "turning.webp"]
+    (line,) = (line for line in told.splitlines() if "no caption: " in line)
+    assert line.count("5long.mp4") == 1

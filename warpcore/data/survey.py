@@ -105,8 +105,12 @@ def _values_in(catalog: Catalog, piece: Piece, names: list[str]) -> Iterator[tup
 def _range(values: list) -> str:
     numbers = [value for value in values if not isinstance(value, str)]
     texts = [value[:40] for value in values if isinstance(value, str)]
-    shown = [f"{min(kind)!r} .. {max(kind)!r}" for kind in (numbers, texts) if kind]
+    shown = [f"{_told(min(kind))} .. {_told(max(kind))}" for kind in (numbers, texts) if kind]
     return " and ".join(shown) or "empty"
+
+
+def _told(value: float | str) -> str:
+    return f"{value:.7g}" if isinstance(value, float) else repr(value)  # columns of videos are float32
 
 
 def hold_out(catalog: Catalog, selection: Selection, count: int, candidates: int = 262_144) -> dict[int, np.ndarray]:
