@@ -14,48 +14,36 @@ All on a tiny network, on the CPU over gloo; tests/warpcore/test_chaos.py runs i
 import argparse
 import io
 import json
-import multiprocessing
-import os
 import random
 import re
 import shutil
-import signal
-import socket
 import struct
-import sys
 import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
-from warpcore.config import make_config
+from benchmarks.disturbed_runs import (
+    COUNTS,
+    FIRST_UPDATES,
+    TIMEOUT_SECONDS,
+    Difference,
+    disturb,
+    folder_of,
+    preload,
+    train,
+)
 from warpcore.core import Losses, WarpCore
 
-COUNTS = (1, 2, 4)
-"""Numbers of processes; each divides the micro-batches of an update."""
 UPDATES_PER_KILL = 10
-KILLS_PER_EARLY_ONE = 8
-"""One kill in so many hits a run that has not begun to train."""
-TIMEOUT_SECONDS = 15.0
-"""How long a process waits for one that was killed before they met."""
-MARGIN_SECONDS = 60.0
-"""What starting and ending may take besides, on a busy machine."""
-FIRST_UPDATES = 20
 LOSS_EDGES = (FIRST_UPDATES, 50, 100, 200, 500, 1000)
-
-# Processes are forked from a server; `main` lets it import the slow things once.
-_CONTEXT = multiprocessing.get_context("forkserver")
-
 
 # --- the run
 
@@ -90,84 +78,6 @@ def settings_of(folder: Path, data: Path, **changes) -> dict:
     } | changes  # fmt: skip
 
 
-class Started:
-    """One start of a run on `count` processes, as a launcher makes it. What they print goes to `log.txt`.
-
-    Args:
-        environment: variables of the processes; they have those of the server that they are forked from otherwise.
-    """
-
-    def __init__(self, settings: dict, count: int, environment: Mapping[str, str] | None = None):
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        self.log = _folder(settings).parent / "log.txt"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.processes = [
-            _CONTEXT.Process(target=_run, args=(rank, count, port, settings, self.log, environment or {}))
-            for rank in range(count)
-        ]
-        for process in self.processes:
-            process.start()
-
-    @property
-    def running(self) -> bool:
-        return all(process.exitcode is None for process in self.processes)
-
-    def send(self, rank: int, number: signal.Signals) -> None:
-        os.kill(self.processes[rank].pid, number)
-
-    def finish(self, seconds: float) -> list[int]:
-        """The exit codes once all have ended by themselves; none is left. Raises TimeoutError for one that hangs."""
-        deadline = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        if None in codes:
-            told = self.log.read_text(encoding="utf-8")[-4000:]
-            raise TimeoutError(f"process {codes.index(None)} of {len(codes)} still ran after {seconds:.0f} s:\n{told}")
-        return codes
-
-
-def _run(rank: int, count: int, port: int, settings: dict, log: Path, environment: Mapping[str, str]) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, sys.stdout.fileno())
-    os.dup2(file, sys.stderr.fileno())
-    torch.set_num_threads(1)
-    os.environ |= environment | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    raise SystemExit(Denoiser(make_config(Denoiser.Config, settings)).run())
-
-
-def train(settings: dict, count: int, environment: Mapping[str, str] | None = None) -> list[dict]:
-    """Train to the end; returns the lines of metrics.jsonl."""
-    started = Started(settings, count, environment)
-    codes = started.finish(MARGIN_SECONDS + settings["updates"])
-    if any(codes):
-        raise RuntimeError(f"exit codes {codes}:\n{started.log.read_text(encoding='utf-8')[-4000:]}")
-    return read_metrics(settings)
-
-
-def read_metrics(settings: dict) -> list[dict]:
-    """The lines so far; one that is being written is left out."""
-    path = _folder(settings) / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        if path.exists()
-        else []
-    )
-
-
-def _folder(settings: dict) -> Path:
-    """Where the run writes on this machine, whether or not that is sent to S3."""
-    return make_config(Denoiser.Config, settings).run_folder
-
-
 # --- the same run on more processes
 
 
@@ -192,69 +102,17 @@ def compare_counts(folder: Path, updates: int) -> dict[int, dict[str, float]]:
 # --- kills
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Between two runs that should be the same."""
-
-    wrong_samples: int
-    """Updates that did not see the samples of the other run."""
-    early_loss: float
-    """The largest difference of a loss within the first updates."""
-    late_loss: float
-    """The same after them."""
-    weights: float
-    """The largest difference of a weight, or of an averaged one, at the end."""
-
-    @classmethod
-    def between(cls, settings: dict, other: dict) -> "Difference":
-        lines, others = read_metrics(settings), read_metrics(other)
-        if [line["update"] for line in lines] != [line["update"] for line in others]:
-            raise RuntimeError(f"{_folder(settings)} has other updates than {_folder(other)}")
-        losses = [abs(line["loss"] - same["loss"]) for line, same in zip(lines, others, strict=True)]
-        weights = [
-            (load_file(_folder(settings) / name)[key] - tensor).abs().max().item()
-            for name in ("generator.safetensors", "generator_ema.safetensors")
-            for key, tensor in load_file(_folder(other) / name).items()
-        ]
-        return cls(
-            sum(line["samples_hash"] != same["samples_hash"] for line, same in zip(lines, others, strict=True)),
-            max(losses[:FIRST_UPDATES]), max(losses[FIRST_UPDATES:], default=0.0), max(weights),
-        )  # fmt: skip
-
-
 def kill_again_and_again(folder: Path, kills: int, seed: int) -> Difference:
     """Train to the end in spite of `kills` kills, and compare with an undisturbed run on one process.
 
     `seed` decides who is killed when and how many processes start; the moments themselves are as exact as a clock is.
     """
-    chance = random.Random(seed)
     data = write_data(folder / "data", num_samples=120)
     updates = UPDATES_PER_KILL * kills
     whole, killed = (settings_of(folder / name, data, updates=updates) for name in ("whole", "killed"))
     train(whole, 1)
-    for number, update in enumerate(sorted(chance.randrange(updates) for _ in range(kills))):
-        started = Started(killed, chance.choice(COUNTS))
-        if number % KILLS_PER_EARLY_ONE == KILLS_PER_EARLY_ONE // 2:
-            time.sleep(chance.uniform(0.0, 2.0))
-        else:
-            while started.running and _last_update(killed) < update:
-                time.sleep(0.02)
-            time.sleep(chance.uniform(0.0, 0.1))
-        victim = chance.randrange(len(started.processes))
-        started.send(victim, signal.SIGKILL)
-        print(f"kill {number + 1} of {kills}, at update {_last_update(killed)}", file=sys.stderr, flush=True)
-        codes = started.finish(TIMEOUT_SECONDS + MARGIN_SECONDS)
-        if codes[victim] != -signal.SIGKILL and any(codes):
-            raise RuntimeError(
-                f"exit codes {codes} before the kill:\n{started.log.read_text(encoding='utf-8')[-4000:]}"
-            )
-    train(killed, chance.choice(COUNTS))
+    disturb(killed, COUNTS, random.Random(seed), kills)
     return Difference.between(killed, whole)
-
-
-def _last_update(settings: dict) -> int:
-    lines = read_metrics(settings)
-    return lines[-1]["update"] if lines else 0
 
 
 # --- damage
@@ -351,11 +209,11 @@ def train_on_damaged_data(folder: Path, count: int) -> Told:
         folder / str(count), data, batch_size=32, micro_batch_size=8, updates=4 * len(DAMAGE), max_bad_samples=8
     )
     lines = train(settings, count)
-    log = (_folder(settings).parent / "log.txt").read_text(encoding="utf-8")
+    log = (folder_of(settings).parent / "log.txt").read_text(encoding="utf-8")
     return Told(
         re.search(r"training data: (.*)", log)[1].strip(),
         tuple(sorted(re.findall(r"bad sample \S*/(\d+\.tar/.*?): (.*?)\s*$", log, re.MULTILINE))),
-        json.loads((_folder(settings) / "info.json").read_text(encoding="utf-8"))["bad_samples"],
+        json.loads((folder_of(settings) / "info.json").read_text(encoding="utf-8"))["bad_samples"],
         tuple(line["samples_hash"] for line in lines),
     )
 
@@ -366,7 +224,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=200, help="of the runs on 1, 2 and 4 processes")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    _CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "warpcore.core"])
+    preload("warpcore.core")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         apart = compare_counts(folder / "elastic", given.updates)

@@ -43,7 +43,7 @@ SCRIPTS: dict[str, dict] = {
     },
     "train_cosmos": {"text_encoder_precision": "float32"},
     "train_cosmos_lora": {"rank": 4, "text_encoder_precision": "float32"},
-    "train_dit": {"class_getter": ["key", "lambda k: k[-1]"], "class_names": list("01234567")},
+    "train_dit": {"class_getter": ["key", "lambda k: int(k) % 8"], "class_names": list("01234567")},
     "train_latte": {"num_classes": len(MOTIONS), "num_frames": 4, "frame_stride": 4},
     "train_pixart": {"text_encoder_precision": "float32"},
     "train_pixart_lora": {"rank": 4, "text_encoder_precision": "float32"},

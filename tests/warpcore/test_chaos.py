@@ -3,7 +3,8 @@
 import pytest
 
 import tests.many_processes  # noqa: F401  (makes processes start quickly)
-from benchmarks.chaos import COUNTS, DAMAGE, kill_again_and_again, train_on_damaged_data
+from benchmarks.chaos import DAMAGE, kill_again_and_again, train_on_damaged_data
+from benchmarks.disturbed_runs import COUNTS
 
 pytestmark = pytest.mark.slow
 

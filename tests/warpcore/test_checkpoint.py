@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import tests.many_processes  # noqa: F401  (makes processes start quickly)
-from benchmarks.chaos import Difference, Started, read_metrics, settings_of, train, write_data
+from benchmarks.chaos import settings_of, write_data
+from benchmarks.disturbed_runs import Difference, Started, read_metrics, train
 from tests.warpcore.runs import numbers, tiny_settings, train_here, write_shard
 from warpcore.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from warpcore.processes import Processes

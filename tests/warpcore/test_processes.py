@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.chaos import FIRST_UPDATES, Difference, Started, read_metrics, settings_of, train, write_data
+from benchmarks.chaos import settings_of, write_data
+from benchmarks.disturbed_runs import FIRST_UPDATES, Difference, Started, read_metrics, train
 from tests.many_processes import launch_processes
 from tests.warpcore.runs import finish, start, tiny_settings, write_shard
 from tests.warpcore.runs import read_metrics as read_tiny_metrics

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import chaos
-from benchmarks.chaos import Difference, Started, read_metrics, settings_of, train, write_data
+from benchmarks.chaos import settings_of, write_data
+from benchmarks.disturbed_runs import Difference, Started, read_metrics, train
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.many_processes import launch_processes
 from tests.s3_server import Bucket, talk_to
