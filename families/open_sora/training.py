@@ -14,6 +14,7 @@ from families.common.clip_training import CLIP_SETTINGS, ClipTraining
 from families.common.features import Feature, lengths_name, stored
 from families.common.pictures import to_pictures, to_uint8
 from families.common.prompt_samples import PromptSamples
+from families.common.sampling import sample_seeds
 from families.common.weight_files import GENERATOR
 from families.common.weights import are_only_shapes, check_names
 from families.open_sora import build
@@ -27,7 +28,7 @@ from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.frame_masks import frame_masks
 from warpcore.errors import UserError
-from warpcore.random import SampleRandom, stable_hash
+from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
 
 MOMENTS = "moments"
@@ -167,7 +168,7 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
         latents = draw_clips(
             self.diffusion, self.target_alone, conditions | of_clips(size, to_device(fps, self.device)),
             (autoencoder.latent_channels, frames, *(side // autoencoder.compression for side in size[1:])),
-            [stable_hash(config.seed, "sample", i) for i in range(len(prompts))],
+            sample_seeds(config.seed, len(prompts)),
             shift=build.drawing_shift(config, size, frames), steps=config.sample_steps,
             sampler=config.sample_sampler, guidance=config.sample_guidance,
         )  # fmt: skip
