@@ -4,7 +4,7 @@ PY = .venv/bin/python
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=30
 
-.PHONY: install test test-fast test-slow test-bits check quickstart quickstart_sd mini lint docs clean
+.PHONY: install test test-fast test-slow test-bits check quickstart quickstart_sd mini mini_video lint docs clean
 
 install: .venv/ready
 
@@ -68,7 +68,7 @@ demo/videos_ready: tools/demo_scenes.py tools/demo_clips.py tools/make_demo_data
 	touch $@
 
 # The whole mini cascade from scratch, in about 30 minutes on two cores: towers, Stage A, encoder and previewer, Stage B, the autoencoder
-# of the mini Stable Diffusion (the weights of these become those in models/mini), and Stage C.
+# of the mini Stable Diffusion (the weights of these become those in models/mini), and Stage C. `make mini_video` trains that of clips.
 mini: demo/ready
 	rm -rf runs/mini_towers runs/mini_t5 runs/mini_a runs/mini_encoder runs/mini_b runs/mini_vae runs/quickstart_c
 	$(PY) train/train_towers.py configs/training/mini_towers.yaml
@@ -86,6 +86,12 @@ mini: demo/ready
 	$(PY) train/train_vae.py configs/training/mini_vae.yaml
 	$(call publish,mini_vae/autoencoder_ema,autoencoder)
 	$(MAKE) quickstart
+
+# The autoencoder of clips, in about 30 minutes.
+mini_video: demo/videos_ready
+	rm -rf runs/mini_video_vae
+	$(PY) train/train_video_vae.py configs/training/mini_video_vae.yaml
+	$(call publish,mini_video_vae/autoencoder_ema,video_autoencoder)
 
 publish = $(PY) tools/convert_weights.py runs/$(1).safetensors models/mini/$(2).safetensors --dtype float16 --overwrite
 
