@@ -264,6 +264,7 @@ class STDiT3(nn.Module):
         mask: Tensor | None = None,
         x_mask: Tensor | None = None,
         dropped: Tensor | None = None,
+        target_alone: bool = False,
     ) -> Tensor:
         """Predict the diffusion target of noised latents.
 
@@ -276,12 +277,13 @@ class STDiT3(nn.Module):
             mask: (B, L) bool, or integers, tokens of the text that count, at least one of each. None: all.
             x_mask: (B, T) bool, false for given frames of tokens, which are at timestep 0. None: none is given.
             dropped: (B,) bool, captions that the network's empty text replaces; their masks stay. None: none.
+            target_alone: without the channels of `pred_sigma`, which no loss of straight flows learns.
 
         Returns (B, 2 C, T, H, W): the target, then with `pred_sigma` as many channels again, in the dtype of the
         weights. What is said of given frames is of no use; the published program says something else of them there,
         since its last layer modulates them twice. Raises ValueError for text of more than `model_max_length` tokens.
         """
-        size = x.shape[2:]
+        channels, *size = x.shape[1:]
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         grid = x.shape[1:4]
         x = x.flatten(2, 3) + self._positions(grid[1:], height[0], width[0]).to(x)
@@ -291,7 +293,8 @@ class STDiT3(nn.Module):
         in_blocks, rotation = self.t_block(time).unflatten(2, (6, -1)), self.rope(grid[0])
         for block in self.blocks:
             x = block(x, y, mask, in_blocks, rotation)
-        return self._unpatched(self.final_layer(x, time), grid, size)
+        predicted = self._unpatched(self.final_layer(x, time), grid, size)
+        return predicted[:, :channels] if target_alone else predicted
 
     def _time(self, t: Tensor, fps: Tensor, x_mask: Tensor | None) -> Tensor:
         """(B, T or 1, D) of timesteps and frame rates."""

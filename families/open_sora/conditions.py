@@ -23,7 +23,7 @@ class TargetAlone(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Tensor | None) -> Tensor:
         """See `modules.stdit3.STDiT3.forward`; (B, C, T, H, W) of as many channels as x."""
-        return self.network(x, t, **conditions)[:, : x.shape[1]]
+        return self.network(x, t, target_alone=True, **conditions)
 
 
 def told(texts: Mapping[str, Tensor], length: int) -> Conditions:

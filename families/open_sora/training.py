@@ -148,7 +148,8 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
         noised = conditions.get("x_mask")
         dropped = random.uniform("caption dropout") < self.config.caption_dropout
         return self.denoising_loss(
-            latents, random, partial(self.target_alone, **conditions, dropped=dropped),
+            latents, random,
+            partial(self.networks["generator"], **conditions, dropped=dropped, target_alone=True),
             shift=build.time_shift(self.config, conditions["height"], conditions["width"], latents.shape[2]),
             noised=None if noised is None else noised[:, None, :, None, None],
         )  # fmt: skip

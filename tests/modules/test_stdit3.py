@@ -78,6 +78,7 @@ def test_given_frames_are_those_at_timestep_0_and_each_frame_may_have_its_own():
     alike = network(x, t[:, None].expand(-1, 5), y, **conditions)
     torch.testing.assert_close(alike, network(x, t, y, **conditions))
     assert (alike - by_frame).abs().max() > 0.1
+    assert torch.equal(network(x, t, y, target_alone=True, **conditions), network(x, t, y, **conditions)[:, :4])
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ READ_IN_ANY_CASE = {
 of a LoRA extends that of the whole network."""
 VALUES = {
     "caption_templates": ["a {caption}"], "caption_dropout": 0.5, "cache_text": True, "shuffle_tags": True,
-    "tag_dropout": 0.5,
+    "tag_dropout": 0.5, "keep_tags": 2,
     "captions_getter": ("json", "lambda j: j['a']"), "multires_noise_iterations": 2, "multires_noise_discount": 0.5,
     "repa": True, "tread": True, "masked_loss": True, "cache_text_gb": 1,
 }  # fmt: skip

@@ -101,7 +101,7 @@ def reads_without_the_helper(source: str) -> list[int]:
     """The lines that open a path to read it, whatever lies there."""
     found = []
     for call, name, owner in calls(source):
-        if name == "open" and owner not in ("tarfile", "Image", "os"):
+        if name == "open" and owner not in ("tarfile", "Image", "os", "context"):
             wrong = READS.fullmatch(mode_of_open(call, owner)) is not None
         else:
             wrong = (name in ("read_text", "read_bytes") and owner is not None) or (owner, name) == ("os", "open")

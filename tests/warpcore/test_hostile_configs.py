@@ -17,6 +17,7 @@ from families.cosmos import versions as cosmos
 from families.dit import pixart_versions
 from families.dit import versions as dit_versions
 from modules.dit import DiT
+from modules.stdit3 import STDiT3
 from tests.bounds import bounded, fuzz
 from tools.config_reference import scripts, settings_of
 from warpcore.arguments import read_arguments
@@ -251,6 +252,7 @@ VALUES = st.recursive(
 
 NETWORKS = {
     "families.cosmos": "transformer", "families.dit.pixart": "pixart", "families.dit": "dit.safetensors",
+    "families.open_sora": "stdit3.safetensors",
 }  # fmt: skip
 """What `folder` holds of networks, by where a config is."""
 
@@ -281,6 +283,8 @@ def folder(tmp_path, monkeypatch):
     mini = dit_versions.VERSIONS["mini"].network
     tensors = DiT(**mini | {"hidden_size": 8, "num_heads": 1, "depth": 1, "input_size": 8}).state_dict()
     save_file(tensors, tmp_path / "dit.safetensors", {CONFIG_KEY: json.dumps(mini)})
+    small = STDiT3(hidden_size=8, num_heads=2, depth=1, caption_channels=8, model_max_length=4)
+    save_file(small.state_dict(), tmp_path / "stdit3.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

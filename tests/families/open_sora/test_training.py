@@ -134,9 +134,9 @@ def test_given_frames_are_clean_and_not_learned(name, small_mini, tmp_path, monk
     masks = frame_masks(run.config.mask_ratios, frames, [3, 4])
     latents, wrong = torch.randn(2, 4, frames, 2, 2), torch.randn(2, 8, frames, 2, 2)
 
-    def network(x, t, **conditions):
+    def network(x, t, *, target_alone, **conditions):
         seen.update(x=x, **conditions)
-        return wrong
+        return wrong[:, : x.shape[1]] if target_alone else wrong
 
     run.networks = {"generator": torch.nn.Identity()}
     monkeypatch.setattr(torch.nn.Identity, "forward", lambda _, *args, **conditions: network(*args, **conditions))

@@ -105,7 +105,7 @@ def test_pixels_that_are_not_square_count_as_shown(shape, size, container):
     ],
 )  # fmt: skip
 def test_the_shape_of_pixels_in_the_codec_s_header_alone_counts_as_it_is_decoded(shape, given):
-    content = video(2, size=(80, 48), pixel_shape=Fraction(*shape), **given).replace(b"pasp", b"free")
+    content = video(6, size=(80, 48), pixel_shape=Fraction(*shape), **given).replace(b"pasp", b"free")
     for place, side in ((76, 80), (80, 48)):
         content = with_number(content, b"tkhd", place, side << 16)
     header, (height, width) = header_of(content), decode(content, [0], (32, 32)).geometry.source
@@ -114,7 +114,7 @@ def test_the_shape_of_pixels_in_the_codec_s_header_alone_counts_as_it_is_decoded
 
 
 def test_a_header_of_hevc_that_says_nothing_readable_leaves_pixels_square():
-    content = video(2, size=(80, 48), codec="hevc").replace(b"pasp", b"free")
+    content = video(6, size=(80, 48), codec="hevc").replace(b"pasp", b"free")
     place = content.index(b"hvcC")
     for damaged in (bytes(40), bytes(range(40)), b"\xff" * 40):
         header = header_of(content[: place + 4] + damaged + content[place + 44 :])
