@@ -58,11 +58,7 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
             return
         if (run := published_run(config.generator_checkpoint_path, GENERATOR)) is None:
             return
-        if run.updates >= config.updates:
-            raise UserError(
-                f"{GENERATOR}: {run.folder} is at update {run.updates}, from which this run goes on, and updates is "
-                f"{config.updates}; write a larger number, or name {run.folder / MODEL}, whose weights count from 0"
-            )
+        self._check_what_is_left(run.folder, run.updates)
         self.update, taken = run.updates, ["weights"]
         for average in self.averages.values() if run.average is not None else ():
             tensors = read_average(run, GENERATOR, config.model_version)
@@ -74,9 +70,18 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
             f"{', '.join(run.left_out) or 'nothing'}, so the optimizer and the data begin from scratch"
         )
 
+    def _check_what_is_left(self, folder: Path, update: int) -> None:
+        """Raise UserError where no update is left after a checkpoint; of epochs, data tell the number of updates."""
+        if isinstance(updates := self.config.updates, int) and update >= updates:
+            raise UserError(
+                f"{GENERATOR}: {folder} is at update {update}, from which this run goes on, and updates is {updates}; "
+                f"write a larger number, or name {folder / MODEL}, whose weights count from 0"
+            )
+
     def setup(self) -> None:
         super().setup()
         if self.taken_over:
+            self._check_what_is_left(self.config.generator_checkpoint_path, self.update)
             self.progress.say(self.taken_over)
 
     # ---------------------------------------------------------------- features

@@ -120,9 +120,10 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_published_program(small_mini, tm
     for name, tensor in state.items():
         trained = name not in (EMPTY, "rope.freqs")
         torch.testing.assert_close(found[name], tensor + 0.75 if trained else tensor)
-    again = given | {"experiment_id": "again", "updates": 501}
-    with pytest.raises(UserError, match=r"is at update 501.* updates is 501; write a larger number, or name .*model"):
-        TrainStdit(make_config(TrainStdit.Config, again)).run()
+    for updates, told in {501: 501, "2e": "1?[0-9]"}.items():
+        again = given | {"experiment_id": f"again_{updates}", "updates": updates}
+        with pytest.raises(UserError, match=rf"is at update 501.* updates is {told}; write .*or name .*model"):
+            TrainStdit(make_config(TrainStdit.Config, again)).run()
     (folder / "running_states.json").unlink()
     folder = folder.rename(tmp_path / "some")
     with pytest.raises(UserError, match="does not say how many updates were made"):
