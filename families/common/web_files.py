@@ -1,7 +1,9 @@
 """Small files of the web, fetched into memory: no more bytes, and for no longer, than the caller allows."""
 
 import time
+from concurrent.futures import Future
 from http.client import HTTPException
+from threading import Thread
 from urllib.error import HTTPError
 from urllib.request import (
     HTTPDefaultErrorHandler,
@@ -36,7 +38,25 @@ def fetch(url: str, key: str, max_bytes: int, seconds: float) -> bytes:
     Raises:
         UserError: nobody answers, there is no such file, or it is too large or too slow.
     """
-    where, deadline, found = f"{key}: {shortened(url)}", time.monotonic() + seconds, bytearray()
+    where, answer = f"{key}: {shortened(url)}", Future()
+    # Names that are looked up, headers and further addresses have no limit of their own.
+    Thread(target=_fetch_into, args=(answer, url, where, max_bytes, seconds), daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise UserError(f"{where} did not come in time; {seconds:g} seconds were waited") from None
+
+
+def _fetch_into(answer: Future, url: str, where: str, max_bytes: int, seconds: float) -> None:
+    try:
+        answer.set_result(_fetched(url, where, max_bytes, seconds))
+    except Exception as error:
+        answer.set_exception(error)
+
+
+def _fetched(url: str, where: str, max_bytes: int, seconds: float) -> bytes:
+    """See `fetch`. Before the file's first byte, only the time from one byte to the next is limited."""
+    deadline, found = time.monotonic() + seconds, bytearray()
     try:
         with _opener().open(Request(url, headers={"User-Agent": "warpcore"}), timeout=seconds) as answer:
             announced = answer.headers.get("Content-Length", "")
@@ -47,13 +67,12 @@ def fetch(url: str, key: str, max_bytes: int, seconds: float) -> bytes:
                 if len(found) > max_bytes:
                     raise UserError(f"{where} has more than {format_bytes(max_bytes)}")
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"no more than {format_bytes(len(found))} came in time")
-    except UserError:
+                    raise TimeoutError
+    except (UserError, TimeoutError):
         raise
-    except TimeoutError as error:
-        raise UserError(f"{where}: {error}; {seconds:g} seconds were waited") from None
     except HTTPError as error:
-        raise UserError(f"{where}: the server answers {error.code} {shortened(str(error.reason))}") from None
+        reason = " ".join(str(error.reason).split())
+        raise UserError(f"{where}: the server answers {error.code} {shortened(reason)}") from None
     except (OSError, HTTPException, ValueError) as error:  # ValueError: what no address may hold
         raise UserError(f"{where} cannot be fetched: {shortened(str(getattr(error, 'reason', error)))}") from None
     if announced.isdecimal() and len(found) < int(announced):

@@ -24,6 +24,17 @@ class Files(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "file:///etc/hostname")
             return self.end_headers()
+        if self.path == "/round":
+            self.send_response(302)
+            self.send_header("Location", "/round")
+            return self.end_headers()
+        if self.path == "/slow_headers":
+            self.send_response(200)
+            for number in range(20):
+                self.send_header("X-Number", str(number))
+                self.flush_headers()
+                time.sleep(0.1)
+            return self.end_headers()
         if self.path not in ("/file.png", "/cut", "/unannounced", "/slow"):
             return self.send_error(404)
         self.send_response(200)
@@ -61,13 +72,17 @@ def test_what_is_at_an_address_is_fetched(server):
         ("nothing", r"reference_path: http://127\.0\.0\.1:\d+/nothing: the server answers 404"),
         ("cut", r"broke off after 100 bytes of 25\.6 kB"),
         ("slow", r"in time; 0\.3 seconds were waited"),
+        ("slow_headers", r"in time; 0\.3 seconds were waited"),
+        ("round", "the server answers 302 .*infinite loop"),
         ("to_file", "edirection to url 'file:"),
         ("a b", "cannot be fetched: "),
     ],
 )
 def test_what_goes_wrong_is_one_line(server, place, message):
+    start, seconds = time.monotonic(), 0.3 if "slow" in place else 10
     with pytest.raises(UserError, match=message) as caught:
-        fetch(f"{server}/{place}", "reference_path", len(CONTENT), 0.3)
+        fetch(f"{server}/{place}", "reference_path", len(CONTENT), seconds)
+    assert time.monotonic() - start < seconds + 1.2
     assert "\n" not in str(caught.value)
 
 
