@@ -9,8 +9,10 @@ from families.common.weights import only_shapes
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder
 from families.open_sora.config import OpenSoraSettings
+from families.open_sora.lora_config import OpenSoraLoraConfig
 from tests.golden import load_manifest
 from warpcore.config import load_config
+from warpcore.data.resolutions import named_size
 from warpcore.rehearsal import OnShapes, bucket_sizes, load_use_case
 
 ROOT = Path(__file__).parents[3]
@@ -29,6 +31,12 @@ def test_the_network_has_the_tensors_of_the_published_file(version, manifest):
         network = build.network(OpenSoraSettings(model_version=version))
     expected = load_manifest(manifest, "opensora")["tensors"]
     assert shapes(network) == {name: tuple(one["shape"]) for name, one in expected.items()}
+
+
+def test_the_lora_learns_clips_as_wide_as_those_that_are_drawn():
+    config = load_config(OpenSoraLoraConfig, [str(ROOT / "configs" / "training" / "stdit3_xl2_lora.yaml")])
+    height, width = named_size("240p", "9:16")
+    assert config.buckets(8).sizes == [(51, height // 8 * 8, width // 8 * 8)]
 
 
 @pytest.mark.integration
