@@ -1,6 +1,7 @@
 """Pictures and videos whose frames a clip is drawn around: read, cut to the clip's size, and placed as latents."""
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from warpcore.text import format_bytes
 KEY = "reference_path"
 MAX_FRAMES = 1000
 """Of a reference: 40 seconds at 24 frames per second."""
+_PICTURES = (b"avif", b"mif1", b"heic")
+"""What an MP4 says of itself that holds a picture."""
 Encode = Callable[[Tensor], Tensor]
 """Gives the latents (C, t, h, w) of a clip, uint8 (T, 3, H, W)."""
 
@@ -35,11 +38,11 @@ def read_reference(place: str, size: tuple[int, int], max_bytes: int, seconds: f
     Raises:
         UserError: it is missing, too large, too long, or neither a picture nor a video; the message names it.
     """
-    data = fetch(place, KEY, max_bytes, seconds) if is_url(place) else _read(Path(place).expanduser(), max_bytes)
+    data = (
+        fetch(place, KEY, max_bytes, seconds) if is_url(place) else _read(Path(os.path.expanduser(place)), max_bytes)
+    )
     where = f"{KEY}: {place}"
-    try:
-        container_of(data[:START_BYTES])
-    except BadVideo:
+    if not _is_video(data):
         return _picture(data, size, where)
     try:
         frames = read_header(io.BytesIO(data)).num_frames
@@ -49,6 +52,14 @@ def read_reference(place: str, size: tuple[int, int], max_bytes: int, seconds: f
     except BadVideo as error:
         raise UserError(f"{where} cannot be read as a video: {error}") from None
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _is_video(data: bytes) -> bool:
+    """Whether the bytes of a file are those of a container of videos; AVIF and HEIC put pictures into one."""
+    try:
+        return container_of(data[:START_BYTES]) != "mp4" or data[8:12] not in _PICTURES
+    except BadVideo:
+        return False
 
 
 def _picture(data: bytes, size: tuple[int, int], where: str) -> Tensor:
