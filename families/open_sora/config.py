@@ -95,8 +95,8 @@ class OpenSoraConfig(OpenSoraSettings, ClipKeys, DiffusionConfig):
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "constant"
     """How much the loss of each noise level counts."""
     sample_prompts: list[Prompt] = []
-    """Captions to draw at every save, at the size of the largest bucket; without them those of held-out samples, or
-    else of a few training samples, are taken."""
+    """Captions to draw at every save, at the size of the largest bucket of clips; without them those of held-out
+    samples, or else of a few training samples, are taken."""
     sample_steps: Steps = 30
     """Sampling steps of the clips drawn at every save."""
     sample_guidance: float = 7.0

@@ -100,8 +100,7 @@ class OpenSoraTextToVideoConfig(OpenSoraInferenceSettings, TextToVideoConfig):
         saved = self.of_run
         if buckets := saved.get("bucket_config"):
             factor = latents_of(self)[1]
-            sizes = ClipBuckets(rungs_of(buckets, factor, saved.get("multi_aspect_ratio") or ()), 1, None).sizes
-            return max(sizes, key=lambda size: (size[1] * size[2], size[0]))
+            return ClipBuckets(rungs_of(buckets, factor, saved.get("multi_aspect_ratio") or ())).largest
         if frames := saved.get("num_frames"):
             side = saved["image_size"]
             return (frames, side, side) if isinstance(side, int) else (frames, side[1], side[0])  # saved as [W, H]

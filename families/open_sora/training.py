@@ -193,4 +193,4 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
     @property
     def largest_bucket(self) -> tuple[int, ...]:
         """(T, H, W) in px."""
-        return max(self.config.buckets(self.bucket_factor).sizes, key=lambda size: (size[1] * size[2], size[0]))
+        return self.config.buckets(self.bucket_factor).largest

@@ -125,6 +125,12 @@ class ClipBuckets:
         """Why a sample fits no bucket, by the numbers that `misfits` gives."""
 
     @property
+    def largest(self) -> Size:
+        """The bucket of the largest frames, one of clips where there are any; of equally large ones the longest, then
+        the one nearest to a square, then the wide one."""
+        return max(self.sizes, key=lambda size: (size[0] > 1, size[1] * size[2], size[0], min(size[1:]), size[2]))
+
+    @property
     def settings(self) -> dict:
         """JSON-able: what a sample's bucket depends on, beside `sizes`."""
         rungs = [[r.resolution, r.num_frames, r.keep, r.take, r.micro_batch_size] for r in self.rungs]

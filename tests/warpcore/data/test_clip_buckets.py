@@ -194,3 +194,15 @@ def test_two_rungs_with_one_bucket_share_the_smaller_micro_batch():
     buckets = ClipBuckets(rungs({"256": {1: [0.5, 8]}, "260px": {1: [0.5, 6]}}, factor=64, ratios=[1.0]))
     assert buckets.sizes == [(1, 256, 256)]
     assert buckets.micro_batch_sizes == {(1, 256, 256): 6}
+
+
+@pytest.mark.parametrize(
+    ("config", "ratios", "largest"),
+    [
+        ({"256px": {1: [1.0, 1], 9: [0.0, None]}, "64px": {5: [1.0, 2], 9: [1.0, 2], 1: [1.0, 2]}}, (), (9, 64, 64)),
+        ({"64px": {1: [1.0, 2]}, "256px": {1: [1.0, 1]}}, (), (1, 256, 256)),
+        ({"360p": {51: [1.0, 1]}, "240p": {102: [1.0, 1]}}, (9 / 16,), (51, 360, 640)),
+    ],
+)
+def test_the_largest_bucket_is_of_clips_where_there_are_any(config, ratios, largest):
+    assert ClipBuckets(rungs(config, 8, ratios)).largest == largest
