@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from warpcore.bfloat16 import StochasticAdamW
 from warpcore.errors import UserError
-from warpcore.optimizers.kernel_muon import KernelMuon
+from warpcore.optimizers.kernel_muon import KernelMuon, Muon
 from warpcore.optimizers.lion import Lion
 from warpcore.optimizers.prodigy import Prodigy
 
@@ -120,7 +120,7 @@ def _muon(
     kernels, others = _split(others, lambda name, _: name in convolutions)
     own = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
     return [
-        *([torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **own)] if hidden else []),
+        *([Muon(hidden, **own)] if hidden else []),
         *([KernelMuon(kernels, **own)] if kernels else []),
         *_adamw(others, vectors, settings),
     ]

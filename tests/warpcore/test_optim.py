@@ -169,12 +169,12 @@ def test_muon_gets_hidden_matrices_and_adamw_everything_else():
     assert "conv.weight" in {name for group in adamw.param_groups for name in group["param_names"]}
 
 
-@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 1, 3, 3), (4, 4, 1)])
-def test_muon_takes_kernels_as_the_matrices_that_they_multiply_by(shape):
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 1, 3, 3), (4, 4, 1), (6, 10), (10, 6)])
+def test_muon_takes_matrices_and_kernels_as_the_matrices_that_they_multiply_by(shape):
     kernel = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     matrix = nn.Parameter(kernel.detach().flatten(1).clone())
     group = {"params": [kernel], "param_names": ["kernel"]}
-    (ours,) = optim.build_optimizers("muon", [group], lr=0.02, weight_decay=0.1, linear=(), convolutions={"kernel"})
+    (ours,) = optim.build_optimizers("muon", [group], lr=0.02, weight_decay=0.1, **_muons_own("kernel", shape))
     theirs = torch.optim.Muon([matrix], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for seed in range(3):
         kernel.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -331,16 +331,19 @@ def _check_training(name, mesh, end, norms):
         torch.testing.assert_close(norm, norms[group], atol=1e-5, rtol=1e-4)
 
 
+def _muons_own(name, shape):
+    return {"linear": [name]} if len(shape) == 2 else {"linear": [], "convolutions": [name]}
+
+
 def _check_muon(mesh):
     """Against the same Newton-Schulz iteration in float64; torch's runs in bfloat16, which is worth 1 to 3%."""
-    for shape in ((24, 8), (601, 8), (64, 64), (24, 2, 2, 2)):
+    for shape in ((24, 8), (601, 8), (64, 64), (24, 2, 2, 2), (1, 8), (1, 2, 2, 2)):
         gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         start = [distribute_tensor(tensor, mesh, [Replicate(), Shard(0)]) for tensor in (torch.zeros(shape), gradient)]
         parameter = nn.Parameter(start[0])
         parameter.grad = start[1]
         group = {"params": [parameter], "param_names": ["weight"]}
-        taken = {"linear": ["weight"]} if len(shape) == 2 else {"linear": [], "convolutions": ["weight"]}
-        optim.step(optim.build_optimizers("muon", [group], lr=1.0, **taken), torch.tensor(0.0))
+        optim.step(optim.build_optimizers("muon", [group], lr=1.0, **_muons_own("weight", shape)), torch.tensor(0.0))
         x = gradient.flatten(1).double() / gradient.double().norm()
         for _ in range(5):
             square = x.T @ x

@@ -1,13 +1,15 @@
-"""Muon for the kernels of convolutions, each as the matrix (outputs, inputs x positions) that it multiplies by.
+"""Muon for matrices, and for the kernels of convolutions, each as the matrix (outputs, inputs x positions) that it
+multiplies by.
 
 https://kellerjordan.github.io/posts/muon/, with rates matched to AdamW's (arXiv:2502.16982, section 2.2), as
-`torch.optim.Muon` computes for matrices alone.
+`torch.optim.Muon` computes for matrices alone, of which it steps on none that has fewer rows than processes share it.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -15,8 +17,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-class KernelMuon(Optimizer):
-    """Momentum, made orthogonal; kernels have three dimensions or more."""
+class Muon(Optimizer):
+    """Momentum, made orthogonal, of matrices and kernels, whole ones or ones sharded by their outputs."""
 
     def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -35,7 +37,14 @@ class KernelMuon(Optimizer):
                 direction = kernel.grad.lerp(average, group["momentum"]).flatten(1)
                 rate = 0.2 * max(direction.shape) ** 0.5 * group["lr"]
                 kernel.mul_(1 - group["lr"] * group["weight_decay"])
-                kernel.add_(orthogonal(direction).view(kernel.shape), alpha=-rate)
+                found = orthogonal(direction).view(kernel.shape)
+                if isinstance(kernel, DTensor):  # products may be whole on every process
+                    found = found.redistribute(placements=kernel.placements)
+                kernel.add_(found, alpha=-rate)
+
+
+class KernelMuon(Muon):
+    """That of kernels: checkpoints tell the two apart by their names."""
 
 
 def orthogonal(matrix: Tensor, eps: float = 1e-7) -> Tensor:
