@@ -148,9 +148,13 @@ def _megapixels(pixels: float) -> str:
 
 
 def is_animation(content: bytes) -> bool:
-    """Whether the file of a picture, which can be decoded, holds several frames or pages."""
+    """Whether the file of a picture, which can be decoded, holds several frames or pages. Those of cameras may hold a
+    preview as well (MPO), and are none."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return getattr(image, "is_animated", False)
+        try:
+            return image.format != "MPO" and getattr(image, "is_animated", False)
+        except Exception:  # Pillow's readers meet broken bytes with exceptions of many kinds
+            return True  # what follows the first frame is broken
 
 
 def _first(names: list[str]) -> str:

@@ -292,10 +292,14 @@ def test_animations_in_pictures_files_are_told_and_parts_of_a_video_are_named_on
     for name in ("moving.gif", "turning.webp"):
         frames[0].save(folder / name, save_all=True, append_images=frames[1:])
     frames[0].save(folder / "still.webp")
+    frames[0].save(folder / "camera.jpg", format="MPO", save_all=True, append_images=[frames[1]])  # with a preview
+    first, whole = (folder / "one.gif", folder / "moving.gif")
+    frames[0].save(first)
+    (folder / "broken.gif").write_bytes(whole.read_bytes()[: first.stat().st_size + 25])  # in its second frame
     (folder / "5long.mp4").write_bytes(video(60, options={"g": "10"}))
     main([str(folder), str(tmp_path / "out"), "--cut", "0.5"])
     told = capsys.readouterr().out
-    named = re.search(r"several frames in a picture's file: 2 \((.*)\); the first one is taken: convert them", told)[1]
-    assert sorted(named.split(", ")) == ["moving.gif", "turning.webp"]
-    names = re.search(r"no caption: 8 \((.*), \.\.\.\)", told)[1].split(", ")
+    named = re.search(r"several frames in a picture's file: 3 \((.*)\); the first one is taken: convert them", told)[1]
+    assert sorted(named.split(", ")) == ["broken.gif", "moving.gif", "turning.webp"]
+    names = re.search(r"no caption: 11 \((.*), \.\.\.\)", told)[1].split(", ")
     assert len(set(names)) == len(names) == 3
