@@ -59,15 +59,19 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
         if (run := published_run(config.generator_checkpoint_path, GENERATOR)) is None:
             return
         self._check_what_is_left(run.folder, run.updates)
-        self.update, taken = run.updates, ["weights"]
-        for average in self.averages.values() if run.average is not None else ():
+        self.update, taken, left_out = run.updates, "weights", run.left_out
+        average = self.averages.get("generator")
+        if run.average is not None and average is not None and average.start <= run.updates:
             tensors = read_average(run, GENERATOR, config.model_version)
             check_names(self.networks["generator"].state_dict(), tensors, run.average, GENERATOR)
             average.begin_with(tensors, run.updates)
-            taken.append("average")
+            taken = "weights, average"
+        elif run.average is not None:
+            why = "no ema_start_iters" if average is None else f"ema_start_iters: {average.start}"
+            left_out = [*left_out, f"{run.average.name} ({why})"]
         self.taken_over = (
-            f"{run.folder}: {', '.join(taken)} and {run.updates} updates are taken over; not taken: "
-            f"{', '.join(run.left_out) or 'nothing'}, so the optimizer and the data begin from scratch"
+            f"{run.folder}: {taken} and {run.updates} updates are taken over; not taken: "
+            f"{', '.join(left_out) or 'nothing'}, so the optimizer and the data begin from scratch"
         )
 
     def _check_what_is_left(self, folder: Path, update: int) -> None:

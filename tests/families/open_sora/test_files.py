@@ -120,6 +120,11 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_published_program(small_mini, tm
     for name, tensor in state.items():
         trained = name not in (EMPTY, "rope.freqs")
         torch.testing.assert_close(found[name], tensor + 0.75 if trained else tensor)
+    for start, why in {None: "no ema_start_iters", 502: "ema_start_iters: 502"}.items():
+        given |= {"experiment_id": f"from_{start}", "ema_start_iters": start}
+        assert TrainStdit(make_config(TrainStdit.Config, given)).run() == 0
+        told = " ".join(capfd.readouterr().err.split())
+        assert f"weights and 501 updates are taken over; not taken: optimizer, ema.pt ({why}), so" in told
     for updates, told in {501: 501, "2e": "1?[0-9]"}.items():
         again = given | {"experiment_id": f"again_{updates}", "updates": updates}
         with pytest.raises(UserError, match=rf"is at update 501.* updates is {told}; write .*or name .*model"):
