@@ -25,7 +25,7 @@ from tools.demo_clips import DIRECTIONS, FPS, MovingScene, captioned_scene, rend
 from warpcore.clips import encode_mp4
 from warpcore.errors import UserError, run_script
 
-LOOPS, FRAMES = 9, 17
+LOOPS, FRAMES, LATENT_FRAMES = 9, 17, 5
 SEAM_PX = 2.0
 
 
@@ -114,15 +114,21 @@ def looped(run: str, number: int, given: int, keys: Sequence[str]) -> None:
           f"the seams; colour drifts by {np.median(drifts):.1f} in CIELAB (largest {max(drifts):.1f})")  # fmt: skip
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
-    plain = [one for one in arguments if "=" not in one]
+def read_arguments(arguments: Sequence[str]) -> tuple[str, int, int, list[str]]:
+    """The run, the number of videos, of latent frames that are given, and keys of a drawing."""
+    plain, keys = ([one for one in arguments if ("=" in one) == is_key] for is_key in (False, True))
     if not 1 <= len(plain) <= 3 or not all(one.isdecimal() and int(one) for one in plain[1:]):
         raise UserError("give a run, then if wanted the number of videos and of latent frames that are given")
     number, given = [*map(int, plain[1:]), *(20, 2)[len(plain) - 1 :]]
-    keys = ["batch_size=10", *arguments[len(plain) :]]
-    extended(plain[0], number, given, keys)
-    looped(plain[0], number, given, keys)
+    if given >= LATENT_FRAMES:
+        raise UserError(f"{given} latent frames are given of {LATENT_FRAMES}: nothing is left to draw; give fewer")
+    return plain[0], number, given, ["batch_size=10", *keys]
+
+
+def main() -> None:
+    arguments = read_arguments(sys.argv[1:])
+    extended(*arguments)
+    looped(*arguments)
 
 
 if __name__ == "__main__":

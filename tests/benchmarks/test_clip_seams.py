@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.clip_seams import SEAM_PX, distance, drift, psnr, scenes
+from benchmarks.clip_seams import SEAM_PX, distance, drift, psnr, read_arguments, scenes
 from tools.demo_clips import DIRECTIONS, TRAVEL, render
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 
@@ -32,3 +33,10 @@ def test_equal_frames_have_the_most_decibels():
     noise = np.random.default_rng(0).normal(0, 10, frames.shape)
     assert psnr(frames, frames) > 100
     assert psnr(np.clip(frames + noise, 0, 255).astype(np.uint8), frames) == pytest.approx(28.5, abs=1)
+
+
+def test_keys_may_stand_anywhere_and_something_is_left_to_draw():
+    assert read_arguments(["a", "guidance=4", "40"]) == ("a", 40, 2, ["batch_size=10", "guidance=4"])
+    assert read_arguments(["a"]) == ("a", 20, 2, ["batch_size=10"])
+    with pytest.raises(UserError, match="5 latent frames are given of 5: nothing is left to draw"):
+        read_arguments(["a", "40", "5"])
