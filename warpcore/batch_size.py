@@ -36,7 +36,8 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
     if batch % (micro * num_processes):
         fitting = fitting_sizes(batch, num_processes)
         if goes_on:
-            fewer = "" if batch % micro else f"start {batch // micro} at most, or "
+            whole = [] if batch % micro else divisors(batch // micro)
+            fewer = f"start {' or '.join(map(str, whole))} process{'es' * (whole != [1])}, or " if whole else ""
             fresh = f", or on_data_change: new_epoch and micro_batch_size: {fitting[-1]}" if fitting else ""
             raise UserError(
                 f"batch_size {batch} does not divide by the micro-batches of {micro} that the run began with x "

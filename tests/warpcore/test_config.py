@@ -183,13 +183,14 @@ def test_a_batch_that_does_not_divide_says_what_would(num_processes, keys, words
 
 
 @pytest.mark.parametrize(
-    ("batch", "words"),
-    [(8, ["start 1 at most", "batch_size: 16", "micro_batch_size: 4"]),
-     (12, ["2 processes: write", "batch_size: 16", "on_data_change: new_epoch", "micro_batch_size: 6"])],
+    ("processes", "batch", "words"),
+    [(2, 8, ["start 1 process,", "batch_size: 16", "micro_batch_size: 4"]),
+     (2, 12, ["2 processes: write", "batch_size: 16", "on_data_change: new_epoch", "micro_batch_size: 6"]),
+     (4, 48, ["start 1 or 2 or 3 or 6 processes,", "batch_size: 64", "micro_batch_size: 12"])],
 )  # fmt: skip
-def test_a_resumed_run_of_too_large_micro_batches_says_what_can_be_changed(batch, words):
-    with pytest.raises(UserError, match="the micro-batches of 8 that the run began with x 2 processes") as error:
-        split(num_processes=2, saved={"micro_batch_size": 8}, batch_size=batch)
+def test_a_resumed_run_of_too_large_micro_batches_says_what_can_be_changed(processes, batch, words):
+    with pytest.raises(UserError, match=f"micro-batches of 8 that the run began with x {processes} proc") as error:
+        split(num_processes=processes, saved={"micro_batch_size": 8}, batch_size=batch)
     assert all(word in str(error.value) for word in words), error.value
 
 
