@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
 
 import numpy as np
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from families.common.drawn_pictures import NOT_IN_PICTURES, file_names
 from families.common.text_to_image import TextToImageConfig
@@ -20,6 +20,8 @@ from warpcore.pictures import grid, save_png, shrunk
 SHEET_SIDE_PX = 1024
 """The longest side of some frames of a video, side by side, in the sheet of all videos."""
 SEVERAL_FRAMES = Need("clips of several frames", lambda config: config.clip_frames > 1)
+Rate = Annotated[float, Field(gt=0, le=1000)]
+"""Frames per second."""
 Finished = Callable[[int, np.ndarray], None]
 """Takes the number of a video and its frames, uint8 (T, H, W, 3), as soon as it is drawn."""
 
@@ -39,11 +41,11 @@ class TextToVideoConfig(TextToImageConfig):
     num_frames: FrameCount | None = None
     """Frames of a clip, as a number, or as in Open-Sora `2s`, `4s`, `8s`, `16s`, `2s` being 51; 1 draws pictures. By
     default as many as in the training."""
-    fps: PositiveFloat | None = None
+    fps: Rate | None = None
     """Frames per second, which the network is told, and at which videos are written."""
-    save_fps: PositiveFloat | None = None
+    save_fps: Rate | None = None
     """Frames per second at which videos are written, where they are not those that the network is told."""
-    sample_name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")] | None = None
+    sample_name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,49}$")] | None = None
     """Videos are called NAME_0000, NAME_0001, ..., of several seeds NAME_0000-0, NAME_0000-1, ...; by default after
     their prompts and seeds."""
 

@@ -188,6 +188,8 @@ def test_scores_and_cleaning_change_what_t5_reads(drawn, monkeypatch):
         (["prompts=a", "resolution=500p"], ConfigError, "resolution: '500p' has no sizes"),
         (["prompts=a", "image_size=32", "resolution=240p"], ConfigError, "both say the size of the frames"),
         (["prompts=a", "num_frames=3s"], ConfigError, "num_frames: '3s'; write a number of frames, or one of 2s"),
+        (["prompts=a", "num_frames=17", "save_fps=1e12"], ConfigError, "save_fps: .*less than or equal to 1000"),
+        (["prompts=a", "sample_name=" + 51 * "\u732b"], ConfigError, "sample_name: "),
         (["prompts=a", "sampler=heun"], ConfigError, "sampler"),
         ([], ConfigError, "nothing to draw: give prompts or prompt_file"),
     ],
