@@ -137,7 +137,7 @@ class _Folder:
         self._rest = dict.fromkeys(files)
         self._composed: dict[tuple[str, str], Path] = {}
         """The same, however accents are written: macOS and others write them differently."""
-        for path in files:
+        for path in sorted(files, key=lambda path: bool(MASKLABEL.search(path.stem))):  # our own names come first
             name = _plain(path.stem, kinds), extension(path)
             self._files.setdefault(name, path)
             self._composed.setdefault(_with_composed_accents(name), path)

@@ -134,6 +134,13 @@ def test_a_mask_of_any_picture_format_becomes_what_readers_look_for(build, name)
     assert not report.left_out
 
 
+def test_a_mask_by_its_name_here_comes_before_one_by_another_trainers(build):
+    own, other = encoded("RGB", "PNG"), encoded("L", "PNG")
+    samples, report = build({"A.jpg": picture(), "A-masklabel.png": other, "A.mask.png": own})
+    assert samples["A"]["mask.png"] == own != other
+    assert [str(name) for names in report.left_out.files.values() for name in names] == ["A-masklabel.png"]
+
+
 def test_a_mask_that_cannot_be_used_is_told_with_its_picture(build):
     wide = io.BytesIO()
     Image.new("L", (40, 12)).save(wide, "PNG")
