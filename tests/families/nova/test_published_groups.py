@@ -4,6 +4,7 @@ import pytest
 
 from families.nova.published_groups import published_groups
 from tests.small_nova import golden_nova, load_nova
+from warpcore.parameter_groups import freeze, optimizer_groups
 
 CALLS, _ = load_nova("training_setup")
 TRAININGS = {"t2i": "text to image", "t2v": "text to video", "c2i": "class to image"}
@@ -12,10 +13,12 @@ NETWORKS = {"t2i": "transformer_t2i_small", "t2v": "transformer_t2v_small", "c2i
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_frozen_and_decaying_parameters_are_those_of_the_reference(name):
-    groups = published_groups(TRAININGS[name], weight_decay=0.02)
+    network = golden_nova(NETWORKS[name]).requires_grad_(True)
+    parameters = {f"generator.{parameter}": value for parameter, value in network.named_parameters()}
+    groups = published_groups(TRAININGS[name], parameters, weight_decay=0.02)
     found = {
-        parameter: next(group for group in groups if group.matches(f"generator.{parameter}"))
-        for parameter, _ in golden_nova(NETWORKS[name]).named_parameters()
+        parameter.removeprefix("generator."): next(group for group in groups if group.matches(parameter))
+        for parameter in parameters
     }
     frozen = sorted(parameter for parameter, group in found.items() if group.frozen)
     assert frozen == sorted(CALLS[name]["parameters_frozen"])
@@ -23,6 +26,11 @@ def test_frozen_and_decaying_parameters_are_those_of_the_reference(name):
         decay = 0.02 if expected["weight_decay"] == "default" else expected["weight_decay"]
         named = sorted(parameter for parameter, group in found.items() if group.weight_decay == decay)
         assert named == sorted(expected["names"])
+    freeze({"generator": network}, groups)
+    trained = {parameter: value for parameter, value in parameters.items() if value.requires_grad}
+    made = optimizer_groups({"generator": {}}, trained, groups)
+    assert sorted(one for group in made for one in group["param_names"]) == sorted(trained)
+    assert len(trained) == len(parameters) - len(frozen)
 
 
 def test_levels_of_checkpointing_compute_again_what_the_reference_does():
