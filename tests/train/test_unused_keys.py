@@ -19,7 +19,7 @@ ONLY_WITH_ANOTHER_KEY = {
 """`processes` is used before a run begins."""
 READ_IN_ANY_CASE = {
     "multires_noise_iterations", "multires_noise_discount", "caption_templates", "cache_text", "shuffle_tags",
-    "tag_dropout", "repa", "tread", "masked_loss",
+    "tag_dropout", "keep_tags", "repa", "tread", "masked_loss",
 }  # fmt: skip
 """Stage B's noise has many resolutions of its own; networks without texts have no captions, clips no masks; the script
 of a LoRA extends that of the whole network."""
