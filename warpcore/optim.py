@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from warpcore.bfloat16 import StochasticAdamW
 from warpcore.errors import UserError
-from warpcore.optimizers.kernel_muon import KernelMuon, Muon
 from warpcore.optimizers.lion import Lion
+from warpcore.optimizers.muon import KernelMuon, Muon
 from warpcore.optimizers.prodigy import Prodigy
 
 # Entries of a parameter group that the config and the device decide. They aren't saved: a resumed run follows its

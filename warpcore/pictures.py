@@ -13,6 +13,7 @@ from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 
 from warpcore.clips import strip
 from warpcore.files import open_to_read, writing
+from warpcore.redaction import redact
 from warpcore.safe_json import parse_json
 
 MARGIN_PX = 4
@@ -110,12 +111,12 @@ def shrunk(picture: np.ndarray, side: int) -> np.ndarray:
 def save_png(path: Path | str, picture: np.ndarray, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a picture, uint8 (H, W, 3), with `metadata` (any Unicode) in the file, which appears whole or not at all.
 
-    Keys are Latin-1 and at most 79 characters long, as PNG wants them.
+    Keys are Latin-1 and at most 79 characters long, as PNG wants them. Credentials in the values are hidden.
     """
     path = Path(path)
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, redact(str(value)))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -49,8 +49,8 @@ def redact(text: str) -> str:
 
 
 def has_credentials(url: str) -> bool:
-    """Whether a URL names a user, or is signed."""
-    return bool(_USER.match(url)) or ("://" in url and bool(_QUERY.search(url)))
+    """Whether a URL, or one of several in a text, names a user or is signed."""
+    return bool(_USER.search(url)) or ("://" in url and bool(_QUERY.search(url)))
 
 
 def redact_output() -> None:

@@ -1,5 +1,6 @@
 """Credentials are in nothing that a run prints or writes."""
 
+import json
 import logging
 import os
 import pickle
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -19,6 +21,7 @@ from warpcore.config import ConfigError, make_config
 from warpcore.data.shards import resolve_sources
 from warpcore.data.storage_protocol import ChangedShardError
 from warpcore.errors import UserError
+from warpcore.pictures import read_metadata, save_png
 from warpcore.redaction import redact, redact_output
 from warpcore.text import brief, shortened
 from warpcore.tracking import make_tracker
@@ -74,7 +77,7 @@ def test_long_text_is_redacted_quickly():
 
 @pytest.mark.parametrize("url", URLS)
 def test_a_config_takes_no_credentials_and_its_error_shows_none(url, tmp_path):
-    for value in (url, [url], {"path": url}, [{"path": url + "x" * 500, "weight": 2}]):
+    for value in (url, f"a.png;{url}", [url], {"path": url}, [{"path": url + "x" * 500, "weight": 2}]):
         with pytest.raises(ConfigError, match=r"webdataset_path: found .* written without credentials") as error:
             make_config(TinyConfig, tiny_settings(tmp_path, Path("x")) | {"webdataset_path": value})
         assert not holds_secret(str(error.value))
@@ -82,6 +85,14 @@ def test_a_config_takes_no_credentials_and_its_error_shows_none(url, tmp_path):
     with pytest.raises(UserError, match="holds credentials") as error:
         resolve_sources(str(tmp_path / "sets.yml"))
     assert not holds_secret(str(error.value))
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_picture_says_none_of_what_it_was_made_of(url, tmp_path):
+    save_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8), {"settings": json.dumps({"prompts": [f"a;{url}"]})})
+    said = read_metadata(tmp_path / "a.png")["settings"]
+    assert not holds_secret(said)
+    assert json.loads(said)["prompts"][0].startswith("a;")
 
 
 def test_what_is_cut_off_is_redacted_first():
