@@ -35,21 +35,20 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None = None) -> np.ndarr
 
 
 def image_metrics(made: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """`psnr` (B,) in dB and `ssim` (B,) of pictures (B, 3, H, W) or clips (B, T, 3, H, W), of these as the mean of the
-    frames; colours are in [0, 1]."""
+    """`psnr` (B,) in dB and `ssim` (B,) of pictures (B, 3, H, W); colours are in [0, 1]."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    if made.dim() == 4:
-        made, true = made[:, None], true[:, None]
-    pairs = list(zip(made.float().clamp(0, 1), true.float(), strict=True))  # of each, the frames (T, 3, H, W)
+    pairs = list(zip(made.float().clamp(0, 1).split(1), true.float().split(1), strict=True))
     extended = [tuple(_at_least(one, SSIM_LEAST_PX) for one in pair) for pair in pairs]
     psnr = [peak_signal_noise_ratio(*pair, data_range=1.0) for pair in pairs]
-    ssim = [structural_similarity_index_measure(*pair, data_range=1.0) for pair in extended]
+    # Variances are small differences of large numbers, which 16 bits cannot hold.
+    with torch.autocast(made.device.type, enabled=False):
+        ssim = [structural_similarity_index_measure(*pair, data_range=1.0) for pair in extended]
     return {"psnr": torch.stack(psnr), "ssim": torch.stack(ssim)}
 
 
 def _at_least(picture: Tensor, side: int) -> Tensor:
-    """(T, 3, H, W) with its last row and column repeated until no side is shorter than `side`."""
+    """(1, 3, H, W) with its last row and column repeated until no side is shorter than `side`."""
     missing = [max(0, side - own) for own in picture.shape[2:]]
     return F.pad(picture, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else picture
 
