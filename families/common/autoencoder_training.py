@@ -136,8 +136,9 @@ class LatentStatistics(nn.Module):
     @staticmethod
     def of(latents: Tensor) -> dict[str, Tensor]:
         """What `step` wants to know of latents (B, C, ...): (B, C) and (B, C, C) by name."""
-        flat = latents.flatten(2)
-        return {"mean": flat.mean(dim=2), "products": flat @ flat.mT / flat.shape[2]}
+        flat = latents.flatten(2).float()
+        with torch.autocast(flat.device.type, enabled=False):  # covariances are small differences of these products
+            return {"mean": flat.mean(dim=2), "products": flat @ flat.mT / flat.shape[2]}
 
     @torch.no_grad()
     def step(self, mean: Tensor, products: Tensor) -> None:

@@ -125,6 +125,15 @@ def test_exported_weights_are_the_same_autoencoder_with_whitened_latents(tmp_pat
     assert (channels.cov() - torch.eye(4)).abs().max() < min(0.3, far / 2)  # what hardly varies is not raised to 1
 
 
+def test_a_run_in_16_bits_whitens_as_one_in_32_bits_does():
+    latents = 5 + 0.1 * torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected, found = LatentStatistics(4), LatentStatistics(4)
+    expected.step(**LatentStatistics.of(latents))
+    with torch.autocast("cpu", torch.bfloat16):
+        found.step(**LatentStatistics.of(latents))
+    torch.testing.assert_close(found.whitening(), expected.whitening())
+
+
 def test_gradients_reach_every_weight_with_and_without_checkpointing():
     clips, noise = torch.rand(1, 9, 3, 16, 16), torch.randn(1, 4, 3, 2, 2)
     gradients = []
