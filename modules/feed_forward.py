@@ -1,10 +1,10 @@
 """The wide layer pair of the convolution and feed-forward blocks, most of what an update costs."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from modules.autocast import without_autocast
 
 
 class GlobalResponseNorm(nn.Module):
@@ -59,7 +59,7 @@ class _GeluResponseNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        with without_autocast(x.device):
+        with without_autocast(x.device):  # which would make the wide tensors float32
             y = F.gelu(x)
             energy = _norm_over_positions(y)
             ctx.save_for_backward(x, gamma, energy)
@@ -81,12 +81,6 @@ class _GeluResponseNorm(torch.autograd.Function):
         y.mul_(grad_energy / energy.clamp_min(1e-12))
         torch.addcmul(y, grad, 1 + gamma * response, out=y)
         return torch.ops.aten.gelu_backward(y, x), grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast would make the wide tensors float32."""
-    there = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
 def _mean_energy(energy: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from families.common.library_files import CONFIG_KEY, constructor_numbers
 from families.common.library_networks import adapt
 from families.common.pictures import image_metrics, to_pictures, to_uint8
 from families.common.reconstruction_losses import ReconstructionConfig, ReconstructionTraining
+from modules.autocast import without_autocast
 from warpcore.data.reader import Batch
 from warpcore.random import SampleRandom
 from warpcore.results import Losses, Sampled
@@ -137,7 +138,7 @@ class LatentStatistics(nn.Module):
     def of(latents: Tensor) -> dict[str, Tensor]:
         """What `step` wants to know of latents (B, C, ...): (B, C) and (B, C, C) by name."""
         flat = latents.flatten(2).float()
-        with torch.autocast(flat.device.type, enabled=False):  # covariances are small differences of these products
+        with without_autocast(flat.device):  # covariances are small differences of these products
             return {"mean": flat.mean(dim=2), "products": flat @ flat.mT / flat.shape[2]}
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from modules.autocast import without_autocast
 from warpcore.data.images import BadPicture, decode
 from warpcore.data.member_headers import picture_size
 from warpcore.errors import UserError
@@ -42,7 +43,7 @@ def image_metrics(made: Tensor, true: Tensor) -> dict[str, Tensor]:
     extended = [tuple(_at_least(one, SSIM_LEAST_PX) for one in pair) for pair in pairs]
     psnr = [peak_signal_noise_ratio(*pair, data_range=1.0) for pair in pairs]
     # Variances are small differences of large numbers, which 16 bits cannot hold.
-    with torch.autocast(made.device.type, enabled=False):
+    with without_autocast(made.device):
         ssim = [structural_similarity_index_measure(*pair, data_range=1.0) for pair in extended]
     return {"psnr": torch.stack(psnr), "ssim": torch.stack(ssim)}
 

@@ -1,11 +1,12 @@
 """The precision of a frozen network, which is its own: it follows neither the run's dtype nor its autocast."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Literal, Self
 
 import torch
 from torch import nn
 
+from modules.autocast import without_autocast
 from modules.float8 import FORMATS, keep_in_float8
 from modules.quantise import quantise
 from warpcore.errors import UserError
@@ -66,5 +67,4 @@ class FrozenNetwork(nn.Module):
 
     def in_own_precision(self) -> AbstractContextManager:
         """Inside, the run's autocast does not apply."""
-        kind = self.device.type
-        return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+        return without_autocast(self.device)
