@@ -133,7 +133,8 @@ class STDiT(ClipTransformer):
         self.final_layer = TimedFinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
         self.initialise()
 
-    def begins_with_zeros(self, name: str) -> bool:
+    @classmethod
+    def begins_with_zeros(cls, name: str) -> bool:
         """Attention over time and to the text do nothing at first, and the last layer gives zeros."""
         return name.endswith(("attn_temp.proj", "cross_attn.proj")) or name == "final_layer.linear"
 
@@ -228,7 +229,8 @@ class STDiT2(ClipTransformer):
         self.fl_embedder, self.fps_embedder = (TimestepEmbedding(hidden_size) for _ in range(2))
         self.initialise()
 
-    def begins_with_zeros(self, name: str) -> bool:
+    @classmethod
+    def begins_with_zeros(cls, name: str) -> bool:
         """As an `STDiT`."""
         return name.endswith(("attn_temp.proj", "cross_attn.proj")) or name == "final_layer.linear"
 

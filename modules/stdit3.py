@@ -106,7 +106,8 @@ class STDiT3(ClipTransformer):
         pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
         return [block for pair in pairs for block in pair]
 
-    def begins_with_zeros(self, name: str) -> bool:
+    @classmethod
+    def begins_with_zeros(cls, name: str) -> bool:
         """Temporal blocks do nothing at first, and the frame rate has no influence."""
         ends = ("attn.proj", "mlp.fc2")  # of both attentions
         return name == "fps_embedder.mlp.2" or (name.startswith("temporal_blocks.") and name.endswith(ends))

@@ -171,12 +171,14 @@ class ClipTransformer(nn.Module):
         for name, module in self.named_modules():
             self.initialise_layer(name, module)
 
-    def begins_with_zeros(self, name: str) -> bool:
+    @classmethod
+    def begins_with_zeros(cls, name: str) -> bool:
         """Whether the weights of a layer, by its name, are zeros at first."""
         raise NotImplementedError
 
+    @classmethod
     @torch.no_grad()
-    def initialise_layer(self, name: str, layer: nn.Module) -> None:
+    def initialise_layer(cls, name: str, layer: nn.Module) -> None:
         """Give a layer, like that of a name, what `initialise` gives it."""
         for table in ("scale_shift_table", "scale_shift_table_temporal"):
             if isinstance(values := getattr(layer, table, None), nn.Parameter):
@@ -189,7 +191,7 @@ class ClipTransformer(nn.Module):
             nn.init.ones_(layer.weight)
         if not isinstance(layer, nn.Linear | nn.Conv3d):
             return
-        if self.begins_with_zeros(name):
+        if cls.begins_with_zeros(name):
             nn.init.zeros_(layer.weight)
         else:
             nn.init.xavier_uniform_(layer.weight.flatten(1))
