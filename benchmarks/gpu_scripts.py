@@ -45,6 +45,10 @@ SCRIPTS: dict[str, dict] = {
     "train_cosmos_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_dit": {"class_getter": ["key", "lambda k: int(k) % 8"], "class_names": list("01234567")},
     "train_latte": {"num_classes": len(MOTIONS), "num_frames": 4, "frame_stride": 4},
+    "train_nova": {
+        "model_version": "mini-video", "text_encoder_precision": "float32", "num_frames": 5, "frame_stride": 4,
+        "sample_groups": 2,
+    },
     "train_pixart": {"text_encoder_precision": "float32"},
     "train_pixart_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_sd": {},
@@ -125,7 +129,7 @@ def mini_stage_b(bench: Bench) -> Path:
 
 STARTS: dict[str, Callable[[Bench], Path] | None] = {
     "train_sd": mini_unet, "train_cosmos": None, "train_dit": None, "train_latte": None, "train_pixart": None,
-    "train_stdit": None,
+    "train_nova": None, "train_stdit": None,
     "train_b": mini_stage_b, "train_": mini_generator,
 }  # fmt: skip
 """By the beginning of a script's name, what a mini starts from: networks that predict zeros at first do so in every

@@ -228,9 +228,10 @@ class NOVATransformer(nn.Module):
 
         Returns (R B T, N, P). Raises ValueError for latents of another size than the network has positions for.
         """
-        of_frames = self.encode_clip(latents, self.condition(**condition)).flatten(0, 1)
-        z = self.encode_picture(latents.transpose(1, 2).flatten(0, 1), hidden, visible, of_frames)
-        return self.denoise(noised, t, z.repeat(len(noised) // len(z), 1, 1))
+        own = type(self)  # an instance's `forward_methods` gather weights, and let go of them, for calls from outside
+        of_frames = self.encode_clip(latents, own.condition(self, **condition)).flatten(0, 1)
+        z = own.encode_picture(self, latents.transpose(1, 2).flatten(0, 1), hidden, visible, of_frames)
+        return own.denoise(self, noised, t, z.repeat(len(noised) // len(z), 1, 1))
 
     def _begin(self, samples: int, grid: tuple[int, int]) -> Tensor:
         """(B, M, D): what stands before the first frame."""

@@ -44,6 +44,7 @@ SAID = {
     "layers_per_block": (3, {"autoencoder_checkpoint_path": "a"}, {}),
     "logit_mean": (0.5, {"timestep_sampling": "uniform"}, {"timestep_sampling": "logit_normal"}),
     "logit_std": (0.5, {"timestep_sampling": "uniform"}, {"timestep_sampling": "logit_normal"}),
+    "learn_first_frame": (False, {"num_frames": 1}, {"num_frames": 5}),
     "lora_init": ("published", {"lora_checkpoint_path": "a", "alpha": 2.0}, {"lora_checkpoint_path": "a"}),
     "mid_block_attention": (False, {"autoencoder_checkpoint_path": "a"}, {}),
     "min_lr_ratio": (0.1, {}, {"lr_schedule": "cosine"}),
@@ -55,7 +56,9 @@ SAID = {
     "num_frames": (5, {"pictures": PICTURE}, {"pictures": VIDEO}),  # of a script that rebuilds
     "perceptual_weight": (0.5, {}, {"perceptual_checkpoint_path": "a"}),
     "prior_weight": (0.5, {}, {"prior_path": "b.tar"}),
+    "sample_flow": (2.0, {}, {"motion_column": "flow"}),
     "scratch_path": ("scratch", {}, {"checkpoint_path": "s3://bucket/runs"}),
+    "shift": (2.0, {"diffusion_target": "epsilon"}, {"diffusion_target": "rectified_flows"}),
     "start_from_ema": (True, {"generator_checkpoint_path": None}, {"generator_checkpoint_path": "a"}),
     "tag_separator": (";", {}, {"shuffle_tags": True}),
     "token_lr_scale": (2.0, {"train_tokens": None}, {"train_tokens": [["[a]", "^a"]]}),
@@ -139,9 +142,9 @@ ALWAYS = names(
     generator_checkpoint_path grad_accum_steps grad_mean_groups grad_norm_groups gradient_topk guidance_rescale
     image image_layers image_size image_tower_patch image_tower_size init_image input_perturbation keep_last
     kl_weight lanes latent latent_noise learn_sigma log_every lora lora_checkpoint_path lora_dropout loss_reduce
-    loss_scale loss_type loss_weight lr lr_schedule mask_ratios masked_loss max_bad_samples
+    loss_repeat loss_scale loss_type loss_weight lr lr_schedule mask_ratios masked_loss max_bad_samples
     max_nonfinite_updates max_picture_pixels means_weight micro_batch_size min_snr_gamma model_version
-    module_filters most_pictures
+    module_filters most_pictures motion_column rotary_pos_embed sample_groups video_mixer_rank
     multi_aspect_ratio num_classes num_frames num_res_blocks num_threads num_workers official_stem offset_noise
     on_data_change optimizer output_path overwrite parameter_groups patch_size perceptual_checkpoint_path pictures
     preview previewer_checkpoint_path prior_path process_timeout_seconds processes profile prompt_file prompts

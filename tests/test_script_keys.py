@@ -74,6 +74,7 @@ UNUSED_VALUES = {
     "multires_noise_discount": 0.5, "repa": "true", "tread": "true", "masked_loss": "true",
     "cache_text": "true", "caption_dropout": 0.5, "shuffle_tags": "true", "tag_dropout": 0.5,
     "caption_templates": "['a {caption}']", "cache_text_gb": 1, "keep_tags": 1,
+    "offset_noise": 0.5, "input_perturbation": 0.5, "adaptive_loss_weight": "true", "sample_sampler": "ddim",
 }  # fmt: skip
 
 

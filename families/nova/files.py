@@ -1,6 +1,7 @@
-"""NOVA's transformer in its published form: a folder, or a pipeline's, with `config.json` and the weights."""
+"""NOVA's transformer in files: a published folder, or a pipeline's, with `config.json` and the weights; or a single
+file, as runs export it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ PART = "transformer"
 """The folder of the network in a pipeline's."""
 PICKLED = "diffusion_pytorch_model.bin"
 """As which the published training saves the weights; read without running any code in it."""
+NEEDED = ("mask_embed.bos_token", "video_encoder.patch_embed.proj.weight", "image_decoder.head.weight")
 MIXER = "video_encoder.mixer."
 MIXER_RANK = {"lora": f"{MIXER}lora.weight", "full": f"{MIXER}proj.weight"}
 
@@ -40,6 +42,38 @@ def read_transformer(path: Path, key: str, dtype: torch.dtype = torch.float32) -
     return network
 
 
+def is_of_nova(names: Collection[str]) -> bool:
+    """Whether tensors of these names are a NOVA's."""
+    return all(name in names for name in NEEDED)
+
+
+def config_said(path: Path, key: str) -> dict[str, Any] | None:
+    """The constructor numbers that a folder, or a file, says of the network in it; None where it says none. Raises
+    UserError where there is nothing."""
+    folder = component_folder(path, PART)
+    return read_config(folder, key) if folder.is_dir() or path.suffix != ".bin" else None
+
+
+def read_nova(path: Path, key: str, mixer_rank: int) -> dict[str, Tensor]:
+    """The tensors of the network in a folder or file.
+
+    Args:
+        key: the config key that named it, which an error names. mixer_rank: what is expected; see `video_mixer_rank`.
+
+    Raises:
+        UserError: it is missing, damaged, or of another network.
+    """
+    place = component_folder(path, PART)
+    tensors = folder_tensors(place, key) if place.is_dir() else read_weights(place, key)
+    if not is_of_nova(tensors):
+        held = ", ".join(sorted(tensors)[:3]) or "nothing"
+        missing = next(name for name in NEEDED if name not in tensors)
+        raise WeightsError(f"{key}: {path} holds no NOVA: {missing} is missing, and it has {held}")
+    if (found := _mixer_in(tensors)) != (mixer_rank or None):
+        raise WeightsError(f"{key}: the weights of {path} have {_named(found)}: write video_mixer_rank: {found or 0}")
+    return tensors
+
+
 def folder_tensors(folder: Path, key: str) -> dict[str, Tensor]:
     """The tensors of a folder: of its safetensors files, else of its `diffusion_pytorch_model.bin`."""
     pickled = folder / PICKLED
@@ -51,18 +85,19 @@ def folder_tensors(folder: Path, key: str) -> dict[str, Tensor]:
 def _check_mixer(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, key: str) -> None:
     """Raise UserError where weights have a mixer of frames that the config does not speak of, or the other way: in
     published training configurations the key is missing."""
-    said = config.get("video_mixer_rank") or None
-    if MIXER_RANK["full"] not in tensors:
-        found = None
-    elif MIXER_RANK["lora"] in tensors:
-        found = len(tensors[MIXER_RANK["lora"]])
-    else:
-        found = -1
+    said, found = config.get("video_mixer_rank") or None, _mixer_in(tensors)
     if found != (said if said is None or said > 0 else -1):
         raise WeightsError(
             f"{key}: the weights of {folder} have {_named(found)}, but its {CONFIG} says {_named(said)}: write "
             f'"video_mixer_rank": {found or 0} into it'
         )
+
+
+def _mixer_in(tensors: Mapping[str, Tensor]) -> int | None:
+    """The rank of the mixer of frames in tensors, -1 where it is full; None without one."""
+    if MIXER_RANK["full"] not in tensors:
+        return None
+    return len(tensors[MIXER_RANK["lora"]]) if MIXER_RANK["lora"] in tensors else -1
 
 
 def _named(rank: int | None) -> str:

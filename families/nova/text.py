@@ -33,6 +33,12 @@ PART, TOKENIZER = "text_encoder", "tokenizer"
 """Their folders in a pipeline's."""
 LENGTH = 256
 """Tokens of a text that published networks read."""
+PHI_2 = {
+    "vocab_size": 51200, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "hidden_act": "gelu_new", "partial_rotary_factor": 0.4,
+    "max_position_embeddings": 2048, "model_type": "phi",
+}  # fmt: skip
+"""Constructor numbers of Phi-2."""
 MODEL, HEAD = "model.", "lm_head."
 """What the names of a file's tensors begin with: those of the encoder, and of layers that no text needs."""
 

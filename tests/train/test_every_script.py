@@ -60,6 +60,14 @@ SETTINGS: dict[str, dict] = {
         "model_version": "mini", "class_getter": ["txt", "lambda t: len(t) % 7"], "num_classes": 7,
         "sample_sampler": "ddim", "num_frames": 2, "frame_stride": 2,
     },
+    "train_nova": {
+        "model_version": "mini-video", "text_encoder_precision": "float32", "num_frames": 5, "loss_repeat": 2,
+        "sample_groups": 2, "caption_dropout": 0.5,
+    },
+    "train_nova pictures": {
+        "model_version": "mini", "text_encoder_precision": "float32", "num_frames": 1, "sample_groups": 2,
+        "diffusion_target": "epsilon",
+    },
     "train_pixart": {"model_version": "mini", "text_encoder_precision": "float32", "sample_sampler": "iddpm"},
     "train_pixart_lora": {
         "model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32",
@@ -100,17 +108,21 @@ SETTINGS: dict[str, dict] = {
         "mid_block_attention": False, "means_weight": 1.0, "discriminator_start": 1, "discriminator_channels": 8,
     },
 }  # fmt: skip
-NEEDS_WHOLE_BATCHES = {"train_a", "train_b joint", "train_encoder", "train_towers", "train_towers t5"}
-"""Batch norms and contrastive losses look at a micro-batch as a whole: accumulation is another training."""
+NEEDS_WHOLE_BATCHES = {
+    "train_a", "train_b joint", "train_encoder", "train_nova", "train_nova pictures", "train_towers",
+    "train_towers t5",
+}  # fmt: skip
+"""Batch norms and contrastive losses look at a micro-batch as a whole, and NOVA hides as much of each of its samples:
+accumulation is another training."""
 
 WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers", "train_towers t5"}
 """Scripts whose networks have no blocks to compile."""
 
 PIPELINES = {"train_sd": write_sdxl, "train_cosmos": write_cosmos}
 """What writes the pipeline that scripts with such a name start from."""
-OF_CLIPS = {"train_latte", "train_stdit", "train_stdit_lora"}
+OF_CLIPS = {"train_latte", "train_nova", "train_stdit", "train_stdit_lora"}
 """What is trained on clips; the others are on pictures."""
-OF_LATENT_CLIPS = {"train_stdit", "train_stdit_lora"}
+OF_LATENT_CLIPS = {"train_nova", "train_stdit", "train_stdit_lora"}
 """What has an autoencoder of clips."""
 NEEDS_GENERATOR = {"train_c_controlnet", "train_c_lora"}
 """What is trained here only steers Stage C: it needs one that is trained."""

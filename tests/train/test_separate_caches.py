@@ -24,6 +24,7 @@ CACHED: dict[str, tuple[str, ...]] = {
     "train_cosmos_lora": ("latents", "texts"),
     "train_dit": ("latents",),
     "train_latte": ("latents",),
+    "train_nova": ("latents", "texts"),
     "train_pixart": ("latents", "texts"),
     "train_pixart_lora": ("latents", "texts"),
     "train_sd": ("latents", "texts"),
@@ -41,7 +42,8 @@ CHANGES = {
 SPARED = {
     "train_b": {"encoder", "text"}, "train_c": {"encoder", "text"}, "train_c_controlnet": {"text"},
     "train_c_lora": {"encoder", "text"}, "train_cosmos": {"text"}, "train_cosmos_lora": {"text"},
-    "train_dit": set(), "train_latte": set(), "train_pixart": {"text"}, "train_pixart_lora": {"text"},
+    "train_dit": set(), "train_latte": set(), "train_nova": {"text"}, "train_pixart": {"text"},
+    "train_pixart_lora": {"text"},
     "train_sd": {"text"}, "train_sd_lora": {"text"},
     "train_stdit": {"text"}, "train_stdit_lora": {"text"},
 }  # fmt: skip

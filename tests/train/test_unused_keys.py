@@ -14,20 +14,22 @@ ONLY_WITH_ANOTHER_KEY = {
     "cache_size_gb", "cache_text_gb", "clip_image_checkpoint_path", "clip_image_model_name", "max_bad_samples",
     "on_data_change", "perceptual_weight", "prior_weight", "scratch_path", "processes", "huber_c", "huber_schedule",
     "multires_noise_discount", "size_condition", "tag_separator", "validation_caches", "autoencoder_version",
-    "text_projection_checkpoint_path", "text_tokens", "autoencoder_frames",
+    "text_projection_checkpoint_path", "text_tokens", "autoencoder_frames", "sample_flow",
 }  # fmt: skip
 """`processes` is used before a run begins."""
 READ_IN_ANY_CASE = {
     "multires_noise_iterations", "multires_noise_discount", "caption_templates", "cache_text", "shuffle_tags",
-    "tag_dropout", "keep_tags", "repa", "tread", "masked_loss",
+    "tag_dropout", "keep_tags", "repa", "tread", "masked_loss", "sample_sampler", "adaptive_loss_weight",
+    "offset_noise",
 }  # fmt: skip
-"""Stage B's noise has many resolutions of its own; networks without texts have no captions, clips no masks; the script
-of a LoRA extends that of the whole network."""
+"""Stage B's noise has many resolutions of its own, NOVA its own loss and sampler; networks without texts have
+no captions, clips no masks; the script of a LoRA extends that of the whole network."""
 VALUES = {
     "caption_templates": ["a {caption}"], "caption_dropout": 0.5, "cache_text": True, "shuffle_tags": True,
     "tag_dropout": 0.5, "keep_tags": 2,
     "captions_getter": ("json", "lambda j: j['a']"), "multires_noise_iterations": 2, "multires_noise_discount": 0.5,
     "repa": True, "tread": True, "masked_loss": True, "cache_text_gb": 1,
+    "offset_noise": 0.5, "input_perturbation": 0.5, "adaptive_loss_weight": True, "sample_sampler": "ddim",
 }  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from families.common.library_files import CONFIG_KEY
 from families.cosmos import versions as cosmos
 from families.dit import pixart_versions
 from families.dit import versions as dit_versions
+from families.nova import versions as nova_versions
 from modules.dit import DiT
+from modules.nova import NOVATransformer
 from modules.stdit3 import STDiT3
 from tests.bounds import bounded, fuzz
 from tools.config_reference import scripts, settings_of
@@ -252,7 +254,7 @@ VALUES = st.recursive(
 
 NETWORKS = {
     "families.cosmos": "transformer", "families.dit.pixart": "pixart", "families.dit": "dit.safetensors",
-    "families.open_sora": "stdit3.safetensors",
+    "families.open_sora": "stdit3.safetensors", "families.nova": "nova.safetensors",
 }  # fmt: skip
 """What `folder` holds of networks, by where a config is."""
 
@@ -285,6 +287,9 @@ def folder(tmp_path, monkeypatch):
     save_file(tensors, tmp_path / "dit.safetensors", {CONFIG_KEY: json.dumps(mini)})
     small = STDiT3(hidden_size=8, num_heads=2, depth=1, caption_channels=8, model_max_length=4)
     save_file(small.state_dict(), tmp_path / "stdit3.safetensors")
+    mini = nova_versions.VERSIONS["mini"].network
+    tensors = NOVATransformer(**mini | {"arch": [{"depth": 1, "embed_dim": 8, "num_heads": 2}] * 3}).state_dict()
+    save_file(tensors, tmp_path / "nova.safetensors", {CONFIG_KEY: json.dumps(mini)})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

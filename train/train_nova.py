@@ -1,0 +1,29 @@
+"""Train or finetune NOVA: text to pictures, or to clips, frame after frame and each in groups of tokens.
+
+    python3 train/train_nova.py configs/training/quickstart_nova.yaml
+    torchrun --nproc-per-node 8 train/train_nova.py configs/training/nova_0.3b.yaml
+
+With `num_frames: 1` pictures are learned, else clips; published networks of clips went on from those of pictures.
+`generator_checkpoint_path` names what to start from: a published folder, or weights of a run. Moments and texts are
+computed, or read from a cache (tools/cache.py). The run's folder gets `generator.safetensors` with the published
+names.
+"""
+
+import warpcore.openmp
+
+from torch import nn
+
+from families.nova import build
+from families.nova.config import NovaConfig
+from families.nova.training import NovaTraining
+
+
+class TrainNova(NovaTraining):
+    Config = NovaConfig
+
+    def build(self) -> dict[str, nn.Module]:
+        return {"generator": build.network(self.config, self.size_px)} | self.needed_encoders()
+
+
+if __name__ == "__main__":
+    TrainNova.main()
