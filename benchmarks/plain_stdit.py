@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from families.common.features import lengths_name, stored
 from families.common.t5 import padded, token_mask
 from families.common.training import DiffusionTraining
-from modules.stdit3 import CrossAttention, NormedAttention, rotate
+from modules.stdit_parts import CrossAttention, NormedAttention, rotate
 from warpcore.data.reader import Batch
 from warpcore.diffusion.schedules import shift_by_size
 

@@ -45,9 +45,9 @@ def grid_positions(
     return torch.cat(both, dim=2).flatten(0, 1)[None].float()
 
 
-def frame_positions(frames: int, width: int, device: torch.device | None = None) -> Tensor:
+def frame_positions(frames: int, width: int, device: torch.device | None = None, spacing: float = 1) -> Tensor:
     """(1, T, width) float32."""
-    return sines(torch.arange(frames, dtype=_table_dtype(device), device=device), width)[None].float()
+    return sines(torch.arange(frames, dtype=_table_dtype(device), device=device) * spacing, width)[None].float()
 
 
 def _table_dtype(device: torch.device | None) -> torch.dtype:

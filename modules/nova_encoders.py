@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from modules.blocks import Block
 from modules.nova_decoder import PatchTokens
 from modules.nova_embeddings import GridPositions, GridRotation, grid_places
-from modules.stdit3 import rotate
+from modules.stdit_parts import rotate
 
 
 class KeptKeys:

@@ -45,7 +45,7 @@ def network(settings: OpenSoraSettings, dtype: torch.dtype = torch.float32) -> S
 
 def initialise(name: str, layer: torch.nn.Module) -> None:
     """See `STDiT3.initialise_layer`."""
-    STDiT3.initialise_layer(layer, name, layer)
+    STDiT3.initialise_layer(name, layer)
 
 
 def process(settings: OpenSoraSettings, loss_weight: str = "constant", offset_noise: float = 0.0) -> GDF:

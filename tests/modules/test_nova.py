@@ -8,7 +8,7 @@ from modules.nova import SIZES, NOVATransformer
 from modules.nova_decoder import patchify, time_sines, unpatchify
 from modules.nova_embeddings import LabelEmbedding, TextEmbedding, grid_places
 from modules.nova_encoders import ClipState, KeptKeys, frame_mask
-from modules.stdit3 import rotate
+from modules.stdit_parts import rotate
 from tests.golden import load_case, load_manifest, resolve, weights_of
 from tests.small_nova import golden_nova, load_nova
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.stdit3 import SIZES, STDiT3, grid_positions, rotate
+from modules.dit import grid_positions
+from modules.stdit3 import SIZES, STDiT3
+from modules.stdit_parts import rotate
 from tests.golden import load_case, load_manifest, resolve, weights_of
 
 SMALL = "stdit3_small"
