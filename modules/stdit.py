@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modules.blocks import Block, layer_norm
 from modules.dit import Mlp, TimestepEmbedding, frame_positions, grid_positions, modulate
+from modules.sequence import TokenShards
 from modules.stdit_parts import (
     CaptionEmbedding,
     ClipEmbedding,
@@ -57,12 +58,19 @@ class STDiTBlock(Block):
         self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size))
 
     def compute(
-        self, x: Tensor, y: Tensor, mask: Tensor | None, time: Tensor, over_time: Tensor, frames: Tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        time: Tensor,
+        over_time: Tensor,
+        frames: Tensor,
+        shards: TokenShards | None = None,
     ) -> Tensor:
         """x (B, T, S, D); y (B, L, D) and its mask (B, L); time (B, T or 1, 6, D); for `attended_over_time`, what the
-        timestep is there, and where frames are."""
+        timestep is there, and where frames are; shards: where the S patches are a part of those of a frame."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.scale_shift_table + time)[:, :, None].unbind(3)
-        x = x + gate * within_frames(self.attn, modulate(self.norm1(x), shift, scale))
+        x = x + gate * within_frames(self.attn, modulate(self.norm1(x), shift, scale), shards)
         x = x + self.attended_over_time(x, over_time, frames)
         x = x + self.cross_attn(x.flatten(1, 2), y, mask).view_as(x)
         return x + mlp_gate * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
@@ -176,9 +184,8 @@ class STDiT(ClipTransformer):
         mask = None if mask is None else mask.bool()
         time, noised = self.embedded_times(t, x_mask), self.embedded_times(t, None)
         in_blocks, over_time = (self.t_block(one).unflatten(2, (6, -1)) for one in (time, noised))
-        for block in self.blocks:
-            x = block(x, y, mask, in_blocks, over_time, frames[:, :, None].to(x))
-        return self.unpatched(self.final_layer(x, time), grid, size)
+        patches = self.patches(x, time, y, mask, in_blocks, over_time, frames[:, :, None].to(x))
+        return self.unpatched(patches, grid, size)
 
 
 class STDiT2(ClipTransformer):
@@ -269,6 +276,5 @@ class STDiT2(ClipTransformer):
         time = self.embedded_times(t, x_mask)
         in_frames = self.t_block(time + torch.cat(sides, dim=1)[:, None]).unflatten(2, (6, -1))
         over_time, rotation = self.t_block_temp(time + length[:, None]).unflatten(2, (3, -1)), self.rope(grid[0])
-        for block in self.blocks:
-            x = block(x, y, mask, in_frames, over_time, rotation)
-        return self.unpatched(self.final_layer(x, self.embedded_times(t, None)), grid, size)
+        patches = self.patches(x, self.embedded_times(t, None), y, mask, in_frames, over_time, rotation)
+        return self.unpatched(patches, grid, size)

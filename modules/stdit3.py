@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modules.blocks import Block, layer_norm
 from modules.dit import Mlp, TimestepEmbedding, modulate
+from modules.sequence import TokenShards
 from modules.stdit_parts import (
     CaptionEmbedding,
     ClipEmbedding,
@@ -46,11 +47,20 @@ class STDiT3Block(Block):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size))
 
-    def compute(self, x: Tensor, y: Tensor, mask: Tensor | None, time: Tensor, rotation: Tensor) -> Tensor:
-        """x (B, T, S, D); y (B, L, D) and its mask (B, L); time (B, T or 1, 6, D); see `Rotation` for the last."""
+    def compute(
+        self,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        time: Tensor,
+        rotation: Tensor,
+        shards: TokenShards | None = None,
+    ) -> Tensor:
+        """x (B, T, S, D); y (B, L, D) and its mask (B, L); time (B, T or 1, 6, D); for `rotation` see `Rotation`;
+        shards: where the S patches are a part of those of a frame."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.scale_shift_table + time)[:, :, None].unbind(3)
         seen = modulate(self.norm1(x), shift, scale)
-        seen = over_frames(self.attn, seen, rotation) if self.temporal else within_frames(self.attn, seen)
+        seen = over_frames(self.attn, seen, rotation) if self.temporal else within_frames(self.attn, seen, shards)
         x = x + gate * seen
         x = x + self.cross_attn(x.flatten(1, 2), y, mask).view_as(x)
         return x + mlp_gate * self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale))
@@ -151,7 +161,5 @@ class STDiT3(ClipTransformer):
         mask = None if mask is None else mask.bool()
         time = self.embedded_times(t, x_mask) + self.fps_embedder(fps)[:, None]
         in_blocks, rotation = self.t_block(time).unflatten(2, (6, -1)), self.rope(grid[0])
-        for block in self.blocks:
-            x = block(x, y, mask, in_blocks, rotation)
-        predicted = self.unpatched(self.final_layer(x, time), grid, size)
+        predicted = self.unpatched(self.patches(x, time, y, mask, in_blocks, rotation), grid, size)
         return predicted[:, :channels] if target_alone else predicted

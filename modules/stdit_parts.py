@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from modules.blocks import Block, compile_blocks, layer_norm, set_activation_checkpointing
 from modules.dit import MAX_PERIOD, Attention, Mlp, TimestepEmbedding, grid_positions, modulate
+from modules.sequence import TokenShards
 
 
 class ClipEmbedding(nn.Module):
@@ -89,15 +91,19 @@ class NormedAttention(Attention):
         self.rotate_first, width = rotate_first, hidden_size // num_heads
         self.q_norm, self.k_norm = (HeadNorm(width, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, rotation: Tensor | None = None, shards: TokenShards | None = None) -> Tensor:
+        """shards: where the N tokens are a part of those that attend to one another."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv if shards is None else shards.whole_of_some_heads(qkv)
         if rotation is None:
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.rotate_first:
             q, k = self.q_norm(rotate(q, rotation)), self.k_norm(rotate(k, rotation))
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attended if shards is None else shards.own_of_all_heads(attended)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -118,9 +124,9 @@ class CrossAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
 
 
-def within_frames(attention: nn.Module, x: Tensor) -> Tensor:
-    """Attention of tokens (B, T, S, D) to those of their frame."""
-    return attention(x.flatten(0, 1)).view_as(x)
+def within_frames(attention: nn.Module, x: Tensor, shards: TokenShards | None) -> Tensor:
+    """Attention of tokens (B, T, S, D) to those of their frame, of which they may be a part."""
+    return attention(x.flatten(0, 1), shards=shards).view_as(x)
 
 
 def over_frames(attention: nn.Module, x: Tensor, *rotation: Tensor) -> Tensor:
@@ -163,6 +169,9 @@ class ClipTransformer(nn.Module):
     hidden_size: int
     out_channels: int
     t_embedder: TimestepEmbedding
+    final_layer: TimedFinalLayer
+    sequence_group: ProcessGroup | None = None
+    """The processes that compute each sample together."""
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -204,6 +213,26 @@ class ClipTransformer(nn.Module):
 
     def compile_blocks(self, graphs: bool = False) -> None:
         compile_blocks(list(self.blocks), graphs)
+
+    def split_sequence(self, group: ProcessGroup) -> None:
+        """Compute each sample with all processes of a group, which get the same inputs: each a part of the patches of
+        every frame. Raises ValueError where they do not divide the attention's heads."""
+        heads = self.blocks[0].attn.num_heads
+        if heads % group.size():
+            raise ValueError(f"{group.size()} processes do not divide the {heads} heads of the attention")
+        self.sequence_group = group
+
+    def patches(self, x: Tensor, time: Tensor, *inputs: Tensor | None) -> Tensor:
+        """Patches (B, T, S, N) that tokens (B, T, S, D) become by the blocks and the last layer.
+
+        time: (B, T or 1, D) of the last layer. inputs: of every block, beside the tokens.
+        """
+        shards = self.sequence_group and TokenShards(self.sequence_group, x.shape[2])
+        x = shards.own(x) if shards else x
+        for block in self.blocks:
+            x = block(x, *inputs, shards)
+        patches = self.final_layer(x, time)
+        return shards.whole(patches) if shards else patches
 
     def embedded_times(self, t: Tensor, x_mask: Tensor | None) -> Tensor:
         """(B, T or 1, D) of timesteps (B,) or (B, T), which are 0 of frames for which x_mask (B, T) is false."""

@@ -90,6 +90,11 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         """Micro-batches of an update where buckets have micro-batch sizes of their own; else `batch_size` counts."""
         return None
 
+    @property
+    def processes_per_sample(self) -> int:
+        """How many neighbouring processes compute each sample together (sequence parallelism)."""
+        return 1
+
     def buckets(self, factor: int) -> Buckets:
         """The sizes of a run's pictures, sides being multiples of `factor` px.
 

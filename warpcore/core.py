@@ -86,7 +86,8 @@ class WarpCore(UseCase):
             self.networks[name].train()
         for step in range(accumulation):
             batch = next(batches)
-            samples_hash += sum(stable_hash(key, seed) for key, seed in zip(batch.keys, batch.seeds, strict=True))
+            if self.processes.counts_data:
+                samples_hash += sum(stable_hash(key, seed) for key, seed in zip(batch.keys, batch.seeds, strict=True))
             # A network's own randomness (dropout) belongs to the micro-batch, not to the process or the moment.
             torch.manual_seed(stable_hash(config.seed, "network", batch.number))
             self._synchronise_gradients(step == accumulation - 1)

@@ -94,7 +94,7 @@ def weight_norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _summed(totals: dict[str, Tensor], processes: Processes) -> dict[str, list[float]]:
     """The sums over all processes by name; a process that validated nothing knows no names."""
-    everyone = processes.gather({name: total.tolist() for name, total in totals.items()})
+    everyone = processes.gather_of_data({name: total.tolist() for name, total in totals.items()})
     names = dict.fromkeys(name for one in everyone for name in one)
     return {name: [sum(values) for values in zip(*(one[name] for one in everyone if name in one), strict=True)]
             for name in names}  # fmt: skip

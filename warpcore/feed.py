@@ -61,7 +61,7 @@ class Feed:
     def __init__(self, config: Config, processes: Processes, saved: dict | None, needs: DataNeeds):
         self.config, self.processes, self.needs = config, processes, needs
         self._notes: list[str] = []
-        self.micro_batch_size, self.accumulation = split_batch(config, processes.count, saved)
+        self.micro_batch_size, self.accumulation = split_batch(config, processes.data_count, saved)
         if config.grad_accum_steps not in (None, self.accumulation):
             self._notes.append(
                 f"grad_accum_steps is {self.accumulation}, not {config.grad_accum_steps}: the run goes on with the "
@@ -106,7 +106,7 @@ class Feed:
         processes wait for this one in the middle of an update, which has to be completed, and then taken back.
         """
         planned = self.plan.micro_batches(
-            rank=self.processes.rank, num_processes=self.processes.count, start=self._number,
+            rank=self.processes.data_rank, num_processes=self.processes.data_count, start=self._number,
             lane_states=self._lane_states,
         )  # fmt: skip
         self._loader = self._load(planned)
@@ -122,7 +122,7 @@ class Feed:
                 break
             self._lane_states[batch.lane] = batch.state
             self._lane_numbers[batch.lane] = batch.number
-            self._number = batch.number - self.processes.rank + self.processes.count
+            self._number = batch.number - self.processes.data_rank + self.processes.data_count
             self._notes += batch.notes
             self._consumed.append((batch.number, len(batch.seeds), batch.events))
             yield batch
@@ -166,9 +166,9 @@ class Feed:
         """
         if self._validation_loader is None:
             planned = list(self.plan.validation())
-            own = planned[self.processes.rank :: self.processes.count]
+            own = planned[self.processes.data_rank :: self.processes.data_count]
             self._num_own_validation = len(own)
-            self._validation_rounds = -(-len(planned) // self.processes.count)
+            self._validation_rounds = -(-len(planned) // self.processes.data_count)
             if not planned:
                 return
             self._validation_loader = self._load(own + planned[:1] * (self._validation_rounds - len(own)))
@@ -205,7 +205,7 @@ class Feed:
     def take_notes(self) -> list[str]:
         """What people should read about the data (collective), each once."""
         notes, self._notes = self._notes, []
-        return [note for of_process in self.processes.gather(notes) for note in of_process]
+        return [note for of_process in self.processes.gather_of_data(notes) for note in of_process]
 
     def report(self) -> tuple[list[str], UserError | None]:
         """What people should read about the data that all processes consumed since the last call (collective).
@@ -214,7 +214,7 @@ class Feed:
         """
         lines, problem = self.take_notes(), None
         consumed, self._consumed = self._consumed, []
-        consumed = [one for of_process in self.processes.gather(consumed) for one in of_process]
+        consumed = [one for of_process in self.processes.gather_of_data(consumed) for one in of_process]
         for _, num_samples, events in sorted(consumed, key=itemgetter(0)):
             lines += [f"bad sample {event.source}: {event.reason}" for event in events]
             bad = {event.place: event for event in events}

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from warpcore.config import Config
 from warpcore.errors import UserError
@@ -49,6 +50,18 @@ class Compiling(Protocol):
         """Let `torch.compile` fuse what each block computes. Called once, before the network is sharded; names of
         parameters, hooks and activation checkpointing stay as they are. `graphs` (`compile: graphs`): record CUDA
         graphs of what it computes with gradients, one for each shape."""
+
+
+@runtime_checkable
+class Splitting(Protocol):
+    """Can compute a sample with several processes, each a part of its tokens (sequence parallelism)."""
+
+    def split_sequence(self, group: ProcessGroup) -> None:
+        """Compute with the processes of a group, which all get the same inputs, and give the same outputs. Gradients
+        of parameters are such that their mean over the processes is that of one process.
+
+        Called once, before the network is sharded. Raises ValueError where they are too many, or do not divide it.
+        """
 
 
 @runtime_checkable
@@ -98,6 +111,22 @@ def has_blocks(network: nn.Module) -> bool:
 def is_whole(network: nn.Module) -> bool:
     """Whether a network is a `Network`."""
     return has_blocks(network) and isinstance(network, Checkpointing) and isinstance(network, Compiling)
+
+
+def split_sequence(networks: Mapping[str, nn.Module], group: ProcessGroup) -> None:
+    """Let the processes of a group compute each sample together, in all networks that can.
+
+    Raises:
+        UserError: none can, or not with that many processes.
+    """
+    able = [network for network in networks.values() if isinstance(network, Splitting)]
+    if not able:
+        raise UserError("sequence_shards: no network of this script can share the tokens of a sample; remove the key")
+    for network in able:
+        try:
+            network.split_sequence(group)
+        except ValueError as error:
+            raise UserError(f"sequence_shards: {error}") from error
 
 
 def blocks(network: nn.Module) -> tuple[nn.Module, ...]:

@@ -28,17 +28,38 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run. `mesh` (replicas x shards) exists with several, and to offload weights."""
+    """This process among those of the run. `mesh` (replicas x shards) exists with several, and to offload weights.
+
+    Neighbouring ones may compute each sample together (sequence parallelism): `sequence_group` are those that this one
+    does so with. They get the same data, which is counted once.
+    """
 
     rank: int
     count: int
     device: torch.device
     mesh: DeviceMesh | None = field(default=None, compare=False)
     timeout: timedelta | None = None
+    per_sample: int = 1
+    """How many processes a `sequence_group` has."""
+    sequence_group: dist.ProcessGroup | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `data_count` shares of the data is this process's."""
+        return self.rank // self.per_sample
+
+    @property
+    def data_count(self) -> int:
+        return self.count // self.per_sample
+
+    @property
+    def counts_data(self) -> bool:
+        """Whether this process is the one that counts its share of the data."""
+        return self.rank % self.per_sample == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` up over all processes; every process gets the result."""
@@ -57,6 +78,10 @@ class Processes:
         gathered = [None] * self.count
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def gather_of_data(self, value):
+        """`gather`, of one process for each share of the data, in their order."""
+        return self.gather(value)[:: self.per_sample]
 
     def first_of(self, value):
         """The `value` of the first process that has one which is not None, on every process."""
@@ -135,6 +160,7 @@ def start_processes(
     fsdp_shards: int | None = None,
     timeout_seconds: float = 1800,
     cpu_offload: bool = False,
+    per_sample: int = 1,
 ) -> Processes:
     """Join the process group when there are several processes; choose the device.
 
@@ -143,6 +169,7 @@ def start_processes(
         fsdp_shards: how many processes share one copy; by default all of them.
         timeout_seconds: a process waits no longer than this for the others; then it raises.
         cpu_offload: make a group of a single process, too: sharding is what keeps weights in the CPU's memory.
+        per_sample: how many neighbouring processes compute each sample together.
 
     Raises:
         UserError: launch variables that are only half set, a device that is not there, shards that do not divide, or
@@ -152,14 +179,13 @@ def start_processes(
     if rank >= count:
         raise UserError(f"process {rank} of {count}: ranks go from 0 to {count - 1}; launch with torchrun or srun")
     place = choose_device(device, local_rank)
+    _check_divides("sequence_shards", per_sample, count)
     if count == 1 and not cpu_offload:
         return Processes(0, 1, place)
     if place.type == "mps":
         raise UserError("MPS takes one process, without fsdp_cpu_offload: start one, or write device: cpu")
     shards = (fsdp_shards or count) if use_fsdp else 1
-    if count % shards:
-        fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
-        raise UserError(f"fsdp_shards: {shards} does not divide the {count} processes; write one of {fitting}")
+    _check_divides("fsdp_shards", shards, count)
     timeout = timedelta(seconds=timeout_seconds)
     # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL. Written as
     # "cpu:gloo", a group would have no default backend, and PyTorch would warn of that as the group is destroyed.
@@ -167,7 +193,14 @@ def start_processes(
     with _no_longer_than(timeout):
         store = dist.HashStore() if count == 1 else _meet(rank, count, timeout)
         dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout, store=store)
-        return Processes(rank, count, place, _mesh(place.type, rank, count, shards, timeout), timeout)
+        mesh, together = _mesh(place.type, rank, count, shards, timeout), _neighbours(rank, per_sample, timeout)
+        return Processes(rank, count, place, mesh, timeout, per_sample, together)
+
+
+def _check_divides(key: str, number: int, count: int) -> None:
+    if count % number:
+        fitting = ", ".join(str(one) for one in range(1, count + 1) if count % one == 0)
+        raise UserError(f"{key}: {number} does not divide the {count} processes; write one of {fitting}")
 
 
 _met: dist.Store | None = None
@@ -224,6 +257,14 @@ def _mesh(device_type: str, rank: int, count: int, shards: int, timeout: timedel
     own = [ranks[:, rank % shards], ranks[rank // shards]]
     groups = [dist.new_group(one.tolist(), timeout=timeout, use_local_synchronization=True) for one in own]
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicas", "shards"))
+
+
+def _neighbours(rank: int, number: int, timeout: timedelta) -> dist.ProcessGroup | None:
+    """The group of `number` neighbouring ranks that this one is in."""
+    if number == 1:
+        return None
+    ranks = list(range(rank // number * number, (rank // number + 1) * number))
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 
 
 @contextmanager

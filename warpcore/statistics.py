@@ -127,6 +127,6 @@ def in_global_order(processes: Processes, own: list[dict[str, Tensor]]) -> list[
     """
     if processes.count == 1 or not own[0]:
         return own
-    everyone = processes.gather([{name: value.cpu() for name, value in stats.items()} for stats in own])
-    ordered = [everyone[rank][i] for i in range(len(own)) for rank in range(processes.count)]
+    everyone = processes.gather_of_data([{name: value.cpu() for name, value in stats.items()} for stats in own])
+    ordered = [everyone[rank][i] for i in range(len(own)) for rank in range(processes.data_count)]
     return [{name: value.to(processes.device) for name, value in stats.items()} for stats in ordered]

@@ -46,11 +46,12 @@ class UpdateMean:
         """
         if self.largest is None:
             return None
-        self._samples = self.processes.sum(torch.full((), self._own, device=self.processes.device))
+        own = torch.full((), self._own if self.processes.counts_data else 0.0, device=self.processes.device)
+        self._samples = self.processes.sum(own)
         return self._factor()
 
     def _factor(self) -> Tensor:
-        return self.largest * self.accumulation * self.processes.count / self._samples.clamp(min=1)
+        return self.largest * self.accumulation * self.processes.data_count / self._samples.clamp(min=1)
 
     def of(self, weighted: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Of this process's weighted means (0-d, by name) its share of those over all samples: the mean of the

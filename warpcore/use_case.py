@@ -19,7 +19,7 @@ from warpcore.errors import UserError
 from warpcore.from_scratch import fresh_layers, start_layers
 from warpcore.loading import deferring
 from warpcore.loss_scale import LossScale
-from warpcore.networks import block_names, check_networks, convolution_weights, linear_weights
+from warpcore.networks import block_names, check_networks, convolution_weights, linear_weights, split_sequence
 from warpcore.offload import OnDemand
 from warpcore.parameter_groups import freeze, optimizer_groups
 from warpcore.peers import explained
@@ -139,6 +139,7 @@ class UseCase:
                 config.fsdp_shards,
                 config.process_timeout_seconds,
                 config.fsdp_cpu_offload,
+                config.processes_per_sample,
             )
         self.device = self.processes.device
         compute.check_graphs(config, self.device, sharded=self.processes.mesh is not None)
@@ -158,6 +159,8 @@ class UseCase:
         with deferring():
             self.networks = self.build()
         check_networks(self.networks, self.trainable, config)
+        if self.processes.sequence_group is not None:
+            split_sequence(self.networks, self.processes.sequence_group)
         trained = {name: self.networks[name] for name in self.trainable}
         freeze(trained, config.parameter_groups)
         self.fresh_layers = fresh_layers(trained, config.start_from_scratch if saved is None else ())

@@ -94,6 +94,11 @@ class OpenSoraConfig(OpenSoraSettings, ClipKeys, DiffusionConfig):
     """Its deviation."""
     loss_weight: Literal[tuple(LOSS_WEIGHTS)] = "constant"
     """How much the loss of each noise level counts."""
+    sequence_shards: PositiveInt = 1
+    """How many neighbouring processes compute each clip together, each a part of the patches of every frame (sequence
+    parallelism): for clips whose activations are too large for one GPU. It divides the processes, and the heads of the
+    attention; `batch_size` is shared by as many times fewer. Results are those of one process; a run may go on with
+    another number."""
     sample_prompts: list[Prompt] = []
     """Captions to draw at every save, at the size of the largest bucket of clips; without them those of held-out
     samples, or else of a few training samples, are taken."""
@@ -103,6 +108,16 @@ class OpenSoraConfig(OpenSoraSettings, ClipKeys, DiffusionConfig):
     """Classifier-free guidance of those clips."""
     sample_sampler: Literal[tuple(SAMPLERS)] = "euler"
     """Sampler of those clips: `euler` is the published one, and the same as `ddim` here."""
+
+    @property
+    def processes_per_sample(self) -> int:
+        return self.sequence_shards
+
+    @model_validator(mode="after")
+    def _blocks_exchange_tokens(self) -> Self:
+        if self.compile and self.sequence_shards > 1:
+            raise ValueError("sequence_shards: what processes exchange inside a block can't be compiled; remove one")
+        return self
 
     @model_validator(mode="after")
     def _masks_are_known(self) -> Self:
