@@ -149,8 +149,9 @@ ALWAYS = names(
     on_data_change optimizer output_path overwrite parameter_groups patch_size perceptual_checkpoint_path pictures
     preview previewer_checkpoint_path prior_path process_timeout_seconds processes profile prompt_file prompts
     quantised rank rank_stabilised repa run sample_classes sample_count sample_guidance sample_guides_control
-    sample_prompts sample_sampler sample_steps save_every seed seeds shard_group_rows shift shuffle_tags size
-    split_qkv squared_weight stage_a_checkpoint_path stage_a_only start_from_scratch tag_dropout tensorboard
+    sample_prompts sample_sampler sample_steps save_every seed seeds sequence_shards shard_group_rows
+    shift shuffle_tags size split_qkv squared_weight stage_a_checkpoint_path stage_a_only start_from_scratch
+    tag_dropout tensorboard
     text_chunks text_encoder text_encoder_checkpoint_path text_encoder_filters text_encoder_precision text_layers
     text_length text_model text_projection_checkpoint_path text_tokens text_width tiled_decoding tiling
     timestep_sampling tower_heads tower_width train_encoder train_text_encoder train_tokens tread updates use_ema

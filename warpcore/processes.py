@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -82,6 +82,21 @@ class Processes:
     def gather_of_data(self, value):
         """`gather`, of one process for each share of the data, in their order."""
         return self.gather(value)[:: self.per_sample]
+
+    def in_groups(self, number: int) -> "Processes":
+        """The same, of which `number` neighbouring ones compute each sample together (collective).
+
+        Raises:
+            UserError: it does not divide them.
+        """
+        _check_divides("sequence_shards", number, self.count)
+        if number == 1:
+            return self
+        first = self.rank // number * number
+        group = dist.new_group(
+            list(range(first, first + number)), timeout=self.timeout, use_local_synchronization=True
+        )
+        return replace(self, per_sample=number, sequence_group=group)
 
     def first_of(self, value):
         """The `value` of the first process that has one which is not None, on every process."""
@@ -193,8 +208,8 @@ def start_processes(
     with _no_longer_than(timeout):
         store = dist.HashStore() if count == 1 else _meet(rank, count, timeout)
         dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout, store=store)
-        mesh, together = _mesh(place.type, rank, count, shards, timeout), _neighbours(rank, per_sample, timeout)
-        return Processes(rank, count, place, mesh, timeout, per_sample, together)
+        mesh = _mesh(place.type, rank, count, shards, timeout)
+        return Processes(rank, count, place, mesh, timeout).in_groups(per_sample)
 
 
 def _check_divides(key: str, number: int, count: int) -> None:
@@ -257,14 +272,6 @@ def _mesh(device_type: str, rank: int, count: int, shards: int, timeout: timedel
     own = [ranks[:, rank % shards], ranks[rank // shards]]
     groups = [dist.new_group(one.tolist(), timeout=timeout, use_local_synchronization=True) for one in own]
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicas", "shards"))
-
-
-def _neighbours(rank: int, number: int, timeout: timedelta) -> dist.ProcessGroup | None:
-    """The group of `number` neighbouring ranks that this one is in."""
-    if number == 1:
-        return None
-    ranks = list(range(rank // number * number, (rank // number + 1) * number))
-    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 
 
 @contextmanager

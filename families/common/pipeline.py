@@ -19,7 +19,7 @@ from families.common.autoencoders import Autoencoder
 from families.common.captions import cut_note
 from families.common.inference import ComputeSettings
 from warpcore.config import Settings
-from warpcore.processes import choose_device, choose_dtype
+from warpcore.processes import choose_device, choose_dtype, launched
 from warpcore.progress_bar import ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Pipeline:
 
     def __init__(self, settings: ComputeSettings):
         self.settings = settings
-        self.device = choose_device(settings.device)
+        self.device = choose_device(settings.device, launched()[2])
         self.dtype = choose_dtype(settings.dtype, self.device)
         self._peaks: dict[str, int] = {}
 

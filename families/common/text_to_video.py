@@ -1,11 +1,13 @@
 """Videos for prompts: the keys that every family takes, what it gives `inference/text_to_video.py`, and the files."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
+from torch.distributed import ProcessGroup
 
 from families.common.drawn_pictures import NOT_IN_PICTURES, file_names
 from families.common.text_to_image import TextToImageConfig
@@ -13,9 +15,11 @@ from warpcore.clip_keys import FrameCount
 from warpcore.clips import encode_mp4, strip
 from warpcore.config_keys import SidePx
 from warpcore.data.resolutions import named_length, named_size
+from warpcore.errors import UserError
 from warpcore.files import write_whole
 from warpcore.idle_keys import Need
 from warpcore.pictures import grid, save_png, shrunk
+from warpcore.processes import Processes
 
 SHEET_SIDE_PX = 1024
 """The longest side of some frames of a video, side by side, in the sheet of all videos."""
@@ -45,6 +49,9 @@ class TextToVideoConfig(TextToImageConfig):
     """Frames per second, which the network is told, and at which videos are written."""
     save_fps: Rate | None = None
     """Frames per second at which videos are written, where they are not those that the network is told."""
+    sequence_shards: PositiveInt | None = None
+    """With several processes (torchrun), how many draw each video together. By default as many as divide both them and
+    the network's attention heads; groups share the prompts."""
     sample_name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,49}$")] | None = None
     """Videos are called NAME_0000, NAME_0001, ..., of several seeds NAME_0000-0, NAME_0000-1, ...; by default after
     their prompts and seeds."""
@@ -115,14 +122,35 @@ class TextToVideo(Protocol):
     """What each of the config's prompts is called: files are named after it."""
     total_frames: int
     """Of each video; 1 of pictures."""
+    heads: int
+    """Attention heads, which processes that draw a video together divide; 1 where there can be no several."""
 
     def __init__(self, config: TextToVideoConfig): ...
 
-    def draw(self, prompts: Sequence[int], seeds: Sequence[int], finished: Finished) -> None:
-        """A video for each of some prompts, by their numbers, and its seed."""
+    def draw(
+        self, prompts: Sequence[int], seeds: Sequence[int], finished: Finished, group: ProcessGroup | None = None
+    ) -> None:
+        """A video for each of some prompts, by their numbers, and its seed.
+
+        group: the processes that draw each video together, all of which get the same.
+        """
 
     def notes(self) -> list[str]:
         """Lines to print after the drawing: the memory that it took."""
+
+
+def in_groups(processes: Processes, heads: int, wanted: int | None) -> Processes:
+    """Processes that draw each video together in groups (collective): as large as they can be, or of a wanted size.
+
+    Raises:
+        UserError: groups of that size can't be.
+    """
+    if wanted and heads % wanted:
+        fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        raise UserError(
+            f"sequence_shards: {wanted} does not divide the {heads} heads of the network; write one of {fitting}"
+        )
+    return processes.in_groups(wanted or math.gcd(processes.count, heads))
 
 
 def video_names(titles: Sequence[str], seeds: Sequence[int], config: TextToVideoConfig, ending: str) -> list[str]:
@@ -158,9 +186,12 @@ class VideoFiles:
             save_png(file, video[0], about)
         self.shown[number] = shrunk(strip(video), SHEET_SIDE_PX)
 
-    def finish(self) -> None:
-        """Write the sheet, and say where it is."""
-        shown = [self.shown[number] for number in range(len(self.titles))]
+    def finish(self, processes: Processes) -> None:
+        """Write the sheet of what all processes have saved, and say where it is (collective)."""
+        everyone = {number: video for of_one in processes.gather(self.shown) for number, video in of_one.items()}
+        if not processes.is_main:
+            return
+        shown = [everyone[number] for number in range(len(self.titles))]
         columns = min(len(self.config.seeds), 4) if len(self.config.seeds) > 1 else min(3, len(shown))
         about = {"prompts": "\n".join(self.titles), "settings": self.settings}
         save_png(self.files[-1], grid(shown, columns, self.titles), about)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from families.common.mask_strategies import Placement
 from families.common.pictures import to_uint8
@@ -94,8 +95,17 @@ def check_clip_frames(autoencoder: ClipAutoencoder, frames: int) -> None:
 class VideoNetworks(OpenSoraNetworks):
     """The networks of Open-Sora; denoiser and autoencoder take turns, clip by clip."""
 
-    def draw_videos(self, videos: Sequence[Video], plan: Plan, finished: Callable[[int, np.ndarray], None]) -> None:
-        """Draw videos, and hand over the number of each and its frames, uint8 (T, H, W, 3), when it is drawn."""
+    def draw_videos(
+        self,
+        videos: Sequence[Video],
+        plan: Plan,
+        finished: Callable[[int, np.ndarray], None],
+        group: ProcessGroup | None = None,
+    ) -> None:
+        """Draw videos, and hand over the number of each and its frames, uint8 (T, H, W, 3), when it is drawn.
+
+        group: the processes whose denoiser works on each video together.
+        """
         texts = {one.prompt.text_of(loop) for one in videos for loop in range(plan.loops)}
         texts = sorted(texts | ({plan.negative} if plan.negative else set()))
         conditions, most = self.read(texts), self.settings.batch_size
@@ -106,6 +116,8 @@ class VideoNetworks(OpenSoraNetworks):
             self.holding("denoiser", make) as network,
             self.holding("autoencoder", self.build_autoencoder) as autoencoder,
         ):
+            if group is not None:
+                network.split_sequence(group)
             drawing = _Drawing(self, TargetAlone(network), autoencoder, plan, told)
             for rows in ProgressBar(batches, desc="videos", unit="batch"):
                 clips = list(drawing.clips([videos[row] for row in rows]))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from torch.distributed import ProcessGroup
 
 from families.common.caption_cleaning import clean_caption
 from families.common.text_to_video import Finished, TextToVideoConfig
@@ -159,13 +160,21 @@ class OpenSoraTextToVideo:
         scores = {"aes": config.aes, "flow": config.flow, "camera_motion": config.camera_motion}
         return prompt.mapped(lambda text: self._read_as(append_scores(text, **scores)))
 
-    def draw(self, prompts: Sequence[int], seeds: Sequence[int], finished: Finished) -> None:
-        """A video for each of some prompts, by their numbers, and its seed."""
+    @property
+    def heads(self) -> int:
+        """Of the attention within frames."""
+        with only_shapes():
+            return build.network(self.config).blocks[0].attn.num_heads
+
+    def draw(
+        self, prompts: Sequence[int], seeds: Sequence[int], finished: Finished, group: ProcessGroup | None = None
+    ) -> None:
+        """A video for each of some prompts, by their numbers, and its seed; see `TextToVideo`."""
         told = [self._told(prompt) for prompt in self.prompts]
         references = [[self.references[place] for place in prompt.references] for prompt in self.prompts]
         videos = [Video(told[number], references[number], seed)
                   for number, seed in zip(prompts, seeds, strict=True)]  # fmt: skip
-        self.networks.draw_videos(videos, self.plan, finished)
+        self.networks.draw_videos(videos, self.plan, finished, group)
 
     def notes(self) -> list[str]:
         return [self.networks.peak_memory()]

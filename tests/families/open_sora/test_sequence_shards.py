@@ -1,12 +1,21 @@
-"""Processes that compute each clip together make the updates of one, and a run goes on with other numbers of them."""
+"""Processes that compute each clip together make the updates, and the videos, of one; a run goes on with other numbers
+of them."""
 
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
 
 from families.cascade import versions
+from families.common.weight_files import FAMILY_KEY
+from families.open_sora.versions import VERSIONS
+from inference.text_to_video import main
 from tests.clips import without_pictures, write_clips
+from tests.families.open_sora.tiny import random_network
 from tests.many_processes import launch_processes
 from tests.train.test_every_script import (
     _member,
@@ -17,7 +26,7 @@ from tests.train.test_every_script import (
 )
 from tests.warpcore.runs import read_metrics
 from warpcore.config import make_config
-from warpcore.errors import ConfigError
+from warpcore.errors import ConfigError, UserError
 
 BUCKETS = {"40px": {1: [0.5, 2], 5: [1.0, 1]}}
 
@@ -71,3 +80,36 @@ def test_compiled_blocks_are_refused(settings):  # noqa: F811
 
     with pytest.raises(ConfigError, match="sequence_shards: what processes exchange inside a block can't be compiled"):
         make_config(TrainStdit.Config, settings("train_stdit", "compiled", compile=True, sequence_shards=2))
+
+
+def draw(folder: Path, *arguments: str) -> None:
+    """Six videos of two frames of latents with 9 patches each, by a mini of random weights."""
+    sys.argv = [
+        "text_to_video.py", f"generator_checkpoint_path={folder / 'network.safetensors'}", "model_version=mini",
+        "text_encoder_precision=float32", "steps=2", "device=cpu", "image_size=40", "num_frames=5", "batch_size=2",
+        "seeds=[1, 2]", 'prompts=["a red box", "a star", "a ring"]', *arguments,
+    ]  # fmt: skip
+    main()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_groups_of_processes_draw_the_videos_of_one(tmp_path, capfd):
+    save_file(
+        random_network(**VERSIONS["mini"].network).state_dict(), tmp_path / "network.safetensors",
+        {FAMILY_KEY: "open_sora"},
+    )  # fmt: skip
+    draw(tmp_path, f"output_path={tmp_path / 'alone'}")
+    expected = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert len(expected) == 7
+    for count, arguments in ((4, ["sequence_shards=2"]), (2, [])):
+        folder = tmp_path / str(count)
+        launch_processes(count, draw, tmp_path, f"output_path={folder}", *arguments)
+        assert sorted(path.name for path in folder.iterdir()) == expected
+        sheets = [np.asarray(Image.open(one / "grid.png"), dtype=int) for one in (folder, tmp_path / "alone")]
+        assert abs(sheets[0] - sheets[1]).max() <= 1
+    capfd.readouterr()
+    with pytest.raises(UserError, match="sequence_shards: 3 does not divide the 4 heads of the network; write one of"):
+        draw(tmp_path, "sequence_shards=3")
+    with pytest.raises(UserError, match="sequence_shards: 2 does not divide the 1 processes; write one of 1"):
+        draw(tmp_path, "sequence_shards=2")

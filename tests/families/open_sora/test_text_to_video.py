@@ -56,7 +56,7 @@ def seen(monkeypatch) -> list[np.ndarray]:
     found = []
     before = long_videos.VideoNetworks.draw_videos
 
-    def draw_videos(self, videos, plan, finished):
+    def draw_videos(self, videos, plan, finished, group=None):
         def kept(number, video):
             found.append(video)
             finished(number, video)
