@@ -343,7 +343,7 @@ def preview(kind: type[DiffusionTraining], given: argparse.Namespace) -> None:
     config = load_config(kind.Config, [given.config, *given.settings, source, *others])
     held = "latents" if all(of_pictures) else "all"
     with only_parts(*PIPELINE_PARTS[held]):
-        training = kind(without_idle_weights(kind, config, held))
+        training = kind(without_idle_weights(kind, config.for_any_processes(), held))
         print("\n".join(write_preview(training, count, path)))
 
 
@@ -376,7 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, out = load_config(kind.Config, [given.config, *given.settings]), given.out.absolute()
     with ExitStack() as using:
         using.enter_context(only_parts(*PIPELINE_PARTS[given.features]))
-        training = kind(without_idle_weights(kind, config, given.features))
+        training = kind(without_idle_weights(kind, config.for_any_processes(), given.features))
         training.arguments = [given.config, *given.settings]
         batch_size = given.batch_size or default_batch_size(config)
         caching = Caching(training, out, given.dtype, given.variants, batch_size, given.features)

@@ -95,6 +95,11 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         """How many neighbouring processes compute each sample together (sequence parallelism)."""
         return 1
 
+    def for_any_processes(self) -> Self:
+        """Without what has to divide the number of processes, for tools that take the config of a training."""
+        of_several = {"fsdp_shards": None, "sequence_shards": 1}
+        return self.model_copy(update={key: of_several[key] for key in of_several if key in type(self).model_fields})
+
     def buckets(self, factor: int) -> Buckets:
         """The sizes of a run's pictures, sides being multiples of `factor` px.
 

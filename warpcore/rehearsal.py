@@ -135,7 +135,8 @@ class OnShapes:
 
     def __enter__(self) -> "OnShapes":
         config = self.config
-        run = self.use_case(config.model_copy(update={"use_fsdp": False, "fsdp_cpu_offload": False}))
+        whole = config.for_any_processes().model_copy(update={"use_fsdp": False, "fsdp_cpu_offload": False})
+        run = self.use_case(whole)
         default = torch.bfloat16 if self.kind == "cuda" and config.dtype is None else torch.float32
         run.dtype = default if config.dtype is None and config.weights_dtype == "float32" else run.dtype
         run.device, run.update, run.autocast = META, 0, nullcontext
@@ -282,7 +283,7 @@ class Rehearsal:
     """
 
     def __init__(self, use_case: type[UseCase], config: Config, memory_limit: float | None = None):
-        self.run, self.memory_limit = use_case(config), memory_limit
+        self.run, self.memory_limit = use_case(config.for_any_processes()), memory_limit
         if memory_limit is None and self.run.device.type != "cuda":
             raise UserError(f"on {self.run.device.type.upper()} there is no limit to find: give --max-memory GIB")
 

@@ -46,8 +46,9 @@ def settings(small_cascade, tmp_path, monkeypatch):
 def test_a_cache_of_nothing_is_an_error_that_names_a_sample(settings, tmp_path, features):
     for path in (tmp_path / "pictures").glob("*.tar"):
         path.write_bytes(path.read_bytes().replace(b"picture ", b"\xff" * 8))
+    of_a_cluster = settings | {"use_fsdp": True, "fsdp_shards": 8}  # caches are made by any number of processes
     with pytest.raises(UserError, match=r"none of the 15 samples could be read: .*the first one is .*0000.*UTF-8"):
-        make_cache("train_c", settings, tmp_path / "cache", "--features", features)
+        make_cache("train_c", of_a_cluster, tmp_path / "cache", "--features", features)
 
 
 def content(out: Path) -> dict[str, bytes]:
