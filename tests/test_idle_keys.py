@@ -57,6 +57,12 @@ SAID = {
     "perceptual_weight": (0.5, {}, {"perceptual_checkpoint_path": "a"}),
     "prior_weight": (0.5, {}, {"prior_path": "b.tar"}),
     "sample_flow": (2.0, {}, {"motion_column": "flow"}),
+    "first_frames": (["a.png"], {"num_frames": 1}, {"num_frames": 5}),
+    "flow_shift": (2.0, {"diffusion_target": "epsilon"}, {"diffusion_target": "rectified_flows"}),
+    "guidance_renorm": (0.5, {"guidance": 1.0}, {"guidance": 4.0}),
+    "guidance_trunc": (500.0, {"guidance": 1.0}, {"guidance": 4.0}),
+    "image_guidance": (1.5, {"guidance": 1.0}, {"guidance": 4.0}),
+    "min_guidance": (2.0, {"guidance": 1.0}, {"guidance": 4.0}),
     "scratch_path": ("scratch", {}, {"checkpoint_path": "s3://bucket/runs"}),
     "shift": (2.0, {"diffusion_target": "epsilon"}, {"diffusion_target": "rectified_flows"}),
     "start_from_ema": (True, {"generator_checkpoint_path": None}, {"generator_checkpoint_path": "a"}),
@@ -144,7 +150,7 @@ ALWAYS = names(
     kl_weight lanes latent latent_noise learn_sigma log_every lora lora_checkpoint_path lora_dropout loss_reduce
     loss_repeat loss_scale loss_type loss_weight lr lr_schedule mask_ratios masked_loss max_bad_samples
     max_nonfinite_updates max_picture_pixels means_weight micro_batch_size min_snr_gamma model_version
-    module_filters most_pictures motion_column rotary_pos_embed sample_groups video_mixer_rank
+    module_filters most_pictures motion motion_column groups rotary_pos_embed sample_groups video_mixer_rank
     multi_aspect_ratio num_classes num_frames num_res_blocks num_threads num_workers official_stem offset_noise
     on_data_change optimizer output_path overwrite parameter_groups patch_size perceptual_checkpoint_path pictures
     preview previewer_checkpoint_path prior_path process_timeout_seconds processes profile prompt_file prompts

@@ -75,6 +75,7 @@ UNUSED_VALUES = {
     "cache_text": "true", "caption_dropout": 0.5, "shuffle_tags": "true", "tag_dropout": 0.5,
     "caption_templates": "['a {caption}']", "cache_text_gb": 1, "keep_tags": 1,
     "offset_noise": 0.5, "input_perturbation": 0.5, "adaptive_loss_weight": "true", "sample_sampler": "ddim",
+    "sampler": "ddim",
 }  # fmt: skip
 
 
@@ -82,7 +83,8 @@ UNUSED_VALUES = {
 def test_a_key_without_use_is_refused_and_its_file_is_named(script, tmp_path):
     kind = config_of(script)
     needed = [f"{name}=1" for name, field in kind.model_fields.items() if field.is_required()]
-    further = {"run": "[]", "stage_a_only": "true", "generator_checkpoint_path": "a.safetensors", "num_frames": "17"}
+    further = {"run": "[]", "stage_a_only": "true", "generator_checkpoint_path": "a.safetensors", "num_frames": "1"}
+    further |= {"prompts": "a"}
     further |= {"batch_size": "1"} if "num_frames" in kind.model_fields else {}
     needed += [f"{name}={further[name]}" for name in further.keys() & kind.model_fields.keys() - kind.unused]
     for key in kind.unused:

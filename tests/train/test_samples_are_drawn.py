@@ -30,6 +30,7 @@ CASES = {
     "train_cosmos_lora": (OF_PROMPTS, {}),
     "train_dit": ({"sample_classes": [1, 4], "sample_sampler": "iddpm"}, {}),
     "train_latte": ({"sample_classes": [1, 4]}, {}),
+    "train_nova pictures": (OF_PROMPTS, {"groups": 2}),
     "train_pixart": (OF_PROMPTS, {}),
 }
 """What training draws, and what inference is told beside steps, sampler, guidance and size."""

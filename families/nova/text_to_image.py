@@ -1,0 +1,48 @@
+"""Pictures for prompts by NOVA: out of a run, or a published folder."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from families.common.text_to_image import Drawn, TextToImageConfig
+from families.nova import build
+from families.nova.drawing import NovaNetworks, Plan
+from families.nova.inference import NovaDrawingConfig
+
+
+class NovaTextToImageConfig(NovaDrawingConfig, TextToImageConfig):
+    """Keys of `inference/text_to_image.py` for NOVA."""
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(H, W) of the pictures: what `size` says, else sides that the network can draw, of about the area."""
+        if self.size:
+            return self.size
+        height, width = self.trained_px
+        if self.image_size is None and self.aspect_ratio is None:
+            return height, width
+        factor, side = 2 * build.token_px(self), self.image_size or (height * width) ** 0.5
+        ratio = self.aspect_ratio or self.default_aspect_ratio
+        height, width = (max(round(one / factor), 1) * factor for one in (side / ratio**0.5, side * ratio**0.5))
+        return height, width
+
+
+class NovaTextToImage:
+    """Draws pictures with NOVA; see `families.common.text_to_image.TextToImage`."""
+
+    Config = NovaTextToImageConfig
+    num_conditions = 0
+
+    def __init__(self, config: NovaTextToImageConfig):
+        self.config, self.networks = config, NovaNetworks(config)
+        config.check_size(config.size_px)
+        self.plan = Plan((1, *config.size_px), config.drawing, config.negative_prompt, config.told_motion)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
+        """A picture for each prompt and its seed."""
+        pictures: dict[int, Tensor] = {}
+        self.networks.draw(prompts, seeds, self.plan, lambda number, clip: pictures.update({number: clip[0]}))
+        return Drawn([pictures[number] for number in range(len(prompts))])
+
+    def notes(self) -> list[str]:
+        return [self.networks.peak_memory()]
