@@ -1,5 +1,6 @@
 """Which rows of a data set can be drawn, why the others can't, and how a row becomes a sample."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,9 @@ NAMING_PROBLEMS = {
     DOTTED_NAME: "rename such pictures without dots, or make tars of their folder with tools/build_dataset.py",
 }
 """Problems of rows that begin so, and what to do."""
+BAD_PICTURE = "undecodable picture"
+MAX_EXAMPLES = 10
+"""Of what is wrong with rows, each told of the first row that has it."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,9 @@ class _Sieve:
         for problem, remedy in NAMING_PROBLEMS.items():
             failed = self._problem(pc.starts_with, problem)
             if failed.any():
-                first = self.rows["problem"][int(np.argmax(failed))].as_py()
-                self.examples[problem] = _example(first.removeprefix(problem + ": "), self.shard, remedy)
+                told = self.rows["problem"].filter(pa.array(failed)).to_pylist()
+                examples = _one_of_each([text.removeprefix(problem + ": ") for text in told])
+                self.examples[problem] = _example(examples, self.shard, remedy)
             self.keep(~failed, problem)
         if HIDDEN_COLUMN in self.rows.column_names:
             hidden = self.rows.filter(self.rows[HIDDEN_COLUMN].is_valid())
@@ -216,7 +221,13 @@ class _Sieve:
             for row in hidden.slice(0, 1).to_pylist():
                 example = as_read(row["key"], row[HIDDEN_COLUMN])
                 self.examples.setdefault(DOTTED_NAME, _example(example, self.shard, NAMING_PROBLEMS[DOTTED_NAME]))
-        self.keep(_as_bool(self.rows["problem"].is_null()), "undecodable picture")
+        readable = _as_bool(self.rows["problem"].is_null())
+        if not readable.all():
+            bad = self.rows.filter(pa.array(~readable))
+            told = zip(bad["key"].to_pylist(), bad["problem"].to_pylist(), strict=True)
+            examples = _one_of_each([f"{key}: {problem}" for key, problem in told])
+            self.examples[BAD_PICTURE] = _example(examples, self.shard, NAMING_PROBLEMS[UNDECODABLE_VIDEO])
+        self.keep(readable, BAD_PICTURE)
 
     def require_member(self, suffixes: Sequence[str]) -> None:
         """Reject the rows that have a member of none of these extensions."""
@@ -320,6 +331,14 @@ def choose_by_hash(
     for _, number, row in sorted(hashes)[:count]:
         chosen.setdefault(number, []).append(row)
     return {number: np.array(sorted(rows)) for number, rows in sorted(chosen.items())}, len(hashes)
+
+
+def _one_of_each(told: Sequence[str]) -> str:
+    """Of texts `NAME: what is wrong` the first for every kind of fault, whatever its numbers; at most MAX_EXAMPLES."""
+    first: dict[str, str] = {}
+    for text in told:
+        first.setdefault(re.sub(r"[\d,]+", "", text.partition(": ")[2]), text)
+    return ", ".join(list(first.values())[:MAX_EXAMPLES])
 
 
 def _example(what: str, shard: Shard, remedy: str) -> str:

@@ -9,6 +9,7 @@ from PIL import Image
 from tests.bounds import bounded
 from tests.warpcore.data import clips
 from tests.warpcore.data.clips import KINDS, SIZE, clip, decoded_plainly, encode, number_of, numbered
+from tests.warpcore.data.videos import TABLES, with_table
 from warpcore.data import images, video_references, videos
 from warpcore.data.video_headers import BadVideo, read_header
 from warpcore.data.videos import decode
@@ -365,25 +366,12 @@ def test_a_header_that_understates_the_size_of_frames_is_found_by_the_decoder():
         decode(small, [0], (64, 64), max_pixels=256 * 256)
 
 
-def with_table(data: bytes, path: list[bytes], numbers: list[int]) -> bytes:
-    """MP4 boxes of which that at `path` (types, the outermost first) holds a table of 32-bit numbers instead."""
-    boxes, place = b"", 0
-    while place < len(data):
-        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        content, place = data[place + 8 : place + size], place + size
-        if kind == path[0]:
-            table = np.array([0, *numbers], ">u4").tobytes()
-            content = with_table(content, path[1:], numbers) if path[1:] else table
-        boxes += (len(content) + 8).to_bytes(4, "big") + kind + content
-    return boxes
-
-
 def test_bytes_that_many_packets_share_are_not_held_for_all(tmp_path):
     """Tables may place a million frames upon the same bytes."""
-    data, tables = clip("h264"), [b"moov", b"trak", b"mdia", b"minf", b"stbl"]
+    data = clip("h264")
     start = data.index(b"mdat") + 4
-    data = with_table(data, [*tables, b"stsz"], [len(data) // 2, 60])  # all frames are as long
-    data = with_table(data, [*tables, b"stsc"], [1, 1, 1, 1])  # in a part of their own each
-    data = with_table(data, [*tables, b"stco"], [60, *[start] * 60])  # all of which lie in one place
+    data = with_table(data, [*TABLES, b"stsz"], [len(data) // 2, 60])  # all frames are as long
+    data = with_table(data, [*TABLES, b"stsc"], [1, 1, 1, 1])  # in a part of their own each
+    data = with_table(data, [*TABLES, b"stco"], [60, *[start] * 60])  # all of which lie in one place
     with bounded(tmp_path), pytest.raises(BadVideo, match="lie over one another"):
         decode(data, [0, 59], SIZE)

@@ -14,6 +14,8 @@ QUIET = {
 }  # fmt: skip
 """x264's mbtree rounds differently from time to time."""
 CLOCK = Fraction(1, 1000)
+TABLES = [b"moov", b"trak", b"mdia", b"minf", b"stbl"]
+"""Where an MP4's tables of frames lie."""
 
 
 def video(
@@ -109,6 +111,31 @@ def with_number(content: bytes, box: bytes, offset: int, number: int) -> bytes:
     """The same MP4 with 4 bytes changed, `offset` bytes after the type of the first box of that type."""
     place = content.index(box) + 4 + offset
     return content[:place] + struct.pack(">I", number) + content[place + 4 :]
+
+
+def with_table(data: bytes, path: list[bytes], numbers: list[int]) -> bytes:
+    """MP4 boxes of which that at `path` (types, the outermost first) holds a table of 32-bit numbers instead."""
+    boxes, place = b"", 0
+    while place < len(data):
+        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        content, place = data[place + 8 : place + size], place + size
+        if kind == path[0]:
+            table = np.array([0, *numbers], ">u4").tobytes()
+            content = with_table(content, path[1:], numbers) if path[1:] else table
+        boxes += (len(content) + 8).to_bytes(4, "big") + kind + content
+    return boxes
+
+
+def with_frames(content: bytes, frames: int, sizes: list[int]) -> bytes:
+    """The same MP4 promising this many frames of `sizes` (bytes), one after the other from the first on."""
+    content = content.replace(b"edts", b"free")  # it says how long all of them are shown
+    for box, numbers in {
+        b"stts": [1, frames, 512],
+        b"stsz": [0, frames, *sizes, *[0] * (frames - len(sizes))],
+        b"stsc": [1, 1, frames, 1],
+    }.items():
+        content = with_table(content, [*TABLES, box], numbers)
+    return content
 
 
 def decoded(content: bytes) -> list[av.VideoFrame]:
