@@ -9,6 +9,7 @@ A use case subclasses `Config`, adds its keys, and calls `load_config(MyConfig)`
 import logging
 import os
 import sys
+import types
 from collections.abc import Callable, Mapping
 from numbers import Rational
 from pathlib import Path
@@ -36,7 +37,7 @@ from warpcore.data.storage import local_path
 from warpcore.epochs import IN_UPDATES, in_updates
 from warpcore.errors import ConfigError, UserError
 from warpcore.idle_keys import about_idle
-from warpcore.keys import help_text, local_paths
+from warpcore.keys import help_text, local_paths, parts_of
 from warpcore.lr_schedules import CYCLE_KEYS, CYCLES, CYCLIC, LinearCycles
 from warpcore.mistakes import check_values, explain_all
 from warpcore.unused_keys import check_unused
@@ -268,10 +269,19 @@ def load_config(kind: type[AnySettings], arguments: list[str] | None = None) -> 
         raise ConfigError(f"{BASE}: only a config file may start from others: write this line into one")
     for key, _ in pairs(arguments):
         files.pop(key.partition(".")[0], None)
+    values = {key: value for key, value in values.items() if not _is_unset(kind, key, value)}
     config = make_config(kind, values, files)
     if isinstance(config, Config):
         _name_a_run_of_the_same_number(config)
     return config
+
+
+def _is_unset(kind: type[Settings], key: str, value: Any) -> bool:
+    """Whether `null` was written for a number or word that is never null: it takes that of a base file away."""
+    field = kind.model_fields.get(key)
+    if value is not None or field is None or field.is_required() or field.default in ([], {}):
+        return False
+    return types.NoneType not in parts_of(field.annotation)
 
 
 def _name_a_run_of_the_same_number(config: Config) -> None:

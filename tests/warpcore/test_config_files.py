@@ -39,8 +39,11 @@ def test_later_bases_win_and_the_file_and_the_command_line_win_over_them(write):
 
 def test_a_mapping_and_a_list_replace_those_of_a_base_and_null_takes_a_value_away(write):
     base = NEEDED | {"grad_norm_groups": {"a": "a", "b": "b"}, "betas": [0.1, 0.2], "wandb_project": "p"}
-    folder = write(base=base, run={"base": "base.yaml", "grad_norm_groups": {"c": "c"}, "wandb_project": None})
+    base |= {"image_size": 64, "lr_schedule": "cosine", "clip_grad_norm": 3.0}
+    taken = dict.fromkeys(("wandb_project", "image_size", "lr_schedule", "clip_grad_norm"))
+    folder = write(base=base, run={"base": "base.yaml", "grad_norm_groups": {"c": "c"}} | taken)
     config = load_config(Config, [str(folder / "run.yaml"), "grad_norm_groups.d=d"])
+    assert (config.image_size, config.lr_schedule, config.clip_grad_norm) == (1024, "constant", None)
     assert config.grad_norm_groups == {"c": "c", "d": "d"}
     assert (config.betas, config.wandb_project) == ((0.1, 0.2), None)
 
