@@ -4,7 +4,7 @@ The engine holds a list of optimizers (Muon brings AdamW along for the tensors i
 `param_names`, and everything saved is keyed by those names, so a checkpoint doesn't depend on the order of parameters.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -288,12 +288,7 @@ def load_optimizer_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, 
         UserError: the state is of another optimizer or another set of parameters.
     """
     optimizers = list(optimizers)
-    saved, here = rest["optimizers"], _class_names(optimizers)
-    if saved != here or _patterns(rest["groups"]) != _patterns(optimizer.param_groups for optimizer in optimizers):
-        raise UserError(
-            f"optimizer state: the checkpoint holds {' + '.join(saved)}, this run uses {' + '.join(here)} with other "
-            "parameter groups; resume with the optimizer and network that were saved, and the same parameter_groups"
-        )
+    check_same_optimizers(optimizers, rest)
     stored = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     for key, own in allocate_optimizer_state(optimizers, stored).items():
         if own is not tensors[key]:
@@ -308,6 +303,37 @@ def load_optimizer_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, 
                 if isinstance(optimizer.state[parameters[name]].get(state_key), Tensor):
                     raise UserError(f"optimizer state: {key!r} is no tensor in the checkpoint")
                 optimizer.state[parameters[name]][state_key] = value
+
+
+def check_same_optimizers(optimizers: Iterable[Optimizer], rest: dict) -> None:
+    """Raises UserError, which names the key, where the JSON-able state is of other optimizers, or of other groups."""
+    optimizers = list(optimizers)
+    saved, here = rest["optimizers"], _class_names(optimizers)
+    if saved == here and _patterns(rest["groups"]) == _patterns(optimizer.param_groups for optimizer in optimizers):
+        return
+    if saved == here:
+        raise UserError(
+            "optimizer state: the checkpoint has other parameter groups; resume with the optimizer and network that "
+            "were saved: the same parameter_groups"
+        )
+    if _key_value(saved) != _key_value(here):
+        before = f"optimizer: {_key_value(saved)}"
+    elif ("KernelMuon" in saved) != ("KernelMuon" in here):
+        before = f"muon_convolutions: {str('KernelMuon' in saved).lower()}"
+    else:
+        before = "the weights_dtype and the parameter_groups of then"
+    raise UserError(
+        f"optimizer state: the checkpoint holds {' + '.join(saved)}, this run uses {' + '.join(here)}; resume with "
+        f"the optimizer and network that were saved: {before}"
+    )
+
+
+def _key_value(class_names: Sequence[str]) -> str:
+    """What the key `optimizer` says where a run has optimizers of these classes."""
+    if any(name.endswith("Muon") for name in class_names):
+        return "muon"  # with AdamW for the rest
+    name = class_names[0] if class_names else ""
+    return {"StochasticAdamW": "adamw", "AdamWScheduleFree": "schedulefree"}.get(name, name.lower())
 
 
 @torch.no_grad()

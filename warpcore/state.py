@@ -77,6 +77,7 @@ class TrainedState:
             )
         if not self.averages and any(name.startswith("ema/") for name in stored):
             logger.warning("ema_start_iters is left out: the average of the weights ends with update %d", update)
+        optim.check_same_optimizers(self.optimizers, values["optimizer"])
         optimizer = optim.allocate_optimizer_state(self.optimizers, _without("optimizer", stored))
         checkpoints.load(update, tensors | averages | _prefixed("optimizer", optimizer))
         optim.load_optimizer_state(self.optimizers, optimizer, values["optimizer"])

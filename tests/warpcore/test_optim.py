@@ -203,12 +203,29 @@ def test_a_missing_package_and_an_unknown_name_say_what_to_do(monkeypatch):
         make("adam")
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [("adamw", "adafactor"), ("muon", "adamw")])
-def test_the_state_of_another_optimizer_is_refused(saved, resumed):
-    net, optimizers = make(saved)
+KERNELS = {"convolutions": {"conv.weight"}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "key"),
+    [
+        (("adamw", {}), ("adafactor", {}), "optimizer: adamw"),
+        (("muon", {}), ("adamw", {}), "optimizer: muon"),
+        (("schedulefree", {}), ("lion", {}), "optimizer: schedulefree"),
+        (("muon", KERNELS), ("muon", {}), "muon_convolutions: true"),
+        (("muon", {}), ("muon", KERNELS), "muon_convolutions: false"),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused_by_the_name_of_its_key(saved, resumed, key):
+    net, optimizers = make(saved[0], **saved[1])
     train(net, optimizers, [1])
-    with pytest.raises(ValueError, match="resume with the optimizer and network that were saved"):
-        optim.load_optimizer_state(make(resumed)[1], *optim.optimizer_state(optimizers))
+    tensors, rest = optim.optimizer_state(optimizers)
+    here = make(resumed[0], **resumed[1])[1]
+    message = f"resume with the optimizer and network that were saved: {key}$"
+    with pytest.raises(ValueError, match=message):
+        optim.load_optimizer_state(here, tensors, rest)
+    with pytest.raises(ValueError, match=message):  # before anything is allocated
+        optim.check_same_optimizers(here, rest)
 
 
 def test_the_state_of_another_network_is_refused():
