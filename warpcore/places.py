@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from warpcore.safe_json import load_json
 MANIFEST = "manifest.json"
 MOST_BYTES = {"state.json": MAX_STATE_BYTES, ".metadata": MAX_TABLE_BYTES}
 """Of the files that say what is in a checkpoint."""
+LOCK = ".lock"
 WRITTEN = ("state", "backups", "samples", "metrics.jsonl", "tensorboard", "wandb", "profile")
 """What a run writes to in its folder, beside files that it replaces."""
 _PLAIN_NAME = re.compile(r"[\w.-]{1,255}", re.ASCII)
@@ -102,10 +104,12 @@ class LocalPlace:
         self.name = str(folder)
         self.disk = f"{folder} (checkpoint_path)"
         self._lock = None
+        self._is_new = False
 
     def take(self) -> None:
         self._refuse_to_start_again()
         try:
+            self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             refuse_links(*(self.folder / name for name in WRITTEN))
             self._lock = lock(self.folder, self.name)
@@ -182,8 +186,13 @@ class LocalPlace:
         """The lock can't be taken from a process that lives."""
 
     def leave(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            return
+        with suppress(OSError):  # of a run that has written nothing, no folder is left
+            if self._is_new and os.listdir(self.folder) == [LOCK]:
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()
+        self._lock.close()
 
 
 def state_folder(folder: Path, update: int) -> Path:
@@ -241,7 +250,7 @@ def lock(folder: Path, name: str):
 
     name: what it is in messages.
     """
-    file = open_plain(folder / ".lock", "a+")
+    file = open_plain(folder / LOCK, "a+")
     try:
         lock_file(file, name, wait=False)
     except BlockingIOError:

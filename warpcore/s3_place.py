@@ -14,6 +14,7 @@ from warpcore.files import open_plain, write_whole
 from warpcore.lease import Lease
 from warpcore.locks import lock_file
 from warpcore.places import (
+    LOCK,
     MANIFEST,
     CheckpointError,
     compare,
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 DAMAGED_MANIFEST = "damaged_manifest.json"
 MAX_METRICS_BYTES = 2**31
 """Of a run's metrics: a line of some hundred bytes for each update."""
-_OWN = (".lock", ".machine")
+_OWN = (LOCK, ".machine")
 """Files of the folder that stay when it is emptied."""
 
 

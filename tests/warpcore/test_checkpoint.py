@@ -18,6 +18,7 @@ from benchmarks.chaos import settings_of, write_data
 from benchmarks.disturbed_runs import Difference, Started, read_metrics, train
 from tests.warpcore.runs import numbers, tiny_settings, train_here, write_shard
 from warpcore.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from warpcore.errors import UserError
 from warpcore.processes import Processes
 
 pytestmark = pytest.mark.integration
@@ -149,6 +150,24 @@ def test_a_folder_that_cannot_be_written_is_named_and_what_is_there_stays(saved)
                 Checkpoints(run, ALONE)
         with opened(run) as checkpoints:
             assert checkpoints.newest() == 8
+
+
+def test_a_run_that_has_written_nothing_leaves_no_folder(tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    for folder in (there, tmp_path / "new" / "run", tmp_path / "begun"):
+        with opened(folder):
+            assert folder.is_dir()
+            if folder.name == "begun":
+                (folder / "config.yaml").write_text("updates: 1", encoding="utf-8")
+            with pytest.raises(CheckpointError, match="is being written by another run"):
+                Checkpoints(folder, ALONE)
+            assert folder.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "new", "there"]
+    assert not (tmp_path / "new" / "run").exists()
+    with pytest.raises(UserError, match=r"no\.tar"):
+        train_here(tiny_settings(tmp_path, tmp_path / "no.tar"))
+    assert not (tmp_path / "tiny").exists()
 
 
 @contextmanager
