@@ -78,7 +78,8 @@ class WarpCore(UseCase):
         return STOPPED_EARLY if self.update < self.config.updates else 0
 
     def make_update(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step over `accumulation` micro-batches; where a number is not finite, it changes nothing."""
+        """One optimizer step over `accumulation` micro-batches. It changes nothing where a number is not finite, or no
+        sample could be read."""
         config, accumulation, update = self.config, self.feed.accumulation, self.update + 1
         losses, samples_hash = [], 0
         update_mean = UpdateMean(self.processes, accumulation, self.feed.plan.largest_micro_batch)
@@ -107,7 +108,7 @@ class WarpCore(UseCase):
         norms = {f"grad_norm/{name}": value for name, value in gradients.gradient_norms(self.gradient_groups).items()}
         mean = update_mean.of(losses)
         usable = torch.isfinite(norm) & torch.isfinite(mean["loss"]) & (self.feed.fault is None)
-        finite = self.processes.all_true(usable)
+        finite, mean = update_mean.decided(usable, mean)
         lr = self._learning_rate(update)
         optim.set_lr(self.optimizers, lr)
         optim.step(self.optimizers, ~finite)

@@ -67,10 +67,6 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def all_true(self, value: torch.Tensor) -> torch.Tensor:
-        """Whether `value` (0-d, bool) is true on every process, on the device."""
-        return value if self.count == 1 else self.sum((~value).int()) == 0
-
     def gather(self, value):
         """`value` (picklable, from our own processes) of every process in the order of ranks, on every process."""
         if self.count == 1:

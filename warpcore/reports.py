@@ -22,6 +22,9 @@ class SkippedUpdates:
         """
         alerts, problem = [], None
         for line in lines:
+            if math.isnan(line["loss"]) and line["grad_norm"] == 0:  # as its samples, which have a limit of their own
+                alerts.append(f"update {line['update']} was skipped: none of its samples could be read")
+                continue
             finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
             if not finite and math.isfinite(line["loss"]) and line.get("loss_scale", FLOOR) > FLOOR:
                 continue  # float16 gradients overflowed, which a smaller factor on the loss will change

@@ -29,10 +29,13 @@ class UpdateMean:
     def __init__(self, processes: Processes, accumulation: int, largest: int | None):
         self.processes, self.accumulation, self.largest = processes, accumulation, largest
         self._own = 0.0
+        self._num_read = 0
+        """Micro-batches of this process of which a sample could be read."""
         self._samples: Tensor | None = None
 
     def weight_of(self, batch: Batch) -> float:
         """What the mean loss of the next micro-batch counts before it is divided by `accumulation`."""
+        self._num_read += batch.weight > 0
         if self.largest is None:
             return batch.weight
         samples = batch.weight * len(batch.seeds)
@@ -58,6 +61,16 @@ class UpdateMean:
         processes' shares is that mean."""
         means = {name: torch.stack([one[name] for one in weighted]).mean() for name in weighted[0]}
         return means if self.largest is None else {name: mean * self._factor() for name, mean in means.items()}
+
+    def decided(self, usable: Tensor, means: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Whether the update is made (collective, on the device), and the means `of` it: NaN if nothing was read.
+
+        It is made where it is `usable` (0-d, bool) on every process, and some sample of it could be read on any.
+        """
+        votes = torch.stack([(~usable).int(), torch.full_like(usable, self._num_read, dtype=torch.int32)])
+        unusable, num_read = self.processes.sum(votes).unbind()
+        means = {name: torch.where(num_read > 0, mean, torch.nan) for name, mean in means.items()}
+        return (unusable == 0) & (num_read > 0), means
 
     @property
     def metrics(self) -> dict[str, Tensor]:

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.many_processes import launch_processes
-from tests.warpcore.runs import finish, numbers, read_metrics, start, tiny_settings, torchrun, train_here, write_shard
+from tests.warpcore.runs import (
+    finish,
+    load_weights,
+    numbers,
+    read_metrics,
+    start,
+    tiny_settings,
+    torchrun,
+    train_here,
+    write_shard,
+)
 from warpcore.data import storage
 from warpcore.errors import UserError
 
@@ -34,6 +44,18 @@ def test_a_bad_picture_is_named_and_the_run_goes_on(tmp_path, capfd):
     assert len(lines) == 12
     assert "bad sample" in (told := capfd.readouterr().err)
     assert "a.tar/00003.png" in told
+
+
+def test_an_update_of_which_nothing_can_be_read_changes_nothing_and_says_so(tmp_path, capfd):
+    spoil(write_shard(tmp_path / "a.tar", 10), 3)
+    settings = tiny_settings(tmp_path, tmp_path / "a.tar", batch_size=1, updates=10, max_nonfinite_updates=1)
+    _, lines = train_here(settings)
+    (unread,) = [line["update"] for line in lines if line["loss"] is None]  # in JSON, null
+    assert f"update {unread} was skipped: none of its samples could be read" in capfd.readouterr().err
+    assert [line["update"] for line in lines if line["grad_norm"] == 0] == [unread]
+    runs = [settings | {"experiment_id": str(updates), "updates": updates} for updates in (unread - 1, unread)]
+    before, after = ({train_here(run)[0]: load_weights(run)}[0] for run in runs)
+    assert all((after[name] == one).all() for name, one in before.items())
 
 
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
