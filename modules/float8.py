@@ -30,6 +30,7 @@ class Float8Linear(nn.Linear):
         return _unpacked(self.stored, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., C_in) -> (..., C_out), in the precision of `scale`."""
         return _Product.apply(x.to(self.scale.dtype), self.stored, self.scale, self.bias)
 
 

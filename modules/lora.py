@@ -124,7 +124,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def change(self, weight: Tensor) -> Tensor:
-        """What merging adds to `weight`, at full size and in float32."""
+        """What merging adds to `weight`: in its shape, not that of the factors, and in float32."""
         matrix = _matrix(weight.float())
         changed = matrix + self.settings.scale * (self.up @ _matrix(self.down))
         if self.magnitude is not None:
@@ -195,6 +195,7 @@ class AdaptedAttention(MultiheadAttention):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def project(self, query: Tensor, memory: Tensor) -> list[Tensor]:
+        """q (B, N, C), and k and v (B, M, C), of `query` (B, N, C) and `memory` (B, M, C)."""
         c = query.shape[-1]
         weights, biases = self.in_proj_weight.split(c), self.in_proj_bias.split(c)
         projected = []

@@ -134,7 +134,7 @@ class TokenRows(nn.Module):
 
 
 class ExtendedEmbedding(nn.Module):
-    """A table of embeddings with other rows for some ids."""
+    """A table of embeddings with other rows for some ids: token ids (B, L) -> (B, L, D)."""
 
     def __init__(self, table: nn.Module, known: int, rows: TokenRows):
         super().__init__()

@@ -177,7 +177,8 @@ class UNet(nn.Module):
     def embed_times(self, r: Tensor, t_conds: dict[str, Tensor | None]) -> Tensor:
         """The embeddings of r and of each time condition beside each other; an absent condition counts as 0.
 
-        Raises ValueError for a condition that the network does not have.
+        All are (B,), the result is (B, c_r * (1 + conditions)). Raises ValueError for a condition that the network
+        does not have.
         """
         unknown = [name for name in t_conds if name not in self.t_conds]
         if unknown:

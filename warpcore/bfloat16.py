@@ -16,7 +16,7 @@ from warpcore.sharded import local
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """float32 values in bfloat16, each one of its two neighbours; the mean over draws is the value itself."""
+    """float32 values (any shape) in bfloat16, each one of its two neighbours; over draws, their mean is the value."""
     # bfloat16 is the upper half of float32: noise in the lower half carries over as often as the fraction says.
     bits = values.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)

@@ -23,7 +23,7 @@ STRIP_FRAMES = 4
 
 
 def check_clip(clip: np.ndarray) -> None:
-    """Raises ValueError for what is no clip."""
+    """Raises ValueError for what is no clip, uint8 (T, H, W, 3)."""
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not clip.size:
         raise ValueError(f"a clip is uint8 (T, H, W, 3) with at least one frame, got {clip.dtype} {clip.shape}")
 

@@ -161,7 +161,7 @@ def split(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, limit_bytes:
 
 
 def stored_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """What a tensor, all of it, takes in a file."""
+    """Bytes that a tensor, all of it, takes in a file."""
     return tensor.numel() * stored_dtype(tensor, dtype).itemsize
 
 

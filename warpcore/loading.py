@@ -80,7 +80,10 @@ def _values(shape: Tensor, stored: Tensor, device: torch.device | str) -> Tensor
 
 
 def own_rows(like: Tensor, whole: Tensor) -> Tensor:
-    """What this process keeps of a whole tensor that is sharded as `like` is; all of it where that is not sharded."""
+    """What this process keeps of a whole tensor that is sharded as `like` is; all of it where that is not sharded.
+
+    Both have the same shape, of the whole tensor; the rows share memory with it.
+    """
     if not isinstance(like, DTensor):
         return whole
     sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)

@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int, captions: Sequence[str] | None = None) -> np.ndarray:
-    """The picture that `grid_and_cells` gives."""
+    """The picture, uint8 (H, W, 3), that `grid_and_cells` gives."""
     return grid_and_cells(pictures, columns, captions)[0]
 
 

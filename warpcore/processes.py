@@ -62,7 +62,7 @@ class Processes:
         return self.rank % self.per_sample == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add `values` up over all processes; every process gets the result."""
+        """Add `values`, of one shape everywhere, up over all processes, in place; every process gets the result."""
         if self.count > 1:
             dist.all_reduce(values)
         return values

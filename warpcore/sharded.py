@@ -7,12 +7,12 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part, which shares memory with the tensor."""
+    """This process's part, such as rows (n / processes, ...) of (n, ...); it shares memory with the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of it; where it is sharded, all processes have to call this."""
+    """All of it, in the shape that it says; where it is sharded, all processes have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -28,5 +28,5 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """What a tensor takes in this process; `nbytes` of a packed one is what it would take unpacked."""
+    """Bytes that a tensor takes in this process; `nbytes` of a packed one is what it would take unpacked."""
     return sum(part.nbytes for part in plain_parts(tensor))

@@ -174,6 +174,7 @@ class ControlledStageC(nn.Module):
         ]
 
     def forward(self, x: Tensor, r: Tensor, control: Tensor, **conditions: Tensor | None) -> Tensor:
+        """What Stage C predicts of x (B, C, h, w) at noise conditions r (B,): like x; `conditions` are Stage C's."""
         return self.generator(x, r, cnet=self._residuals(r, control), **conditions)
 
     def _residuals(self, r: Tensor, control: Tensor) -> list[Tensor | None]:

@@ -75,7 +75,7 @@ class LatentScale:
         return (latents - self._channels(self.mean, latents)) / self._channels(self.std, latents)
 
     def undo(self, latents: Tensor) -> Tensor:
-        """Back to the autoencoder's own latents."""
+        """Back to the autoencoder's own latents (B, C, *positions)."""
         return latents * self._channels(self.std, latents) + self._channels(self.mean, latents)
 
     def latents(self, moments: Tensor, random: SampleRandom | None) -> Tensor:

@@ -71,6 +71,8 @@ class Pipeline:
     def in_batches(self, name: str, kinds: Sequence[Hashable], work: Callable[[list[int]], Tensor]) -> list[Tensor]:
         """What `work` makes of batches of rows of one kind, in the order of rows, in float32 on the CPU.
 
+        `work` gets row numbers and gives (B, ...); a row's tensor is without B.
+
         Args:
             name: what the progress bar says.
             kinds: of each row, such as its size; rows of different kinds do not share a batch.
@@ -86,7 +88,7 @@ class Pipeline:
         return [made[row] for row in range(len(kinds))]
 
     def batch(self, tensors: Sequence[Tensor], rows: list[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of a list of tensors as one, on the device."""
+        """Rows of a list of tensors, all of one shape, as one (B, ...) on the device."""
         return torch.stack([tensors[row] for row in rows]).to(self.device, dtype or self.dtype)
 
     def rows(self, conditions: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:

@@ -118,7 +118,10 @@ def check_sampling(diffusion: GDF, steps: int, sampler: str) -> None:
 
 
 def telling_times(diffusion: GDF, times: Tensor, sampler: str) -> GDF:
-    """The process whose network is told times between two timesteps, where a sampler's steps begin there."""
+    """The process whose network is told times between two timesteps, where a sampler's steps begin there.
+
+    times: (N + 1,), as `sampling_times` gives them.
+    """
     if not (times.is_floating_point() and TIME_RULES[sampler].fractional):
         return diffusion
     if not isinstance(diffusion.noise_cond, TimestepNoiseCond):

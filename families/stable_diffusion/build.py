@@ -219,7 +219,7 @@ def sampling_process(
     settings: SdSettings, steps: int, sampler: str, *, shift: float = 1.0, spacing: Spacing | None = None,
     karras: bool = False,
 ) -> tuple[GDF, Tensor]:  # fmt: skip
-    """The diffusion process that drawings follow, and the times of the steps of a sampler.
+    """The diffusion process that drawings follow, and the times (N + 1,) of the steps of a sampler.
 
     Raises:
         UserError: `karras` or `spacing` of a straight flow; see `sampling_times`.

@@ -22,7 +22,7 @@ class Filtered(NamedTuple):
 
     @classmethod
     def grey(cls, condition: Tensor) -> Self:
-        """A condition of one channel in [0, 1], which is a picture as well."""
+        """A condition (B, 1, H, W) in [0, 1], which is a picture as well."""
         return cls(condition, condition.expand(-1, 3, -1, -1))
 
 
@@ -58,7 +58,7 @@ class Filter:
         return self.apply(images, range(len(images)) if seeds is None else seeds)
 
     def checked(self, images: Tensor) -> Tensor:
-        """Pictures as floats in [0, 1]. Raises ValueError for pictures that the filter cannot use."""
+        """Pictures (B, 3, H, W) as floats in [0, 1]. Raises ValueError for pictures that the filter cannot use."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"{type(self).__name__} takes pictures (B, 3, H, W), not {tuple(images.shape)}")
         height, width = images.shape[2:]
@@ -70,7 +70,7 @@ class Filter:
         return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
     def apply(self, images: Tensor, seeds: Sequence[int]) -> Filtered:
-        """Filter pictures (B, 3, H, W), floats in [0, 1]."""
+        """Filter pictures (B, 3, H, W), floats in [0, 1], with a seed for each: the condition, and what to look at."""
         raise NotImplementedError
 
     def ready(self, images: Tensor) -> Filtered:
@@ -89,7 +89,7 @@ class Filter:
         return self(images[:count], batch.seeds[:count])
 
     def of_batch(self, batch: Any) -> Tensor:
-        """The condition of a training batch: what the loader's workers call."""
+        """The condition (B, channels, h, w) of a training batch: what the loader's workers call."""
         return self.filter_batch(batch).condition
 
     def to(self, device: torch.device | str, encoder: nn.Module | None = None) -> Self:

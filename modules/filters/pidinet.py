@@ -15,6 +15,7 @@ _RING = [0, 1, 2, 3, 5, 6, 7, 8]
 
 
 def plain(weight: Tensor) -> Tensor:
+    """The pixels themselves. Here and below, kernels are (C_out, C_in / groups, 3, 3)."""
     return weight
 
 
@@ -51,7 +52,10 @@ DIFFERENCES: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 class DifferenceConv(nn.Conv2d):
-    """A 3x3 convolution of differences of pixels: one of pixels, with a kernel made of its own. Same size out."""
+    """A 3x3 convolution of differences of pixels: one of pixels, with a kernel made of its own.
+
+    (B, c_in, H, W) -> (B, c_out, H, W).
+    """
 
     def __init__(self, c_in: int, c_out: int, difference: Callable[[Tensor], Tensor], groups: int = 1):
         super().__init__(c_in, c_out, 3, groups=groups, bias=False)
@@ -62,6 +66,11 @@ class DifferenceConv(nn.Conv2d):
 
 
 class DifferenceBlock(nn.Module):
+    """Differences in each channel, mixed, beside a shortcut: (B, c_in, H, W) -> (B, c_out, H, W).
+
+    halve: to half of H and W, rounded down.
+    """
+
     def __init__(self, c_in: int, c_out: int, difference: Callable[[Tensor], Tensor], halve: bool):
         super().__init__()
         self.halve = halve
@@ -77,7 +86,7 @@ class DifferenceBlock(nn.Module):
 
 
 class Dilations(nn.Module):
-    """Looks at a place with four reaches."""
+    """Looks at a place with four reaches: (B, c_in, H, W) -> (B, c, H, W)."""
 
     def __init__(self, c_in: int, c: int):
         super().__init__()
@@ -92,6 +101,8 @@ class Dilations(nn.Module):
 
 
 class SpatialAttention(nn.Module):
+    """Weighs each place of (B, C, H, W) by a number in (0, 1)."""
+
     def __init__(self, c: int):
         super().__init__()
         self.conv1 = nn.Conv2d(c, 4, 1)

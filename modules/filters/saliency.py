@@ -39,6 +39,8 @@ class Saliency(nn.Module):
 
 
 class ResidualPair(nn.Module):
+    """Two convolutions beside a shortcut, on (B, C, H, W)."""
+
     def __init__(self, c: int):
         super().__init__()
         self.resblock = nn.Sequential(*_convolution(c, c, 3), *_convolution(c, c, 3)[:-1])

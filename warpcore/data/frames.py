@@ -28,7 +28,10 @@ def choose_frames(
 def frames_needed(
     wanted: int | np.ndarray, fps: float | np.ndarray, stride: int = 1, frame_rate: float | None = None
 ) -> np.ndarray:
-    """int64: how many frames of a video a clip of `wanted` frames spans, from its first to its last."""
+    """int64: how many frames of a video a clip of `wanted` frames spans, from its first to its last.
+
+    `wanted` and `fps` may be arrays, which broadcast; the result has the shape that they have together.
+    """
     steps = np.asarray(wanted, np.int64) - 1
     return np.floor(steps * frame_distance(fps, stride, frame_rate) + 0.5).astype(np.int64) + 1
 

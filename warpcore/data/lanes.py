@@ -70,7 +70,7 @@ class Recipe:
 
     @cached_property
     def lanes(self) -> list[np.ndarray]:
-        """The pieces of every lane, as `cut` gives them: each draws about the same number of rows per epoch."""
+        """The pieces (n, 3) of every lane, as `cut` gives them: each draws about the same number of rows per epoch."""
         pieces = cut(self.catalog, self._piece_rows())
         loads = (pieces[:, 2] - pieces[:, 1]) * self.catalog.weights[pieces[:, 0]]
         shuffled = hash_numbers(np.arange(len(pieces)), stable_hash(self.seed, "deal"))

@@ -57,7 +57,7 @@ def cut(catalog: Catalog, max_rows: int | np.ndarray) -> np.ndarray:
 
 
 def as_pieces(rows: np.ndarray) -> Iterator[Piece]:
-    """The pieces that `cut` gives."""
+    """The pieces of an array (n, 3) that `cut` gives."""
     return (Piece(*row.tolist()) for row in rows)
 
 

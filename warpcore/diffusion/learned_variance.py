@@ -57,10 +57,11 @@ class Posterior(NamedTuple):
         return type(self)(*to_device(torch.stack(self), device))
 
     def mean(self, x0: Tensor, x: Tensor) -> Tensor:
+        """Of the sample one step less noisy than x, given what is clean, x0: all (B, ...)."""
         return self.x0_weight * x0 + self.x_weight * x
 
     def log_variance(self, v: Tensor) -> Tensor:
-        """The log variance that a network means by `v`, -1 to 1."""
+        """The log variance that a network means by `v` (B, ...), -1 to 1: in its shape."""
         share = (v + 1) / 2
         return share * self.betas.log() + (1 - share) * self.clipped_log_variance
 
@@ -114,7 +115,7 @@ class LearnedRange:
 
 def binned_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """The log probability, in nats, that a normal draw falls into the bin of `x`, one of 256 values in [-1, 1]; the
-    outer bins have no end (arXiv:2006.11239, eq. 13)."""
+    outer bins have no end (arXiv:2006.11239, eq. 13). All are (B, ...), or broadcast to that."""
     precision = (-0.5 * log_variance).exp()
     below_top = _normal_cdf(precision * (x - mean + HALF_BIN))
     below_bottom = _normal_cdf(precision * (x - mean - HALF_BIN))

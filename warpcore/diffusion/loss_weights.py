@@ -41,6 +41,7 @@ class LossWeight:
         return weight.clamp(*(clamp_range or (-1e9, 1e9)))
 
     def weight(self, logsnr: Tensor) -> Tensor:
+        """Of `logsnr` (B,), in its shape, before it is bounded."""
         raise NotImplementedError
 
 

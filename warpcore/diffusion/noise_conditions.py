@@ -23,12 +23,14 @@ class NoiseCond:
         self.clamp_range = clamp_range
 
     def __call__(self, logsnr: Tensor) -> Tensor:
+        """r (B,) of `logsnr` (B,)."""
         if self.shift != 1:
             logsnr = logsnr + 2 * math.log(self.shift)
         cond = self.cond(logsnr)
         return cond if self.clamp_range is None else cond.clamp(*self.clamp_range)
 
     def cond(self, logsnr: Tensor) -> Tensor:
+        """r (B,) of `logsnr` (B,), before it is bounded."""
         raise NotImplementedError
 
 

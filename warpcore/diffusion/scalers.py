@@ -27,6 +27,7 @@ class Scaler:
         return a.view(shape), b.view(shape)
 
     def scale(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of `logsnr`, all of one shape, before they are stretched."""
         raise NotImplementedError
 
     def setup_limits(

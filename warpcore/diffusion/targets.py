@@ -10,6 +10,8 @@ from torch import Tensor
 
 
 class Target(Protocol):
+    """`logsnr` is (B,), a and b are (B, 1, ...), all else is (B, ...)."""
+
     def __call__(self, x0: Tensor, epsilon: Tensor, logsnr: Tensor, a: Tensor, b: Tensor) -> Tensor: ...
 
     def x0(self, noised: Tensor, pred: Tensor, logsnr: Tensor, a: Tensor, b: Tensor) -> Tensor: ...

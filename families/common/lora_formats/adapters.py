@@ -113,7 +113,7 @@ class Lora:
     """Tokens that were trained with the adapters, but are neither in the file nor beside it."""
 
     def with_tokens(self, names: list[str], initial: Tensor, delta: Tensor) -> "Lora":
-        """The LoRA with further tokens."""
+        """The LoRA with further tokens; `initial` and `delta` (T, D) are as those here."""
         if self.tokens:
             initial, delta = torch.cat([self.token_initial, initial]), torch.cat([self.token_delta, delta])
         return replace(self, tokens=self.tokens + names, token_initial=initial, token_delta=delta)

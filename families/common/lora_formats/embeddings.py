@@ -179,7 +179,7 @@ def add(found: dict[str, Lora], tokens: Mapping[str, Lora]) -> None:
 
 
 def with_rows(lora: Lora, name: str, rows: Tensor) -> Lora:
-    """The LoRA with the token of an embedding, or with a token for each of its vectors."""
+    """The LoRA with the token of an embedding (D,), or with a token for each of its vectors (T, D)."""
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2:
         raise LoraFileError(f"the embedding {name} has the shape {tuple(rows.shape)}: (vectors, width) is needed")

@@ -121,7 +121,7 @@ class HiddenTokens:
             self.wanted = False
 
     def release(self) -> tuple[Tensor, Tensor | None]:
-        """Tokens and places of the last forward pass, which are kept no longer."""
+        """Tokens (B, n, C) and places (B, n) or None of the last forward pass, which are kept no longer."""
         released = self.tokens, self.places
         self.tokens = self.places = None
         return released
