@@ -142,4 +142,6 @@ def test_a_preview_that_can_not_be_made_is_refused(settings, tmp_path):
     sheet.unlink()
     save_file(Squeeze().state_dict(), tmp_path / "other.safetensors")
     other = settings | {"squeeze_path": str(tmp_path / "other.safetensors")}
-    assert "the weights of the squeeze network are squeeze.safetensors" in refusal(other, latents, 2, sheet)
+    told = refusal(other, latents, 2, sheet)
+    assert "the weights of the squeeze network are squeeze.safetensors" in told
+    assert f".py {config_file(other, tmp_path)} " in told  # the command that makes another cache can be pasted

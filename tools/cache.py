@@ -10,8 +10,8 @@ which can be recreated, extended or deleted alone: train with `caches=[LATENTS,T
 Each picture is cropped once, or `--variants` times; of a video, so many clips are stored, each with frames of its own.
 A tar appears when it is complete, so the same command goes on where it was stopped. When the data set changed, it
 encodes the pictures and captions that are new, and copies the features of those whose bytes are known, from whichever
-tar: for that it reads and hashes both, also when it first makes the cache. With random crops, a picture that got
-another row gets other crops, and is encoded again.
+tar: for that it reads and hashes both, also when it first makes the cache. A picture keeps the crops that were drawn
+for it, a video its frames, whatever row it gets.
 
 `--preview 16 PICTURES.png` makes no cache, but a sheet of what latents of the one in OUT decode to.
 
@@ -132,12 +132,9 @@ class Caching:
             for name in training.encoders()
             if self.kind == "all" or name in makers
         }
-        shapes, draws = self.maker.shapes(self.work.buckets.sizes, self.fields)
+        shapes = self.maker.shapes(self.work.buckets.sizes, self.fields)
         origin = origin_of(training, self.maker.names, "float32", self.variants, shapes)
-        self.work = replace(
-            self.work, seeded=draws or training.config.crop_mode != "center",
-            sample_bytes=self.maker.bytes_per_sample(origin),
-        )  # fmt: skip
+        self.work = replace(self.work, sample_bytes=self.maker.bytes_per_sample(origin))
         self.encoding = Encoding(training, self.maker, self.work, self.reader, self.out, self.dtype)
         processes.on_main(lambda: self._prepare(shapes))
         shared = SharedWork(processes, self.out)
@@ -344,6 +341,7 @@ def preview(kind: type[DiffusionTraining], given: argparse.Namespace) -> None:
     held = "latents" if all(of_pictures) else "all"
     with only_parts(*PIPELINE_PARTS[held]):
         training = kind(without_idle_weights(kind, config.for_any_processes(), held))
+        training.arguments = [given.config, *given.settings]
         print("\n".join(write_preview(training, count, path)))
 
 

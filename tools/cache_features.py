@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from families.common.cache import Caches
-from families.common.cached_rows import WatchedRandom
 from families.common.config import DiffusionConfig
 from families.common.features import Origin, take_row
 from families.common.training import DiffusionTraining
@@ -81,23 +80,21 @@ class Maker:
 
     def shapes(
         self, sizes: Sequence[tuple[int, ...]], fields: Mapping[str, Field]
-    ) -> tuple[dict[str, dict[str, tuple[int, ...]]], bool]:
-        """Shapes of each feature by bucket, and whether a network draws random numbers, seen on black pictures.
+    ) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes of each feature by bucket, seen on black pictures.
 
         fields: what else of a sample the training reads.
         """
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        draws = False
         differ = any(self.training.features[name].variable_length for name in self.names)
         for size in dict.fromkeys(sizes):
             extra = collate(fields, [{name: one.blank(size) for name, one in fields.items()}])
             images = torch.zeros(1, *size[:-2], 3, *size[-2:], dtype=torch.uint8) if self.of_pictures else None
             batch = Batch(0, size, 0, 0, {}, images, [LONG_CAPTION if differ else ""], [""], [0], 1.0, extra=extra)
-            random = WatchedRandom(batch.seeds, self.training.device)
+            random = SampleRandom(batch.seeds, self.training.device)
             for name, values in self.make(batch.to(self.training.device), random).items():
                 shapes.setdefault(name, {})[bucket_name(size)] = tuple(values[0].shape)
-            draws |= random.was_used
-        return shapes, draws
+        return shapes
 
     def bytes_per_sample(self, origin: Origin) -> int:
         """What a sample takes in a tar, at most."""

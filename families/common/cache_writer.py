@@ -55,9 +55,9 @@ class Work:
     """What is to be encoded.
 
     batch_size: samples per micro-batch at most. Crop v of a picture is the one that a run from pictures, of the same
-    seed, makes in epoch v. fields: of each member that the training reads beside the picture, its extensions.
-    has_pictures, has_text: whether features of pictures, and of captions, are made. seeded: whether features of
-    pictures depend on a sample's seed. sample_bytes: of the features of a sample in memory.
+    seed, makes in epoch v, or that it had where its features are copied. fields: of each member that the training
+    reads beside the picture, its extensions. has_pictures, has_text: whether features of pictures, and of captions,
+    are made. sample_bytes: of the features of a sample in memory.
     """
 
     catalog: Catalog
@@ -70,7 +70,6 @@ class Work:
     fields: tuple[tuple[str, ...], ...] = ()
     has_pictures: bool = True
     has_text: bool = True
-    seeded: bool = True
     sample_bytes: int = 1
 
     @property
@@ -88,7 +87,7 @@ class Work:
             part = table.slice(start, self.chunk_rows)
             draws = [self._samples(number, part, start, places, variant) for variant in range(self.variants)]
             captions = self.caption_members if self.has_text else ()
-            hashes = hash_sources(draws, captions, self.fields, self.seeded, self.has_pictures)
+            hashes = hash_sources(draws[0], captions, self.fields, self.variants if self.has_pictures else 0)
             sources = dict(zip(places.tolist(), hashes, strict=True))
             copied = {place: old.copy(one) for place, one in sources.items()}
             crops = (self._micro_batches(places.tolist(), draw, copied, variant) for variant, draw in enumerate(draws))

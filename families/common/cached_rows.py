@@ -24,7 +24,6 @@ from warpcore.data.storage import read_ranges
 from warpcore.data.tar_headers import Member, TarHeaderError, padded, read_members
 from warpcore.errors import UserError
 from warpcore.files import open_to_read
-from warpcore.random import SampleRandom
 from warpcore.safe_json import parse_json
 
 T = TypeVar("T")
@@ -39,8 +38,7 @@ class Sources:
     """Hashes of a row's key and of the bytes that its features are made from."""
 
     pictures: tuple[str, ...]
-    """Of each variant: the picture and what fields read beside it; where the crop or the networks draw random
-    numbers, the sample's seed too."""
+    """Of each variant: the picture and what fields read beside it. Crops and frames that were drawn stay with it."""
     text: str
     """The members and the index columns that the caption is made from."""
 
@@ -59,42 +57,31 @@ class Copied:
 
 
 def hash_sources(
-    draws: Sequence[Sequence[Sample]],
-    captions: Collection[str],
-    fields: Sequence[Sequence[str]],
-    seeded: bool,
-    pictures: bool = True,
+    rows: Sequence[Sample], captions: Collection[str], fields: Sequence[Sequence[str]], variants: int
 ) -> list[Sources]:
     """The hashes of rows of one tar.
 
     Reads what features are made from, a second time beside the loader's, but decodes nothing.
 
     Args:
-        draws: by variant, the samples of the rows.
         captions: the members that captions are made from.
         fields: of each further member that the training reads, its extensions, the preferred first.
-        seeded: whether features of pictures depend on the seed of the sample. Those of a video do, whose frames the
-            seed draws.
-        pictures: whether there are features of pictures.
+        variants: of the features of pictures; 0 where there are none.
     """
     found = []
-    wanted = {*captions, *(name for names in fields for name in names), *(VISUAL_EXTENSIONS if pictures else ())}
-    for start, stop in _together(draws[0], wanted):
-        samples = draws[0][start:stop]
-        for place, members in enumerate(_contents(samples, wanted), start):
+    wanted = {*captions, *(name for names in fields for name in names), *(VISUAL_EXTENSIONS if variants else ())}
+    for start, stop in _together(rows, wanted):
+        samples = rows[start:stop]
+        for sample, members in zip(samples, _contents(samples, wanted), strict=True):
             held = members.keys()
             besides = [next((name for name in names if name in held), None) for names in fields]
             of_picture = [name for name in (visual_member(held), *besides) if name is not None]
             of_text = [name for name in captions if name in held]
-            sample = samples[place - start]
-            has_chance = seeded or sample.is_video
             of_variants = tuple(
-                _digest(of_picture, members, [draw[place].key, variant, draw[place].seed if has_chance else None])
-                for variant, draw in enumerate(draws)
+                _digest(of_picture, members, [sample.key, variant, None])  # None: as earlier versions wrote it
+                for variant in range(variants)
             )
-            found.append(
-                Sources(of_variants if pictures else (), _digest(of_text, members, [sample.key, sample.columns]))
-            )
+            found.append(Sources(of_variants, _digest(of_text, members, [sample.key, sample.columns])))
     return found
 
 
@@ -232,21 +219,6 @@ def _as_facts(content: bytes) -> _Facts | None:
 def _content(file: BinaryIO, member: Member) -> bytes:
     file.seek(member.offset)
     return file.read(member.size)
-
-
-class WatchedRandom(SampleRandom):
-    """Random numbers that note whether they are used."""
-
-    was_used = False
-
-    @property
-    def seeds(self) -> list[int]:
-        self.was_used = True
-        return self._seeds
-
-    @seeds.setter
-    def seeds(self, seeds: list[int]) -> None:
-        self._seeds = seeds
 
 
 def keep_old(path: Path) -> None:

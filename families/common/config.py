@@ -96,7 +96,8 @@ class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
     def _samples_of_caches(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Where only caches are named, the first one says which samples there are, and has their captions."""
         for key, caches in (("webdataset_path", "caches"), ("validation_path", "validation_caches")):
-            if not values.get(key) and (named := values.get(caches)):
+            # On a command line, null is text to a key that takes text.
+            if values.get(key) in (None, "", [], "null") and (named := values.get(caches)):
                 first = named[0] if isinstance(named, list) else named
                 if first and isinstance(first, str | Path):  # what else is written there is the mistake of its own key
                     values = values | {key: first}
