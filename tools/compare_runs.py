@@ -38,7 +38,7 @@ from warpcore.errors import UserError, run_script
 from warpcore.files import read_bytes
 from warpcore.outputs import check_folder
 from warpcore.pictures import Cell, grid, read_cells, save_png, shrunk
-from warpcore.text import counted
+from warpcore.text import counted, printable
 
 PAGE, SHEET = "compare.html", "sheet"
 SHEET_SIDE_PX = 256
@@ -160,7 +160,7 @@ def find_pictures(folders: Sequence[Path], labels: Sequence[str], out: Path, lef
     ]
     if not any(sum(source is not None for source in one.sources) > 1 for one in found):
         has = "; ".join(f"{label} has {_some(list(names))}" for label, names in zip(labels, files, strict=True))
-        raise UserError(f"no picture has the same name in two of the folders: {clean(has)}")
+        raise UserError(f"no picture has the same name in two of the folders: {printable(has)}")
     return found
 
 
@@ -263,7 +263,7 @@ def _report(
     yield f"{counted(len(pictures), 'picture')} of {len(labels)} folders ({kinds})"
     for label, names in zip(labels, missing, strict=True):
         lacks = f", {len(names)} missing: {_some(names)}" if names else ""
-        yield clean(f"  {label}: {len(pictures) - len(names)}{lacks}")
+        yield printable(f"  {label}: {len(pictures) - len(names)}{lacks}")
     if left_out:
         yield str(left_out)
 

@@ -13,10 +13,9 @@ from families.common.members import SIDE_MEMBERS
 from tools.picture_folder import Entry
 from warpcore.data.picture_files import SHOWN, LeftOut
 from warpcore.data.samples import FORMATS, VISUAL_EXTENSIONS
-from warpcore.data.tars import clean
 from warpcore.data.video_headers import Header
 from warpcore.errors import UserError
-from warpcore.text import counted, format_bytes
+from warpcore.text import counted, format_bytes, printable
 
 RATIOS = ("9:21", "9:16", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "16:9", "21:9")
 
@@ -115,7 +114,7 @@ class Report:
                 f"  caption longer than the {CLIP_LENGTH} tokens that CLIP reads: {len(self.long_captions)} of "
                 f"{self.members['txt']} ({_first(self.long_captions)}); training cuts off the rest"
             )
-        lines.append(str(self.left_out))
+        lines = [*map(printable, lines), str(self.left_out)]
         pixels = sorted(width * height for width, height in self.sizes)
         names = {"smallest": pixels[0], "median": statistics.median(pixels), "largest": pixels[-1]}
         lines.append("megapixels: " + ", ".join(f"{name} {_megapixels(value)}" for name, value in names.items()))
@@ -126,7 +125,7 @@ class Report:
             for ratio in RATIOS
             if counts[ratio]
         ]
-        return clean("\n".join(lines))  # names of files need not be printable
+        return "\n".join(lines)
 
     def _of_videos(self) -> str:
         def spread(name: str) -> str:

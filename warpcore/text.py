@@ -81,6 +81,11 @@ def is_whole(text: str) -> bool:
     return _BROKEN.search(text) is None
 
 
+def printable(text: str) -> str:
+    """The text on one line: what no terminal shows, such as line ends in names of files, as Python escapes it."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def shortened(text: str, most: int = 200) -> str:
     """The text without credentials, cut off where it has more characters than `most`."""
     start = redact(text[: 10 * most])  # before it is cut off: half a password does not look like one

@@ -273,6 +273,9 @@ def test_folders_without_a_common_name_are_refused_with_what_they_hold(tmp_path)
     a, b = write(tmp_path / "a", {"1.png": flat(1)}), write(tmp_path / "b", {"2.png": flat(1)})
     with pytest.raises(UserError, match=r"no picture has the same name in two .*a has 1.png; .*b has 2.png"):
         compared([a, b], tmp_path / "out")
+    c = write(tmp_path / "c", {"x\ny\x1b[1m.png": flat(1)})
+    with pytest.raises(UserError, match=r"a has 1.png; .*c has x\\ny\\x1b\[1m.png$"):
+        compared([a, c], tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"a has 1.png; .*empty has none"):
         compared([a, tmp_path / "empty"], tmp_path / "out")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from warpcore.data.samples import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS
-from warpcore.data.tars import clean
 from warpcore.errors import UserError
+from warpcore.text import printable
 
 UNREAD_EXTENSIONS = (
     "heic", "heif", "jxl", "psd", "svg", "eps", "exr", "hdr", "dng", "cr2", "cr3", "nef", "arw", "raf", "orf", "rw2",
@@ -34,7 +34,7 @@ class LeftOut:
         by_count = sorted(self.files.items(), key=lambda item: -len(item[1]))
         lines = [f"  {len(files)} {reason}: {', '.join(files[:SHOWN])}{', ...' * (len(files) > SHOWN)}"
                  for reason, files in by_count]  # fmt: skip
-        return clean("\n".join([f"left out {len(self)}", *lines]))  # names of files need not be printable
+        return "\n".join([f"left out {len(self)}", *map(printable, lines)])
 
 
 def extension(path: Path) -> str:
