@@ -77,6 +77,18 @@ def test_counted_activations_are_those_of_a_real_update(settings, name, changes)
     assert counted.total + counted.on_cpu == pytest.approx(living + peak, rel=0.10)
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("name", [name for name in SETTINGS if " " not in name and not name.endswith("lora")])
+def test_every_script_makes_an_update_on_shapes_alone(settings, name):  # noqa: F811
+    """Stands for the slow test above: what an update computes also works on PyTorch's device without memory."""
+    use_case = load_use_case(TRAIN / f"{name.split()[0]}.py")
+    config = make_config(use_case.Config, settings(name, "shapes", batch_size=2))
+    with only_shapes(), OnShapes(use_case, config, "cpu") as shapes:
+        needs = shapes.needs(bucket_sizes(shapes.run)[0], 2)
+    assert needs.activations > 0
+    assert needs.gradients == needs.weights > 0
+
+
 @pytest.mark.slow
 def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_c.py")
