@@ -16,7 +16,10 @@ THREADS = int(os.environ.get("TEST_THREADS", 1))
 """Small tensors gain nothing from threads, and on a busy machine threads that wait for each other cost a lot. `make
 test-bits` takes two as well."""
 # Processes are forked from a server that has imported the slow things, but has started no thread.
-SLOW_IMPORTS = ["torch._dynamo", "torch.distributed.fsdp", "open_clip", "warpcore.core"]
+SLOW_IMPORTS = [
+    "torch._dynamo", "torch.distributed.fsdp", "open_clip", "warpcore.core",
+    "tests.train.test_every_script",  # and with it the libraries of all families, 1.7 s of a processor
+]  # fmt: skip
 multiprocessing.get_context("forkserver").set_forkserver_preload(SLOW_IMPORTS)
 
 
