@@ -31,6 +31,7 @@ SAID = {
     "clip_image_model_name": ("a", {"clip_image_dropout": 1.0}, {"clip_image_dropout": 0.5, "image": "a"}),
     "discriminator_channels": (8, {"discriminator_weight": 0.0}, {}),
     "discriminator_start": (5, {"discriminator_weight": 0.0}, {}),
+    "ema_at_end": (True, {}, {"ema_start_iters": 0}),
     "ema_beta": (0.9, {}, {"ema_start_iters": 0}),
     "ema_device": ("cpu", {}, {"ema_start_iters": 0}),
     "ema_iters": (5, {}, {"ema_start_iters": 0}),

@@ -186,7 +186,7 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
     def _check_average(self) -> None:
         if self.ema_profile == "power" and self.ema_start_iters is None:
             raise ValueError("ema_profile: power needs ema_start_iters: write 0 to average from the first update on")
-        keys = ("ema_rate", "ema_iteration_shift") if self.ema_profile == "constant" else ("ema_beta",)
+        keys = ("ema_rate", "ema_iteration_shift") if self.ema_profile == "constant" else ("ema_beta", "ema_at_end")
         if given := self._given(*keys):
             other = "power" if self.ema_profile == "constant" else "constant"
             raise ValueError(f"{', '.join(given)}: only ema_profile: {other} reads this: write that, or remove it")

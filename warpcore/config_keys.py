@@ -264,7 +264,7 @@ class AverageKeys(Settings):
     """Average of the weights."""
 
     needs = dict.fromkeys(
-        ("ema_iters", "ema_beta", "ema_device"),
+        ("ema_iters", "ema_beta", "ema_device", "ema_at_end"),
         Need("ema_start_iters", lambda config: config.ema_start_iters is not None),
     )
 
@@ -274,6 +274,8 @@ class AverageKeys(Settings):
     """The average moves at every this many updates."""
     ema_beta: ShareBelowOne = 0.999
     """Share of the old average that a step keeps."""
+    ema_at_end: bool = False
+    """After the last update the average moves once more, whatever `ema_iters` says, as that of NOVA's program does."""
     ema_profile: Literal["constant", "power"] = "constant"
     """`power`: that share grows with the updates instead, so that the average always reaches back over the same part
     of the run, `ema_rate` (EDM2, arXiv:2312.02696, section 3.1)."""

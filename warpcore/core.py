@@ -116,7 +116,7 @@ class WarpCore(UseCase):
             parameter.grad = None
         self.statistics.apply(self.update_state, self.state.without_gradients, finite)
         for average in self.averages.values():
-            average.step(update, finite)
+            average.step(update, finite, config.ema_at_end and update == config.updates)
         norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in (norms | means).items()}
         norms |= self.loss_scale.metrics() | optim.metrics(self.optimizers) | update_mean.metrics
         self.loss_scale.update(norm, finite)

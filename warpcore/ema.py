@@ -82,18 +82,22 @@ class EMA:
         self._swapped = False
 
     @torch.no_grad()
-    def step(self, update: int, ok: Tensor | None = None) -> None:
-        """Takes in the weights after `update`. Where `ok` (one element) is false the average stays bit for bit."""
+    def step(self, update: int, ok: Tensor | None = None, once_more: bool = False) -> None:
+        """Takes in the weights after `update`. Where `ok` (one element) is false the average stays bit for bit.
+
+        once_more: one time more than `every` says.
+        """
         assert not self._swapped, "the weights hold the average now"
         self.update = update
         if update == self.start:
             self._follow()
-        if update <= self.start or update % self.every:
+        times = (update % self.every == 0) + once_more
+        if update <= self.start or not times:
             return
         devices = {average.device for average in self._average.values()}
         taken = {d: torch.ones((), device=d) if ok is None else (ok.reshape(()).to(d) != 0).float() for d in devices}
         beta = self.beta.beta(update, self.every) if isinstance(self.beta, PowerProfile) else self.beta
-        shares = {device: (1 - beta) * value for device, value in taken.items()}
+        shares = {device: (1 - beta**times) * value for device, value in taken.items()}
         for name, average in self._average.items():
             average, live = _local(average), _local(self._live[name])
             live = live.to(average.device, average.dtype)

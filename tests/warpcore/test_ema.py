@@ -88,6 +88,20 @@ def test_the_average_is_that_of_the_formula(start, every, device):
         assert_identical(copies(state), copies(net.state_dict()))
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("every", [2, 4])
+def test_at_the_end_of_a_run_the_average_moves_once_more(tmp_path, every):
+    data, found = write_shard(tmp_path / "a.tar", 8), {}
+    for key in (False, True):
+        settings = tiny_settings(tmp_path / str(key), data, updates=6, ema_start_iters=0, ema_iters=every)
+        train_here(settings | {"ema_at_end": key})
+        found[key] = load_weights(settings, "generator_ema")
+    weights, beta = load_weights(settings), settings["ema_beta"]
+    for name, average in found[False].items():
+        torch.testing.assert_close(found[True][name], beta * average + (1 - beta) * weights[name])
+        assert not torch.equal(found[True][name], average)
+
+
 def test_a_skipped_update_leaves_the_average_bit_for_bit():
     net = make_net()
     ema = EMA(net, start=1, every=1, beta=BETA)
