@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from families.common.converted import ConvertedConfig
 from families.common.family import SCRIPTS, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, RUN_CONFIG, exported_file, is_run, read_header
 from families.common.weight_source import local_weights
@@ -254,6 +255,24 @@ def _values(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _listed(value: Any) -> list:
     return value if isinstance(value, list) else [value]
+
+
+# ------------------------------------------------------------------ configs of other programs
+
+
+def converted_config(path: Path, config: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> ConvertedConfig:
+    """What the training configuration of another program in a file becomes; see `Family.converted_config`.
+
+    Raises:
+        UserError: no family knows such a configuration, or it is wrong.
+    """
+    for family in families():
+        try:
+            if (made := family.converted_config(config, deepspeed)) is not None:
+                return made
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+    raise UserError(f"{path} is the configuration of no program that a family knows here ({_titles(families())})")
 
 
 # ------------------------------------------------------------------ exports

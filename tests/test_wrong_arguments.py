@@ -229,6 +229,20 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "empty": [("empty.txt", "empty.txt has no place for the tables: write the two lines")],
         "output in a file": [("text/page.md", "text/page.md does not exist")],
     },
+    "tools/convert_config.py": {
+        "no argument": [("", "the following arguments are required: THEIRS, OURS")],
+        "unknown flag": [("nova.yaml new.yaml --colour red", "colour: unknown key")],
+        "missing": [
+            ("missing.yaml new.yaml", "config file missing.yaml does not exist"),
+            ("nova.yaml new.yaml --deepspeed missing.json", "missing.json does not exist"),
+        ],
+        "folder for a file": [("folder new.yaml", FOLDER_FOR_CONFIG)],
+        "empty": [("empty.yaml new.yaml", "empty.yaml is the configuration of no program that a family knows here")],
+        "output exists": [("nova.yaml taken.yaml", "taken.yaml is there already: name another file, or give --over")],
+        "output in a file": [("nova.yaml text/new.yaml", "can't be written: text is a file")],
+        "no number": [("nova.yaml new.yaml lr=ten", "lr: found 'ten'")],
+        "unknown key": [("nova.yaml new.yaml batch_sise=1", UNKNOWN_KEY)],
+    },
     "tools/convert_weights.py": {
         "no argument": [("", "the following arguments are required: source, target")],
         "unknown flag": [("c.safetensors new.safetensors --colour red", "unrecognized arguments: --colour red")],
@@ -340,6 +354,7 @@ def arguments(tmp_path_factory) -> Path:
         "empty.py": "", "empty.yaml": "", "empty.jsonl": "", "empty.jpg": "", "empty.safetensors": "",
         "empty/0.jpg": "", "unknown.yaml": "batch_sise: 4\n", "draw.yaml": draw,
         "config.yaml": "".join(f"{key}: {value}\n" for key, value in config.items()),
+        "nova.yaml": "PIPELINE: {TYPE: nova_train_t2i}\nTRAIN: {DATASET: folder}\n",
         "rebuild.yaml": "model_version: mini\nstage_a_only: true\npictures: [pictures]\ndevice: cpu\n",
     }  # fmt: skip
     texts["classes.yaml"] = draw.replace("c.safetensors", "d.safetensors").replace("prompts: [x]", "classes: [1]")

@@ -19,6 +19,10 @@ config the networks that made them, as such files do not say it:
 
     python3 tools/build_dataset.py pictures data/cache --import .img_sdvae .txt_clipl \\
         --for train/train_sd.py CONFIG.yaml autoencoder_checkpoint_path=vae text_encoder_checkpoint_path=clip
+
+So does a whole folder of records that another program cached, without pictures:
+
+    python3 tools/build_dataset.py records data/cache --records --for train/train_nova.py CONFIG.yaml
 """
 
 import argparse
@@ -267,13 +271,15 @@ def parse_ending(text: str) -> str:
 
 
 def _imported(given: argparse.Namespace) -> str:
-    """Build a cache of the features of `--import`; the report."""
-    from tools.feature_import import Imported  # what builds networks takes seconds to import
+    """Build a cache of the features of `--import` or `--records`; the report."""
+    from tools.feature_import import Imported, ImportedRecords  # what builds networks takes seconds to import
 
-    if not given.endings or len(given.training or ()) < 2:
-        raise UserError("--import ENDING ... and --for SCRIPT CONFIG [KEY=VALUE ...] belong together")
+    if not (given.endings or given.records) or len(given.training or ()) < 2:
+        raise UserError("--import ENDING ... or --records, and --for SCRIPT CONFIG [KEY=VALUE ...] belong together")
     packing = Packing(given.samples_per_shard, given.shard_size)
-    found = Imported.by(given.training, given.endings, given.out)
+    if given.records:
+        return ImportedRecords.by(given.training, given.out).build(given.folder, given.out, packing, given.overwrite)
+    found = Imported.by(given.training, given.out, given.endings)
     return found.build(given.folder, given.out, packing, given.metadata, given.overwrite)
 
 
@@ -300,7 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
     of_videos.add_argument(
         "--frames-every", type=positive, metavar="N", help="take every N-th frame of videos, as a picture"
     )
-    parser.add_argument(
+    of_others = parser.add_mutually_exclusive_group()
+    of_others.add_argument(
         "--import",
         nargs="+",
         type=parse_ending,
@@ -308,6 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
         dest="endings",
         help="files of features beside the pictures: NAME.ENDING",
     )
+    of_others.add_argument("--records", action="store_true", help="FOLDER holds records of features, and no pictures")
     parser.add_argument(
         "--for",
         nargs="+",
@@ -316,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="the script, the config and keys that train on them",
     )
     given = parser.parse_args(arguments)
-    if given.endings or given.training:
+    if given.endings or given.records or given.training:
         print(_imported(given))
         return
     processes = start_processes("cpu")

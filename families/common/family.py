@@ -5,14 +5,19 @@ where networks with other tasks and files share a folder. Importing it is quick:
 diffusers, transformers or peft is named as text, or imported inside its methods.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from families.common.converted import ConvertedConfig
 from families.common.weight_files import Header
 from warpcore.config import Settings
+from warpcore.errors import UserError
+
+if TYPE_CHECKING:
+    from families.common.imported import ImportedRecord
 
 TEXT_TO_IMAGE = "text to image"
 """The task of `inference/text_to_image.py`: a class as `families.common.text_to_image.TextToImage`."""
@@ -123,6 +128,24 @@ class Family:
             ValueError: it is nothing that the family knows; the message goes on behind "it".
         """
         raise ValueError("holds what this family can't read: it knows no features of other programs")
+
+    def imported_records(self, folder: Path) -> Iterator["ImportedRecord"]:
+        """The samples of a folder of records, the cache of another program.
+
+        Raises:
+            UserError: it is damaged, or nothing that the family knows; the message names the file.
+        """
+        raise UserError(f"{folder}: {self.title} knows no records of other programs")
+
+    def converted_config(self, config: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> ConvertedConfig | None:
+        """Our keys for a training configuration of another program; None where the family knows no such program.
+
+        deepspeed: the one that DeepSpeed gets beside it; empty without.
+
+        Raises:
+            ValueError: a key is unknown, or has a value that it can't have; the message names it.
+        """
+        return None
 
     def task(self, name: str) -> type | None:
         """The class that does a task for this family; None where it has none."""

@@ -1,11 +1,17 @@
 """What the registry knows of NOVA."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from families.common.converted import ConvertedConfig
 from families.common.family import SCORING, TEXT_TO_IMAGE, TEXT_TO_VIDEO, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.nova.files import is_of_nova
+
+if TYPE_CHECKING:
+    from families.common.imported import ImportedRecord
 
 OF_NETWORK = ("image_base_size", "video_base_size")
 """Numbers that the config of its transformer has."""
@@ -28,6 +34,13 @@ class Nova(Family):
 
     def has_model_folder(self, index: Mapping[str, Any]) -> bool:
         return str(index.get("_class_name", "")).startswith("NOVA") or all(name in index for name in OF_NETWORK)
+
+    def imported_records(self, folder: Path) -> "Iterator[ImportedRecord]":
+        return import_module("families.nova.imports").imported_records(folder)
+
+    def converted_config(self, config: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> ConvertedConfig | None:
+        of_theirs = import_module("families.nova.published_config")
+        return of_theirs.convert(config, deepspeed) if of_theirs.is_published(config) else None
 
 
 FAMILY = Nova()

@@ -20,6 +20,7 @@ URL = "s3://bucket/folder"
         ("build_dataset", ["pictures", "shards", "--metadata", URL]),
         ("cache", ["train/train_c.py", "config.yaml", URL]),
         ("compare_runs", ["run", "other", URL]),
+        ("convert_config", [URL, "ours.yaml"]),
         ("convert_weights", ["a.safetensors", URL]),
         ("export", ["diffusers", URL, "exported"]),
         ("export", ["diffusers", "run", URL]),
