@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from warpcore.errors import UserError
 from warpcore.files import open_to_read
-from warpcore.text import decode_text
+from warpcore.text import brief, decode_text
 
 MAX_JSON_BYTES = 2**25
 """32 MiB, of which values take up to 20 times as much memory."""
@@ -22,8 +22,8 @@ class ExcessiveJsonError(ValueError):
     """It is nested too deeply, too long, or of too many parts: the message says that of "it"."""
 
 
-def parse_json(content: str | bytes, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The value that JSON spells.
+def parse_json(content: str | bytes, max_bytes: int = MAX_JSON_BYTES, each_key_once: bool = False) -> Any:
+    """The value that JSON spells; of a key that is given twice the last value, or with `each_key_once` an error.
 
     Raises:
         ExcessiveJsonError: it is nested too deeply, has too many parts, or more than `max_bytes` (characters of text).
@@ -35,12 +35,22 @@ def parse_json(content: str | bytes, max_bytes: int = MAX_JSON_BYTES) -> Any:
     if brackets > MAX_BRACKETS:
         raise ExcessiveJsonError(f"it has more than {MAX_BRACKETS:,} lists and mappings")
     try:
-        value = json.loads(content)
+        value = json.loads(content, object_pairs_hook=keys_once if each_key_once else None)
     except RecursionError:
         raise ExcessiveJsonError("it is nested too deeply") from None
     if brackets > MAX_LEVELS and _levels_exceed(value):
         raise ExcessiveJsonError("it is nested too deeply")
     return value
+
+
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `object_pairs_hook` takes it. Raises ValueError for a key that is given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{brief(twice)} is given twice")
+    return found
 
 
 def load_json(file: BinaryIO, max_bytes: int = MAX_JSON_BYTES) -> Any:

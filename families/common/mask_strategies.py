@@ -103,7 +103,10 @@ def start_of(frame: int, frames: int, what: str, align: int = 1) -> int:
     """
     counted = frame + frames if frame < 0 else frame
     if not 0 <= counted < frames:
-        raise UserError(f"mask_strategy: frame {frame} of {what}, which has {frames} latent frames")
+        raise UserError(
+            f"mask_strategy: frame {frame} of {what}, which has {frames} latent frames: write one from {-frames} to "
+            f"{frames - 1}"
+        )
     return aligned(counted, frames, align)
 
 

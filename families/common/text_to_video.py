@@ -41,7 +41,8 @@ class TextToVideoConfig(TextToImageConfig):
     """The same by name, with `aspect_ratio`, as Open-Sora has it: `144p`, `240p`, `360p`, `480p`, `720p`, `1080p`,
     `2k`, `4k`, or squares and their like as `256`, `512`, `1024`."""
     aspect_ratio: str | None = None
-    """Height : width, of those that the resolution has: `9:16` (the default) is wide, `16:9` is high."""
+    """Height : width, of those that the resolution has: `9:16` (the default) is wide, `16:9` is high. Squares and
+    their like have other ratios, and are square by default."""
     num_frames: FrameCount | None = None
     """Frames of a clip, as a number, or as in Open-Sora `2s`, `4s`, `8s`, `16s`, `2s` being 51; 1 draws pictures. By
     default as many as in the training."""
@@ -79,7 +80,7 @@ class TextToVideoConfig(TextToImageConfig):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say the size of the frames; remove one")
         if self.resolution is not None:
-            named_size(self.resolution, self.aspect_ratio or "9:16")
+            named_size(self.resolution, self.aspect_ratio)
         return self
 
     @property
@@ -91,7 +92,7 @@ class TextToVideoConfig(TextToImageConfig):
     def size_px(self) -> tuple[int, int]:
         """(H, W) of the frames."""
         if self.resolution is not None:
-            return named_size(self.resolution, self.aspect_ratio or "9:16")
+            return named_size(self.resolution, self.aspect_ratio)
         if self.size is not None:
             return self.size
         if self.image_size is None:

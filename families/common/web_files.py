@@ -1,10 +1,12 @@
 """Small files of the web, fetched into memory: no more bytes, and for no longer, than the caller allows."""
 
+import string
 import time
 from concurrent.futures import Future
 from http.client import HTTPException
 from threading import Thread
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import (
     HTTPDefaultErrorHandler,
     HTTPErrorProcessor,
@@ -58,7 +60,8 @@ def _fetched(url: str, where: str, max_bytes: int, seconds: float) -> bytes:
     """See `fetch`. Before the file's first byte, only the time from one byte to the next is limited."""
     deadline, found = time.monotonic() + seconds, bytearray()
     try:
-        with _opener().open(Request(url, headers={"User-Agent": "warpcore"}), timeout=seconds) as answer:
+        address = quote(url, safe=string.punctuation)  # as browsers send what is no ASCII, or a space
+        with _opener().open(Request(address, headers={"User-Agent": "warpcore"}), timeout=seconds) as answer:
             announced = answer.headers.get("Content-Length", "")
             if announced.isdecimal() and len(announced) < 20 and int(announced) > max_bytes:
                 raise UserError(f"{where} has {format_bytes(int(announced))}, more than {format_bytes(max_bytes)}")

@@ -29,8 +29,12 @@ class OpenSoraInferenceSettings(RunSettings, OpenSoraSettings):
     def _weights_say_what_they_are(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What is not given comes from the runs, the last one first, and from the denoiser's file."""
         merged = with_runs(cls, values, cls.settings_of_run)
-        if isinstance(path := merged.get(GENERATOR), Path) and not merged.get("model_version"):
-            merged |= {"model_version": version_in(path, GENERATOR)}
+        given = merged.get("model_version")
+        if isinstance(path := merged.get(GENERATOR), Path) and (not given or path.exists()):
+            found = version_in(path, GENERATOR)
+            if given and found not in (None, given):
+                raise ValueError(f"model_version: {given}, but {path} is an STDiT3 of {found}: remove the key")
+            merged |= {"model_version": given or found}
         return {key: value for key, value in merged.items() if key != "model_version" or value is not None}
 
     @classmethod

@@ -53,6 +53,8 @@ def parse_prompt(line: str, reference_path: str = "", mask_strategy: str = "") -
     """
     where = f"prompt {shortened(line, 80)!r}"
     prompt, brace, rest = line.partition("{")
+    if "}" in prompt:
+        raise UserError(f"{where}: a }} comes before any {{; JSON at its end is written {EXAMPLE}")
     given = _json(brace + rest, where) if brace else {}
     references = given.get("reference_path", reference_path)
     try:
@@ -73,7 +75,7 @@ def _json(text: str, where: str) -> dict[str, str]:
             f"{where}: JSON at its end begins with {{ and has no }} at the end: {shown}; write it {EXAMPLE}"
         )
     try:
-        found = parse_json(text)
+        found = parse_json(text, each_key_once=True)
     except ValueError as error:
         raise UserError(f"{where}: {shown} is no JSON ({error}); write one {{...}} at its end, {EXAMPLE}") from None
     wrong = [key for key, value in found.items() if key not in JSON_KEYS or not isinstance(value, str)]

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from warpcore.data.picture_costs import BadPicture
 from warpcore.data.video_headers import START_BYTES, BadVideo, container_of, read_header
 from warpcore.errors import UserError
 from warpcore.files import open_to_read, why_no_file
-from warpcore.text import format_bytes
+from warpcore.text import format_bytes, shortened
 
 KEY = "reference_path"
 MAX_FRAMES = 1000
@@ -38,6 +39,9 @@ def read_reference(place: str, size: tuple[int, int], max_bytes: int, seconds: f
     Raises:
         UserError: it is missing, too large, too long, or neither a picture nor a video; the message names it.
     """
+    if not is_url(place) and (scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place)):
+        raise UserError(f"{KEY}: {shortened(place)}: nothing is fetched from {scheme[0]}; write a file's path, or an "
+                        "address that begins with http:// or https://")  # fmt: skip
     data = (
         fetch(place, KEY, max_bytes, seconds) if is_url(place) else _read(Path(os.path.expanduser(place)), max_bytes)
     )
@@ -64,9 +68,13 @@ def _is_video(data: bytes) -> bool:
 
 def _picture(data: bytes, size: tuple[int, int], where: str) -> Tensor:
     try:
-        pixels = images.decode(data, size).pixels
+        pixels, frames = images.decode(data, size).pixels, images.num_frames(data)
     except BadPicture as error:
         raise UserError(f"{where} is no video, and cannot be read as a picture: {error}") from None
+    if frames > 1:
+        raise UserError(
+            f"{where} is an animated picture of {frames} frames: make a video (mp4) of it, or take one frame"
+        )
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
 
 

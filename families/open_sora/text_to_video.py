@@ -12,7 +12,7 @@ from families.common.transformer_lora import open_loras
 from families.common.weight_files import RUN_CONFIG
 from families.common.weights import only_shapes
 from families.open_sora import build
-from families.open_sora.autoencoder import autoencoder, latents_of
+from families.open_sora.autoencoder import ClipAutoencoder, autoencoder, latents_of
 from families.open_sora.config import DEFAULT_FPS
 from families.open_sora.inference import OpenSoraInferenceSettings
 from families.open_sora.long_videos import Plan, Video, VideoNetworks, check_clip_frames, condition_of, total_frames
@@ -25,6 +25,7 @@ from warpcore.data.clip_buckets import ClipBuckets, rungs_of
 from warpcore.errors import UserError
 from warpcore.idle_keys import Need
 from warpcore.keys import Place
+from warpcore.text import shortened
 
 SAMPLERS = ("euler", "ddim", "ddpm", "euler_ancestral", "lcm")
 """Those that look at one step alone: given frames join the others at any step."""
@@ -138,12 +139,21 @@ class OpenSoraTextToVideo:
         size = tuple(side // shapes.compression * shapes.compression for side in (height, width))
         self.references = self._references(size)
         for prompt in self.prompts:
-            late = [loop for loop, _ in prompt.texts if loop >= config.loop]
-            if late:
-                raise UserError(f"prompt {prompt.title!r}: loop {late[0]} of {config.loop}; give loop={late[-1] + 1}")
-            lengths = [shapes.latent_frames(len(self.references[place])) for place in prompt.references]
-            check_placements(prompt.placements, lengths, shapes.latent_frames(frames), config.loop, shapes.align)
+            try:
+                self._check(prompt, shapes)
+            except UserError as error:
+                raise UserError(f"prompt {shortened(prompt.title, 80)!r}: {error}") from None
         self.networks = VideoNetworks(config, open_loras(build.network, config.lora, config, config.use_ema))
+
+    def _check(self, prompt: ClipPrompt, shapes: ClipAutoencoder) -> None:
+        """Raise UserError for texts of loops, or frames of references, that there are not."""
+        config = self.config
+        late = [loop for loop, _ in prompt.texts if loop >= config.loop]
+        if late:
+            raise UserError(f"loop {late[0]} of {config.loop}; give loop={late[-1] + 1}")
+        lengths = [shapes.latent_frames(len(self.references[place])) for place in prompt.references]
+        frames = shapes.latent_frames(config.clip_frames)
+        check_placements(prompt.placements, lengths, frames, config.loop, shapes.align)
 
     def _references(self, size: tuple[int, int]) -> dict[str, Any]:
         """The frames of all references, by what names them."""

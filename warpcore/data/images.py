@@ -157,6 +157,19 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     return _read(data, (1, 1), (0, 0, 0), max_pixels, colours=False).size
 
 
+def num_frames(data: bytes) -> int:
+    """How many frames an animated picture has, of which `decode` gives the first; 1 of any other picture.
+
+    Raises:
+        BadPicture: the bytes are no picture.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as picture:
+            return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO has views of one moment
+    except Exception as error:  # see `_read`
+        raise BadPicture(_reason(error, data)) from error
+
+
 def _read(
     data: bytes, size: tuple[int, int], background: tuple[int, int, int], max_pixels: int, colours: bool = True
 ) -> Stored:

@@ -96,8 +96,9 @@ LENGTHS = {f"{2 * n}s": 51 * n for n in (1, 2, 4, 8, 16)} | {f"{n}x": 51 * n for
 """Frames of clips whose length has a name: `2s` has 51."""
 
 
-def named_size(resolution: str, ratio: str) -> tuple[int, int]:
-    """(H, W) in px of a resolution, such as `480p`, at a ratio of height to width, such as `9:16` or `0.56`.
+def named_size(resolution: str, ratio: str | None = None) -> tuple[int, int]:
+    """(H, W) in px of a resolution, such as `480p`, at a ratio of height to width, such as `9:16` or `0.56`; without
+    one at 9:16, and of squares and their like, which have no such sizes, the square.
 
     Raises:
         UserError: there is no such resolution, or it has no such ratio.
@@ -105,6 +106,7 @@ def named_size(resolution: str, ratio: str) -> tuple[int, int]:
     if resolution not in RESOLUTIONS:
         raise UserError(f"resolution: {brief(resolution)} has no sizes; write one of {', '.join(RESOLUTIONS)}")
     sizes = RESOLUTIONS[resolution].sizes
+    ratio = ratio or ("9:16" if RATIOS["9:16"] in sizes else "1:1")
     try:
         wanted = RATIOS[ratio] if ratio in RATIOS else round(float(ratio), 2)
         return sizes[wanted]
@@ -119,5 +121,5 @@ def named_size(resolution: str, ratio: str) -> tuple[int, int]:
 def named_length(name: str) -> int:
     """Frames of a length such as `4s`. Raises UserError for one that has no name."""
     if name not in LENGTHS:
-        raise UserError(f"num_frames: {brief(name)}; write a number of frames, or one of {', '.join(LENGTHS)}")
+        raise UserError(f"{brief(name)} is no length; write a number of frames, or one of {', '.join(LENGTHS)}")
     return LENGTHS[name]

@@ -35,7 +35,7 @@ class Files(BaseHTTPRequestHandler):
                 self.flush_headers()
                 time.sleep(0.1)
             return self.end_headers()
-        if self.path not in ("/file.png", "/cut", "/unannounced", "/slow"):
+        if self.path not in ("/file.png", "/cut", "/unannounced", "/slow", "/w%C3%A4lle%201.png?a=%20b"):
             return self.send_error(404)
         self.send_response(200)
         if self.path != "/unannounced":
@@ -62,7 +62,7 @@ def server() -> Iterator[str]:
 
 
 def test_what_is_at_an_address_is_fetched(server):
-    for place in ("file.png", "moved", "unannounced"):
+    for place in ("file.png", "moved", "unannounced", "w\u00e4lle 1.png?a=%20b"):
         assert fetch(f"{server}/{place}", "reference_path", len(CONTENT), 10) == CONTENT
 
 
@@ -75,7 +75,7 @@ def test_what_is_at_an_address_is_fetched(server):
         ("slow_headers", r"in time; 0\.3 seconds were waited"),
         ("round", "the server answers 302 .*infinite loop"),
         ("to_file", "edirection to url 'file:"),
-        ("a b", "cannot be fetched: "),
+        ("a b", "/a b: the server answers 404"),
     ],
 )
 def test_what_goes_wrong_is_one_line(server, place, message):

@@ -49,11 +49,13 @@ def test_each_text_of_a_long_video_is_told_the_scores():
     ("prompt", "message"),
     [
         ('waves{"mask_strategy": "0"', r"""'waves\{.*no \} at the end: '\{"mask_strategy": "0"'; write it such as"""),
+        ('waves"mask_strategy": "0"}', r"'waves.*a \} comes before any \{; JSON at its end is written such as"),
         ("waves{0}", r"'\{0\}' is no JSON \(Expecting property name.*write one \{\.\.\.\} at its end"),
         ('two {"reference_path": "a"} {}', "is no JSON .Extra data"),
         ('a{"loop": 3}', "'loop' in .*holds texts, under reference_path and mask_strategy"),
         ('a{"mask_strategy": 0}', "'mask_strategy' in"),
         ('a{"mask_strategy": "0,x"}', "^prompt 'a.*': mask_strategy '0,x': '0,x': reference is 'x'; write a number"),
+        ('a{"mask_strategy": "0", "mask_strategy": "1"}', "'mask_strategy' is given twice"),
         ('a{"reference_path": "b.png;;c.png"}', "reference_path 'b.png;;c.png' has an empty part"),
         ("|0|a|b|c", "'b' stands where a loop does; write |0|text|2|text"),
         ("|0|a|1", r"no text behind \|1\|; write \|1\|text"),

@@ -42,6 +42,18 @@ def test_pictures_are_clips_of_one_frame_scaled_and_cut_to_the_size(picture):
     assert found[0, :, 16, 44].tolist() == [250, 10, 10]  # the middle of 48 x 48 px
 
 
+@pytest.mark.parametrize("ending", ["gif", "webp", "png"])
+def test_animated_pictures_are_refused(tmp_path, ending):
+    frames = [Image.fromarray(np.full((16, 16, 3), 60 * number, np.uint8)) for number in range(3)]
+    frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
+    with pytest.raises(
+        UserError, match=rf"reference_path: .*a\.{ending} is an animated picture of 3 frames: make a vid"
+    ):
+        read(tmp_path / f"a.{ending}")
+    frames[0].save(tmp_path / f"one.{ending}")
+    assert read(tmp_path / f"one.{ending}").shape == (1, 3, 32, 48)
+
+
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
 def test_avif_is_a_picture(picture):
     other = picture.with_suffix(".avif")
@@ -62,6 +74,7 @@ def test_videos_are_read_whole(video):
         ("missing.png", r"reference_path: .*missing\.png does not exist"),
         ("~nobody_of_this_name/a.png", r"reference_path: ~nobody_of_this_name/a\.png does not exist"),
         (".", r"reference_path: .* is a folder"),
+        ("ftp://a/b.png", "reference_path: ftp://a/b.png: nothing is fetched from ftp://; write"),
         ("text.txt", r"text\.txt is no video, and cannot be read as a picture: "),
         ("cut.mp4", r"cut\.mp4 cannot be read as a video: "),
         ("large.png", r"large\.png has more than 1\.0 MB"),
@@ -74,7 +87,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, video, name, message):
     (tmp_path / "large.png").write_bytes(b"\x89PNG" + bytes(10**6))
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(UserError, match=message) as caught:
-        read(name if name.startswith("~") else tmp_path / name)
+        read(name if name.startswith(("~", "ftp:")) else tmp_path / name)
     assert "\n" not in str(caught.value)
 
 

@@ -25,6 +25,7 @@ from warpcore.pictures import read_metadata
 
 pytestmark = pytest.mark.integration
 SIDE = 32
+PICTURE = Path(__file__).parents[3] / "benchmarks" / "pictures" / "quickstart_video.png"
 
 
 @pytest.fixture(scope="module")
@@ -180,17 +181,20 @@ def test_scores_and_cleaning_change_what_t5_reads(drawn, monkeypatch):
         (["prompts=a{0"], UserError, r"prompt 'a\{0': JSON at its end begins with \{ and has no \}"),
         (["prompts=a", "reference_path=none.png", "mask_strategy=0"], UserError, r"none\.png does not exist"),
         (["prompts=a", "reference_path=none.png", "mask_strategy=0,x"], UserError, "'0,x': reference is 'x'"),
-        (["prompts=a", "mask_strategy=0"], UserError, "mask_strategy: reference 0 of 0"),
+        (["prompts=a", "mask_strategy=0"], UserError, "prompt 'a': mask_strategy: reference 0 of 0"),
+        (["prompts=a b", "mask_strategy=0;0,0,0,-99", f"reference_path={PICTURE}", "num_frames=34"], UserError,
+         "prompt 'a b': mask_strategy: frame -99 of the clip, which has 10 latent frames: write one from -10 to 9"),
         (["prompts=|0|a|3|b", "loop=2", "num_frames=34"], UserError, r"loop 3 of 2; give loop=4"),
         (["prompts=a", "loop=2", "num_frames=17"], UserError, "5 latent frames are 17 frames"),
         (["prompts=a", "loop=2", "condition_frame_length=7"], UserError, r"_length: 7; .* multiple of 5"),
         (["prompts=a", "image_size=4"], UserError, "image_size: 4 x 4 px; sides have at least 8 px"),
         (["prompts=a", "resolution=500p"], ConfigError, "resolution: '500p' has no sizes"),
         (["prompts=a", "image_size=32", "resolution=240p"], ConfigError, "both say the size of the frames"),
-        (["prompts=a", "num_frames=3s"], ConfigError, "num_frames: '3s'; write a number of frames, or one of 2s"),
+        (["prompts=a", "num_frames=3s"], ConfigError, "num_frames: .*'3s' is no length; write a number"),
         (["prompts=a", "num_frames=17", "save_fps=1e12"], ConfigError, "save_fps: .*less than or equal to 1000"),
         (["prompts=a", "sample_name=" + 51 * "\u732b"], ConfigError, "sample_name: "),
         (["prompts=a", "sampler=heun"], ConfigError, "sampler"),
+        (["prompts=a", "model_version=XL/2"], ConfigError, "model_version: XL/2, but .* is an STDiT3 of mini: remove"),
         ([], ConfigError, "nothing to draw: give prompts or prompt_file"),
     ],
 )  # fmt: skip

@@ -18,13 +18,14 @@ def test_sizes_of_resolutions_and_ratios_are_those_of_the_reference():
                 named_size(row["resolution"], row["aspect_ratio"])
         else:
             assert [*named_size(row["resolution"], row["aspect_ratio"])] == row["result"]
-    assert named_size("480p", "9:16") == (480, 854)
+    assert named_size("480p", "9:16") == named_size("480p") == (480, 854)
+    assert named_size("256", "1:1") == named_size("256") == (256, 256)  # which has no 9:16
 
 
 def test_lengths_are_those_of_the_reference():
     assert GOLDEN["lengths"] == LENGTHS
     assert named_length("4s") == 102
-    with pytest.raises(UserError, match=r"num_frames: '3s'; write a number of frames, or one of 2s, 4s, 8s, "):
+    with pytest.raises(UserError, match=r"'3s' is no length; write a number of frames, or one of 2s, 4s, 8s, "):
         named_length("3s")
 
 
