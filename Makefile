@@ -61,10 +61,13 @@ demo/ready: tools/demo_scenes.py tools/make_demo_dataset.py tools/make_demo_subj
 	touch $@
 
 # The moving demo set: clips, in shards.
-demo/videos_ready: tools/demo_scenes.py tools/demo_clips.py tools/make_demo_dataset.py tools/build_dataset.py | install
-	rm -rf demo/videos demo/video_shards
+demo/videos_ready: tools/demo_scenes.py tools/demo_clips.py tools/make_demo_dataset.py tools/make_demo_subject.py \
+		tools/build_dataset.py | install
+	rm -rf demo/videos demo/video_shards demo/subject_clips demo/subject_clip_shards
 	$(PY) tools/make_demo_dataset.py --video demo/videos
 	$(PY) tools/build_dataset.py demo/videos demo/video_shards
+	$(PY) tools/make_demo_subject.py --video demo/subject_clips
+	$(PY) tools/build_dataset.py demo/subject_clips demo/subject_clip_shards
 	touch $@
 
 # The whole mini cascade from scratch, in about 30 minutes on two cores: towers, Stage A, encoder and previewer, Stage B, the autoencoder

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.scorer import TEMPLATE_BLURS, blurred, colour_of, in_lab, normalised, things
 from tools.demo_clips import DIRECTIONS, MOTIONS, ROUND, MovingScene, captioned_scene, describe, lanes
-from tools.demo_scenes import POSITIONS, SHAPES, shape_mask
+from tools.demo_scenes import POSITIONS, SHAPES, SUBJECT, shape_mask
 
 ATTRIBUTES = ("motion", "colour", "shape", "position")
 LEAST_TRAVEL = 0.12
@@ -25,7 +25,7 @@ LEAST_SEEN = 0.75
 """The share of the frames that must show something."""
 MANY_FRAMES = 16
 """Of fewer, each is read: from one to the next a shape may not turn by half of its symmetry."""
-SYMMETRY = {"square": 4, "triangle": 3, "star": 5, "cross": 4, "circle": 1, "ring": 1}
+SYMMETRY = {"square": 4, "triangle": 3, "star": 5, "cross": 4, "circle": 1, "ring": 1, SUBJECT: 1}
 """How many turns of a shape look the same."""
 TEMPLATE_STEP_DEGREES = 9
 
@@ -69,8 +69,9 @@ def attributes_of(sentence: str) -> dict[str, str]:
     return {"motion": sentence} if sentence in MOTIONS else describe(sentence)
 
 
-def look(clip: np.ndarray) -> Seen:
-    """Reads a clip, uint8 RGB (T, H, W, 3), of any size: every second frame where there are many."""
+def look(clip: np.ndarray, shapes: Sequence[str] = SHAPES) -> Seen:
+    """Reads a clip, uint8 RGB (T, H, W, 3), of any size, that shows one of `shapes`, if any: every second frame where
+    there are many."""
     found, clip = [], clip[::2] if len(clip) >= MANY_FRAMES else clip
     for number, frame in enumerate(clip):
         lab = in_lab(frame)
@@ -80,7 +81,7 @@ def look(clip: np.ndarray) -> Seen:
     if len(found) < max(2, LEAST_SEEN * len(clip)):
         return Seen()
     times, colours, masks = zip(*found, strict=True)
-    shape = _majority([_shape(mask) for mask in masks])
+    shape = _majority([_shape(mask, tuple(shapes)) for mask in masks])
     middles = np.array([middle_of(mask) for mask in masks])
     motion = _motion(np.array(times) / (len(clip) - 1), middles, masks, shape)
     return Seen(motion, _majority(colours), shape, _position(middles.mean(axis=0), motion))
@@ -132,18 +133,18 @@ def _position(middle: np.ndarray, motion: str | None) -> str:
     return min(lanes(motion), key=distance)
 
 
-def _shape(mask: np.ndarray) -> str:
-    names, templates = _templates()
+def _shape(mask: np.ndarray, shapes: tuple[str, ...]) -> str:
+    names, templates = _templates(shapes)
     outline = normalised(mask).ravel()
     overlaps = (templates & outline).sum(axis=1) / (templates | outline).sum(axis=1)
     return names[int(np.argmax(overlaps))]
 
 
 @cache
-def _templates() -> tuple[list[str], np.ndarray]:
+def _templates(shapes: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
     """Outlines (n, pixels) of the shapes at every turn, sharp and as a blurred picture shows them, and their names."""
     names, outlines = [], []
-    for shape in SHAPES:
+    for shape in shapes:
         period = 1 if shape in ROUND else 360 / SYMMETRY[shape]
         for degrees in np.arange(0, period, TEMPLATE_STEP_DEGREES):
             sharp = shape_mask(shape, 256, 256, 128, 128, 60, np.radians(degrees))

@@ -31,7 +31,7 @@ GROWTH = (1.9, 2.2)
 RADII = (0.17, 0.20)
 """Of shapes, and of growing ones at their largest, as fractions of the side."""
 
-_VERBS = {
+VERBS = {
     "left": ("moves to the left", "moves left", "slides to the left", "goes leftwards"),
     "right": ("moves to the right", "moves right", "slides to the right", "goes rightwards"),
     "up": ("moves up", "rises", "slides up", "goes upwards"),
@@ -40,7 +40,7 @@ _VERBS = {
     "grow": ("grows", "gets larger", "gets bigger", "swells"),
     "stay": ("stays where it is", "stands still", "does not move", "rests"),
 }
-_PLACES = {
+PLACES = {
     "left": ("at the left side", "near the left edge", "in the left part"),
     "right": ("at the right side", "near the right edge", "in the right part"),
     "top": ("at the top", "in the upper part", "near the upper edge"),
@@ -100,8 +100,8 @@ def caption(scene: MovingScene, rng: np.random.Generator) -> str:
     noun = pick(rng, demo_scenes.nouns(scene.shape))
     return pick(rng, _TEMPLATES).format(
         thing=f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {noun}",
-        verb=pick(rng, _VERBS[scene.motion]),
-        place=pick(rng, _PLACES[scene.position]),
+        verb=pick(rng, VERBS[scene.motion]),
+        place=pick(rng, PLACES[scene.position]),
         surroundings=pick(rng, SURROUNDINGS[scene.background]),
     )
 
@@ -130,12 +130,12 @@ def describe(sentence: str) -> dict[str, str]:
         for value in [next((WORDS[attribute][word] for word in words if word in WORDS[attribute]), None)]
         if value is not None
     }
-    for attribute, phrases in {"motion": _VERBS, "position": _PLACES}.items():
+    for attribute, phrases in {"motion": VERBS, "position": PLACES}.items():
         named = [value for value, wordings in phrases.items() if any(wording in text for wording in wordings)]
         if len(named) == 1:
             found[attribute] = named[0]
     if "motion" not in found:
-        raise ValueError(f"{sentence!r} names no motion; write one of: {', '.join(v[0] for v in _VERBS.values())}")
+        raise ValueError(f"{sentence!r} names no motion; write one of: {', '.join(v[0] for v in VERBS.values())}")
     return found
 
 
