@@ -148,7 +148,7 @@ ALWAYS = names(
     effnet_dropout effnet_scale experiment_id export_dtype export_every export_file_gb fp8 frozen_weights
     generator_checkpoint_path grad_accum_steps grad_mean_groups grad_norm_groups gradient_topk guidance_rescale
     image image_layers image_size image_tower_patch image_tower_size init_image input_perturbation keep_last
-    kl_weight lanes latent latent_noise learn_sigma log_every lora lora_checkpoint_path lora_dropout loss_reduce
+    kl_weight lanes latent latent_noise learn_sigma load log_every lora lora_checkpoint_path lora_dropout loss_reduce
     loss_repeat loss_scale loss_type loss_weight lr lr_schedule mask_ratios masked_loss max_bad_samples
     max_nonfinite_updates max_picture_pixels means_weight micro_batch_size min_snr_gamma model_version
     module_filters most_pictures motion motion_column groups rotary_pos_embed sample_groups video_mixer_rank

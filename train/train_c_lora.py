@@ -45,7 +45,7 @@ class TrainLora(lora_training.DrawnWithoutLora, TrainStageC):
         config, networks = self.config, super().build()
         generator, text = networks["generator"], networks.get("text")
         lora_training.freeze(generator, config.frozen_weights or self.dtype, self.processes)
-        checkpoint = None if self.resumed is None else self.checkpoints.stored(self.resumed)
+        checkpoint = self.origin and self.origin.checkpoints.stored(self.origin.update)
         lora.adapt(generator, config.module_filters, config.lora_settings, checkpoint)
         if config.train_tokens:
             networks["tokens"] = lora_training.train_tokens(text, config.train_tokens)

@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,16 +23,24 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from warpcore.checkpoint_table import MAX_STATE_BYTES, TableError, read_table
+from warpcore.checkpoint_reader import Reader
+from warpcore.checkpoint_table import MAX_STATE_BYTES
 from warpcore.errors import UserError
 from warpcore.exports import Weights, file_metadata, publish, take
 from warpcore.files import open_to_read, refuse_links, write_whole
-from warpcore.places import MANIFEST, CheckpointError, LocalPlace, Place, fingerprint, partial_folder, state_folder
+from warpcore.places import (
+    MANIFEST,
+    AnotherRun,
+    CheckpointError,
+    LocalPlace,
+    Place,
+    fingerprint,
+    partial_folder,
+    state_folder,
+)
 from warpcore.processes import Processes
 from warpcore.quiet import ignore_expected_warnings
 from warpcore.safe_json import load_json
@@ -47,7 +55,7 @@ class Checkpoints:
 
     Args:
         folder: the run's; with `url`, a place on each machine's disk where files wait to be sent.
-        url: of the run on S3.
+        url: of the run on S3. read_only: it is another run, whose checkpoints are only read.
         export_dtype: of the exported weights; None: as they are trained. export_bytes: the most that one file takes.
 
     Raises:
@@ -62,12 +70,13 @@ class Checkpoints:
         url: str | None = None,
         export_dtype: torch.dtype | None = None,
         export_bytes: float = math.inf,
+        read_only: bool = False,
     ):
         self.folder = folder
         self.processes = processes
         self.keep_last = keep_last
         self.export_dtype, self.export_bytes = export_dtype, export_bytes
-        self._place = _place(folder, url)
+        self._place = AnotherRun(folder) if read_only else _place(folder, url)
         self._whole: int | None = None
         self._files: Mapping[str, Mapping] = {}
         self._failed = False
@@ -283,9 +292,9 @@ class Checkpoints:
             ) from error
         self._at_rest = True  # the others have read it too, or this would not have ended
 
-    def _reader(self, update: int) -> "_Reader":
+    def _reader(self, update: int) -> "Reader":
         name = f"{self._place.name}/state/{update:08d}/.metadata"
-        return _Reader(state_folder(self.folder, update), name, lambda names: self._fetch(update, names))
+        return Reader(state_folder(self.folder, update), name, lambda names: self._fetch(update, names))
 
     def _publish(self, written: Future, update: int, values: dict, weights: dict, about: dict, backup: bool) -> None:
         """Wait for DCP, then finish the checkpoint on the main process; every process learns how that went."""
@@ -374,26 +383,3 @@ def _cause(error: BaseException) -> BaseException:
 def _reason(error: BaseException) -> str:
     cause = _cause(error)
     return f"{type(cause).__name__}: {cause}"
-
-
-class _Reader(FileSystemReader):
-    """DCP's reader, with the table of contents read safely, and the files that a process needs fetched before."""
-
-    def __init__(self, path: Path, name: str, fetch: Callable[[Sequence[str]], None]):
-        super().__init__(path)
-        self._name, self._fetch = name, fetch
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
-        names = sorted({self.storage_data[item.storage_index].relative_path for item in plan.items})
-        first = len(names) and (dist.get_rank() if dist.is_initialized() else 0) % len(names)
-        self._fetch(names[first:] + names[:first])  # those that need the same ones begin with different ones
-        return super().read_data(plan, planner)
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata = read_table(path)
-        except (OSError, TableError) as error:
-            raise CheckpointError(f"{self._name} cannot be read: {error}") from error
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata

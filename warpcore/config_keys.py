@@ -109,6 +109,9 @@ class RunKeys(Settings):
 
     experiment_id: Annotated[str, AfterValidator(_folder_name)]
     """Name of the run: everything is written under `checkpoint_path/experiment_id`, and a second start resumes it."""
+    load: Path | None = None
+    """The folder of another run that a new one goes on from: weights, averages, optimizer, position in the data and
+    number of updates of its newest whole checkpoint. It stays as it is, and later starts need it no more."""
     checkpoint_path: S3Url | Path
     """Folder for checkpoints, weights, metrics and samples, or s3://bucket/prefix."""
     scratch_path: Path | None = None

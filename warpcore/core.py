@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch
 
-from warpcore import compute, evaluation, from_scratch, gradients, optim, reports
-from warpcore.checkpoint import Checkpoints
-from warpcore.checkpoint_values import check_values
+from warpcore import compute, evaluation, from_scratch, gradients, optim, reports, resuming
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
 from warpcore.errors import clear_errors
@@ -125,30 +123,25 @@ class WarpCore(UseCase):
 
     def setup(self) -> None:
         """Everything before the first update: networks, optimizers, data, and the state of an earlier start."""
-        config = self.config
-        export_dtype = getattr(torch, config.export_dtype) if config.export_dtype else None
-        self.checkpoints = Checkpoints(
-            config.run_folder, self.processes, config.keep_last, config.run_url, export_dtype,
-            config.export_file_gb * 1e9,
-        )  # fmt: skip
-        resumed = self.resumed = self.checkpoints.newest(check_values)
-        saved = self.checkpoints.values(resumed) if resumed is not None else {}
+        self.checkpoints = resuming.checkpoints_of(self.config, self.processes)
+        origin = self.origin = resuming.origin_of(self.config, self.checkpoints, self.processes)
+        saved = origin.values if origin else {}
 
-        self.make_networks(saved if resumed is not None else None)
+        self.make_networks(saved if origin else None)
         config = self.config
         self.feed = Feed(config, self.processes, saved.get("feed"), self.data_needs())
         self.config, of_epochs = config.in_updates(self.feed.rows_per_epoch, self.feed.samples_per_update)
         config = self.config
-        if resumed is not None:
-            self.state.load(self.checkpoints, resumed, saved, self.file_metadata())
+        if origin:
+            self.state.load(origin.checkpoints, origin.update, saved, self.file_metadata())
             self.loss_scale.load(saved.get("loss_scale", {}))
-            self.update = resumed
+            self.update = origin.update
             self.kept = saved.get("kept", {}) | self.kept
         self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes, config.batch_size)
         self.metrics.resume(self.update, saved.get("samples_seen"))
         self.skipped = reports.SkippedUpdates(config.max_nonfinite_updates, saved.get("nonfinite_updates", 0))
         self.saved_update = self.update
-        self.run_id = saved.get("run_id") or uuid.uuid4().hex[:12]
+        self.run_id = (origin and origin.is_own and saved.get("run_id")) or uuid.uuid4().hex[:12]
         tracked = self.processes.is_main
         self.tracker = make_tracker(
             wandb_project=config.wandb_project if tracked else None,
@@ -157,7 +150,7 @@ class WarpCore(UseCase):
             folder=config.run_folder,
             run_id=self.run_id,
             config=config.model_dump(mode="json"),
-            resume_update=resumed,
+            resume_update=origin and origin.update,
         )
         self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
         self.progress.say(f"keys that are not at their defaults:\n{changed_keys(config)}")
@@ -165,18 +158,15 @@ class WarpCore(UseCase):
         if self.cannot_draw:
             self.progress.say(self.cannot_draw)
         self._say_what_is_trained(of_epochs)
-        if resumed is not None:
-            self.progress.say(f"{config.run_place} is at update {resumed}" + (
-                "" if resumed < config.updates else
-                f": updates: {config.updates} leaves nothing to do; write a larger number to train on"
-            ))  # fmt: skip
+        if origin:
+            self.progress.say(origin.told(config.updates))
         if self.processes.is_main and self.update < config.updates:  # or else it tells how the weights were made
             write_whole(config.run_folder / "config.yaml", dump_config(config))
 
     def _say_what_is_trained(self, of_epochs: list[str]) -> None:
         """For how long, what starts from scratch, and how much is trained, where the config says something of them."""
         config, lines = self.config, from_scratch.what_starts(self.fresh_layers)
-        if config.start_from_scratch and self.resumed is not None:
+        if config.start_from_scratch and self.origin:
             before = "; ".join(self.kept.get(from_scratch.KEY, ())) or "nothing was set to new values"
             lines = [f"{from_scratch.KEY}: the run goes on with its own weights; at its start: {before}"]
         elif lines:

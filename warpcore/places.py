@@ -195,6 +195,20 @@ class LocalPlace:
         self._lock.close()
 
 
+class AnotherRun(LocalPlace):
+    """The folder of another run, of which checkpoints are read, and nothing is changed. It may be in use."""
+
+    def take(self) -> None:
+        if not self.updates():
+            raise CheckpointError(
+                f"load: {self.folder} has no checkpoint (state/00001000, ...): name the folder of a training run of "
+                "ours, or give weights alone as the key of their network"
+            )
+
+    def set_aside(self, update: int) -> str:
+        return f"still {state_folder(self.folder, update)}"
+
+
 def state_folder(folder: Path, update: int) -> Path:
     return folder / "state" / f"{update:08d}"
 

@@ -27,6 +27,7 @@ from warpcore.placement import Placement, averages
 from warpcore.processes import choose_dtype, start_processes, stop_processes
 from warpcore.random import SampleRandom
 from warpcore.results import Losses, Sampled
+from warpcore.resuming import Origin
 from warpcore.state import TrainedState
 from warpcore.statistics import UpdateStatistics
 
@@ -55,8 +56,8 @@ class UseCase:
     """Whether `sample` is given samples to draw pictures for, of validation or else of the training data."""
     bucket_factor: int = 1
     """Sides of training pictures are multiples of this many pixels."""
-    resumed: int | None = None
-    """Update of the checkpoint that this start goes on from, known when `build` is called."""
+    origin: Origin | None = None
+    """The checkpoint that this start goes on from, known when `build` is called."""
 
     # ------------------------------------------------------------------ hooks
 

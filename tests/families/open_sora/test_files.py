@@ -133,3 +133,24 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_published_program(small_mini, tm
     folder = folder.rename(tmp_path / "some")
     with pytest.raises(UserError, match="does not say how many updates were made"):
         TrainStdit(make_config(TrainStdit.Config, again | {"generator_checkpoint_path": str(folder)})).run()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_another_run_of_ours(small_mini, tmp_path):
+    """As theirs with --load: with weights, average, optimizer and position in the data."""
+    given = small_settings(
+        tmp_path, write_clips(tmp_path / "a.tar", 8, frames=9), updates=3, ema_start_iters=0, ema_beta=0.75,
+        mask_ratios={"image_head": 0.5}, batch_size=3,
+    )  # fmt: skip
+    found = []
+    for changes in ({"updates": 2}, {"load": str(tmp_path / "runs" / "run")}, {}):
+        own = given | changes | {"experiment_id": "run" if "updates" in changes else f"to_{len(found)}"}
+        assert TrainStdit(make_config(TrainStdit.Config, own)).run() == 0
+        found.append((read_metrics(own)[-1], tmp_path / "runs" / own["experiment_id"]))
+    (_, (line, loaded_run), (expected, whole)) = found
+    assert (line["update"], line["samples_hash"]) == (3, expected["samples_hash"])
+    assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for name in ("generator", "generator_ema"):
+        weights = load_file(whole / f"{name}.safetensors")
+        for key, tensor in load_file(loaded_run / f"{name}.safetensors").items():
+            torch.testing.assert_close(tensor, weights[key], rtol=0, atol=1e-6)
