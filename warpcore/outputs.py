@@ -1,5 +1,6 @@
 """Files that a tool is about to write: none that is there already, and none twice."""
 
+import os
 import unicodedata
 from collections.abc import Iterable
 from itertools import count
@@ -16,9 +17,10 @@ def check_new(files: Iterable[Path], remedy: str, overwrite: bool = False) -> No
     remedy: what to do where one is there, such as `name another file`. overwrite: a file may be there, but no folder.
 
     Raises:
-        UserError: a file is there already (a link counts, wherever it leads), is named twice, or lies in a file.
+        UserError: a file is there already (a link counts, wherever it leads), is named twice, lies in a file, or in a
+            folder where nothing may be written.
     """
-    named: set[str] = set()
+    named, folders = set(), set()
     for file in files:
         if file.is_dir() or (not overwrite and (file.exists() or file.is_symlink())):
             raise UserError(f"{file} is there already: {remedy}")
@@ -28,6 +30,10 @@ def check_new(files: Iterable[Path], remedy: str, overwrite: bool = False) -> No
         named.add(name)
         if parent := _file_in(file.parents):
             raise UserError(f"{file} can't be written: {parent} is a file; {remedy}")
+        folders.add(file.parent)
+    for folder in {next(there for there in (one, *one.parents) if there.exists()) for one in folders}:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{folder} may not be written to: change its permissions, or {remedy}")
 
 
 def check_folder(folder: Path, what: str) -> None:

@@ -1,5 +1,7 @@
 """Tools write over nothing, and nothing twice."""
 
+import os
+
 import pytest
 
 from warpcore.errors import UserError
@@ -19,6 +21,20 @@ def test_what_is_there_is_named_with_the_remedy(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             check_new([tmp_path / name for name in files], "name another")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(tmp_path):
+    (tmp_path / "folder").mkdir(mode=0o500)
+    with pytest.raises(UserError, match=r"folder may not be written to: change its permissions, or name another"):
+        check_new([tmp_path / "folder" / "new" / "a"], "name another")
+
+
+def test_a_read_only_disk_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    check_new([tmp_path.parent / "a"], "name another")
+    with pytest.raises(UserError, match="may not be written to"):
+        check_new([tmp_path / "new" / "a"], "name another")
 
 
 def test_files_may_be_written_over_where_that_is_asked_for_but_no_folder_is(tmp_path):
