@@ -5,29 +5,19 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from families.common.library_files import (
-    built,
-    component_folder,
-    construct,
-    constructor_numbers,
-    each_tensor,
-    fill,
-    read_config,
-)
-from families.common.precision import Precision, freeze
-from families.common.text_conditions import LibraryTextEncoder, TextConditions, Tokens
+from families.common.library_files import built, construct, each_tensor
+from families.common.loaded_text import FOLDER, LoadedTextEncoder, pretrained_tokenizer
+from families.common.precision import Precision
+from families.common.text_conditions import TextConditions, Tokens
 from families.common.weight_files import metadata_of
-from families.common.weights import are_only_shapes
 from warpcore.errors import UserError
-from warpcore.meta import META
 from warpcore.safe_json import parse_json
-from warpcore.text import brief, shortened
 from warpcore.transfer import to_device
 
 if TYPE_CHECKING:
@@ -49,7 +39,7 @@ _NOT_OF_ENCODER = ("decoder.", "lm_head.")
 Padding = Literal["zeros", "states"]
 
 
-class T5TextEncoder(LibraryTextEncoder):
+class T5TextEncoder(LoadedTextEncoder):
     """A frozen T5 encoder and its tokenizer, in its own precision.
 
     The states of a text do not depend on its padding, which the encoder does not see: texts are only padded to the
@@ -70,6 +60,8 @@ class T5TextEncoder(LibraryTextEncoder):
         UserError: the config is none of T5's, the tokenizer is missing, or has ids that the encoder does not.
     """
 
+    kind, title = "t5", "a T5 encoder"
+
     def __init__(
         self,
         config: Mapping[str, Any],
@@ -78,103 +70,55 @@ class T5TextEncoder(LibraryTextEncoder):
         padding: Padding = "zeros",
         zeros_for_empty: bool = False,
         clean: Callable[[str], str] = str,
-        key: str = "text_encoder",
+        key: str = FOLDER,
     ):
-        super().__init__()
-        from transformers import T5Config, T5EncoderModel
-
-        if (kind := config.get("model_type", "t5")) != "t5":
-            raise UserError(f"{key}: its config is that of {brief(kind)}, not of t5")
-        settings = construct(T5Config, config, key)
-        self.model = (
-            built(partial(T5EncoderModel, settings), T5EncoderModel.__name__, key).eval().requires_grad_(False)
-        )
-        self.key, self._length, self.padding, self.zeros_for_empty = key, length, padding, zeros_for_empty
-        self.clean = clean
-        self.tokenizer = _read_tokenizer(tokenizer, key) if isinstance(tokenizer, str | Path) else tokenizer
-        if len(self.tokenizer) > self.model.config.vocab_size:
-            raise UserError(
-                f"{key}: the tokenizer has {len(self.tokenizer)} tokens, the encoder {self.model.config.vocab_size}"
-            )
+        super().__init__(config, tokenizer, length, key)
+        self.padding, self.zeros_for_empty, self.clean = padding, zeros_for_empty, clean
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        tokenizer: Path | None = None,
-        *,
-        subfolder: str = "text_encoder",
-        precision: Precision = "float32",
-        device: torch.device | str = "cpu",
-        key: str = "text_encoder",
-        **options: Any,
-    ) -> "T5TextEncoder":
-        """With the weights of a transformers folder (safetensors or `pytorch_model.bin`, one file or several), of a
-        pipeline's that has it as `subfolder`, or of a file as `train/train_towers.py` writes.
-
-        Args:
-            tokenizer: by default the folder beside the encoder's (`tokenizer`, `tokenizer_2`, ...), or its own.
-            device: where matrices go to be put into four bits (`nf4`).
-            options: `length`, `padding`, `zeros_for_empty` and `clean`.
-
-        Raises:
-            UserError: files are missing or made for another network; or float16, in which T5 overflows.
-        """
-        path = component_folder(Path(path), subfolder)
-        config = read_config(path, key)
-        if config is None:
-            raise UserError(f"{key}: {path} has no config.json: name the folder of a T5 encoder of transformers")
-        if tokenizer is None and path.is_file():
-            tokenizer = _tokenizer_in(path, key)
-        elif tokenizer is None:
-            beside = path.with_name(subfolder.replace("text_encoder", "tokenizer"))
-            tokenizer = beside if path.name == subfolder and beside.is_dir() else path
-        read = partial(_encoder_tensors, path, key)
-        return cls.of(config, tokenizer, read, path, precision=precision, device=device, key=key, **options)
-
-    @classmethod
-    def of(
-        cls,
-        config: Mapping[str, Any],
-        tokenizer: "Path | PreTrainedTokenizerBase",
-        tensors: Callable[[torch.dtype], Mapping[str, Tensor]],
-        path: Path,
-        *,
-        precision: Precision = "float32",
-        device: torch.device | str = "cpu",
-        key: str = "text_encoder",
-        **options: Any,
-    ) -> "T5TextEncoder":
-        """With weights that `tensors` gives, in a dtype, when they are wanted; `path`, where they are from, is named
-        in errors. Other arguments and errors as in `load`.
-        """
+    def of(cls, *given: Any, precision: Precision = "float32", key: str = FOLDER, **options: Any) -> Self:
+        """Raises UserError for float16, in which T5 overflows, too."""
         if precision == "float16":
             raise UserError(f"{key}: T5 overflows in float16; write bfloat16, float32 or nf4")
-        with torch.device("meta"):
-            encoder = cls(config, tokenizer, key=key, **options)
-        dtype = torch.bfloat16 if precision == "nf4" else getattr(torch, precision)
-        if are_only_shapes():
-            freeze(encoder.model, precision, key, META)
-            return encoder
-        fill(encoder.model, tensors(dtype), path, key, dtype)
-        encoder.model.set_input_embeddings(encoder.model.shared)  # one tensor again, under both of its names
-        freeze(encoder.model, precision, key, device)
-        return encoder
+        return super().of(*given, precision=precision, key=key, **options)
 
-    @property
-    def length(self) -> int:
-        """L: tokens of a text that are read, `</s>` included."""
-        return self._length
+    @staticmethod
+    def build_model(config: Mapping[str, Any], key: str) -> nn.Module:
+        from transformers import T5Config, T5EncoderModel
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.model.config.d_model
+        settings = construct(T5Config, config, key)
+        return built(partial(T5EncoderModel, settings), T5EncoderModel.__name__, key)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """What `of` takes to build it again."""
-        return constructor_numbers(self.model.config.to_diff_dict())
+    @staticmethod
+    def read_tokenizer(folder: Path, key: str) -> "PreTrainedTokenizerBase":
+        from transformers import T5Tokenizer
+
+        if not (folder / "tokenizer.json").is_file():
+            if not (folder / "spiece.model").is_file():
+                raise UserError(f"{key}: {folder} holds no tokenizer of T5 (tokenizer.json or spiece.model)")
+            if find_spec("sentencepiece") is None:
+                raise UserError(f"{key}: {folder / 'spiece.model'} needs a package: pip install sentencepiece")
+        return pretrained_tokenizer(T5Tokenizer, folder, key)
+
+    @staticmethod
+    def read_tensors(path: Path, key: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Under all of their names. A whole T5 has a decoder too, which is not read."""
+        read = each_tensor(path, key, lambda name: not name.startswith(_NOT_OF_ENCODER))
+        found = {name: tensor.to(dtype) for name, tensor in read}
+        if (embedding := found.get(EMBEDDING, found.get(EMBEDDING_ALIAS))) is not None:
+            found |= {EMBEDDING: embedding, EMBEDDING_ALIAS: embedding}
+        return found
+
+    @staticmethod
+    def tokenizer_in(file: Path, key: str) -> "PreTrainedTokenizerBase":
+        try:
+            pieces = [(str(piece), float(score)) for piece, score in parse_json(metadata_of(file)[TOKENIZER_KEY])]
+            return tokenizer_of(pieces)
+        except Exception as error:  # the Rust library behind it has exceptions of its own
+            raise UserError(f"{key}: {file} holds no tokenizer of T5: {error!r}") from None
+
+    def weights_are_read(self) -> None:
+        self.model.set_input_embeddings(self.model.shared)  # one tensor again, under both of its names
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids, cut to L with `</s>` as the last, padded to the longest text, or to L for `padding: states`."""
@@ -221,39 +165,6 @@ def padded(hidden: Tensor, length: int) -> Tensor:
 def token_mask(lengths: Tensor, length: int) -> Tensor:
     """(B, L) bool: where texts with `lengths` (B,) have tokens."""
     return torch.arange(length, device=lengths.device) < lengths[:, None]
-
-
-def _encoder_tensors(path: Path, key: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The encoder's tensors under all of their names. A whole T5 has a decoder too, which is not read."""
-    found = {
-        name: tensor.to(dtype) for name, tensor in each_tensor(path, key, lambda n: not n.startswith(_NOT_OF_ENCODER))
-    }
-    if (embedding := found.get(EMBEDDING, found.get(EMBEDDING_ALIAS))) is not None:
-        found |= {EMBEDDING: embedding, EMBEDDING_ALIAS: embedding}
-    return found
-
-
-def _read_tokenizer(folder: Path, key: str) -> "PreTrainedTokenizerBase":
-    from transformers import T5Tokenizer
-
-    if not (folder / "tokenizer.json").is_file():
-        if not (folder / "spiece.model").is_file():
-            raise UserError(f"{key}: {folder} holds no tokenizer of T5 (tokenizer.json or spiece.model)")
-        if find_spec("sentencepiece") is None:
-            raise UserError(f"{key}: {folder / 'spiece.model'} needs a package: pip install sentencepiece")
-    try:
-        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # its files may say anything, and tokenizers raises plain exceptions
-        raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {shortened(str(error))}") from None
-
-
-def _tokenizer_in(file: Path, key: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a single file."""
-    try:
-        pieces = [(str(piece), float(score)) for piece, score in parse_json(metadata_of(file)[TOKENIZER_KEY])]
-        return tokenizer_of(pieces)
-    except Exception as error:  # the Rust library behind it has exceptions of its own
-        raise UserError(f"{key}: {file} holds no tokenizer of T5: {error!r}") from None
 
 
 def tokenizer_of(pieces: Sequence[tuple[str, float]]) -> "PreTrainedTokenizerBase":

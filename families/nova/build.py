@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from families.common.library_files import CONFIG, construct, fill, read_config
+from families.common.loaded_text import FOLDER
 from families.common.random_start import random_start
 from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.weight_files import GENERATOR, TEXT
@@ -18,7 +19,7 @@ from families.nova.autoencoder import latents_of
 from families.nova.components import part_of
 from families.nova.config import NovaSettings
 from families.nova.files import config_said, read_nova
-from families.nova.text import PART, PHI_2, PhiTextEncoder
+from families.nova.text import PHI_2, PhiTextEncoder
 from families.nova.versions import FLOW, version_of
 from modules.nova import NOVATransformer
 from warpcore.diffusion.diffusion import GDF
@@ -107,7 +108,7 @@ def process(settings: NovaSettings, loss_weight: str = "constant") -> GDF:
 
 def text_source(settings: NovaSettings) -> Path:
     """The folder, or file, of the text encoder; what is only on the hub is downloaded, but for shapes alone."""
-    return part_of(settings, TEXT, PART)
+    return part_of(settings, TEXT, FOLDER)
 
 
 def text_encoder(settings: NovaSettings, device: torch.device | str = "cpu") -> TextEncoder:

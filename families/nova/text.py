@@ -1,36 +1,23 @@
 """Phi-2, whose states of a text NOVA is told, as transformers has it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from families.common.library_files import (
-    built,
-    component_folder,
-    construct,
-    constructor_numbers,
-    each_tensor,
-    fill,
-    read_config,
-)
-from families.common.precision import Precision, freeze
-from families.common.text_conditions import LibraryTextEncoder, TextConditions, Tokens
+from families.common.library_files import built, construct, each_tensor
+from families.common.loaded_text import LoadedTextEncoder, pretrained_tokenizer
+from families.common.text_conditions import TextConditions, Tokens
 from families.common.weight_files import TEXT
-from families.common.weights import are_only_shapes
 from warpcore.errors import UserError
-from warpcore.meta import META
-from warpcore.text import brief, shortened
 from warpcore.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PART, TOKENIZER = "text_encoder", "tokenizer"
-"""Their folders in a pipeline's."""
 LENGTH = 256
 """Tokens of a text that published networks read."""
 PHI_2 = {
@@ -43,7 +30,7 @@ MODEL, HEAD = "model.", "lm_head."
 """What the names of a file's tensors begin with: those of the encoder, and of layers that no text needs."""
 
 
-class PhiTextEncoder(LibraryTextEncoder):
+class PhiTextEncoder(LoadedTextEncoder):
     """A frozen Phi and its tokenizer, in its own precision.
 
     A token sees earlier ones alone, so the states of a text depend on no padding: rows after it say nothing, and
@@ -59,6 +46,8 @@ class PhiTextEncoder(LibraryTextEncoder):
         UserError: the config is none of Phi's, the tokenizer is missing, or has ids that the encoder does not.
     """
 
+    kind, title = "phi", "a Phi"
+
     def __init__(
         self,
         config: Mapping[str, Any],
@@ -66,85 +55,32 @@ class PhiTextEncoder(LibraryTextEncoder):
         length: int = LENGTH,
         key: str = TEXT,
     ):
-        super().__init__()
+        super().__init__(config, tokenizer, length, key)
+
+    @staticmethod
+    def build_model(config: Mapping[str, Any], key: str) -> nn.Module:
         from transformers import PhiConfig, PhiModel
 
-        if (kind := config.get("model_type", "phi")) != "phi":
-            raise UserError(f"{key}: its config is that of {brief(kind)}, not of phi")
         settings = construct(PhiConfig, config, key)
-        self.model = built(partial(PhiModel, settings), PhiModel.__name__, key).eval().requires_grad_(False)
-        self.key, self._length = key, length
-        self.tokenizer = _read_tokenizer(tokenizer, key) if isinstance(tokenizer, Path) else tokenizer
-        if len(self.tokenizer) > self.model.config.vocab_size:
-            raise UserError(
-                f"{key}: the tokenizer has {len(self.tokenizer)} tokens, the encoder {self.model.config.vocab_size}"
-            )
+        return built(partial(PhiModel, settings), PhiModel.__name__, key)
 
-    @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        precision: Precision = "float32",
-        device: torch.device | str = "cpu",
-        key: str = TEXT,
-        length: int = LENGTH,
-    ) -> "PhiTextEncoder":
-        """With the weights of a transformers folder, or of a pipeline's that has it as `text_encoder`; the tokenizer
-        is in the folder `tokenizer` beside it, or in its own.
+    @staticmethod
+    def read_tokenizer(folder: Path, key: str) -> "PreTrainedTokenizerBase":
+        from transformers import PreTrainedTokenizerFast
 
-        device: where matrices go to be put into four bits (`nf4`).
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"{key}: {folder} holds no tokenizer of Phi (tokenizer.json)")
+        return pretrained_tokenizer(PreTrainedTokenizerFast, folder, key)
 
-        Raises:
-            UserError: files are missing or made for another network.
-        """
-        path = component_folder(path, PART)
-        config = read_config(path, key)
-        if config is None:
-            raise UserError(f"{key}: {path} has no config.json: name the folder of a Phi of transformers")
-        beside = path.with_name(TOKENIZER)
-        folder = beside if path.name == PART and beside.is_dir() else path
-        read = partial(_encoder_tensors, path, key)
-        return cls.of(config, folder, read, path, precision=precision, device=device, key=key, length=length)
+    @staticmethod
+    def read_tensors(path: Path, key: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Without the head, which no text needs."""
+        read = each_tensor(path, key, lambda name: not name.startswith(HEAD))
+        return {name.removeprefix(MODEL): tensor.to(dtype) for name, tensor in read}
 
-    @classmethod
-    def of(
-        cls,
-        config: Mapping[str, Any],
-        tokenizer: "Path | PreTrainedTokenizerBase",
-        tensors: Callable[[], Mapping[str, Tensor]],
-        path: Path,
-        *,
-        precision: Precision = "float32",
-        device: torch.device | str = "cpu",
-        key: str = TEXT,
-        length: int = LENGTH,
-    ) -> "PhiTextEncoder":
-        """With weights that `tensors` gives when they are wanted; `path`, where they are from, is named in errors."""
-        with torch.device("meta"):
-            encoder = cls(config, tokenizer, length, key)
-        if are_only_shapes():
-            freeze(encoder.model, precision, key, META)
-            return encoder
-        fill(encoder.model, tensors(), path, key, torch.bfloat16 if precision == "nf4" else getattr(torch, precision))
-        freeze(encoder.model, precision, key, device)
+    def weights_are_kept(self) -> None:
         # Frequencies of positions are no weights: they are made, not read, and stay in float32.
-        encoder.model.rotary_emb = type(encoder.model.rotary_emb)(encoder.model.config)
-        return encoder
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.model.config.hidden_size
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What `of` takes to build it again."""
-        return constructor_numbers(self.model.config.to_diff_dict())
+        self.model.rotary_emb = type(self.model.rotary_emb)(self.model.config)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids, cut to L, and filled up with 0 to the longest text; at least one column."""
@@ -157,34 +93,5 @@ class PhiTextEncoder(LibraryTextEncoder):
         """The last hidden states of tokens, after the final norm; zeros after a text. `pooled` is None."""
         mask = to_device(tokens.mask, self.device)
         with self.in_own_precision():
-            ids = to_device(tokens.ids, self.device)
-            earlier = hiding_later(*ids.shape, self.model.embed_tokens.weight.dtype, self.device)
-            hidden = self.model(ids, attention_mask=earlier, use_cache=False).last_hidden_state
+            hidden = self.model(to_device(tokens.ids, self.device), use_cache=False).last_hidden_state
         return TextConditions(hidden * mask[..., None], None, mask)
-
-
-def hiding_later(texts: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to attention scores (B, 1, N, N), so that a token sees itself and earlier ones.
-
-    Without it the library asks the places of tokens what they hide, which would wait for the GPU.
-    """
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
-    return torch.zeros_like(later, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min).expand(texts, 1, -1, -1)
-
-
-def _encoder_tensors(path: Path, key: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(MODEL): tensor
-        for name, tensor in each_tensor(path, key, lambda name: not name.startswith(HEAD))
-    }
-
-
-def _read_tokenizer(folder: Path, key: str) -> "PreTrainedTokenizerBase":
-    from transformers import PreTrainedTokenizerFast
-
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{key}: {folder} holds no tokenizer of Phi (tokenizer.json)")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # its files may say anything, and tokenizers raises plain exceptions
-        raise UserError(f"{key}: the tokenizer in {folder} cannot be read: {shortened(str(error))}") from None
