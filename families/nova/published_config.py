@@ -115,6 +115,7 @@ def convert(config: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> Converte
             "ema_start_iters": 0,
             "ema_iters": theirs["SOLVER.EMA_EVERY"],
             "ema_beta": theirs["TRAIN.MODEL_EMA"],
+            "ema_at_end": True,
             "ema_device": "cpu" if theirs["TRAIN.DEVICE_EMA"] == "cpu" else "same",
         }
     else:
