@@ -1,0 +1,58 @@
+"""A training of NOVA that cannot be is one clear error, which names what to write instead."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from families.common.library_files import CONFIG_KEY
+from families.nova import build
+from families.nova.config import NovaConfig
+from modules.nova import NOVATransformer
+from train.train_nova import TrainNova
+from warpcore.config import ConfigError, make_config
+from warpcore.errors import UserError
+
+
+def training(**changes) -> TrainNova:
+    given = {
+        "experiment_id": "run", "checkpoint_path": "runs", "webdataset_path": "a.tar", "updates": 1, "batch_size": 2,
+        "model_version": "mini", "num_frames": 1, "image_size": 128, "device": "cpu",
+    }  # fmt: skip
+    return TrainNova(make_config(NovaConfig, given | changes))
+
+
+def test_clips_for_a_network_of_pictures_are_refused():
+    with pytest.raises(ConfigError, match="mini draws pictures, and this run has clips of 5 frames: write num_frames"):
+        training(num_frames=5).begin(None)
+
+
+def test_several_sizes_need_rotary_positions():
+    with pytest.raises(ConfigError, match="this network has places for one size: write one size, or rotary_pos_embed"):
+        _ = training(multi_aspect_ratio=[1, 0.6]).size_px
+    run = training(multi_aspect_ratio=[1, 0.6], rotary_pos_embed=True)
+    assert run.size_px in {(128, 128), (96, 160), (160, 96)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "message"),
+    [
+        ({"video_mixer_rank": 3}, True, "has video_mixer_rank: 3, and this configuration video_mixer_rank: 0: write"),
+        ({"video_mixer_rank": 3}, False, "have a mixer of rank 3: write video_mixer_rank: 3"),
+        ({}, None, "holds no NOVA: mask_embed.bos_token is missing, and it has weight"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path, changes, said, message):
+    numbers, path = build.network_numbers(training().config) | changes, tmp_path / "a.safetensors"
+    tensors = {"weight": torch.ones(1)} if said is None else NOVATransformer(**numbers).state_dict()
+    save_file(tensors, path, {CONFIG_KEY: json.dumps(numbers)} if said else None)
+    with pytest.raises(UserError, match=message):
+        build.network(training(generator_checkpoint_path=str(path)).config)
+
+
+def test_another_version_is_named(tmp_path):
+    numbers, path = build.network_numbers(training().config), tmp_path / "a.safetensors"
+    save_file(NOVATransformer(**numbers).state_dict(), path, {CONFIG_KEY: json.dumps(numbers)})
+    with pytest.raises(UserError, match="is NOVA's mini; write model_version: mini"):
+        training(model_version="mini-video", num_frames=5, generator_checkpoint_path=str(path)).begin(None)
