@@ -179,7 +179,7 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "missing": [
             ("missing new", "missing is not a folder of pictures"),
             ("pictures new --metadata missing.csv", "--metadata missing.csv: it does not exist"),
-            ("pictures new --import .a", "--import ENDING ... and --for SCRIPT CONFIG .* belong together"),
+            ("pictures new --import .a", "--import ENDING .* and --for SCRIPT CONFIG .* belong together"),
             ("pictures new --import .a --for missing.py config.yaml", "missing.py does not exist"),
         ],
         "folder for a file": [("pictures new --metadata folder", "--metadata folder: it is a folder")],
@@ -232,15 +232,10 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
     "tools/convert_config.py": {
         "no argument": [("", "the following arguments are required: THEIRS, OURS")],
         "unknown flag": [("nova.yaml new.yaml --colour red", "colour: unknown key")],
-        "missing": [
-            ("missing.yaml new.yaml", "config file missing.yaml does not exist"),
-            ("nova.yaml new.yaml --deepspeed missing.json", "missing.json does not exist"),
-        ],
-        "folder for a file": [("folder new.yaml", FOLDER_FOR_CONFIG)],
+        "missing": [("missing.yaml new.yaml", "config file missing.yaml does not exist"),
+                    ("nova.yaml new.yaml --deepspeed missing.json", "missing.json does not exist")],
         "empty": [("empty.yaml new.yaml", "empty.yaml is the configuration of no program that a family knows here")],
         "output exists": [("nova.yaml taken.yaml", "taken.yaml is there already: name another file, or give --over")],
-        "output in a file": [("nova.yaml text/new.yaml", "can't be written: text is a file")],
-        "no number": [("nova.yaml new.yaml lr=ten", "lr: found 'ten'")],
         "unknown key": [("nova.yaml new.yaml batch_sise=1", UNKNOWN_KEY)],
     },
     "tools/convert_weights.py": {
@@ -249,14 +244,12 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "missing": [("missing.safetensors new.safetensors", "missing.safetensors does not exist")],
         "folder for a file": [
             ("folder new.safetensors", "folder is a folder"),
-            ("c.safetensors folder --overwrite", "folder is there already: name another file, or give --overwrite"),
-        ],
+            ("c.safetensors folder --overwrite", "folder is there already: name another file, or give --overwrite")],
         "empty": [("empty.safetensors new.safetensors", "empty.safetensors is no whole safetensors file")],
         "output exists": [("c.safetensors taken.safetensors", "taken.safetensors is there already: name another")],
         "output in a file": [
             ("c.safetensors text/new.safetensors", "text is a file; name another file"),
-            ("c.safetensors text/new.safetensors --overwrite", "text is a file; name another file"),
-        ],
+            ("c.safetensors text/new.safetensors --overwrite", "text is a file; name another file")],
         "no number": [("c.safetensors new.safetensors --dtype float7", "invalid choice: 'float7'")],
     },
     "tools/export.py": {
@@ -270,21 +263,18 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "folder for a file": [
             ("diffusers folder new", "folder is a folder without config.yaml, model_index.json of no family"),
             ("controlnet folder new.safetensors", "folder"),
-            ("lora folder new.safetensors", "folder is a folder without config.yaml"),
-        ],
+            ("lora folder new.safetensors", "folder is a folder without config.yaml")],
         "file for a folder": [("from-diffusers text new", "text holds no pipeline of diffusers")],
         "empty": [
             ("diffusers empty.safetensors new", "empty.safetensors cannot be read as weights"),
-            ("controlnet empty.safetensors new.safetensors", "empty.safetensors"),
-        ],
+            ("controlnet empty.safetensors new.safetensors", "empty.safetensors")],
         "output exists": [
             ("from-diffusers folder taken", "taken is not empty: name another folder"),
             ("controlnet c.safetensors taken.safetensors", "taken.safetensors is there already: name another file"),
         ],
         "output in a file": [
             ("from-diffusers folder text/new", "text is a file; name another file"),
-            ("controlnet c.safetensors text/new.safetensors", "text is a file; name another file"),
-        ],
+            ("controlnet c.safetensors text/new.safetensors", "text is a file; name another file")],
         "no number": [("controlnet c.safetensors new.safetensors --controlnet_blocks ten", "controlnet_blocks:")],
         "unknown key": [("controlnet c.safetensors new.safetensors batch_sise=1", "batch_sise: unknown key")],
     },
@@ -295,8 +285,7 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "empty": [("folder", "folder")],
         "output in a file": [
             ("folder --cache text", "text is a file; name a folder to write the indexes to"),
-            ("folder --cache text/new", "text is a file; name a folder to write the indexes to"),
-        ],
+            ("folder --cache text/new", "text is a file; name a folder to write the indexes to")],
         "no number": [("folder --workers ten", "expected a number above 0, up to 1024, found 'ten'")],
     },
     "tools/make_demo_dataset.py": {
