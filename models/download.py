@@ -14,7 +14,8 @@ Their licence has to be accepted on the hub. The text encoder is `google-t5/t5-1
 
 DiT-XL/2 of ImageNet's classes, not for commercial use: dit-256, dit-512. Latte-XL/2, clips of UCF101's classes:
 latte-ucf101. PixArt-alpha: pixart-256, pixart-512, pixart-1024-ms.
-Open-Sora 1.2: open-sora-v3, the network STDiT3-XL/2, and open-sora-vae, its autoencoder.
+Open-Sora 1.2: open-sora-v3, the network STDiT3-XL/2, and open-sora-vae, its autoencoder. Open-Sora 1.1:
+open-sora-v2, the network STDiT2-XL/2. Open-Sora 1.0: open-sora-v1-256 and open-sora-v1-512, networks STDiT-XL/2.
 
 Stable Cascade:
 essential: what every use case needs (encoder of Stage C's latents, its previewer, Stage A).
@@ -87,12 +88,16 @@ LATTE = {"latte-ucf101": ("maxin-cn/Latte", "ucf101.pt")}
 OPEN_SORA = {
     "open-sora-v3": ("hpcai-tech/OpenSora-STDiT-v3", "model.safetensors"),
     "open-sora-vae": ("hpcai-tech/OpenSora-VAE-v1.2", "model.safetensors"),
+    "open-sora-v2": ("hpcai-tech/OpenSora-STDiT-v2-stage3", "model.safetensors"),
+    "open-sora-v1-256": ("hpcai-tech/Open-Sora", "OpenSora-v1-HQ-16x256x256.pth"),
+    "open-sora-v1-512": ("hpcai-tech/Open-Sora", "OpenSora-v1-HQ-16x512x512.pth"),
 }
 """Repository and path of each."""
 LOCAL_NAMES = {
     LATTE["latte-ucf101"]: "Latte-XL-2-256x256-ucf101.pt",
     OPEN_SORA["open-sora-v3"]: "OpenSora-STDiT-v3.safetensors",
     OPEN_SORA["open-sora-vae"]: "OpenSora-VAE-v1.2.safetensors",
+    OPEN_SORA["open-sora-v2"]: "OpenSora-STDiT-v2-stage3.safetensors",
 }
 """What files are called here whose own names say too little; Open-Sora calls them so, too."""
 PIXART = {

@@ -146,6 +146,14 @@ class STDiT(ClipTransformer):
         """Attention over time and to the text do nothing at first, and the last layer gives zeros."""
         return name.endswith(("attn_temp.proj", "cross_attn.proj")) or name == "final_layer.linear"
 
+    @classmethod
+    @torch.no_grad()
+    def initialise_layer(cls, name: str, layer: nn.Module) -> None:
+        super().initialise_layer(name, layer)
+        if isinstance(layer, STDiT):
+            for own, table in zip(POSITIONS, layer.positions(layer.grid), strict=True):
+                getattr(layer, own).copy_(table)
+
     def positions(self, grid: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Those of places (1, S, D) and of frames (1, T, D) float32, of a grid of tokens (frames, rows, columns)."""
         places = grid_positions(grid[1:], self.hidden_size, device, [1 / self.space_scale] * 2)

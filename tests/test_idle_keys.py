@@ -66,9 +66,13 @@ SAID = {
     "min_guidance": (2.0, {"guidance": 1.0}, {"guidance": 4.0}),
     "scratch_path": ("scratch", {}, {"checkpoint_path": "s3://bucket/runs"}),
     "shift": (2.0, {"diffusion_target": "epsilon"}, {"diffusion_target": "rectified_flows"}),
+    "space_scale": (1.0, {"model_version": "mini"}, {"model_version": "STDiT-XL/2"}),
     "start_from_ema": (True, {"generator_checkpoint_path": None}, {"generator_checkpoint_path": "a"}),
     "tag_separator": (";", {}, {"shuffle_tags": True}),
+    "time_scale": (0.5, {"model_version": "mini"}, {"model_version": "STDiT-XL/2"}),
+    "timestep_sampling": ("uniform", {"model_version": "mini-1.1"}, {"model_version": "mini"}),
     "token_lr_scale": (2.0, {"train_tokens": None}, {"train_tokens": [["[a]", "^a"]]}),
+    "use_timestep_transform": (False, {"model_version": "mini-1.1"}, {"model_version": "mini"}),
     "zero_terminal_snr": (True, {"diffusion_target": "rectified_flows"}, {"diffusion_target": "v"}),
     "wandb_entity": ("team", {}, {"wandb_project": "project"}),
     # drawing

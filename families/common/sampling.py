@@ -78,7 +78,7 @@ def draw_latents(
     predict: Callable[..., Tensor] = network
     if given_frames is not None:
         latents, shares = given_frames
-        steps_by = GivenFrames(steps_by, shares, x.device)
+        steps_by = GivenFrames(steps_by, shares, x.device, isinstance(diffusion.schedule, TableSchedule))
         x = torch.where(of_frames(steps_by.noised, x), x, to_device(latents, x.device).to(x))
         predict = partial(_told_frames, network, steps_by)
     if times is None and isinstance(diffusion.schedule, TableSchedule):

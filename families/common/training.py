@@ -367,7 +367,7 @@ class DiffusionTraining(SampleFields):
             predict: the network: noised latents (like the latents) and noise conditions (B,) -> predictions.
             noise: like the latents; without it independent normal numbers, or multi-resolution noise.
             shift: in addition to the config's; (B,) of each sample.
-            noised: broadcasts to the latents, false for parts that are given: these stay clean, and are not learned.
+            noised: broadcasts to the latents, false for parts that are given (`GDF.given`): these are not learned.
         """
         config, shape, shift = self.config, latents.shape[1:], shift * self.config.shift
         noise = training_noise(random, shape, config) if noise is None else noise
@@ -379,7 +379,7 @@ class DiffusionTraining(SampleFields):
         )
         mask = None if self.mask is None else resized(self.mask, latents)
         if noised is not None:
-            diffused = diffused._replace(noised=torch.where(noised, diffused.noised, diffused.x0))
+            diffused = diffused._replace(noised=torch.where(noised, diffused.noised, self.diffusion.given(diffused)))
             mask = noised.float() if mask is None else mask * noised
         with self.around_forward(random):
             prediction = predict(diffused.noised, diffused.noise_cond)

@@ -1,7 +1,8 @@
-"""The autoencoders whose latents STDiT3 draws: that of Open-Sora 1.2, and an AutoencoderKLWan for the mini.
+"""The autoencoders whose latents Open-Sora draws: that of 1.2, an AutoencoderKLWan for its mini, and those of 1.0 and
+1.1, which see frame by frame.
 
-Both make clips, uint8 (B, T, 3, H, W), into moments (B, 2 C, t, H / 8, W / 8), and latents (B, C, t, h, w) into clips;
-a picture is a clip of one frame. Either is found by what its file or folder holds.
+All make clips, uint8 (B, T, 3, H, W), into moments (B, 2 C, t, H / 8, W / 8), and latents (B, C, t, h, w) into clips;
+a picture is a clip of one frame. Each is found by what its file or folder holds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,13 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from families.common.autoencoders import SD_AUTOENCODER, Autoencoder, LatentScale
-from families.common.library_files import CONFIG, class_names, construct, fill, read_config, read_tensors
+from families.common.library_files import (
+    CONFIG,
+    class_names,
+    component_folder,
+    construct,
+    fill,
+    read_config,
+    read_tensors,
+)
 from families.common.precision import FrozenNetwork, freeze
 from families.common.wan_autoencoder import LIBRARY_CLASS, TIME_COMPRESSION, WanAutoencoder, read_wan_tensors
 from families.common.weight_files import AUTOENCODER
 from families.common.weight_source import local_weights
 from families.common.weights import WeightsError, are_only_shapes, read_weights
 from families.open_sora.config import OpenSoraSettings
+from families.open_sora.frame_autoencoders import PUBLISHED_OF_FRAMES, FrameClips, TemporallyDecoded
+from families.open_sora.versions import FLOW
 from modules.open_sora_vae import SCALE, SHIFT, OpenSoraAutoencoder, TemporalAutoencoder
 from warpcore.errors import UserError
 from warpcore.random import SampleRandom
@@ -37,8 +48,8 @@ class ClipAutoencoder(Protocol):
     compression: int
     """Pixels per latent position and side."""
     latent_channels: int
-    align: int
-    """Latent frames of a window, which are independent of others; 1 where all of a clip depend on those before."""
+    align: int | None
+    """Latent frames of a window, which are independent of others; None where all of a clip depend on those before."""
 
     def latent_frames(self, frames: int) -> int:
         """t, of a clip of T frames. Raises UserError for a number that it does not take."""
@@ -79,7 +90,7 @@ class OpenSoraClips(FrozenNetwork):
 
         spatial = construct(AutoencoderKL, SD_AUTOENCODER | _part(config, "spatial", key), key)
         temporal = construct(TemporalAutoencoder, _part(config, "temporal", key), key)
-        self.scale = scale_of(config)
+        self.scale = self.scale_of(config)
         self.model = OpenSoraAutoencoder(
             spatial, temporal, WINDOW, frames_at_once, shift=self.scale.mean, scale=self.scale.std
         )
@@ -96,6 +107,25 @@ class OpenSoraClips(FrozenNetwork):
         in_window = self.latent_frames(WINDOW)
         windows, rest = divmod(latent_frames, in_window)
         return 1 if latent_frames == 1 else windows * WINDOW + rest * self.model.temporal_vae.compression
+
+    @staticmethod
+    def scale_of(config: Mapping[str, Any]) -> LatentScale:
+        """The scale of its latents, by a config as the constructor takes it."""
+        mean, std = (config.get(name) or list(given) for name, given in (("shift", SHIFT), ("scale", SCALE)))
+        channels = len(mean) if isinstance(mean, list | tuple) else None
+        return LatentScale.of(
+            {"latents_mean": mean, "latents_std": std, "scaling_factor": 1.0, "latent_channels": channels}
+        )
+
+    @staticmethod
+    def compression_of(config: Mapping[str, Any]) -> int:
+        """Pixels per latent position and side."""
+        return Autoencoder.compression_of(SD_AUTOENCODER | _part(config, "spatial", AUTOENCODER))
+
+    @staticmethod
+    def channels_of(config: Mapping[str, Any]) -> int:
+        """C."""
+        return len(OpenSoraClips.scale_of(config).mean)
 
     @torch.no_grad()
     def clip_moments(self, clips: Tensor, random: SampleRandom | None) -> Tensor:
@@ -124,7 +154,7 @@ class OpenSoraClips(FrozenNetwork):
 class WanClips(WanAutoencoder):
     """A frozen AutoencoderKLWan, in its own precision. Clips have 1 + 4 n frames, and are one window."""
 
-    align = 1
+    align = None
     forward_methods = ("clip_moments", "decoded_clips", "decoded_windows")
 
     def latent_frames(self, frames: int) -> int:
@@ -152,15 +182,6 @@ def check_sides(clips: Tensor, compression: int, key: str) -> None:
         raise UserError(f"{key}: a clip of {width} x {height} px; sides have to be multiples of {compression}")
 
 
-def scale_of(config: Mapping[str, Any]) -> LatentScale:
-    """The scale of the latents of an autoencoder of Open-Sora, by a config as `OpenSoraClips` takes it."""
-    mean, std = (config.get(name) or list(given) for name, given in (("shift", SHIFT), ("scale", SCALE)))
-    channels = len(mean) if isinstance(mean, list | tuple) else None
-    return LatentScale.of(
-        {"latents_mean": mean, "latents_std": std, "scaling_factor": 1.0, "latent_channels": channels}
-    )
-
-
 def _part(config: Mapping[str, Any], name: str, key: str) -> dict[str, Any]:
     """The constructor numbers of one of the two networks."""
     found = config.get(name, {})
@@ -172,24 +193,25 @@ def _part(config: Mapping[str, Any], name: str, key: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- where it is
 
 
-def autoencoder(settings: OpenSoraSettings) -> OpenSoraClips | WanClips:
+def autoencoder(settings: OpenSoraSettings) -> ClipAutoencoder:
     """The autoencoder, in its own precision.
 
     Raises:
         UserError: it is missing, damaged, or makes other latents than the network reads.
     """
     path, (kind, config) = autoencoder_source(settings), autoencoder_numbers(settings)
-    made, wanted = _channels(kind, config), settings.version.network["in_channels"]
+    made, wanted = kind.channels_of(config), settings.version.network["in_channels"]
     if made != wanted:
         raise WeightsError(
             f"{AUTOENCODER}: latents of {path} have {brief(made)} channels, and the network of model_version: "
             f"{settings.model_version} reads {wanted}: name the autoencoder that it was trained with"
         )
-    precision = settings.autoencoder_precision
-    if kind is WanClips:
-        return WanClips.of(config, partial(read_wan_tensors, path, AUTOENCODER), path, AUTOENCODER,
-                           precision=precision)  # fmt: skip
-    return _open_sora(config, path, precision, settings.autoencoder_frames)
+    precision, at_once = settings.autoencoder_precision, settings.autoencoder_frames
+    if kind is OpenSoraClips:
+        return _open_sora(config, path, precision, at_once)
+    read = read_wan_tensors if kind is WanClips else read_tensors
+    further = {} if kind is WanClips else {"frames_at_once": at_once}
+    return kind.of(config, partial(read, path, AUTOENCODER), path, AUTOENCODER, precision=precision, **further)
 
 
 def _open_sora(config: Mapping[str, Any], path: Path, precision: str, frames_at_once: int) -> OpenSoraClips:
@@ -210,14 +232,20 @@ def _open_sora(config: Mapping[str, Any], path: Path, precision: str, frames_at_
 def autoencoder_source(settings: OpenSoraSettings) -> Path:
     """The file or folder of the autoencoder; what is only on the hub is downloaded, but for shapes alone."""
     given = settings.autoencoder_checkpoint_path or Path(settings.version.autoencoder)
-    return given if are_only_shapes() else local_weights(given, AUTOENCODER)
+    return component_folder(given if are_only_shapes() else local_weights(given, AUTOENCODER), "vae")
 
 
 def autoencoder_numbers(settings: OpenSoraSettings) -> tuple[type[nn.Module], Mapping[str, Any]]:
     """The class of the autoencoder, and its config; its weights are not read."""
     path = autoencoder_source(settings)
     found = _config_in(path) if path.exists() or not are_only_shapes() else None
-    return (WanClips if LIBRARY_CLASS in class_names(found or {}) else OpenSoraClips), found or {}
+    named = class_names(found or {})
+    kinds = {LIBRARY_CLASS: WanClips, "AutoencoderKL": FrameClips, "AutoencoderKLTemporalDecoder": TemporallyDecoded}
+    if kind := next((kind for name, kind in kinds.items() if name in named), None):
+        return kind, found
+    if "spatial" in (found or {}) or settings.version.target == FLOW:
+        return OpenSoraClips, found or {}
+    return FrameClips, found or PUBLISHED_OF_FRAMES
 
 
 def _config_in(path: Path) -> Mapping[str, Any] | None:
@@ -225,17 +253,10 @@ def _config_in(path: Path) -> Mapping[str, Any] | None:
     return read_config(path, AUTOENCODER) if path.is_dir() or path.suffix == ".safetensors" else None
 
 
-def _channels(kind: type[nn.Module], config: Mapping[str, Any]) -> int:
-    return WanClips.channels_of(config) if kind is WanClips else len(scale_of(config).mean)
-
-
 def latents_of(settings: OpenSoraSettings) -> tuple[LatentScale, int]:
     """The scale of the autoencoder's latents, and the pixels per position and side; its weights are not read."""
     kind, config = autoencoder_numbers(settings)
-    if kind is WanClips:
-        return WanClips.scale_of(config), WanClips.compression_of(config)
-    spatial = SD_AUTOENCODER | _part(config, "spatial", AUTOENCODER)
-    return scale_of(config), Autoencoder.compression_of(spatial)
+    return kind.scale_of(config), kind.compression_of(config)
 
 
 def autoencoder_files(settings: OpenSoraSettings) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What STDiT3 is told beside noised latents and times."""
+"""What the networks are told beside noised latents and times."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,22 +8,27 @@ from torch import Tensor, nn
 from families.common.features import lengths_name
 from families.common.t5 import padded, token_mask
 from families.open_sora.config import PICTURE_FPS
+from families.open_sora.versions import FLOW, Version
 
 FEATURE = "text"
 """States of T5 (B, N, D), as caches hold them."""
 Conditions = dict[str, Tensor]
+OF_CLIPS = ("fps", "height", "width")
 
 
-class TargetAlone(nn.Module):
-    """STDiT3 without the channels that published networks predict beyond their target, and no loss learns."""
+class Denoiser(nn.Module):
+    """A network, given those of the conditions that it takes, and asked for what a loss learns: an STDiT3's target
+    without the channels that published ones predict beyond it."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, version: Version):
         super().__init__()
-        self.network = network
+        self.network, self.taken = network, version.kind.conditions
+        self.asked = {"target_alone": True} if version.target == FLOW else {}
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Tensor | None) -> Tensor:
-        """See `modules.stdit3.STDiT3.forward`; (B, C, T, H, W) of as many channels as x."""
-        return self.network(x, t, target_alone=True, **conditions)
+        """See `forward` of the networks; those of `of_clips` are left out where the network is not told them."""
+        taken = {name: value for name, value in conditions.items() if name in self.taken or name not in OF_CLIPS}
+        return self.network(x, t, **self.asked, **taken)
 
 
 def told(texts: Mapping[str, Tensor], length: int) -> Conditions:

@@ -1,4 +1,4 @@
-"""Drawing with Open-Sora 1.2: text encoder, denoiser, autoencoder, one in memory at a time."""
+"""Drawing with Open-Sora: text encoder, denoiser, autoencoder, one in memory at a time."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from families.common.pipeline import LatentPipeline
 from families.common.transformer_lora import built_with
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder, latents_of
-from families.open_sora.conditions import FEATURE, Conditions, TargetAlone, of_clips, told
+from families.open_sora.conditions import FEATURE, Conditions, Denoiser, of_clips, told
 from families.open_sora.sampling import draw_clips
 
 
@@ -64,14 +64,14 @@ class OpenSoraNetworks(LatentPipeline):
         )
         diffusion, shift = build.process(settings), build.drawing_shift(settings, size_px, latent_frames)
         with self.holding("denoiser", partial(built_with, build.network, self.loras, dtype=self.dtype)) as network:
-            target_alone = TargetAlone(network)
+            denoiser = Denoiser(network, settings.version)
 
             def made(rows: list[int]) -> Tensor:
                 own = self.rows(conditions, rows)
                 begin = None if noise is None else noise[rows]
                 beside = None if away is None else {k: v.to(self.device).expand_as(own[k]) for k, v in away.items()}
                 return draw_clips(
-                    diffusion, target_alone, own, shape, [seeds[i] for i in rows], away=beside, shift=shift,
+                    diffusion, denoiser, own, shape, [seeds[i] for i in rows], away=beside, shift=shift,
                     initial_noise=begin, **sampling,
                 )  # fmt: skip
 

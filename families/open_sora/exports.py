@@ -12,7 +12,7 @@ from families.common.library_files import Component
 from families.common.transformer_exports import opened
 from families.common.weight_files import GENERATOR
 from families.open_sora import build
-from families.open_sora.files import read_stdit3
+from families.open_sora.files import read_network
 from families.open_sora.inference import OpenSoraInferenceSettings
 from warpcore.keys import Place
 from warpcore.outputs import check_new
@@ -58,7 +58,7 @@ def to_published(source: Path, target: Path, arguments: list[str]) -> None:
 
 def _component(settings: OpenSoraInferenceSettings) -> Component:
     path = settings.generator_checkpoint_path
-    return Component(path, lambda: read_stdit3(path, GENERATOR, settings.model_version))
+    return Component(path, lambda: read_network(path, GENERATOR, settings.model_version))
 
 
 export_lora = partial(transformer_exports.export_lora, LoraExportSettings, build.network, FAMILY)

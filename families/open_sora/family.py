@@ -1,4 +1,4 @@
-"""What the registry knows of Open-Sora 1.2 (STDiT3)."""
+"""What the registry knows of Open-Sora 1.0, 1.1 and 1.2 (STDiT, STDiT2, STDiT3)."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -6,14 +6,14 @@ from typing import Any
 
 from families.common.family import SCORING, TEXT_TO_VIDEO, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
-from families.open_sora.files import is_of_stdit3
+from families.open_sora.files import kind_of
 
 _format = partial(ExportFormat.of, "families.open_sora.exports")
 
 
 class OpenSora(Family):
     name = "open_sora"
-    title = "Open-Sora 1.2"
+    title = "Open-Sora"
     weight_keys = {"generator": "generator_checkpoint_path", "lora": "lora"}
     tasks = {
         TEXT_TO_VIDEO: "families.open_sora.text_to_video.OpenSoraTextToVideo",
@@ -29,7 +29,7 @@ class OpenSora(Family):
         return "mask_ratios" in config or super().has_run(config, weights)
 
     def has_weights(self, header: Header) -> bool:
-        return header.metadata.get(FAMILY_KEY) == self.name or is_of_stdit3(header.names)
+        return header.metadata.get(FAMILY_KEY) == self.name or kind_of(header.names) is not None
 
 
 FAMILY = OpenSora()

@@ -1,4 +1,4 @@
-"""Weights of STDiT3: published files, and what runs export."""
+"""Weights of STDiT, STDiT2 and STDiT3: published files, and what runs export."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -11,6 +11,9 @@ from torch import Tensor
 from families.common.library_files import read_tensors
 from families.common.weights import WeightsError, read_weights
 from families.open_sora.versions import VERSIONS
+from modules.stdit import POSITIONS, STDiT, STDiT2
+from modules.stdit3 import STDiT3
+from modules.stdit_parts import ClipTransformer
 from warpcore.safe_json import read_object
 
 EMPTY, ROTATION = "y_embedder.y_embedding", "rope.freqs"
@@ -18,15 +21,22 @@ _NEEDED = {"patch": "x_embedder.proj.weight", "text": "y_embedder.y_proj.fc1.wei
 MODEL, STATES = "model", "running_states.json"
 """In the folder of a checkpoint of the published program (`epoch0-global_step500`): its weights, and its counters."""
 AVERAGES = ("ema.safetensors", "ema.pt")
-_PARTS = ("spatial_blocks.0.attn.qkv.weight", "temporal_blocks.0.attn.qkv.weight")
+_PARTS = {
+    STDiT3: ("spatial_blocks.0.attn.qkv.weight", "temporal_blocks.0.attn.qkv.weight"),
+    STDiT2: ("blocks.0.attn_temp.qkv.weight", "t_block_temp.1.weight"),
+    STDiT: ("blocks.0.attn_temp.qkv.weight",),
+}
+"""Tensors that tell the networks apart, the first one whose are all there."""
 
 
-def is_of_stdit3(names: Collection[str]) -> bool:
-    """Whether tensors of these names are an STDiT3's."""
-    return all(name in names for name in (*_NEEDED.values(), *_PARTS))
+def kind_of(names: Collection[str]) -> type[ClipTransformer] | None:
+    """Which network tensors of these names are of; None for another one."""
+    if any(name not in names for name in _NEEDED.values()):
+        return None
+    return next((kind for kind, parts in _PARTS.items() if all(name in names for name in parts)), None)
 
 
-def read_stdit3(path: Path, key: str, model_version: str) -> dict[str, Tensor]:
+def read_network(path: Path, key: str, model_version: str) -> dict[str, Tensor]:
     """The tensors of the network in a published file or folder, or in one that a run exported.
 
     The empty text of published weights may have another length than the network's: it is cut, or its last row is
@@ -41,12 +51,24 @@ def read_stdit3(path: Path, key: str, model_version: str) -> dict[str, Tensor]:
     tensors = _read(path, key)
     own = _version(tensors)
     if own is not None and own != model_version:
-        raise WeightsError(f"{key}: {path} is STDiT3-{own}; write model_version: {own}")
+        raise WeightsError(f"{key}: {path} is an {VERSIONS[own].title}; write model_version: {own}")
+    if (kind := kind_of(tensors)) is not (wanted := VERSIONS[model_version].kind):
+        raise WeightsError(
+            f"{key}: {path} is an {kind.__name__}, and model_version: {model_version} an {wanted.__name__}; write "
+            f"one of {', '.join(name for name, one in VERSIONS.items() if one.kind is kind)}"
+        )
     return _with_length(tensors, VERSIONS[model_version].text_length)
 
 
+def positions_in(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the tables of an STDiT in a file say of its second place and its second frame, (D,) each; empty where
+    published files leave them out."""
+    found = [tensors.get(name) for name in POSITIONS]
+    return [one[0, 1].float() for one in found if one is not None and one.dim() == 3 and one.shape[1] > 1]
+
+
 def version_in(path: Path, key: str) -> str | None:
-    """The `model_version` of the network in a file or folder; None for another size. Errors as in `read_stdit3`."""
+    """The `model_version` of the network in a file or folder; None for another size. Errors as in `read_network`."""
     return _version(_read(path, key))
 
 
@@ -54,10 +76,10 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
     """All tensors, which are mapped into memory."""
     path = path / MODEL if (path / MODEL).is_dir() else path
     tensors = read_tensors(path, key) if path.is_dir() else read_weights(path, key)
-    if not is_of_stdit3(tensors):
+    if kind_of(tensors) is None:
         held = ", ".join(sorted(tensors)[:3]) or "nothing"
-        missing = next(name for name in (*_NEEDED.values(), *_PARTS) if name not in tensors)
-        raise WeightsError(f"{key}: {path} holds no STDiT3: {missing} is missing, and it has {held}")
+        missing = next(name for name in (*_NEEDED.values(), *_PARTS[STDiT3]) if name not in tensors)
+        raise WeightsError(f"{key}: {path} holds no STDiT, STDiT2 or STDiT3: {missing} is missing, and it has {held}")
     return tensors
 
 
@@ -66,10 +88,12 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
     patches, blocks = tensors[_NEEDED["patch"]], [name for name in tensors if name.endswith(".attn.qkv.weight")]
     if patches.dim() != 5:
         return None
-    known = {"hidden_size": patches.shape[0], "in_channels": patches.shape[1], "depth": len(blocks) // 2}
-    return next(
-        (name for name, one in VERSIONS.items() if all(one.network[k] == value for k, value in known.items())), None
-    )
+    kind = kind_of(tensors)
+    depth = len(blocks) // (2 if kind is STDiT3 else 1)
+    known = {"hidden_size": patches.shape[0], "in_channels": patches.shape[1], "depth": depth}
+    same = (name for name, one in VERSIONS.items()
+            if one.kind is kind and all(one.network[k] == value for k, value in known.items()))  # fmt: skip
+    return next(same, None)
 
 
 def _with_length(tensors: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
@@ -116,5 +140,5 @@ def published_run(path: Path | None, key: str) -> PublishedRun | None:
 
 
 def read_average(run: PublishedRun, key: str, model_version: str) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint of the published program. Errors as in `read_stdit3`."""
+    """The averaged weights of a checkpoint of the published program. Errors as in `read_network`."""
     return _with_length(_read(run.average, key), VERSIONS[model_version].text_length)

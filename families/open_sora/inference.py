@@ -12,6 +12,7 @@ from families.common.inference_sources import with_runs
 from families.common.weight_files import GENERATOR, RUN_CONFIG
 from families.open_sora.config import OpenSoraSettings
 from families.open_sora.files import version_in
+from families.open_sora.versions import VERSIONS
 from warpcore.config_files import read_mapping
 
 OF_RUNS = {"generator": GENERATOR, "lora": "lora"}
@@ -19,7 +20,7 @@ OF_RUNS = {"generator": GENERATOR, "lora": "lora"}
 
 
 class OpenSoraInferenceSettings(RunSettings, OpenSoraSettings):
-    """The networks of Open-Sora 1.2, published or out of training runs."""
+    """The networks of Open-Sora, published or out of training runs."""
 
     of_training: ClassVar[Sequence[str]] = ()
     """Further keys of a run that are keys here, too."""
@@ -33,9 +34,17 @@ class OpenSoraInferenceSettings(RunSettings, OpenSoraSettings):
         if isinstance(path := merged.get(GENERATOR), Path) and (not given or path.exists()):
             found = version_in(path, GENERATOR)
             if given and found not in (None, given):
-                raise ValueError(f"model_version: {given}, but {path} is an STDiT3 of {found}: remove the key")
+                raise ValueError(
+                    f"model_version: {given}, but {path} is an {VERSIONS[found].title} of {found}: remove the key"
+                )
             merged |= {"model_version": given or found}
-        return {key: value for key, value in merged.items() if key != "model_version" or value is not None}
+        known = {key: value for key, value in merged.items() if key != "model_version" or value is not None}
+        return cls.with_defaults(known)
+
+    @classmethod
+    def with_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Values with defaults that follow from others, such as `model_version`."""
+        return values
 
     @classmethod
     def settings_of_run(cls, folder: Path, use_ema: bool = True) -> dict[str, Any]:

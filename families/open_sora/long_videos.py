@@ -16,7 +16,7 @@ from families.common.transformer_lora import built_with
 from families.common.wan_autoencoder import check_frames
 from families.open_sora import build
 from families.open_sora.autoencoder import ClipAutoencoder
-from families.open_sora.conditions import Conditions, TargetAlone, of_clips
+from families.open_sora.conditions import Conditions, Denoiser, of_clips
 from families.open_sora.drawing import OpenSoraNetworks
 from families.open_sora.prompts import ClipPrompt
 from families.open_sora.references import given_frames
@@ -61,14 +61,14 @@ class Plan:
 
 def condition_of(autoencoder: ClipAutoencoder, frames: int, wanted: int | None) -> int:
     """Latent frames that a clip of `frames` takes over of the one before; by default a window of the autoencoder, or
-    where there are none two.
+    where there are none two, or where each frame is one five.
 
     Raises:
         UserError: windows would be cut, or nothing new is left to draw.
     """
     align = autoencoder.align
-    length = (align if align > 1 else 2) if wanted is None else wanted
-    if length % align:
+    length = {None: 2, 1: 5}.get(align, align) if wanted is None else wanted
+    if length % (align or 1):
         raise UserError(
             f"{CONDITION_KEY}: {length}; the latents of a window belong together: write a multiple of {align}"
         )
@@ -88,7 +88,7 @@ def total_frames(autoencoder: ClipAutoencoder, plan: Plan) -> int:
 
 def check_clip_frames(autoencoder: ClipAutoencoder, frames: int) -> None:
     """Raise UserError for clips of a number of frames that the autoencoder does not take."""
-    if autoencoder.align == 1:
+    if autoencoder.align is None:
         check_frames(frames, "num_frames")
 
 
@@ -118,7 +118,7 @@ class VideoNetworks(OpenSoraNetworks):
         ):
             if group is not None:
                 network.split_sequence(group)
-            drawing = _Drawing(self, TargetAlone(network), autoencoder, plan, told)
+            drawing = _Drawing(self, Denoiser(network, self.settings.version), autoencoder, plan, told)
             for rows in ProgressBar(batches, desc="videos", unit="batch"):
                 clips = list(drawing.clips([videos[row] for row in rows]))
                 for row, video in zip(rows, zip(*clips, strict=True), strict=True):
@@ -131,7 +131,7 @@ class _Drawing:
     def __init__(
         self,
         networks: VideoNetworks,
-        network: TargetAlone,
+        network: Denoiser,
         autoencoder: ClipAutoencoder,
         plan: Plan,
         told: Mapping[str, Conditions],

@@ -12,4 +12,4 @@ class OpenSoraLoraConfig(TransformerLoraKeys, OpenSoraConfig):
 
     module_filters: list[str] = Field(["attn"], max_length=MAX_ENTRIES)
     """Which layers are adapted: parts of their names, or regular expressions on them; `.` is all. By default the
-    projections of all attentions; `temporal_blocks` are those over time."""
+    projections of all attentions; `temporal_blocks` are those over time, and `attn_temp` in Open-Sora 1.0 and 1.1."""

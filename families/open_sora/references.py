@@ -113,19 +113,24 @@ def check_placements(
 
 
 def given_frames(
-    noise: Tensor, clips: Sequence[Tensor], placements: Sequence[Placement], encode: Encode, loop: int, align: int
+    noise: Tensor,
+    clips: Sequence[Tensor],
+    placements: Sequence[Placement],
+    encode: Encode,
+    loop: int,
+    align: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Latents (C, T, h, w) of a clip with frames of references, and the share of noise (T,) of each frame; see
     `place_references`.
 
     Args:
         noise: (C, T, h, w), or anything of its size. clips: references, uint8 (T, 3, H, W).
-        align: latent frames of an autoencoder's window, which are independent of others; 1 where all frames of a clip
-            depend on those before. Then references are encoded so that latents lie as in a clip of its own: the first
-            is of a single frame, and only the first.
+        align: latent frames of an autoencoder's window, which are independent of others; None where all frames of a
+            clip depend on those before. Then references are encoded so that latents lie as in a clip of its own: the
+            first is of a single frame, and only the first.
     """
     placements = [one for one in placements if one.loop == loop]
-    if align > 1:
+    if align is not None:
         used = {one.reference for one in placements}
         references = [encode(clip) if i in used else noise[:, :0] for i, clip in enumerate(clips)]
         return place_references(noise, references, placements, loop, align)

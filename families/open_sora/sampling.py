@@ -1,4 +1,4 @@
-"""Drawing latents of clips with STDiT3."""
+"""Drawing latents of clips with the networks of Open-Sora."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from families.common.sampling import draw_latents
-from families.open_sora.conditions import Conditions, TargetAlone, without_text
+from families.open_sora.conditions import Conditions, Denoiser, without_text
 from warpcore.diffusion.diffusion import GDF
 
 
 def draw_clips(
     diffusion: GDF,
-    network: TargetAlone,
+    network: Denoiser,
     conditions: Conditions,
     shape: Sequence[int],
     seeds: Sequence[int],

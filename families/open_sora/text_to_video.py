@@ -1,4 +1,4 @@
-"""Videos for prompts by Open-Sora 1.2: out of a run, or published files."""
+"""Videos for prompts by Open-Sora: out of a run, or published files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -7,13 +7,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_
 from torch.distributed import ProcessGroup
 
 from families.common.caption_cleaning import clean_caption
+from families.common.drawn_pictures import GUIDED
 from families.common.text_to_video import Finished, TextToVideoConfig
 from families.common.transformer_lora import open_loras
 from families.common.weight_files import RUN_CONFIG
 from families.common.weights import only_shapes
 from families.open_sora import build
 from families.open_sora.autoencoder import ClipAutoencoder, autoencoder, latents_of
-from families.open_sora.config import DEFAULT_FPS
+from families.open_sora.config import MISSPELT, as_published
 from families.open_sora.inference import OpenSoraInferenceSettings
 from families.open_sora.long_videos import Plan, Video, VideoNetworks, check_clip_frames, condition_of, total_frames
 from families.open_sora.prompts import ClipPrompt, append_scores, parse_prompt
@@ -27,26 +28,29 @@ from warpcore.idle_keys import Need
 from warpcore.keys import Place
 from warpcore.text import shortened
 
-SAMPLERS = ("euler", "ddim", "ddpm", "euler_ancestral", "lcm")
-"""Those that look at one step alone: given frames join the others at any step."""
-MINI_CLIP, MINI_FPS = (17, 64, 64), 8.0
-"""What the mini learns where its run does not say it."""
+SAMPLERS = ("euler", "ddim", "ddpm", "euler_ancestral", "lcm", "iddpm", "dpm-solver")
+"""Those that look at one step alone, so that given frames join the others at any step; and one for none of these."""
 LONG = Need("loop above 1", lambda config: config.loop > 1)
 
 
 class OpenSoraTextToVideoConfig(OpenSoraInferenceSettings, TextToVideoConfig):
-    """Keys of `inference/text_to_video.py` for Open-Sora 1.2."""
+    """Keys of `inference/text_to_video.py` for Open-Sora."""
 
-    needs = {"condition_frame_length": LONG, "condition_frame_edit": LONG}
+    needs = {"condition_frame_length": LONG, "condition_frame_edit": LONG, "guidance_channels": GUIDED}
 
     batch_size: MicroBatchSize = 1
     """Videos that go through the network at once."""
     steps: Steps = 30
-    """Sampling steps."""
+    """Sampling steps; by default 100 of `iddpm`, 20 of `dpm-solver`."""
+    guidance_channels: PositiveInt | None = None
+    """Guide the first of this number of channels only; by default as published: three of four with `iddpm`, else
+    all."""
     guidance: NonNegativeFloat | None = 7.0
     """Classifier-free guidance: 1 follows the prompt as trained and computes none, more follows it harder."""
     sampler: Literal[SAMPLERS] = "euler"
-    """`euler` is the published one, and the same as `ddim` here; the others draw further noise."""
+    """Of 1.2 `euler` is the published one, and the same as `ddim` here. Of 1.0 and 1.1 it is `iddpm`, which is their
+    default; `dpm-solver` (also `dmp-solver`) needs the fewest steps, and takes no given frames. The others draw
+    further noise."""
     shift: PositiveFloat = 1.0
     """Moves times towards more noise (> 1), beside what `use_timestep_transform` does."""
     lora: list[Place] = []
@@ -81,6 +85,11 @@ class OpenSoraTextToVideoConfig(OpenSoraInferenceSettings, TextToVideoConfig):
     """Clean prompts before T5 reads them, as the published program does: lower case, without links, markup and file
     names."""
 
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _spelling(cls, value: Any) -> Any:
+        return MISSPELT.get(value, value) if isinstance(value, str) else value
+
     @field_validator("mask_strategy", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
@@ -90,7 +99,16 @@ class OpenSoraTextToVideoConfig(OpenSoraInferenceSettings, TextToVideoConfig):
     def _possible(self) -> Self:
         if self.generator_checkpoint_path is None:
             raise ValueError("no weights of the denoiser: give run or generator_checkpoint_path")
+        self.check_sampler("sampler", self.sampler)
+        if self.sampler == "dpm-solver" and (self.loop > 1 or self.reference_path):
+            raise ValueError("sampler: dpm-solver takes no given frames, as loop and reference_path have: write iddpm")
+        if (self.guidance_channels or 0) > (channels := self.version.network["in_channels"]):
+            raise ValueError(f"guidance_channels: {self.guidance_channels} of {channels} channels: write fewer")
         return self
+
+    @classmethod
+    def with_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return as_published(values, {"sampler": "sampler", "steps": "steps"})
 
     @property
     def of_run(self) -> Mapping[str, Any]:
@@ -106,11 +124,11 @@ class OpenSoraTextToVideoConfig(OpenSoraInferenceSettings, TextToVideoConfig):
         if frames := saved.get("num_frames"):
             side = saved["image_size"]
             return (frames, side, side) if isinstance(side, int) else (frames, side[1], side[0])  # saved as [W, H]
-        return super().default_clip if self.version.is_published else MINI_CLIP
+        return self.version.clip
 
     @property
     def default_fps(self) -> float:
-        return self.of_run.get("frame_rate") or (DEFAULT_FPS if self.version.is_published else MINI_FPS)
+        return self.of_run.get("frame_rate") or self.version.fps
 
 
 class OpenSoraTextToVideo:
@@ -133,7 +151,8 @@ class OpenSoraTextToVideo:
             condition_of(shapes, frames, config.condition_frame_length) if config.loop > 1 else 0,
             config.condition_frame_edit, self._read_as(config.negative_prompt), config.shift,
             {"steps": config.steps, "sampler": config.sampler,
-             "guidance": None if config.guidance == 1 else config.guidance},
+             "guidance": None if config.guidance == 1 else config.guidance,
+             "guidance_channels": config.guidance_channels or config.guided_channels(config.sampler)},
         )  # fmt: skip
         self.total_frames = total_frames(shapes, self.plan)
         size = tuple(side // shapes.compression * shapes.compression for side in (height, width))
@@ -151,9 +170,11 @@ class OpenSoraTextToVideo:
         late = [loop for loop, _ in prompt.texts if loop >= config.loop]
         if late:
             raise UserError(f"loop {late[0]} of {config.loop}; give loop={late[-1] + 1}")
+        if prompt.placements and config.sampler == "dpm-solver":
+            raise UserError("sampler: dpm-solver takes no given frames: write iddpm")
         lengths = [shapes.latent_frames(len(self.references[place])) for place in prompt.references]
         frames = shapes.latent_frames(config.clip_frames)
-        check_placements(prompt.placements, lengths, frames, config.loop, shapes.align)
+        check_placements(prompt.placements, lengths, frames, config.loop, shapes.align or 1)
 
     def _references(self, size: tuple[int, int]) -> dict[str, Any]:
         """The frames of all references, by what names them."""

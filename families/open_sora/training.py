@@ -1,8 +1,9 @@
-"""What the training scripts of Open-Sora 1.2 share: networks, conditions, given frames, the loss, drawing."""
+"""What the training scripts of Open-Sora share: networks, conditions, given frames, the loss, drawing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from families.common.autoencoders import LatentScale
 from families.common.cache import Shape
 from families.common.clip_training import CLIP_SETTINGS, ClipTraining
-from families.common.features import Feature, lengths_name, stored
+from families.common.features import CAPTION_SETTINGS, Feature, lengths_name, stored
 from families.common.pictures import to_pictures, to_uint8
 from families.common.prompt_samples import PromptSamples
 from families.common.sampling import sample_seeds
@@ -19,8 +20,8 @@ from families.common.weight_files import GENERATOR
 from families.common.weights import are_only_shapes, check_names
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder, autoencoder_files, latents_of
-from families.open_sora.conditions import FEATURE, Conditions, TargetAlone, of_clips, told
-from families.open_sora.config import DEFAULT_FPS, TARGET, OpenSoraConfig
+from families.open_sora.conditions import FEATURE, Conditions, Denoiser, of_clips, told
+from families.open_sora.config import OpenSoraConfig
 from families.open_sora.files import MODEL, published_run, read_average
 from families.open_sora.sampling import draw_clips
 from warpcore.core import Losses, Sampled
@@ -36,17 +37,16 @@ Inputs = tuple[Tensor, Conditions]
 
 
 class OpenSoraTraining(ClipTraining, PromptSamples):
-    """Trains the denoiser of Open-Sora 1.2, or what steers it."""
+    """Trains the denoiser of Open-Sora, or what steers it."""
 
     config: OpenSoraConfig
     family = "open_sora"
     drawn_with = frozenset({"autoencoder"})
-    default_target = TARGET
     taken_over: str | None = None
     """What was taken over of a checkpoint of the published program, as a line."""
 
     def said_target(self) -> str | None:
-        return TARGET
+        return self.config.version.target
 
     def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
         return build.process(self.config, loss_weight, self.config.offset_noise)
@@ -93,11 +93,19 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
     def encoders(self) -> dict[str, Callable[[], nn.Module]]:
         return {
             "autoencoder": partial(autoencoder, self.config),
-            "text": partial(build.text_encoder, self.config, self.device),
+            "text": partial(build.text_encoder, self.config, self.device, self.config.version.cleans_captions),
         }
 
     def network_files(self, network: str) -> list[Path]:
         return build.text_files(self.config) if network == "text" else autoencoder_files(self.config)
+
+    @property
+    def caption_settings(self) -> tuple[str, ...]:
+        cleaned = ("cleans_captions",) if self.config.version.cleans_captions else ()
+        return (*CAPTION_SETTINGS, *cleaned)
+
+    def feature_setting(self, name: str) -> Any:
+        return True if name == "cleans_captions" else super().feature_setting(name)
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -158,29 +166,30 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
         dropped = random.uniform("caption dropout") < self.config.caption_dropout
         return self.denoising_loss(
             latents, random,
-            partial(self.networks["generator"], **conditions, dropped=dropped, target_alone=True),
+            partial(self.denoiser, **conditions, dropped=dropped),
             shift=build.time_shift(self.config, conditions["height"], conditions["width"], latents.shape[2]),
             noised=None if noised is None else noised[:, None, :, None, None],
         )  # fmt: skip
 
     @property
-    def target_alone(self) -> TargetAlone:
-        return TargetAlone(self.networks["generator"])
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self.networks["generator"], self.config.version)
 
     # ---------------------------------------------------------------- drawing
 
     def draw(self, prompts: list[str], size: Sequence[int], fps: Tensor | None = None) -> dict[str, np.ndarray]:
         """Clips of prompts, uint8 (B, T, H, W, 3) each, of `size` (T, H, W) in px; fps: (B,), 0 of pictures."""
         config, autoencoder = self.config, self.networks["autoencoder"]
-        fps = torch.full((len(prompts),), config.frame_rate or DEFAULT_FPS) if fps is None else fps
+        fps = torch.full((len(prompts),), config.frame_rate or config.version.fps) if fps is None else fps
         conditions = told(self.text_conditions(prompts), config.version.text_length)
         frames = autoencoder.latent_frames(size[0])
         latents = draw_clips(
-            self.diffusion, self.target_alone, conditions | of_clips(size, to_device(fps, self.device)),
+            self.diffusion, self.denoiser, conditions | of_clips(size, to_device(fps, self.device)),
             (autoencoder.latent_channels, frames, *(side // autoencoder.compression for side in size[1:])),
             sample_seeds(config.seed, len(prompts)),
             shift=build.drawing_shift(config, size, frames), steps=config.sample_steps,
             sampler=config.sample_sampler, guidance=config.sample_guidance,
+            guidance_channels=config.guided_channels(config.sample_sampler),
         )  # fmt: skip
         return {"sample": to_pictures(autoencoder.decoded_clips(latents, size[0]))}
 
@@ -188,7 +197,7 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
         config = self.config
         if config.sample_prompts:
             prompts, size = config.sample_prompts[: config.sample_count], self.largest_bucket
-            return Sampled.rows(prompts, self.draw(prompts, size), fps=config.frame_rate or DEFAULT_FPS)
+            return Sampled.rows(prompts, self.draw(prompts, size), fps=config.frame_rate or config.version.fps)
         prompts, fps = held_out.captions[: config.sample_count], held_out.columns["fps"][: config.sample_count]
         shown = {} if held_out.images is None else {"clip": to_uint8(held_out.images[: len(prompts)])}
         rate = float(fps.cpu().max()) or Sampled.fps  # they move together in one sheet

@@ -19,10 +19,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "inference").glob("*.y
 NEEDED = {
     "class_to_image": (LatteClassToImage.Config, {"classes": ["YoYo"]}),
     "text_to_image": (CascadeTextToImageConfig, {"prompts": ["a"], "generator_checkpoint_path": "c.safetensors"}),
-    "text_to_video": (
-        OpenSoraTextToVideoConfig,
-        {"prompts": ["a"], "generator_checkpoint_path": "a", "model_version": "XL/2"},
-    ),
+    "text_to_video": (OpenSoraTextToVideoConfig, {"prompts": ["a"], "generator_checkpoint_path": "a"}),
     "reconstruct": (CascadeReconstructConfig, {"pictures": ["a"], "stage_b_checkpoint_path": "b.safetensors"}),
 }
 """A script's keys, and those that it wants from the command line or from weights on the disk."""

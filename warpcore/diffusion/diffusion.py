@@ -15,6 +15,7 @@ from warpcore.diffusion.sampler import Sampler
 from warpcore.diffusion.samplers import DDIMSampler
 from warpcore.diffusion.scalers import Scaler
 from warpcore.diffusion.schedules import Schedule
+from warpcore.diffusion.tables import TableSchedule
 from warpcore.diffusion.targets import EpsilonTarget, Target
 from warpcore.diffusion.times import Steps
 from warpcore.errors import UserError
@@ -121,6 +122,15 @@ class GDF:
             loss_weight=self.loss_weight(logsnr, shift=loss_shift),
             x0=x0,
         )
+
+    def given(self, diffused: Diffused) -> Tensor:
+        """What the network sees of parts that are given: the signal; of discrete timesteps, with the noise of the
+        first one, at which it is told that they are."""
+        if not isinstance(self.schedule, TableSchedule):
+            return diffused.x0
+        first = self.schedule(torch.zeros(1, dtype=torch.int64)).to(diffused.logsnr.dtype)
+        a, b = self.input_scaler.weights(to_device(first, diffused.x0.device), diffused.x0)
+        return a * diffused.x0 + b * diffused.noise
 
     def loss(self, diffused: Diffused, prediction: Tensor, mask: Tensor | None = None) -> DenoisingLoss:
         """The loss of each sample: the mean squared error of the target over all dimensions, times the loss weight.

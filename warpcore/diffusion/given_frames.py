@@ -12,8 +12,8 @@ class GivenFrames(Sampler):
 
     A frame of share s joins at the first step whose time is s or below, noised to that time: 0 keeps it to the end, 1
     draws it from noise alone, and what is between changes it the more, the higher it is. The drawing begins with noise
-    in frames of share 1, and with the given signal in others; a straight flow is assumed, whose time is the share of
-    the noise.
+    in frames of share 1, and with the given signal in others. Times are those of a straight flow, which are the share
+    of the noise, or with `by_steps` the share of the steps that are left, the joining one not counted.
 
     Args:
         sampler: one that looks at one step alone, such as DDIM; frames that join have no steps before.
@@ -23,9 +23,10 @@ class GivenFrames(Sampler):
     Attributes: `noised` (B, T) bool: the frames that take part in the step to come, for the network's `x_mask`.
     """
 
-    def __init__(self, sampler: Sampler, shares: Tensor, device: torch.device | str = "cpu"):
+    def __init__(self, sampler: Sampler, shares: Tensor, device: torch.device | str = "cpu", by_steps: bool = False):
         super().__init__(sampler.scaler)
         self.sampler, self.shares, self.device = sampler, shares, torch.device(device)
+        self.by_steps = by_steps
         self.needs_variance = sampler.needs_variance
         self.noised = to_device(shares >= 1, self.device)
 
@@ -33,7 +34,9 @@ class GivenFrames(Sampler):
         order = self.sampler.start(logsnrs)
         if order != list(range(len(logsnrs))):
             raise ValueError(f"{type(self.sampler).__name__} asks twice about a step; frames cannot join it")
-        times = (-logsnrs[1:-1] / 2).sigmoid()[:, None, None]  # of the noise, where the second step begins, ...
+        left = torch.arange(len(logsnrs) - 3, -1, -1) / (len(logsnrs) - 1)  # after the second step, ...
+        times = left if self.by_steps else (-logsnrs[1:-1] / 2).sigmoid()  # of the noise, where that begins, ...
+        times = times[:, None, None]
         from_start = (self.shares >= 1)[None]
         noised = torch.cat([from_start, from_start | ((self.shares > 0) & (self.shares >= times))])
         joins = noised[1:] & ~noised[:-1]

@@ -156,7 +156,7 @@ class Causal:
 def test_without_windows_references_are_encoded_for_their_place(frames, strategy, found):
     clip = torch.arange(frames, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
     latents, shares = given_frames(
-        torch.full((2, 5, 1, 1), -1.0), [clip], parse_mask_strategy(strategy), Causal(), 0, 1
+        torch.full((2, 5, 1, 1), -1.0), [clip], parse_mask_strategy(strategy), Causal(), 0, None
     )
     seen = [tuple(map(int, one)) for one in latents[:, :, 0, 0].T.tolist()]
     assert seen == [(-1, -1) if one is None else one for one in found]

@@ -170,6 +170,6 @@ def test_networks_that_do_not_fit_are_refused(small_mini, tmp_path):
     data = write_clips(tmp_path / "a.tar", 4, frames=9)
     save_file(random_network(in_channels=16).state_dict(), tmp_path / "other.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "none.safetensors")
-    for name, told in (("other", "x_embedder.proj.weight is"), ("none", "holds no STDiT3: ")):
+    for name, told in (("other", "x_embedder.proj.weight is"), ("none", "holds no STDiT, STDiT2 or STDiT3: ")):
         with pytest.raises(UserError, match=f"generator_checkpoint_path: .*{name}.safetensors .*{told}"):
             trained(small_settings(tmp_path, data, generator_checkpoint_path=str(tmp_path / f"{name}.safetensors")))
