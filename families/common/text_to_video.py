@@ -146,6 +146,8 @@ def in_groups(processes: Processes, heads: int, wanted: int | None) -> Processes
     Raises:
         UserError: groups of that size can't be.
     """
+    if wanted and heads == 1 < wanted:
+        raise UserError("sequence_shards: this network can't share the tokens of a video; remove the key")
     if wanted and heads % wanted:
         fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         raise UserError(

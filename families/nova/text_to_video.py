@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from pydantic import NonNegativeFloat, model_validator
+from torch.distributed import ProcessGroup
 
 from families.common.pictures import read_picture, to_pictures
 from families.common.text_to_video import SEVERAL_FRAMES, Finished, TextToVideoConfig
@@ -70,6 +71,7 @@ class NovaTextToVideo:
     """Draws clips with NOVA; see `families.common.text_to_video.TextToVideo`."""
 
     Config = NovaTextToVideoConfig
+    heads = 1  # its groups of tokens are drawn one after another: there is nothing to share
 
     def __init__(self, config: NovaTextToVideoConfig):
         self.config, self.titles, self.networks = config, config.all_prompts, NovaNetworks(config)
@@ -86,8 +88,10 @@ class NovaTextToVideo:
         )
         self.first = [(read_picture(path, config.size_px) * 255).round().byte() for path in config.first_frames]
 
-    def draw(self, prompts: Sequence[int], seeds: Sequence[int], finished: Finished) -> None:
-        """A clip for each of some prompts, by their numbers, and its seed."""
+    def draw(
+        self, prompts: Sequence[int], seeds: Sequence[int], finished: Finished, group: ProcessGroup | None = None
+    ) -> None:
+        """A clip for each of some prompts, by their numbers, and its seed; see `TextToVideo`."""
         first = [self.first[number % len(self.first)] for number in prompts] if self.first else None
         self.networks.draw(
             [self.titles[number] for number in prompts], seeds, self.plan,
