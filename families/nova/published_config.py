@@ -68,7 +68,9 @@ PRECISIONS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"
 OWN_KEYS = ("video_mixer_rank", "rotary_pos_embed")
 """Numbers of a network that are keys here; `model_version` stands for the others."""
 OF_SIZE = ("image_size", "image_base_size", "video_base_size")
-"""Numbers that follow from `image_size`."""
+"""Numbers that follow from `image_size`; the first one of `video_base_size` is that of the network."""
+LISTS = {"arch": 3, "image_base_size": 2, "video_base_size": 3}
+"""Numbers of a network that are lists, and how long these are."""
 TOKEN_PX = 16
 """Pixels per token and side of published networks."""
 FRAME_STRIDE = 2
@@ -167,15 +169,20 @@ def _networks(theirs: Mapping[str, Any], made: ConvertedConfig) -> None:
             made.values[MODULES[name]] = str(place)
         elif place:
             made.not_taken[f"PIPELINE.MODULES.{name}"] = MODULES_NOT_TAKEN.get(name, "no network here has this part")
-    numbers = _numbers(theirs, places["transformer"])
+    saved = _saved_numbers(places["transformer"])
+    numbers = saved | theirs["MODEL.CONFIG"]
+    _check_lists(numbers)
     version = version_of(numbers) if "arch" in numbers else None
     if "arch" in theirs["MODEL.CONFIG"] and version is None:
         raise ValueError(f"MODEL.CONFIG: no network here has these numbers; there is {', '.join(VERSIONS)}")
-    named = (name for name in VERSIONS if name in str(places["transformer"]))
-    version = version or next(named, usual)
+    published = (name for name, one in VERSIONS.items() if one.is_published)
+    version = version or next((name for name in published if name in str(places["transformer"])), usual)
     of_version = VERSIONS[version]
+    if kind == "text to video" and not of_version.draws_clips:
+        raise ValueError(f"PIPELINE.TYPE: {theirs['PIPELINE.TYPE']} trains on clips, but weights or MODEL.CONFIG are "
+                         f"those of {version}, which draws pictures: name weights of a network of clips")  # fmt: skip
     own = {key: numbers[key] for key in OWN_KEYS if numbers.get(key)}
-    _check_numbers(theirs["MODEL.CONFIG"], version)
+    _check_numbers(theirs["MODEL.CONFIG"], version, {**of_version.network, **saved})
     height, width = (
         TOKEN_PX * tokens for tokens in numbers.get("image_base_size", of_version.network["image_base_size"])
     )
@@ -198,13 +205,20 @@ def _networks(theirs: Mapping[str, Any], made: ConvertedConfig) -> None:
         )
 
 
-def _check_numbers(given: Mapping[str, Any], version: str) -> None:
-    """Raise ValueError where a network is to have numbers that none here has."""
-    network = VERSIONS[version].network
+def _check_lists(numbers: Mapping[str, Any]) -> None:
+    for name, length in LISTS.items():
+        value = numbers.get(name, [0] * length)
+        sizes = name == "arch" or (isinstance(value, list) and all(isinstance(one, int) for one in value))
+        if not isinstance(value, list) or len(value) != length or not sizes:
+            raise ValueError(f"MODEL.CONFIG.{name}: found {brief(value)}, where a list of {length} is needed")
+
+
+def _check_numbers(given: Mapping[str, Any], version: str, network: Mapping[str, Any]) -> None:
+    """Raise ValueError where a network is to have other numbers than it has here."""
     for name, value in given.items():
-        if name in (*OWN_KEYS, *OF_SIZE):
-            continue
         here = network.get(name)
+        if name in OWN_KEYS or (name in OF_SIZE and (name != "video_base_size" or value[0] == here[0])):
+            continue
         if (list(here) if isinstance(here, tuple) else here) != value:
             raise ValueError(
                 f"MODEL.CONFIG.{name}: found {brief(value)}, but model_version {version} has {brief(here)}"
@@ -221,15 +235,14 @@ def _has_states(records: Path) -> bool:
     return isinstance(features, dict) and isinstance(features.get("caption"), dict)
 
 
-def _numbers(theirs: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """What is known of the network's constructor numbers: those of its folder, where that is here, and the config's
-    own."""
+def _saved_numbers(place: str) -> dict[str, Any]:
+    """What is known of the constructor numbers of the network in a folder, where that is here."""
     folder = component_folder(Path(place), PART) if place else None
     try:
         saved = read_config(folder, "MODEL.WEIGHTS") if folder is not None and folder.is_dir() else None
     except UserError as error:
         raise ValueError(str(error)) from None
-    return (saved or {}) | theirs["MODEL.CONFIG"]
+    return saved or {}
 
 
 def _batches(theirs: Mapping[str, Any], made: ConvertedConfig) -> None:
@@ -278,8 +291,8 @@ def _rates(theirs: Mapping[str, Any], made: ConvertedConfig) -> None:
 def _steps(theirs: Mapping[str, Any], warm_up: int, factor: float) -> dict[str, Any]:
     """A rate that falls at some updates, as cycles in each of which it is constant."""
     falls = theirs["SOLVER.DECAY_STEPS"]
-    if not all(isinstance(one, int) and one > 0 for one in falls) or falls != sorted(set(falls)):
-        raise ValueError(f"SOLVER.DECAY_STEPS: found {brief(falls)}, where numbers that grow are needed")
+    if not all(isinstance(one, int) and one > 1 for one in falls) or falls != sorted(set(falls)):
+        raise ValueError(f"SOLVER.DECAY_STEPS: found {brief(falls)}, where numbers from 2 that grow are needed")
     factors = [theirs["SOLVER.DECAY_GAMMA"] ** i for i in range(len(falls) + 1)]
     begins = [0, *(fall - 1 for fall in falls)]  # the last number of a cycle belongs to it
     lengths = [end - begin for begin, end in pairwise(begins)]

@@ -16,6 +16,7 @@ SIZES = {
 """Keys that repeat what the training says, and ours for them."""
 OFFLOADED = ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device")
 REASONS = {
+    **dict.fromkeys(OFFLOADED, "fsdp_cpu_offload moves to the CPU alone, and only what FSDP parts"),
     "zero_optimization.offload_optimizer.": "fsdp_cpu_offload has no such setting",
     "zero_optimization.offload_param.": "fsdp_cpu_offload has no such setting",
     "zero_optimization.": "FSDP gathers and shards block by block, without such settings",
@@ -50,9 +51,11 @@ def convert(
             f"{PREFIX}zero_optimization.stage: found {brief(stage)}; there is {', '.join(map(str, STAGES))}"
         )
     values["use_fsdp"] = stage > 0
-    off = [name for name in OFFLOADED if left.pop(name, None) == CPU]
-    if off and stage:
+    if stage and CPU in map(left.get, OFFLOADED):
         values["fsdp_cpu_offload"] = True
+    for name in OFFLOADED:
+        if left.get(name) == "none" or (stage and left.get(name) == CPU):
+            del left[name]
     clip = left.pop("gradient_clipping", None)
     if clip not in (None, 0, "auto"):
         values["clip_grad_norm"] = clip
@@ -62,7 +65,8 @@ def convert(
         size = left.pop(name, "auto")
         if size not in ("auto", sizes[name]):
             raise ValueError(f"{PREFIX}{name}: found {brief(size)}, but the training says {sizes[name]}: remove one")
-    left.pop("bf16.enabled", None)
+    if left.get("bf16.enabled") is not True:
+        left.pop("bf16.enabled", None)
     why = {name: next(reason for begin, reason in REASONS.items() if name.startswith(begin)) for name in left}
     if stage in (1, 2):
         why["zero_optimization.stage"] = (

@@ -78,6 +78,11 @@ def test_a_configuration_of_the_guide_becomes_ours(tmp_path):
         assert line in text
 
 
+def test_a_folder_is_no_mini_because_of_its_name(tmp_path):
+    config, _ = written(tmp_path, GUIDE | {"MODEL": {"WEIGHTS": "/home/gemini/weights"}})
+    assert config.model_version == "d48w1024-osp480"
+
+
 def test_keys_behind_the_files_are_ours_and_win(tmp_path, monkeypatch, capsys):
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(GUIDE), encoding="utf-8")
     ours = tmp_path / "new" / "ours.yaml"
@@ -165,7 +170,18 @@ ZERO = {"zero_optimization": {"stage": 2}}
             },
             {"use_fsdp": True, "fsdp_cpu_offload": True, "clip_grad_norm": 1.5, "dtype": "bfloat16"},
             ["overlap_comm: FSDP gathers", "offload_optimizer.pin_memory: fsdp_cpu_offload has",
-             "steps_per_print: nothing here has such a setting", "optimizer.type: the other program gives"],
+             "steps_per_print: nothing here has such a setting", "optimizer.type: the other program gives",
+             "bf16.enabled: dtype says what is computed in; weights"],
+        ),
+        (
+            {"zero_optimization": {
+                "stage": 3, "offload_param": {"device": "nvme"}, "offload_optimizer": {"device": "none"},
+            }},
+            {"fsdp_cpu_offload": False}, ["offload_param.device: fsdp_cpu_offload moves to the CPU alone"],
+        ),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            {"use_fsdp": False, "fsdp_cpu_offload": False}, ["offload_optimizer.device: fsdp_cpu_offload moves"],
         ),
         ({**ZERO, "fp16": {"enabled": True, "loss_scale": 0}}, {"dtype": "float16"}, ["fp16.loss_scale: float16"]),
     ],
@@ -188,9 +204,13 @@ def test_zero_becomes_fsdp(tmp_path, deepspeed, keys, named):
         ({"MODEL": {"PRECISION": "int8"}}, None, "MODEL.PRECISION: found 'int8'; there is bfloat16"),
         ({"MODEL": {"CONFIG": {"arch": ["a", "b", "c"]}}}, None, "MODEL.CONFIG: no network here has these"),
         ({"MODEL": {"CONFIG": {"image_dim": 8}}}, None, "MODEL.CONFIG.image_dim: found 8, but model_version"),
+        ({"MODEL": {"CONFIG": {"video_base_size": [9, 15, 24]}}}, None, r"video_base_size: found \[9, 15, 24\], but"),
+        ({"MODEL": {"CONFIG": {"image_base_size": 30}}}, None, "image_base_size: found 30, where a list of 2 is"),
+        ({"MODEL": {"WEIGHTS": "w/nova-d48w1024-sdxl1024"}}, None, "t2v trains on clips, but weights or MODEL.CONFIG"),
         ({"SOLVER": {"OPTIMIZER": "SGD"}}, None, "SOLVER.OPTIMIZER: found 'SGD'; there is AdamW"),
         ({"SOLVER": {"BASE_LR": 0}}, None, "SOLVER.BASE_LR: found 0, where a number above 0"),
         ({"SOLVER": {"BASE_RL": 1}}, None, "SOLVER.BASE_RL: no key .*; did you mean SOLVER.BASE_LR"),
+        ({"SOLVER": {"DECAY_STEPS": [1, 2], "LR_POLICY": "steps_with_decay"}}, None, "DECAY_STEPS: found .1, 2., wh"),
         ({"SOLVER": {"DECAY_STEPS": [2, 1], "LR_POLICY": "steps_with_decay"}}, None, "DECAY_STEPS: found .2, 1."),
         ({"SOLVER": {"LR_POLICY": "poly"}}, None, "SOLVER.LR_POLICY: found 'poly'; there is cosine_decay"),
         ({"NUM_GPUS": True}, None, "NUM_GPUS: found True, where a whole number"),
