@@ -1,6 +1,7 @@
 """Records of the published caches of NOVA as samples of a training here."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from warpcore.errors import UserError
 
 NEEDED = ("moments", "shape")
 """What a record has in any case."""
-KNOWN = (*NEEDED, "caption", "text", "flow", "label")
+ENCODED = {"data": bytes, "shape": list}
+KINDS = {
+    "moments": [bytes], "shape": [list], "caption": [str, ENCODED], "text": [str, ENCODED], "flow": [float, int],
+    "label": [int],
+}  # fmt: skip
+"""What is read of a record, and of which type each may be."""
 STATES = "states of a short text, beside those of a caption"
 
 
@@ -35,19 +41,35 @@ def imported_records(folder: Path) -> Iterator[ImportedRecord]:
                 f"{folder / METADATA} has the features {', '.join(record)}, but {' and '.join(missing)} "
                 "is missing: it is no cache of NOVA's moments"
             )
+        if wrong := [name for name, kinds in KINDS.items() if name in record and _kind(record[name]) not in kinds]:
+            raise UserError(
+                f"{folder / METADATA} has {', '.join(wrong)} of another type than NOVA's caches, where moments are "
+                "BYTES, shape [INT64], caption and text STRING, or states and their shape, flow FLOAT32, label INT64"
+            )
         yield _sample(record)
 
 
+def _kind(value: Any) -> Any:
+    """The type of a value of a record; of a list of other things than whole numbers None."""
+    if isinstance(value, dict):
+        return {name: _kind(one) for name, one in value.items()}
+    return type(value) if not isinstance(value, list) or all(isinstance(one, int) for one in value) else None
+
+
 def _sample(record: Record) -> ImportedRecord:
-    found = ImportedRecord(not_taken=[name for name in record if name not in KNOWN])
+    found = ImportedRecord(not_taken=[name for name in record if name not in KINDS])
     caption, text = record.get("caption"), record.get("text") or ""
     try:
         found.features[MOMENTS] = _moments(record)
         if isinstance(caption, dict):
             found.features[TEXT] = _states(caption)
-            found.not_taken += [STATES] if isinstance(text, dict) and text["data"] else []
+        if not math.isfinite(record.get("flow", 0.0)):
+            raise ValueError("its flow is not finite")
     except ValueError as error:
         return ImportedRecord(problem=str(error))
+    if isinstance(text, dict):
+        found.not_taken += [STATES] if text["data"] else []
+        text = ""
     found.fps = DEFAULT_FPS if found.features[MOMENTS].shape[1] > 1 else 0.0
     fields = {name: record[name] for name in ("flow", "label") if name in record}
     if isinstance(caption, str):

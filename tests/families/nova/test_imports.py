@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from families.nova.imports import imported_records
 from tests.tools.test_cache_reuse import members
 from tests.warpcore.runs import read_metrics, tiny_settings, write_shard
 from tools import build_dataset, cache
@@ -195,6 +196,32 @@ def test_a_folder_that_is_damaged_becomes_no_tars(made, tmp_path, damage, messag
     with pytest.raises(UserError, match=message):
         imported(tmp_path / "records", tmp_path / "out", of_training)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"shape": 4}, "shape"), ({"caption": 3, "text": b"x"}, "caption, text"), ({"caption": {"x": 3}}, "caption"),
+        ({"text": [1]}, "text"), ({"flow": "much"}, "flow"), ({"moments": "abc"}, "moments"),
+    ],
+)  # fmt: skip
+def test_features_of_another_type_are_named(tmp_path, changes, wrong):
+    folder = write_records(tmp_path / "records", [record(np.zeros((32, 2, 2)), caption="a") | changes])
+    with pytest.raises(UserError, match=f"METADATA has {wrong} of another type than NOVA's caches"):
+        list(imported_records(folder))
+
+
+def test_a_motion_score_that_is_no_number_leaves_its_record_out(tmp_path):
+    folder = write_records(tmp_path / "records", [record(np.zeros((32, 2, 2)), caption="a", flow=float("nan"))])
+    assert [one.problem for one in imported_records(folder)] == ["its flow is not finite"]
+
+
+def test_states_of_a_text_beside_a_caption_are_no_text_of_it(tmp_path):
+    text = {"data": np.zeros(64, np.float16).tobytes(), "shape": [1, 64]}
+    folder = write_records(tmp_path / "records", [record(np.zeros((32, 2, 2)), caption="One. Two.", text=text)])
+    (found,) = imported_records(folder)
+    assert json.loads(found.members["json"]) == {"text": "One."}
+    assert found.not_taken == ["states of a short text, beside those of a caption"]
 
 
 @pytest.mark.slow
