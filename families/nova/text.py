@@ -93,5 +93,16 @@ class PhiTextEncoder(LoadedTextEncoder):
         """The last hidden states of tokens, after the final norm; zeros after a text. `pooled` is None."""
         mask = to_device(tokens.mask, self.device)
         with self.in_own_precision():
-            hidden = self.model(to_device(tokens.ids, self.device), use_cache=False).last_hidden_state
+            ids = to_device(tokens.ids, self.device)
+            earlier = hiding_later(*ids.shape, self.model.embed_tokens.weight.dtype, self.device)
+            hidden = self.model(ids, attention_mask=earlier, use_cache=False).last_hidden_state
         return TextConditions(hidden * mask[..., None], None, mask)
+
+
+def hiding_later(texts: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to attention scores (B, 1, N, N), so that a token sees itself and earlier ones.
+
+    Without it the library asks the places of tokens what they hide, which would wait for the GPU.
+    """
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
+    return torch.zeros_like(later, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min).expand(texts, 1, -1, -1)
