@@ -11,20 +11,23 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
     """(micro-batch size, accumulation steps) for `batch_size` over the processes; where buckets have micro-batch sizes
     of their own, (None, steps).
 
+    Args:
+        num_processes: those that have data of their own; where several compute each sample together, groups of them.
+
     Raises:
         UserError: the numbers do not divide, or contradict each other.
     """
     if config.own_micro_batches is not None:
-        return None, _split_micro_batches(config.own_micro_batches, num_processes)
+        return None, _split_micro_batches(config, num_processes)
     batch, micro, steps = config.batch_size, config.micro_batch_size, config.grad_accum_steps
-    goes_on = micro is None and bool(saved)
+    goes_on, everyone = micro is None and bool(saved), _named(config, num_processes)
     if goes_on:
         micro, steps = saved["micro_batch_size"], None
     if micro is None:
         parts = num_processes * (steps or 1)
         if batch % parts:
             raise UserError(
-                f"batch_size {batch} does not divide by {num_processes} processes x {steps or 1} grad_accum_steps: "
+                f"batch_size {batch} does not divide by {everyone} x {steps or 1} grad_accum_steps: "
                 f"write batch_size: {batch // parts * parts or parts} or {(batch // parts + 1) * parts}"
             )
         if batch // parts > MAX_MICRO_BATCH:
@@ -36,35 +39,47 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
     if batch % (micro * num_processes):
         fitting = fitting_sizes(batch, num_processes)
         if goes_on:
-            whole = [] if batch % micro else divisors(batch // micro)
-            fewer = f"start {' or '.join(map(str, whole))} process{'es' * (whole != [1])}, or " if whole else ""
+            fewer = "" if batch % micro else f"start {_starts(config, batch // micro)}, or "
             fresh = f", or on_data_change: new_epoch and micro_batch_size: {fitting[-1]}" if fitting else ""
             raise UserError(
                 f"batch_size {batch} does not divide by the micro-batches of {micro} that the run began with x "
-                f"{num_processes} processes: {fewer}write batch_size: "
+                f"{everyone}: {fewer}write batch_size: "
                 f"{micro * num_processes * math.ceil(batch / (micro * num_processes))}{fresh}"
             )
         raise UserError(
-            f"batch_size {batch} does not divide by micro_batch_size {micro} x {num_processes} processes: "
+            f"batch_size {batch} does not divide by micro_batch_size {micro} x {everyone}: "
             + (f"write micro_batch_size: {' or '.join(map(str, fitting))}" if fitting else "use fewer processes")
         )
     derived = batch // (micro * num_processes)
     if steps is not None and steps != derived:
         raise UserError(
-            f"grad_accum_steps {steps} contradicts batch_size {batch} / (micro_batch_size {micro} x {num_processes} "
-            f"processes) = {derived}: remove grad_accum_steps"
+            f"grad_accum_steps {steps} contradicts batch_size {batch} / (micro_batch_size {micro} x {everyone}) = "
+            f"{derived}: remove grad_accum_steps"
         )
     return micro, derived
 
 
-def _split_micro_batches(per_update: int, num_processes: int) -> int:
+def _split_micro_batches(config: Config, num_processes: int) -> int:
+    per_update = config.own_micro_batches
     if per_update % num_processes:
         near = max(per_update // num_processes, 1) * num_processes
         raise UserError(
-            f"micro_batches_per_update {per_update} does not divide by {num_processes} processes: write "
-            f"micro_batches_per_update: {near}, or start {' or '.join(map(str, divisors(per_update)))} processes"
+            f"micro_batches_per_update {per_update} does not divide by {_named(config, num_processes)}: write "
+            f"micro_batches_per_update: {near}, or start {_starts(config, per_update)}"
         )
     return per_update // num_processes
+
+
+def _named(config: Config, num_processes: int) -> str:
+    """What errors call them."""
+    each = config.processes_per_sample
+    return f"{num_processes} {'' if each == 1 else f'groups of {each} (sequence_shards) '}processes"
+
+
+def _starts(config: Config, number: int) -> str:
+    """How many processes may be started for a number of micro-batches."""
+    counts = [one * config.processes_per_sample for one in divisors(number)]
+    return f"{' or '.join(map(str, counts))} process{'es' * (counts != [1])}"
 
 
 def fitting_sizes(batch_size: int, num_processes: int) -> list[int]:

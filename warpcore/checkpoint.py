@@ -76,6 +76,7 @@ class Checkpoints:
         self.processes = processes
         self.keep_last = keep_last
         self.export_dtype, self.export_bytes = export_dtype, export_bytes
+        self._read_only = read_only
         self._place = AnotherRun(folder) if read_only else _place(folder, url)
         self._whole: int | None = None
         self._files: Mapping[str, Mapping] = {}
@@ -125,6 +126,8 @@ class Checkpoints:
             problems[update] = problem
         if problems:
             told = "; ".join(f"update {update}: {problem}" for update, problem in problems.items())
+            if self._read_only:
+                raise CheckpointError(f"load: no checkpoint in {self._place.name} is whole ({told}): name another run")
             raise CheckpointError(
                 f"no checkpoint of this run is whole ({told}). Restore one, or remove {self._place.name}/state to "
                 "begin the run from scratch"

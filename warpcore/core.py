@@ -26,7 +26,6 @@ from warpcore.lr_schedules import lr_at
 from warpcore.metrics import Metrics
 from warpcore.parameter_groups import what_is_trained
 from warpcore.peers import explained, tell_once
-from warpcore.processes import Vote
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
 from warpcore.random import stable_hash
@@ -35,6 +34,7 @@ from warpcore.signals import STOPPED_EARLY, stop_signals
 from warpcore.tracking import make_tracker
 from warpcore.update_mean import UpdateMean
 from warpcore.use_case import UseCase
+from warpcore.votes import Vote
 
 __all__ = ["Losses", "Sampled", "WarpCore"]
 

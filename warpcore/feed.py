@@ -35,8 +35,6 @@ from warpcore.text import counted
 
 SURVEYED_ROWS = 1_000_000
 """Up to this number of rows, a run says at its start how many its filters leave; a pass over more takes too long."""
-
-
 MARKS = 3
 """A fault is known to all processes two updates later at the latest."""
 
@@ -102,8 +100,9 @@ class Feed:
     def batches(self) -> Iterator[Batch]:
         """Training batches of this process, endless, from the current position on.
 
-        Where one can't be read, `fault` says why, and the batch before it stands in for all that follow: the other
-        processes wait for this one in the middle of an update, which has to be completed, and then taken back.
+        Where one can't be read, `fault` says why, and the batch before it stands in for all that follow, also on
+        processes that compute each sample with this one: the others wait for them in the middle of an update, which
+        has to be completed, and then taken back.
         """
         planned = self.plan.micro_batches(
             rank=self.processes.data_rank, num_processes=self.processes.data_count, start=self._number,
@@ -114,12 +113,14 @@ class Feed:
         while True:
             try:
                 with _explained("training data"):
-                    batch = next(batches)
+                    read = next(batches)
             except Exception as error:  # of any kind: the run is saved before it ends with it
                 if batch is None:
                     raise
                 self.fault = self._marks[-1].update, error
+            if self.processes.any_beside(self.fault is not None):
                 break
+            batch = read
             self._lane_states[batch.lane] = batch.state
             self._lane_numbers[batch.lane] = batch.number
             self._number = batch.number - self.processes.data_rank + self.processes.data_count

@@ -79,6 +79,13 @@ class Processes:
         """`gather`, of one process for each share of the data, in their order."""
         return self.gather(value)[:: self.per_sample]
 
+    def any_beside(self, own: bool) -> bool:
+        """Whether something is so for any process of the `sequence_group` (collective there)."""
+        votes = torch.tensor(int(own))  # on the CPU, as a GPU's queue must not run dry
+        if self.sequence_group is not None:
+            dist.all_reduce(votes, group=self.sequence_group)
+        return bool(votes)
+
     def in_groups(self, number: int) -> "Processes":
         """The same, of which `number` neighbouring ones compute each sample together (collective).
 
@@ -137,32 +144,6 @@ class Processes:
             return None
         with _no_longer_than(self.timeout):
             return dist.new_group(backend="gloo", timeout=timeout or self.timeout)
-
-
-class Vote:
-    """Whether any process wants something: cast once per update and counted one update later, so that a GPU's queue
-    of work never runs dry for it."""
-
-    def __init__(self, processes: Processes):
-        self.processes = processes
-        self._cast: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
-
-    def cast(self, wanted: bool) -> bool:
-        """Vote; returns the outcome of the vote before, which all processes share. Alone, that of this one."""
-        if self.processes.count == 1:
-            return wanted
-        before = self._cast
-        votes = self.processes.sum(torch.full((), float(wanted), device=self.processes.device))
-        if votes.device.type == "cuda":
-            self._cast = votes.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
-        else:
-            self._cast = votes, None
-        if before is None:
-            return False
-        votes, arrived = before
-        if arrived is not None:
-            arrived.synchronize()
-        return bool(votes)
 
 
 def start_processes(

@@ -3,6 +3,7 @@
 import importlib
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -192,6 +193,20 @@ def test_a_resumed_run_of_too_large_micro_batches_says_what_can_be_changed(proce
     with pytest.raises(UserError, match=f"micro-batches of 8 that the run began with x {processes} proc") as error:
         split(num_processes=processes, saved={"micro_batch_size": 8}, batch_size=batch)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_processes_that_share_their_samples_are_counted_in_groups():
+    class Together(Config):
+        processes_per_sample: ClassVar = 2
+
+    def refused(**given):
+        with pytest.raises(UserError) as error:
+            split_batch(make_config(Together, GIVEN | given), 3, {"micro_batch_size": 8} if given else None)
+        return str(error.value)
+
+    assert "batch_size 8 does not divide by 3 groups of 2 (sequence_shards) processes x 1" in refused()
+    told = refused(batch_size=16)
+    assert "the run began with x 3 groups of 2 (sequence_shards) processes: start 2 or 4 processes, or write" in told
 
 
 def test_the_two_names_of_a_loss_weight_may_not_contradict_each_other():

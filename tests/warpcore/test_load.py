@@ -62,6 +62,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_left(settings, caplog):
     assert sorted(path.name for path in state.iterdir()) == ["00000004", "00000008"]
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_to_be_emptied(settings):
+    for state in Path(settings["checkpoint_path"], "tiny", "state").iterdir():
+        (state / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"load: no checkpoint in .*tiny is whole \(update 8: .*\): name another run"):
+        train_here(loaded(settings))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

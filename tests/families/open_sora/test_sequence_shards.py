@@ -2,7 +2,9 @@
 of them."""
 
 import json
+import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from tests.train.test_every_script import (
     train,
 )
 from tests.warpcore.runs import read_metrics
+from train.train_stdit import TrainStdit
+from warpcore import feed
 from warpcore.config import make_config
 from warpcore.errors import ConfigError, UserError
 
@@ -75,9 +79,33 @@ def test_pictures_and_clips_with_micro_batches_of_their_own_are_counted_once(set
     assert [line["samples"] for line in expected] == [line["samples"] for line in read_metrics(together)]
 
 
-def test_compiled_blocks_are_refused(settings):  # noqa: F811
-    from train.train_stdit import TrainStdit
+class FailingLoader(feed.Loader):
+    """The disk fails before the first micro-batch of another size."""
 
+    def __iter__(self):
+        for one, after in pairwise(super().__iter__()):
+            yield one
+            if after.size != one.size:
+                raise OSError("the disk is gone")
+
+
+def fail_to_read(run: dict) -> None:
+    if os.environ["RANK"] == "1":
+        feed.Loader = FailingLoader
+    with pytest.raises(UserError, match="training data can't be read any more: the disk is gone"):
+        TrainStdit(make_config(TrainStdit.Config, run)).run()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_where_one_process_of_a_group_cannot_read_all_keep_what_was_learned_before(settings, tmp_path):  # noqa: F811
+    """Also where the others hold a batch of another size than its last one."""
+    run = settings_of(settings, tmp_path, sequence_shards=2, batch_size=1, save_every=8, validation_samples=0)
+    launch_processes(2, fail_to_read, run)
+    assert 1 <= len(read_metrics(run)) < 8
+
+
+def test_compiled_blocks_are_refused(settings):  # noqa: F811
     with pytest.raises(ConfigError, match="sequence_shards: what processes exchange inside a block can't be compiled"):
         make_config(TrainStdit.Config, settings("train_stdit", "compiled", compile=True, sequence_shards=2))
 
