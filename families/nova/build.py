@@ -20,7 +20,7 @@ from families.nova.components import part_of
 from families.nova.config import NovaSettings
 from families.nova.files import config_said, read_nova
 from families.nova.text import PHI_2, PhiTextEncoder
-from families.nova.versions import FLOW, version_of
+from families.nova.versions import FLOW, stretched, version_of
 from modules.nova import NOVATransformer
 from warpcore.diffusion.diffusion import GDF
 
@@ -55,15 +55,19 @@ def initialise(name: str, layer: nn.Module) -> None:
 
 
 def network_numbers(settings: NovaSettings, size_px: Sequence[int] | None = None) -> dict[str, Any]:
-    """The constructor numbers of the transformer for pictures, or frames, of `size_px` (H, W)."""
-    version = settings.version
+    """The constructor numbers of the transformer for pictures, or frames, of `size_px` (H, W).
+
+    Clips are stretched to as many frames as the settings' weights say, if they do.
+    """
+    version, path = settings.version, settings.generator_checkpoint_path
+    said = config_said(path, GENERATOR) if path is not None and path.exists() else None
     numbers = dict(version.network)
     rows, columns = (side // token_px(settings) for side in size_px or version.size_px)
     if version.is_published:
         numbers |= {"image_size": [side * token_px(settings) for side in (rows, columns)]}
     return numbers | {
         "image_base_size": [rows, columns],
-        "video_base_size": [numbers["video_base_size"][0], rows // 2, columns // 2],
+        "video_base_size": [stretched(numbers | (said or {})), rows // 2, columns // 2],
         "video_mixer_rank": settings.video_mixer_rank or None,
         "rotary_pos_embed": settings.rotary_pos_embed,
     }

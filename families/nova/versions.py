@@ -1,6 +1,6 @@
 """Constructor numbers of the published networks of NOVA and of the minis."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +11,6 @@ MINI = Path(__file__).resolve().parents[2] / "models" / "mini"
 """Where the weights lie that ship."""
 EPSILON, FLOW = "epsilon", "rectified_flows"
 """What networks predict: noise, of discrete times (DDPM), or a straight flow."""
-SIZE_KEYS = ("image_size", "image_base_size")
-"""Constructor arguments that follow from the size of pictures: no weight depends on them."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,16 @@ VERSIONS = {
 
 
 def version_of(config: Mapping[str, Any]) -> str | None:
-    """Which version constructor numbers are of; None for another one."""
-    return next((name for name, version in VERSIONS.items() if _alike(config, version.network)), None)
+    """Which version constructor numbers are of, for pictures of any size; None for another one."""
+    return next((name for name, version in VERSIONS.items() if _told(config) == _told(version.network)), None)
 
 
-def _alike(config: Mapping[str, Any], network: Mapping[str, Any]) -> bool:
-    def told(numbers: Mapping[str, Any]) -> list[Any]:
-        frames = (list(numbers.get("video_base_size") or ()) or [1])[0]
-        return [list(numbers.get("arch") or ()), numbers.get("image_dim", 4), frames > 1]
+def _told(numbers: Mapping[str, Any]) -> list[Any]:
+    arch = numbers.get("arch")
+    return [list(arch) if isinstance(arch, Sequence) else arch, numbers.get("image_dim", 4), stretched(numbers) > 1]
 
-    published = network.get("image_size") is None or config.get("image_base_size") is None
-    sizes = published or list(config["image_base_size"]) == list(network["image_base_size"])
-    return told(config) == told(network) and sizes
+
+def stretched(numbers: Mapping[str, Any]) -> int:
+    """To how many frames constructor numbers stretch every clip; 1 for a network of pictures."""
+    size = numbers.get("video_base_size")
+    return size[0] if isinstance(size, Sequence) and size and isinstance(size[0], int) else 1

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from families.common.library_files import CONFIG_KEY
 from families.nova import build
 from families.nova.config import NovaConfig
+from families.nova.versions import VERSIONS, version_of
 from modules.nova import NOVATransformer
 from train.train_nova import TrainNova
 from warpcore.config import ConfigError, make_config
@@ -56,3 +57,19 @@ def test_another_version_is_named(tmp_path):
     save_file(NOVATransformer(**numbers).state_dict(), path, {CONFIG_KEY: json.dumps(numbers)})
     with pytest.raises(UserError, match="is NOVA's mini; write model_version: mini"):
         training(model_version="mini-video", num_frames=5, generator_checkpoint_path=str(path)).begin(None)
+
+
+def test_weights_for_another_size_are_of_their_version():
+    numbers = {"image_size": [512, 512], "image_base_size": [32, 32], "video_base_size": [1, 16, 16]}
+    assert version_of(dict(VERSIONS["d48w768-sdxl1024"].network) | numbers) == "d48w768-sdxl1024"
+    assert [version_of(version.network) for version in VERSIONS.values()] == list(VERSIONS)
+
+
+def test_clips_are_stretched_to_as_many_frames_as_their_weights_say(tmp_path):
+    of_clips = {"model_version": "mini-video", "num_frames": 5, "image_size": 64}
+    numbers = build.network_numbers(training(**of_clips).config, (64, 64)) | {"video_base_size": [9, 4, 4]}
+    path = tmp_path / "a.safetensors"
+    save_file(NOVATransformer(**numbers).state_dict(), path, {CONFIG_KEY: json.dumps(numbers)})
+    run = training(generator_checkpoint_path=str(path), **of_clips)
+    assert build.network(run.config, run.size_px).video_pos_embed.frames == 9
+    assert json.loads(run.file_metadata()[CONFIG_KEY])["video_base_size"] == [9, 4, 4]
