@@ -18,7 +18,7 @@ from families.common.library_files import CONFIG_KEY
 from families.common.pictures import to_pictures, to_uint8
 from families.common.prompt_samples import PromptSamples
 from families.common.sampling import sample_seeds
-from families.common.weight_files import GENERATOR
+from families.common.weight_files import GENERATOR, TARGET_KEY
 from families.nova import build
 from families.nova.autoencoder import autoencoder, autoencoder_files, latents_of
 from families.nova.config import NovaConfig
@@ -27,6 +27,7 @@ from families.nova.generation import Drawing
 from families.nova.guidance import TokenGuidance
 from families.nova.loss import TokenDraws, token_losses
 from families.nova.sampling import draw_clips
+from families.nova.schedulers import scheduler_said
 from warpcore.config import ConfigError
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
@@ -53,6 +54,13 @@ class NovaTraining(ClipTraining, PromptSamples):
         path = self.config.generator_checkpoint_path
         if path is not None and path.exists():
             build.check_network(config_said(path, GENERATOR), self.config)
+            shift = scheduler_said(path).get("shift", self.config.shift)
+            if shift != self.config.shift and "shift" not in self.config.model_fields_set:
+                raise ConfigError(f"shift: the scheduler beside {path} says {shift:g}: write that, or another number")
+
+    def said_target(self) -> str | None:
+        path = self.config.generator_checkpoint_path
+        return super().said_target() or (scheduler_said(path).get(TARGET_KEY) if path is not None else None)
 
     def _check_frames(self) -> None:
         version, frames = self.config.model_version, self.config.buckets(self.bucket_factor).largest[0]

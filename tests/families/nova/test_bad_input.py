@@ -73,3 +73,26 @@ def test_clips_are_stretched_to_as_many_frames_as_their_weights_say(tmp_path):
     run = training(generator_checkpoint_path=str(path), **of_clips)
     assert build.network(run.config, run.size_px).video_pos_embed.frames == 9
     assert json.loads(run.file_metadata()[CONFIG_KEY])["video_base_size"] == [9, 4, 4]
+
+
+def test_a_training_begins_with_the_diffusion_of_its_folder(tmp_path):
+    numbers = build.network_numbers(training().config)
+    for part, name, said in (
+        ("transformer", "config.json", numbers),
+        ("scheduler", "scheduler_config.json", {"_class_name": "DDPMScheduler"}),
+    ):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / name).write_text(json.dumps(said), encoding="utf-8")
+    run = training(generator_checkpoint_path=str(tmp_path))
+    run.begin(None)
+    assert run.config.diffusion_target == "epsilon"
+    given = {"generator_checkpoint_path": str(tmp_path), "diffusion_target": "rectified_flows"}
+    with pytest.raises(ConfigError, match=r"rectified_flows contradicts .* predicts epsilon"):
+        training(**given).begin(None)
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"shift: the scheduler beside .* says 3: write that, or another number"):
+        training(**given).begin(None)
+    run = training(**given, shift=1)
+    run.begin(None)
+    assert run.config.shift == 1
