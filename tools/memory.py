@@ -25,6 +25,7 @@ from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
 from warpcore.launch import planned_processes
 from warpcore.networks import Checkpointing
+from warpcore.processes import check_divides
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 
 GIB = 2**30
@@ -59,7 +60,8 @@ class Plan:
 
     def __init__(self, use_case: type[WarpCore], config: Config, device: str, processes: int = 1):
         self.use_case, self.config, self.device, self.processes = use_case, config, device, processes
-        self.micro_batch, self.accumulation = split_batch(config, processes, None)
+        check_divides("sequence_shards", config.processes_per_sample, processes)
+        self.micro_batch, self.accumulation = split_batch(config, processes // config.processes_per_sample, None)
 
     def shapes(self, changes: dict) -> OnShapes:
         """The run with other settings.
@@ -98,6 +100,8 @@ class Plan:
             micro = "the bucket's" if micro is None else micro
             print(f"per process of {self.processes}, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
                   f"{shapes.run.dtype} computation\n".replace("torch.", ""))  # fmt: skip
+        if self.config.processes_per_sample > 1:
+            print("sequence_shards: activations are those of whole clips, of which each process has a part\n")
         needs = table[0][2]
         print("| frozen networks | weights | gradients | optimizer | EMA |\n|---|---|---|---|---|")
         print(f"| {_gib(needs.frozen)} | {_gib(needs.weights)} | {_gib(needs.gradients)} | {_gib(needs.optimizer)} "

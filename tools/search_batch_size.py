@@ -32,6 +32,7 @@ from warpcore.config_files import bases_from
 from warpcore.errors import UserError, run_script
 from warpcore.launch import planned_processes
 from warpcore.outputs import check_new
+from warpcore.processes import check_divides
 from warpcore.rehearsal import Rehearsal, bucket_sizes, load_use_case
 from warpcore.safe_yaml import parse_mapping
 from warpcore.text import read_text
@@ -80,7 +81,8 @@ def main() -> None:
             f"--{given[0]} is for configs with a bucket_config, which gives each bucket a micro-batch size"
         )
     processes = planned_processes(options.processes, config.processes)
-    fitting = fitting_sizes(config.batch_size, processes)
+    check_divides("sequence_shards", config.processes_per_sample, processes)
+    fitting = fitting_sizes(config.batch_size, processes // config.processes_per_sample)
     if not fitting:
         raise UserError(f"batch_size {config.batch_size} does not divide by {processes} processes")
     guess = options.guess or config.micro_batch_size or fitting[-1] // (config.grad_accum_steps or 1)

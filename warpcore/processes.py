@@ -92,7 +92,7 @@ class Processes:
         Raises:
             UserError: it does not divide them.
         """
-        _check_divides("sequence_shards", number, self.count)
+        check_divides("sequence_shards", number, self.count)
         if number == 1:
             return self
         first = self.rank // number * number
@@ -171,13 +171,13 @@ def start_processes(
     if rank >= count:
         raise UserError(f"process {rank} of {count}: ranks go from 0 to {count - 1}; launch with torchrun or srun")
     place = choose_device(device, local_rank)
-    _check_divides("sequence_shards", per_sample, count)
+    check_divides("sequence_shards", per_sample, count)
     if count == 1 and not cpu_offload:
         return Processes(0, 1, place)
     if place.type == "mps":
         raise UserError("MPS takes one process, without fsdp_cpu_offload: start one, or write device: cpu")
     shards = (fsdp_shards or count) if use_fsdp else 1
-    _check_divides("fsdp_shards", shards, count)
+    check_divides("fsdp_shards", shards, count)
     timeout = timedelta(seconds=timeout_seconds)
     # Tensors on the CPU (states of the data, decisions) travel over gloo, those on a GPU over NCCL. Written as
     # "cpu:gloo", a group would have no default backend, and PyTorch would warn of that as the group is destroyed.
@@ -189,7 +189,8 @@ def start_processes(
         return Processes(rank, count, place, mesh, timeout).in_groups(per_sample)
 
 
-def _check_divides(key: str, number: int, count: int) -> None:
+def check_divides(key: str, number: int, count: int) -> None:
+    """Raise UserError, which names the key, for a number that does not divide that of the processes."""
     if count % number:
         fitting = ", ".join(str(one) for one in range(1, count + 1) if count % one == 0)
         raise UserError(f"{key}: {number} does not divide the {count} processes; write one of {fitting}")

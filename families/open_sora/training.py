@@ -24,6 +24,7 @@ from families.open_sora.conditions import FEATURE, Conditions, Denoiser, of_clip
 from families.open_sora.config import OpenSoraConfig
 from families.open_sora.files import MODEL, published_run, read_average
 from families.open_sora.sampling import draw_clips
+from families.open_sora.versions import FLOW
 from warpcore.core import Losses, Sampled
 from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
@@ -99,13 +100,14 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
     def network_files(self, network: str) -> list[Path]:
         return build.text_files(self.config) if network == "text" else autoencoder_files(self.config)
 
-    @property
-    def caption_settings(self) -> tuple[str, ...]:
-        cleaned = ("cleans_captions",) if self.config.version.cleans_captions else ()
-        return (*CAPTION_SETTINGS, *cleaned)
+    caption_settings = (*CAPTION_SETTINGS, "cleans_captions", "text_length")
 
     def feature_setting(self, name: str) -> Any:
-        return True if name == "cleans_captions" else super().feature_setting(name)
+        """Caches of 1.2 do not say how their captions were read."""
+        version = self.config.version
+        if name == "text_length":
+            return None if version.target == FLOW else version.text_length
+        return version.cleans_captions or None if name == "cleans_captions" else super().feature_setting(name)
 
     @property
     def features(self) -> dict[str, Feature]:

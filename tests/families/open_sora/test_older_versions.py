@@ -11,12 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from families.common import sampling
+from families.common.cache import origin_of
+from families.common.features import Origin
 from families.common.library_files import CONFIG_KEY
 from families.common.weight_files import FAMILY_KEY
 from families.common.weights import only_shapes
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder
-from families.open_sora.conditions import Denoiser
+from families.open_sora.conditions import FEATURE, Denoiser
 from families.open_sora.config import OpenSoraConfig, OpenSoraSettings
 from families.open_sora.frame_autoencoders import FrameClips, TemporallyDecoded
 from families.open_sora.sampling import draw_clips
@@ -157,6 +159,23 @@ def test_it_trains_on_latents_of_frames_and_draws_what_it_learned(version, small
     with (tmp_path / "drawn" / "a_0000.mp4").open("rb") as file:
         header = read_header(file)
     assert (header.num_frames, header.height, header.width) == (4, 32, 32)
+
+
+def test_texts_that_another_version_reads_differently_are_not_taken_from_its_cache(small_older, monkeypatch):
+    longer = replace(VERSIONS["mini-1.1"], network=VERSIONS["mini-1.1"].network | {"model_max_length": 48})
+    monkeypatch.setitem(VERSIONS, "mini-1.1", longer)
+
+    def origin(version: str) -> Origin:
+        given = small_settings(Path("a"), "a.tar", model_version=version)
+        return origin_of(TrainStdit(make_config(OpenSoraConfig, given)), [FEATURE])
+
+    first, second = map(origin, OLDER)
+    assert second.differences(second, [FEATURE]) == []
+    assert "text_length is 32 in the cache, 48 here" in first.differences(second, [FEATURE])
+    assert "cleans_captions is True in the cache, None here" in first.differences(second, [FEATURE])
+    flow = origin("mini")
+    before = replace(flow, settings={"captions_getter": flow.settings["captions_getter"], "token_ids": None})
+    assert before.differences(flow, [FEATURE]) == []  # of an earlier version
 
 
 def test_defaults_are_those_of_the_version():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -16,6 +17,7 @@ from families.cascade import versions
 from families.common.weight_files import FAMILY_KEY
 from families.open_sora.versions import VERSIONS
 from inference.text_to_video import main
+from tests.caches import SCRIPTS
 from tests.clips import without_pictures, write_clips
 from tests.families.open_sora.tiny import random_network
 from tests.many_processes import launch_processes
@@ -27,7 +29,9 @@ from tests.train.test_every_script import (
     train,
 )
 from tests.warpcore.runs import read_metrics
+from tools import memory, search_batch_size
 from train.train_stdit import TrainStdit
+from train.train_stdit_lora import TrainStditLora
 from warpcore import feed
 from warpcore.config import make_config
 from warpcore.errors import ConfigError, UserError
@@ -108,6 +112,26 @@ def test_where_one_process_of_a_group_cannot_read_all_keep_what_was_learned_befo
 def test_compiled_blocks_are_refused(settings):  # noqa: F811
     with pytest.raises(ConfigError, match="sequence_shards: what processes exchange inside a block can't be compiled"):
         make_config(TrainStdit.Config, settings("train_stdit", "compiled", compile=True, sequence_shards=2))
+
+
+def test_adapters_that_would_drop_the_same_in_each_part_are_refused(settings):  # noqa: F811
+    given = settings("train_stdit_lora", "dropped", lora_dropout=0.1)
+    assert make_config(TrainStditLora.Config, given).lora_dropout == 0.1
+    with pytest.raises(ConfigError, match="lora_dropout: with sequence_shards it would drop the same in the parts"):
+        make_config(TrainStditLora.Config, given | {"sequence_shards": 2})
+
+
+def test_tools_count_the_processes_that_share_each_clip_once(settings, tmp_path, monkeypatch):  # noqa: F811
+    given = settings("train_stdit", "planned", sequence_shards=2, batch_size=4, micro_batch_size=2)
+    plan = memory.Plan(TrainStdit, make_config(TrainStdit.Config, given), "cpu", 4)
+    assert (plan.micro_batch, plan.accumulation) == (2, 1)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(given))
+    arguments = [str(SCRIPTS / "train_stdit.py"), str(config), "--processes", "3"]
+    for tool, more in ((memory, []), (search_batch_size, [str(tmp_path / "tuned.yaml")])):
+        monkeypatch.setattr(sys, "argv", ["tool", *arguments[:2], *more, *arguments[2:]])
+        with pytest.raises(UserError, match="sequence_shards: 2 does not divide the 3 processes; write one of 1, 3"):
+            tool.main()
 
 
 def draw(folder: Path, *arguments: str) -> None:
