@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from modules.dit import DiT
+from tests.families.open_sora.tiny import write_mini
 from tests.warpcore.data.tars import picture
 from warpcore.data.sidecars import CACHE_VARIABLE
 
@@ -347,15 +348,15 @@ def arguments(tmp_path_factory) -> Path:
         "rebuild.yaml": "model_version: mini\nstage_a_only: true\npictures: [pictures]\ndevice: cpu\n",
     }  # fmt: skip
     texts["classes.yaml"] = draw.replace("c.safetensors", "d.safetensors").replace("prompts: [x]", "classes: [1]")
-    texts["video.yaml"] = draw.replace("mini", "XL/2").replace("c.safe", "v.safe") + "num_frames: 17\n"
+    texts["video.yaml"] = draw.replace("c.safe", "v.safe") + "num_frames: 17\n"
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     for name in ("folder", "pictures", "home"):
         (folder / name).mkdir()
     (folder / "pictures/0.jpg").write_bytes(picture())
-    for name, family in (("c", "cascade"), ("v", "open_sora")):
-        save_file({"a": torch.zeros(1)}, folder / f"{name}.safetensors", {"family": family})
+    save_file({"a": torch.zeros(1)}, folder / "c.safetensors", {"family": "cascade"})
+    write_mini(folder / "v.safetensors")
     numbers = {"hidden_size": 128, "depth": 6, "patch_size": 1, "in_channels": 16, "num_classes": 5}
     tensors = DiT(**numbers | {"hidden_size": 8, "depth": 1, "num_heads": 1, "input_size": 8}).state_dict()
     save_file(tensors, folder / "d.safetensors", {"family": "dit", "config": json.dumps(numbers)})

@@ -48,7 +48,8 @@ class SampleSettings(TagSettings):
     @classmethod
     def _prior_samples_are_drawn_too(cls, values: dict[str, Any]) -> dict[str, Any]:
         data, prior = (listed(values.get(key)) for key in ("webdataset_path", "prior_path"))
-        if data and prior:  # the saved config of a run holds the joined list: join once
+        usable = all(isinstance(entry, str | dict) for entry in prior)  # others are mistakes of `prior_path` alone
+        if data and prior and usable:  # the saved config of a run holds the joined list: join once
             values = values | {"webdataset_path": data + [entry for entry in prior if entry not in data]}
         return values
 

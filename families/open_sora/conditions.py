@@ -1,6 +1,7 @@
 """What the networks are told beside noised latents and times."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,17 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, version: Version):
         super().__init__()
-        self.network, self.taken = network, version.kind.conditions
-        self.asked = {"target_alone": True} if version.target == FLOW else {}
+        self.network, self.version = network, version
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Tensor | None) -> Tensor:
-        """See `forward` of the networks; those of `of_clips` are left out where the network is not told them."""
-        taken = {name: value for name, value in conditions.items() if name in self.taken or name not in OF_CLIPS}
-        return self.network(x, t, **self.asked, **taken)
+        """See `forward` of the networks."""
+        return self.network(x, t, **asked_of(self.version, conditions))
+
+
+def asked_of(version: Version, conditions: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """What a network is called with, beside latents and times: of `of_clips` it may not be told all."""
+    taken = {name: one for name, one in conditions.items() if name in version.kind.conditions or name not in OF_CLIPS}
+    return taken | ({"target_alone": True} if version.target == FLOW else {})
 
 
 def told(texts: Mapping[str, Tensor], length: int) -> Conditions:

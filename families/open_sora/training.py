@@ -20,7 +20,7 @@ from families.common.weight_files import GENERATOR
 from families.common.weights import are_only_shapes, check_names
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder, autoencoder_files, latents_of
-from families.open_sora.conditions import FEATURE, Conditions, Denoiser, of_clips, told
+from families.open_sora.conditions import FEATURE, Conditions, Denoiser, asked_of, of_clips, told
 from families.open_sora.config import OpenSoraConfig
 from families.open_sora.files import MODEL, published_run, read_average
 from families.open_sora.sampling import draw_clips
@@ -168,7 +168,9 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
         dropped = random.uniform("caption dropout") < self.config.caption_dropout
         return self.denoising_loss(
             latents, random,
-            partial(self.denoiser, **conditions, dropped=dropped),
+            partial(
+                self.networks["generator"], **asked_of(self.config.version, conditions | {"dropped": dropped})
+            ),
             shift=build.time_shift(self.config, conditions["height"], conditions["width"], latents.shape[2]),
             noised=None if noised is None else noised[:, None, :, None, None],
         )  # fmt: skip

@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 
 from families.cascade import versions
-from families.common.weight_files import FAMILY_KEY
-from families.open_sora.versions import VERSIONS
 from inference.text_to_video import main
 from tests.caches import SCRIPTS
 from tests.clips import without_pictures, write_clips
-from tests.families.open_sora.tiny import random_network
+from tests.families.open_sora.tiny import write_mini
 from tests.many_processes import launch_processes
 from tests.train.test_every_script import (
     _member,
@@ -147,10 +144,7 @@ def draw(folder: Path, *arguments: str) -> None:
 @pytest.mark.slow
 @pytest.mark.integration
 def test_groups_of_processes_draw_the_videos_of_one(tmp_path, capfd):
-    save_file(
-        random_network(**VERSIONS["mini"].network).state_dict(), tmp_path / "network.safetensors",
-        {FAMILY_KEY: "open_sora"},
-    )  # fmt: skip
+    write_mini(tmp_path / "network.safetensors")
     draw(tmp_path, f"output_path={tmp_path / 'alone'}")
     expected = sorted(path.name for path in (tmp_path / "alone").iterdir())
     assert len(expected) == 7

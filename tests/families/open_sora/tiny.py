@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 
 from families.common.library_files import CONFIG_KEY
 from families.common.wan_training import TrainedWanAutoencoder, from_scratch
+from families.common.weight_files import FAMILY_KEY
+from families.open_sora.versions import VERSIONS
 from modules.open_sora_vae import OpenSoraAutoencoder, TemporalAutoencoder
 from modules.stdit3 import STDiT3
 
@@ -53,6 +55,12 @@ def random_network(**changes) -> STDiT3:
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return network
+
+
+def write_mini(path: Path) -> Path:
+    """The mini STDiT3 with random weights, in which every layer does something."""
+    save_file(random_network(**VERSIONS["mini"].network).state_dict(), path, {FAMILY_KEY: "open_sora"})
+    return path
 
 
 def small_settings(folder: Path, data: Path | str, **changes) -> dict:
