@@ -50,6 +50,7 @@ SAID = {
     "mid_block_attention": (False, {"autoencoder_checkpoint_path": "a"}, {}),
     "min_lr_ratio": (0.1, {}, {"lr_schedule": "cosine"}),
     "min_sigma": (0.1, {"diffusion_target": "v"}, {"diffusion_target": "rectified_flows"}),
+    "motion_column": ("flow", {"model_version": "mini"}, {"model_version": "mini-video"}),
     "multires_noise_discount": (0.5, {"offset_noise": 0.0}, {"multires_noise_iterations": 6, "offset_noise": 0.0}),
     "multires_noise_iterations": (1, {"offset_noise": 0.0}, None),
     "muon_convolutions": (True, {"optimizer": "lion"}, {"optimizer": "muon"}),
@@ -155,7 +156,7 @@ ALWAYS = names(
     kl_weight lanes latent latent_noise learn_sigma load log_every lora lora_checkpoint_path lora_dropout loss_reduce
     loss_repeat loss_scale loss_type loss_weight lr lr_schedule mask_ratios masked_loss max_bad_samples
     max_nonfinite_updates max_picture_pixels means_weight micro_batch_size min_snr_gamma model_version
-    module_filters most_pictures motion motion_column groups rotary_pos_embed sample_groups video_mixer_rank
+    module_filters most_pictures motion groups rotary_pos_embed sample_groups video_mixer_rank
     multi_aspect_ratio num_classes num_frames num_res_blocks num_threads num_workers official_stem offset_noise
     on_data_change optimizer output_path overwrite parameter_groups patch_size perceptual_checkpoint_path pictures
     preview previewer_checkpoint_path prior_path process_timeout_seconds processes profile prompt_file prompts

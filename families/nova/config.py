@@ -84,6 +84,7 @@ class NovaConfig(NovaSettings, ClipKeys, DiffusionConfig):
     })  # fmt: skip
     needs = {
         "learn_first_frame": Need("clips of several frames", lambda config: config.num_frames != 1),
+        "motion_column": Need("a model_version of clips", lambda config: config.version.draws_clips),
         "sample_flow": Need.of("motion_column"),
     }
 
