@@ -9,6 +9,7 @@ and stand at the head of OURS. Keys behind OURS are of ours, and win.
 
 import warpcore.openmp
 import argparse
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def convert(theirs: Path, ours: Path, deepspeed: Path | None, keys: list[str], o
 
 def _head(theirs: Path, ours: Path, made: ConvertedConfig) -> list[str]:
     commands = [*made.before, "python3 train/" + made.script + ".py {config}"]
-    lines = [f"Made of {theirs.name}.", *(f"  {command}".replace("{config}", str(ours)) for command in commands)]
+    lines = [
+        f"Made of {theirs.name}.",
+        *(f"  {command}".replace("{config}", shlex.quote(str(ours))) for command in commands),
+    ]
     if made.not_taken:
         lines.append("Not taken over:")
     for name, reason in made.not_taken.items():

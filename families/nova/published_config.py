@@ -4,6 +4,7 @@ Their dump of a configuration writes an empty text as nothing, which YAML reads 
 its programs read as text: here both are what they were.
 """
 
+import shlex
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -200,8 +201,9 @@ def _networks(theirs: Mapping[str, Any], made: ConvertedConfig) -> None:
         tars = f"{records.rstrip('/')}_tars"
         made.values["webdataset_path"] = tars
         made.values["captions_getter"] = NO_CAPTIONS if _has_states(Path(records)) else CAPTIONS
+        folders = shlex.join([records, tars])
         made.before.append(
-            f"python3 tools/build_dataset.py {records} {tars} --records --for train/{made.script}.py {{config}}"
+            f"python3 tools/build_dataset.py {folders} --records --for train/{made.script}.py {{config}}"
         )
 
 

@@ -78,6 +78,14 @@ def test_a_configuration_of_the_guide_becomes_ours(tmp_path):
         assert line in text
 
 
+def test_commands_take_folders_with_spaces(tmp_path):
+    home = tmp_path / "my configs"
+    home.mkdir()
+    _, text = written(home, {"PIPELINE": {"TYPE": "nova_train_t2i"}, "TRAIN": {"DATASET": "my records"}})
+    assert "tools/build_dataset.py 'my records' 'my records_tars' --records --for train/train_nova.py '" in text
+    assert f"python3 train/train_nova.py '{home / 'ours.yaml'}'" in text
+
+
 def test_a_folder_is_no_mini_because_of_its_name(tmp_path):
     config, _ = written(tmp_path, GUIDE | {"MODEL": {"WEIGHTS": "/home/gemini/weights"}})
     assert config.model_version == "d48w1024-osp480"
