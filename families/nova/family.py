@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from families.common.converted import ConvertedConfig
-from families.common.family import SCORING, TEXT_TO_IMAGE, TEXT_TO_VIDEO, Family
+from families.common.family import SCORING, TEXT_TO_IMAGE, TEXT_TO_VIDEO, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.nova.files import is_of_nova
 
@@ -25,6 +25,11 @@ class Nova(Family):
         TEXT_TO_VIDEO: "families.nova.text_to_video.NovaTextToVideo",
         SCORING: "families.nova.scoring.ScoredNova",
     }
+    formats = (
+        ExportFormat.of("families.nova.exports", "published", "a run, its file, a published folder", "a folder with "
+                        "`transformer` and `scheduler`, in the published names", "to_published", keys="ExportSettings",
+                        writes_folder=True),
+    )  # fmt: skip
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
         return "loss_repeat" in config or super().has_run(config, weights)

@@ -14,6 +14,9 @@ from modules.nova import NOVATransformer
 
 PART = "transformer"
 """The folder of the network in a pipeline's."""
+CLASS = "NOVATransformer3DModel"
+"""What `config.json` calls the network."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED = "diffusion_pytorch_model.bin"
 """As which the published training saves the weights; read without running any code in it."""
 NEEDED = ("mask_embed.bos_token", "video_encoder.patch_embed.proj.weight", "image_decoder.head.weight")

@@ -12,6 +12,7 @@ from warpcore.text import brief
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 """In a pipeline's folder."""
+FLOW_SCHEDULER, DDPM_SCHEDULER = "FlowMatchEulerDiscreteScheduler", "DDPMScheduler"
 DDPM = {
     "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000, "prediction_type": "epsilon",
     "steps_offset": 1,
@@ -37,9 +38,17 @@ def scheduler_said(path: Path) -> dict[str, Any]:
             raise UserError(f"{GENERATOR}: {file} has shift: {brief(shift)}, where a number above 0 is needed")
         return {TARGET_KEY: FLOW, "shift": float(shift)}
     if not name.startswith("DDPM"):
-        raise UserError(f"{GENERATOR}: {file} is of {brief(name)}; FlowMatchEulerDiscreteScheduler and DDPMScheduler "
+        raise UserError(f"{GENERATOR}: {file} is of {brief(name)}; {FLOW_SCHEDULER} and {DDPM_SCHEDULER} "
                         "are known here")  # fmt: skip
     for key, wanted in DDPM.items():
         if (found := config.get(key, wanted)) != wanted:
             raise UserError(f"{GENERATOR}: {file} has {key}: {brief(found)}; here it is {wanted}")
     return {TARGET_KEY: EPSILON}
+
+
+def scheduler_config(target: str, shift: float) -> dict[str, Any]:
+    """What the scheduler of a pipeline says of the diffusion of a network that predicts `target`; see
+    `scheduler_said`."""
+    if target == FLOW:
+        return {"_class_name": FLOW_SCHEDULER, "num_train_timesteps": 1000, "shift": shift}
+    return {"_class_name": DDPM_SCHEDULER, **DDPM, "clip_sample": False}
