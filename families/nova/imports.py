@@ -70,6 +70,8 @@ def _sample(record: Record) -> ImportedRecord:
     if isinstance(text, dict):
         found.not_taken += [STATES] if text["data"] else []
         text = ""
+    elif text and isinstance(caption, dict):
+        found.not_taken.append("text, beside states of a caption")
     found.fps = DEFAULT_FPS if found.features[MOMENTS].shape[1] > 1 else 0.0
     fields = {name: record[name] for name in ("flow", "label") if name in record}
     if isinstance(caption, str):

@@ -222,6 +222,8 @@ def test_states_of_a_text_beside_a_caption_are_no_text_of_it(tmp_path):
     (found,) = imported_records(folder)
     assert json.loads(found.members["json"]) == {"text": "One."}
     assert found.not_taken == ["states of a short text, beside those of a caption"]
+    folder = write_records(tmp_path / "others", [record(np.zeros((32, 2, 2)), caption=text, text="short")])
+    assert [one.not_taken for one in imported_records(folder)] == [["text, beside states of a caption"]]
 
 
 @pytest.mark.slow
