@@ -21,7 +21,14 @@ import numpy as np
 
 from families.common.drawn_pictures import MAX_PICTURES
 from families.common.family import TEXT_TO_VIDEO
-from families.common.text_to_video import TextToVideo, TextToVideoConfig, VideoFiles, in_groups, video_names
+from families.common.text_to_video import (
+    LONGEST_DRAWING,
+    TextToVideo,
+    TextToVideoConfig,
+    VideoFiles,
+    in_groups,
+    video_names,
+)
 from families.registry import load_task
 from warpcore.errors import UserError, run_script
 from warpcore.outputs import check_new, free_folder
@@ -51,6 +58,7 @@ def draw(task: TextToVideo, config: TextToVideoConfig, processes: Processes) -> 
     files = [folder / name for name in video_names(titles, seeds, config, ending)]
     processes.on_main(lambda: check_new(files, "give another output_path, or write overwrite=true", config.overwrite))
     videos = VideoFiles(config, files, titles, seeds)
+    waiting = processes.another_group(LONGEST_DRAWING)
     own = range(processes.data_rank, count, processes.data_count)
 
     def finished(number: int, video: np.ndarray) -> None:
@@ -59,7 +67,7 @@ def draw(task: TextToVideo, config: TextToVideoConfig, processes: Processes) -> 
 
     if own:
         task.draw([numbers[i] for i in own], [seeds[i] for i in own], finished, processes.sequence_group)
-    videos.finish(processes)
+    videos.finish(processes, waiting)
     for note in task.notes() if processes.is_main else ():
         print(note)
 

@@ -67,12 +67,15 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value):
-        """`value` (picklable, from our own processes) of every process in the order of ranks, on every process."""
+    def gather(self, value, group: dist.ProcessGroup | None = None):
+        """`value` (picklable, from our own processes) of every process in the order of ranks, on every process.
+
+        group: in which they meet; see `another_group`.
+        """
         if self.count == 1:
             return [value]
         gathered = [None] * self.count
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=group)
         return gathered
 
     def gather_of_data(self, value):

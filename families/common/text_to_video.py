@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
 
@@ -23,6 +24,8 @@ from warpcore.processes import Processes
 
 SHEET_SIDE_PX = 1024
 """The longest side of some frames of a video, side by side, in the sheet of all videos."""
+LONGEST_DRAWING = timedelta(days=30)
+"""A process that has nothing left to draw waits no longer than this for the others."""
 SEVERAL_FRAMES = Need("clips of several frames", lambda config: config.clip_frames > 1)
 Rate = Annotated[float, Field(gt=0, le=1000)]
 """Frames per second."""
@@ -189,9 +192,13 @@ class VideoFiles:
             save_png(file, video[0], about)
         self.shown[number] = shrunk(strip(video), SHEET_SIDE_PX)
 
-    def finish(self, processes: Processes) -> None:
-        """Write the sheet of what all processes have saved, and say where it is (collective)."""
-        everyone = {number: video for of_one in processes.gather(self.shown) for number, video in of_one.items()}
+    def finish(self, processes: Processes, group: ProcessGroup | None = None) -> None:
+        """Write the sheet of what all processes have saved, and say where it is (collective).
+
+        group: in which those that have nothing left to draw wait for the others; see `Processes.another_group`.
+        """
+        shown = processes.gather(self.shown, group)
+        everyone = {number: video for of_one in shown for number, video in of_one.items()}
         if not processes.is_main:
             return
         shown = [everyone[number] for number in range(len(self.titles))]

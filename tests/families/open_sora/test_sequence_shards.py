@@ -4,15 +4,19 @@ of them."""
 import json
 import os
 import sys
+import time
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
 from PIL import Image
 
 from families.cascade import versions
+from families.common.text_to_video import VideoFiles
 from inference.text_to_video import main
 from tests.caches import SCRIPTS
 from tests.clips import without_pictures, write_clips
@@ -159,3 +163,24 @@ def test_groups_of_processes_draw_the_videos_of_one(tmp_path, capfd):
         draw(tmp_path, "sequence_shards=3")
     with pytest.raises(UserError, match="sequence_shards: 2 does not divide the 1 processes; write one of 1"):
         draw(tmp_path, "sequence_shards=2")
+
+
+def draw_with_little_patience(folder: Path) -> None:
+    """The second process, which has no video to draw, waits longer for the first than they do for each other."""
+    finish = VideoFiles.finish
+
+    def late(self, *arguments):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        time.sleep(4 * (dist.get_rank() == 0))
+        finish(self, *arguments)
+
+    VideoFiles.finish = late
+    draw(folder, f"output_path={folder / 'late'}", "sequence_shards=1", "seeds=[1]", 'prompts=["a red box"]')
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_processes_without_a_video_wait_for_the_others_as_long_as_these_draw(tmp_path):
+    write_mini(tmp_path / "network.safetensors")
+    launch_processes(2, draw_with_little_patience, tmp_path)
+    assert len(list((tmp_path / "late").iterdir())) == 2
