@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 8 train/train_nova.py configs/training/nova_0.3b.yaml
 
 With `num_frames: 1` pictures are learned, else clips; published networks of clips went on from those of pictures.
-`generator_checkpoint_path` names what to start from: a published folder, or weights of a run. Moments and texts are
-computed, or read from a cache (tools/cache.py). The run's folder gets `generator.safetensors` with the published
-names.
+`generator_checkpoint_path` names what to start from: a published folder, or weights of a run; clips may begin with
+those of pictures. Moments and texts are computed, or read from a cache (tools/cache.py). The run's folder gets
+`generator.safetensors` with the published names.
 """
 
 import warpcore.openmp
@@ -22,7 +22,8 @@ class TrainNova(NovaTraining):
     Config = NovaConfig
 
     def build(self) -> dict[str, nn.Module]:
-        return {"generator": build.network(self.config, self.size_px)} | self.needed_encoders()
+        network = build.network(self.config, self.size_px, from_pictures=True)
+        return {"generator": network} | self.needed_encoders()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Build NOVA's transformer and its text encoder with their weights, and its diffusion process."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from families.common.library_files import CONFIG, construct, fill, read_config
 from families.common.loaded_text import FOLDER
-from families.common.random_start import random_start
+from families.common.random_start import RandomWeights, random_start
 from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.weight_files import GENERATOR, TEXT
 from families.common.weights import WeightsError, are_only_shapes
@@ -18,20 +19,27 @@ from families.nova import loss
 from families.nova.autoencoder import latents_of
 from families.nova.components import part_of
 from families.nova.config import NovaSettings
-from families.nova.files import config_said, read_nova
+from families.nova.files import check_mixer, config_said, lacking_of_clips, read_nova
 from families.nova.text import PHI_2, PhiTextEncoder
 from families.nova.versions import FLOW, stretched, version_of
 from modules.nova import NOVATransformer
 from warpcore.diffusion.diffusion import GDF
 
+logger = logging.getLogger(__name__)
+
 TextEncoder = PhiTextEncoder | T5TextEncoder
 
 
 def network(
-    settings: NovaSettings, size_px: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
+    settings: NovaSettings,
+    size_px: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    from_pictures: bool = False,
 ) -> NOVATransformer:
     """The transformer, with places for pictures or frames of `size_px` (H, W), by default those of its version; random
     weights where the settings name no file.
+
+    from_pictures: one of clips may begin with weights of pictures, its further parts as in a new network.
 
     Raises:
         WeightsError: the file is missing, damaged, or of another network than the settings say.
@@ -43,9 +51,24 @@ def network(
     with torch.device("meta"):
         made = build()
     if not are_only_shapes():
-        check_network(config_said(path, GENERATOR), settings)
-        fill(made, read_nova(path, GENERATOR, settings.video_mixer_rank), path, GENERATOR, dtype, deferrable=True)
+        check_network(config_said(path, GENERATOR), settings, from_pictures)
+        tensors = read_nova(path, GENERATOR)
+        if from_pictures:
+            tensors |= _parts_of_clips(made, tensors, path)
+        check_mixer(tensors, settings.video_mixer_rank, path, GENERATOR)
+        fill(made, tensors, path, GENERATOR, dtype, deferrable=True)
     return made.to(dtype)
+
+
+def _parts_of_clips(network: NOVATransformer, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """First values of what the weights of a network of pictures lack, which is told; none where they are of clips."""
+    lacking = lacking_of_clips(network.state_dict(), tensors)
+    if not lacking:
+        return {}
+    parts = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in lacking))
+    logger.warning("%s: %s is of pictures and has no %s: these start from scratch", GENERATOR, path, parts)
+    new = RandomWeights(network, initialise, torch.initial_seed())
+    return {name: new[name] for name in lacking}
 
 
 def initialise(name: str, layer: nn.Module) -> None:
@@ -57,17 +80,17 @@ def initialise(name: str, layer: nn.Module) -> None:
 def network_numbers(settings: NovaSettings, size_px: Sequence[int] | None = None) -> dict[str, Any]:
     """The constructor numbers of the transformer for pictures, or frames, of `size_px` (H, W).
 
-    Clips are stretched to as many frames as the settings' weights say, if they do.
+    Clips are stretched to as many frames as the settings' weights say, if they are of clips and say it.
     """
     version, path = settings.version, settings.generator_checkpoint_path
     said = config_said(path, GENERATOR) if path is not None and path.exists() else None
-    numbers = dict(version.network)
+    numbers, frames = dict(version.network), stretched(said or {})
     rows, columns = (side // token_px(settings) for side in size_px or version.size_px)
     if version.is_published:
         numbers |= {"image_size": [side * token_px(settings) for side in (rows, columns)]}
     return numbers | {
         "image_base_size": [rows, columns],
-        "video_base_size": [stretched(numbers | (said or {})), rows // 2, columns // 2],
+        "video_base_size": [frames if frames > 1 else stretched(numbers), rows // 2, columns // 2],
         "video_mixer_rank": settings.video_mixer_rank or None,
         "rotary_pos_embed": settings.rotary_pos_embed,
     }
@@ -83,13 +106,17 @@ def patch_of(numbers: Mapping[str, Any]) -> int:
     return 15 // numbers["image_stride"] + 1
 
 
-def check_network(config: Mapping[str, Any] | None, settings: NovaSettings) -> None:
+def check_network(config: Mapping[str, Any] | None, settings: NovaSettings, from_pictures: bool = False) -> None:
     """Raise WeightsError where the network of a file is another one than the settings say, and say what to write.
 
-    config: what the file says of itself, if anything.
+    config: what the file says of itself, if anything. from_pictures: see `network`.
     """
     if config is None:
         return
+    if from_pictures and settings.version.draws_clips and stretched(config) == 1:
+        grown = dict(config) | {"video_base_size": settings.version.network["video_base_size"]}
+        grown["video_mixer_rank"] = config.get("video_mixer_rank") or settings.video_mixer_rank
+        config = grown if version_of(grown) == settings.model_version else config
     path, found = settings.generator_checkpoint_path, version_of(config)
     if found is not None and found != settings.model_version:
         raise WeightsError(f"{GENERATOR}: {path} is NOVA's {found}; write model_version: {found}")

@@ -13,7 +13,7 @@ from families.common.weight_files import GENERATOR, is_run
 from families.common.weights import check_names, only_shapes
 from families.nova import build
 from families.nova.config import NovaSettings
-from families.nova.files import CLASS, PART, WEIGHTS, config_said, read_nova
+from families.nova.files import CLASS, PART, WEIGHTS, check_mixer, config_said, read_nova
 from families.nova.inference import NovaInferenceSettings
 from families.nova.schedulers import SCHEDULER, scheduler_config
 from warpcore.config import load_config
@@ -38,7 +38,8 @@ def to_published(source: Path, target: Path, arguments: list[str]) -> None:
     with only_shapes():  # sizes follow from the autoencoder, which is not downloaded for them
         size_px = settings.trained_px
         config, network = published_config(settings, size_px), build.network(settings, size_px)
-    tensors = read_nova(path, GENERATOR, settings.video_mixer_rank)
+    tensors = read_nova(path, GENERATOR)
+    check_mixer(tensors, settings.video_mixer_rank, path, GENERATOR)
     check_names(network.state_dict(), tensors, path, GENERATOR)
     dtype = getattr(torch, settings.export_dtype)
     check_range(tensors, dtype)

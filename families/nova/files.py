@@ -20,7 +20,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED = "diffusion_pytorch_model.bin"
 """As which the published training saves the weights; read without running any code in it."""
 NEEDED = ("mask_embed.bos_token", "video_encoder.patch_embed.proj.weight", "image_decoder.head.weight")
-MIXER = "video_encoder.mixer."
+MOTION, MIXER = "motion_embed.", "video_encoder.mixer."
+"""What the parts are called that networks of clips have, and those of pictures need not."""
 MIXER_RANK = {"lora": f"{MIXER}lora.weight", "full": f"{MIXER}proj.weight"}
 
 
@@ -57,11 +58,10 @@ def config_said(path: Path, key: str) -> dict[str, Any] | None:
     return read_config(folder, key) if folder.is_dir() or path.suffix != ".bin" else None
 
 
-def read_nova(path: Path, key: str, mixer_rank: int) -> dict[str, Tensor]:
-    """The tensors of the network in a folder or file.
+def read_nova(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of the network in a folder or file; see `check_mixer`.
 
-    Args:
-        key: the config key that named it, which an error names. mixer_rank: what is expected; see `video_mixer_rank`.
+    key: the config key that named it, which an error names.
 
     Raises:
         UserError: it is missing, damaged, or of another network.
@@ -72,9 +72,24 @@ def read_nova(path: Path, key: str, mixer_rank: int) -> dict[str, Tensor]:
         held = ", ".join(sorted(tensors)[:3]) or "nothing"
         missing = next(name for name in NEEDED if name not in tensors)
         raise WeightsError(f"{key}: {path} holds no NOVA: {missing} is missing, and it has {held}")
+    return tensors
+
+
+def check_mixer(tensors: Mapping[str, Tensor], mixer_rank: int, path: Path, key: str) -> None:
+    """Raise UserError where the tensors of a path have another mixer of frames than `video_mixer_rank` says."""
     if (found := _mixer_in(tensors)) != (mixer_rank or None):
         raise WeightsError(f"{key}: the weights of {path} have {_named(found)}: write video_mixer_rank: {found or 0}")
-    return tensors
+
+
+def lacking_of_clips(network: Collection[str], tensors: Collection[str]) -> list[str]:
+    """What tensors of a network of pictures lack of one of clips; nothing where they lack something else, too.
+
+    network: the names in its state.
+    """
+    lacking = [name for name in network if name not in tensors]
+    parts = [MOTION] if any(name.startswith(MIXER) for name in tensors) else [MOTION, MIXER]
+    of_clips = [name for name in network if name.startswith(tuple(parts))]
+    return lacking if lacking == of_clips and any(name.startswith(MOTION) for name in lacking) else []
 
 
 def folder_tensors(folder: Path, key: str) -> dict[str, Tensor]:

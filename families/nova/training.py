@@ -53,7 +53,7 @@ class NovaTraining(ClipTraining, PromptSamples):
         self._check_frames()
         path = self.config.generator_checkpoint_path
         if path is not None and path.exists():
-            build.check_network(config_said(path, GENERATOR), self.config)
+            build.check_network(config_said(path, GENERATOR), self.config, from_pictures=True)
             shift = scheduler_said(path).get("shift", self.config.shift)
             if shift != self.config.shift and "shift" not in self.config.model_fields_set:
                 raise ConfigError(f"shift: the scheduler beside {path} says {shift:g}: write that, or another number")

@@ -53,10 +53,11 @@ def test_weights_of_another_network_are_refused(tmp_path, changes, said, message
 
 
 def test_another_version_is_named(tmp_path):
-    numbers, path = build.network_numbers(training().config), tmp_path / "a.safetensors"
+    numbers = build.network_numbers(training(model_version="mini-video", num_frames=5).config)
+    path = tmp_path / "a.safetensors"
     save_file(NOVATransformer(**numbers).state_dict(), path, {CONFIG_KEY: json.dumps(numbers)})
-    with pytest.raises(UserError, match="is NOVA's mini; write model_version: mini"):
-        training(model_version="mini-video", num_frames=5, generator_checkpoint_path=str(path)).begin(None)
+    with pytest.raises(UserError, match="is NOVA's mini-video; write model_version: mini-video"):
+        training(generator_checkpoint_path=str(path)).begin(None)
 
 
 def test_weights_for_another_size_are_of_their_version():
