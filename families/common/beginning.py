@@ -5,7 +5,7 @@ What weights files say of themselves is obeyed where the config is silent; where
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,13 @@ def check_family(config: DiffusionConfig, family: str) -> None:
         raise ConfigError(f"{GENERATOR}: {path} says that it is of {said}, not of {family}: name other weights")
 
 
-def check_start_file(config: DiffusionConfig, key: str) -> None:
-    """Raise ConfigError where the weights that a key of the config names were trained for another kind of network."""
+def check_start_file(config: DiffusionConfig, key: str, about: Sequence[str]) -> None:
+    """Raise ConfigError where the weights that a key of the config names were trained for another kind of network.
+
+    about: the keys of which they may say nothing else, beside what the network predicts.
+    """
     path = getattr(config, key, None)
-    wrong = contradictions(path, config, (TARGET_KEY, *config.about_network))
+    wrong = contradictions(path, config, (TARGET_KEY, *about))
     if config.change_target:
         wrong.pop(TARGET_KEY, None)
     if wrong:

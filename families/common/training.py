@@ -52,6 +52,8 @@ class DiffusionTraining(SampleFields):
     config: DiffusionConfig
     start_files: ClassVar[tuple[str, ...]] = ("generator_checkpoint_path",)
     """Keys of the weights that a new run starts from; what they say of themselves has to fit the config."""
+    start_keys: ClassVar[Sequence[str] | None] = None
+    """The keys of the network about which they have to; by default all of `about_network`."""
     frozen_base: ClassVar[bool] = False
     """Whether the run only steers the network of `generator_checkpoint_path`, which has to stay the same."""
 
@@ -199,8 +201,9 @@ class DiffusionTraining(SampleFields):
         self.idle = [line for line in about_idle(config, config.model_fields_set) if line not in before]
         if saved is None:
             self.kept[_KEYS] = sorted(self.first_defaults)
+            about_network = config.about_network if self.start_keys is None else self.start_keys
             for key in self.start_files:
-                check_start_file(config, key)
+                check_start_file(config, key, about_network)
         newer = {key: value for key, value in self.first_defaults.items() if key not in self.kept.get(_KEYS, ())}
         config, self.older = with_first_defaults(config, newer)
         self.config = config

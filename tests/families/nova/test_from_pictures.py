@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from families.common.library_files import CONFIG_KEY
+from families.common.weight_files import TARGET_KEY
 from families.nova import build
 from families.nova.config import NovaSettings
 from modules.nova import NOVATransformer
+from tests.families.nova.test_bad_input import training
 from warpcore.errors import UserError
 
 
@@ -50,6 +52,22 @@ def test_motion_and_mixer_start_from_scratch(says, rank, tmp_path, caplog):
     torch.manual_seed(5)
     again = build.network(clips(path, video_mixer_rank=rank), from_pictures=True).state_dict()
     assert all(torch.equal(again[name], one) for name, one in found.items())
+
+
+def test_a_training_begins_with_a_run_of_pictures(tmp_path):
+    """Whose file says its version and mixer in metadata, too."""
+    numbers = build.network_numbers(NovaSettings(model_version="mini"))
+    about = {"model_version": "mini", "video_mixer_rank": "0", "rotary_pos_embed": "False", "family": "nova"}
+    save_file(NOVATransformer(**numbers).state_dict(), tmp_path / "a.safetensors",
+              about | {CONFIG_KEY: json.dumps(numbers), TARGET_KEY: "rectified_flows"})  # fmt: skip
+    given = {"generator_checkpoint_path": str(tmp_path / "a.safetensors"), "video_mixer_rank": 3}
+    run = training(model_version="mini-video", num_frames=5, image_size=64, **given)
+    run.begin(None)
+    assert run.build()["generator"].motion_embed is not None
+    with pytest.raises(UserError, match="says that its network predicts rectified_flows"):
+        training(model_version="mini-video", num_frames=5, image_size=64, diffusion_target="epsilon", **given).begin(
+            None
+        )
 
 
 @pytest.mark.parametrize(
