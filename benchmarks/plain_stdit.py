@@ -23,7 +23,7 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.own = own
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None, shards: None = None) -> Tensor:
         own = self.own
         q, k, v = own.qkv(x).view(*x.shape[:2], 3, own.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = own.q_norm(q), own.k_norm(k)
