@@ -5,6 +5,7 @@ import gc
 import hypothesis
 import torch
 
+from tests.browser import browser as browser
 from tests.many_processes import THREADS
 from tests.small_cascade import cascade_files as cascade_files
 from tests.small_cascade import drawing_cascade as drawing_cascade
