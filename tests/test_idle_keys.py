@@ -35,7 +35,7 @@ SAID = {
     "ema_beta": (0.9, {}, {"ema_start_iters": 0}),
     "ema_device": ("cpu", {}, {"ema_start_iters": 0}),
     "ema_iters": (5, {}, {"ema_start_iters": 0}),
-    "eps": (1e-6, {"optimizer": "lion"}, {"optimizer": "muon"}),
+    "eps": (1e-6, {"optimizer": "came"}, {"optimizer": "muon"}),
     "frame_rate": (8.0, {"num_frames": 1, "frame_stride": 1}, {"num_frames": 5, "frame_stride": 1}),
     "frame_stride": (2, {"num_frames": 1, "pictures": PICTURE}, {"num_frames": 5, "pictures": VIDEO}),
     "huber_c": (0.3, {}, {"loss_type": "huber"}),

@@ -1,11 +1,13 @@
-"""Training weights that are kept in bfloat16: AdamW whose steps are rounded stochastically.
+"""Training weights that are kept in bfloat16: optimizers whose steps are rounded stochastically.
 
 bfloat16 has 8 bits of precision, so rounding to the nearest would drop every step smaller than 1/512 of a weight:
 most of them. Rounded up or down with probabilities that make the mean right, small steps add up as they should
 (Gupta et al., arXiv:1502.02551, section 3.1).
 """
 
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,12 +25,19 @@ def round_stochastically(values: Tensor, generator: torch.Generator | None = Non
     return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
-class StochasticAdamW(Optimizer):
-    """AdamW (arXiv:1711.05101) on bfloat16 parameters, with its moments in float32.
+def store(parameter: Tensor, values: Tensor, name: str, step: int | None) -> None:
+    """Put the float32 `values` (this process's part) into a parameter; into one in bfloat16 rounded stochastically.
 
-    The noise of a step follows from the parameter's name and the step's number, so resuming is exact and copies of a
-    network in several processes stay equal. Groups carry `param_names`.
+    The noise follows from the parameter's name and the number of the step (None: to the nearest), so resuming is exact
+    and copies of a network in several processes stay equal.
     """
+    if parameter.dtype == torch.bfloat16 and step is not None:
+        values = round_stochastically(values, _generator(parameter, name, step))
+    local(parameter).copy_(values)
+
+
+class StochasticAdamW(Optimizer):
+    """AdamW (arXiv:1711.05101) on bfloat16 parameters, with its moments in float32. Groups carry `param_names`."""
 
     _step_supports_amp_scaling = True  # `found_inf` is obeyed on the device, see `warpcore.optim.step`
 
@@ -57,7 +66,7 @@ class StochasticAdamW(Optimizer):
                     *(local(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])),
                     state["step"], ok.to(parameter.device), group,
                 )  # fmt: skip
-                local(parameter).copy_(round_stochastically(stepped, _generator(parameter, name, group["steps"])))
+                store(parameter, stepped, name, group["steps"])
 
 
 def _stepped(
@@ -74,6 +83,42 @@ def _stepped(
     change = (mean / (1 - beta1**step)).div_(denominator).add_(weight, alpha=group["weight_decay"])
     # Before the first step that counts, both bias corrections divide by 0.
     return weight - torch.where(ok != 0, change, 0.0) * lr
+
+
+class Stochastic(Optimizer):
+    """Another optimizer, which steps on a float32 copy of each bfloat16 parameter, one at a time.
+
+    Its steps have to be those of each parameter alone. Its state is in float32, and here; its groups, which carry
+    `param_names`, are shared with it, so that what it counts in them counts here.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {"steps": 0})
+        self.inner, self.class_name = inner, f"Stochastic{type(inner).__name__}"
+        if hasattr(inner, "eval"):  # schedule-free: other weights for use
+            self.eval, self.train = partial(self._call, inner.eval), partial(self._call, inner.train)
+
+    def step(self, closure: Callable | None = None) -> None:
+        assert closure is None
+        self._call(self.inner.step, stochastic=True)
+
+    @torch.no_grad()
+    def _call(self, method: Callable[[], object], stochastic: bool = False) -> None:
+        for group in self.param_groups:
+            group["steps"] += stochastic
+            after = {}
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if stochastic and parameter.grad is None:
+                    continue
+                weight = parameter.detach().float()
+                weight.grad = None if parameter.grad is None else parameter.grad.float()
+                own = {**group, "params": [weight]}
+                self.inner.param_groups = [own]
+                self.inner.state = defaultdict(dict, {weight: self.state[parameter]})
+                method()
+                store(parameter, local(weight), name, group["steps"] if stochastic else None)
+                after = {key: value for key, value in own.items() if key != "params"}
+            group.update(after)
 
 
 def _generator(parameter: Tensor, name: str, step: int) -> torch.Generator | None:

@@ -64,8 +64,8 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
             raise ValueError("validation_path and validation_samples exclude each other: remove one")
         if isinstance(self.checkpoint_path, Path) and str(self.checkpoint_path).startswith("s3:"):
             raise ValueError(f"checkpoint_path: {self.checkpoint_path} is not of the form s3://bucket/prefix")
-        if self.weights_dtype == "bfloat16" and (self.dtype in ("float32", "float16") or self.optimizer != "adamw"):
-            raise ValueError("weights_dtype: bfloat16 needs dtype: bfloat16 and optimizer: adamw: remove other values")
+        if self.weights_dtype == "bfloat16" and self.dtype in ("float32", "float16"):
+            raise ValueError("weights_dtype: bfloat16 needs dtype: bfloat16: remove other values")
         if self.optimizer == "prodigy" and self.lr < 0.1:
             raise ValueError(
                 f"lr: {self.lr} is too small for optimizer: prodigy, which finds the learning rate itself and takes "

@@ -149,8 +149,8 @@ class RunKeys(Settings):
     float16, for GPUs without bfloat16, scales the loss (`loss_scale` in the metrics), which skips an update now and
     then."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What trained weights are kept in: bfloat16, stepped with stochastic rounding, takes half the memory for them and
-    their gradients (`optimizer: adamw`)."""
+    """What trained weights are kept in: bfloat16, which every optimizer steps with stochastic rounding, takes half the
+    memory for them and their gradients."""
     fp8: bool = False
     """Multiply the linear layers of trained blocks in fp8 (needs torchao and an Ada, Hopper or later GPU)."""
     compile: bool | Literal["blocks", "graphs"] = False
@@ -188,7 +188,8 @@ class OptimisationKeys(Settings):
         "min_lr_ratio": Need(f"lr_schedule: {', '.join(ENDING)}", lambda config: config.lr_schedule in ENDING),
         "betas": Need("an optimizer other than adafactor", lambda config: config.optimizer != "adafactor"),
         "eps": Need(
-            "an optimizer other than adafactor and lion", lambda config: config.optimizer not in ("adafactor", "lion")
+            "an optimizer other than adafactor, lion and came",
+            lambda config: config.optimizer not in ("adafactor", "lion", "came"),
         ),
         "muon_convolutions": Need("optimizer: muon", lambda config: config.optimizer == "muon"),
     }
@@ -224,11 +225,12 @@ class OptimisationKeys(Settings):
     """With `lambdalinear`: the factor after the warm-up of each cycle."""
     f_min: list[NonNegativeFloat] = Field([1.0], max_length=MAX_ENTRIES)
     """With `lambdalinear`: the factor at the end of each cycle."""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon", "lion", "prodigy"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "schedulefree", "muon", "lion", "prodigy", "came"] = "adamw"
     """Optimizer: AdamW (fused), 8-bit AdamW (needs bitsandbytes), Adafactor, schedule-free AdamW, Muon (for the
     weights of linear layers; embeddings, tables and all else have AdamW), Lion (arXiv:2302.06675; with a third to a
-    tenth of AdamW's `lr`, and usually `betas: [0.9, 0.99]`), or Prodigy (arXiv:2306.06101; finds the learning rate
-    itself, so write `lr: 1`, and usually `betas: [0.9, 0.99]`)."""
+    tenth of AdamW's `lr`, and usually `betas: [0.9, 0.99]`), Prodigy (arXiv:2306.06101; finds the learning rate
+    itself, so write `lr: 1`, and usually `betas: [0.9, 0.99]`), or CAME (arXiv:2307.02047; half of AdamW's state;
+    with a warm-up, and usually `betas: [0.9, 0.999]`)."""
     muon_convolutions: bool = False
     """With `muon`: the kernels of convolutions have it too, as matrices of (outputs, inputs x positions)."""
     weight_decay: NonNegativeFloat = 0.01

@@ -5,6 +5,7 @@ The engine holds a list of optimizers (Muon brings AdamW along for the tensors i
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from warpcore.bfloat16 import StochasticAdamW
+from warpcore.bfloat16 import Stochastic, StochasticAdamW
 from warpcore.errors import UserError
+from warpcore.optimizers.came import CAME
 from warpcore.optimizers.lion import Lion
 from warpcore.optimizers.muon import KernelMuon, Muon
 from warpcore.optimizers.prodigy import Prodigy
@@ -57,8 +59,8 @@ def build_optimizers(
     matched to AdamW's (arXiv:2502.16982, section 2.2), AdamW the rest. For `adafactor`, `lr` is the largest step
     relative to a tensor's RMS, and `betas` and `eps` have no effect. `schedulefree` wants `train_mode` before steps
     and `eval_mode` before sampling. `lion` has no `eps`, and wants 3 to 10 times less `lr` than AdamW. `prodigy` finds
-    the learning rate itself: `lr` is a factor on it, 1 as a rule. bfloat16 parameters are stepped with stochastic
-    rounding, by `adamw` alone.
+    the learning rate itself: `lr` is a factor on it, 1 as a rule. `came` has no `eps`, and wants a warm-up. bfloat16
+    parameters are stepped with stochastic rounding.
 
     Args:
         name: one of `OPTIMIZERS`.
@@ -70,8 +72,7 @@ def build_optimizers(
         convolutions: the names of kernels that `muon` takes as well (`warpcore.networks.convolution_weights`).
 
     Raises:
-        UserError: unknown name, package not installed, or an optimizer that can't take the sharded or bfloat16
-            parameters given.
+        UserError: unknown name, package not installed, or an optimizer that can't take sharded parameters.
     """
     sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
     if not supports_dtensor(name) and sharded:
@@ -82,17 +83,26 @@ def build_optimizers(
     matrices, vectors = _split(groups, lambda _, parameter: parameter.ndim >= 2)
     undecayed = [{**group, "weight_decay": group.get("weight_decay", 0.0)} for group in vectors]
     settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-    if any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
-        if name != "adamw":
-            raise UserError(f"optimizer: {name} would round away most steps of bfloat16 weights; write adamw")
-        return [StochasticAdamW(matrices + undecayed, **settings)]
     if name == "muon":
-        return _muon(matrices, undecayed, settings, linear, convolutions)
-    return OPTIMIZERS[name].build(matrices, undecayed, settings)
+        built = _muon(matrices, undecayed, settings, linear, convolutions)
+    else:
+        built = OPTIMIZERS[name].build(matrices, undecayed, settings)
+    return [Stochastic(one) if _rounds(one) else one for one in built]
+
+
+def _rounds(optimizer: Optimizer) -> bool:
+    """Whether it would round most steps of its bfloat16 parameters away."""
+    return _in_bfloat16(optimizer.param_groups) and not isinstance(optimizer, StochasticAdamW | Prodigy)
+
+
+def _in_bfloat16(groups: Iterable[dict]) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"])
 
 
 def _adamw(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
     groups = matrices + vectors
+    if _in_bfloat16(groups):
+        return [StochasticAdamW(groups, **settings)]
     kinds = {parameter.device.type for group in groups for parameter in group["params"]}
     return [torch.optim.AdamW(groups, fused=kinds <= {"cuda", "cpu"}, **settings)] if groups else []
 
@@ -126,8 +136,8 @@ def _muon(
     ]
 
 
-def _lion(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
-    return [Lion(matrices + vectors, **{key: value for key, value in settings.items() if key != "eps"})]
+def _without_eps(kind: type[Optimizer], matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
+    return [kind(matrices + vectors, **{key: value for key, value in settings.items() if key != "eps"})]
 
 
 def _prodigy(matrices: list[dict], vectors: list[dict], settings: dict) -> list[Optimizer]:
@@ -147,8 +157,9 @@ OPTIMIZERS = {
     "adafactor": OptimizerKind(_adafactor, supports_dtensor=False),  # squares norms in place, which DTensor refuses
     "schedulefree": OptimizerKind(_schedulefree),
     "muon": OptimizerKind(_muon),
-    "lion": OptimizerKind(_lion),
+    "lion": OptimizerKind(partial(_without_eps, Lion)),
     "prodigy": OptimizerKind(_prodigy),
+    "came": OptimizerKind(partial(_without_eps, CAME)),
 }
 
 
@@ -318,8 +329,8 @@ def check_same_optimizers(optimizers: Iterable[Optimizer], rest: dict) -> None:
         )
     if _key_value(saved) != _key_value(here):
         before = f"optimizer: {_key_value(saved)}"
-    elif ("KernelMuon" in saved) != ("KernelMuon" in here):
-        before = f"muon_convolutions: {str('KernelMuon' in saved).lower()}"
+    elif _has_kernels(saved) != _has_kernels(here):
+        before = f"muon_convolutions: {str(_has_kernels(saved)).lower()}"
     else:
         before = "the weights_dtype and the parameter_groups of then"
     raise UserError(
@@ -328,12 +339,16 @@ def check_same_optimizers(optimizers: Iterable[Optimizer], rest: dict) -> None:
     )
 
 
+def _has_kernels(class_names: Sequence[str]) -> bool:
+    return any(name.endswith("KernelMuon") for name in class_names)
+
+
 def _key_value(class_names: Sequence[str]) -> str:
     """What the key `optimizer` says where a run has optimizers of these classes."""
     if any(name.endswith("Muon") for name in class_names):
         return "muon"  # with AdamW for the rest
-    name = class_names[0] if class_names else ""
-    return {"StochasticAdamW": "adamw", "AdamWScheduleFree": "schedulefree"}.get(name, name.lower())
+    name = class_names[0].removeprefix("Stochastic") if class_names else ""
+    return {"AdamWScheduleFree": "schedulefree"}.get(name, name.lower())
 
 
 @torch.no_grad()
@@ -380,4 +395,4 @@ def _patterns(groups: Iterable[list[dict]]) -> list[list[str | None]]:
 
 
 def _class_names(optimizers: list[Optimizer]) -> list[str]:
-    return [type(optimizer).__name__ for optimizer in optimizers]
+    return [getattr(optimizer, "class_name", type(optimizer).__name__) for optimizer in optimizers]

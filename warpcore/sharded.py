@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -14,6 +14,15 @@ def local(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """All of it, in the shape that it says; where it is sharded, all processes have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_over_shards(values: Tensor, parameter: Tensor) -> Tensor:
+    """The sum of each value (any shape) over the processes that share a parameter; all of them have to call this."""
+    if not isinstance(parameter, DTensor):
+        return values
+    # Replicas have equal numbers, shards their own parts.
+    placements = [Partial() if place.is_shard() else Replicate() for place in parameter.placements]
+    return DTensor.from_local(values, parameter.device_mesh, placements, run_check=False).full_tensor()
 
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:

@@ -136,7 +136,7 @@ def test_groups_of_keys_are_bases_in_any_order(write, order):
     ("groups", "told"),
     [
         ({"a": {"optimiser": "lion"}}, "optimiser.*a.yaml"),
-        ({"a": {"optimizer": "lion"}, "b": {"weights_dtype": "bfloat16"}}, "weights_dtype: bfloat16 needs"),
+        ({"a": {"dtype": "float16"}, "b": {"weights_dtype": "bfloat16"}}, "weights_dtype: bfloat16 needs"),
         ({"a": {"fsdp_shards": 2}}, "fsdp_shards and fsdp_cpu_offload need use_fsdp: true"),
     ],
 )

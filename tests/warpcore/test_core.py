@@ -110,7 +110,7 @@ def test_a_hang_up_that_is_ignored_at_the_start_as_under_nohup_does_not_stop_the
 
 @pytest.mark.slow
 @pytest.mark.bits
-@pytest.mark.parametrize("optimizer", ["schedulefree", "muon", "adafactor", "lion", "prodigy"])
+@pytest.mark.parametrize("optimizer", ["schedulefree", "muon", "adafactor", "lion", "prodigy", "came"])
 def test_every_optimizer_resumes_exactly(shard, tmp_path, optimizer):
     settings = {"optimizer": optimizer, "validation_samples": 2} | ({"lr": 1.0} if optimizer == "prodigy" else {})
     whole = tiny_settings(tmp_path / "whole", shard, **settings)

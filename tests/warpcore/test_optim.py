@@ -16,9 +16,9 @@ from tests.warpcore.test_optimizers import estimate_of_prodigy
 from warpcore import gradients, optim
 from warpcore.lr_schedules import lr_at
 
-TRAINED_ALIKE = ("adamw", "schedulefree", "lion", "prodigy")
+TRAINED_ALIKE = ("adamw", "schedulefree", "lion", "prodigy", "came")
 SHARDED = [name for name in optim.OPTIMIZERS if optim.supports_dtensor(name)]
-PLAIN = ["adamw", "adafactor", "schedulefree", "muon", "lion", "prodigy"]
+PLAIN = ["adamw", "adafactor", "schedulefree", "muon", "lion", "prodigy", "came"]
 
 
 class Net(nn.Module):
@@ -212,6 +212,7 @@ KERNELS = {"convolutions": {"conv.weight"}}
         (("adamw", {}), ("adafactor", {}), "optimizer: adamw"),
         (("muon", {}), ("adamw", {}), "optimizer: muon"),
         (("schedulefree", {}), ("lion", {}), "optimizer: schedulefree"),
+        (("came", {}), ("lion", {}), "optimizer: came"),
         (("muon", KERNELS), ("muon", {}), "muon_convolutions: true"),
         (("muon", {}), ("muon", KERNELS), "muon_convolutions: false"),
     ],

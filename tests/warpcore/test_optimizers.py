@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.golden import load_case, resolve
 from warpcore import optim
+from warpcore.optimizers.came import CAME
 from warpcore.optimizers.lion import Lion
 from warpcore.optimizers.prodigy import Prodigy
 from warpcore.parameter_groups import ParameterGroup, optimizer_groups
@@ -129,3 +130,59 @@ def estimate_of_prodigy(parameters):
 def test_prodigy_has_one_estimate_over_all_groups():
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
     assert estimate_of_prodigy(parameters) == pytest.approx(1.82342, rel=1e-4)
+
+
+CAMES_TARGETS = torch.tensor([[3.0, -2.0, 0.5], [10.0, 0.1, -1.0]]), torch.tensor([0.3, -4.0])
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        (
+            0.0,
+            [
+                [0.153741, -0.240972, 0.195184, 0.442111, 0.0103944, -0.336773, 0.002, -0.002],
+                [1.30202, -1.9958, 0.673716, 3.60375, 0.0854817, -1.45881, 0.0261768, -0.0263984],
+                [3.14366, -1.96829, 0.57362, 11.7485, 0.0791375, -0.866461, 0.221264, -0.259181],
+                [3.05009, -2.03312, 0.49051, 9.93685, 0.097762, -0.986171, 0.288349, -1.29017],
+            ],
+        ),
+        (
+            0.5,
+            [
+                [0.153741, -0.240972, 0.195184, 0.442111, 0.0103944, -0.336773, 0.002, -0.002],
+                [1.28082, -1.96488, 0.661506, 3.54779, 0.0842022, -1.43287, 0.0258101, -0.0260286],
+                [3.00623, -2.07858, 0.569851, 11.295, 0.0860192, -0.943264, 0.206505, -0.240605],
+                [2.97938, -2.01074, 0.501918, 9.91567, 0.0974958, -0.990403, 0.281153, -1.03007],
+            ],
+        ),
+    ],
+)
+def test_came_takes_the_steps_of_its_authors(decay, expected):
+    """Numbers of came-pytorch 0.1.3, whose kernels are other matrices than ours."""
+    parameters, found = [nn.Parameter(torch.zeros_like(target)) for target in CAMES_TARGETS], []
+    group = {"params": parameters, "param_names": ["matrix", "vector"]}
+    came = CAME([group], lr=0.02, weight_decay=decay, betas=(0.9, 0.99))
+    for update in range(1, 61):
+        came.zero_grad()
+        sum((p - to).square().sum() / 8 for p, to in zip(parameters, CAMES_TARGETS, strict=True)).backward()
+        optim.step([came], torch.tensor(0.0))
+        if update in (1, 5, 20, 60):
+            found.append(torch.cat([p.detach().flatten() for p in parameters]))
+    torch.testing.assert_close(torch.stack(found), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_came_takes_a_kernel_as_a_matrix_and_keeps_two_vectors_of_each_square():
+    kernel = nn.Parameter(torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    cames = [
+        optim.build_optimizers("came", [{"params": [one], "param_names": ["w"]}], lr=0.02) for one in (kernel, matrix)
+    ]
+    for seed in range(3):
+        kernel.grad = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(seed))
+        matrix.grad = kernel.grad.flatten(1)
+        for came in cames:
+            optim.step(came, torch.tensor(0.0))
+    assert torch.equal(kernel.flatten(1), matrix)
+    kept = optim.optimizer_state(cames[0])[0].values()
+    assert sum(tensor.numel() for tensor in kept) == kernel.numel() + 2 * (4 + 12)

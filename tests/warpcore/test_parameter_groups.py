@@ -57,7 +57,7 @@ def test_a_mistake_in_an_entry_is_named(entry, told, tmp_path):
         make_config(Config, keys | {"parameter_groups": [entry]})
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "schedulefree", "muon", "lion", "prodigy"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "schedulefree", "muon", "lion", "prodigy", "came"])
 def test_every_optimizer_takes_the_settings_of_a_group(name):
     torch.manual_seed(0)
     net = nn.ModuleDict({"first": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "last": nn.Linear(4, 4)})

@@ -9,10 +9,10 @@ from math import sqrt
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 
-from warpcore.sharded import local
+from warpcore.bfloat16 import store
+from warpcore.sharded import local, sum_over_shards
 
 D0 = 1e-6
 """The first estimate, which only has to be too small."""
@@ -22,7 +22,8 @@ class Prodigy(Optimizer):
     """The learning rate of a group is a factor on the estimate `d`, which all groups share and which only grows.
 
     Everything stays on the device. `d` and the numerator of its estimate are part of every parameter's state, which
-    is one and the same tensor, so that checkpoints hold them under the parameters' names.
+    is one and the same tensor, so that checkpoints hold them under the parameters' names. Parameters in bfloat16 are
+    rounded stochastically; their moments are float32.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Prodigy(Optimizer):
         gains, sizes, used = [], [], []
         for group in self.param_groups:
             group["steps"] += 1
-            for parameter in group["params"]:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is None:
                     continue
                 state = self._state_of(parameter)
@@ -47,21 +48,23 @@ class Prodigy(Optimizer):
                     gain, size = _observe(parameter, state, group, self.d)
                     gains.append(gain)
                     sizes.append(size)
-                    used.append((parameter, group))
+                    used.append((name, parameter, group))
         if not used:
             return
-        gain, size = _sum(torch.stack([torch.stack(gains).sum(), torch.stack(sizes).sum()]), used[0][0])
+        # All parameters are on one mesh, and sharded alike.
+        gain, size = sum_over_shards(torch.stack([torch.stack(gains).sum(), torch.stack(sizes).sum()]), used[0][1])
         self._numerator.mul_(sqrt(self.param_groups[0]["betas"][1])).add_(gain)
         before = self.d.clone()
         # Gradients that are all 0 tell nothing.
         self.d.copy_(torch.where(size > 0, torch.maximum(self.d, self._numerator / size), self.d))
-        for parameter, group in used:
-            _move(parameter, self.state[parameter], group, before * _rate(group), self.d)
+        for name, parameter, group in used:
+            moved = _moved(parameter, self.state[parameter], group, before * _rate(group), self.d)
+            store(parameter, moved, name, group["steps"])
 
     def _state_of(self, parameter: Tensor) -> dict:
         state = self.state[parameter]
         if not state:
-            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq", "s")}
+            state |= {key: torch.zeros_like(parameter, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq", "s")}
             state |= {"p0": parameter.detach().clone(), "d": self.d, "d_numerator": self._numerator}
         return state
 
@@ -74,7 +77,7 @@ def _rate(group: dict) -> float:
 
 def _observe(parameter: Tensor, state: dict, group: dict, d: Tensor) -> tuple[Tensor, Tensor]:
     """Take a gradient into the moments; what this process's shard adds to both sums of the estimate."""
-    weight, grad, start = map(local, (parameter, parameter.grad, state["p0"]))
+    weight, grad, start = (local(tensor).float() for tensor in (parameter, parameter.grad, state["p0"]))
     average, square, s = (local(state[key]) for key in ("exp_avg", "exp_avg_sq", "s"))
     beta1, beta2 = group["betas"]
     scaled = grad * d
@@ -84,16 +87,8 @@ def _observe(parameter: Tensor, state: dict, group: dict, d: Tensor) -> tuple[Te
     return torch.sum(grad * (start - weight)) * (d / D0 * d * _rate(group)), s.abs().sum()
 
 
-def _move(parameter: Tensor, state: dict, group: dict, lr: Tensor, d: Tensor) -> None:
+def _moved(parameter: Tensor, state: dict, group: dict, lr: Tensor, d: Tensor) -> Tensor:
+    """The weight after a step, in float32."""
     weight, average, square = map(local, (parameter, state["exp_avg"], state["exp_avg_sq"]))
-    weight.mul_(1 - lr * group["weight_decay"])
-    weight.sub_((average * lr).div_(square.sqrt().add_(d * group["eps"])))
-
-
-def _sum(values: Tensor, parameter: Tensor) -> Tensor:
-    """The sum of each value (N,) over the shards of the parameters, all of which are on one mesh and sharded alike."""
-    if not isinstance(parameter, DTensor):
-        return values
-    # Replicas have equal numbers, shards their own parts.
-    placements = [Partial() if place.is_shard() else Replicate() for place in parameter.placements]
-    return DTensor.from_local(values, parameter.device_mesh, placements, run_check=False).full_tensor()
+    weight = weight.float() * (1 - lr * group["weight_decay"])
+    return weight.sub_((average * lr).div_(square.sqrt().add_(d * group["eps"])))
