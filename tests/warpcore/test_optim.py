@@ -56,7 +56,7 @@ def train(net, optimizers, updates, found_inf=0.0):
         x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(update))
         for parameter in net.parameters():
             parameter.grad = None
-        net(x).square().mean().backward()
+        net(x.to(net.head.weight.dtype)).square().mean().backward()
         optim.set_lr(optimizers, 1e-2 / update)
         optim.step(optimizers, torch.tensor(found_inf))
 
@@ -300,6 +300,7 @@ def _sharded_run(expected) -> None:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
         for name in SHARDED:
             _check_resuming(name, mesh)
+            _check_resuming(name, mesh, torch.bfloat16)
         for name in TRAINED_ALIKE:
             _check_training(name, mesh, *expected[name])
         _check_muon(mesh)
@@ -309,9 +310,9 @@ def _sharded_run(expected) -> None:
         _sharded("adafactor", mesh)
 
 
-def _sharded(name, mesh):
+def _sharded(name, mesh, dtype=torch.float32):
     torch.manual_seed(0)
-    net = Net()
+    net = Net().to(dtype)
     fully_shard(net, mesh=mesh)
     return net, build(name, net)
 
@@ -320,11 +321,11 @@ def _whole(net):
     return {name: tensor.full_tensor() for name, tensor in weights(net).items()}
 
 
-def _check_resuming(name, mesh):
-    net, optimizers = _sharded(name, mesh)
+def _check_resuming(name, mesh, dtype=torch.float32):
+    net, optimizers = _sharded(name, mesh, dtype)
     train(net, optimizers, [1])
     tensors, rest = optim.optimizer_state(optimizers)
-    again, resumed = _sharded(name, mesh)
+    again, resumed = _sharded(name, mesh, dtype)
     again.load_state_dict(weights(net))
     own = optim.allocate_optimizer_state(resumed, {key: (t.shape, t.dtype) for key, t in tensors.items()})
     for key, tensor in tensors.items():
