@@ -120,13 +120,12 @@ class Tab:
         assert "exceptionDetails" not in found, f"{expression}: {found['exceptionDetails']}"
         return found["result"].get("value")
 
-    def wait(self, expression: str) -> Any:
-        """Until it is true; its value."""
+    def wait(self, expression: str) -> None:
+        """Until it is true."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (value := self.run(expression)):
+        while not self.run(f"!!({expression})"):
             assert time.monotonic() < deadline, f"never: {expression}; console: {self.errors}"
             time.sleep(0.02)
-        return value
 
     def press(self, key: str, modifiers: int = 0) -> None:
         """A key by its name in events (`ArrowLeft`, `a`); modifiers: 1 Alt, 2 Ctrl, 4 Meta, 8 Shift."""

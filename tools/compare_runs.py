@@ -15,7 +15,7 @@ import argparse
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -193,7 +193,7 @@ def _pictures(name: str, paths: Sequence[Path | None], left_out: LeftOut) -> Ite
 
 
 def _cells(path: Path, left_out: LeftOut) -> dict[str, Cell] | None:
-    """The pictures in a sheet by caption, those of equal captions numbered; None where it does not tell of them."""
+    """See `numbered`; None where a sheet does not tell of its pictures."""
     try:
         cells = read_cells(path)
     except (OSError, UserError, Image.DecompressionBombError):  # reading its pixels tells what is wrong
@@ -201,11 +201,16 @@ def _cells(path: Path, left_out: LeftOut) -> dict[str, Cell] | None:
     except ValueError:
         left_out.add("list of pictures in a sheet, which is shown as a whole (damaged)", path)
         return None
+    return numbered(cells or ()) or None
+
+
+def numbered(cells: Iterable[Cell]) -> dict[str, Cell]:
+    """The pictures in a sheet by caption, those of equal captions numbered: `a fox`, `a fox (2)`."""
     seen, found = Counter(), {}
-    for cell in cells or ():
+    for cell in cells:
         seen[cell.caption] += 1
         found[f"{cell.caption} ({seen[cell.caption]})" if seen[cell.caption] > 1 else cell.caption] = cell
-    return found or None
+    return found
 
 
 class _Reader:

@@ -24,6 +24,7 @@ from warpcore.keys import changed_keys
 from warpcore.launch import launch
 from warpcore.lr_schedules import lr_at
 from warpcore.metrics import Metrics
+from warpcore.notes import NOTES, Notes
 from warpcore.parameter_groups import what_is_trained
 from warpcore.peers import explained, tell_once
 from warpcore.profiling import profiled
@@ -49,6 +50,7 @@ class WarpCore(UseCase):
     def __init__(self, config: Config):
         super().__init__(config)
         self._profiling, self._profile = ExitStack(), None
+        self.notes = Notes()
         self._stop_signal: int | None = None
         self._stop_vote = Vote(self.processes)
 
@@ -73,6 +75,7 @@ class WarpCore(UseCase):
                 self.update += 1
                 fault = self._after_update()
             self._end(fault or self._undo_unread())
+            self.notes.end(self.update, self.config.updates)
         return STOPPED_EARLY if self.update < self.config.updates else 0
 
     def make_update(self, batches: Iterator[Batch]) -> None:
@@ -152,7 +155,10 @@ class WarpCore(UseCase):
             config=config.model_dump(mode="json"),
             resume_update=origin and origin.update,
         )
-        self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device)
+        if tracked and self.update < config.updates:
+            self.notes = Notes(config.run_folder / NOTES)
+            self.notes.begin(self.update)
+        self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device, self.notes)
         self.progress.say(f"keys that are not at their defaults:\n{changed_keys(config)}")
         self.cannot_draw = self.processes.first_of(self.cannot_draw)  # a file may be missing on one machine alone
         if self.cannot_draw:
@@ -225,6 +231,9 @@ class WarpCore(UseCase):
         try:
             with explained():
                 yield
+        except BaseException as error:
+            self.notes.fail(self.update, error)
+            raise
         finally:
             self.close()
 

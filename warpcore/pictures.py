@@ -5,7 +5,7 @@ import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -146,6 +146,12 @@ def read_cells(path: Path | str) -> list[Cell] | None:
         ValueError: what it says is damaged.
         OSError: it is no PNG, or can't be read.
     """
-    with open_to_read(path) as file, Image.open(file, formats=("PNG",)) as image:
+    with open_to_read(path) as file:
+        return cells_in(file)
+
+
+def cells_in(file: BinaryIO) -> list[Cell] | None:
+    """`read_cells` of an open file, of which what comes before its pixels is read."""
+    with Image.open(file, formats=("PNG",)) as image:
         text = image.info.get(CELLS)
     return None if text is None else TypeAdapter(list[Cell]).validate_python(parse_json(str(text)))

@@ -5,15 +5,19 @@ import sys
 
 import torch
 
+from warpcore.notes import Notes
 from warpcore.progress_bar import ProgressBar
 from warpcore.redaction import redact
 
 
 class Progress:
-    """One line that moves in a terminal, and one line every half minute in a log file. Silent where not `shown`."""
+    """One line that moves in a terminal, and one line every half minute in a log file. Silent where not `shown`.
 
-    def __init__(self, shown: bool, updates: int, update: int, device: torch.device):
-        self.device = device
+    notes: what it says is kept there, too.
+    """
+
+    def __init__(self, shown: bool, updates: int, update: int, device: torch.device, notes: Notes | None = None):
+        self.device, self._notes = device, notes or Notes()
         self._bar = ProgressBar(
             total=updates,
             initial=update,
@@ -38,6 +42,7 @@ class Progress:
         """Print a line without disturbing the bar."""
         if not self._bar.disable:
             ProgressBar.write(redact(text), file=sys.stderr)
+            self._notes.add(self._bar.n, text)
 
     def close(self) -> None:
         self._bar.refresh()

@@ -31,8 +31,10 @@ from warpcore.text import read_text
 logger = logging.getLogger(__name__)
 
 DAMAGED_MANIFEST = "damaged_manifest.json"
-MAX_METRICS_BYTES = 2**31
-"""Of a run's metrics: a line of some hundred bytes for each update."""
+CONTINUED = ("metrics.jsonl", "notes.jsonl")
+"""Files of a run that its next start goes on writing."""
+MAX_CONTINUED_BYTES = 2**31
+"""Of each: metrics are a line of some hundred bytes for each update."""
 _OWN = (LOCK, ".machine")
 """Files of the folder that stay when it is emptied."""
 
@@ -70,17 +72,19 @@ class S3Place:
                     if path.name not in _OWN:
                         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         processes.gather(None)  # everywhere, that is done before anything is fetched
-        processes.on_main(self._fetch_metrics)
+        processes.on_main(self._fetch_continued)
         return first_here
 
-    def _fetch_metrics(self) -> None:
-        size = sizes_below(f"{self.url}/metrics.jsonl").get("")
-        if size is not None and size > MAX_METRICS_BYTES:
-            raise CheckpointError(
-                f"{self.url}/metrics.jsonl has more than {MAX_METRICS_BYTES >> 20} MiB, which no run writes: remove it"
-            )
-        if size is not None:
-            self._fetch_file(f"{self.url}/metrics.jsonl", self.folder / "metrics.jsonl", size)
+    def _fetch_continued(self) -> None:
+        for name in CONTINUED:
+            url = f"{self.url}/{name}"
+            size = sizes_below(url).get("")
+            if size is not None and size > MAX_CONTINUED_BYTES:
+                raise CheckpointError(
+                    f"{url} has more than {MAX_CONTINUED_BYTES >> 20} MiB, which no run writes: remove it"
+                )
+            if size is not None:
+                self._fetch_file(url, self.folder / name, size)
 
     def _fetch_file(self, url: str, path: Path, size: int) -> str:
         with self._explained():

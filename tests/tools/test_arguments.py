@@ -26,6 +26,7 @@ URL = "s3://bucket/folder"
         ("export", ["diffusers", "run", URL]),
         ("make_demo_dataset", [URL]),
         ("make_demo_subject", [URL]),
+        ("runs", ["runs", "--export", URL]),
     ],
 )
 def test_a_url_is_no_folder_of_this_machine(tool, arguments, tmp_path, monkeypatch, capsys):

@@ -33,7 +33,7 @@ def test_a_folder_in_a_runs_folder_that_is_a_link_is_refused_and_nothing_is_writ
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", ".lock", "config.yaml.partial", "info.json.partial", "generator.partial"]
+    "name", ["metrics.jsonl", "notes.jsonl", ".lock", "config.yaml.partial", "info.json.partial", "generator.partial"]
 )
 def test_a_file_in_a_runs_folder_that_is_a_link_is_refused_and_not_written_through(settings, tmp_path, name):
     elsewhere, link = tmp_path / "elsewhere", tmp_path / "runs" / "tiny" / name

@@ -46,7 +46,7 @@ def test_what_is_longer_than_a_run_writes_it_is_not_fetched(bucket, remote, capl
 
 def test_metrics_that_no_run_wrote_are_not_fetched(bucket, remote, monkeypatch):
     train_remote(remote | {"updates": 4})
-    monkeypatch.setattr("warpcore.s3_place.MAX_METRICS_BYTES", 100)
+    monkeypatch.setattr("warpcore.s3_place.MAX_CONTINUED_BYTES", 100)
     with pytest.raises(CheckpointError, match=r"runs/tiny/metrics.jsonl has more than 0 MiB, which no run writes"):
         train_remote(remote)
 

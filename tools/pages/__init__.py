@@ -37,6 +37,11 @@ def page_file(name: str) -> str:
     return read_bytes(FOLDER / name).decode()
 
 
+def names_in(name: str) -> list[str]:
+    """The files that a page names."""
+    return _STYLE.findall(page_file(name)) + _SCRIPT.findall(page_file(name))
+
+
 def as_json(data: Any) -> str:
     """JSON that can stand in HTML, whatever texts are in it: no `<` is left. Raises ValueError for NaN."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -48,7 +53,7 @@ def self_contained(name: str, data: Any, pictures: str = "data:") -> str:
     Its script reads them: `JSON.parse(document.getElementById("data").textContent)`.
 
     Args:
-        data: whatever JSON can say; there is no NaN in JSON.
+        data: whatever JSON can say; there is no NaN in JSON. None: the page has no data of this kind.
         pictures: where pictures and clips may come from, as a Content-Security-Policy says it.
     """
     allowed: dict[str, list[str]] = {"style": [], "script": []}
@@ -61,8 +66,10 @@ def self_contained(name: str, data: Any, pictures: str = "data:") -> str:
     page = _STYLE.sub(lambda file: inside("style", file), page_file(name))
     page = _SCRIPT.sub(lambda file: inside("script", file), page)
     sources = " ".join(f"{kind}-src {' '.join(hashes)};" for kind, hashes in allowed.items() if hashes)
-    policy = f"default-src 'none'; {sources} img-src {pictures}; media-src {pictures}"
+    policy = f"default-src 'none'; img-src {pictures}; media-src {pictures}; {sources}"
     page = page.replace(_CHARSET, f'{_CHARSET}\n<meta http-equiv="Content-Security-Policy" content="{policy}">', 1)
+    if data is None:
+        return page
     before, found, behind = page.partition(DATA)
     if not found:
         raise ValueError(f"{name} has no place for its data: {DATA}")

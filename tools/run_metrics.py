@@ -1,0 +1,251 @@
+"""The curves in a run's `metrics.jsonl`, while it grows.
+
+A hundred thousand lines are read in a fraction of a second: of a metric only its own numbers are looked for, once, and
+later those of new lines. The last line may still be written, or added to, so it is read each time. Where a run went
+on from an earlier update, and its file begins to differ, all is read once more.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from warpcore.safe_json import parse_json
+
+BLOCK_BYTES = 2**24
+MAX_LINE_BYTES = 2**20
+MARK_BYTES = 256
+"""What before the place that was read up to has to be as it was."""
+LONGEST = 20
+"""Lines of a block that tell the names of its metrics: those with a validation are longer than others."""
+NUMBER = rb"-?(?:0|[1-9][0-9]{0,30})(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,4})?"
+_UPDATE = re.compile(rb'^\{"update": ([0-9]{1,15})[,}]', re.MULTILINE)
+NO_CURVES = ("update", "samples_hash")
+SEEN, SPEED = "samples_seen", "samples_per_second"
+
+
+class Metrics:
+    """Args:
+    size: of the file in bytes, 0 where there is none. read: its bytes from an offset, so many or less.
+    """
+
+    def __init__(self, size: Callable[[], int], read: Callable[[int, int], bytes]):
+        self._size, self._read = size, read
+        self._lock = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._settled, self._mark = 0, b""
+        self._columns: dict[str, _Column] = {}
+        self._names: dict[str, None] = {}
+        self.last: dict[str, Any] = {}
+        """The last whole line."""
+        self.strange = 0
+        """Lines that are none of a run."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the metrics found so far, in the order of the file."""
+        return [name for name in self._names if name not in NO_CURVES]
+
+    def refresh(self) -> None:
+        """Look for new lines."""
+        with self._lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        size = self._size()
+        if size < max(1, self._settled) or self._read(self._settled - len(self._mark), len(self._mark)) != self._mark:
+            self._forget()
+        start = max(self._settled, size - MAX_LINE_BYTES) if self._settled == 0 else self._settled
+        new = self._read(start, size - start)
+        end = new.rfind(b"\n")
+        if end < 0:
+            return
+        begin = new.rfind(b"\n", 0, end) + 1  # of the last whole line; 0 where it is the only one that is new
+        if begin:
+            self._settled = start + begin
+            self._mark = self._read(max(0, self._settled - MARK_BYTES), min(MARK_BYTES, self._settled))
+        self.last = _line(new[begin:end])
+        self._learn_names([new[begin:end]])
+
+    def _learn_names(self, lines: list[bytes]) -> None:
+        for line in lines:
+            self._names |= dict.fromkeys(name for name, value in _line(line).items() if _is_number(value))
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The updates (N,) whose lines have a metric, increasing, and its values (N,): float64, NaN where infinite."""
+        with self._lock:
+            self._refresh()
+            column = self._columns.setdefault(name, _Column(name))
+            for block in self._blocks(column.read_to):
+                if column.read_to >= self._looked_at():
+                    self._learn_names(sorted(block.splitlines(), key=len)[-LONGEST:])
+                    self.strange += block.count(b"\n") - column.count_of(block)
+                column.add(block)
+            updates, values = column.arrays()
+            if name in self.last and _is_number(self.last[name]) and _is_update(self.last.get("update")):
+                updates, values = np.append(updates, self.last["update"]), np.append(values, _value(self.last[name]))
+        order = np.argsort(updates, kind="stable")
+        return updates[order], values[order]
+
+    def _looked_at(self) -> int:
+        """Up to where any column was read."""
+        return max((column.read_to for column in self._columns.values()), default=0)
+
+    def _blocks(self, start: int) -> Iterator[bytes]:
+        """The whole lines from an offset on."""
+        while start < self._settled:
+            block = self._read(start, min(BLOCK_BYTES, self._settled - start))
+            block = block[: block.rfind(b"\n") + 1] or block  # a line of 16 MiB is none
+            if not block:
+                return
+            start += len(block)
+            yield block
+
+    def seconds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Updates (N,), and how long training had taken by then, in seconds: without validation, drawing and pauses.
+
+        Each interval between two reports has a speed, which is written to each of its lines.
+        """
+        updates, seen = self.column(SEEN)
+        timed, speed = self.column(SPEED)
+        speed = speed[np.isin(timed, updates)]
+        both = np.isin(updates, timed)
+        updates, seen = updates[both], seen[both]
+        samples = np.diff(seen, prepend=seen[:1])
+        if len(samples) > 1:
+            samples[0] = samples[1]  # what came before the first line may be another run's
+        with np.errstate(divide="ignore", invalid="ignore"):
+            taken = samples / speed
+        return updates, np.cumsum(np.where(np.isfinite(taken) & (taken > 0), taken, 0.0))
+
+    def curve(
+        self, name: str, by_time: bool, buckets: int, start: float | None = None, end: float | None = None
+    ) -> dict[str, list]:
+        """A metric over updates, or over seconds of training, in at most so many buckets of equal width.
+
+        Returns lists, an entry for each bucket that has lines: `x` of its last line; the `low`, `high` and `mean` of
+        its values, None where none is finite; and the `count` of its lines.
+
+        Args:
+            start, end: of the range that is divided into buckets; None: that of the metric.
+        """
+        x, values = self.column(name)
+        x = x.astype(np.float64)
+        if by_time:
+            updates, seconds = self.seconds()
+            x = np.interp(x, updates, seconds) if len(updates) else np.zeros_like(x)
+        return bucketed(x, values, buckets, start, end)
+
+
+class _Column:
+    """The numbers of a metric in the part of a file that was read."""
+
+    def __init__(self, name: str):
+        self.read_to = 0
+        key = re.escape(json.dumps(name).encode())
+        self._values = re.compile(rb"[ {]" + key + rb": (" + NUMBER + rb"|null)(?=[,}])")
+        self._pairs = re.compile(
+            rb'^\{"update": ([0-9]{1,15}),[^\n]*?(?<=[ ])' + key + rb": (" + NUMBER + rb"|null)(?=[,}])", re.MULTILINE
+        )
+        self._found: list[tuple[np.ndarray, np.ndarray]] = []
+
+    @staticmethod
+    def count_of(block: bytes) -> int:
+        """Lines of a run in a block."""
+        return block.count(b'{"update": ') if _numbered(block) is not None else len(_UPDATE.findall(block))
+
+    def add(self, block: bytes) -> None:
+        self.read_to += len(block)
+        values, updates = self._values.findall(block), _numbered(block)
+        if updates is None or len(updates) != len(values):  # only some lines have it, or are none
+            pairs = self._pairs.findall(block)
+            updates = np.array([int(update) for update, _ in pairs], np.int64)
+            values = [value for _, value in pairs]
+        self._found.append((updates, _numbers(values)))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        if len(self._found) > 1:
+            self._found = [tuple(np.concatenate(parts) for parts in zip(*self._found, strict=True))]
+        return self._found[0] if self._found else (np.zeros(0, np.int64), np.zeros(0))
+
+
+def _numbered(block: bytes) -> np.ndarray | None:
+    """The updates of whole lines, where the first and the last of them tell those between."""
+    first, last = _UPDATE.match(block), _UPDATE.match(block, block.rfind(b"\n", 0, len(block) - 1) + 1)
+    if first is None or last is None or not block.endswith(b"\n"):
+        return None
+    numbers = int(first[1]), int(last[1])
+    count = block.count(b"\n")
+    whole = count == block.count(b'\n{"update": ') + 1 and numbers[1] - numbers[0] + 1 == count
+    return np.arange(numbers[0], numbers[1] + 1) if whole else None
+
+
+def _numbers(values: list[bytes]) -> np.ndarray:
+    """float64, NaN for null and for what is too large."""
+    try:
+        found = np.array(values, "S").astype(np.float64)
+    except ValueError:
+        found = np.array([np.nan if value == b"null" else float(value) for value in values])
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def _line(line: bytes) -> dict:
+    try:
+        found = parse_json(line, MAX_LINE_BYTES)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_update(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 10**15
+
+
+def _value(value: float | None) -> float:
+    try:
+        found = float("nan" if value is None else value)
+    except OverflowError:
+        return float("nan")
+    return found if np.isfinite(found) else float("nan")
+
+
+def bucketed(
+    x: np.ndarray, values: np.ndarray, buckets: int, start: float | None = None, end: float | None = None
+) -> dict[str, list]:
+    """See `Metrics.curve`; x (N,) increases."""
+    if start is not None or end is not None:
+        low, high = -np.inf if start is None else start, np.inf if end is None else end
+        # one beside each end, so that lines go on to the edge
+        first, last = max(0, np.searchsorted(x, low) - 1), np.searchsorted(x, high, "right") + 1
+        x, values = x[first:last], values[first:last]
+    if not len(x):
+        return {"x": [], "low": [], "high": [], "mean": [], "count": []}
+    low, high = x[0] if start is None else start, x[-1] if end is None else end
+    place = np.floor((x - low) * (buckets / max(high - low, 1e-9)))
+    starts = np.flatnonzero(np.diff(place, prepend=place[0] - 1))
+    finite = np.isfinite(values)
+    count = np.add.reduceat(finite.astype(np.int64), starts)
+    total = np.add.reduceat(np.where(finite, values, 0.0), starts)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        means = total / count
+    return {
+        "x": _short(x[np.append(starts[1:], len(x)) - 1]),
+        "low": _short(np.fmin.reduceat(values, starts)),
+        "high": _short(np.fmax.reduceat(values, starts)),
+        "mean": _short(means),
+        "count": count.tolist(),
+    }
+
+
+def _short(numbers: np.ndarray) -> list[float | None]:
+    """Seven digits are more than a screen shows."""
+    return [float(f"{number:.7g}") if np.isfinite(number) else None for number in numbers.tolist()]
