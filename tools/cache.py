@@ -55,7 +55,7 @@ from warpcore.data.buckets import Buckets
 from warpcore.data.captions import CaptionGetter
 from warpcore.data.catalog import open_catalog, read_summaries, write_manifests
 from warpcore.data.clip_buckets import DRAWN_BY_ROW, ClipBuckets
-from warpcore.data.columns import column_types
+from warpcore.data.columns import check_missing, column_types, tensor_types
 from warpcore.data.fields import naming_keys
 from warpcore.data.filters import Filter
 from warpcore.data.index import INDEX_SUFFIX, index_shard
@@ -209,9 +209,13 @@ class Caching:
         same_source = there is not None and there.source == here.source
         if strange := [tar for tar in gone if not (same_source and _is_of(tar, there))]:
             raise UserError(f"{strange[0]} mirrors no tar of webdataset_path, but would be read with it: remove it")
-        found = survey(self.catalog, self.work.selection)
+        names = self.training.index_columns()  # which no cache needs, but the runs that read it
+        types = column_types(self.catalog, names)
+        tensor_types(types, names)
+        found = survey(self.catalog, replace(self.work.selection, columns=types))
         if not found.passed:
             raise UserError(f"no sample can be drawn: {found}")
+        check_missing(found.missing, found.passed, "training")
         if self.work.buckets.by_row:
             print(f"{DRAWN_BY_ROW}. {found}", flush=True)
         size = self.maker.bytes_per_sample(here)

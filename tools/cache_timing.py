@@ -1,6 +1,7 @@
 """How long a run waits for the features of a sample: from pictures, and from a cache."""
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -9,6 +10,7 @@ from families.common.features import Origin
 from families.common.text_memory import TextMemory
 from families.common.training import DiffusionTraining
 from warpcore.data.catalog import open_catalog
+from warpcore.data.columns import column_types, tensor_types
 from warpcore.data.loader import Loader
 from warpcore.data.plan import Plan
 from warpcore.data.reader import Reader
@@ -38,12 +40,14 @@ def seconds_per_sample(
 
 
 def _seconds(training: DiffusionTraining, work: Work, reader: Reader, shard: Shard, samples: int) -> float:
-    config = training.config
+    config, names, catalog = training.config, training.index_columns(), open_catalog([Source(1.0, [shard])])
+    types = column_types(catalog, names)
+    reader = replace(reader, columns=tensor_types(types, names))
     plan = Plan(
-        open_catalog([Source(1.0, [shard])]), micro_batch_size=work.batch_size, buckets=work.buckets,
+        catalog, micro_batch_size=work.batch_size, buckets=work.buckets,
         filters=work.selection.filters, captions=reader.captions,
         required_members=[field.suffixes for field in reader.extra.values()], seed=config.seed,
-        columns=work.selection.columns,
+        columns=types | work.selection.columns,
     )  # fmt: skip
     taken, began = 0, None
     with Loader(plan.micro_batches(), reader, num_workers=config.num_workers, device=training.device) as loader:

@@ -17,7 +17,7 @@ from families.common.family import ExportFormat
 from families.registry import export_format, export_formats, families
 from tools.arguments import local_path
 from warpcore.errors import UserError, run_script
-from warpcore.outputs import check_new
+from warpcore.outputs import all_or_nothing, check_new
 
 
 def main() -> None:
@@ -34,7 +34,8 @@ def main() -> None:
     form = export_format(given.format, given.source)
     check_target(form, given.target)
     try:
-        form.write(given.source, given.target, given.arguments)
+        with all_or_nothing(given.target):
+            form.write(given.source, given.target, given.arguments)
     except ModuleNotFoundError as error:
         raise UserError(f"{form.name} needs {error.name}: pip install {error.name}") from error
 

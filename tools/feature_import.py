@@ -299,7 +299,7 @@ class ImportedRecords(Importing):
 def _shown(size: tuple[int, ...]) -> str:
     """A bucket as a message says it."""
     *frames, height, width = size
-    return "".join(f"{n} frames of " for n in frames) + f"{width} x {height} px"
+    return "".join(f"{n} frames of " for n in frames if n > 1) + f"{width} x {height} px"
 
 
 def _finish(writer: ShardWriter, shards: dict) -> None:

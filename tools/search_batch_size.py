@@ -30,6 +30,7 @@ from warpcore.batch_size import fitting_sizes
 from warpcore.config import Config, ConfigError, load_config
 from warpcore.config_files import bases_from
 from warpcore.errors import UserError, run_script
+from warpcore.files import write_whole
 from warpcore.launch import planned_processes
 from warpcore.outputs import check_new
 from warpcore.processes import check_divides
@@ -104,7 +105,7 @@ def main() -> None:
 def write_tuned(text: str, use_case: type[UseCase], path: Path) -> None:
     """Write a config that training takes as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     load_config(use_case.Config, [str(path)])
     print(f"written to {path}")
 

@@ -8,7 +8,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -144,8 +144,20 @@ def _refusal(path: Path) -> UserError:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is on the disk, whole, before anything that depends on it."""
     partial = path.with_name(path.name + ".partial")
-    with writing(partial, "wb" if isinstance(content, bytes) else "w") as file:
+    with replacing(path, partial), writing(partial, "wb" if isinstance(content, bytes) else "w") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+@contextmanager
+def replacing(path: Path, partial: Path) -> Iterator[None]:
+    """What is written to `partial` inside takes the place of `path`. Where the disk refuses it, it goes, with the room
+    that it took."""
+    try:
+        yield
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise

@@ -1,8 +1,10 @@
 """Files that a tool is about to write: none that is there already, and none twice."""
 
 import os
+import shutil
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -34,6 +36,22 @@ def check_new(files: Iterable[Path], remedy: str, overwrite: bool = False) -> No
     for folder in {next(there for there in (one, *one.parents) if there.exists()) for one in folders}:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{folder} may not be written to: change its permissions, or {remedy}")
+
+
+@contextmanager
+def all_or_nothing(target: Path) -> Iterator[None]:
+    """What fails inside leaves nothing at `target`, where there is nothing yet, or an empty folder, so that the same
+    command can be started again."""
+    was_there = target.exists()
+    try:
+        yield
+    except BaseException:
+        if target.is_dir() and not target.is_symlink():
+            for path in target.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if not was_there:
+                target.rmdir()
+        raise
 
 
 def check_folder(folder: Path, what: str) -> None:

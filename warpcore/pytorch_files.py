@@ -1,10 +1,10 @@
 """Weights in PyTorch's own format (`.pt`), written tensor by tensor: `torch.save` needs all of them in memory."""
 
 import io
-import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpcore.files import naming, open_plain
+from warpcore.files import naming, open_plain, replacing
 from warpcore.weights import stored_dtype
 
 
@@ -63,10 +63,20 @@ def write_pytorch_file(
     dtypes = [stored_dtype(tensor, None if name in unchanged else dtype) for name, tensor in tensors.items()]
     table = io.BytesIO()
     _Pickler(table, dtypes).dump(dict(tensors) if under is None else {under: dict(tensors)})
-    with naming(partial), open_plain(partial, "wb") as file, torch.serialization._open_zipfile_writer(file) as archive:
+    with replacing(path, partial), naming(partial), _archive(partial) as archive:
         archive.write_record("data.pkl", table.getvalue(), len(table.getvalue()))
         for number, (kind, tensor) in enumerate(zip(dtypes, tensors.values(), strict=True)):
             own = tensor.detach().to("cpu", kind).contiguous()
             own = own.clone() if own.storage_offset() else own  # a record begins where its storage does
             archive.write_record(f"data/{number}", own.untyped_storage(), own.nbytes)
-    os.replace(partial, path)
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[Any]:
+    """PyTorch's writer of a file. Where the disk refused a part of it, closing it fails too, with an error that does
+    not say why: the first one is raised."""
+    try:
+        with open_plain(path, "wb") as file, torch.serialization._open_zipfile_writer(file) as archive:
+            yield archive
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from warpcore.errors import UserError
-from warpcore.files import writing
+from warpcore.files import replacing, writing
 from warpcore.sharded import local
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,8 @@ def write_weights(
     about: its metadata. dtype: of floating-point tensors; by default they stay as they are.
     """
     partial = path.with_suffix(".partial")
-    write_tensors(partial, tensors, about, dtype)
-    os.replace(partial, path)
+    with replacing(path, partial):
+        write_tensors(partial, tensors, about, dtype)
 
 
 def write_tensors(

@@ -220,7 +220,8 @@ class CacheTar:
                 + ("; write --dtype bfloat16" if math.isfinite(largest) else ": what the network made is not finite")
             )
         difference, record = kept.double() - tensor.double(), self.record
-        record.largest_error[name] = max(record.largest_error.get(name, 0.0), difference.abs().max().item())
+        largest = difference.abs().max().item() if difference.numel() else 0.0  # an empty text may have no tokens
+        record.largest_error[name] = max(record.largest_error.get(name, 0.0), largest)
         for sums, values in ((record.squared_error, difference), (record.squared, tensor.double())):
             sums[name] = sums.get(name, 0.0) + values.square().sum().item()
         content = io.BytesIO()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from warpcore.files import write_whole
 from warpcore.outputs import check_new
 from warpcore.weights import write_weights
 
@@ -19,7 +20,7 @@ def write_files(files: Files) -> None:
     for file, content in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
-            file.write_text(content, encoding="utf-8")
+            write_whole(file, content)
             continue
         tensors, about = content
         write_weights(file, tensors, {"format": "pt"} | dict(about))

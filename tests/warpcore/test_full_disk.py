@@ -3,20 +3,26 @@
 import errno
 import os
 import re
+import resource
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from families.common.family import ExportFormat
 from tests.warpcore.data.tars import picture
 from tests.warpcore.runs import tiny_settings, train_here, write_shard
+from tools import export
 from tools.build_dataset import main as build_dataset
 from warpcore import weights
 from warpcore.data import sidecars
 from warpcore.data.storage import storage_for
 from warpcore.errors import UserError, run_script
 from warpcore.files import write_whole, writing
+from warpcore.pytorch_files import write_pytorch_file
 from warpcore.weights import write_weights
 
 
@@ -66,6 +72,55 @@ def test_a_disk_that_is_full_for_weights_is_named(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(weights, "content", fail(errno.ENOSPC))
     told = message_of(lambda: write_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}), capsys)
     assert f"the disk that holds {tmp_path / 'w.partial'} is full" in told
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to write more bytes than that into a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["text.json", "w.safetensors", "w.pt"])
+def test_what_the_disk_refuses_in_the_middle_is_told_and_leaves_nothing(tmp_path, capsys, name):
+    write = {"text.json": lambda: write_whole(tmp_path / name, "x" * 3_000_000)}.get(name) or (
+        lambda: {"w.pt": write_pytorch_file, "w.safetensors": write_weights}[name](tmp_path / name, tensors)
+    )
+    tensors = {part: torch.zeros(100_000) for part in "abcdef"}
+    with files_of_at_most(1_000_000):
+        told = message_of(write, capsys)
+    assert re.search(r"error: \S+\.partial would be larger than a file may be here .*ulimit -f", told)
+    assert list(tmp_path.iterdir()) == []
+    write()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_an_export_of_which_a_part_was_refused_can_be_started_again(tmp_path, monkeypatch, capsys, was_there):
+    target, number = tmp_path / "exported", [errno.ENOSPC]
+
+    def write(source: Path, target: Path, arguments: list[str]) -> None:
+        write_whole(made(target / "unet") / "config.json", "{}")
+        if number:
+            fail(number.pop())()
+
+    def made(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        return folder
+
+    if was_there:
+        target.mkdir()
+    monkeypatch.setattr(export, "export_format", lambda *_: ExportFormat("folder", "", "", write, writes_folder=True))
+    monkeypatch.setattr(export, "export_formats", lambda: ["folder"])
+    monkeypatch.setattr("sys.argv", ["export.py", "folder", str(tmp_path), str(target)])
+    assert "start the same command again" in message_of(export.main, capsys)
+    assert list(tmp_path.rglob("*")) == ([target] if was_there else [])
+    export.main()
+    assert (target / "unet" / "config.json").is_file()
 
 
 def test_a_disk_that_is_full_for_a_tar_is_named(tmp_path, monkeypatch, capsys):

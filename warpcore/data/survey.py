@@ -123,8 +123,5 @@ def hold_out(catalog: Catalog, selection: Selection, count: int, candidates: int
     if not found:
         raise UserError(f"no sample can be drawn: {survey(catalog, selection)}")
     if found <= count:
-        raise UserError(
-            f"validation_samples: {count} leaves no row for training: only {found} of {catalog.num_rows} rows "
-            "can be drawn"
-        )
+        raise UserError(f"validation_samples: {count} leaves no row for training: only {survey(catalog, selection)}")
     return chosen

@@ -333,7 +333,7 @@ def test_a_lane_left_without_rows_names_the_remedy(folder):
             {"required_members": ["cls"], "member_keys": {"cls": "class_getter"}},
             r"class_getter: .*put NAME\.cls beside",
         ),
-        ({"validation_samples": 80}, "80 leaves no row for training: only 80 of 80"),
+        ({"validation_samples": 80}, "80 leaves no row for training: only 80 of 80 rows can be drawn"),
         (
             {"validation_samples": 8, "filters": [Filter.parse(["width", "lambda w: w > 9999"])]},
             "no sample can be drawn: 0 of 80 rows.*80 rejected: .*w > 9999",
