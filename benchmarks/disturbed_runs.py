@@ -77,7 +77,9 @@ class Started:
         return self.log.read_text(encoding="utf-8")[-4000:]
 
     def send(self, rank: int, number: signal.Signals) -> None:
-        os.kill(self.processes[rank].pid, number)
+        """Nothing is sent to a process that has ended: `finish` tells how."""
+        if self.processes[rank].exitcode is None:
+            os.kill(self.processes[rank].pid, number)
 
     def finish(self, seconds: float) -> list[int]:
         """The exit codes once all have ended by themselves; none is left. Raises TimeoutError for one that hangs."""
