@@ -88,6 +88,9 @@ class TrainControlNet(TrainStageC):
         with batch.timed(name, self.device.type, self.device) if shown else nullcontext():
             return self.filter.of_batch(batch)
 
+    def shown_beside(self, batch: Batch) -> dict[str, Tensor]:
+        return {} if self.filter.on_device else {"condition": self.filter.filter_batch(batch).picture}
+
     def encode(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         return *super().encode(batch, random), self.condition(batch)
 

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from families.common.captions import captions_kept
 from families.common.features import PICTURE_SETTINGS, Feature, stored
 from families.common.library_files import CONFIG_KEY, said_config
 from families.stable_diffusion import build
@@ -87,7 +88,7 @@ class TrainSd(SdTraining):
         if not texts or any(text is None for text in texts.values()):
             texts = self.text_conditions(batch.captions)
         own, empty = told(texts), told(self.text_conditions([""]))
-        kept = random.uniform("caption dropout") >= self.config.caption_dropout
+        kept = captions_kept(random, self.config.caption_dropout)
         conditions = {
             name: torch.where(kept.view(-1, *[1] * (text.dim() - 1)), text, empty[name]) for name, text in own.items()
         }

@@ -95,6 +95,14 @@ class UseCase:
         """Where the training samples for `sample` come from, written like `webdataset_path`."""
         return self.config.webdataset_path
 
+    def drawn_captions(self, batch: Batch) -> list[str | None]:
+        """The captions of a batch as an update takes them; None where one is left out. For people to look at."""
+        return list(batch.captions)
+
+    def shown_beside(self, batch: Batch) -> dict[str, Tensor]:
+        """What the loader made of the pictures of a batch, by name, to look at: (B, 3, H, W) in [0, 1]."""
+        return {}
+
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         """Change state that is not a gradient, given the statistics of all samples of an update in global order."""
 

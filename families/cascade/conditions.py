@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from families.cascade.config import StageCConfig
+from families.common.captions import captions_kept
 from families.common.features import stored
 from modules.clip import ImageTower, TextTower
 from warpcore.data.reader import Batch
@@ -31,9 +32,9 @@ def training_text(texts: Texts, batch: Batch, random: SampleRandom, dropout: flo
     """
     known = {name: value for name in TEXT if (value := stored(batch, name)) is not None}
     if not known:
-        kept = random.on_cpu.uniform("caption dropout") >= dropout
+        kept = captions_kept(random.on_cpu, dropout)
         return texts([caption if keep else "" for caption, keep in zip(batch.captions, kept.tolist(), strict=True)])
-    kept, empty = random.uniform("caption dropout") >= dropout, texts([""])
+    kept, empty = captions_kept(random, dropout), texts([""])
     return {name: torch.where(kept[:, None, None], value.to(empty[name].dtype), empty[name])
             for name, value in known.items()}  # fmt: skip
 

@@ -4,10 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from modules.tokenizers import Tokenizer
 from warpcore.config import Settings
+from warpcore.random import SampleRandom
 from warpcore.text import shortened
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ CLIP_LENGTH = 77
 """Tokens that CLIP's text encoders read, the begin and end tokens included."""
 LOOKED_AT = 1024
 """Captions that a run looks at when it starts; all of a smaller data set."""
+
+
+def captions_kept(random: SampleRandom, dropout: float) -> Tensor:
+    """(B,) bool: which samples keep their caption in this draw. Of the share `dropout` it is left out."""
+    return random.uniform("caption dropout") >= dropout
 
 
 def is_cut(tokenizer: Tokenizer, length: int, caption: str) -> bool:
@@ -53,6 +59,24 @@ def are_cut(encoder: nn.Module, captions: Sequence[str]) -> list[bool]:
     if not isinstance(encoder, ReadsTokens):
         return [False] * len(captions)
     return [is_cut(encoder.tokenizer, encoder.length, caption) for caption in captions]
+
+
+def cut_places(encoder: nn.Module, captions: Sequence[str]) -> list[int | None]:
+    """How many characters of each caption a text encoder reads; None of one that it reads to its end.
+
+    Found by asking for beginnings of the caption, as tokenizers differ: with one more character, it would be cut.
+    """
+    places: list[int | None] = [None] * len(captions)
+    bounds = {i: (0, len(captions[i])) for i, lost in enumerate(are_cut(encoder, captions)) if lost}
+    while bounds:
+        middles = {i: (fits + lost) // 2 for i, (fits, lost) in bounds.items()}
+        answers = are_cut(encoder, [captions[i][:middle] for i, middle in middles.items()])
+        for (i, middle), lost in zip(middles.items(), answers, strict=True):
+            fits, cut = bounds[i]
+            bounds[i] = (fits, middle) if lost else (middle, cut)
+            if bounds[i][1] - bounds[i][0] <= 1:
+                places[i] = bounds.pop(i)[0]
+    return places
 
 
 def cut_note(encoder: nn.Module, captions: Sequence[str], what: str) -> list[str]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, model_validator
 from torch import Tensor
 
+from families.common.captions import captions_kept
 from families.common.features import CAPTION_SETTINGS, PICTURE_SETTINGS, Feature, stored
 from families.common.members import MASK
 from families.common.tags import TagSettings, drawn_tags
@@ -122,6 +123,15 @@ class SampleFields(WarpCore):
         templates, random = self.config.caption_templates, SampleRandom(batch.seeds)
         return replace(batch, captions=choose_captions(batch.captions, self.prior(batch), templates, random))
 
+    def with_drawn_captions(self, batch: Batch) -> Batch:
+        """The batch with captions as they are drawn: of some of their tags, out of the templates."""
+        return self.captioned(replace(batch, captions=drawn_tags(batch.captions, batch.seeds, self.config)))
+
+    def drawn_captions(self, batch: Batch) -> list[str | None]:
+        kept = captions_kept(SampleRandom(batch.seeds), getattr(self.config, "caption_dropout", 0.0)).tolist()
+        drawn = self.with_drawn_captions(batch).captions
+        return [caption if keep else None for caption, keep in zip(drawn, kept, strict=True)]
+
     def texts_of(self, captions: list[tuple[str, str]]) -> list[str]:
         """What the text encoder sees of (shard, caption) pairs."""
         prior = self.sample_fields(from_cache=True).get("prior")
@@ -136,8 +146,7 @@ class SampleFields(WarpCore):
         if config.prior_path is not None:
             weights = [config.prior_weight if is_prior else 1.0 for is_prior in self.prior(batch)]
             self.sample_weight = to_device(torch.tensor(weights), self.device)
-        tags = drawn_tags(batch.captions, batch.seeds, config)
-        return super().encoded(self.captioned(replace(batch, captions=tags)))
+        return super().encoded(self.with_drawn_captions(batch))
 
     def data_to_draw(self) -> Any:
         """The data that are learned, not those that should not be forgotten."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from families.common.autoencoders import LatentScale
 from families.common.beginning import check_family
 from families.common.cache import Shape
+from families.common.captions import captions_kept
 from families.common.features import PICTURE_SETTINGS, Feature, lengths_name, stored
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
@@ -98,7 +99,7 @@ class CosmosTraining(PromptSamples):
         latents, text = stored(batch, "latents"), stored(batch, "text")
         latents = self.picture_features(batch, random)["latents"] if latents is None else latents
         text = self.text_conditions(batch.captions)["text"] if text is None else text
-        kept = random.uniform("caption dropout") >= self.config.caption_dropout
+        kept = captions_kept(random, self.config.caption_dropout)
         return latents.float(), self.text_condition(text) * kept[:, None, None]
 
     def loss(self, inputs: tuple[Tensor, Tensor], random: SampleRandom) -> Losses:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from families.common.beginning import check_family
 from families.common.cache import Shape
+from families.common.captions import captions_kept
 from families.common.features import CAPTION_SETTINGS, Feature, Origin, lengths_name, stored
 from families.common.pictures import to_pictures
 from families.common.prompt_samples import PromptSamples
@@ -93,7 +94,7 @@ class PixartTraining(LatentTraining, PromptSamples):
     def with_dropout(self, conditions: Conditions, random: SampleRandom) -> Conditions:
         """The conditions, some with an empty text. It is the network's own: caches are made without the network."""
         empty = self.without_text(conditions)
-        kept = random.uniform("caption dropout") >= self.config.caption_dropout
+        kept = captions_kept(random, self.config.caption_dropout)
         return conditions | {
             TEXT: torch.where(kept[:, None, None], conditions[TEXT], empty[TEXT]),
             MASK: torch.where(kept[:, None], conditions[MASK], empty[MASK]),

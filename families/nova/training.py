@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from families.common.autoencoders import LatentScale
 from families.common.beginning import check_family
 from families.common.cache import Shape
+from families.common.captions import captions_kept
 from families.common.clip_training import CLIP_SETTINGS, ClipTraining
 from families.common.features import Feature, lengths_name, stored
 from families.common.library_files import CONFIG_KEY
@@ -165,13 +166,13 @@ class NovaTraining(ClipTraining, PromptSamples):
 
     def loss(self, inputs: tuple[Tensor, Told], random: SampleRandom) -> Losses:
         (latents, told), config, network = inputs, self.config, self.networks["generator"]
-        dropped = random.uniform("caption dropout") < config.caption_dropout
+        kept = captions_kept(random, config.caption_dropout)
         channels, frames, height, width = latents.shape[1:]
         patch = network.patch
         draws = TokenDraws.of(
             random, self.diffusion, frames, height * width // patch**2, channels * patch**2, config.loss_repeat
         )
-        told = told | {"lengths": told["lengths"] * ~dropped}
+        told = told | {"lengths": told["lengths"] * kept}
         found = token_losses(network, self.diffusion, latents, draws, told)
         loss, raw = (found.of_samples(one, config.learn_first_frame) for one in (found.loss, found.raw))
         return Losses(loss if self.sample_weight is None else loss * self.sample_weight, raw)

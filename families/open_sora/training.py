@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from families.common.autoencoders import LatentScale
 from families.common.cache import Shape
+from families.common.captions import captions_kept
 from families.common.clip_training import CLIP_SETTINGS, ClipTraining
 from families.common.features import CAPTION_SETTINGS, Feature, lengths_name, stored
 from families.common.pictures import to_pictures, to_uint8
@@ -165,7 +166,7 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
     def loss(self, inputs: Inputs, random: SampleRandom) -> Losses:
         latents, conditions = inputs
         noised = conditions.get("x_mask")
-        dropped = random.uniform("caption dropout") < self.config.caption_dropout
+        dropped = ~captions_kept(random, self.config.caption_dropout)
         return self.denoising_loss(
             latents, random,
             partial(

@@ -30,8 +30,8 @@ class Verdict:
 
     passed: np.ndarray
     """(rows,) bool."""
-    num_missing: int
-    """How many rows were rejected because a value is absent; they never reach the expression."""
+    missing: np.ndarray
+    """(rows,) bool: rejected because a value is absent; these never reach the expression."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Filter:
         passed = np.zeros(len(rows), dtype=bool)
         found = [values_of(rows, name) for name in self.columns]
         if any(values is None for values in found):
-            return Verdict(passed, len(rows))
+            return Verdict(passed, ~passed)
         columns = [values.combine_chunks() for values in found]
         present = np.logical_and.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns])
         places = np.flatnonzero(present)
@@ -116,25 +116,24 @@ class Filter:
             self._explain_failure(rows, places, values)
             raise
         passed[places] = answers
-        return Verdict(passed, len(rows) - len(places))
+        return Verdict(passed, ~present)
 
     def _evaluate_mappings(self, rows: pa.Table) -> Verdict:
         wanted = self.column_names if self.expression.only_keys else [*rows.column_names]
         names = [name for name in rows.column_names if name in wanted and _is_field(name)]
         keys = list(dict.fromkeys(name.removeprefix(FIELD_PREFIX) for name in names))
         columns = [values_of(rows, key).to_pylist() for key in keys]
-        passed = np.zeros(len(rows), dtype=bool)
-        num_missing = 0
+        passed, missing = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
         for place in range(len(rows)):
             fields = {key: column[place] for key, column in zip(keys, columns, strict=True)}
             fields = {key: value for key, value in fields.items() if value is not None}
             try:
                 passed[place] = bool(self.expression(fields))
             except KeyError:
-                num_missing += 1
+                missing[place] = True
             except Exception as error:
                 raise self._failure(rows, place, fields, error) from error
-        return Verdict(passed, num_missing)
+        return Verdict(passed, missing)
 
     def _explain_failure(self, rows: pa.Table, places: np.ndarray, values: list[list]) -> None:
         """Find the row again that an evaluation in bulk failed on."""

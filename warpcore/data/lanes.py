@@ -8,7 +8,7 @@ are carried into the next group and epoch. Everything follows from the recipe an
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -172,6 +172,17 @@ class Group:
         columns = (self.shards[places], self.numbers[places], self.repeats[start:stop])
         found = [Draw(*row, epoch) for row in zip(*(column.tolist() for column in columns), strict=True)]
         return self.rows.take(pa.array(places)), found
+
+
+def draws_of_epoch(recipe: Recipe, epoch: int = 0) -> Iterator[tuple[Draw, Sample, tuple[int, ...] | None]]:
+    """Every draw of an epoch, lane after lane, with its sample and its bucket; None where no bucket keeps it then."""
+    for lane in range(recipe.num_lanes):
+        for pieces in recipe.groups(lane, epoch):
+            group = Group.load(recipe, pieces, epoch)
+            for start in range(0, len(group.order), CHUNK_ROWS):
+                rows, draws = group.draws(start, start + CHUNK_ROWS, epoch)
+                samples = recipe.to_samples(rows, draws)
+                yield from zip(draws, samples, recipe.sizes_of(samples), strict=True)
 
 
 class Lane:

@@ -119,7 +119,7 @@ class Plan:
         self._counted_members = counted_members
         self._validation_samples = validation_samples
         self.num_lanes = num_lanes or default_lanes(catalog.num_rows)
-        self._recipe = Recipe(
+        self.recipe = Recipe(
             catalog=catalog,
             selection=replace(selection, held_out=held_out),
             buckets=buckets,
@@ -128,21 +128,21 @@ class Plan:
             num_lanes=self.num_lanes,
             group_rows=group_rows or GROUP_ROWS_OF_ALL_LANES // self.num_lanes,
         )
-        empty = [number for number, pieces in enumerate(self._recipe.lanes) if not len(pieces)]
+        empty = [number for number, pieces in enumerate(self.recipe.lanes) if not len(pieces)]
         if empty:
             raise UserError(f"lanes is {self.num_lanes}, more than the data set has rows to deal; lower it")
 
     @cached_property
     def survey(self) -> Survey:
         """What a pass over the whole index finds: rows, and why others are rejected. Slow for large data sets."""
-        return survey(self._recipe.catalog, self._recipe.selection, self._counted_members)
+        return survey(self.recipe.catalog, self.recipe.selection, self._counted_members)
 
     @cached_property
     def validation_survey(self) -> Survey:
         """The same of the rows of `validation_path`; without one, of those that are held out."""
         if self._validation is not None:
             return survey(self._validation, self._unheld)
-        every = survey(self._recipe.catalog, self._unheld)
+        every = survey(self.recipe.catalog, self._unheld)
         held = every.passed - self.survey.passed
         return Survey(held, held, missing=every.missing - self.survey.missing)
 
@@ -151,7 +151,7 @@ class Plan:
 
         The first shard of every folder is among them, as a small source has a folder of its own.
         """
-        catalog, selection = self._recipe.catalog, self._recipe.selection
+        catalog, selection = self.recipe.catalog, self.recipe.selection
         numbers = np.arange(len(catalog))
         if catalog.num_rows > count:
             folders = {os.path.dirname(url): number for number, url in reversed(list(enumerate(catalog.urls)))}
@@ -169,12 +169,12 @@ class Plan:
     @property
     def largest_micro_batch(self) -> int | None:
         """Samples of a micro-batch at most, where buckets have micro-batch sizes of their own; else None."""
-        return max(self._recipe.buckets.micro_batch_sizes.values(), default=None)
+        return max(self.recipe.buckets.micro_batch_sizes.values(), default=None)
 
     @property
     def num_rows_on_file(self) -> int:
         """Rows of the index before filters."""
-        return self._recipe.catalog.num_rows
+        return self.recipe.catalog.num_rows
 
     @property
     def num_rows(self) -> int:
@@ -184,7 +184,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> dict:
         """JSON-able: everything that must not change on resume. Compare with `describe_difference`."""
-        recipe, buckets = self._recipe, self._recipe.buckets
+        recipe, buckets = self.recipe, self.recipe.buckets
         catalog, held = recipe.catalog, self._validation
         return {
             "plan_version": PLAN_VERSION,
@@ -211,7 +211,7 @@ class Plan:
         """
         current = dict(self.fingerprint)
         try:
-            for name, catalog in (("shards", self._recipe.catalog), ("validation_shards", self._validation)):
+            for name, catalog in (("shards", self.recipe.catalog), ("validation_shards", self._validation)):
                 if catalog is not None and saved.get(name) and "identity" not in saved[name]:
                     current[name] = catalog.fingerprint(by_time=True)
             return describe_difference(saved, current)
@@ -234,7 +234,7 @@ class Plan:
             raise UserError(f"there is no lane {unknown[0]}: the plan has {self.num_lanes} lanes")
         shared = gcd(self.num_lanes, num_processes)
         lanes = {
-            number: Lane(self._recipe, number, states.get(number))
+            number: Lane(self.recipe, number, states.get(number))
             for number in range(self.num_lanes)
             if number % shared == rank % shared
         }
@@ -281,12 +281,12 @@ class Plan:
         found = kept = 0
         for samples in self._validation_rows():
             found += len(samples)
-            for size, sample in zip(self._recipe.sizes_of(samples), samples, strict=True):
+            for size, sample in zip(self.recipe.sizes_of(samples), samples, strict=True):
                 if size is None:
                     continue
                 kept += 1
                 waiting.setdefault(size, []).append(sample)
-                if len(waiting[size]) == self._recipe.micro_batch_size_of(size):
+                if len(waiting[size]) == self.recipe.micro_batch_size_of(size):
                     yield emit(size, waiting.pop(size))
         if self._validation is not None and not found:
             raise UserError(f"no row of validation_path can be drawn: {survey(self._validation, self._unheld)}")
@@ -300,8 +300,8 @@ class Plan:
 
     def _validation_rows(self) -> Iterator[list[Sample]]:
         """The validation samples of one piece after the other; no more than that is in memory."""
-        held_out = self._recipe.selection.held_out
-        catalog = self._recipe.catalog if self._validation is None else self._validation
+        held_out = self.recipe.selection.held_out
+        catalog = self.recipe.catalog if self._validation is None else self._validation
         for piece in as_pieces(cut(catalog, PASS_ROWS)) if self.has_validation else ():
             if self._validation is None and piece.shard not in held_out:
                 continue
@@ -314,7 +314,7 @@ class Plan:
     def _samples(self, catalog: Catalog, shard: int, rows: Rows, places: np.ndarray) -> list[Sample]:
         """Rows of a shard as samples for validation or drawing: always with the same seeds."""
         name, numbers = catalog.name(shard), rows.numbers[places].tolist()
-        seeds = [stable_hash(self._recipe.seed, "validation", name, row) for row in numbers]
+        seeds = [stable_hash(self.recipe.seed, "validation", name, row) for row in numbers]
         return make_samples(rows.table.take(pa.array(places)), [catalog.shard(shard)] * len(places), seeds)
 
     def to_draw(self, catalog: Catalog, count: int) -> MicroBatch:
@@ -324,7 +324,7 @@ class Plan:
         for shard, numbers in chosen.items():
             rows = self._unheld.load(catalog, Piece(shard, 0, int(catalog.rows[shard])))
             samples += self._samples(catalog, shard, rows, np.flatnonzero(np.isin(rows.numbers, numbers)))
-        sizes = self._recipe.sizes_of(samples)
+        sizes = self.recipe.sizes_of(samples)
         kept = Counter(size for size in sizes if size is not None)
         if not kept:
             raise UserError("bucket_config: its probabilities keep no sample to draw pictures for: raise them")

@@ -73,6 +73,8 @@ class Rows:
     """Reason -> how many rows of the piece can't be drawn, or pictures that dots in their names hide in other rows."""
     examples: dict[str, str] = field(default_factory=dict)
     """Of some of the reasons, one row that it rejects, and what to do."""
+    left_out: dict[str, np.ndarray] = field(default_factory=dict)
+    """Reason -> (rows,) int64: the places in the shard of those that can't be drawn."""
 
 
 NEVER_KEPT = "kept in no bucket, by the probabilities in bucket_config"
@@ -129,7 +131,8 @@ class Selection:
         sieve.keep(~np.isin(sieve.numbers, self.held_out.get(piece.shard, ())), HELD_OUT)
         base = _with_frames(sieve.rows.select([*BASE_COLUMNS, *joined_columns(sieve.rows)]), sieve.rows)
         table = with_columns(base, sieve.rows, self.columns, shard.url)
-        return Rows(table, sieve.numbers, +sieve.rejected, sieve.examples)
+        left_out = {reason: np.concatenate(numbers) for reason, numbers in sieve.left_out.items()}
+        return Rows(table, sieve.numbers, +sieve.rejected, sieve.examples, left_out)
 
     def read(self, shard: Shard, start: int, stop: int, also: Sequence[str] = ()) -> pa.Table:
         """Rows of a shard as `load` gives them, whether they meet the conditions or not.
@@ -191,6 +194,7 @@ class _Sieve:
         self.shard, self.rows, self.numbers = shard, rows, numbers
         self.rejected: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
+        self.left_out: dict[str, list[np.ndarray]] = {}
 
     def numbers_of(self, column: str) -> np.ndarray:
         return self.rows[column].to_numpy().astype(np.int64)
@@ -199,6 +203,7 @@ class _Sieve:
         """Keep the rows that passed (rows,); the others are rejected for a reason."""
         if not passed.all():
             self.rejected[reason] += int((~passed).sum())
+            self.left_out.setdefault(reason, []).append(self.numbers[~passed])
             self.rows, self.numbers = self.rows.filter(pa.array(passed)), self.numbers[passed]
 
     def reject_problems(self) -> None:
@@ -251,10 +256,8 @@ class _Sieve:
             verdict = condition.evaluate(self.rows)
         except ValueError as error:
             raise UserError(f"{self.shard.url}: {error}") from error
-        if verdict.num_missing:
-            self.rejected[f"{condition} (value missing)"] += verdict.num_missing
-        self.rejected[str(condition)] -= verdict.num_missing
-        self.keep(verdict.passed, str(condition))
+        self.keep(~verdict.missing, f"{condition} (value missing)")
+        self.keep(verdict.passed[~verdict.missing], str(condition))
 
     def fit(self, buckets: ClipBuckets) -> None:
         """Reject the rows that fit no bucket, each for its reason, or that chance keeps out once and for all."""

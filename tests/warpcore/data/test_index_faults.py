@@ -136,7 +136,7 @@ def test_an_odd_text_among_numbers_counts_as_missing_and_is_told(tmp_path, caplo
         members += [(f"{number}.jpg", picture()), (f"{number}.json", json.dumps({"s": value}).encode())]
     catalog = catalog_of(write_tar(tmp_path / "x.tar", members))
     verdict = Filter.parse(["s", "lambda s: s > 4.5"]).evaluate(read_rows(catalog.shard(0)))
-    assert (verdict.passed.tolist(), verdict.num_missing) == ([True, True, False, False], 1)
+    assert (verdict.passed.tolist(), verdict.missing.sum()) == ([True, True, False, False], 1)
     assert "'s' is a number, but text in 1 samples ('n/a')" in caplog.text
 
 
