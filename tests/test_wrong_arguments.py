@@ -157,7 +157,8 @@ def arguments(tmp_path_factory) -> Path:
     }  # fmt: skip
     draw = "model_version: mini\ngenerator_checkpoint_path: c.safetensors\nprompts: [x]\ndevice: cpu\n"
     texts = {
-        "text": "some text\n", "taken/grid.png": "", "taken.yaml": "", "taken.safetensors": "", "empty.txt": "",
+        "text": "some text\n", "taken/grid.png": "", "taken.yaml": "", "taken.safetensors": "", "taken.html": "",
+        "empty.txt": "",
         "empty.py": "", "empty.yaml": "", "empty.jsonl": "", "empty.jpg": "", "empty.safetensors": "",
         "empty/0.jpg": "", "unknown.yaml": "batch_sise: 4\n", "draw.yaml": draw,
         "config.yaml": "".join(f"{key}: {value}\n" for key, value in config.items()),

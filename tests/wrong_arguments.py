@@ -153,6 +153,25 @@ OF_TOOLS: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("folder --cache text/new", "text is a file; name a folder to write the indexes to")],
         "no number": [("folder --workers ten", "expected a number above 0, up to 1024, found 'ten'")],
     },
+    "tools/inspect_dataset.py": {
+        "no argument": [("", "the following arguments are required: DATA")],
+        "unknown flag": [("folder new.html --colour red", "unrecognized arguments: --colour red")],
+        "missing": [
+            ("folder", "name the data, or a training script and its config, and behind them the page to write"),
+            ("missing new.html", "webdataset_path: no such tar: .*missing"),
+            ("missing.py config.yaml new.html", "missing.py does not exist: the training script comes first"),
+            (f"{TRAIN_C} missing.yaml new.html", "config file missing.yaml does not exist"),
+            (f"{TRAIN_C} new.html", "behind .*train_c.py comes one config, found none"),
+        ],
+        "folder for a file": [
+            (f"{TRAIN_C} folder new.html", FOLDER_FOR_CONFIG), ("folder folder", "folder is no name of a page")],
+        "file for a folder": [("config.yaml new.html", "config.yaml is a config: name its training script before it")],
+        "empty": [("folder new.html", "folder holds no .tar")],
+        "output exists": [("folder taken.html", "taken.html is there already: name another page")],
+        "output in a file": [("folder text/new.html", "text/new.html can't be written: text is a file")],
+        "no number": [("folder new.html --pictures ten", "expected a number above 0.*found 'ten'")],
+        "unknown key": [(f"{TRAIN_C} unknown.yaml new.html", UNKNOWN_KEY)],
+    },
     "tools/make_demo_dataset.py": {
         "no argument": [("", "the following arguments are required: folder")],
         "unknown flag": [("new --colour red", "unrecognized arguments: --colour red")],

@@ -273,7 +273,7 @@ def _resample(stored: Stored, geometry: Geometry) -> np.ndarray:
     upright = _UPRIGHT[stored.orientation]
     (height, width), (rows, columns) = geometry.size, geometry.resized
     if height * width < _KEPT_LEAST * rows * columns:
-        return _resample_crop(upright(stored.pixels), geometry, stored.reduction)
+        return _resample_crop(stored, geometry)
     turned = slice(None, None, -1 if stored.orientation >= 5 else 1)
     target, whole = geometry.resized[turned], stored.size[turned]
     # A reduced picture's last row may stand for less than a row: scale by the true size, not by the rows there are.
@@ -285,9 +285,11 @@ def _resample(stored: Stored, geometry: Geometry) -> np.ndarray:
     return resized[geometry.top : geometry.top + height, geometry.left : geometry.left + width]
 
 
-def _resample_crop(pixels: np.ndarray, geometry: Geometry, reduction: int) -> np.ndarray:
-    """The same for upright pixels of which little is kept: slower per pixel, but computes only what is kept."""
-    left, top, right, bottom = (side / reduction for side in geometry.box)
+def _resample_crop(stored: Stored, geometry: Geometry) -> np.ndarray:
+    """The same where little is kept: slower per pixel, but computes only what is kept."""
+    pixels = _UPRIGHT[stored.orientation](stored.pixels)
+    y, x = (own / whole / stored.reduction for own, whole in zip(stored.size, geometry.source, strict=True))
+    left, top, right, bottom = (side * scale for side, scale in zip(geometry.box, (x, y, x, y), strict=True))
     box = (left, top, min(right, pixels.shape[1]), min(bottom, pixels.shape[0]))
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(picture.resize(geometry.size[::-1], Image.Resampling.BILINEAR, box=box))

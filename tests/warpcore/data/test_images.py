@@ -138,11 +138,12 @@ def test_an_unknown_crop_is_an_error_that_names_the_known_ones():
         decode(encoded(textured(8, 8)), (8, 8), "clever")
 
 
+@pytest.mark.parametrize("size", [(64, 80), (64, 48)], ids=["half is kept", "less is kept"])
 @pytest.mark.parametrize("scale", [1, 0.5, 1.7])
-def test_a_companion_picture_gets_the_same_crop_at_any_resolution(scale):
+def test_a_companion_picture_gets_the_same_crop_at_any_resolution(scale, size):
     picture = textured(200, 500)
     companion = picture.resize((round(500 * scale), round(200 * scale)), Image.Resampling.BICUBIC)
-    pixels, geometry = decode(encoded(picture), (64, 80), "random", seed=11)
+    pixels, geometry = decode(encoded(picture), size, "random", seed=11)
     assert psnr(decode_alike(encoded(companion), geometry), pixels) > 33
     with pytest.raises(BadPicture, match="500 x 300 px is not the shape of its picture, 500 x 200"):
         decode_alike(encoded(textured(300, 500)), geometry)
