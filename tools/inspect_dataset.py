@@ -73,6 +73,7 @@ def serve(page: Path, port: int) -> None:
                 return
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Type", TYPES[".html"])
+            self.send_header("X-Content-Type-Options", "nosniff")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
