@@ -56,10 +56,12 @@ def draw(task: TextToVideo, config: TextToVideoConfig, processes: Processes) -> 
     folder = config.output_path or processes.decide(free_folder("videos"))
     ending = ".mp4" if task.total_frames > 1 else ".png"
     files = [folder / name for name in video_names(titles, seeds, config, ending)]
-    processes.on_main(lambda: check_new(files, "give another output_path, or write overwrite=true", config.overwrite))
+    remedy = "give another output_path, or write overwrite=true, or skip_existing=true"
+    processes.on_main(lambda: check_new(files, remedy, config.overwrite or config.skip_existing))
     videos = VideoFiles(config, files, titles, seeds)
+    missing = processes.on_main(lambda: videos.missing(task.total_frames))
     waiting = processes.another_group(LONGEST_DRAWING)
-    own = range(processes.data_rank, count, processes.data_count)
+    own = missing[processes.data_rank :: processes.data_count]
 
     def finished(number: int, video: np.ndarray) -> None:
         if processes.counts_data:

@@ -93,6 +93,7 @@ SAID = {
     "negative_prompt": ("a", {"guidance": 1.0}, {"guidance": 4.0}),
     "save_fps": (5.0, {"num_frames": 1}, {"num_frames": 16}),
     "seed": (3, {"stage_a_only": True}, {"stage_a_only": False}),
+    "skip_existing": (True, {"output_path": None}, {"output_path": "a"}),
 } | {
     key: (value, {"preview": True, "stage_a_only": True}, {"preview": False, "stage_a_only": False})
     for key, value in {

@@ -1,5 +1,6 @@
 """Videos for prompts: the keys that every family takes, what it gives `inference/text_to_video.py`, and the files."""
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -11,13 +12,16 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch.distributed import ProcessGroup
 
 from families.common.drawn_pictures import NOT_IN_PICTURES, file_names
+from families.common.pictures import read_picture, to_pictures
 from families.common.text_to_image import TextToImageConfig
 from warpcore.clip_keys import FrameCount
 from warpcore.clips import encode_mp4, strip
 from warpcore.config_keys import SidePx
 from warpcore.data.resolutions import named_length, named_size
+from warpcore.data.video_headers import BadVideo, read_header
+from warpcore.data.videos import decode
 from warpcore.errors import UserError
-from warpcore.files import write_whole
+from warpcore.files import read_bytes, write_whole
 from warpcore.idle_keys import Need
 from warpcore.pictures import grid, save_png, shrunk
 from warpcore.processes import Processes
@@ -36,7 +40,10 @@ Finished = Callable[[int, np.ndarray], None]
 class TextToVideoConfig(TextToImageConfig):
     """Which prompts are drawn, how large and how long, and where the videos are written."""
 
-    needs = {"aspect_ratio": Need.of("resolution"), "fps": SEVERAL_FRAMES, "save_fps": SEVERAL_FRAMES}
+    needs = {
+        "aspect_ratio": Need.of("resolution"), "fps": SEVERAL_FRAMES, "save_fps": SEVERAL_FRAMES,
+        "skip_existing": Need.of("output_path"),
+    }  # fmt: skip
 
     image_size: SidePx | tuple[SidePx, SidePx] | None = None
     """[height, width] of the frames in pixels, or the side of a square. By default that of the training."""
@@ -59,6 +66,9 @@ class TextToVideoConfig(TextToImageConfig):
     sample_name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,49}$")] | None = None
     """Videos are called NAME_0000, NAME_0001, ..., of several seeds NAME_0000-0, NAME_0000-1, ...; by default after
     their prompts and seeds."""
+    skip_existing: bool = False
+    """Draw only the videos whose files are not in `output_path` yet: so the same command goes on with a drawing that
+    was stopped."""
 
     @field_validator("aspect_ratio", mode="before")
     @classmethod
@@ -84,6 +94,12 @@ class TextToVideoConfig(TextToImageConfig):
             raise ValueError(f"{' and '.join(given)} both say the size of the frames; remove one")
         if self.resolution is not None:
             named_size(self.resolution, self.aspect_ratio)
+        return self
+
+    @model_validator(mode="after")
+    def _kept_or_replaced(self) -> Self:
+        if self.skip_existing and self.overwrite:
+            raise ValueError("skip_existing keeps the videos that are there, and overwrite replaces them; remove one")
         return self
 
     @property
@@ -177,9 +193,25 @@ class VideoFiles:
     def __init__(self, config: TextToVideoConfig, files: Sequence[Path], titles: Sequence[str], seeds: Sequence[int]):
         self.config, self.files, self.titles, self.seeds = config, files, titles, seeds
         self.settings = config.model_dump_json(
-            exclude={*NOT_IN_PICTURES, "prompts", "prompt_file"}, exclude_defaults=True
+            exclude={*NOT_IN_PICTURES, "prompts", "prompt_file", "skip_existing"}, exclude_defaults=True
         )
         self.shown: dict[int, np.ndarray] = {}
+
+    def missing(self, frames: int) -> list[int]:
+        """The numbers of the videos that are still to draw: with `skip_existing` those without a file. The others come
+        into the sheet as they are.
+
+        frames: of each video.
+
+        Raises:
+            UserError: a file that is there is damaged, or has another number of frames.
+        """
+        videos = self.files[: len(self.titles)]
+        there = {n: file for n, file in enumerate(videos) if self.config.skip_existing and file.exists()}
+        self.shown |= {number: _seen(file, frames) for number, file in there.items()}
+        if there:
+            print(f"{len(there)} of {len(videos)} are there already: {videos[0].parent}")
+        return [number for number in range(len(videos)) if number not in there]
 
     def save(self, number: int, video: np.ndarray) -> None:
         """See `Finished`."""
@@ -190,7 +222,7 @@ class VideoFiles:
         else:
             about = {"prompt": self.titles[number], "seed": str(self.seeds[number]), "settings": self.settings}
             save_png(file, video[0], about)
-        self.shown[number] = shrunk(strip(video), SHEET_SIDE_PX)
+        self.shown[number] = _in_sheet(video)
 
     def finish(self, processes: Processes, group: ProcessGroup | None = None) -> None:
         """Write the sheet of what all processes have saved, and say where it is (collective).
@@ -207,3 +239,22 @@ class VideoFiles:
         save_png(self.files[-1], grid(shown, columns, self.titles), about)
         noun = "pictures" if self.files[0].suffix == ".png" else "videos"
         print(f"{len(shown)} {noun}, and frames of all of them together: {self.files[-1]}")
+
+
+def _in_sheet(video: np.ndarray) -> np.ndarray:
+    return shrunk(strip(video), SHEET_SIDE_PX)
+
+
+def _seen(file: Path, frames: int) -> np.ndarray:
+    """What the sheet shows of the file of a video. Raises UserError where it has another number of frames."""
+    if frames == 1:
+        return _in_sheet(to_pictures(read_picture(file)[None]))
+    try:
+        header = read_header(io.BytesIO(data := read_bytes(file)))
+        if header.num_frames != frames:
+            raise BadVideo(f"it has {header.num_frames} frames, and this drawing {frames}")
+        return _in_sheet(decode(data, range(frames), (header.height, header.width)).pixels)
+    except BadVideo as error:
+        raise UserError(
+            f"skip_existing: {file} is there already, but {error}; delete it, or give another output_path"
+        ) from None

@@ -1,6 +1,7 @@
 """Videos of a small network: their files, sizes and lengths, given frames, and long ones clip by clip."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,40 @@ def test_long_videos_go_on_from_the_end_of_each_clip(drawn, seen, monkeypatch):
         torch.testing.assert_close(latents[:, :, :5], own, rtol=0, atol=1e-4)
         torch.testing.assert_close(drawn_latents[:, :, :5], own, rtol=0, atol=1e-4)
     assert len({tuple(seeds) for *_, seeds in told}) == 3  # each clip has noise of its own
+
+
+def test_a_drawing_that_was_stopped_goes_on_with_what_is_missing(drawn, seen, tmp_path, monkeypatch):
+    arguments = ["num_frames=17", "prompts=a box", "--prompts", "a star", "seeds=[3, 4]", "steps=1"]
+    expected = {name: path.read_bytes() for name, path in drawn(*arguments, folder="whole").items()}
+    begun, replace = [], os.replace
+
+    def stopped(partial, whole):
+        begun.append(whole)
+        if len(begun) == 2:  # as a kill does while the second file is written
+            Path(partial).write_bytes(Path(partial).read_bytes()[:100])
+            raise KeyboardInterrupt
+        replace(partial, whole)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("warpcore.files.os.replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            drawn(*arguments)
+    (first,) = (tmp_path / "videos").glob("*.mp4")
+    written, number = first.stat().st_mtime_ns, len(seen)
+    with pytest.raises(UserError, match=r"is there already: give another output_path, or write .* skip_existing=true"):
+        drawn(*arguments)
+    found = drawn(*arguments, "skip_existing=true")
+    assert len(seen) - number == 3
+    assert first.stat().st_mtime_ns == written
+    assert found.keys() == expected.keys()  # and nothing of a file that was begun
+    assert all(found[name].read_bytes() == content for name, content in expected.items() if name != "grid.png")
+    sheets = [np.asarray(Image.open(folder / "grid.png")).astype(int) for folder in (tmp_path / "whole", first.parent)]
+    assert np.abs(sheets[0] - sheets[1]).mean() < 2  # of a video that was there, it shows what the file has
+    first.write_bytes(first.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"skip_existing: .*{first.name} is there already, but .*; delete it"):
+        drawn(*arguments, "skip_existing=true")
+    with pytest.raises(ConfigError, match="skip_existing keeps the videos that are there"):
+        drawn(*arguments, "skip_existing=true", "overwrite=true")
 
 
 def test_texts_hold_from_their_loop_on(drawn, seen):
