@@ -105,9 +105,11 @@ class Maker:
         return parts + 3 * 1024  # headers and padding of what else a sample has
 
 
-def as_if_cached(use_case: type[UseCase], config: DiffusionConfig) -> type[UseCase]:
+def as_if_cached(use_case: type[UseCase], config: DiffusionConfig, every_bucket: bool = True) -> type[UseCase]:
     """The use case as it is with caches that hold all its features, of which only the shapes are known; where it wants
     pictures in any case, those of texts.
+
+    every_bucket: otherwise only of the largest bucket, which takes less time where there are many.
 
     Raises:
         UserError: it trains on pictures themselves, and has no texts.
@@ -116,13 +118,13 @@ def as_if_cached(use_case: type[UseCase], config: DiffusionConfig) -> type[UseCa
         raise UserError("--cached: this script trains on pictures themselves: there is nothing that could be cached")
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     with only_shapes(), OnShapes(use_case, config, "cpu") as made:
-        run = made.run
-        for size in bucket_sizes(run):
+        run, read = made.run, {}
+        for size in bucket_sizes(run)[: None if every_bucket else 1]:
             batch = replace(made_up_batch(run, size, 1), captions=[LONG_CAPTION])
             batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
             with torch.no_grad():
-                found = run.picture_features(batch, SampleRandom(batch.seeds, META))
-                found |= run.caption_features(batch) if run.needs_captions else {}
+                read = read or (run.caption_features(batch) if run.needs_captions else {})  # alike in all buckets
+                found = run.picture_features(batch, SampleRandom(batch.seeds, META)) | read
             for name in run.features:
                 shapes.setdefault(name, {})[bucket_name(size)] = tuple(found[name][0].shape)
         features = run.features

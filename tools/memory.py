@@ -47,7 +47,7 @@ def main() -> None:
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [options.config, *keys])
     processes = planned_processes(options.processes, config.processes)
-    use_case = as_if_cached(use_case, config) if options.cached else use_case
+    use_case = as_if_cached(use_case, config, options.buckets) if options.cached else use_case
     plan = Plan(use_case, config, options.device, processes)
     with only_shapes():
         plan.show(options.buckets)

@@ -188,12 +188,12 @@ def test_without_a_cache_it_is_counted_as_with_one(settings, name, tmp_path):  #
     folders = [str(make_cache(name, given, tmp_path / kind, "--features", kind)) for kind in CACHED[name]]
     plain = make_config(use_case.Config, given)
     expected = make_config(use_case.Config, given | {"caches": folders})
-    totals = []
-    for kind, config in ((use_case, expected), (as_if_cached(use_case, plain), plain)):
+    totals, as_cached = [], [(as_if_cached(use_case, plain, every_bucket), plain) for every_bucket in (True, False)]
+    for kind, config in ((use_case, expected), *as_cached):
         with only_shapes(), OnShapes(kind, config, "cpu") as shapes:
             totals.append(shapes.needs(bucket_sizes(shapes.run)[0], 2))
             assert not SPARED[name] & shapes.run.networks.keys()
-    assert totals[0] == totals[1]
+    assert totals[0] == totals[1] == totals[2]
 
 
 def test_what_trains_on_pictures_has_nothing_to_cache(settings):  # noqa: F811

@@ -313,20 +313,13 @@ def test_files_are_read_strictly_and_say_which_network_they_are(version, small_o
         assert "time_scale" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("version", "manifest"),
-    [("STDiT-XL/2", "opensora_stdit1_xl_16x256x256"), ("STDiT2-XL/2", "opensora_stdit2_xl")],
-)
-def test_the_network_has_the_tensors_of_the_published_file(version, manifest):
+@pytest.mark.parametrize(("version", "text_length"), [("STDiT-XL/2", 120), ("STDiT2-XL/2", 200)])
+def test_what_stands_beside_the_published_networks(version, text_length):
     with only_shapes():
-        network = build.network(OpenSoraSettings(model_version=version))
         frames = autoencoder(OpenSoraSettings(model_version=version))
-    expected = load_manifest(manifest, "opensora")["tensors"]
-    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    assert found == {name: tuple(one["shape"]) for name, one in expected.items()}
     assert type(frames) is FrameClips
     assert sum(one.numel() for one in frames.model.parameters()) == 83_653_863
-    assert VERSIONS[version].text_length == {"STDiT-XL/2": 120, "STDiT2-XL/2": 200}[version]
+    assert VERSIONS[version].text_length == text_length
 
 
 def test_the_decoder_that_sees_all_frames(small_older, tmp_path):
