@@ -154,5 +154,6 @@ def _in_place(clip: Tensor, placement: Placement, latent_frames: int, encode: En
         return encode(clip[step * source : last])  # its first latent is of one frame, whichever that was
     if source > 0:
         return encode(clip[:last])[:, source:]
-    before = clip[:1].expand(step, -1, -1, -1)
-    return encode(torch.cat([before, clip[:last]]))[:, 1:]
+    # Frames that stand still begin the clip: with fewer than are really before them, latents are of a duller picture.
+    before = clip[:1].expand(step * target, -1, -1, -1)
+    return encode(torch.cat([before, clip[:last]]))[:, target:]

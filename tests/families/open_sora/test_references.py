@@ -163,6 +163,21 @@ def test_without_windows_references_are_encoded_for_their_place(frames, strategy
     assert shares.tolist() == [1.0 if one is None else 0.0 for one in found]
 
 
+@pytest.mark.parametrize(("strategy", "place"), [("0,0,0,-1,1", 4), ("0,0,0,2,1", 2), ("0", 0)])
+def test_without_windows_a_picture_stands_still_from_the_beginning_of_its_clip(strategy, place):
+    """Shown less of it before its place, an autoencoder gives latents of a duller picture."""
+    seen = []
+
+    def encode(clip: Tensor) -> Tensor:
+        seen.append(clip)
+        return Causal()(clip)
+
+    picture = torch.full((1, 3, 1, 1), 7, dtype=torch.uint8)
+    given_frames(torch.zeros(2, 5, 1, 1), [picture], parse_mask_strategy(strategy), encode, 0, None)
+    assert [tuple(clip.shape) for clip in seen] == [(1 + 4 * place, 3, 1, 1)]
+    assert (seen[0] == 7).all()
+
+
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"pipe is a pipe"):
