@@ -164,7 +164,7 @@ def rows(bench: Bench) -> list[Row]:
     everything = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
     add("train_c_controlnet", "offload encoders and activations", AUTOCAST | everything)
     add("train_c_lora", "nf4", AUTOCAST | {"frozen_weights": "nf4"}, FEW_BITS, needs=("torchao",))
-    for dtype in ("float8_e4m3fn", "float8_e5m2"):
+    for dtype in ("float8_e4m3fn", "float8_e5m2", "int8", "int8_rotated"):
         add("train_c_lora", f"base in {dtype}", AUTOCAST | {"frozen_weights": dtype}, FEW_BITS)
     add("train_cosmos_lora", "base in float8_e4m3fn", AUTOCAST | {"frozen_weights": "float8_e4m3fn"}, FEW_BITS)
     add("train_c", "fp8", AUTOCAST | {"fp8": True}, FEW_BITS, needs=("torchao",))
@@ -207,8 +207,8 @@ PART = Part(
     about=f"""
 Mini networks, batches of 4 photographs of 64 px. Checked: losses are finite; the samples are those of the CPU; the
 two losses are those of the same updates on the CPU in float32, within a relative difference of {FLOAT32:g} (float32,
-TF32 off), {BFLOAT16:g} (16 bits) or {FEW_BITS:g} (fp8, float8, nf4). From the second update on, waiting for the GPU
-inside an update is an error (`torch.cuda.set_sync_debug_mode("error")`), except with weights in the CPU's memory.
+TF32 off), {BFLOAT16:g} (16 bits) or {FEW_BITS:g} (fp8, float8, int8, nf4). From the second update on, waiting for the
+GPU inside an update is an error (`torch.cuda.set_sync_debug_mode("error")`), except with weights in the CPU's memory.
 FSDP2 runs in a process group of one (NCCL on a GPU).
 """,
     columns=("losses", "CPU's", "difference", "allowed"),

@@ -10,24 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.autocast import without_autocast
+from modules.packed import PackedLinear, keep_packed, unpacked
 
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 """By name."""
 
 
-class Float8Linear(nn.Linear):
-    """A frozen linear layer whose weight is `stored` (C_out, C_in) in float8 times `scale` (C_out,).
-
-    A layer becomes one by changing its class, see `keep_in_float8`.
-    """
-
-    stored: nn.Parameter
-    scale: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """(C_out, C_in), unpacked; changing it changes nothing."""
-        return _unpacked(self.stored, self.scale)
+class Float8Linear(PackedLinear):
+    """A frozen linear layer with its weight in float8."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in) -> (..., C_out), in the precision of `scale`."""
@@ -41,34 +31,26 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(stored, scale)
         with without_autocast(x.device):
-            return F.linear(x, _unpacked(stored, scale), bias)
+            return F.linear(x, unpacked(stored, scale), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         stored, scale = ctx.saved_tensors
-        return grad.to(scale.dtype) @ _unpacked(stored, scale), None, None, None
+        return grad.to(scale.dtype) @ unpacked(stored, scale), None, None, None
 
 
-def _unpacked(stored: Tensor, scale: Tensor) -> Tensor:
-    return stored.to(scale.dtype) * scale[:, None]
-
-
-@torch.no_grad()
 def keep_in_float8(network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
     """Put the matrices of linear layers into float8, one by one on `device`, frozen; others stay as they are.
 
     dtype: one of FORMATS.
     """
     limit = torch.finfo(dtype).max
-    for layer in network.modules():
-        if type(layer) is not nn.Linear:
-            continue
-        weight = layer._parameters.pop("weight").to(device)
-        rows = weight.float()
+
+    def pack(rows: Tensor, computes_in: torch.dtype) -> tuple[Tensor, Tensor]:
         # largest / limit = m 2^e with 1/2 <= m < 1: divided by 2^e, a row's largest number is within the last octave.
         exponents = torch.frexp(rows.abs().amax(dim=1) / limit).exponent
         scale = torch.ldexp(torch.ones_like(rows[:, 0]), exponents)
-        layer.__class__ = Float8Linear
-        layer.stored = nn.Parameter((rows / scale[:, None]).to(dtype), requires_grad=False)
-        layer.register_buffer("scale", scale.to(weight.dtype))
+        return (rows / scale[:, None]).to(dtype), scale.to(computes_in)
+
+    keep_packed(network, Float8Linear, pack, device)

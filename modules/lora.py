@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from modules.blocks import Conv, DepthwiseConv, MultiheadAttention, PointwiseConv
 from modules.float8 import Float8Linear
+from modules.int8 import Int8Linear, RotatedInt8Linear
+from modules.packed import PackedLinear
 
 PARTS = ("q", "k", "v")
 """The thirds of a fused attention projection, in the order of its rows."""
@@ -158,12 +160,24 @@ class AdaptedLinear(_Adapted, nn.Linear):
     pass
 
 
-class AdaptedFloat8Linear(Float8Linear):
-    """Its weight is unpacked once more only where the adapter looks at it."""
+class _AdaptedPacked:
+    """A packed layer's weight is unpacked once more only where the adapter looks at it."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.lora.magnitude is None else self.weight
         return self.lora(x, super().forward(x), self, weight, self.bias)
+
+
+class AdaptedFloat8Linear(_AdaptedPacked, Float8Linear):
+    pass
+
+
+class AdaptedInt8Linear(_AdaptedPacked, Int8Linear):
+    pass
+
+
+class AdaptedRotatedInt8Linear(_AdaptedPacked, RotatedInt8Linear):
+    pass
 
 
 class AdaptedPointwiseConv(_Adapted, PointwiseConv):
@@ -212,6 +226,8 @@ class AdaptedAttention(MultiheadAttention):
 ADAPTED = {
     nn.Linear: AdaptedLinear,
     Float8Linear: AdaptedFloat8Linear,
+    Int8Linear: AdaptedInt8Linear,
+    RotatedInt8Linear: AdaptedRotatedInt8Linear,
     nn.Conv2d: AdaptedConv2d,
     PointwiseConv: AdaptedPointwiseConv,
     Conv: AdaptedConv,
@@ -340,8 +356,8 @@ def remove_adapters(network: nn.Module) -> None:
 def merge(network: nn.Module) -> None:
     """Add the adapters to the weights: the network computes the same as before, as fast as without them."""
     for _, place, adapter in adapters(network):
-        if isinstance(place.layer, Float8Linear):
-            raise TypeError("float8 weights cannot be changed: merge adapters into the weights that they were made of")
+        if isinstance(place.layer, PackedLinear):
+            raise TypeError("packed weights cannot be changed: merge adapters into the weights that they were made of")
         if adapter.unmerged is None:
             adapter.unmerged = place.weight.clone()
             place.weight.add_(adapter.change(adapter.unmerged))

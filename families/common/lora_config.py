@@ -44,7 +44,8 @@ class LoraKeys(Settings):
     frozen_weights: BasePrecision | None = None
     """How the frozen network is kept: by default in the precision of the computation. `float8_e4m3fn` and
     `float8_e5m2` keep the matrices of linear layers in eight bits, with a scale for each row, `nf4` in four (needs
-    torchao, and one process)."""
+    torchao, and one process). `int8` also multiplies in eight bits, with a scale for each token, `int8_rotated` after
+    a rotation that evens out channels of unequal size."""
 
     @property
     def lora_settings(self) -> LoraSettings:

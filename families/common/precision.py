@@ -8,14 +8,16 @@ from torch import nn
 
 from modules.autocast import without_autocast
 from modules.float8 import FORMATS, keep_in_float8
+from modules.int8 import keep_in_int8
 from modules.quantise import quantise
 from warpcore.errors import UserError
 from warpcore.loading import load_deferred
 
 Precision = Literal["float32", "bfloat16", "float16", "nf4"]
 """How a frozen network is kept; `nf4` in four bits (QLoRA, arXiv:2305.14314), computing in bfloat16."""
-BasePrecision = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "nf4"]
-"""How a frozen network is kept that adapters change; packed weights (float8, nf4) compute in bfloat16."""
+BasePrecision = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "int8_rotated", "nf4"]
+"""How a frozen network is kept that adapters change; float8 and nf4 compute in bfloat16, int8 multiplies in int8."""
+PACKED = frozenset({*FORMATS, "int8", "int8_rotated", "nf4"})
 
 
 def freeze(
@@ -31,20 +33,23 @@ def freeze(
         device: where its matrices go, one by one, to be packed into eight or four bits.
 
     Raises:
-        UserError: `nf4` without torchao, or float8 where the device has no such numbers.
+        UserError: `nf4` without torchao, or eight bits where the device can't compute with them.
     """
     network.requires_grad_(False)
-    packed = precision == "nf4" or precision in FORMATS
+    packed = precision in PACKED
     dtype = torch.bfloat16 if packed else precision
     # Not the network's own `to`: diffusers' warns of every change of dtype.
     nn.Module.to(network, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if not packed:
         return
     load_deferred(network, "cpu")
-    if precision in FORMATS:
+    if precision != "nf4":
         if torch.device(device).type == "mps":
             raise UserError(f"{key}: MPS has no {precision}; write bfloat16 or nf4")
-        keep_in_float8(network, FORMATS[precision], device)
+        if precision in FORMATS:
+            keep_in_float8(network, FORMATS[precision], device)
+        else:
+            keep_in_int8(network, device, rotate=precision == "int8_rotated")
         return
     try:
         quantise(network, device)

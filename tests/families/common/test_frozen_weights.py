@@ -6,7 +6,8 @@ import torch
 from families.cascade import versions
 from families.common.precision import freeze
 from families.common.weights import only_shapes
-from modules.float8 import FORMATS, Float8Linear
+from modules.float8 import FORMATS
+from modules.packed import PackedLinear
 from modules.quantise import BLOCK
 from tests.many_processes import launch_processes
 from tests.tiers import represented_by
@@ -28,7 +29,10 @@ LORAS = [name for name in SETTINGS if "frozen_weights" in use_case(name).Config.
 
 
 @pytest.mark.parametrize("name", represented_by("train_cosmos_lora", of=LORAS))
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", pytest.param("float8_e5m2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float8_e4m3fn", "int8", *(pytest.param(one, marks=pytest.mark.slow) for one in ("float8_e5m2", "int8_rotated"))],
+)
 def test_a_lora_learns_beside_a_base_in_eight_bits_and_resumes_exactly(settings, name, dtype):  # noqa: F811
     plain = settings(name, "plain", dtype="bfloat16")
     whole = plain | {"experiment_id": "whole", "frozen_weights": dtype}
@@ -37,11 +41,11 @@ def test_a_lora_learns_beside_a_base_in_eight_bits_and_resumes_exactly(settings,
     class Seen(use_case(name)):
         def make_networks(self, saved=None):
             super().make_networks(saved)
-            layers = [layer for layer in self.networks["generator"].modules() if isinstance(layer, Float8Linear)]
+            layers = [layer for layer in self.networks["generator"].modules() if isinstance(layer, PackedLinear)]
             packed.append([layer.stored.dtype for layer in layers])
 
     lines, expected = train(name, whole, Seen), train(name, plain)
-    assert set(packed[0]) == {FORMATS[dtype]}
+    assert set(packed[0]) == {FORMATS.get(dtype, torch.int8)}
     assert len(packed[0]) > 10
     for line, other in zip(lines, expected, strict=True):
         assert line["samples_hash"] == other["samples_hash"]
@@ -54,8 +58,9 @@ def test_a_lora_learns_beside_a_base_in_eight_bits_and_resumes_exactly(settings,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LORAS)
-def test_it_is_sharded_over_two_processes(settings, name, tmp_path):  # noqa: F811
-    alone = settings_for_two(settings, name, tmp_path) | {"updates": 4, "frozen_weights": "float8_e4m3fn"}
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8_rotated"])
+def test_it_is_sharded_over_two_processes(settings, name, dtype, tmp_path):  # noqa: F811
+    alone = settings_for_two(settings, name, tmp_path) | {"updates": 4, "frozen_weights": dtype}
     expected = train(name, alone)
     together = alone | {"experiment_id": "together", "use_fsdp": True}
     launch_processes(2, _member, name, together | {"updates": 2}, versions.VERSIONS["mini"])
@@ -67,16 +72,15 @@ def test_it_is_sharded_over_two_processes(settings, name, tmp_path):  # noqa: F8
 
 @pytest.mark.parametrize("name", represented_by("train_cosmos_lora", of=LORAS))
 def test_the_planner_counts_eight_bits(settings, name):  # noqa: F811
-    counted = []
-    for dtype in ("bfloat16", "float8_e5m2"):
+    counted, spared = {}, {}
+    for dtype in ("bfloat16", "float8_e5m2", "int8"):
         config = make_config(use_case(name).Config, settings(name, "planned", frozen_weights=dtype, batch_size=2))
         with only_shapes(), OnShapes(use_case(name), config, "cpu") as shapes:
-            needs = shapes.needs(bucket_sizes(shapes.run)[0], 2)
-            layers = [one for one in shapes.run.networks["generator"].modules() if isinstance(one, torch.nn.Linear)]
-            counted.append(needs.frozen)
-    spared = sum(one.out_features * one.in_features for one in layers)
-    scales = sum(2 * one.out_features for one in layers)
-    assert counted[0] - counted[1] == spared - scales
+            counted[dtype] = shapes.needs(bucket_sizes(shapes.run)[0], 2).frozen
+            layers = [one for one in shapes.run.networks["generator"].modules() if isinstance(one, PackedLinear)]
+            spared[dtype] = sum(one.out_features * (one.in_features - 2) for one in layers)  # two bytes for a scale
+    assert spared["float8_e5m2"] >= spared["int8"] > 0
+    assert {dtype: counted["bfloat16"] - found for dtype, found in counted.items()} == spared
 
 
 @pytest.mark.parametrize(
