@@ -1,8 +1,9 @@
 """The curves in a run's `metrics.jsonl`, while it grows.
 
-A hundred thousand lines are read in a fraction of a second: of a metric only its own numbers are looked for, once, and
-later those of new lines. The last line may still be written, or added to, so it is read each time. Where a run went
-on from an earlier update, and its file begins to differ, all is read once more.
+A hundred thousand lines are read in a fraction of a second: of a metric only its own numbers are looked for, once,
+and later those of new lines. Before that, some lines from all over a long file make a first picture. The last line
+may still be written, or added to, so it is read each time. Where a run went on from an earlier update, and its file
+begins to differ, all is read once more.
 """
 
 import json
@@ -21,7 +22,9 @@ MARK_BYTES = 256
 """What before the place that was read up to has to be as it was."""
 LONGEST = 20
 """Lines of a block that tell the names of its metrics: those with a validation are longer than others."""
-NUMBER = rb"-?(?:0|[1-9][0-9]{0,30})(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,4})?"
+SKETCH_PARTS, SKETCH_BYTES = 250, 2**11
+"""Of a sketch: how many parts of the file, and how much of each; files of less than twice as much have none."""
+NUMBER = rb"([-+.0-9eE]{1,40}|null)[,}]"
 _UPDATE = re.compile(rb'^\{"update": ([0-9]{1,15})[,}]', re.MULTILINE)
 NO_CURVES = ("update", "samples_hash")
 SEEN, SPEED = "samples_seen", "samples_per_second"
@@ -39,6 +42,7 @@ class Metrics:
 
     def _forget(self) -> None:
         self._settled, self._mark = 0, b""
+        self._sketch: Metrics | None = None
         self._columns: dict[str, _Column] = {}
         self._names: dict[str, None] = {}
         self.last: dict[str, Any] = {}
@@ -82,10 +86,11 @@ class Metrics:
             self._refresh()
             column = self._columns.setdefault(name, _Column(name))
             for block in self._blocks(column.read_to):
-                if column.read_to >= self._looked_at():
-                    self._learn_names(sorted(block.splitlines(), key=len)[-LONGEST:])
-                    self.strange += block.count(b"\n") - column.count_of(block)
-                column.add(block)
+                is_new, ends = column.read_to >= self._looked_at(), _line_ends(block)
+                strange = column.add(block, ends)
+                if is_new:
+                    self._learn_names(_longest(block, ends))
+                    self.strange += strange
             updates, values = column.arrays()
             if name in self.last and _is_number(self.last[name]) and _is_update(self.last.get("update")):
                 updates, values = np.append(updates, self.last["update"]), np.append(values, _value(self.last[name]))
@@ -105,6 +110,23 @@ class Metrics:
                 return
             start += len(block)
             yield block
+
+    def sketch(self) -> "Metrics":
+        """The metrics of some lines from all over the file; of a short file, all of them."""
+        with self._lock:
+            self._refresh()
+            if self._settled < 2 * SKETCH_PARTS * SKETCH_BYTES:
+                return self
+            if self._sketch is None:
+                starts = np.linspace(0, self._settled - SKETCH_BYTES, SKETCH_PARTS).astype(int).tolist()
+                parts = [self._read(start, SKETCH_BYTES) for start in starts]
+                lines = b"".join(part[part.find(b"\n") + 1 : part.rfind(b"\n") + 1] for part in parts)
+                self._sketch = Metrics(lambda: len(lines), lambda start, size: lines[start : start + size])
+            return self._sketch
+
+    def has(self, name: str) -> bool:
+        """Whether a metric was looked for before."""
+        return name in self._columns
 
     def seconds(self) -> tuple[np.ndarray, np.ndarray]:
         """Updates (N,), and how long training had taken by then, in seconds: without validation, drawing and pauses.
@@ -148,25 +170,21 @@ class _Column:
     def __init__(self, name: str):
         self.read_to = 0
         key = re.escape(json.dumps(name).encode())
-        self._values = re.compile(rb"[ {]" + key + rb": (" + NUMBER + rb"|null)(?=[,}])")
-        self._pairs = re.compile(
-            rb'^\{"update": ([0-9]{1,15}),[^\n]*?(?<=[ ])' + key + rb": (" + NUMBER + rb"|null)(?=[,}])", re.MULTILINE
-        )
+        self._values = re.compile(key + rb": " + NUMBER)
+        self._pairs = re.compile(rb'^\{"update": ([0-9]{1,15}),[^\n]*? ' + key + rb": " + NUMBER, re.MULTILINE)
         self._found: list[tuple[np.ndarray, np.ndarray]] = []
 
-    @staticmethod
-    def count_of(block: bytes) -> int:
-        """Lines of a run in a block."""
-        return block.count(b'{"update": ') if _numbered(block) is not None else len(_UPDATE.findall(block))
-
-    def add(self, block: bytes) -> None:
+    def add(self, block: bytes, ends: np.ndarray) -> int:
+        """Whole lines, and where each ends; returns how many of them are none of a run."""
         self.read_to += len(block)
-        values, updates = self._values.findall(block), _numbered(block)
+        values, updates, strange = self._values.findall(block), _numbered(block, ends), 0
         if updates is None or len(updates) != len(values):  # only some lines have it, or are none
             pairs = self._pairs.findall(block)
             updates = np.array([int(update) for update, _ in pairs], np.int64)
             values = [value for _, value in pairs]
+            strange = len(ends) - len(_UPDATE.findall(block))
         self._found.append((updates, _numbers(values)))
+        return strange
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         if len(self._found) > 1:
@@ -174,15 +192,25 @@ class _Column:
         return self._found[0] if self._found else (np.zeros(0, np.int64), np.zeros(0))
 
 
-def _numbered(block: bytes) -> np.ndarray | None:
+def _line_ends(block: bytes) -> np.ndarray:
+    return np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
+
+
+def _longest(block: bytes, ends: np.ndarray) -> list[bytes]:
+    """The longest lines of a block."""
+    starts = np.concatenate([[0], ends + 1])[: len(ends)]
+    places = np.argsort(ends - starts, kind="stable")[-LONGEST:]
+    return [block[starts[place] : ends[place]] for place in places]
+
+
+def _numbered(block: bytes, ends: np.ndarray) -> np.ndarray | None:
     """The updates of whole lines, where the first and the last of them tell those between."""
-    first, last = _UPDATE.match(block), _UPDATE.match(block, block.rfind(b"\n", 0, len(block) - 1) + 1)
-    if first is None or last is None or not block.endswith(b"\n"):
+    if not len(ends):
         return None
-    numbers = int(first[1]), int(last[1])
-    count = block.count(b"\n")
-    whole = count == block.count(b'\n{"update": ') + 1 and numbers[1] - numbers[0] + 1 == count
-    return np.arange(numbers[0], numbers[1] + 1) if whole else None
+    first, last = _UPDATE.match(block), _UPDATE.match(block, ends[-2] + 1 if len(ends) > 1 else 0)
+    if first is None or last is None or int(last[1]) - int(first[1]) + 1 != len(ends):
+        return None
+    return np.arange(int(first[1]), int(last[1]) + 1)
 
 
 def _numbers(values: list[bytes]) -> np.ndarray:
@@ -190,8 +218,15 @@ def _numbers(values: list[bytes]) -> np.ndarray:
     try:
         found = np.array(values, "S").astype(np.float64)
     except ValueError:
-        found = np.array([np.nan if value == b"null" else float(value) for value in values])
+        found = np.array([_float(value) for value in values])
     return np.where(np.isfinite(found), found, np.nan)
+
+
+def _float(value: bytes) -> float:
+    try:
+        return float(value)
+    except ValueError:  # null, or no number
+        return np.nan
 
 
 def _line(line: bytes) -> dict:

@@ -32,6 +32,8 @@ class RunPlace(Protocol):
     """For people."""
     seconds: float
     """How often it is worth looking."""
+    is_near: bool
+    """Whether many small reads are quicker than a large one."""
 
     def files(self) -> Files:
         """What may belong to runs. Raises UserError where the place can't be read."""
@@ -47,7 +49,7 @@ class RunPlace(Protocol):
 
 
 class LocalRuns:
-    seconds = 2.0
+    seconds, is_near = 2.0, True
 
     def __init__(self, folder: Path):
         self.folder, self.name = folder, str(folder)
@@ -117,7 +119,7 @@ def _is_there(process: str) -> bool:
 
 
 class S3Runs:
-    seconds = 10.0
+    seconds, is_near = 10.0, False
 
     def __init__(self, url: str):
         self.name = self.url = url.rstrip("/")

@@ -6,6 +6,7 @@ a name of its own (DNS rebinding). Files are looked up among those that were lis
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
@@ -51,11 +52,12 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the browser has left
+            super().handle()
+
     def do_GET(self) -> None:
-        try:
-            self._answer()
-        except (BrokenPipeError, ConnectionResetError, TimeoutError):  # the browser has left
-            self.close_connection = True
+        self._answer()
 
     do_HEAD = do_GET
 
@@ -67,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.FORBIDDEN, "text/plain", b"this page is for browsers of this machine\n")
             return
         address = urlsplit(self.path)
-        question = {key: values[-1] for key, values in parse_qs(address.query).items()}
+        question = {key: values[-1] for key, values in parse_qs(address.query, keep_blank_values=True).items()}
         try:
             match address.path.split("/")[1:]:
                 case [""]:
@@ -143,13 +145,16 @@ def overview(runs: Runs) -> dict[str, Any]:
 
 
 def curve(run: Run, question: dict[str, str]) -> dict[str, Any]:
-    """Raises ValueError for a question that is none."""
+    """A curve; at `first`, of some lines of a long file, if that is quicker. Raises ValueError for no question."""
     if "metric" not in question:
         raise ValueError("no metric")
     start, end = (_amount(question[key]) if key in question else None for key in ("start", "end"))
     buckets = min(max(_whole(question.get("buckets", "1000")), 1), MOST_BUCKETS)
     by_time = question.get("by") == "time"
-    return {**run.metrics.curve(question["metric"], by_time, buckets, start, end), "names": run.metrics.names}
+    sketched = "first" in question and run.place.is_near and not run.metrics.has(question["metric"])
+    metrics = run.metrics.sketch() if sketched else run.metrics
+    found = metrics.curve(question["metric"], by_time, buckets, start, end)
+    return {**found, "names": metrics.names, "whole": metrics is run.metrics}
 
 
 def _whole(text: str) -> int:

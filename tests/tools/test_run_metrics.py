@@ -129,3 +129,21 @@ def test_time_is_that_of_training(tmp_path):
     found = points(reader(tmp_path / "metrics.jsonl"), "loss", by_time=True)
     seconds = np.cumsum([4 / speed for speed in (8.0, 9.0, 10.0) for _ in range(10)])
     assert [x for x, _ in found] == pytest.approx(seconds.tolist(), rel=1e-6)
+
+
+def test_a_sketch_of_a_long_file_has_lines_from_all_over_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, lines(100))
+    metrics = reader(path)
+    assert metrics.sketch() is metrics
+    write_lines(path, lines(20_000))
+    sketch = reader(path).sketch()
+    updates, losses = sketch.column("loss")
+    assert 1_000 < len(updates) < 10_000
+    assert losses.tolist() == pytest.approx((1 / updates).tolist())
+    assert np.diff(updates).max() < 200
+    assert updates[0] < 20
+    assert updates[-1] > 19_980
+    exact = dict(zip(*map(np.ndarray.tolist, reader(path).seconds()), strict=True))
+    roughly = dict(zip(*map(np.ndarray.tolist, sketch.seconds()), strict=True))
+    assert all(abs(roughly[update] - exact[update]) < 0.1 * exact[20_000] for update in roughly)

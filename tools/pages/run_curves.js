@@ -41,16 +41,16 @@ const curves = {
   },
 
   async load(metric) {
-    const by = this.by, range = this.range, most = Math.max(150, Math.min(1200, Math.floor(24000 / this.runs.length)));
+    const by = this.by, range = this.range, most = Math.max(200, Math.min(1200, Math.floor(12000 / this.runs.length)));
     const full = by === "update" ? [0, Math.max(1, ...this.runs.map(run => run.update))] : null;
     const key = JSON.stringify([metric, by, range]);
-    await Promise.all(this.runs.map(async run => {
+    const ask = first => Promise.all(this.runs.map(async run => {
       const place = `${run.id} ${key}`, have = this.loaded.get(place);
-      if (have?.update === run.update) return;
+      if (have?.update === run.update && (first || have.curve?.whole !== false)) return;
       const entry = {update: run.update, curve: have?.curve};
       this.loaded.set(place, entry);
       try {
-        entry.curve = await source.curve(run.id, metric, by, most, range ?? full);
+        entry.curve = await source.curve(run.id, metric, by, most, range ?? full, first);
         const known = this.names.size;
         entry.curve.names?.forEach(name => this.names.add(name));
         if (this.names.size > known) this.listMetrics();
@@ -60,6 +60,8 @@ const curves = {
       }
       this.charts.get(metric)?.drawSoon();
     }));
+    await ask(true);  // what is quick: of long runs, some of their lines
+    await ask(false);
     this.charts.get(metric)?.drawSoon();
   },
 
@@ -133,7 +135,7 @@ class Chart {
   }
 
   drawSoon() {
-    this.waiting ??= setTimeout(() => { this.waiting = null; this.draw(); }, 50);
+    this.waiting ??= setTimeout(() => { this.waiting = null; this.draw(); }, 120);
   }
 
   draw() {

@@ -23,8 +23,9 @@ const source = exported ? {
 } : {
   overview: () => ask("api/runs"),
   details: id => ask(`api/${id}/details`),
-  curve: (id, metric, by, buckets, range) => {
+  curve: (id, metric, by, buckets, range, first) => {
     const question = new URLSearchParams({metric, by, buckets});
+    if (first) question.set("first", "");
     if (range) { question.set("start", range[0]); question.set("end", range[1]); }
     return ask(`api/${id}/curve?${question}`);
   },
