@@ -49,6 +49,7 @@ SCRIPTS: dict[str, dict] = {
         "model_version": "mini-video", "text_encoder_precision": "float32", "num_frames": 5, "frame_stride": 4,
         "sample_groups": 2,
     },
+    "train_nova classes": {"num_classes": len(MOTIONS), "num_frames": 1, "sample_groups": 2},
     "train_pixart": {"text_encoder_precision": "float32"},
     "train_pixart_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_sd": {},

@@ -16,6 +16,7 @@ def names(text: str) -> set[str]:
 
 
 PICTURE, VIDEO = [Path("a.png")], [Path("a.mp4")]
+CLASSES = {"num_classes": 7, "model_version": "mini", "num_frames": 1}
 SAID = {
     "autoencoder_frames": (2, {"model_version": "mini"}, {"model_version": "XL/2"}),
     "betas": ([0.8, 0.9], {"optimizer": "adafactor"}, {"optimizer": "lion"}),
@@ -25,6 +26,17 @@ SAID = {
     "cache_size_gb": (1, {}, {"cache_path": "cache"}),
     "cache_text_gb": (1, {}, {"cache_text": True, "train_tokens": None, "text_encoder_filters": [],
                               "text_encoder_lr": None}),
+    "cache_text": (True, CLASSES, {}),
+    "caption_dropout": (0.5, CLASSES, {}),
+    "caption_templates": (["a {caption}"], CLASSES, {}),
+    "captions_getter": (("json", "lambda j: j['a']"), CLASSES, {}),
+    "class_dropout": (0.5, {}, CLASSES),
+    "class_getter": (("json", "lambda j: j['a']"), {}, CLASSES),
+    "sample_classes": ([1], {}, CLASSES),
+    "sample_prompts": (["a"], CLASSES, {}),
+    "shuffle_tags": (True, CLASSES, {}),
+    "tag_dropout": (0.5, CLASSES, {}),
+    "text_encoder_checkpoint_path": ("a", CLASSES, {}),
     "change_target": (True, {"generator_checkpoint_path": "a"},
                       {"generator_checkpoint_path": "a", "diffusion_target": "rectified_flows"}),
     "clip_image_checkpoint_path": ("a", {"clip_image_dropout": 1.0}, {"clip_image_dropout": 0.5, "image": "a"}),

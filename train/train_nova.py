@@ -3,10 +3,10 @@
     python3 train/train_nova.py configs/training/quickstart_nova.yaml
     torchrun --nproc-per-node 8 train/train_nova.py configs/training/nova_0.3b.yaml
 
-With `num_frames: 1` pictures are learned, else clips; published networks of clips went on from those of pictures.
-`generator_checkpoint_path` names what to start from: a published folder, or weights of a run; clips may begin with
-those of pictures. Moments and texts are computed, or read from a cache (tools/cache.py). The run's folder gets
-`generator.safetensors` with the published names.
+With `num_frames: 1` pictures are learned, of texts, or with `num_classes` of classes; else clips, where published
+networks went on from those of pictures. `generator_checkpoint_path` names what to start from: a published folder, or
+weights of a run; clips may begin with those of pictures. Moments and texts are computed, or read from a cache
+(tools/cache.py). The run's folder gets `generator.safetensors` with the published names.
 """
 
 import warpcore.openmp

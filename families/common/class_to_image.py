@@ -6,11 +6,14 @@ from typing import Protocol, Self
 
 from pydantic import model_validator
 
+from families.common.classes import class_number
 from families.common.drawn_pictures import DrawingConfig, Drawn, read_lines
+from warpcore.errors import UserError
 
 
 class ClassToImageConfig(DrawingConfig):
-    """Which classes are drawn, how, and where the pictures are written."""
+    """Which classes are drawn, how, and where the pictures are written. A family adds those that its networks have:
+    `families.common.class_keys.NamedClasses`."""
 
     classes: list[int | str] = []
     """What to draw: numbers, or names where the network's classes have some."""
@@ -28,6 +31,18 @@ class ClassToImageConfig(DrawingConfig):
         """The classes of the config and of its file."""
         listed = [] if self.class_file is None else read_lines(self.class_file, "class_file", "class")
         return [*self.classes, *listed]
+
+    @property
+    def labels(self) -> list[int]:
+        """Their numbers.
+
+        Raises:
+            UserError: the network has no such class.
+        """
+        try:
+            return [class_number(one, self.num_classes, self.class_names) for one in self.all_classes]
+        except ValueError as error:
+            raise UserError(f"classes, class_file: {error}") from None
 
 
 class ClassToImage(Protocol):

@@ -100,6 +100,17 @@ class ScoredLatents:
         return [self.networks.peak_memory()]
 
 
+def class_numbers(names: Sequence[str], known: Sequence[str], example: str) -> list[int]:
+    """The numbers of names of classes in the names that a run has.
+
+    Raises:
+        UserError: one of them is none of these, which the config `example` has.
+    """
+    if missing := [name for name in names if name not in known]:
+        raise UserError(f"--run: it has no class {missing[0]!r} (class_names), as {example} names them")
+    return [known.index(name) for name in names]
+
+
 def as_uint8(pictures: Sequence[Tensor]) -> list[np.ndarray]:
     """Pictures (3, H, W) in [0, 1] as uint8 (H, W, 3)."""
     return [to_pictures(picture[None])[0] for picture in pictures]

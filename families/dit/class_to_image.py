@@ -6,17 +6,16 @@ from typing import Literal, Self
 from pydantic import NonNegativeFloat, model_validator
 
 from families.common.class_to_image import ClassToImageConfig
+from families.common.classes import title_of
 from families.common.drawn_pictures import Drawn
 from families.common.weight_files import GENERATOR
 from families.dit import build
-from families.dit.classes import class_number, title_of
 from families.dit.drawing import DitNetworks
 from families.dit.files import dit_numbers
 from families.dit.inference import DitInferenceSettings
 from families.dit.picture_size import PictureSizeSettings
 from warpcore.config_keys import Steps
 from warpcore.diffusion.samplers import DIT_SAMPLERS
-from warpcore.errors import UserError
 
 
 class DitClassToImageConfig(PictureSizeSettings, DitInferenceSettings, ClassToImageConfig):
@@ -61,10 +60,7 @@ class DitClassToImage:
     def __init__(self, config: DitClassToImageConfig):
         build.check_network(dit_numbers(config.generator_checkpoint_path, GENERATOR), config)
         self.config, self.size = config, config.drawn_size
-        try:
-            self.labels = [class_number(one, config.num_classes, config.class_names) for one in config.all_classes]
-        except ValueError as error:
-            raise UserError(f"classes, class_file: {error}") from None
+        self.labels = config.labels
         self.titles = [title_of(label, config.class_names) for label in self.labels]
         self.networks = self.networks_of(config)
 

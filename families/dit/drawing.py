@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from families.common.classes import label_tensors
 from families.common.clips import decoded_clips
 from families.common.pipeline import LatentPipeline
 from families.common.sampling import draw_latents
 from families.dit import build
 from families.dit.autoencoder import autoencoder, latents_of
-from families.dit.classes import class_conditions
 from families.dit.training import latent_shape
 
 
@@ -43,10 +43,10 @@ class DitNetworks(LatentPipeline):
         with self.holding("denoiser", partial(build.dit, size_px=size[-2:], dtype=self.dtype)) as network:
 
             def made(rows: list[int]) -> Tensor:
-                conditions = class_conditions([labels[i] for i in rows], settings.num_classes, self.device)
+                told = label_tensors([labels[i] for i in rows], settings.num_classes, self.device)
                 begin = None if noise is None else noise[rows]
                 return draw_latents(
-                    diffusion, network, *conditions, shape, [seeds[i] for i in rows],
+                    diffusion, network, *({"y": one} for one in told), shape, [seeds[i] for i in rows],
                     guidance_rescale=0.0, initial_noise=begin, **sampling,
                 )  # fmt: skip
 

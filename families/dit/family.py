@@ -54,7 +54,7 @@ class Latte(Family):
     )  # fmt: skip
 
     def has_run(self, config: Mapping[str, Any], weights: Mapping[str, Header]) -> bool:
-        return {"class_getter", NUM_FRAMES} <= config.keys() or super().has_run(config, weights)
+        return {"class_getter", "autoencoder_frames"} <= config.keys() or super().has_run(config, weights)
 
     def has_weights(self, header: Header) -> bool:
         return header.metadata.get(FAMILY_KEY) == self.name or is_of_latte(header.shapes)

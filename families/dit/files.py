@@ -13,7 +13,6 @@ from families.common.weight_files import metadata_of
 from families.common.weights import WeightsError, read_weights
 from families.dit.versions import VERSIONS
 from modules.dit import POSITIONS
-from warpcore.errors import UserError
 from warpcore.safe_json import parse_object
 
 HEADS = {version.network["hidden_size"]: version.network["num_heads"] for version in VERSIONS.values()}
@@ -21,8 +20,6 @@ HEADS = {version.network["hidden_size"]: version.network["num_heads"] for versio
 TABLE = "y_embedder.embedding_table.weight"
 TABLES = (*POSITIONS, "pos_embed_spatial", "pos_embed_temporal")
 """Tables of positions, also as Open-Sora calls them: they follow from the sizes."""
-NAMES_KEY = "class_names"
-"""What an exported file calls the names of its classes."""
 OF_FRAMES = TABLES[1::2]
 """Those of frames, in files of clips; Open-Sora's of pictures have one of a single frame."""
 _NEEDED = {"patch": "x_embedder.proj.weight", "classes": TABLE, "out": "final_layer.linear.weight"}
@@ -66,18 +63,6 @@ def read_dit(path: Path, key: str) -> DitFile:
     config = _numbers_of(tensors, state, path, key) if config is None else config
     check_layers({"num_layers": config.get("depth", 0)}, "DiT", key)
     return DitFile(tensors, config)
-
-
-def names_said(about: Mapping[str, str], what: str) -> list[str]:
-    """The names of classes, in order, that a file's metadata say; none where they say none.
-
-    Raises:
-        UserError: they are damaged; the message begins with `what`.
-    """
-    names = parse_object(about[NAMES_KEY], what).get("names") if NAMES_KEY in about else []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{what} is no list of names")
-    return names
 
 
 def dit_numbers(path: Path, key: str) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from families.common import inference_sources
+from families.common.classes import NAMES_KEY, names_said
 from families.common.inference import RunSettings
 from families.common.inference_sources import with_runs
 from families.common.weight_files import GENERATOR, RUN_CONFIG, TARGET_KEY, metadata_of, target_of
 from families.dit.autoencoder import latents_of
 from families.dit.config import DitSettings
-from families.dit.files import NAMES_KEY, dit_numbers, names_said
+from families.dit.files import dit_numbers
 from families.dit.latte_config import DEFAULT_FPS, LatteSettings
 from families.dit.versions import version_of
 from warpcore.config_files import read_mapping

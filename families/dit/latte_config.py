@@ -2,7 +2,8 @@
 
 from pydantic import PositiveInt
 
-from families.dit.config import CAPTION_KEYS, ClassConfig, DitSettings
+from families.common.class_keys import CAPTION_KEYS
+from families.dit.config import ClassConfig, DitSettings
 from warpcore.clip_keys import ClipKeys
 
 DEFAULT_FPS = 8.0

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from families.common.scoring import SIDE_PX, ScoredLatents, ScoredSettings, Ways, as_uint8
+from families.common.scoring import SIDE_PX, ScoredLatents, ScoredSettings, Ways, as_uint8, class_numbers
 from families.dit.drawing import DitNetworks
 from families.dit.inference import DitInferenceSettings
-from warpcore.errors import UserError
 
 
 class ScoredDitSettings(ScoredSettings, DitInferenceSettings):
@@ -27,9 +26,7 @@ class ScoredDit(ScoredLatents):
 
     def latents(self, prompts: Sequence[str], size: Sequence[int], seed: int) -> list[Tensor]:
         """Latents of names of classes, for pictures of (H, W) px or clips of (T, H, W)."""
-        names = self.settings.class_names
-        if missing := [name for name in prompts if name not in names]:
-            example = f"quick{self.scripts.replace('train', 'start')}.yaml"
-            raise UserError(f"--run: it has no class {missing[0]!r} (class_names), as {example} names them")
+        example = f"quick{self.scripts.replace('train', 'start')}.yaml"
+        labels = class_numbers(prompts, self.settings.class_names, example)
         seeds = [seed + i for i in range(len(prompts))]
-        return self.networks.draw([names.index(name) for name in prompts], size, seeds, **self.sampling)
+        return self.networks.draw(labels, size, seeds, **self.sampling)

@@ -21,7 +21,7 @@ from families.nova.components import part_of
 from families.nova.config import NovaSettings
 from families.nova.files import check_mixer, config_said, lacking_of_clips, read_nova
 from families.nova.text import PHI_2, PhiTextEncoder
-from families.nova.versions import FLOW, stretched, version_of
+from families.nova.versions import FLOW, classes_of, of_classes, stretched, version_of
 from modules.nova import NOVATransformer
 from warpcore.diffusion.diffusion import GDF
 
@@ -88,6 +88,7 @@ def network_numbers(settings: NovaSettings, size_px: Sequence[int] | None = None
     rows, columns = (side // token_px(settings) for side in size_px or version.size_px)
     if version.is_published:
         numbers |= {"image_size": [side * token_px(settings) for side in (rows, columns)]}
+    numbers = numbers if settings.num_classes is None else of_classes(numbers, settings.num_classes)
     return numbers | {
         "image_base_size": [rows, columns],
         "video_base_size": [frames if frames > 1 else stretched(numbers), rows // 2, columns // 2],
@@ -120,10 +121,11 @@ def check_network(config: Mapping[str, Any] | None, settings: NovaSettings, from
     path, found = settings.generator_checkpoint_path, version_of(config)
     if found is not None and found != settings.model_version:
         raise WeightsError(f"{GENERATOR}: {path} is NOVA's {found}; write model_version: {found}")
-    for name, none in (("video_mixer_rank", 0), ("rotary_pos_embed", False)):
-        there, here = config.get(name) or none, getattr(settings, name)
+    own = {name: config.get(name) or none for name, none in (("video_mixer_rank", 0), ("rotary_pos_embed", False))}
+    for name, there in (own | {"num_classes": classes_of(config)}).items():
+        here = getattr(settings, name)
         if there != here:
-            told = [f"{name}: {str(value).lower()}" for value in (there, here)]
+            told = [f"{name}: {'null' if value is None else str(value).lower()}" for value in (there, here)]
             raise WeightsError(f"{GENERATOR}: {path} has {told[0]}, and this configuration {told[1]}: write {told[0]}")
 
 

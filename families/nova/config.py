@@ -1,9 +1,10 @@
 """Configuration keys that the scripts of NOVA share."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
+from families.common.class_keys import CAPTION_KEYS, ClassCount, ClassSettings, NamedClasses
 from families.common.config import DiffusionConfig, VersionSettings
 from families.common.precision import Precision
 from families.nova.loss import LOSS_REPEAT
@@ -16,9 +17,15 @@ from warpcore.idle_keys import Need
 from warpcore.keys import Weights
 
 MAX_RANK = 65_536
+TEXT_KEYS = (
+    *sorted(CAPTION_KEYS - {"cache_text_gb", "keep_tags", "tag_separator"}),
+    "sample_prompts",
+    "text_encoder_checkpoint_path",
+)
+"""Keys about texts that need no other one of these."""
 
 
-class NovaSettings(VersionSettings):
+class NovaSettings(NamedClasses, VersionSettings):
     """Which network of NOVA, and where its parts are.
 
     `generator_checkpoint_path` takes a published folder (`transformer`, or a pipeline's that has it), a name of the
@@ -42,6 +49,9 @@ class NovaSettings(VersionSettings):
     default what published networks of the size do: those for 512 px and for clips `epsilon`, others flow."""
     shift: PositiveFloat = 1.0
     """Moves the times of the flow towards more noise (> 1), in training and in drawing."""
+    num_classes: ClassCount | None = None
+    """The network is told a class in place of a text: numbers from 0, and below this. Of pictures alone, as
+    published."""
     video_mixer_rank: Annotated[int, Field(ge=-1, le=MAX_RANK)] = 0
     """Rank of layers by which a frame scales and shifts what was made of the first one; 0: there are none, -1: a
     single layer of full rank."""
@@ -61,6 +71,15 @@ class NovaSettings(VersionSettings):
     text_encoder_precision: Precision = "bfloat16"
     """What the text encoder is kept and computed in."""
 
+    @model_validator(mode="after")
+    def _classes_of_pictures(self) -> Self:
+        if self.num_classes is not None and self.version.draws_clips:
+            raise ValueError(
+                f"num_classes: model_version {self.model_version} draws clips, which NOVA learns from texts alone: "
+                "write num_classes: null, or a model_version of pictures"
+            )
+        return self
+
     @property
     def version(self) -> Version:
         return VERSIONS[self.model_version]
@@ -75,7 +94,7 @@ class NovaSettings(VersionSettings):
         return self.diffusion_target or self.version.target
 
 
-class NovaConfig(NovaSettings, ClipKeys, DiffusionConfig):
+class NovaConfig(NovaSettings, ClassSettings, ClipKeys, DiffusionConfig):
     """Keys of `train/train_nova.py`."""
 
     unused = frozenset({
@@ -86,6 +105,8 @@ class NovaConfig(NovaSettings, ClipKeys, DiffusionConfig):
         "learn_first_frame": Need("clips of several frames", lambda config: config.num_frames != 1),
         "motion_column": Need("a model_version of clips", lambda config: config.version.draws_clips),
         "sample_flow": Need.of("motion_column"),
+        **dict.fromkeys(("class_getter", "class_dropout", "sample_classes"), Need.of("num_classes")),
+        **dict.fromkeys(TEXT_KEYS, Need("num_classes: null", lambda config: config.num_classes is None)),
     }
 
     caption_dropout: Share = 0.1

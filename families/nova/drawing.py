@@ -1,4 +1,5 @@
-"""Drawing with NOVA: text encoder, then transformer and autoencoder, which hand over each batch as it is drawn."""
+"""Drawing with NOVA: text encoder, where it is told texts; then transformer and autoencoder, which hand over each
+batch as it is drawn."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -64,8 +65,29 @@ class NovaNetworks(LatentPipeline):
         first: of each clip the first frame, uint8 (3, H, W), which then is not drawn.
         """
         texts = list(dict.fromkeys([*prompts, plan.negative]))
-        read, most = self.read(texts), self.settings.batch_size
-        batches = [range(start, min(start + most, len(prompts))) for start in range(0, len(prompts), most)]
+        rows = [texts.index(text) for text in prompts]
+        self._draw(self.read(texts), rows, texts.index(plan.negative), seeds, plan, finished, first)
+
+    def draw_classes(
+        self, labels: Sequence[int], seeds: Sequence[int], plan: Plan, finished: Callable[[int, Tensor], None]
+    ) -> None:
+        """The same for classes: a clip of one frame for each."""
+        empty = self.settings.num_classes
+        self._draw({"labels": torch.arange(empty + 1)}, labels, empty, seeds, plan, finished)
+
+    def _draw(
+        self,
+        known: Told,
+        chosen: Sequence[int],
+        empty: int,
+        seeds: Sequence[int],
+        plan: Plan,
+        finished: Callable[[int, Tensor], None],
+        first: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Draw what rows of known conditions stand for, guided away from the row `empty`."""
+        most = self.settings.batch_size
+        batches = [range(start, min(start + most, len(chosen))) for start in range(0, len(chosen), most)]
         size = plan.size_px[1:]
         with (
             self.holding("transformer", partial(build.network, size_px=size, dtype=self.dtype)) as network,
@@ -79,17 +101,18 @@ class NovaNetworks(LatentPipeline):
                     clips = torch.stack([first[row] for row in rows])[:, None].to(self.device)
                     begin = decoder.scale.latents(decoder.clip_moments(clips), None)[:, :, 0]
                 with self._computing():
-                    told = (self._condition(network, read, [texts.index(one) for one in named], plan) for named in (
-                        [prompts[row] for row in rows], [plan.negative] * len(rows),
-                    ))  # fmt: skip
+                    told = (
+                        self._condition(network, known, numbers, plan)
+                        for numbers in ([chosen[row] for row in rows], [empty] * len(rows))
+                    )
                     latents = draw_clips(
                         network, diffusion, plan.drawing, [seeds[row] for row in rows], frames, *told, begin
                     )
                 for row, clip in zip(rows, decoder.decoded_clips(latents.float()), strict=True):
                     finished(row, clip.float().cpu())
 
-    def _condition(self, network: NOVATransformer, read: Told, rows: Sequence[int], plan: Plan) -> Tensor:
-        told = self.rows(read, list(rows))
+    def _condition(self, network: NOVATransformer, known: Told, rows: list[int], plan: Plan) -> Tensor:
+        told = self.rows(known, rows)
         numbers = {"flow": plan.motion, "fps": plan.fps if plan.motion is not None else None}
         told |= {name: torch.full((len(rows),), float(number), device=self.device)
                  for name, number in numbers.items() if number is not None}  # fmt: skip

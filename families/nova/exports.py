@@ -16,6 +16,7 @@ from families.nova.config import NovaSettings
 from families.nova.files import CLASS, PART, WEIGHTS, check_mixer, config_said, read_nova
 from families.nova.inference import NovaInferenceSettings
 from families.nova.schedulers import SCHEDULER, scheduler_config
+from families.nova.versions import PUBLISHED_CLASSES
 from warpcore.config import load_config
 from warpcore.errors import UserError
 from warpcore.weights import check_range, converted
@@ -54,7 +55,9 @@ def to_published(source: Path, target: Path, arguments: list[str]) -> None:
 def published_config(settings: NovaSettings, size_px: Sequence[int]) -> dict[str, Any]:
     """What `config.json` says of a network for pictures, or frames, of `size_px` (H, W)."""
     numbers = build.network_numbers(settings, size_px)
-    return {"_class_name": CLASS} | {name: number for name, number in numbers.items() if number is not None}
+    usual = {"num_classes": PUBLISHED_CLASSES}  # which published configs do not say
+    said = {name: number for name, number in numbers.items() if number is not None and usual.get(name) != number}
+    return {"_class_name": CLASS} | said
 
 
 def _notes(settings: ExportSettings) -> list[str]:
@@ -62,6 +65,8 @@ def _notes(settings: ExportSettings) -> list[str]:
     notes = []
     if settings.is_toy:
         notes.append(f"{settings.model_version} is a toy, whose sizes have no name in the published program")
+    if settings.num_classes not in (None, PUBLISHED_CLASSES):
+        notes.append(f"The published program has {PUBLISHED_CLASSES} classes, and this network {settings.num_classes}")
     if settings.version.draws_clips and settings.told_motion is None:
         notes.append("The run told its network no motion: draw without motion_flow")
     return notes

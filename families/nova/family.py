@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from families.common.converted import ConvertedConfig
-from families.common.family import SCORING, TEXT_TO_IMAGE, TEXT_TO_VIDEO, ExportFormat, Family
+from families.common.family import CLASS_TO_IMAGE, SCORING, TEXT_TO_IMAGE, TEXT_TO_VIDEO, ExportFormat, Family
 from families.common.weight_files import FAMILY_KEY, Header
 from families.nova.files import is_of_nova
 
@@ -22,6 +22,7 @@ class Nova(Family):
     title = "NOVA"
     tasks = {
         TEXT_TO_IMAGE: "families.nova.text_to_image.NovaTextToImage",
+        CLASS_TO_IMAGE: "families.nova.class_to_image.NovaClassToImage",
         TEXT_TO_VIDEO: "families.nova.text_to_video.NovaTextToVideo",
         SCORING: "families.nova.scoring.ScoredNova",
     }

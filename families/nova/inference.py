@@ -7,17 +7,18 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from families.common import inference_sources
+from families.common.classes import NAMES_KEY, names_said
 from families.common.drawn_pictures import GUIDED, DrawingConfig
 from families.common.inference import RunSettings
 from families.common.inference_sources import with_runs
-from families.common.weight_files import GENERATOR, RUN_CONFIG, TARGET_KEY, target_of
+from families.common.weight_files import GENERATOR, RUN_CONFIG, TARGET_KEY, metadata_of, target_of
 from families.nova import build
 from families.nova.config import NovaSettings
 from families.nova.files import config_said
 from families.nova.generation import Drawing
 from families.nova.guidance import TokenGuidance
 from families.nova.schedulers import scheduler_said
-from families.nova.versions import FLOW, version_of
+from families.nova.versions import FLOW, classes_of, version_of
 from warpcore.config import Share
 from warpcore.config_files import read_mapping
 from warpcore.config_keys import SidePx, Steps
@@ -45,6 +46,8 @@ class NovaInferenceSettings(RunSettings, NovaSettings):
         config = config_said(path, GENERATOR) or {}
         said = {"model_version": version_of(config), TARGET_KEY: target_of(path) if path.is_file() else None}
         said |= {key: config.get(key) for key in ("video_mixer_rank", "rotary_pos_embed")} | scheduler_said(path)
+        said["num_classes"] = classes_of(config) if config else None
+        said[NAMES_KEY] = names_said(metadata_of(path), f"the class names of {path}") or None
         known = {key: value for key, value in said.items() if value is not None}
         return known | {key: value for key, value in merged.items() if value is not None or key not in known}
 
@@ -85,6 +88,9 @@ class NovaDrawingConfig(NovaInferenceSettings, DrawingConfig):
         "flow_shift": Need(f"diffusion_target: {FLOW}", lambda config: config.target == FLOW),
     }
 
+    draws_classes: ClassVar[bool] = False
+    """Whether it is told classes, and not texts."""
+
     image_size: SidePx | None = None
     """Side of a square picture in pixels; other shapes get about the same area. By default the size of the training,
     the only one for which networks without rotary positions learned places."""
@@ -109,6 +115,9 @@ class NovaDrawingConfig(NovaInferenceSettings, DrawingConfig):
     def _possible(self) -> Self:
         if self.generator_checkpoint_path is None:
             raise ValueError("no weights of the transformer: give run or generator_checkpoint_path")
+        if (self.num_classes is not None) != self.draws_classes:
+            told, script = ("texts", "text_to_image") if self.num_classes is None else ("classes", "class_to_image")
+            raise ValueError(f"this network is told {told}: draw with inference/{script}.py")
         if getattr(self, "negative_prompt", "") and not self.is_guided:
             raise ValueError("negative_prompt: without guidance it has no effect")
         return self
@@ -135,3 +144,20 @@ class NovaDrawingConfig(NovaInferenceSettings, DrawingConfig):
         if any(side % factor or not side for side in size_px):
             height, width = size_px
             raise UserError(f"size: {height} x {width} px (height x width); sides are multiples of {factor} px")
+
+
+class NovaPictureConfig(NovaDrawingConfig):
+    """How pictures are drawn."""
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(H, W) of the pictures: what `size` says, else sides that the network can draw, of about the area."""
+        if self.size:
+            return self.size
+        height, width = self.trained_px
+        if self.image_size is None and self.aspect_ratio is None:
+            return height, width
+        factor, side = 2 * build.token_px(self), self.image_size or (height * width) ** 0.5
+        ratio = self.aspect_ratio or self.default_aspect_ratio
+        height, width = (max(round(one / factor), 1) * factor for one in (side / ratio**0.5, side * ratio**0.5))
+        return height, width

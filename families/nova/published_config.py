@@ -19,7 +19,7 @@ from families.nova import published_deepspeed
 from families.nova.files import PART
 from families.nova.published_groups import Kind, published_groups
 from families.nova.records import METADATA
-from families.nova.versions import VERSIONS, version_of
+from families.nova.versions import PUBLISHED_CLASSES, VERSIONS, of_classes, version_of
 from modules.nova import NOVATransformer
 from warpcore.errors import UserError
 from warpcore.mistakes import keys_meant
@@ -54,11 +54,12 @@ ONLY_WITH: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("SOLVER.DECAY_STEPS", "SOLVER.DECAY_GAMMA"), ("SOLVER.LR_POLICY", "steps_with_decay")),
 }
 """Keys that are read with one value of another one alone."""
-KINDS: dict[str, tuple[Kind, str]] = {
+KINDS: dict[str, tuple[Kind, str | None]] = {
     "nova_train_t2i": ("text to image", "d48w1024-sdxl1024"),
     "nova_train_t2v": ("text to video", "d48w1024-osp480"),
+    "nova_train_c2i": ("class to image", None),
 }
-"""What a pipeline trains, and the network of its guide."""
+"""What a pipeline trains, and the network of its guide, which has none of classes."""
 MODULES = {"transformer": GENERATOR, "vae": AUTOENCODER, "text_encoder": TEXT}
 """Parts that a configuration takes from other folders than its pipeline's, and the keys that take them."""
 MODULES_NOT_TAKEN = {
@@ -78,6 +79,8 @@ FRAME_STRIDE = 2
 """Of the clips that the guide caches."""
 CAPTIONS = [["txt", "json.text"], "lambda caption, text: [caption, text]"]
 """The long caption half of the time, else the short one."""
+CLASSES = ["json", "lambda j: j['label']"]
+"""The number of a sample's class."""
 NO_CAPTIONS = ["key", "identity"]
 """Of samples whose texts are there as states alone."""
 
@@ -178,12 +181,22 @@ def _networks(theirs: Mapping[str, Any], made: ConvertedConfig) -> None:
         raise ValueError(f"MODEL.CONFIG: no network here has these numbers; there is {', '.join(VERSIONS)}")
     published = (name for name, one in VERSIONS.items() if one.is_published)
     version = version or next((name for name in published if name in str(places["transformer"])), usual)
+    if version is None:
+        raise ValueError(f"PIPELINE.TYPE: {theirs['PIPELINE.TYPE']} has no usual network: say in MODEL.CONFIG which "
+                         "arch it has, or name weights that are here")  # fmt: skip
     of_version = VERSIONS[version]
+    network = dict(of_version.network)
+    if kind == "class to image":
+        network = of_classes(network, numbers.get("num_classes", PUBLISHED_CLASSES))
+        made.values |= {"num_classes": network["num_classes"], "class_getter": CLASSES}
+        made.values.pop(TEXT, None)
+        if theirs["PIPELINE.MODULES"].get("text_encoder"):
+            made.not_taken["PIPELINE.MODULES.text_encoder"] = "a network of classes reads no texts"
     if kind == "text to video" and not of_version.draws_clips:
         raise ValueError(f"PIPELINE.TYPE: {theirs['PIPELINE.TYPE']} trains on clips, but weights or MODEL.CONFIG are "
                          f"those of {version}, which draws pictures: name weights of a network of clips")  # fmt: skip
     own = {key: numbers[key] for key in OWN_KEYS if numbers.get(key)}
-    _check_numbers(theirs["MODEL.CONFIG"], version, {**of_version.network, **saved})
+    _check_numbers(theirs["MODEL.CONFIG"], version, {**network, **saved})
     height, width = (
         TOKEN_PX * tokens for tokens in numbers.get("image_base_size", of_version.network["image_base_size"])
     )
@@ -192,15 +205,16 @@ def _networks(theirs: Mapping[str, Any], made: ConvertedConfig) -> None:
     if kind == "text to video":
         made.values |= {"frame_stride": FRAME_STRIDE, "motion_column": "flow"}
     with torch.device("meta"):
-        network = construct(NOVATransformer, {**of_version.network, **own}, "MODEL.CONFIG")
-    names = [f"generator.{name}" for name, _ in network.named_parameters()]
+        built = construct(NOVATransformer, {**network, **own}, "MODEL.CONFIG")
+    names = [f"generator.{name}" for name, _ in built.named_parameters()]
     groups = published_groups(kind, names, theirs["SOLVER.WEIGHT_DECAY"])
     made.values["parameter_groups"] = [group.model_dump(exclude_defaults=True) for group in groups]
     made.values["dtype"] = _one_of(theirs, "MODEL.PRECISION", PRECISIONS)
     if records := theirs["TRAIN.DATASET"]:
         tars = f"{records.rstrip('/')}_tars"
         made.values["webdataset_path"] = tars
-        made.values["captions_getter"] = NO_CAPTIONS if _has_states(Path(records)) else CAPTIONS
+        if kind != "class to image":
+            made.values["captions_getter"] = NO_CAPTIONS if _has_states(Path(records)) else CAPTIONS
         folders = shlex.join([records, tars])
         made.before.append(
             f"python3 tools/build_dataset.py {folders} --records --for train/{made.script}.py {{config}}"

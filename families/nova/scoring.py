@@ -8,11 +8,14 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from families.common.pictures import to_pictures
-from families.common.scoring import ScoredLatents, ScoredSettings, Ways
+from families.common.scoring import ScoredLatents, ScoredSettings, Ways, class_numbers
 from families.nova.drawing import NovaNetworks, Plan
 from families.nova.generation import Drawing
 from families.nova.guidance import TokenGuidance
 from families.nova.inference import NovaInferenceSettings
+
+EXAMPLE = "quickstart_nova_classes.yaml"
+"""A config that names the classes of the demo set."""
 
 
 class ScoredNovaSettings(ScoredSettings, NovaInferenceSettings):
@@ -33,6 +36,10 @@ class ScoredNova(ScoredLatents):
     def draws_clips(self) -> bool:
         return self.settings.version.draws_clips
 
+    @property
+    def draws_classes(self) -> bool:
+        return self.settings.num_classes is not None
+
     def draw(self, prompts: Sequence[str], seed: int) -> Ways:
         settings, drawn = self.settings, {}
         saved = settings.of_run
@@ -40,7 +47,10 @@ class ScoredNova(ScoredLatents):
         drawing = Drawing(saved["sample_groups"], self.sampling["steps"], TokenGuidance(self.sampling["guidance"]))
         plan = Plan(size, drawing, motion=settings.told_motion)
         seeds = [seed + i for i in range(len(prompts))]
-        self.networks.draw(prompts, seeds, plan, lambda number, clip: drawn.update({number: self._shown(clip)}))
+        draw = self.networks.draw
+        if self.draws_classes:
+            draw, prompts = self.networks.draw_classes, class_numbers(prompts, settings.class_names, EXAMPLE)
+        draw(prompts, seeds, plan, lambda number, clip: drawn.update({number: self._shown(clip)}))
         return {self.best: [drawn[number] for number in range(len(prompts))]}
 
     def rebuild(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> Ways:

@@ -5,26 +5,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from families.common.text_to_image import Drawn, TextToImageConfig
-from families.nova import build
 from families.nova.drawing import NovaNetworks, Plan
-from families.nova.inference import NovaDrawingConfig
+from families.nova.inference import NovaPictureConfig
 
 
-class NovaTextToImageConfig(NovaDrawingConfig, TextToImageConfig):
+class NovaTextToImageConfig(NovaPictureConfig, TextToImageConfig):
     """Keys of `inference/text_to_image.py` for NOVA."""
-
-    @property
-    def size_px(self) -> tuple[int, int]:
-        """(H, W) of the pictures: what `size` says, else sides that the network can draw, of about the area."""
-        if self.size:
-            return self.size
-        height, width = self.trained_px
-        if self.image_size is None and self.aspect_ratio is None:
-            return height, width
-        factor, side = 2 * build.token_px(self), self.image_size or (height * width) ** 0.5
-        ratio = self.aspect_ratio or self.default_aspect_ratio
-        height, width = (max(round(one / factor), 1) * factor for one in (side / ratio**0.5, side * ratio**0.5))
-        return height, width
 
 
 class NovaTextToImage:

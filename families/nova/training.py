@@ -13,6 +13,8 @@ from families.common.autoencoders import LatentScale
 from families.common.beginning import check_family
 from families.common.cache import Shape
 from families.common.captions import captions_kept
+from families.common.class_training import ClassSamples
+from families.common.classes import label_tensors
 from families.common.clip_training import CLIP_SETTINGS, ClipTraining
 from families.common.features import Feature, lengths_name, stored
 from families.common.library_files import CONFIG_KEY
@@ -42,7 +44,7 @@ Told = dict[str, Tensor]
 """Arguments of `NOVATransformer.condition`."""
 
 
-class NovaTraining(ClipTraining, PromptSamples):
+class NovaTraining(ClipTraining, ClassSamples, PromptSamples):
     """Trains NOVA's transformer on pictures, which are clips of one frame, or on clips."""
 
     config: NovaConfig
@@ -82,17 +84,15 @@ class NovaTraining(ClipTraining, PromptSamples):
     # ---------------------------------------------------------------- features
 
     def encoders(self) -> dict[str, Callable[[], nn.Module]]:
-        return {
-            "autoencoder": partial(autoencoder, self.config),
-            "text": partial(build.text_encoder, self.config, self.device),
-        }
+        texts = {} if self.learns_classes else {"text": partial(build.text_encoder, self.config, self.device)}
+        return {"autoencoder": partial(autoencoder, self.config)} | texts
 
     def network_files(self, network: str) -> list[Path]:
         return build.text_files(self.config) if network == "text" else autoencoder_files(self.config)
 
     @property
     def features(self) -> dict[str, Feature]:
-        texts = self.caption_features_to_cache(TEXT)
+        texts = {} if self.learns_classes else self.caption_features_to_cache(TEXT)
         texts = {name: Feature(one.network, one.settings, variable_length=True) for name, one in texts.items()}
         return {MOMENTS: Feature("autoencoder", CLIP_SETTINGS)} | texts
 
@@ -149,10 +149,10 @@ class NovaTraining(ClipTraining, PromptSamples):
         config, moments = self.config, stored(batch, MOMENTS)
         moments = self.picture_features(batch, random)[MOMENTS] if moments is None else moments
         latents = self.latents[0].latents(moments, random if config.latent == "sample" else None)
-        return latents, self.told(batch)
+        return latents, {"labels": self.labels(batch, random)} if self.learns_classes else self.told(batch)
 
     def told(self, batch: Batch) -> Told:
-        """What the network is told of the samples of a batch."""
+        """What the network is told of the samples of a batch, in texts."""
         texts = {name: stored(batch, name) for name in (TEXT, LENGTHS)}
         texts = self.text_conditions(batch.captions) if texts[TEXT] is None else texts
         return self.of_texts(texts) | self.motion_of(batch)
@@ -166,13 +166,13 @@ class NovaTraining(ClipTraining, PromptSamples):
 
     def loss(self, inputs: tuple[Tensor, Told], random: SampleRandom) -> Losses:
         (latents, told), config, network = inputs, self.config, self.networks["generator"]
-        kept = captions_kept(random, config.caption_dropout)
         channels, frames, height, width = latents.shape[1:]
         patch = network.patch
         draws = TokenDraws.of(
             random, self.diffusion, frames, height * width // patch**2, channels * patch**2, config.loss_repeat
         )
-        told = told | {"lengths": told["lengths"] * kept}
+        if not self.learns_classes:
+            told = told | {"lengths": told["lengths"] * captions_kept(random, config.caption_dropout)}
         found = token_losses(network, self.diffusion, latents, draws, told)
         loss, raw = (found.of_samples(one, config.learn_first_frame) for one in (found.loss, found.raw))
         return Losses(loss if self.sample_weight is None else loss * self.sample_weight, raw)
@@ -186,13 +186,21 @@ class NovaTraining(ClipTraining, PromptSamples):
 
     def draw(self, prompts: list[str], size: Sequence[int], motion: Told | None = None) -> dict[str, np.ndarray]:
         """Clips of prompts, uint8 (B, T, H, W, 3), of `size` (T, H, W) in px; pictures (B, H, W, 3) where T is 1."""
-        config, network, autoencoder = self.config, self.networks["generator"], self.networks["autoencoder"]
         told = self.of_texts(self.text_conditions(prompts))
         told |= self.motion_told(len(prompts)) if motion is None else motion
-        empty = told | {"lengths": torch.zeros_like(told["lengths"])}
+        return self._drawn(told, told | {"lengths": torch.zeros_like(told["lengths"])}, size)
+
+    def draw_classes(self, labels: list[int], size: Sequence[int]) -> dict[str, np.ndarray]:
+        """The same of classes."""
+        told = label_tensors(labels, self.config.num_classes, self.device)
+        return self._drawn(*({"labels": one} for one in told), size)
+
+    def _drawn(self, told: Told, empty: Told, size: Sequence[int]) -> dict[str, np.ndarray]:
+        network, autoencoder = self.networks["generator"], self.networks["autoencoder"]
+        condition = network.condition(**told)
         latents = draw_clips(
-            network, self.diffusion, self.drawing, sample_seeds(config.seed, len(prompts)),
-            autoencoder.latent_frames(size[0]), network.condition(**told), network.condition(**empty),
+            network, self.diffusion, self.drawing, sample_seeds(self.config.seed, len(condition)),
+            autoencoder.latent_frames(size[0]), condition, network.condition(**empty),
         )  # fmt: skip
         drawn = to_pictures(autoencoder.decoded_clips(latents))
         return {"sample": drawn if size[0] > 1 else drawn[:, 0]}
@@ -202,17 +210,23 @@ class NovaTraining(ClipTraining, PromptSamples):
         return {"flow": torch.full((count,), config.sample_flow, device=self.device)} if config.motion_column else {}
 
     def sample(self, held_out: Batch | None) -> list[Sampled]:
-        config = self.config
+        config, shown = self.config, {}
         fps = {"fps": config.frame_rate} if config.frame_rate else {}
-        if config.sample_prompts:
-            prompts, size = config.sample_prompts[: config.sample_count], config.buckets(self.bucket_factor).largest
-            return Sampled.rows(prompts, self.draw(prompts, size), **fps)
-        prompts, shown = held_out.captions[: config.sample_count], {}
-        if held_out.images is not None:
-            clips = to_uint8(held_out.images[: len(prompts)])
-            shown = {"clip": clips} if held_out.size[0] > 1 else {"picture": clips[:, 0]}
-        motion = {name: values[: len(prompts)] for name, values in self.motion_of(held_out).items()}
-        return Sampled.rows(prompts, shown | self.draw(prompts, held_out.size, motion), **fps)
+        size = config.buckets(self.bucket_factor).largest if held_out is None else held_out.size
+        if self.learns_classes:
+            labels = self.labels_to_draw(held_out)
+            titles, drawn = self.titles(labels), self.draw_classes(labels, size)
+        elif held_out is None:
+            titles = config.sample_prompts[: config.sample_count]
+            drawn = self.draw(titles, size)
+        else:
+            titles = held_out.captions[: config.sample_count]
+            motion = {name: values[: len(titles)] for name, values in self.motion_of(held_out).items()}
+            drawn = self.draw(titles, size, motion)
+        if held_out is not None and held_out.images is not None:
+            clips = to_uint8(held_out.images[: len(titles)])
+            shown = {"clip": clips} if size[0] > 1 else {"picture": clips[:, 0]}
+        return Sampled.rows(titles, shown | drawn, **fps)
 
     def file_metadata(self) -> dict[str, str]:
         return super().file_metadata() | {CONFIG_KEY: json.dumps(build.network_numbers(self.config, self.size_px))}

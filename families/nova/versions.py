@@ -12,6 +12,9 @@ MINI = Path(__file__).resolve().parents[2] / "models" / "mini"
 EPSILON, FLOW = "epsilon", "rectified_flows"
 """What networks predict: noise, of discrete times (DDPM), or a straight flow."""
 
+PUBLISHED_CLASSES = 1000
+"""Of networks that are told classes and do not say how many."""
+
 
 @dataclass(frozen=True)
 class Version:
@@ -85,6 +88,18 @@ def version_of(config: Mapping[str, Any]) -> str | None:
 def _told(numbers: Mapping[str, Any]) -> list[Any]:
     arch = numbers.get("arch")
     return [list(arch) if isinstance(arch, Sequence) else arch, numbers.get("image_dim", 4), stretched(numbers) > 1]
+
+
+def of_classes(numbers: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """Constructor numbers of a network that is told classes in place of texts."""
+    return {name: number for name, number in numbers.items() if not name.startswith("text_token")} | {
+        "num_classes": num_classes
+    }
+
+
+def classes_of(numbers: Mapping[str, Any]) -> int | None:
+    """Of how many classes constructor numbers are; None where they are of texts."""
+    return None if numbers.get("text_token_dim") else numbers.get("num_classes", PUBLISHED_CLASSES)
 
 
 def stretched(numbers: Mapping[str, Any]) -> int:

@@ -68,6 +68,10 @@ SETTINGS: dict[str, dict] = {
         "model_version": "mini", "text_encoder_precision": "float32", "num_frames": 1, "sample_groups": 2,
         "diffusion_target": "epsilon",
     },
+    "train_nova classes": {
+        "model_version": "mini", "num_frames": 1, "sample_groups": 2, "num_classes": 7,
+        "class_getter": ["txt", "lambda t: len(t) % 7"],
+    },
     "train_pixart": {"model_version": "mini", "text_encoder_precision": "float32", "sample_sampler": "iddpm"},
     "train_pixart_lora": {
         "model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32",
@@ -113,8 +117,8 @@ SETTINGS: dict[str, dict] = {
     },
 }  # fmt: skip
 NEEDS_WHOLE_BATCHES = {
-    "train_a", "train_b joint", "train_encoder", "train_nova", "train_nova pictures", "train_towers",
-    "train_towers t5",
+    "train_a", "train_b joint", "train_encoder", "train_nova", "train_nova classes", "train_nova pictures",
+    "train_towers", "train_towers t5",
 }  # fmt: skip
 """Batch norms and contrastive losses look at a micro-batch as a whole, and NOVA hides as much of each of its samples:
 accumulation is another training."""

@@ -30,6 +30,7 @@ CASES = {
     "train_cosmos_lora": (OF_PROMPTS, {}),
     "train_dit": ({"sample_classes": [1, 4], "sample_sampler": "iddpm"}, {}),
     "train_latte": ({"sample_classes": [1, 4]}, {}),
+    "train_nova classes": ({"sample_classes": [1, 4]}, {"groups": 2}),
     "train_nova pictures": (OF_PROMPTS, {"groups": 2}),
     "train_pixart": (OF_PROMPTS, {}),
 }

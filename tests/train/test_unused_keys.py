@@ -14,7 +14,8 @@ ONLY_WITH_ANOTHER_KEY = {
     "cache_size_gb", "cache_text_gb", "clip_image_checkpoint_path", "clip_image_model_name", "max_bad_samples",
     "on_data_change", "perceptual_weight", "prior_weight", "scratch_path", "processes", "huber_c", "huber_schedule",
     "multires_noise_discount", "size_condition", "tag_separator", "validation_caches", "autoencoder_version",
-    "text_projection_checkpoint_path", "text_tokens", "autoencoder_frames", "sample_flow",
+    "text_projection_checkpoint_path", "text_tokens", "autoencoder_frames", "sample_flow", "class_getter",
+    "class_dropout",
 }  # fmt: skip
 """`processes` is used before a run begins."""
 READ_IN_ANY_CASE = {

@@ -254,7 +254,8 @@ VALUES = st.recursive(
 
 NETWORKS = {
     "families.cosmos": "transformer", "families.dit.pixart": "pixart", "families.dit": "dit.safetensors",
-    "families.open_sora": "stdit3.safetensors", "families.nova": "nova.safetensors",
+    "families.open_sora": "stdit3.safetensors", 
+    "families.nova.class_to_image": "nova_classes.safetensors", "families.nova": "nova.safetensors",
 }  # fmt: skip
 """What `folder` holds of networks, by where a config is."""
 
@@ -288,8 +289,9 @@ def folder(tmp_path, monkeypatch):
     small = STDiT3(hidden_size=8, num_heads=2, depth=1, caption_channels=8, model_max_length=4)
     save_file(small.state_dict(), tmp_path / "stdit3.safetensors")
     mini = nova_versions.VERSIONS["mini"].network
-    tensors = NOVATransformer(**mini | {"arch": [{"depth": 1, "embed_dim": 8, "num_heads": 2}] * 3}).state_dict()
-    save_file(tensors, tmp_path / "nova.safetensors", {CONFIG_KEY: json.dumps(mini)})
+    for file, numbers in (("nova", mini), ("nova_classes", nova_versions.of_classes(mini, 5))):
+        small = NOVATransformer(**numbers | {"arch": [{"depth": 1, "embed_dim": 8, "num_heads": 2}] * 3})
+        save_file(small.state_dict(), tmp_path / f"{file}.safetensors", {CONFIG_KEY: json.dumps(numbers)})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families.common.class_to_image import ClassToImageConfig
+from families.common.classes import class_number
 from families.common.text_to_image import TextToImageConfig
-from families.dit.classes import class_number
 from tests.bounds import fuzz
 from warpcore.config import make_config
 from warpcore.errors import UserError

@@ -4,11 +4,10 @@ import json
 
 import pytest
 
+from families.common.class_training import CLASS
+from families.common.classes import NAMES_KEY, ClassField, class_number, names_said
 from families.common.family import CLASS_TO_IMAGE
 from families.common.tags import TagSettings
-from families.dit.class_training import CLASS
-from families.dit.classes import ClassField, class_number
-from families.dit.files import NAMES_KEY, names_said
 from families.registry import load_task
 from tests.caches import make_cache
 from tests.families.dit.classed import CLASSES, numbered, small_settings, write_classed

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from families.common.autoencoders import Autoencoder
+from families.common.class_training import CLASS
 from families.common.features import Origin, stored
-from families.dit.class_training import CLASS
 from families.registry import family_of
 from modules.dit import DiT
 from tests.caches import make_cache

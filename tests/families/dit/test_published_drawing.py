@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from families.common.classes import label_tensors
 from families.common.library_networks import adapt
 from families.common.sampling import draw_latents
-from families.dit.classes import class_conditions
 from families.dit.config import DitSettings
 from families.dit.pixart_build import BLOCKS
 from families.dit.pixart_conditions import MASK, TEXT, without_text
@@ -65,7 +65,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 @torch.no_grad()
 def test_dit_draws_with_its_learned_variance_and_three_guided_channels():
     network = golden_dit("dit_class_small")[0].eval()
-    told, untold = class_conditions([2, 7], 10)
+    told, untold = ({"y": labels} for labels in label_tensors([2, 7], 10))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     guided = DitSettings().guided_channels("iddpm")
     assert guided == 3

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from families.common.autoencoders import Autoencoder
-from families.dit.class_training import CLASS
+from families.common.class_training import CLASS
 from modules.dit import DiT
 from tests.families.dit.classed import CLASSES, SMALL, numbered, random_network, small_settings, write_classed
 from tests.warpcore.runs import read_metrics

@@ -60,6 +60,7 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
         {"diffusion_target": "rectified_flows", "shift": 3.0},
         {"model_version": "mini-video", "diffusion_target": "epsilon", "video_mixer_rank": 3},
         {"rotary_pos_embed": True},
+        {"num_classes": 7},
     ],
 )
 def test_a_folder_says_what_the_run_was_and_has_its_weights(keys, tmp_path):
@@ -91,6 +92,20 @@ def test_the_folder_draws_what_the_run_draws(tmp_path):
         drawn += kind(config).draw(["a red box"], [1]).pictures
     assert drawn[0].shape == (3, 32, 64)
     torch.testing.assert_close(*drawn, rtol=0, atol=1e-5)
+
+
+def test_a_folder_of_other_classes_than_published_says_how_many(tmp_path, capsys):
+    for classes, said, note in (
+        (1000, None, ""),
+        (7, 7, "The published program has 1000 classes, and this network 7"),
+    ):
+        trained(tmp_path / "own.safetensors", (32, 32), num_classes=classes)
+        export(tmp_path / "own.safetensors", tmp_path / f"nova_{classes}")
+        config = json.loads((tmp_path / f"nova_{classes}" / "transformer" / "config.json").read_text(encoding="utf-8"))
+        assert "text_token_dim" not in config
+        assert config.get("num_classes") == said
+        assert note in capsys.readouterr().out
+        assert settings_of(tmp_path / f"nova_{classes}").num_classes == classes
 
 
 @pytest.mark.parametrize("case", ["d48w768_sdxl1024", "d48w1024_sd512", "d48w1024_osp480", "d48w1024_osp480_mixer24"])

@@ -15,6 +15,7 @@ from tests.golden import load_case
 from tools import convert_config
 from warpcore.config import load_config
 from warpcore.errors import UserError
+from warpcore.idle_keys import about_idle
 from warpcore.lr_schedules import lr_at
 
 CALLS = {call["name"]: call for call in load_case("nova/config_yacs")[0]["calls"]}
@@ -76,6 +77,28 @@ def test_a_configuration_of_the_guide_becomes_ours(tmp_path):
         "TRAIN.NUM_THREADS: it has no effect there, either", "TRAIN.LOADER: a tar says itself",
     ):  # fmt: skip
         assert line in text
+
+
+def test_a_training_on_classes_becomes_ours(tmp_path):
+    """Of 256 px: the numbers that its pipeline lacks in the guide are said by MODEL.CONFIG."""
+    network = {
+        "arch": ["vit_d16w768", "vit_d32w768", "mlp_d6w768"], "image_size": 256, "image_base_size": [16, 16],
+        "video_base_size": [1, 8, 8], "text_token_dim": None,
+    }  # fmt: skip
+    theirs = GUIDE | {"PIPELINE": {"TYPE": "nova_train_c2i", "MODULES": {"text_encoder": "phi"}}}
+    theirs["MODEL"] = {"WEIGHTS": "weights", "CONFIG": network}
+    config, text = written(tmp_path, theirs)
+    expected = {
+        "num_classes": 1000, "class_getter": ("json", "lambda j: j['label']"), "num_frames": 1, "image_size": 256,
+        "model_version": "d48w768-sdxl1024", "text_encoder_checkpoint_path": None, "motion_column": None,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    frozen = [group.pattern for group in config.parameter_groups if group.frozen]
+    assert frozen == ["label_embed.norm.*", "video_pos_embed.*", "video_encoder.patch_embed.*"]
+    assert "PIPELINE.MODULES.text_encoder: a network of classes reads no texts" in text
+    theirs["MODEL"] = {"CONFIG": network | {"num_classes": 10}}
+    assert written(tmp_path, theirs)[0].num_classes == 10
+    assert about_idle(config, config.model_fields_set) == []
 
 
 def test_commands_take_folders_with_spaces(tmp_path):
@@ -215,6 +238,7 @@ def test_zero_becomes_fsdp(tmp_path, deepspeed, keys, named):
         ({"MODEL": {"CONFIG": {"video_base_size": [9, 15, 24]}}}, None, r"video_base_size: found \[9, 15, 24\], but"),
         ({"MODEL": {"CONFIG": {"image_base_size": 30}}}, None, "image_base_size: found 30, where a list of 2 is"),
         ({"MODEL": {"WEIGHTS": "w/nova-d48w1024-sdxl1024"}}, None, "t2v trains on clips, but weights or MODEL.CONFIG"),
+        ({"PIPELINE": {"TYPE": "nova_train_c2i"}, "MODEL": {}}, None, "nova_train_c2i has no usual network: say in M"),
         ({"SOLVER": {"OPTIMIZER": "SGD"}}, None, "SOLVER.OPTIMIZER: found 'SGD'; there is AdamW"),
         ({"SOLVER": {"BASE_LR": 0}}, None, "SOLVER.BASE_LR: found 0, where a number above 0"),
         ({"SOLVER": {"BASE_RL": 1}}, None, "SOLVER.BASE_RL: no key .*; did you mean SOLVER.BASE_LR"),

@@ -7,14 +7,16 @@ import pytest
 
 from benchmarks.learning import scored_by
 from benchmarks.scorer import distance, sentences
-from families.common.family import TEXT_TO_IMAGE, TEXT_TO_VIDEO
+from families.common.family import CLASS_TO_IMAGE, TEXT_TO_IMAGE, TEXT_TO_VIDEO
 from families.common.pictures import to_pictures
 from families.registry import family_of, load_task
 from tests.clips import write_clips
+from tests.families.dit.classed import write_classed
 from tests.warpcore.runs import tiny_settings, write_shard
 from tools.demo_scenes import SEEN_PAIRS, render
 from train.train_nova import TrainNova
 from warpcore.config import make_config
+from warpcore.errors import UserError
 
 pytestmark = pytest.mark.integration
 PROMPTS = ["a red circle", "w2"]
@@ -51,6 +53,23 @@ def test_pictures_of_a_run_are_scored_as_inference_draws_them(tmp_path):
     true = render(sentences(1, SEEN_PAIRS, seed=0)[0][0])
     (rebuilt,) = drawing.rebuild([true], PROMPTS[:1])["autoencoder"]
     assert distance(rebuilt, true)[0] > 25
+
+
+@pytest.mark.slow
+def test_classes_of_a_run_are_scored_as_inference_draws_them(tmp_path):
+    names = ["red circle", "blue star"]
+    run = run_of(tmp_path, str(write_classed(tmp_path / "a.tar", [{"cls": b"1"}] * 4, 64)), model_version="mini",
+                 num_frames=1, image_size=64, class_names=names, sample_classes=names[:1])  # fmt: skip
+    drawing = scored(run)
+    assert drawing.draws_classes
+    (drawn,) = drawing.draw(names, seed=3).values()
+    given = [f"run={run}", "device=cpu", "groups=2", "steps=2", "guidance=4", "seeds=[3]", f"classes={names}"]
+    kind, config = load_task(CLASS_TO_IMAGE, given)
+    expected = kind(config).draw([0, 1], [3, 4]).pictures
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert np.array_equal(ours, to_pictures(theirs[None])[0])
+    with pytest.raises(UserError, match=r"it has no class 'red ring' .*, as quickstart_nova_classes\.yaml"):
+        drawing.draw(["red ring"], seed=3)
 
 
 @pytest.mark.slow

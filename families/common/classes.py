@@ -14,11 +14,14 @@ from warpcore.data.fields import BadMember
 from warpcore.data.images import Geometry
 from warpcore.data.samples import PICTURE_FACTS, VISUAL_EXTENSIONS, Sample
 from warpcore.errors import UserError
+from warpcore.safe_json import parse_object
 from warpcore.text import brief
 from warpcore.transfer import to_device
 
 KEY = "key"
 """In place of a member: the sample's key."""
+NAMES_KEY = "class_names"
+"""What an exported file calls the names of its classes."""
 
 
 def class_number(value: Any, num_classes: int, names: Sequence[str] | Mapping[str, int] = ()) -> int:
@@ -46,12 +49,24 @@ def title_of(label: int, names: Sequence[str]) -> str:
     return names[label] if names else f"class {label}"
 
 
-def class_conditions(
+def label_tensors(
     labels: Sequence[int], num_classes: int, device: torch.device | str = "cpu"
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A DiT's conditions for classes, and those of the empty class, for guidance."""
+) -> tuple[Tensor, Tensor]:
+    """Labels (B,) of classes for a network, and as many of no class, for guidance."""
     own = to_device(torch.tensor(labels), torch.device(device))
-    return {"y": own}, {"y": torch.full_like(own, num_classes)}
+    return own, torch.full_like(own, num_classes)
+
+
+def names_said(about: Mapping[str, str], what: str) -> list[str]:
+    """The names of classes, in order, that a file's metadata say; none where they say none.
+
+    Raises:
+        UserError: they are damaged; the message begins with `what`.
+    """
+    names = parse_object(about[NAMES_KEY], what).get("names") if NAMES_KEY in about else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{what} is no list of names")
+    return names
 
 
 @dataclass(frozen=True)
