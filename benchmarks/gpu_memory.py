@@ -4,9 +4,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks.gpu_part import Bench, Outcome, Part, Row
 from benchmarks.gpu_scripts import built_on_device, pictures, published_sizes, script_settings, use_case
-from benchmarks.plain_loops import FAMILIES
+from benchmarks.plain_loops import FAMILIES, Case, Family
 from families.common.weights import only_shapes
 from tools.cache_features import as_if_cached
 from tools.search_batch_size import search
@@ -48,6 +50,8 @@ SEARCHED = ("1B full", "1B full, checkpointing 3", "1B LoRA", "3.6B LoRA, checkp
 
 OF_FAMILIES = ("cosmos", "dit", "latte", "pixart")
 """Of `benchmarks/plain_loops.py`: the first case of each."""
+LEVELS = range(4)
+"""Of NOVA's `activation_checkpointing`, each of which is a part of the network more."""
 
 
 def prepared(name: str, bench: Bench, batch: int | None = None) -> tuple[type[WarpCore], Config, int]:
@@ -68,16 +72,25 @@ def planned(kind: type[WarpCore], config: Config, micro: int, bench: Bench) -> N
         return shapes.needs(bucket_sizes(shapes.run)[0], micro)
 
 
+def from_caches(
+    family: Family, case: Case, folder: Path, device: torch.device, **changes: object
+) -> tuple[type[WarpCore], Config]:
+    """A training of a family beside the Stable Cascade, with caches that hold every feature; its networks are written
+    to the folder."""
+    kind = family.use_case()
+    config = make_config(kind.Config, family.write(case, folder, device) | {
+        "experiment_id": "memory", "checkpoint_path": str(folder), "webdataset_path": str(folder), "updates": 1,
+        "device": device.type,
+    } | case.keys | changes)  # fmt: skip
+    return as_if_cached(kind, config), config
+
+
 def family_row(name: str, changes: dict, bench: Bench) -> Outcome:
-    """A family beside the Stable Cascade, as it trains from caches that hold every feature."""
     family = FAMILIES[name]
-    case, kind = (family.on_cpu if bench.tiny else family.on_gpu)[0], family.use_case()
+    case = (family.on_cpu if bench.tiny else family.on_gpu)[0]
     with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
-        config = make_config(kind.Config, family.write(case, Path(folder), bench.device) | {
-            "experiment_id": "memory", "checkpoint_path": folder, "webdataset_path": folder, "updates": 1,
-            "device": bench.device.type,
-        } | case.keys | changes)  # fmt: skip
-        return compared(as_if_cached(kind, config), config, case.batch, bench)
+        kind, config = from_caches(family, case, Path(folder), bench.device, **changes)
+        return compared(kind, config, case.batch, bench)
 
 
 def config_row(name: str, bench: Bench) -> Outcome:
@@ -129,6 +142,10 @@ def rows(bench: Bench) -> list[Row]:
         for name in (OF_FAMILIES[1:2] if bench.tiny else OF_FAMILIES)
         for changes in (({},) if bench.tiny else ({}, CHECKPOINTED))
     ]  # fmt: skip
+    found += [
+        Row(f"NOVA from caches, level {level}", partial(family_row, "nova", {"activation_checkpointing": level}))
+        for level in LEVELS
+    ]
     searched = SEARCHED[:1] if bench.tiny else SEARCHED
     return found + [Row(f"largest micro-batch: {name}", partial(search_row, name)) for name in searched]
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.plain_nova import nova_loop, nova_use_case, write_nova
 from benchmarks.plain_stdit import stdit_loop
 from families.common.features import lengths_name, stored, stored_name
 from families.common.training import DiffusionTraining
@@ -330,6 +331,20 @@ FAMILIES = {
         write=write_autoencoder,
         plain_loop=dit_loop,
         undropped={"class_dropout": 0.0},
+    ),
+    "nova": Family(
+        nova_use_case,
+        on_gpu=(
+            Case("NOVA 0.6B", "d48w1024-sdxl1024", 1024, 8, num_frames=1),
+            Case("NOVA 0.6B clips", "d48w1024-osp480", 480, 1, num_frames=33),
+        ),
+        on_cpu=(
+            Case("NOVA tiny", "mini", 128, 16, num_frames=1), Case("NOVA clips", "mini-video", 64, 4, num_frames=17),
+        ),
+        write=lambda case, folder, device: write_nova(case.version, folder),
+        plain_loop=nova_loop,
+        batch=partial(with_texts, lambda run: run.config.version.text_width),
+        caches_texts=True,
     ),
     "open_sora": Family(
         stdit_use_case,

@@ -24,9 +24,10 @@ controlnet: the ControlNets for the large Stage C (canny, inpainting, super_reso
 example-dataset: fernando.tar, pictures of a dog, for the LoRA example of the training guide.
 bfloat16 (default) or float32: the type of Stage B's and C's weights.
 
-Folders of diffusers need no command: their names on the hub can stand in a config. HF_ENDPOINT chooses a mirror,
-HF_TOKEN or `hf auth login` an account. Files are checked against the hub's size and SHA-256, against
-models/SHA256SUMS, and against what they were when they were first downloaded (.sha256sums in the folder).
+Folders of diffusers, and NOVA's (docs/nova.md), need no command: their names on the hub can stand in a config.
+HF_ENDPOINT chooses a mirror, HF_TOKEN or `hf auth login` an account. Files are checked against the hub's size and
+SHA-256, against models/SHA256SUMS, and against what they were when they were first downloaded (.sha256sums in the
+folder).
 """
 
 import argparse

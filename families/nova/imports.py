@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from families.common.imported import ImportedRecord
-from families.nova.captions import short_text
 from families.nova.records import METADATA, Record, array_of, read_records
 from families.nova.training import MOMENTS, TEXT
 from modules.nova_embeddings import DEFAULT_FPS
@@ -25,6 +25,9 @@ KINDS = {
 }  # fmt: skip
 """What is read of a record, and of which type each may be."""
 STATES = "states of a short text, beside those of a caption"
+
+FIRST_SENTENCE = re.compile(r".*?[.!?](?=\s)")
+"""A line break before its end ends the search."""
 
 
 def imported_records(folder: Path) -> Iterator[ImportedRecord]:
@@ -80,6 +83,12 @@ def _sample(record: Record) -> ImportedRecord:
     if fields:
         found.members["json"] = json.dumps(fields, ensure_ascii=False).encode()
     return found
+
+
+def short_text(caption: str, text: str = "") -> str:
+    """The sample's own short text, else the first sentence of its caption, else the caption."""
+    first = FIRST_SENTENCE.match(caption)
+    return text or (first[0] if first else caption)
 
 
 def _moments(record: Record) -> Tensor:

@@ -13,7 +13,8 @@ from families.common.features import stored
 @pytest.mark.parametrize("name", FAMILIES)
 def test_contenders_make_updates(name, tmp_path):
     family = FAMILIES[name]
-    case = Case("tiny", "mini", 64, 2, num_frames=family.on_cpu[0].num_frames and 5)
+    frames = family.on_cpu[0].num_frames
+    case = Case("tiny", "mini", 64, 2, num_frames=frames and min(frames, 5))
     run = training(family, case, torch.device("cpu"), tmp_path)
     pictures = family.batch(run, case)
     features = with_features(run, pictures)

@@ -12,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from families.nova.captions import chosen_text
+from families.nova.imports import short_text
+from families.nova.published_config import CAPTIONS
 from families.nova.records import MAX_RECORD_BYTES, array_of, read_records
 from tests.bounds import bounded, fuzz
 from tests.golden import FOLDER
 from tests.small_nova import load_nova
+from warpcore.data.captions import CaptionGetter
 from warpcore.errors import UserError
 
 CALLS, _ = load_nova("records")
@@ -134,11 +136,11 @@ def test_a_sample_is_trained_with_its_long_or_its_short_text_as_in_the_reference
     texts = [call for name, call in calls.items() if name.startswith("annotation") and "caption" in call["result"]
              ["draw_below_0.5"]]  # fmt: skip
     assert len(texts) > 8
+    getter = CaptionGetter.parse(CAPTIONS)  # of which each draw has another one, half of the time the long text
     for call in texts:
         given = call["kwargs"]["inputs"]
-        for draw, key in ((0.49, "draw_below_0.5"), (0.5, "draw_from_0.5")):
-            found = chosen_text(given["caption"], given.get("text", ""), draw)
-            assert found == call["result"][key]["caption"]
+        choices = getter.expression(given["caption"], short_text(given["caption"], given.get("text", "")))
+        assert choices == [call["result"][key]["caption"] for key in ("draw_from_0.5", "draw_below_0.5")]
     call = calls["moments"]
     values = array_of(bytes.fromhex(call["kwargs"]["bytes_hex"]), call["kwargs"]["shape"], "moments")
     expected = tensors[call["result"]["tensor"]]
