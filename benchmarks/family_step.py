@@ -67,7 +67,7 @@ def our_update(run: DiffusionTraining, batch: Batch) -> Callable[[], None]:
 
     def update() -> None:
         run.forward(batch).loss.mean().backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(trained, 1.0, norm)
         optim.step(run.optimizers, never)
         for parameter in trained:

@@ -15,6 +15,7 @@ CAPTION = ", ".join(TAGS)
 SCRIPTS = [
     name for name in SETTINGS
     if "shuffle_tags" in use_case(name).Config.model_fields.keys() - use_case(name).Config.unused
+    and "num_classes" not in SETTINGS[name]
 ]  # fmt: skip
 
 
