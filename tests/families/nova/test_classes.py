@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from modules.nova import NOVATransformer
 from tests.caches import make_cache
 from tests.families.dit.classed import CLASSES, numbered, write_classed
 from tests.families.nova.test_bad_input import training
+from tests.families.nova.test_imports import MINI, imported, record, write_records
 from tests.warpcore.runs import read_metrics
 from train.train_nova import TrainNova
 from warpcore.config import ConfigError, make_config
@@ -123,3 +125,16 @@ def test_a_run_from_a_cache_of_moments_alone_is_told_classes(tmp_path, dropout):
         assert batch.extra[CLASS].tolist() == [int(key) % CLASSES for key in batch.keys]
         assert told["labels"].tolist() == (batch.extra[CLASS].tolist() if not dropout else [CLASSES] * 4)
     assert [line["loss"] for line in read_metrics(alone)] == pytest.approx([line["loss"] for line in expected])
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_records_with_labels_are_learned(tmp_path):
+    draw = np.random.default_rng(0)
+    records = [record(draw.normal(size=(32, 2, 2)), label=i % CLASSES) for i in range(4)]
+    given = of_run(tmp_path, tmp_path, class_getter=["json", "lambda j: j['label']"], sample_classes=[1],
+                   class_dropout=0.0, autoencoder_checkpoint_path=str(MINI / "autoencoder.safetensors"))  # fmt: skip
+    tars = imported(write_records(tmp_path / "records", records), tmp_path / "tars", given)
+    ((batch, told),) = run(given | {"webdataset_path": str(tars)})
+    assert batch.images is None
+    assert sorted(told["labels"].tolist()) == [i % CLASSES for i in range(4)]
