@@ -24,6 +24,7 @@ from tools.arguments import local_path, positive
 from tools.dataset_look import READ_HERE, look
 from tools.dataset_training import REMOTE_SHARDS, Bounds, Training, of_paths, of_script
 from tools.pages import TYPES, self_contained
+from tools.run_server import HOST
 from warpcore.errors import UserError, run_script
 from warpcore.files import write_whole
 from warpcore.outputs import check_new
@@ -57,18 +58,18 @@ def training_of(named: Sequence[str], keys: Sequence[str], bounds: Bounds) -> Tr
     return of_paths(named, keys, bounds)
 
 
-def serve(page: Path, port: int) -> None:
-    """Show the page to browsers of this machine alone, until Ctrl-C.
+def server_of(page: Path, port: int) -> ThreadingHTTPServer:
+    """What shows the page to browsers of this machine alone. port: 0 for any that is free.
 
     Raises:
         UserError: something else has the port.
     """
     content = page.read_bytes()
-    hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.headers.get("Host") not in hosts or self.path.partition("?")[0] != "/":
+            own = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
+            if self.headers.get("Host") not in own or self.path.partition("?")[0] != "/":
                 self.send_error(HTTPStatus.NOT_FOUND)  # a page of another site may have led a browser here
                 return
             self.send_response(HTTPStatus.OK)
@@ -82,12 +83,9 @@ def serve(page: Path, port: int) -> None:
             pass
 
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        return ThreadingHTTPServer((HOST, port), Handler)
     except OSError as error:
         raise UserError(f"--serve: port {port} can't be used ({error.strerror}); give another one") from None
-    print(f"http://127.0.0.1:{port}/ until Ctrl-C", flush=True)
-    with server:
-        server.serve_forever()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,7 +124,9 @@ def main(arguments: list[str] | None = None) -> None:
           f"{about['rows']} rows of {about['looked_at']} of {about['shards']} tars listed, {about['read']} samples "
           f"read, {about['shown']} shown")  # fmt: skip
     if given.serve:
-        serve(out, given.serve)
+        with server_of(out, given.serve) as server:
+            print(f"http://{HOST}:{server.server_port}/ until Ctrl-C", flush=True)
+            server.serve_forever()
 
 
 if __name__ == "__main__":

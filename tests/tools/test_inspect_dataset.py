@@ -1,9 +1,11 @@
 """The page of a data set shows what training does with it, and whatever is in it stays text."""
 
 import base64
+import http.client
 import io
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +277,27 @@ def test_a_cache_is_refused_and_names_its_pictures(tmp_path, small_cascade):
     config.write_text(yaml.safe_dump(small_cascade | {"webdataset_path": str(tmp_path)}), encoding="utf-8")
     with pytest.raises(UserError, match=r"is a cache, .* webdataset_path=the/pictures"):
         inspect_dataset.main([str(TRAIN_C), str(config), str(tmp_path / "page.html")])
+
+
+@pytest.mark.integration
+def test_the_page_is_served_to_this_machine_under_its_own_name_alone(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("a page", encoding="utf-8")
+    with inspect_dataset.server_of(page, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert server.server_address[0] == "127.0.0.1"
+
+        def status(path: str, host: str) -> tuple[int, bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+            connection.request("GET", path, headers={"Host": host})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+        assert status("/", f"localhost:{server.server_port}") == (200, b"a page")
+        assert status("/", "another.site")[0] == status("/page.html", f"127.0.0.1:{server.server_port}")[0] == 404
+        with pytest.raises(UserError, match=f"port {server.server_port} can't be used"):
+            inspect_dataset.server_of(page, server.server_port)
+        server.shutdown()
 
 
 @pytest.mark.integration
