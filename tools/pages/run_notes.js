@@ -73,6 +73,7 @@ const notes = {
     const told = runs.map((run, place) => this.block(run, found[place], found[place].notes.filter(wanted)));
     const focused = document.activeElement?.dataset?.copy;
     byId("told").replaceChildren(...told);
+    if (!told.length) byId("told").append(make("p", {class: "quiet"}, "Choose runs in the list above."));
     if (focused) byId("told").querySelector(`[data-copy="${focused}"]`)?.focus();
   },
 

@@ -1,9 +1,9 @@
 "use strict";
 // The run page: the list of runs, what is chosen of it, and the tabs. It asks for news as long as it is looked at.
 
-const MOST_CHOSEN = 20;  // at the beginning
+const MOST_CHOSEN = 20;  // of runs that come into view
 const tabs = {curves, samples, differences, notes}, letters = {c: "curves", s: "samples", d: "differences", n: "notes"};
-const page = {runs: [], chosen: null, rows: new Map(), tab: "curves"};
+const page = {runs: [], chosen: new Set(), rows: new Map(), tab: "curves"};
 
 function status(text) { byId("status").textContent = text; }
 
@@ -67,13 +67,13 @@ async function follow() {
     const found = await source.overview(), before = JSON.stringify(page.runs);
     seconds = found.seconds;
     page.runs = found.runs;
-    const first = page.chosen === null;
-    page.chosen ??= new Set([...found.runs].sort((a, b) => (b.state === "running") - (a.state === "running"))
-      .slice(0, MOST_CHOSEN).map(run => run.id));
+    const fresh = found.runs.filter(run => !page.rows.has(run.id));
+    fresh.sort((a, b) => (b.state === "running") - (a.state === "running"));
+    for (const run of fresh.slice(0, Math.max(0, MOST_CHOSEN - page.chosen.size))) page.chosen.add(run.id);
     byId("place").textContent = `${found.place}${exported ? " (exported)" : ""}`;
     status("");
     list();
-    if (first || JSON.stringify(page.runs) !== before) refresh();
+    if (JSON.stringify(page.runs) !== before) refresh();
   } catch (error) {
     status(error instanceof TypeError ? "the server does not answer: is tools/runs.py still running?" : error.message);
   }
@@ -92,7 +92,7 @@ function open(tab) {
     byId(`tab-${name}`).setAttribute("aria-selected", name === tab);
     byId(`tab-${name}`).tabIndex = name === tab ? 0 : -1;
   }
-  if (page.chosen) refresh();
+  refresh();
 }
 
 addEventListener("keydown", event => {
@@ -115,7 +115,7 @@ for (const [name, tab] of Object.entries(tabs)) {
   tab.start();
   byId(`tab-${name}`).addEventListener("click", () => open(name));
 }
-byId("filter").addEventListener("input", () => { list(); if (page.chosen) refresh(); });
+byId("filter").addEventListener("input", () => { list(); refresh(); });
 byId("all").addEventListener("change", event => {
   const shown = new Set(visible().map(run => run.id)), others = [...page.chosen].filter(id => !shown.has(id));
   choose(event.target.checked ? [...others, ...shown] : others);
