@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.flops import TEXT_TOKENS, dense_peak, forward_flops
 from families.cascade.versions import VERSIONS
+from families.common.precision import freeze
 from families.common.sampling import latent_size
 from modules.controlnet import ControlNet
 from modules.feed_forward import FeedForward
@@ -115,6 +116,8 @@ class Technique:
     "reduce-overhead" records CUDA graphs, which pays where launching kernels takes longer than they do."""
     fp8: bool = False
     bfloat16_weights: bool = False
+    frozen_weights: str | None = None
+    """How the base of a LoRA is kept, where it is not in bfloat16."""
     checkpointing: int | None = None
     """Another level of activation checkpointing than the case's."""
     cases: tuple[str, ...] = field(default=("full", "LoRA", "ControlNet"))
@@ -131,15 +134,19 @@ def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
         replace(ours, name="- fused AdamW", fused_optimizer=False, cases=trained),
         replace(plain, name="- fused feed-forward, not compiled", fused_feed_forward=False),
     ]
+    packed = [
+        replace(ours, name=f"base in {dtype}", frozen_weights=dtype, cases=("LoRA",))
+        for dtype in ("float8_e4m3fn", "int8", "int8_rotated")
+    ]
     if device.type == "cuda":
         return [
             ours, replace(plain, name="- compile"), *rest,
             replace(ours, name="whole network compiled", whole={}),
             replace(ours, name="+ CUDA graphs", whole={"mode": "reduce-overhead"}),
             replace(ours, name="+ fp8", fp8=True, cases=trained),
-            replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained),
+            replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained), *packed,
         ]  # fmt: skip
-    return [ours, replace(ours, name="+ compile", compiled=True), *rest]
+    return [ours, replace(ours, name="+ compile", compiled=True), *rest, *packed]
 
 
 def update_flops(case: Case, network: UNet) -> int:
@@ -189,6 +196,8 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
     everything = nn.ModuleList([network])
     if case.trained != "full":
         network.requires_grad_(False).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if technique.frozen_weights:
+        freeze(network, technique.frozen_weights, "frozen_weights", device)
     if case.trained == "LoRA":
         add_adapters(network, [".attn"], LoraSettings(rank=4, alpha=4))
     elif case.trained == "ControlNet":
