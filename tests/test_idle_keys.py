@@ -86,6 +86,7 @@ SAID = {
     "timestep_sampling": ("uniform", {"model_version": "mini-1.1"}, {"model_version": "mini"}),
     "token_lr_scale": (2.0, {"train_tokens": None}, {"train_tokens": [["[a]", "^a"]]}),
     "use_timestep_transform": (False, {"model_version": "mini-1.1"}, {"model_version": "mini"}),
+    "validation_levels": (4, {"validation_samples": 0, "validation_path": None}, {"validation_samples": 2}),
     "zero_terminal_snr": (True, {"diffusion_target": "rectified_flows"}, {"diffusion_target": "v"}),
     "wandb_entity": ("team", {}, {"wandb_project": "project"}),
     # drawing

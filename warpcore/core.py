@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from warpcore import compute, evaluation, from_scratch, gradients, optim, reports, resuming
+from warpcore import compute, evaluation, from_scratch, gradients, optim, reports, resuming, validation
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
 from warpcore.errors import clear_errors
@@ -318,8 +318,8 @@ class WarpCore(UseCase):
 
     def _validate(self) -> None:
         """Report the mean loss and metrics over the validation samples, with the same noise each time."""
-        means = evaluation.validation_means(
-            self._variants(), self.feed.validation, self.forward, self.config.seed, self.processes
+        means = validation.validation_means(
+            self._variants(), self.feed.validation, self.validation_losses, self.config.seed, self.processes
         )
         self._tell(means)
         self._say_of_data()

@@ -4,7 +4,7 @@ Weights are looked at inside `variants`: by a suffix, a function that puts them 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,7 @@ from warpcore.clips import save_clip, step_within
 from warpcore.data.reader import Batch
 from warpcore.exports import Weights
 from warpcore.pictures import Cell, cells_metadata, grid_and_cells, save_png
-from warpcore.processes import Processes
-from warpcore.random import stable_hash
-from warpcore.results import Losses, Sampled
+from warpcore.results import Sampled
 from warpcore.sharded import full
 from warpcore.state import TrainedState
 from warpcore.tracking import Tracker
@@ -52,34 +50,6 @@ def exported_weights(
     return exported
 
 
-def validation_means(
-    variants: Variants,
-    batches: Callable[[], Iterable[tuple[Batch, list[int]]]],
-    losses_of: Callable[[Batch], Losses],
-    seed: int,
-    processes: Processes,
-) -> dict[str, float]:
-    """The mean loss, before weighting, and metrics over the validation samples of all processes, by name.
-
-    Args:
-        batches: gives one pass over them, and the places in each batch that count (`Feed.validation`).
-        seed: of the networks' own randomness, the same each time.
-    """
-    means = {}
-    for suffix, in_use in variants.items():
-        totals: dict[str, Tensor] = {}
-        with in_use():
-            for batch, counted in batches():
-                torch.manual_seed(stable_hash(seed, "validation", batch.number))
-                result = losses_of(batch)
-                for name, value in {"loss": result.raw, **result.metrics}.items():
-                    value = value.double().cpu()[counted]
-                    totals[name] = totals.get(name, 0) + torch.stack([value.sum(), value.new_tensor(len(value))])
-        for name, total in _summed(totals, processes).items():
-            means[f"validation_{name}{suffix}"] = total[0] / total[1] if total[1] else math.nan
-    return means
-
-
 def weight_norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """The Euclidean norm of the parameters (`NETWORK.NAME`) of each network, over all shards (collective).
 
@@ -90,14 +60,6 @@ def weight_norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
         norm = full(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32))
         networks.setdefault(name.partition(".")[0], []).append(norm)
     return {f"weight_norm/{name}": torch.linalg.vector_norm(torch.stack(own)).item() for name, own in networks.items()}
-
-
-def _summed(totals: dict[str, Tensor], processes: Processes) -> dict[str, list[float]]:
-    """The sums over all processes by name; a process that validated nothing knows no names."""
-    everyone = processes.gather_of_data({name: total.tolist() for name, total in totals.items()})
-    names = dict.fromkeys(name for one in everyone for name in one)
-    return {name: [sum(values) for values in zip(*(one[name] for one in everyone if name in one), strict=True)]
-            for name in names}  # fmt: skip
 
 
 def draw(

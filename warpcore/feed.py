@@ -168,8 +168,7 @@ class Feed:
         if self._validation_loader is None:
             planned = list(self.plan.validation())
             own = planned[self.processes.data_rank :: self.processes.data_count]
-            self._num_own_validation = len(own)
-            self._validation_rounds = -(-len(planned) // self.processes.data_count)
+            self._num_own_validation, self._validation_rounds = len(own), -(-len(planned) // self.processes.data_count)
             if not planned:
                 return
             self._validation_loader = self._load(own + planned[:1] * (self._validation_rounds - len(own)))
@@ -304,6 +303,7 @@ class Feed:
             videos=needs.videos,
             seed=config.seed,
             validation=held_out,
+            validation_by_key=needs.validation_by_key,
             validation_samples=config.validation_samples,
             num_lanes=config.lanes,
             group_rows=config.shard_group_rows,

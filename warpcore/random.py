@@ -28,16 +28,23 @@ class SampleRandom:
     `name` states the purpose ("timestep", "noise", ...): asking twice for the same name gives the same numbers, and no
     purpose shifts the numbers of another. Numbers are drawn on the CPU, so every device sees the same ones. Those that
     Python decides by, such as whether a caption is dropped, come from `on_cpu`, which waits for no GPU.
+
+    level: the noise level of all samples, from 0 (the least noise) to 1, where it is given; None: it is drawn.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", level: float | None = None):
         self.seeds = list(seeds)
         self.device = torch.device(device)
+        self.level = level
+
+    def at(self, level: float) -> "SampleRandom":
+        """The same random numbers, with a noise level that is given."""
+        return SampleRandom(self.seeds, self.device, level)
 
     @property
     def on_cpu(self) -> "SampleRandom":
         """The same random numbers, on the CPU."""
-        return SampleRandom(self.seeds)
+        return SampleRandom(self.seeds, level=self.level)
 
     def uniform(self, name: str) -> Tensor:
         """(B,) float32 in [0, 1)."""

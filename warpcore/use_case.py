@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from warpcore import compute, gradients, optim
+from warpcore import compute, gradients, optim, validation
 from warpcore.config import Config
 from warpcore.data.joined import FurtherTars
 from warpcore.data.needs import DataNeeds
@@ -54,6 +54,9 @@ class UseCase:
     """Why no sample pictures are drawn, which is told once; set by `build` where a network for them is missing."""
     draws_samples: bool = True
     """Whether `sample` is given samples to draw pictures for, of validation or else of the training data."""
+    validation_levels: int = 0
+    """At how many noise levels validation samples are looked at: those that `loss` finds in `SampleRandom.level`, in
+    place of drawn ones. 0: as in training."""
     bucket_factor: int = 1
     """Sides of training pictures are multiples of this many pixels."""
     origin: Origin | None = None
@@ -217,6 +220,14 @@ class UseCase:
         matrices = {name: parameter for name, parameter in self.parameters.items() if parameter.dim() >= 2}
         return list(gradients.named_by(matrices, config.gradient_topk_pattern, "gradient_topk_pattern").values())
 
+    def validation_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """What the validation tells of the samples of a batch: numbers (B,) by name."""
+        if not (levels := validation.levels(self.validation_levels)):
+            return validation.drawn(self.forward(batch))
+        with self.autocast():
+            inputs, random = self.encoded(batch)
+            return validation.at_levels({level: self.loss(inputs, random.at(level)) for level in levels}, batch.size)
+
     def data_needs(self) -> DataNeeds:
         """What the hooks above say of the data."""
         return DataNeeds(
@@ -229,6 +240,7 @@ class UseCase:
             computed=self.computed_in_workers(),
             columns=self.index_columns(),
             further=self.further_tars(),
+            validation_by_key=self.validation_levels > 0,
             geometry_remedy=self.geometry_remedy(),
         )
 

@@ -60,6 +60,10 @@ class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
             ),
         ),
         "cache_text_gb": Need.of("cache_text"),
+        "validation_levels": Need(
+            "validation_path or validation_samples",
+            lambda config: config.validation_path is not None or config.validation_samples > 0,
+        ),
         "change_target": Need(
             "diffusion_target, and generator_checkpoint_path with another",
             lambda config: bool(config.diffusion_target and config.generator_checkpoint_path),
@@ -72,6 +76,11 @@ class DiffusionConfig(LossSettings, SampleSettings, GeneratorSettings, Config):
     those of the first folder, and no pictures are needed."""
     validation_caches: list[Folder] = []
     """Caches of the samples of `validation_path`, as `caches` are of the training data."""
+    validation_levels: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Validate at this many noise levels, evenly spread over the schedule without its shift, in place of one that is
+    drawn for each sample. Noise and crop follow from a sample's key alone, so the mean, `validation_loss`, compares
+    runs, and sizes of networks and pictures. Beside it there is the loss of each level, such as
+    `validation_loss/level_0.25`, and bucket, `validation_loss/size_512x768`. Takes as many forward passes."""
     change_target: bool = False
     """Allow another `diffusion_target` than the weights file to start from says; the network then learns it."""
     caption_dropout: Share = 0.05

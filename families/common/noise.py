@@ -1,7 +1,8 @@
 """The noise that training adds, where it is not simply independent normal numbers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,9 +10,26 @@ from families.common.config import DiffusionConfig
 from warpcore.random import SampleRandom
 
 
+def training_draws(
+    random: SampleRandom, shape: Sequence[int], config: DiffusionConfig
+) -> Mapping[str, Tensor | float | None]:
+    """What `GDF.diffuse` takes of a config for latents (B, *shape), beside the noise: levels, and what is added to it.
+
+    At a level that is given, where runs are compared, nothing is added.
+    """
+    channels, *positions = shape
+    if random.level is not None:
+        offset = torch.zeros(len(random.seeds), channels, *[1] * len(positions), device=random.device)
+        return {"level": random.level, "offset": offset if config.offset_noise else None}
+    offset = random.normal("offset noise", channels, *[1] * len(positions)) if config.offset_noise else None
+    gamma = config.input_perturbation
+    perturbation = random.normal("input perturbation", *shape) * gamma if gamma else None
+    return {"uniform": random.uniform("timestep"), "offset": offset, "perturbation": perturbation}
+
+
 def training_noise(random: SampleRandom, shape: Sequence[int], config: DiffusionConfig) -> Tensor:
-    """What a config noises latents (B, *shape) with, where `shape` is (C, *positions)."""
-    if not config.multires_noise_iterations:
+    """What a config noises latents (B, *shape) with, where `shape` is (C, *positions); at given levels white noise."""
+    if not config.multires_noise_iterations or random.level is not None:
         return random.normal("noise", *shape)
     levels, discount = config.multires_noise_iterations, config.multires_noise_discount
     return multires_noise(random, shape[0], shape[1:], levels, discount)

@@ -19,7 +19,7 @@ from families.common.captions import cut_note, say_of_captions, undrawn
 from families.common.config import DiffusionConfig
 from families.common.features import Feature, Origin, lengths_name, stored
 from families.common.losses import with_loss
-from families.common.noise import training_noise
+from families.common.noise import training_draws, training_noise
 from families.common.prompts import FILE_NAME, Encode, prompt_features, read_prompts
 from families.common.sample_fields import SampleFields, resized
 from families.common.sampling import check_sampling
@@ -161,6 +161,10 @@ class DiffusionTraining(SampleFields):
     def text_features(self, encoder: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the text encoder, `text` of the encoders, makes of captions: (B, ...) by name."""
         raise NotImplementedError
+
+    @property
+    def validation_levels(self) -> int:
+        return self.config.validation_levels
 
     def around_forward(self, random: SampleRandom) -> AbstractContextManager:
         """What holds while the network predicts in `denoising_loss`."""
@@ -374,12 +378,7 @@ class DiffusionTraining(SampleFields):
         """
         config, shape, shift = self.config, latents.shape[1:], shift * self.config.shift
         noise = training_noise(random, shape, config) if noise is None else noise
-        gamma = config.input_perturbation
-        perturbation = random.normal("input perturbation", *shape) * gamma if gamma else None
-        offset = random.normal("offset noise", shape[0], *[1] * len(shape[1:])) if config.offset_noise else None
-        diffused = self.diffusion.diffuse(
-            latents, noise, random.uniform("timestep"), offset=offset, perturbation=perturbation, shift=shift
-        )
+        diffused = self.diffusion.diffuse(latents, noise, shift=shift, **training_draws(random, shape, config))
         mask = None if self.mask is None else resized(self.mask, latents)
         if noised is not None:
             diffused = diffused._replace(noised=torch.where(noised, diffused.noised, self.diffusion.given(diffused)))

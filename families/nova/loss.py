@@ -48,17 +48,23 @@ class TokenDraws:
     """(R B T, N, P) normal numbers."""
     t: Tensor
     """(R B T, N) times of the schedule: shares of the noise, or timesteps."""
+    shift: float = 1.0
+    """Of the schedule, beside its own."""
 
     @classmethod
     def of(cls, random: SampleRandom, diffusion: GDF, frames: int, tokens: int, numbers: int, repeats: int):
         """Draws for clips of `frames` frames of `tokens` tokens of `numbers` numbers. The share of hidden tokens is
-        that of the first sample."""
-        ratio = mask_ratio(random.on_cpu.uniform("mask ratio")[0].item())
+        that of the first sample; at a level that is given, which all tokens have, it is the median."""
+        level = random.level
+        ratio = mask_ratio(random.on_cpu.uniform("mask ratio")[0].item() if level is None else 0.5)
         order = random.normal("token order", frames, tokens).flatten(0, 1)
         hidden, visible = split_tokens(order, visible_tokens(ratio, tokens))
         noise = random.normal("noise", repeats, frames, tokens, numbers)
         times = random.normal("timestep", repeats, frames, tokens)
         noise, times = (draws.transpose(0, 1).flatten(0, 2) for draws in (noise, times))
+        if level is not None:
+            t = diffusion.schedule.t_at(torch.full_like(times, level))
+            return cls(hidden, visible, noise, t, shift=1 / diffusion.schedule.shift)
         return cls(hidden, visible, noise, token_times(diffusion, times))
 
 
@@ -102,7 +108,7 @@ def token_losses(
     repeats = len(draws.noise) // len(patches)
     x0 = patches.repeat(repeats, 1, 1)
     # To diffusion, every token is a sample.
-    diffused = diffusion.diffuse(x0.flatten(0, 1), draws.noise.flatten(0, 1), t=draws.t.flatten())
+    diffused = diffusion.diffuse(x0.flatten(0, 1), draws.noise.flatten(0, 1), t=draws.t.flatten(), shift=draws.shift)
     noised, times = diffused.noised.view_as(x0), diffused.noise_cond.view(x0.shape[:2])
     prediction = network(latents, draws.hidden, draws.visible, noised, times, **condition)
     found = diffusion.loss(diffused, prediction.flatten(0, 1))

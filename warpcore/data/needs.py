@@ -31,6 +31,8 @@ class DataNeeds:
     """Index columns for `Batch.columns`."""
     further: Mapping[str, Sequence[FurtherTars]] = field(default_factory=dict)
     """By `webdataset_path` and `validation_path`, tars with further members of the samples that they name."""
+    validation_by_key: bool = False
+    """Whether the seeds of validation samples follow from their keys alone, so that they are the same in every run."""
     geometry_remedy: str = ""
     """What a user does where features, stored in place of pictures, lack their geometry."""
 

@@ -64,6 +64,7 @@ class Plan:
         counted_members: members of which the survey counts how many rows have them.
         columns: index columns whose values samples bring along, as `column_types` gives them.
         videos: whether rows of videos are taken.
+        validation_by_key: the seeds of validation samples follow from their keys alone, not from the run.
         member_keys: the config keys that name required members, by the first extension of each, for error messages.
         num_lanes, group_rows: by default they follow from the number of rows.
 
@@ -90,6 +91,7 @@ class Plan:
         columns: Mapping[str, pa.DataType] = MappingProxyType({}),
         member_keys: Mapping[str, str] = MappingProxyType({}),
         videos: bool = True,
+        validation_by_key: bool = False,
     ):
         if micro_batch_size is not None and micro_batch_size < 1:
             raise UserError(f"micro_batch_size is at least 1, found {micro_batch_size}")
@@ -114,7 +116,7 @@ class Plan:
         else:
             held_out = _shared_shards(catalog, validation)
         self._unheld = selection
-        self._validation = validation
+        self._validation, self._validation_by_key = validation, validation_by_key
         self._captions = captions
         self._counted_members = counted_members
         self._validation_samples = validation_samples
@@ -309,7 +311,9 @@ class Plan:
             places = np.arange(len(rows.numbers))
             if self._validation is None:
                 places = places[np.isin(rows.numbers, held_out[piece.shard])]
-            yield self._samples(catalog, piece.shard, rows, places)
+            samples = self._samples(catalog, piece.shard, rows, places)
+            by_key = [replace(one, seed=stable_hash("validation", one.key)) for one in samples]
+            yield by_key if self._validation_by_key else samples
 
     def _samples(self, catalog: Catalog, shard: int, rows: Rows, places: np.ndarray) -> list[Sample]:
         """Rows of a shard as samples for validation or drawing: always with the same seeds."""

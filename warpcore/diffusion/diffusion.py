@@ -86,6 +86,7 @@ class GDF:
         uniform: Tensor | None = None,
         *,
         t: Tensor | None = None,
+        level: float | None = None,
         offset: Tensor | None = None,
         perturbation: Tensor | None = None,
         shift: float | Tensor = 1.0,
@@ -96,19 +97,23 @@ class GDF:
         Args:
             x0: (B, C, ...) clean signal.
             epsilon: (B, C, ...) standard normal draws.
-            uniform: (B,) uniform draws in [0, 1), which the schedule turns into times; or give `t`.
+            uniform: (B,) uniform draws in [0, 1), which the schedule turns into times; or give `t` or `level`.
             t: (B,) times from 0 (clean) to 1 (noise); whole numbers are timesteps of a discrete schedule.
+            level: from 0 (clean) to 1 (noise), of the whole batch; of the schedule without any shift.
             offset: (B, C, 1, ...) standard normal draws; needed exactly when `offset_noise` is not 0.
             perturbation: like `epsilon`; noise that the input has, but the target has not (arXiv:2301.11706, eq. 8).
             shift: of the schedule; (B,) of each sample.
             loss_shift: of the loss weight.
         """
-        if (uniform is None) == (t is None):
-            raise ValueError("diffuse needs either uniform draws or t, and not both")
+        if [uniform, t, level].count(None) != 2:
+            raise ValueError("diffuse needs uniform draws, t or a level, and only one of them")
         if (offset is None) == (self.offset_noise != 0):
             raise ValueError(f"offset_noise is {self.offset_noise}: pass `offset` draws exactly when it is not 0")
         if offset is not None:
             epsilon = epsilon + self.offset_noise * offset
+        if level is not None:
+            t = self.schedule.t_at(torch.full((len(x0),), level, device=x0.device))
+            shift = 1 / self.schedule.shift
         t = self.schedule.training_t(uniform) if t is None else t
         precision = t.dtype if t.is_floating_point() else torch.promote_types(x0.dtype, torch.float32)
         logsnr = self.schedule(t, shift=shift).to(x0.device, precision)

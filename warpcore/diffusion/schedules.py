@@ -64,6 +64,10 @@ class Schedule:
         """The t of training samples from uniform draws in [0, 1), both (B,)."""
         return 1 - uniform
 
+    def t_at(self, levels: Tensor) -> Tensor:
+        """The t of noise levels from 0 (clean) to 1 (noise), both (B,): evenly spread, however training draws."""
+        return levels
+
 
 class _VarianceSchedule(Schedule):
     """A schedule given by the variance a^2 of the signal in a sample of variance 1.

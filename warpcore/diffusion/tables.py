@@ -130,6 +130,9 @@ class TableSchedule(Schedule):
         """(B,) int64: every timestep is as likely."""
         return (uniform * self.steps).long().clamp(max=self.steps - 1)
 
+    def t_at(self, levels: Tensor) -> Tensor:
+        return self.training_t(levels)
+
     def _table(self, device: torch.device) -> Tensor:
         """logSNR on a device, brought there once; in float32 off the CPU, since MPS has no float64."""
         if device not in self._logsnr_on:

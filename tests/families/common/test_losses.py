@@ -23,12 +23,12 @@ LATENTS = torch.randn(3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
 ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
 
-def measure(target="epsilon", mask=None, zero_terminal_snr=False, **settings):
+def measure(target="epsilon", mask=None, zero_terminal_snr=False, random=RANDOM, own_shift=1.0, **settings):
     """What the network sees and the losses, and the noise and the timesteps that they have to follow from."""
     config = make_config(SdConfig, GIVEN | settings)
     given = {"offset_noise": config.offset_noise}
     if target == "rectified_flows":
-        process = flow_process(**given)
+        process = flow_process(shift=own_shift, **given)
     else:
         process = discrete_process("scaled_linear", target, zero_terminal_snr=zero_terminal_snr, **given)
     run = SimpleNamespace(
@@ -42,7 +42,7 @@ def measure(target="epsilon", mask=None, zero_terminal_snr=False, **settings):
         seen.update(noised=noised, timestep=timestep)
         return noised * 0.5
 
-    losses = DiffusionTraining.denoising_loss(run, LATENTS, RANDOM, predict)
+    losses = DiffusionTraining.denoising_loss(run, LATENTS, random, predict)
     return seen, losses
 
 
@@ -156,3 +156,18 @@ def test_settings_that_contradict_each_other_are_refused(changes, words):
     for kind in (SdConfig, StageCConfig):
         with pytest.raises(ConfigError, match=words):
             make_config(kind, GIVEN | changes)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"offset_noise": 0.1, "input_perturbation": 0.1, "shift": 3.0}, {"multires_noise_iterations": 4}]
+)
+def test_a_given_level_is_a_timestep_or_a_share_of_the_noise_whatever_the_config_trains(keys):
+    level = RANDOM.at(0.25)
+    seen, losses = measure(random=level, **keys)
+    assert seen["timestep"].tolist() == [250] * 3
+    torch.testing.assert_close(seen["noised"], noised(seen["timestep"], NOISE), atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses.raw, mean((seen["noised"] * 0.5 - NOISE) ** 2))
+    seen, losses = measure("rectified_flows", random=level, own_shift=2.0, **keys)
+    torch.testing.assert_close(seen["timestep"], torch.full((3,), 250.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen["noised"], 0.75 * LATENTS + 0.25 * NOISE, atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses.raw, mean((seen["noised"] * 0.5 - (NOISE - LATENTS)) ** 2))

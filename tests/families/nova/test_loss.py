@@ -111,6 +111,15 @@ def test_without_the_first_frame_the_others_are_learned_alone():
     torch.testing.assert_close(later.mean(), recorded.expected["losses"]["loss_i2i"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "t"), [("flow", 0.25), ("ddpm", 250)])
+def test_at_a_given_level_all_tokens_have_it_and_a_sample_hides_the_same_ones_beside_others(kind, t):
+    diffusion, sizes = process(kind), {"frames": 3, "tokens": 24, "numbers": 16, "repeats": 2}
+    both = TokenDraws.of(SampleRandom([1, 2], level=0.25), diffusion, **sizes)
+    assert set(both.t.flatten().tolist()) == {t}
+    alone = TokenDraws.of(SampleRandom([2], level=0.25), diffusion, **sizes)
+    assert torch.equal(alone.hidden, both.hidden[3:])
+
+
 def test_draws_belong_to_samples_and_have_the_published_distributions():
     diffusion = process("flow")
     both = TokenDraws.of(SampleRandom([1, 2]), diffusion, frames=3, tokens=24, numbers=16, repeats=4)

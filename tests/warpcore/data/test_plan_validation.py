@@ -45,3 +45,16 @@ def test_without_validation_there_is_none(catalog):
     plan = Plan(catalog, micro_batch_size=4, buckets=SQUARE)
     assert not plan.has_validation
     assert list(plan.validation()) == []
+
+
+def test_seeds_by_key_are_those_of_another_run_of_other_tars(folder, catalog):
+    whole = Plan(catalog, micro_batch_size=4, buckets=SQUARE, validation=catalog, validation_by_key=True)
+    part = Plan(
+        catalog, micro_batch_size=3, buckets=SQUARE, validation=catalog_of(folder / "2.tar"), validation_by_key=True,
+        seed=5,
+    )  # fmt: skip
+    seeds, of_part = (
+        {one.key: one.seed for batch in plan.validation() for one in batch.samples} for plan in (whole, part)
+    )
+    assert len(set(seeds.values())) == len(seeds) > len(of_part) == 20
+    assert all(seeds[key] == seed for key, seed in of_part.items())
