@@ -45,7 +45,7 @@ SAID = {
     "discriminator_start": (5, {"discriminator_weight": 0.0}, {}),
     "ema_at_end": (True, {}, {"ema_start_iters": 0}),
     "ema_beta": (0.9, {}, {"ema_start_iters": 0}),
-    "ema_device": ("cpu", {}, {"ema_start_iters": 0}),
+    "ema_device": ("cpu", {}, {"post_hoc_ema": {"every": 5}}),
     "ema_iters": (5, {}, {"ema_start_iters": 0}),
     "eps": (1e-6, {"optimizer": "came"}, {"optimizer": "muon"}),
     "frame_rate": (8.0, {"num_frames": 1, "frame_stride": 1}, {"num_frames": 5, "frame_stride": 1}),
@@ -173,6 +173,7 @@ ALWAYS = names(
     module_filters most_pictures motion groups rotary_pos_embed sample_groups video_mixer_rank
     multi_aspect_ratio num_classes num_frames num_res_blocks num_threads num_workers official_stem offset_noise
     on_data_change optimizer output_path overwrite parameter_groups patch_size perceptual_checkpoint_path pictures
+    post_hoc_ema
     preview previewer_checkpoint_path prior_path process_timeout_seconds processes profile prompt_file prompts
     quantised rank rank_stabilised repa run sample_classes sample_count sample_guidance sample_guides_control
     sample_prompts sample_sampler sample_steps save_every seed seeds sequence_shards shard_group_rows

@@ -86,6 +86,17 @@ OF_TOOLS: dict[str, dict[str, list[tuple[str, str]]]] = {
         "output in a file": [("pictures pictures text/new", "text is a file; name a folder to write the page")],
         "no number": [("pictures pictures new --size ten", "expected a number above 0.*found 'ten'")],
     },
+    "tools/average.py": {
+        "no argument": [("", "the following arguments are required: run, target")],
+        "unknown flag": [("folder new --colour red", "colour: unknown key")],
+        "missing": [("missing new sigma_rel=0.1", "missing/config.yaml does not exist: name the folder of")],
+        "file for a folder": [("text new sigma_rel=0.1", "text/config.yaml does not exist")],
+        "output exists": [("folder taken.yaml sigma_rel=0.1", "taken.yaml is there already: name another folder")],
+        "output in a file": [("folder text/new sigma_rel=0.1", "text is a file; name another folder")],
+        "no number": [("folder new sigma_rel=ten", "sigma_rel: found 'ten'"),
+                      ("folder new sigma_rel=0.5", "sigma_rel: .*0.28")],
+        "unknown key": [("folder new sigma=0.1", "sigma: unknown key")],
+    },
     "tools/config_reference.py": {
         "no argument": [("", "the following arguments are required: page")],
         "unknown flag": [("text --colour red", "unrecognized arguments: --colour red")],

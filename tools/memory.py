@@ -158,7 +158,8 @@ class Plan:
     def _places(self) -> tuple[list[dict], list[dict]]:
         """Keys that move something to where it takes no memory of this GPU: for nearly nothing, and at a price."""
         config = self.config
-        ema = {"ema_device": "cpu"} if config.ema_start_iters is not None and not config.fsdp_cpu_offload else {}
+        averages = config.ema_start_iters is not None or config.post_hoc_ema is not None
+        ema = {"ema_device": "cpu"} if averages and not config.fsdp_cpu_offload else {}
         encoders = {"offload": [*dict.fromkeys([*config.offload, "encoders"])]}
         activations = {"offload": [*dict.fromkeys([*config.offload, "encoders", "activations"])]}
         free = [{}, ema, ema | encoders]

@@ -4,6 +4,7 @@
                                of each file; resuming reads nothing else
     NAME.safetensors           full weights with official names, the update in their metadata (`warpcore.exports`)
     backups/<update>/          copies of those weights that are never deleted
+    post_hoc/<update>/         snapshots of averages (`warpcore.post_hoc_ema`), which are never deleted
 
 A checkpoint is written aside by a background thread and published when it is complete (`warpcore.places`): a process
 that dies at any moment leaves the last good one untouched. A run resumes only from what it has verified; a damaged one
@@ -33,6 +34,7 @@ from warpcore.exports import Weights, file_metadata, publish, take
 from warpcore.files import open_to_read, refuse_links, write_whole
 from warpcore.places import (
     MANIFEST,
+    SNAPSHOTS,
     AnotherRun,
     CheckpointError,
     LocalPlace,
@@ -175,6 +177,8 @@ class Checkpoints:
         """Take weights to export as the file `name` out of networks that are trained on (collective), for `save`."""
         self.wait()  # what the save before may still be writing has the same name
         about = file_metadata(metadata, update)
+        if self.processes.is_main:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         return take(self.folder / name, tensors, about, self.export_dtype, self.export_bytes, self.processes)
 
     def save(
@@ -324,7 +328,7 @@ class Checkpoints:
             return
         if self._first_here:
             shutil.rmtree(partial, ignore_errors=True)
-            for leftover in self.folder.glob("*.partial"):
+            for leftover in (*self.folder.glob("*.partial"), *self.folder.glob(f"{SNAPSHOTS}/*/*/*.partial")):
                 leftover.unlink(missing_ok=True)
         raise CheckpointError(
             f"could not save update {update} in {self._place.name}: {problem}\n"
@@ -358,7 +362,7 @@ class Checkpoints:
         write_whole(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
         copies = self.folder / "backups" / f"{update:08d}" if backup else None
         for name, exported in weights.items():
-            publish(exported, self.folder / name, about, self.export_dtype, copies)
+            publish(exported, self.folder / name, about, self.export_dtype, None if "/" in name else copies)
         self._place.publish(update, self.keep_last)
 
 

@@ -20,9 +20,9 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from warpcore.arguments import pairs, read_arguments
+from warpcore.average_keys import AverageKeys
 from warpcore.config_files import BASE, read_config
 from warpcore.config_keys import (
-    AverageKeys,
     DataKeys,
     FileName,
     OptimisationKeys,
@@ -221,7 +221,7 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
 
     def is_saved(self, update: int) -> bool:
         """Whether a checkpoint is written after this update."""
-        return self.is_evaluated(update) or self.is_backup(update)
+        return self.is_evaluated(update) or self.is_backup(update) or self.is_snapshot(update)
 
     def is_evaluated(self, update: int) -> bool:
         """Whether the validation and sample pictures come with that checkpoint."""
@@ -235,6 +235,11 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
     def is_backup(self, update: int) -> bool:
         """Whether its weights are kept for good."""
         return self.backup_every is not None and update % self.backup_every == 0
+
+    def is_snapshot(self, update: int) -> bool:
+        """Whether averages are kept for good, of which others are made."""
+        averages = self.post_hoc_ema
+        return averages is not None and (update == self.updates or update % averages.every == 0)
 
     @property
     def samples_folder(self) -> Path:

@@ -265,35 +265,6 @@ class OptimisationKeys(Settings):
     """Forward passes per update and process; follows from the two sizes when both are given."""
 
 
-class AverageKeys(Settings):
-    """Average of the weights."""
-
-    needs = dict.fromkeys(
-        ("ema_iters", "ema_beta", "ema_device", "ema_at_end"),
-        Need("ema_start_iters", lambda config: config.ema_start_iters is not None),
-    )
-
-    ema_start_iters: NonNegativeInt | None = None
-    """First update of the exponential moving average; without this key there is none."""
-    ema_iters: PositiveInt = 1
-    """The average moves at every this many updates."""
-    ema_beta: ShareBelowOne = 0.999
-    """Share of the old average that a step keeps."""
-    ema_at_end: bool = False
-    """After the last update the average moves once more, whatever `ema_iters` says, as that of NOVA's program does."""
-    ema_profile: Literal["constant", "power"] = "constant"
-    """`power`: that share grows with the updates instead, so that the average always reaches back over the same part
-    of the run, `ema_rate` (EDM2, arXiv:2312.02696, section 3.1)."""
-    ema_rate: Annotated[float, Field(gt=0, le=0.28)] = 0.1
-    """With `ema_profile: power`: the standard deviation of the average's weights over time, as a fraction of the run
-    so far. 0.28 averages nearly evenly over all of it, 0.05 over about the last tenth."""
-    ema_iteration_shift: NonNegativeInt = 0
-    """With `ema_profile: power`: how many updates count as made before the first one, as when a run goes on from the
-    weights of another."""
-    ema_device: Literal["same", "cpu"] = "same"
-    """Keep the average beside the weights, or in the CPU's memory."""
-
-
 class DataKeys(Settings):
     """Data."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from warpcore import compute, evaluation, from_scratch, gradients, optim, reports, resuming, validation
+from warpcore import compute, evaluation, from_scratch, gradients, optim, post_hoc_ema, reports, resuming, validation
 from warpcore.config import Config, dump_config, load_config
 from warpcore.data.reader import Batch
 from warpcore.errors import clear_errors
@@ -116,8 +116,7 @@ class WarpCore(UseCase):
         for parameter in self.parameters.values():
             parameter.grad = None
         self.statistics.apply(self.update_state, self.state.without_gradients, finite)
-        for average in self.averages.values():
-            average.step(update, finite, config.ema_at_end and update == config.updates)
+        self.state.step_averages(update, finite, config.ema_at_end and update == config.updates)
         norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in (norms | means).items()}
         norms |= self.loss_scale.metrics() | optim.metrics(self.optimizers) | update_mean.metrics
         self.loss_scale.update(norm, finite)
@@ -137,6 +136,7 @@ class WarpCore(UseCase):
         config = self.config
         if origin:
             self.state.load(origin.checkpoints, origin.update, saved, self.file_metadata())
+            post_hoc_ema.check_beginning(self.state, origin, self.checkpoints, self.processes)
             self.loss_scale.load(saved.get("loss_scale", {}))
             self.update = origin.update
             self.kept = saved.get("kept", {}) | self.kept
@@ -181,7 +181,7 @@ class WarpCore(UseCase):
             lines = lines + what_is_trained({name: self.networks[name] for name in self.trainable})
         if config.optimizer == "muon" and self.muon_takes_tables:
             lines = [*lines, "optimizer: muon: this run goes on as it began, with tables among the matrices"]
-        for line in [*of_epochs, *lines]:
+        for line in [*of_epochs, *lines, *post_hoc_ema.disk_use(self.state, config)]:
             self.progress.say(line)
 
     def _after_update(self) -> Exception | None:
@@ -286,12 +286,13 @@ class WarpCore(UseCase):
                 raise problem
 
     def _save(self) -> None:
-        config, about = self.config, self.file_metadata()
-        weights = {}
+        config, about, weights = self.config, self.file_metadata(), {}
+        export = partial(self.checkpoints.export, metadata=about, update=self.update)
         if config.is_exported(self.update):
             both = evaluation.variants(self.state, averaged=bool(self.averages))
-            export = partial(self.checkpoints.export, metadata=about, update=self.update)
             weights = evaluation.exported_weights(both, self.weights, export)
+        if config.is_snapshot(self.update):
+            weights |= post_hoc_ema.snapshot(self.state, self.weights, export, self.update)
         tensors, values = self.state.save()
         values |= {
             "about": about,

@@ -30,7 +30,7 @@ Variants = Mapping[str, Callable[[], AbstractContextManager]]
 
 def variants(state: TrainedState, averaged: bool) -> Variants:
     """The weights, and as `_ema` their average if wanted."""
-    return {"": state.in_use} | ({"_ema": partial(state.in_use, average=True)} if averaged else {})
+    return {"": state.in_use} | ({"_ema": partial(state.in_use, state.averages)} if averaged else {})
 
 
 def exported_weights(

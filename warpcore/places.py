@@ -27,7 +27,11 @@ MANIFEST = "manifest.json"
 MOST_BYTES = {"state.json": MAX_STATE_BYTES, ".metadata": MAX_TABLE_BYTES}
 """Of the files that say what is in a checkpoint."""
 LOCK = ".lock"
-WRITTEN = ("state", "backups", "samples", "metrics.jsonl", "notes.jsonl", "tensorboard", "wandb", "profile")
+SNAPSHOTS = "post_hoc"
+"""The folder of the snapshots of `warpcore.post_hoc_ema`: UPDATE/SIGMA_REL/NAME.safetensors."""
+WRITTEN = (
+    *("state", "backups", SNAPSHOTS, "samples", "metrics.jsonl", "notes.jsonl", "tensorboard", "wandb", "profile"),
+)
 """What a run writes to in its folder, beside files that it replaces."""
 _PLAIN_NAME = re.compile(r"[\w.-]{1,255}", re.ASCII)
 """What names of a checkpoint's files are made of; anything else might lead out of it."""

@@ -169,7 +169,8 @@ class OnShapes:
         config = self.config
         weights = sum(p.nbytes for p in self.run.parameters.values()) // self.shards
         trained = {"weights": weights, "gradients": weights, "optimizer": self._optimizer_bytes // self.shards}
-        ema = sum(t.nbytes for average in self.run.averages.values() for t in average.state_dict().values())
+        averages = [*self.run.averages.values(), *self.run.state.post_hoc_averages]
+        ema = sum(tensor.nbytes for average in averages for tensor in average.state_dict().values())
         ema //= self.shards
         frozen, on_cpu = self._frozen()
         if config.fsdp_cpu_offload:
@@ -349,6 +350,6 @@ class Rehearsal:
         """What lives between updates."""
         for network in self.run.networks.values():
             yield from (*network.parameters(), *network.buffers())
-        for average in self.run.averages.values():
+        for average in (*self.run.averages.values(), *self.run.state.post_hoc_averages):
             yield from average.state_dict().values()
         yield from optim.optimizer_state(self.run.optimizers)[0].values()

@@ -16,6 +16,7 @@ from warpcore.locks import lock_file
 from warpcore.places import (
     LOCK,
     MANIFEST,
+    SNAPSHOTS,
     CheckpointError,
     compare,
     lock,
@@ -181,7 +182,8 @@ class S3Place:
                     self._sent[path] = version
             except FileNotFoundError:  # it was there for a moment only
                 continue
-        shutil.rmtree(self.folder / "backups", ignore_errors=True)
+        for kept in ("backups", SNAPSHOTS):
+            shutil.rmtree(self.folder / kept, ignore_errors=True)
 
     def _files(self) -> list[Path]:
         """What belongs on S3 beside the checkpoints, which another thread may be removing from the folder."""

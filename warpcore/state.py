@@ -1,12 +1,14 @@
 """What a checkpoint holds of networks, averages, optimizers and bookkeeping: tensors by name, the rest as JSON.
 
-Names are `network/NAME/PARAMETER`, `ema/NAME/PARAMETER`, `bookkeeping/NAME/BUFFER`, `optimizer/NAME.PARAMETER.STATE`.
+Names are `network/NAME/PARAMETER`, `ema/NAME/PARAMETER`, `post_hoc/SIGMA_REL/NAME/PARAMETER`,
+`bookkeeping/NAME/BUFFER`, `optimizer/NAME.PARAMETER.STATE`.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from warpcore import optim
 from warpcore.checkpoint import CheckpointError, Checkpoints
 from warpcore.ema import EMA, named_tensors, reshard
 
+POST_HOC = "post_hoc_ema"
 logger = logging.getLogger(__name__)
 
 
@@ -29,23 +32,36 @@ class TrainedState:
     optimizers: list[Optimizer]
     bookkeeping: Mapping[str, Any]
     """Further things with a state_dict of tensors."""
+    post_hoc: Mapping[str, Mapping[str, EMA]] = field(default_factory=dict)
+    """Averages of which others are made (`warpcore.post_hoc_ema`), by `sigma_rel` and network."""
 
     @contextmanager
-    def in_use(self, average: bool = False) -> Iterator[None]:
-        """The networks are in evaluation mode, with their averages as weights if asked for; then all is back."""
+    def in_use(self, averages: Mapping[str, EMA] = MappingProxyType({})) -> Iterator[None]:
+        """The networks are in evaluation mode, with averages as their weights if some are given; then all is back."""
         optim.eval_mode(self.optimizers)
         for network in self.networks.values():
             network.eval()
             reshard(network)  # gathered copies would hide that the weights change
         try:
             with torch.no_grad(), ExitStack() as swaps:
-                for name, one in self.averages.items() if average else ():
+                for name, one in averages.items():
                     swaps.enter_context(one.applied_to(self.networks[name]))
                 yield
         finally:
             optim.train_mode(self.optimizers)
             for network in self.networks.values():
                 reshard(network)
+
+    @property
+    def post_hoc_averages(self) -> list[EMA]:
+        return [average for averages in self.post_hoc.values() for average in averages.values()]
+
+    def step_averages(self, update: int, ok: Tensor, once_more: bool) -> None:
+        """Take in the weights after `update`, as `EMA.step`. once_more: the averages to export."""
+        for average in self.averages.values():
+            average.step(update, ok, once_more)
+        for average in self.post_hoc_averages:
+            average.step(update, ok)
 
     def save(self) -> tuple[dict[str, Tensor], dict]:
         """The tensors (not copied) and the JSON values."""
@@ -67,7 +83,8 @@ class TrainedState:
             f"{key} was {said[key]} and is now {about[key]}" for key in said if about.get(key, said[key]) != said[key]
         ]
         tensors = self._tensors()
-        averages = self._averages() if any(name.startswith("ema/") for name in stored) else {}
+        there = [prefix for prefix in self._kinds() if any(name.startswith(f"{prefix}/") for name in stored)]
+        averages = self._averages(there)
         wrong = wrong or self._differences(tensors | averages, stored)
         if wrong:
             raise CheckpointError(
@@ -75,18 +92,19 @@ class TrainedState:
                 + (f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else "")
                 + ". Restore the settings of that run, or choose another experiment_id"
             )
-        if not self.averages and any(name.startswith("ema/") for name in stored):
-            logger.warning("ema_start_iters is left out: the average of the weights ends with update %d", update)
+        for key, prefix, wanted in (("ema_start_iters", "ema", self.averages), (POST_HOC, "post_hoc", self.post_hoc)):
+            if not wanted and any(name.startswith(f"{prefix}/") for name in stored):
+                logger.warning("%s is left out: the average of the weights ends with update %d", key, update)
         optim.check_same_optimizers(self.optimizers, values["optimizer"])
         optimizer = optim.allocate_optimizer_state(self.optimizers, _without("optimizer", stored))
         checkpoints.load(update, tensors | averages | _prefixed("optimizer", optimizer))
         optim.load_optimizer_state(self.optimizers, optimizer, values["optimizer"])
-        for name, average in self.averages.items():
-            own = _without(f"ema/{name}", averages)
-            if own:
-                average.load_state_dict(own, update)
-            else:  # the average is new in this run's config: it starts from the restored weights
-                average.restart(update)
+        for prefix, kind in self._kinds().items():
+            for name, average in kind.items():
+                if prefix in there:
+                    average.load_state_dict(_without(f"{prefix}/{name}", averages), update)
+                else:  # the average is new in this run's config: it starts from the restored weights
+                    average.restart(update)
 
     def without_gradients(self) -> dict[str, Tensor]:
         """What changes without gradients (not copied): buffers of trained networks, and bookkeeping."""
@@ -103,17 +121,22 @@ class TrainedState:
             tensors |= _prefixed(f"bookkeeping/{name}", module.state_dict())
         return tensors
 
-    def _averages(self) -> dict[str, Tensor]:
+    def _kinds(self) -> dict[str, Mapping[str, EMA]]:
+        """All averages, by the beginning of their names, and network."""
+        return {"ema": self.averages} | {f"post_hoc/{sigma_rel}": one for sigma_rel, one in self.post_hoc.items()}
+
+    def _averages(self, kinds: Iterable[str] | None = None) -> dict[str, Tensor]:
         tensors = {}
-        for name, average in self.averages.items():
-            tensors |= _prefixed(f"ema/{name}", average.state_dict())
+        for prefix in self._kinds() if kinds is None else kinds:
+            for name, average in self._kinds()[prefix].items():
+                tensors |= _prefixed(f"{prefix}/{name}", average.state_dict())
         return tensors
 
     def _differences(self, here: dict[str, Tensor], stored: dict) -> list[str]:
         """How the tensors of a checkpoint differ from those here; an average that is no longer wanted does not."""
-        kept = {name for name in stored if not name.startswith("optimizer/")}
-        if not self.averages:
-            kept = {name for name in kept if not name.startswith("ema/")}
+        wanted = tuple(f"{prefix}/" for prefix, averages in self._kinds().items() if averages)
+        others = ("optimizer/", "ema/", "post_hoc/")
+        kept = {name for name in stored if name.startswith(wanted) or not name.startswith(others)}
         wrong = [f"{name} is only in the checkpoint" for name in sorted(kept - here.keys())]
         wrong += [f"{name} is not in the checkpoint" for name in sorted(here.keys() - kept)]
         wrong += [

@@ -24,6 +24,7 @@ from warpcore.offload import OnDemand
 from warpcore.parameter_groups import freeze, optimizer_groups
 from warpcore.peers import explained
 from warpcore.placement import Placement, averages
+from warpcore.post_hoc_ema import post_hoc_averages
 from warpcore.processes import choose_dtype, start_processes, stop_processes
 from warpcore.random import SampleRandom
 from warpcore.results import Losses, Sampled
@@ -203,7 +204,8 @@ class UseCase:
         optim.train_mode(self.optimizers)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self.averages = averages(trained, config)
-        self.state = TrainedState(trained, self.averages, self.optimizers, self.bookkeeping)
+        post_hoc = post_hoc_averages(trained, config)
+        self.state = TrainedState(trained, self.averages, self.optimizers, self.bookkeeping, post_hoc)
         if saved is None:
             self.take_over()
 
