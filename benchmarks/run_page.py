@@ -55,7 +55,7 @@ def measure(runs: int, updates: int) -> list[str]:
         for number in range(runs):
             make_run(Path(folder, "runs", f"run_{number}"), updates, number)
         command = [sys.executable, "-m", "tools.runs", str(Path(folder, "runs"))]
-        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
         browser = Browser(program, Path(folder, "browser"))
         try:
             url = server.stdout.readline().split(" at ")[1].split()[0]
