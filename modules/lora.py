@@ -1,152 +1,35 @@
-"""Low-rank adapters: LoRA (arXiv:2106.09685) on linear layers, attention projections and convolutions.
+"""Adapters of a network's layers: linear layers, attention projections and convolutions.
 
 An adapter is the child module `lora` of the layer it changes, so all other parameters keep the names of the official
-checkpoints. It is computed beside the layer: neither the change of a weight nor its gradient is ever made at full
-size. Adapters are float32, whatever the weights are.
+checkpoints. It is computed beside the layer; `modules.adapters` has what the kinds of adapters share.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.adapters import Kind, LoraSettings, WeightAdapter
 from modules.blocks import Conv, DepthwiseConv, MultiheadAttention, PointwiseConv
 from modules.float8 import Float8Linear
 from modules.int8 import Int8Linear, RotatedInt8Linear
+from modules.loha import LoHa
+from modules.lokr import LoKr
+from modules.low_rank import LowRank
 from modules.packed import PackedLinear
+
+KINDS: dict[Kind, type[WeightAdapter]] = {"lora": LowRank, "lokr": LoKr, "loha": LoHa}
 
 PARTS = ("q", "k", "v")
 """The thirds of a fused attention projection, in the order of its rows."""
 
 EVERY_LAYER = "."
 """The filter that finds every layer."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What adapters are like."""
-
-    rank: int
-    """R: an adapter of a weight (C_out, C_in) has R * (C_out + C_in) parameters."""
-    alpha: float
-    """The change counts alpha / R."""
-    rank_stabilised: bool = False
-    """It counts alpha / sqrt(R) instead, so that a higher rank does not learn more slowly (arXiv:2312.03732)."""
-    dropout: float = 0.0
-    """On what goes into the adapters, while training."""
-    dora: bool = False
-    """Also learn the length of each row of the changed weight (arXiv:2402.09353)."""
-    split_qkv: bool = False
-    """Three adapters for queries, keys and values of an attention layer, instead of one for the fused matrix."""
-    init: Literal["zero_up", "published"] = "zero_up"
-    """Both start without any change: up = 0 and down uniform, or as published down = 0 and up normal."""
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
-
-
-class LowRank(nn.Module):
-    """The change scale * up @ down of a weight (C_out, C_in), or (C_out, C_in / groups, kh, kw) of a convolution.
-
-    Parameters: `down` (R, C_in) or (R, C_in / groups, kh, kw), `up` (C_out, R), and with DoRA `magnitude` (C_out,).
-    """
-
-    def __init__(self, weight: Tensor, settings: LoraSettings):
-        super().__init__()
-        self.settings = settings
-        self.active = True
-        self.unmerged: Tensor | None = None  # what `merge` has changed
-        down, up = (settings.rank, *weight.shape[1:]), (weight.shape[0], settings.rank)
-        device = None if weight.is_meta else weight.device  # a weight may wait for its values; adapters do not
-        self.down = nn.Parameter(torch.empty(down, dtype=torch.float32, device=device))
-        self.up = nn.Parameter(torch.empty(up, dtype=torch.float32, device=device))
-        self.magnitude = None
-        if settings.dora:
-            squared_norms = _matrix(weight.detach().to(torch.float32)).square().sum(dim=1)
-            self.register_buffer("squared_norms", squared_norms, persistent=False)
-            self.magnitude = nn.Parameter(squared_norms.sqrt())
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        if self.settings.init == "published":
-            nn.init.normal_(self.up)
-            nn.init.zeros_(self.down)
-        else:
-            nn.init.zeros_(self.up)
-            bound = self.down[0].numel() ** -0.5
-            nn.init.uniform_(self.down, -bound, bound)
-
-    def forward(
-        self,
-        x: Tensor,
-        output: Tensor,
-        layer: nn.Module,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        rows=slice(None),
-    ) -> Tensor:
-        """The output (..., C_out) of a layer, changed.
-
-        Args:
-            x, output: what the layer took and gave, channels last.
-            weight, bias: of the layer, or those rows of them that made the output. Only DoRA looks at the weight.
-            rows: the part of the adapter that belongs to them.
-        """
-        if not self.active or self.unmerged is not None:
-            return output
-        x = F.dropout(x, self.settings.dropout, self.training)
-        change = _side_path(layer, x, self.down.to(x.dtype), (self.up[rows] * self.settings.scale).to(x.dtype))
-        if self.magnitude is None:
-            return output + change
-        longer = (self.magnitude[rows] / self._norms(weight, rows) - 1).to(output.dtype)
-        plain = output if bias is None else output - bias
-        return output + change + longer * (plain + change)
-
-    @torch.no_grad()
-    def _norms(self, weight: Tensor, rows=slice(None)) -> Tensor:
-        """The length (C_out,) of each row of the changed weight; a constant to the gradient (DoRA, section 4.3).
-
-        |w + s u D|^2 = |w|^2 + 2 s u . (D w) + s^2 u D D' u', which needs no matrix of the weight's size.
-        """
-        down, up = _matrix(self.down), self.up[rows]
-        mixed = F.linear(down.to(weight.dtype), _matrix(weight)).float().T
-        own = up @ (down @ down.T)
-        scale = self.settings.scale
-        squares = self.squared_norms[rows] + 2 * scale * (up * mixed).sum(1) + scale**2 * (up * own).sum(1)
-        return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-
-    @torch.no_grad()
-    def change(self, weight: Tensor) -> Tensor:
-        """What merging adds to `weight`: in its shape, not that of the factors, and in float32."""
-        matrix = _matrix(weight.float())
-        changed = matrix + self.settings.scale * (self.up @ _matrix(self.down))
-        if self.magnitude is not None:
-            changed *= (self.magnitude / torch.linalg.vector_norm(changed, dim=1))[:, None]
-        return (changed - matrix).view(weight.shape)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """(C_out, everything else)."""
-    return weight if weight.dim() == 2 else weight.flatten(1)
-
-
-def _side_path(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    if not isinstance(layer, nn.Conv2d) or isinstance(layer, PointwiseConv):
-        return F.linear(F.linear(x, _matrix(down)), up)
-    x = x.permute(0, 3, 1, 2)
-    if layer.groups > 1:  # a grouped kernel is small, and no product of smaller ones
-        kernel = (up @ _matrix(down)).view(layer.weight.shape)
-        return layer._conv_forward(x, kernel, None).permute(0, 2, 3, 1)
-    return F.linear(layer._conv_forward(x, down, None).permute(0, 2, 3, 1), up)
 
 
 class _Adapted:
@@ -215,7 +98,7 @@ class AdaptedAttention(MultiheadAttention):
         projected = []
         for i, (x, weight, bias) in enumerate(zip((query, memory, memory), weights, biases, strict=True)):
             output = F.linear(x, weight, bias)
-            if isinstance(self.lora, LowRank):
+            if isinstance(self.lora, WeightAdapter):
                 output = self.lora(x, output, self, weight, bias, slice(i * c, (i + 1) * c))
             elif PARTS[i] in self.lora:
                 output = self.lora[PARTS[i]](x, output, self, weight, bias)
@@ -303,17 +186,17 @@ def _search(pattern: str, names: Sequence[str]) -> list[str]:
         raise ValueError(f"{pattern!r} is in no layer's name, and no regular expression: {error}") from None
 
 
-def add_adapter(name: str, place: Place, settings: LoraSettings) -> LowRank:
+def add_adapter(name: str, place: Place, settings: LoraSettings) -> WeightAdapter:
     """Put an adapter, which changes nothing yet, at a place. Raises ValueError where it does not fit."""
-    rows = place.weight.shape[0]
+    kind, rows = KINDS[settings.kind], place.weight.shape[0]
     columns = place.weight.numel() // rows
-    if settings.rank > min(rows, columns):
+    if kind.rank_is_limited and settings.rank > min(rows, columns):
         raise ValueError(
             f"rank {settings.rank} is more than {name} has, a weight of {rows} x {columns}: "
             f"its rank is at most {min(rows, columns)}"
         )
     layer = place.layer
-    adapter = LowRank(place.weight, settings).train(layer.training)
+    adapter = kind(place.weight, settings).train(layer.training)
     if type(layer) in ADAPTED:
         layer.__class__ = ADAPTED[type(layer)]
         layer.lora = adapter if place.part is None else nn.ModuleDict()
@@ -327,18 +210,18 @@ def add_adapters(network: nn.Module, filters: Sequence[str], settings: LoraSetti
 
     Raises ValueError for a filter that finds nothing and for a rank that a weight does not have.
     """
-    found = places(network, settings.split_qkv)
+    found = places(network, settings.parts_apart)
     names = choose(list(found), filters)
     for name in names:
         add_adapter(name, found[name], settings)
     return names
 
 
-def adapters(network: nn.Module) -> Iterator[tuple[str, Place, LowRank]]:
+def adapters(network: nn.Module) -> Iterator[tuple[str, Place, WeightAdapter]]:
     """The adapters in a network, by the names of their places."""
     for name, place in places(network).items():
         lora = getattr(place.layer, "lora", None)
-        if isinstance(lora, LowRank):
+        if isinstance(lora, WeightAdapter):
             yield name, place, lora
         elif lora is not None:
             for part, adapter in lora.items():

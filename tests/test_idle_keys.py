@@ -41,6 +41,7 @@ SAID = {
                       {"generator_checkpoint_path": "a", "diffusion_target": "rectified_flows"}),
     "clip_image_checkpoint_path": ("a", {"clip_image_dropout": 1.0}, {"clip_image_dropout": 0.5, "image": "a"}),
     "clip_image_model_name": ("a", {"clip_image_dropout": 1.0}, {"clip_image_dropout": 0.5, "image": "a"}),
+    "decompose_both": (True, {"adapter": "lora"}, {"adapter": "lokr", "dora": False}),
     "discriminator_channels": (8, {"discriminator_weight": 0.0}, {}),
     "discriminator_start": (5, {"discriminator_weight": 0.0}, {}),
     "ema_at_end": (True, {}, {"ema_start_iters": 0}),
@@ -58,7 +59,8 @@ SAID = {
     "logit_mean": (0.5, {"timestep_sampling": "uniform"}, {"timestep_sampling": "logit_normal"}),
     "logit_std": (0.5, {"timestep_sampling": "uniform"}, {"timestep_sampling": "logit_normal"}),
     "learn_first_frame": (False, {"num_frames": 1}, {"num_frames": 5}),
-    "lora_init": ("published", {"lora_checkpoint_path": "a", "alpha": 2.0}, {"lora_checkpoint_path": "a"}),
+    "lora_init": ("published", {"lora_checkpoint_path": "a", "alpha": 2.0, "adapter": "lora"},
+                  {"lora_checkpoint_path": "a", "adapter": "lora"}),
     "mid_block_attention": (False, {"autoencoder_checkpoint_path": "a"}, {}),
     "min_lr_ratio": (0.1, {}, {"lr_schedule": "cosine"}),
     "min_sigma": (0.1, {"diffusion_target": "v"}, {"diffusion_target": "rectified_flows"}),
@@ -71,6 +73,9 @@ SAID = {
     "perceptual_weight": (0.5, {}, {"perceptual_checkpoint_path": "a"}),
     "prior_weight": (0.5, {}, {"prior_path": "b.tar"}),
     "sample_flow": (2.0, {}, {"motion_column": "flow"}),
+    "factor": (8, {"adapter": "lora"}, {"adapter": "lokr", "dora": False}),
+    "full_matrix": (True, {"adapter": "lora"}, {"adapter": "lokr", "dora": False}),
+    "split_qkv": (True, {"adapter": "loha", "dora": False}, {"adapter": "lora"}),
     "first_frames": (["a.png"], {"num_frames": 1}, {"num_frames": 5}),
     "flow_shift": (2.0, {"diffusion_target": "epsilon"}, {"diffusion_target": "rectified_flows"}),
     "guidance_renorm": (0.5, {"guidance": 1.0}, {"guidance": 4.0}),
@@ -155,8 +160,9 @@ REFUSED_IN_DRAWING = names(
 """The same of drawing, where weights are read first: see tests/inference and tests/families."""
 ALWAYS = names(
     """
-    activation_checkpointing aes camera_motion clean_prompts flow loop mask_strategy reference_mb reference_path
-    reference_seconds sample_name adaptive_loss_weight allow_tf32 alpha autoencoder_checkpoint_path autoencoder_frames
+    activation_checkpointing adapter aes camera_motion clean_prompts flow loop mask_strategy reference_mb
+    reference_path reference_seconds sample_name adaptive_loss_weight allow_tf32 alpha autoencoder_checkpoint_path
+    autoencoder_frames
     autoencoder_precision autoencoder_version background backup_every discriminator_weight ema_start_iters
     base_dim batch_size bucket_config cache_text caches
     caption_dropout caption_templates captions_getter checkpoint_path class_dropout class_file class_getter
@@ -177,7 +183,7 @@ ALWAYS = names(
     preview previewer_checkpoint_path prior_path process_timeout_seconds processes profile prompt_file prompts
     quantised rank rank_stabilised repa run sample_classes sample_count sample_guidance sample_guides_control
     sample_prompts sample_sampler sample_steps save_every seed seeds sequence_shards shard_group_rows
-    shift shuffle_tags size split_qkv squared_weight stage_a_checkpoint_path stage_a_only start_from_scratch
+    shift shuffle_tags size squared_weight stage_a_checkpoint_path stage_a_only start_from_scratch
     tag_dropout tensorboard
     text_chunks text_encoder text_encoder_checkpoint_path text_encoder_filters text_encoder_precision text_layers
     text_length text_model text_projection_checkpoint_path text_tokens text_width tiled_decoding tiling

@@ -21,7 +21,7 @@ CLIP_KEYS = ("num_frames", "frame_stride", "frame_rate", "bucket_config", "micro
 """Those of `warpcore.clip_keys`, which others may meet in a script that does not take them."""
 
 OTHER_NAMES = {
-    "cfg": "guidance", "cfg_scale": "guidance", "checkpoint": "generator_checkpoint_path",
+    "algo": "adapter", "cfg": "guidance", "cfg_scale": "guidance", "checkpoint": "generator_checkpoint_path",
     "dataset": "webdataset_path", "epochs": "updates", "gradient_accumulation_steps": "grad_accum_steps",
     "guidance_scale": "guidance", "learning_rate": "lr", "loras": "lora", "lr_scheduler": "lr_schedule",
     "lr_warmup_steps": "warmup_updates", "max_grad_norm": "clip_grad_norm", "max_steps": "updates",

@@ -11,7 +11,7 @@ from torch import nn
 from families.cascade.lora_formats import embeddings, layouts, reference
 from families.common.exports import Files, write_files
 from families.common.lora_files import fitted, peft_config
-from families.common.lora_formats import ours, peft
+from families.common.lora_formats import named, ours, peft
 from families.common.lora_formats.adapters import Lora, LoraFileError, named_tokens
 from families.common.lora_formats.embeddings import embeddings_folder, file_name
 from families.common.lora_formats.tensors import read_tensors
@@ -142,8 +142,7 @@ def lora_files(
             tensors = reference.to_reference(lora, places(network), _token_ids(lora, tokenizer))
             return {path: (tensors, about | {"layers": reference.layers_in_order(lora)})}
         case "comfyui" | "kohya":
-            of_kohya = {f"ss_network_{key}": about[said] for key, said in (("dim", "rank"), ("alpha", "alpha"))}
-            about |= {"ss_network_module": "networks.lora"} | of_kohya
+            about |= named.kohya_metadata(lora.adapters.values(), about)
             return {path: (layouts.to_named(lora, kind), about)} | token_files(lora, path)
         case "onetrainer":
             return {path: (layouts.to_named(lora, kind) | embeddings.bundled(lora), about)}

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from families.common.lora_formats import Adapter, Lora, split
+from families.common.lora_formats import Adapter, FactorAdapter, Lora, OneAdapter, split
 from families.common.weight_source import listed_weights
 from modules import lora
-from modules.lora import LoraSettings, LowRank, adapters, places
+from modules.adapters import LoraSettings, WeightAdapter, change_of
+from modules.lora import KINDS, adapters, places
 from warpcore.errors import UserError
 from warpcore.loading import load_deferred
 from warpcore.patterns import searching
@@ -35,7 +36,7 @@ def add_adapters(network: nn.Module, filters: Sequence[str], settings: LoraSetti
     """
     try:
         with searching("module_filters"):
-            lora.choose(list(places(network, settings.split_qkv)), filters)
+            lora.choose(list(places(network, settings.parts_apart)), filters)
         if settings.dora:
             load_deferred(network, "cpu")  # the lengths of its rows are where magnitudes begin
         return lora.add_adapters(network, filters, settings)
@@ -45,30 +46,43 @@ def add_adapters(network: nn.Module, filters: Sequence[str], settings: LoraSetti
         raise LoraError(f"module_filters, rank: {error}") from None
 
 
-def adapters_of(network: nn.Module) -> dict[str, Adapter]:
+def adapters_of(network: nn.Module) -> dict[str, OneAdapter]:
     """The adapters in a network by the names of their places, as a file would hold them."""
-    return {
-        name: Adapter(a.down.detach(), a.up.detach(), a.settings.alpha,
-                      None if a.magnitude is None else a.magnitude.detach(), a.settings.rank_stabilised)
-        for name, _, a in adapters(network)
-    }  # fmt: skip
+    return {name: _stored(adapter) for name, _, adapter in adapters(network)}
+
+
+def _stored(adapter: WeightAdapter) -> OneAdapter:
+    settings = adapter.settings
+    tensors = {name: factor.detach() for name, factor in adapter.tensors.items()}
+    magnitude = None if adapter.magnitude is None else adapter.magnitude.detach()
+    if settings.kind == "lora":
+        return Adapter(**tensors, alpha=settings.alpha, magnitude=magnitude, rank_stabilised=settings.rank_stabilised)
+    if adapter.rank(tensors) is None:  # it counts as it is
+        return FactorAdapter(settings.kind, tensors, settings.rank)
+    return FactorAdapter(settings.kind, tensors, settings.alpha, rank_stabilised=settings.rank_stabilised)
 
 
 @torch.no_grad()
-def fill(adapter: LowRank, source: Adapter) -> None:
+def fill(adapter: WeightAdapter, source: OneAdapter) -> None:
     """Start an adapter from one of a file: it changes the weight as that does, whatever the alphas of the two are.
 
-    Raises ValueError where a tensor is of another shape.
+    Raises ValueError where it is of another kind, or a tensor is of another shape.
     """
-    for part in ("down", "up", "magnitude"):
-        own, other = getattr(adapter, part), getattr(source, part)
+    if source.kind != adapter.settings.kind:
+        title = KINDS[adapter.settings.kind].title
+        raise ValueError(f"it is a {source.title} in the file and a {title} in this run: write adapter: {source.kind}")
+    mine = adapter.tensors | {"magnitude": adapter.magnitude}
+    theirs = {**source.tensors, "magnitude": source.magnitude}
+    for part in sorted(mine.keys() | theirs.keys()):
+        own, other = mine.get(part), theirs.get(part)
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (other, own)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{part} is {shapes[0] or 'not'} in the file and {shapes[1] or 'not'} in this run")
         if own is not None:
             own.copy_(other)
-    if source.scale != adapter.settings.scale:
-        adapter.up.mul_(source.scale / adapter.settings.scale)
+    if source.scale != adapter.scale:
+        name = next(name for name in adapter.multiplied if name in mine)
+        mine[name].mul_(source.scale / adapter.scale)
 
 
 @torch.no_grad()
@@ -78,20 +92,8 @@ def merge_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None
     sources = [(split(source.adapters), strength) for source, strength in loras]
     for name in dict.fromkeys(name for own, _ in sources for name in own):
         weight = there[name].weight
-        weight.add_(sum(_change(weight, own[name]) * strength for own, strength in sources if name in own))
-
-
-def _change(weight: Tensor, source: Adapter) -> Tensor:
-    if source.by_columns:
-        matrices = (source.up.float() @ source.down.float().flatten(1)).view(weight.shape)
-        changed = weight.float() + source.scale * matrices
-        dims = [0, *range(2, weight.dim())]
-        lengths = source.magnitude.view(1, -1, *[1] * (weight.dim() - 2))
-        return changed * (lengths / torch.linalg.vector_norm(changed, dim=dims, keepdim=True)) - weight.float()
-    settings = LoraSettings(source.rank, source.alpha, source.rank_stabilised, dora=source.magnitude is not None)
-    adapter = LowRank(weight, settings)
-    fill(adapter, source)
-    return adapter.change(weight)
+        found = [(own[name], strength) for own, strength in sources if name in own]
+        weight.add_(sum(change_of(weight, one.product, one.magnitude) * strength for one, strength in found))
 
 
 def listed_loras(files: Sequence[str], use_ema: bool = True) -> list[tuple[Path, float]]:

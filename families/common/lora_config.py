@@ -5,12 +5,15 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from families.common.precision import BasePrecision
-from modules.lora import LoraSettings
+from modules.adapters import Kind, LoraSettings
+from modules.lora import KINDS
 from modules.tokens import is_new
 from warpcore.config import Settings, ShareBelowOne
 from warpcore.config_keys import MAX_ENTRIES
 from warpcore.idle_keys import Need
 from warpcore.keys import Weights
+
+_OF_LOKR = Need("adapter: lokr", lambda config: config.adapter == "lokr")
 
 
 class LoraKeys(Settings):
@@ -21,10 +24,19 @@ class LoraKeys(Settings):
             "adapters from scratch: they have those of lora_checkpoint_path, and their alpha is written",
             lambda config: config.lora_checkpoint_path is None or config.alpha is None,
         ),
+        "factor": _OF_LOKR,
+        "decompose_both": Need(
+            "adapter: lokr, and full_matrix: false", lambda config: config.adapter == "lokr" and not config.full_matrix
+        ),
+        "full_matrix": _OF_LOKR,
+        "split_qkv": Need("adapter: lora; others are always split", lambda config: config.adapter == "lora"),
     }
 
     module_filters: list[str] = Field(max_length=MAX_ENTRIES)
     """Which layers are adapted: parts of their names, such as `.attn`, or regular expressions on them; `.` is all."""
+    adapter: Kind = "lora"
+    """The kind of adapter. `lokr` and `loha` are those of LyCORIS: LoKr is a Kronecker product, with files that are
+    smaller by far; LoHa is a product of two LoRAs, number by number, whose rank reaches the square of `rank`."""
     rank: PositiveInt
     """How much an adapter can hold: it is two matrices, one with this many columns, one with this many rows."""
     alpha: PositiveFloat | None = None
@@ -32,7 +44,14 @@ class LoraKeys(Settings):
     rank_stabilised: bool = False
     """Adapters count alpha / sqrt(rank) instead, which suits high ranks (arXiv:2312.03732)."""
     dora: bool = False
-    """Learn lengths and directions of the weights' rows apart (DoRA, arXiv:2402.09353)."""
+    """Learn lengths and directions of the weights' rows apart (DoRA, arXiv:2402.09353); with `adapter: lora`."""
+    factor: int = -1
+    """Of LoKr: how many rows and columns the smaller matrix has where that divides those of a weight, else the largest
+    divisor below; -1 makes both matrices as large as each other, and files smallest."""
+    decompose_both: bool = False
+    """Of LoKr: the smaller matrix is a product of low rank too, where that makes it smaller."""
+    full_matrix: bool = False
+    """Of LoKr: both matrices are whole, and `rank` and `alpha` count for nothing."""
     split_qkv: bool = False
     """Queries, keys and values of an attention layer get an adapter each, instead of one together as published."""
     lora_dropout: ShareBelowOne = 0.0
@@ -57,7 +76,23 @@ class LoraKeys(Settings):
             dora=self.dora,
             split_qkv=self.split_qkv,
             init=self.lora_init,
+            kind=self.adapter,
+            factor=self.factor,
+            decompose_both=self.decompose_both,
+            full_matrix=self.full_matrix,
         )
+
+    @model_validator(mode="after")
+    def _an_adapter_that_there_is(self) -> Self:
+        if self.adapter != "lora":
+            title = KINDS[self.adapter].title
+            if self.dora:
+                raise ValueError(f"dora: {title} is trained without lengths; remove it, or write adapter: lora")
+            if self.lora_init != "zero_up":
+                raise ValueError(f"lora_init: {title} starts as LyCORIS does it; remove it, or write adapter: lora")
+        if self.factor == 0 or self.factor < -1:
+            raise ValueError(f"factor: {self.factor} divides no weight; write a number from 1, such as 8, or -1")
+        return self
 
 
 class TransformerLoraKeys(LoraKeys):

@@ -3,11 +3,13 @@
 warpcore     unet.NAME.lora.down, ...                   each tensor under the name of its parameter
 diffusers    unet.NAME.lora_A.weight, ...               alpha in the metadata; peft's names
 kohya        lora_unet_NAME.lora_down.weight, ...       `alpha` beside it; ComfyUI and A1111 read it too
+             lora_unet_NAME.lokr_w1, ...                the same of LyCORIS: LoKr and LoHa
 comfyui      diffusion_model.NAME.lora_A.weight, ...    published names of layers, `alpha` beside it
 published    net.NAME.lora_A.default.weight, ...        published names; nothing says alpha, which is the rank
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +19,15 @@ from torch import Tensor, nn
 
 from families.common.exports import Files, write_files
 from families.common.lora_formats import embeddings, named, ours, peft, programs
-from families.common.lora_formats.adapters import Adapter, Lora, LoraFileError, named_alpha, named_tokens
+from families.common.lora_formats.adapters import (
+    Adapter,
+    FactorAdapter,
+    Lora,
+    LoraFileError,
+    OneAdapter,
+    named_alpha,
+    named_tokens,
+)
 from families.common.lora_formats.tensors import read_tensors
 from modules.lora import Place, places
 from warpcore.errors import UserError
@@ -42,7 +52,7 @@ def peft_config(path: Path) -> dict:
         raise LoraFileError(str(error)) from None
 
 
-def fitted(adapters: Mapping[str, Adapter], there: Mapping[str, Place], hint: str) -> dict[str, Adapter]:
+def fitted(adapters: Mapping[str, OneAdapter], there: Mapping[str, Place], hint: str) -> dict[str, OneAdapter]:
     """Adapters that fit the places of a network. One that holds the matrix (R, C_in) for a 1 x 1 convolution, or
     (R, C_in, 1, 1) for a linear layer, gets the shape of the layer here: programs build the same layer as either.
 
@@ -54,10 +64,21 @@ def fitted(adapters: Mapping[str, Adapter], there: Mapping[str, Place], hint: st
     return {name: _fitted(name, adapter, there, hint) for name, adapter in adapters.items()}
 
 
-def _fitted(name: str, adapter: Adapter, there: Mapping[str, Place], hint: str) -> Adapter:
+def _fitted(name: str, adapter: OneAdapter, there: Mapping[str, Place], hint: str) -> OneAdapter:
     if name not in there:
         raise LoraFileError(f"it was made for another network: this one has no layer {name}")
     shape = tuple(there[name].weight.shape)
+    adapter = (_with_its_shape if adapter.kind == "lora" else _with_its_kernel)(name, adapter, shape, hint)
+    parts = (*adapter.tensors.values(), adapter.magnitude)
+    if not all(part.isfinite().all() for part in parts if part is not None):
+        raise LoraFileError(f"{name} holds numbers that are not finite: its training went wrong, or it is damaged")
+    lengths = (1, shape[1]) if adapter.by_columns else (shape[0],)
+    if adapter.magnitude is not None and tuple(adapter.magnitude.shape) != lengths:
+        raise LoraFileError(f"{name} has {adapter.magnitude.numel()} lengths of DoRA for a weight of {shape}")
+    return adapter
+
+
+def _with_its_shape(name: str, adapter: Adapter, shape: tuple[int, ...], hint: str) -> Adapter:
     rank, *inner = adapter.down.shape
     made_for = (adapter.up.shape[0], *inner)
     if (*inner[:1], *_kernel(inner)) == (*shape[1:2], *_kernel(shape[1:])):
@@ -68,13 +89,21 @@ def _fitted(name: str, adapter: Adapter, there: Mapping[str, Place], hint: str) 
             f"it was made for another network: {name} is {made_for} in the file (rank {adapter.rank}) and {shape} "
             f"here. Check {hint}"
         )
-    parts = (adapter.up, adapter.down, adapter.magnitude)
-    if not all(part.isfinite().all() for part in parts if part is not None):
-        raise LoraFileError(f"{name} holds numbers that are not finite: its training went wrong, or it is damaged")
-    lengths = (1, shape[1]) if adapter.by_columns else (shape[0],)
-    if adapter.magnitude is not None and tuple(adapter.magnitude.shape) != lengths:
-        raise LoraFileError(f"{name} has {adapter.magnitude.numel()} lengths of DoRA for a weight of {shape}")
     return adapter
+
+
+def _with_its_kernel(name: str, adapter: FactorAdapter, shape: tuple[int, ...], hint: str) -> FactorAdapter:
+    """A LoKr or LoHa whose only factor that may have a kernel has that of the layer."""
+    size, whole = adapter.size, adapter.tensors.get("lokr_w2")
+    kernel_differs = whole is not None and whole.dim() > 2 and _kernel(whole.shape[1:]) != _kernel(shape[1:])
+    if size != (shape[0], math.prod(shape[1:])) or kernel_differs:
+        raise LoraFileError(
+            f"it was made for another network: {name} is {size[0]} x {size[1]} in the file ({adapter.title}) and "
+            f"{shape} here. Check {hint}"
+        )
+    if whole is None:
+        return adapter
+    return replace(adapter, tensors={**adapter.tensors, "lokr_w2": whole.reshape(len(whole), -1, *shape[2:])})
 
 
 def _kernel(inner: Sequence[int]) -> tuple[int, ...]:
@@ -173,8 +202,7 @@ def lora_files(
                 prefix = programs.kohya_prefix(name, networks)
                 names = programs.kohya_names(name, networks[name], own.adapters)
                 tensors |= named.to_named({prefix + names[place]: a for place, a in own.adapters.items()})
-            about |= {"ss_network_module": "networks.lora", "ss_network_dim": about["rank"],
-                      "ss_network_alpha": about["alpha"]}  # fmt: skip
+            about |= named.kohya_metadata([a for own in loras.values() for a in own.adapters.values()], about)
         case "diffusers":
             configs = {}
             for name, own in loras.items():
@@ -279,6 +307,6 @@ def _config(about: Mapping[str, str], network: str, of_folder: Mapping | None) -
 
 def _from_programs(
     name: str, network: nn.Module, tensors: Mapping[str, Tensor], there: Mapping[str, Place], config: Mapping
-) -> dict[str, Adapter]:
+) -> dict[str, OneAdapter]:
     names = programs.names_read(name, network, list(there))
     return named.from_named(tensors, names, config, prefix="", not_read={}, weights=there.keys(), network=name)

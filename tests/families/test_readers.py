@@ -131,6 +131,50 @@ def test_what_lycoris_trained_is_read(lycoris, settings, tmp_path):
     same_and_not(library_call(ours, given), library_call(theirs, given), untouched)
 
 
+LYCORIS_KINDS = {
+    "LoKr": ({"kind": "lokr", "factor": 4}, {"algo": "lokr", "factor": 4}),
+    "LoKr both": ({"kind": "lokr", "rank": 1, "decompose_both": True}, {"algo": "lokr", "decompose_both": True}),
+    "LoKr whole": ({"kind": "lokr", "full_matrix": True}, {"algo": "lokr", "full_matrix": True}),
+    "LoHa": ({"kind": "loha"}, {"algo": "loha"}),
+}
+"""Settings of a kind of adapter here, and LyCORIS's own."""
+
+
+@pytest.mark.parametrize("kind", LYCORIS_KINDS)
+@torch.no_grad()
+def test_lycoris_computes_with_a_lokr_and_a_loha_in_kohyas_names(kind, lycoris, tmp_path):
+    """By its layers: what it merges counts alpha / rank twice, which is right where alpha is the rank."""
+    trained, theirs, given = unet(SD15), unet(SD15), inputs(SD15)
+    settings = {"alpha": 0.5} | LYCORIS_KINDS[kind][0]
+    lora = lora_on(trained, *ATTENTION, "proj_in", **settings)
+    write_loras({"unet": lora}, tmp_path / "x.safetensors", "kohya", {"unet": trained})
+    untouched = library_call(theirs, given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lycoris.LycorisNetwork, "LORA_PREFIX", "lora_unet")
+        found, _ = lycoris.create_lycoris_from_weights(1.0, str(tmp_path / "x.safetensors"), theirs)
+    assert len(found.loras) == len(lora.adapters)
+    found.apply_to()
+    same_and_not(library_call(theirs, given), library_call(trained, given), untouched)
+
+
+@pytest.mark.parametrize("tucker", [False, True], ids=["", "Tucker"])
+@pytest.mark.parametrize("kind", LYCORIS_KINDS)
+@torch.no_grad()
+def test_a_lokr_and_a_loha_that_lycoris_trained_are_read(kind, tucker, lycoris, tmp_path):
+    theirs, ours, given = unet(SD15), unet(SD15), inputs(SD15)
+    untouched = library_call(ours, given)
+    keys = {"linear_dim": 2, "linear_alpha": 0.5, "preset": "full", "use_tucker": tucker} | LYCORIS_KINDS[kind][1]
+    made = lycoris.create_lycoris(theirs, 1.0, **keys)
+    made.apply_to()
+    for name, parameter in made.named_parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    save_file({name: tensor.contiguous() for name, tensor in made.state_dict().items()}, tmp_path / "x.safetensors")
+    lora = read_loras(tmp_path / "x.safetensors", {"unet": ours})["unet"]
+    assert len(lora.adapters) == len(made.loras)
+    merge_loras(ours, [(lora, 1.0)])
+    same_and_not(library_call(ours, given), library_call(theirs, given), untouched)
+
+
 # ---------------------------------------------------------------- Stable Diffusion by diffusers
 
 

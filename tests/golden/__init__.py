@@ -8,6 +8,8 @@ reference implementation's outputs, within the tolerances of the cases, for the 
 reference gave is in `reference_outputs.safetensors`: rounding moves it by less than `ROUNDING`. Sampling loops
 keep their first and last step; filters keep one picture of each size.
 
+`lycoris` was computed by the modules of lycoris-lora 4.1.3, on random weights and factors.
+
 The weights of the cases in `sd_t5`, `cosmos`, `opensora` and `nova` are those of the reference, to the bit of a
 rounding, made by the recipes that they turned out to follow.
 """

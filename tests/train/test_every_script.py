@@ -76,6 +76,7 @@ SETTINGS: dict[str, dict] = {
     "train_pixart_lora": {
         "model_version": "mini", "rank": 2, "lr": 0.01, "text_encoder_precision": "float32",
         "module_filters": ["attn1", "proj_out"],  # of a random start, the last layer is zero
+        "adapter": "lokr", "factor": 4,
     },
     "train_sd": {"model_version": "sdxl", "sample_sampler": "euler"},
     "train_sd texts": {"train_text_encoder": True, "text_encoder_lr": [1e-3, 1e-4], "model_version": "sdxl"},
@@ -97,7 +98,7 @@ SETTINGS: dict[str, dict] = {
     },
     "train_stdit_lora": {
         "model_version": "mini", "text_encoder_precision": "float32", "num_frames": 5, "sample_sampler": "euler",
-        "rank": 2, "lr": 0.01,
+        "rank": 2, "lr": 0.01, "adapter": "loha",
     },
     "train_towers": {
         "words": ["picture"], "tower_width": 16, "tower_heads": 2, "text_length": 6, "text_layers": 1,

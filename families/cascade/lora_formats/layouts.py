@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from families.common.lora_formats import named, peft
-from families.common.lora_formats.adapters import Lora, LoraFileError, fused, split, split_part
+from families.common.lora_formats.adapters import Lora, LoraFileError, fused, lora_alone, split, split_part
 from modules.lora import PARTS, Place
 
 PREFIXES = {"kohya": "lora_unet_", "comfyui": "lora_prior_unet_", "onetrainer": "lora_prior_unet_"}
@@ -41,6 +41,8 @@ def to_named(lora: Lora, reader: str) -> dict[str, Tensor]:
     Raises LoraFileError for what it does not read.
     """
     adapters = split(lora.adapters)
+    if reader == "onetrainer":
+        lora_alone(adapters, "OneTrainer's form")
     for place, adapter in adapters.items():
         if adapter.is_depthwise and reader != "comfyui":
             raise LoraFileError(

@@ -16,6 +16,7 @@ from families.common.lora_formats.adapters import (
     Lora,
     LoraFileError,
     fused,
+    lora_alone,
     named_alpha,
     named_texts,
     split_part,
@@ -38,9 +39,11 @@ def walked(places: Iterable[str]) -> list[str]:
 def to_reference(lora: Lora, there: Mapping[str, Place], token_ids: Mapping[str, int]) -> dict[str, Tensor]:
     """`there`: the places of the network. A scale that is not 1 / rank goes into `up`, exactly if a power of two.
 
-    Raises LoraFileError for what the format cannot express: separate q, k and v, DoRA, kernels that are not constant.
+    Raises LoraFileError for what the format cannot express: separate q, k and v, DoRA, LoKr and LoHa, kernels that are
+    not constant.
     """
     tensors: dict[str, Tensor] = {}
+    lora_alone(lora.adapters, "the reference's file")
     adapters = fused(lora.adapters, there)
     if single := next((place for place in adapters if place not in there), None):
         raise LoraFileError(

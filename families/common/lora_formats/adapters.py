@@ -1,13 +1,15 @@
-"""What a LoRA holds, whatever file it came from: adapters by the names of their places, and trained tokens."""
+"""What a LoRA, LoKr or LoHa holds, whatever file it came from: adapters by their places, and trained tokens."""
 
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from modules.lora import PARTS
+from modules.adapters import Kind
+from modules.lora import KINDS, PARTS
 from warpcore.errors import UserError
 from warpcore.safe_json import parse_json
 
@@ -60,26 +62,38 @@ def is_alpha(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < LARGEST_ALPHA
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """The adapter of one weight: `down` and `up` as in `modules.lora.LowRank`.
+class OneAdapter:
+    """The adapter of one weight, of any kind.
 
     magnitude, of DoRA: (C_out,), the length of each row of the changed weight, as trained here, or (1, C_in), of each
     input column, as OneTrainer trains by default.
     """
 
-    down: Tensor
-    up: Tensor
+    kind: Kind
+    tensors: Mapping[str, Tensor]
+    """Its factors by the names that `modules.lora.KINDS[kind]` has for them."""
     alpha: float
-    magnitude: Tensor | None = None
-    rank_stabilised: bool = False
+    magnitude: Tensor | None
+    rank_stabilised: bool
+
+    @property
+    def title(self) -> str:
+        return KINDS[self.kind].title
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of its product: (C_out, everything else)."""
+        return KINDS[self.kind].size(self.tensors)
 
     @property
     def rank(self) -> int:
-        return self.up.shape[1]
+        """What alpha is divided by; of a LoKr without any, its alpha, as LyCORIS writes it."""
+        return KINDS[self.kind].rank(self.tensors) or max(1, round(self.alpha))
 
     @property
     def scale(self) -> float:
+        if KINDS[self.kind].rank(self.tensors) is None:
+            return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     @property
@@ -88,20 +102,91 @@ class Adapter:
         return self.alpha * self.rank**0.5 if self.rank_stabilised else self.alpha
 
     @property
+    def product(self) -> Tensor:
+        """The scaled change (C_out, everything else), before DoRA."""
+        return self.scale * KINDS[self.kind].product(self.tensors)
+
+    @property
     def by_columns(self) -> bool:
         """Whether DoRA's lengths are those of input columns."""
         return self.magnitude is not None and self.magnitude.dim() == 2
 
     @property
     def is_depthwise(self) -> bool:
+        """Whether it adapts a depthwise convolution by two matrices, which programs do differently."""
+        return False
+
+
+@dataclass(frozen=True)
+class Adapter(OneAdapter):
+    """A LoRA of one weight: `down` and `up` as in `modules.low_rank.LowRank`."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+    rank_stabilised: bool = False
+    kind: ClassVar[Kind] = "lora"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"down": self.down, "up": self.up}
+
+    @property
+    def is_depthwise(self) -> bool:
         return self.down.dim() == 4 and self.down.shape[1] == 1 < self.up.shape[0]
+
+
+@dataclass(frozen=True)
+class FactorAdapter(OneAdapter):
+    """A LoKr or LoHa of one weight, see `modules.lokr` and `modules.loha`."""
+
+    kind: Kind
+    tensors: Mapping[str, Tensor]
+    alpha: float
+    magnitude: Tensor | None = None
+    rank_stabilised: bool = False
+
+
+def adapter_of(
+    place: str, own: Mapping[str, Tensor], alpha: float | None, magnitude: Tensor | None, stabilised: bool = False
+) -> OneAdapter:
+    """The adapter that the factors of a file are; without an alpha it counts as it is.
+
+    Raises LoraFileError where they are not whole, or do not go together.
+    """
+    kind = next((kind for kind, there in KINDS.items() if own.keys() & {*there.factors}), "lora")
+    if other := own.keys() - {*KINDS[kind].factors}:
+        raise LoraFileError(f"the {KINDS[kind].title} of {place} holds {min(other)}, which is a part of another kind")
+    if kind == "lora":
+        down, up = pair(place, own)
+        return Adapter(down, up, up.shape[1] if alpha is None else alpha, magnitude, stabilised)
+    if flat := [name for name, tensor in own.items() if tensor.dim() < 2 or not tensor.numel()]:
+        raise LoraFileError(f"{flat[0]} of {place} has the shape {tuple(own[flat[0]].shape)}, which is no matrix")
+    try:
+        KINDS[kind].size(own)
+    except ValueError as error:
+        raise LoraFileError(f"the {KINDS[kind].title} of {place}: {error}") from None
+    rank = KINDS[kind].rank(own) or 1
+    return FactorAdapter(kind, dict(own), rank if alpha is None else alpha, magnitude, stabilised)
+
+
+def lora_alone(adapters: Mapping[str, OneAdapter], program: str) -> None:
+    """Raises LoraFileError where an adapter is no LoRA, for a program or a format that has no names for others."""
+    for place, adapter in adapters.items():
+        if adapter.kind != "lora":
+            raise LoraFileError(f"{place} is adapted with {adapter.title}, which {program} does not have: {OTHERS}")
+
+
+OTHERS = "use lora-kohya or lora-comfyui, or write weights that it is merged into"
+"""What to do with an adapter that a format cannot express."""
 
 
 @dataclass
 class Lora:
     """What a LoRA file holds."""
 
-    adapters: dict[str, Adapter]
+    adapters: dict[str, OneAdapter]
     """By the names of their places (see `modules.lora.places`); q, k and v of an attention layer may be separate."""
     tokens: list[str] = field(default_factory=list)
     """Names of trained tokens: in brackets new ones, else tokens of the vocabulary."""
@@ -141,25 +226,27 @@ def split_part(place: str) -> tuple[str, str | None]:
     return (layer, last) if last in PARTS else (place, None)
 
 
-def split(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+def split(adapters: Mapping[str, OneAdapter]) -> dict[str, OneAdapter]:
     """Adapters of whole attention projections as three that share their `down`."""
     separate = {}
     for place, adapter in adapters.items():
         if not place.endswith(".attn"):
             separate[place] = adapter
             continue
+        if adapter.kind != "lora":
+            raise LoraFileError(f"{place} is one {adapter.title} of queries, keys and values, which has no thirds")
         magnitudes = [None] * 3 if adapter.magnitude is None else adapter.magnitude.chunk(3)
         for part, up, magnitude in zip(PARTS, adapter.up.chunk(3), magnitudes, strict=True):
             separate[f"{place}.{part}"] = replace(adapter, up=up, magnitude=magnitude)
     return separate
 
 
-def fused(adapters: Mapping[str, Adapter], there: Container[str] | None = None) -> dict[str, Adapter]:
+def fused(adapters: Mapping[str, OneAdapter], there: Container[str] | None = None) -> dict[str, OneAdapter]:
     """Undo `split` wherever q, k and v are all there and share their `down`.
 
     there: names of a network's places; layers that it has apart (`attn.q` is a layer of its own) stay apart.
     """
-    together: dict[str, Adapter] = {}
+    together: dict[str, OneAdapter] = {}
     for place, adapter in adapters.items():
         layer, part = split_part(place)
         parts = [adapters.get(f"{layer}.{part}") for part in PARTS]
@@ -172,8 +259,10 @@ def fused(adapters: Mapping[str, Adapter], there: Container[str] | None = None) 
     return together
 
 
-def _alike(one: Adapter, other: Adapter) -> bool:
+def _alike(one: OneAdapter, other: OneAdapter) -> bool:
     if one.by_columns or other.by_columns:  # a column of the fused matrix is longer than those of its three parts
+        return False
+    if not one.kind == other.kind == "lora":
         return False
     return (
         (one.alpha, one.rank_stabilised, one.magnitude is None)

@@ -10,16 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from families.common.lora_formats.adapters import (
-    Adapter,
     Lora,
     LoraFileError,
+    OneAdapter,
+    adapter_of,
     named_alpha,
     named_tokens,
-    pair,
     split_part,
 )
+from modules.lora import KINDS
 
-_NAME = re.compile(r"(?P<layer>.+)\.lora(?:\.(?P<part>[qkv]))?\.(?P<tensor>down|up|magnitude)")
+_TENSOR = "|".join(["magnitude", *(name for kind in KINDS.values() for name in kind.factors)])
+_NAME = re.compile(rf"(?P<layer>.+)\.lora(?:\.(?P<part>[qkv]))?\.(?P<tensor>{_TENSOR})")
 _TOKENS = ("tokens.initial", "tokens.delta")
 
 
@@ -32,7 +34,7 @@ def to_tensors(lora: Lora) -> dict[str, Tensor]:
     for name, adapter in lora.adapters.items():
         layer, part = split_part(name)
         prefix = f"{layer}.lora.{part}." if part else f"{layer}.lora."
-        own = {"down": adapter.down, "up": adapter.up, "magnitude": adapter.magnitude}
+        own = {**adapter.tensors, "magnitude": adapter.magnitude}
         tensors |= {prefix + part: tensor for part, tensor in own.items() if tensor is not None}
     if lora.tokens:
         tensors |= dict(zip(_TOKENS, (lora.token_initial, lora.token_delta), strict=True))
@@ -42,7 +44,7 @@ def to_tensors(lora: Lora) -> dict[str, Tensor]:
 def metadata(lora: Lora) -> dict[str, str]:
     """What our file says about its tensors: JSON values, a mapping by name where adapters differ."""
 
-    def of_all(value: Callable[[Adapter], float]) -> str:
+    def of_all(value: Callable[[OneAdapter], float]) -> str:
         values = {name: value(adapter) for name, adapter in lora.adapters.items()}
         return json.dumps(values if len(set(values.values())) > 1 else next(iter(values.values()), None))
 
@@ -65,10 +67,9 @@ def from_ours(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Lora:
             raise LoraFileError(f"it holds {name}, which belongs to no adapter and no token")
     alpha, stabilised = named_alpha(about), about.get("rank_stabilised") == "true"
 
-    def adapter(place: str, own: dict[str, Tensor]) -> Adapter:
+    def adapter(place: str, own: dict[str, Tensor]) -> OneAdapter:
         own_alpha = alpha.get(place) if isinstance(alpha, dict) else alpha
-        down, up = pair(place, own)
-        return Adapter(down, up, up.shape[1] if own_alpha is None else own_alpha, own.get("magnitude"), stabilised)
+        return adapter_of(place, own, own_alpha, own.pop("magnitude", None), stabilised)
 
     lora = Lora({place: adapter(place, own) for place, own in found.items()})
     initial, delta = (tensors.get(name) for name in _TOKENS)

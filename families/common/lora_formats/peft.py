@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from families.common.lora_formats.adapters import Adapter, LoraFileError, is_alpha
+from families.common.lora_formats.adapters import Adapter, LoraFileError, is_alpha, lora_alone
 from warpcore.patterns import searching
 from warpcore.text import brief, shortened
 
@@ -18,8 +18,10 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def to_peft(adapters: Mapping[str, Adapter], prefix: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors, behind a prefix, and the config, of adapters by the names of their layers.
 
-    Raises LoraFileError for a depthwise convolution, whose adapter peft builds differently, and DoRA by columns.
+    Raises LoraFileError for a depthwise convolution, whose adapter peft builds differently, DoRA by columns, and other
+    kinds of adapters.
     """
+    lora_alone(adapters, "peft's form")
     tensors = {}
     for name, adapter in adapters.items():
         kernel = [1] * (adapter.down.dim() - 2)

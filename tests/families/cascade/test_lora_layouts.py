@@ -209,10 +209,7 @@ def test_a_tucker_decomposition_of_lycoris_is_read(tmp_path):
 
 
 NOT_READ = {
-    "lora_unet_clf_1.hada_w1_a": "part of a LoHa",
-    "lora_unet_clf_1.hada_t1": "part of a LoHa",
-    "lora_unet_clf_1.lokr_w1": "part of a LoKr",
-    "lora_unet_clf_1.lokr_w2_a": "part of a LoKr",
+    "lora_unet_clf_1.lokr_t1": "belongs to no adapter",
     "lora_unet_clf_1.oft_blocks": "part of an OFT adapter",
     "lora_unet_clf_1.a1.weight": "part of a GLoRA",
     "lora_unet_clf_1.diff": "the whole change of a weight or a bias",

@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_one_clear_error(tmp_path):
     assert "it is no LoRA" in refusal(plain)
     assert "it is no LoRA: it holds " in refusal(plain | text_encoders(tmp_path))
     save_file({"lora_unet_input_blocks_3_1_proj_in.hada_w1_a": torch.zeros(1)}, path)
-    assert "part of a LoHa" in refusal(plain)
+    assert "has the shape (1,), which is no matrix" in refusal(plain)
     path.write_bytes(b"no")
     assert "cannot be read" in refusal(plain)
     with pytest.raises(LoraFileError, match="no LoRA format 'onnx'"):
