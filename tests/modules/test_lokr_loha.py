@@ -8,8 +8,11 @@ from families.common.lora import merge_loras
 from families.common.lora_formats import Lora
 from families.common.lora_formats.named import from_named
 from modules.blocks import Conv, DepthwiseConv, PointwiseConv
+from modules.float8 import keep_in_float8
+from modules.int8 import keep_in_int8
 from modules.lokr import factorised
 from modules.lora import LoraSettings, adapters, add_adapters, merge, places, remove_adapters, unmerge
+from modules.quantise import quantise
 from tests.golden import load_case
 from tests.modules.test_lora import INPUTS, Alone, every_kind, randomised
 
@@ -136,6 +139,29 @@ def test_gradients_are_those_of_the_changed_weight(kind):
         (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
     for name, factor in adapter.tensors.items():
         torch.testing.assert_close(factor.grad, own[name].grad, rtol=1e-4, atol=1e-5)
+
+
+PACKED = {
+    "float8": lambda network: keep_in_float8(network, torch.float8_e4m3fn, "cpu"),
+    "int8": lambda network: keep_in_int8(network, "cpu", rotate=True),
+    "nf4": lambda network: quantise(network, "cpu"),
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_eight_or_four_bits_are_adapted(kind, packed):
+    """Nothing looks at them: the change comes beside what the layer makes."""
+    torch.manual_seed(0)
+    network, x = Alone(nn.Linear(128, 128)).requires_grad_(False), torch.randn(3, 128)
+    PACKED[packed](network)
+    plain = network(x)
+    add_adapters(network, ["layer"], LoraSettings(alpha=1, **KINDS[kind]))
+    ((_, _, adapter),) = adapters(randomised(network))
+    change = nn.functional.linear(x, adapter.scale * adapter.product(adapter.tensors))
+    torch.testing.assert_close(network(x), plain + change, rtol=1e-4, atol=1e-4)
+    network(x).square().mean().backward()
+    assert all(factor.grad.abs().max() > 0 for factor in adapter.parameters())
 
 
 def test_a_size_is_factorised_as_lycoris_does_it():
