@@ -26,7 +26,7 @@ from tools.dataset_training import REMOTE_SHARDS, Bounds, Training, of_paths, of
 from tools.pages import TYPES, self_contained
 from tools.run_server import HOST
 from warpcore.errors import UserError, run_script
-from warpcore.files import write_whole
+from warpcore.files import read_bytes, write_whole
 from warpcore.outputs import check_new
 from warpcore.safe_yaml import parse_yaml
 from warpcore.text import format_bytes, read_text
@@ -64,7 +64,7 @@ def server_of(page: Path, port: int) -> ThreadingHTTPServer:
     Raises:
         UserError: something else has the port.
     """
-    content = page.read_bytes()
+    content = read_bytes(page)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -16,6 +16,7 @@ from warpcore.errors import UserError
 from warpcore.files import open_plain
 from warpcore.lease import LEASE_SECONDS
 from warpcore.places import LOCK, WRITTEN
+from warpcore.text import read_text
 
 CONFIG, SAMPLES = "config.yaml", "samples"
 MAX_LEVELS = 4
@@ -99,7 +100,7 @@ class LocalRuns:
     def _is_locked(self, name: str, process: str) -> bool:
         """Whether it is still held, without taking it, which would be in the way of a run that starts."""
         try:
-            held, inode = Path("/proc/locks").read_text(encoding="utf-8"), os.stat(self.folder / name).st_ino
+            held, inode = read_text(Path("/proc/locks")), os.stat(self.folder / name).st_ino
             return any("FLOCK" in line and f":{inode} " in line for line in held.splitlines())
         except OSError:  # no Linux
             return os.path.exists(f"/proc/{process}") or _is_there(process)
