@@ -7,6 +7,7 @@ was killed.
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -27,8 +28,10 @@ class Notes:
         self.path = path
 
     def begin(self, update: int) -> None:
-        command, folder = start_command(), os.getcwd()
-        self.add(update, f"start: {command}", state="running", command=redact(command), folder=folder)
+        command, folder = start_command(), {}
+        with suppress(OSError):  # of a folder that was removed
+            folder["folder"] = os.getcwd()
+        self.add(update, f"start: {command}", state="running", command=redact(command), **folder)
 
     def add(self, update: int, text: str, **more: str) -> None:
         if self.path is not None:
@@ -50,13 +53,18 @@ class Notes:
 
 def start_command() -> str:
     """The command that started this process, as a shell takes it: that of torchrun or srun where they did."""
-    around, command = os.environ, list(sys.orig_argv)
-    if "TORCHELASTIC_RUN_ID" in around:
-        here = int(around.get("LOCAL_WORLD_SIZE", 1))
-        machines = int(around.get("WORLD_SIZE", here)) // here
+    command = list(sys.orig_argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here = _count("LOCAL_WORLD_SIZE")
+        machines = max(_count("WORLD_SIZE") // here, 1)
         several = ["--nnodes", str(machines)] if machines > 1 else []
         command = ["torchrun", *several, "--nproc-per-node", str(here), *sys.argv]
-    elif int(around.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        machines = around.get("SLURM_STEP_NUM_NODES", "1")
-        command = ["srun", f"--nodes={machines}", f"--ntasks={around['SLURM_STEP_NUM_TASKS']}", *command]
+    elif (tasks := _count("SLURM_STEP_NUM_TASKS")) > 1:
+        command = ["srun", f"--nodes={_count('SLURM_STEP_NUM_NODES')}", f"--ntasks={tasks}", *command]
     return shlex.join(command)
+
+
+def _count(variable: str) -> int:
+    """A number of processes or machines as a launcher says it; 1 where it says nothing."""
+    said = os.environ.get(variable, "")
+    return max(int(said), 1) if re.fullmatch("[0-9]{1,9}", said) else 1
