@@ -44,8 +44,8 @@ def read_arguments(kind: type[BaseModel], arguments: list[str], values: dict[str
     given: dict[str, list] = {}
     for key, text in pairs(arguments):
         kinds = parts_of(_annotation(kind, key))
-        if text in ("", "null") and types.NoneType in kinds:
-            value = None
+        if (text == "null" and _lists(kinds)) or (text in ("", "null") and types.NoneType in kinds):
+            value = None  # as in a file, where a list is never null: no list of the word "null"
         elif _lists(kinds) == kinds - {types.NoneType} and not _in_brackets(text):
             items = set().union(*(parts_of(typing.get_args(one)[0]) for one in _lists(kinds)))
             value = given[key] = [*given.get(key, []), _one_value(items, key, text)]

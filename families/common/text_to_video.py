@@ -25,6 +25,7 @@ from warpcore.files import read_bytes, write_whole
 from warpcore.idle_keys import Need
 from warpcore.pictures import grid, save_png, shrunk
 from warpcore.processes import Processes
+from warpcore.text import counted
 
 SHEET_SIDE_PX = 1024
 """The longest side of some frames of a video, side by side, in the sheet of all videos."""
@@ -237,8 +238,8 @@ class VideoFiles:
         columns = min(len(self.config.seeds), 4) if len(self.config.seeds) > 1 else min(3, len(shown))
         about = {"prompts": "\n".join(self.titles), "settings": self.settings}
         save_png(self.files[-1], grid(shown, columns, self.titles), about)
-        noun = "pictures" if self.files[0].suffix == ".png" else "videos"
-        print(f"{len(shown)} {noun}, and frames of all of them together: {self.files[-1]}")
+        drawn = counted(len(shown), "picture" if self.files[0].suffix == ".png" else "video")
+        print(f"{drawn}, and frames of all of them together: {self.files[-1]}")
 
 
 def _in_sheet(video: np.ndarray) -> np.ndarray:

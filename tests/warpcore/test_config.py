@@ -276,6 +276,9 @@ def test_a_number_for_a_text_wants_quotes():
 def test_null_for_a_list_or_a_mapping_says_how_to_write_none():
     assert "dataset_filters: found null; write [] for none" in refusal(dataset_filters=None)
     assert "grad_norm_groups: found null; write {} for none" in refusal(grad_norm_groups=None)
+    with pytest.raises(ConfigError, match=r"prompts: found null; write \[\] for none"):  # no prompt "null"
+        drawn("prompts=null")
+    assert drawn('prompts=["null"]').prompts == ["null"]
 
 
 def test_a_run_whose_name_is_the_same_number_is_named(tmp_path, caplog):
