@@ -64,6 +64,8 @@ def family_of(path: Path) -> Family:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     owners = [family for family in families() if _owns(family, path)]
+    if len(owners) > 1 and is_run(path) and not any(path.glob("*.safetensors")):
+        raise UserError(f"{path} is a run that has exported no weights yet: start it again, or name another one")
     if not owners:
         raise UserError(f"{path} is {_what(path)} of no family that is known here ({_titles(families())})")
     if len(owners) > 1:

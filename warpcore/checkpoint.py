@@ -31,7 +31,7 @@ from warpcore.checkpoint_reader import Reader
 from warpcore.checkpoint_table import MAX_STATE_BYTES
 from warpcore.errors import UserError
 from warpcore.exports import Weights, file_metadata, publish, take
-from warpcore.files import open_to_read, refuse_links, write_whole
+from warpcore.files import disk_error, open_to_read, refuse_links, write_whole
 from warpcore.places import (
     MANIFEST,
     SNAPSHOTS,
@@ -383,8 +383,8 @@ def writer_of(name: str) -> int:
 def _cause(error: BaseException) -> BaseException:
     """DCP wraps what each rank raised: the first of those."""
     if isinstance(error, CheckpointException) and error.failures:
-        return next(iter(error.failures.values()))[0]
-    return error
+        return disk_error(next(iter(error.failures.values()))[0])
+    return disk_error(error)
 
 
 def _reason(error: BaseException) -> str:

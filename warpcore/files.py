@@ -120,6 +120,13 @@ def naming(path: Path | str) -> Iterator[None]:
         raise
 
 
+def disk_error(error: BaseException) -> BaseException:
+    """What really went wrong where PyTorch closes a file of which the disk refused a part: closing it fails, too, and
+    does not say why."""
+    first = error.__context__
+    return first if isinstance(error, RuntimeError) and isinstance(first, OSError) else error
+
+
 def _open_no_link(name: str, flags: int) -> int:
     file = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if stat.S_ISREG(mode := os.fstat(file).st_mode):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpcore.files import naming, open_plain, replacing
+from warpcore.files import disk_error, naming, open_plain, replacing
 from warpcore.weights import stored_dtype
 
 
@@ -73,10 +73,9 @@ def write_pytorch_file(
 
 @contextmanager
 def _archive(path: Path) -> Iterator[Any]:
-    """PyTorch's writer of a file. Where the disk refused a part of it, closing it fails too, with an error that does
-    not say why: the first one is raised."""
+    """PyTorch's writer of a file, whose errors are those of the disk, where it refused a part."""
     try:
         with open_plain(path, "wb") as file, torch.serialization._open_zipfile_writer(file) as archive:
             yield archive
     except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        raise disk_error(error) from None

@@ -36,6 +36,12 @@ def networks():
     return {name: list(network.state_dict()) for name, network in made.items()}
 
 
+def test_a_run_that_has_saved_nothing_yet_is_told_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("model_version: mini\nnum_classes: 2\nclass_getter: [cls, identity]\n")
+    with pytest.raises(UserError, match="is a run that has exported no weights yet: start it again, or name another"):
+        registry.family_of(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["stage_c", "stage_b", "stage_a", "encoder", "previewer"])
 def test_published_weights_are_known_by_their_tensors(networks, name, tmp_path):
     assert registry.family_of(written(tmp_path / "published.safetensors", networks[name])).name == "cascade"

@@ -172,3 +172,13 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> d
 
     monkeypatch.setattr(kind, "write", refuse)
     return tiny_settings(tmp_path / "runs", write_shard(tmp_path / "data" / "0.tar", 8), updates=2)
+
+
+@pytest.mark.integration
+def test_a_checkpoint_that_the_disk_refuses_is_told_by_that_and_the_run_goes_on_later(tmp_path):
+    settings = tiny_settings(tmp_path / "runs", write_shard(tmp_path / "a.tar", 8), updates=2, save_every=2)
+    with files_of_at_most(6_000), pytest.raises(UserError, match=r"could not save update 2 in .*File too large"):
+        train_here(settings)
+    left = [path.name for path in (tmp_path / "runs").rglob("*") if path.suffix in (".partial", ".safetensors")]
+    assert left == []
+    assert train_here(settings)[0] == 0
