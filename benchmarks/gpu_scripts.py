@@ -49,7 +49,9 @@ SCRIPTS: dict[str, dict] = {
         "model_version": "mini-video", "text_encoder_precision": "float32", "num_frames": 5, "frame_stride": 4,
         "sample_groups": 2,
     },
-    "train_nova classes": {"num_classes": len(MOTIONS), "num_frames": 1, "sample_groups": 2},
+    "train_nova classes": {
+        "num_frames": 1, "sample_groups": 2, "class_getter": ["key", "lambda k: int(k) % 8"], "num_classes": 8,
+    },
     "train_pixart": {"text_encoder_precision": "float32"},
     "train_pixart_lora": {"rank": 4, "text_encoder_precision": "float32"},
     "train_sd": {},
@@ -139,9 +141,10 @@ precision. None for a random start: that of Cosmos-Predict2 predicts something."
 
 def script_settings(bench: Bench, name: str, run: str, device: torch.device, **changes) -> dict:
     """Settings of two updates of a script: with mini networks in float32, if the changes say nothing else."""
+    of_clips = use_case(name).takes_videos and SCRIPTS[name].get("num_frames") != 1
     every = {
         "experiment_id": run, "checkpoint_path": str(bench.scratch / "runs"), "model_version": "mini", "updates": 2,
-        "webdataset_path": str(clips(bench, 8) if use_case(name).takes_videos else pictures(bench, 8, 64)),
+        "webdataset_path": str(clips(bench, 8) if of_clips else pictures(bench, 8, 64)),
         "batch_size": 4, "image_size": 64, "num_workers": 0,
         "log_every": 1, "device": device.type, "lr": 1e-3, "seed": 3, "dtype": "float32", "allow_tf32": False,
         "crop_mode": "center",
