@@ -146,7 +146,7 @@ def test_lycoris_computes_with_a_lokr_and_a_loha_in_kohyas_names(kind, lycoris, 
     """By its layers: what it merges counts alpha / rank twice, which is right where alpha is the rank."""
     trained, theirs, given = unet(SD15), unet(SD15), inputs(SD15)
     settings = {"alpha": 0.5} | LYCORIS_KINDS[kind][0]
-    lora = lora_on(trained, *ATTENTION, "proj_in", **settings)
+    lora = lora_on(trained, *ATTENTION, "proj_in", "conv1", **settings)
     write_loras({"unet": lora}, tmp_path / "x.safetensors", "kohya", {"unet": trained})
     untouched = library_call(theirs, given)
     with pytest.MonkeyPatch.context() as patch:
