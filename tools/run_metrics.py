@@ -7,6 +7,7 @@ begins to differ, all is read once more.
 """
 
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -33,10 +34,16 @@ SEEN, SPEED = "samples_seen", "samples_per_second"
 class Metrics:
     """Args:
     size: of the file in bytes, 0 where there is none. read: its bytes from an offset, so many or less.
+    batch_size: samples of an update where lines, as those of earlier versions, do not tell how many were seen.
     """
 
-    def __init__(self, size: Callable[[], int], read: Callable[[int, int], bytes]):
-        self._size, self._read = size, read
+    def __init__(
+        self,
+        size: Callable[[], int],
+        read: Callable[[int, int], bytes],
+        batch_size: Callable[[], float] = lambda: math.nan,
+    ):
+        self._size, self._read, self._batch_size = size, read, batch_size
         self._lock = threading.Lock()
         self._forget()
 
@@ -121,7 +128,9 @@ class Metrics:
                 starts = np.linspace(0, self._settled - SKETCH_BYTES, SKETCH_PARTS).astype(int).tolist()
                 parts = [self._read(start, SKETCH_BYTES) for start in starts]
                 lines = b"".join(part[part.find(b"\n") + 1 : part.rfind(b"\n") + 1] for part in parts)
-                self._sketch = Metrics(lambda: len(lines), lambda start, size: lines[start : start + size])
+                self._sketch = Metrics(
+                    lambda: len(lines), lambda start, size: lines[start : start + size], self._batch_size
+                )
             return self._sketch
 
     def has(self, name: str) -> bool:
@@ -135,6 +144,8 @@ class Metrics:
         """
         updates, seen = self.column(SEEN)
         timed, speed = self.column(SPEED)
+        if not len(updates):
+            updates, seen = timed, timed * self._batch_size()
         speed = speed[np.isin(timed, updates)]
         both = np.isin(updates, timed)
         updates, seen = updates[both], seen[both]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shlex
 import threading
@@ -61,8 +62,11 @@ class Run:
     def __init__(self, place: RunPlace, listing: Listing, prefix: str, number: int):
         self.place, self.prefix, self.number = place, prefix, number
         self._listing = listing
-        self.metrics = Metrics(lambda: self._size("metrics.jsonl"), lambda *part: place.read(self._metrics, *part))
-        self._metrics = f"{prefix}metrics.jsonl"
+        self.metrics = Metrics(
+            lambda: self._size("metrics.jsonl"),
+            lambda start, size: place.read(f"{prefix}metrics.jsonl", start, size),
+            self._batch_size,
+        )
         self._told: tuple[Any, list[dict]] = None, []
         self._settings: tuple[Any, dict, str] = None, {}, ""
         self._sheet = lru_cache(512)(self._read_sheet)
@@ -91,8 +95,10 @@ class Run:
         state = self._state(update, updates, notes)
         speed = _number(last.get(SPEED))
         left = None
-        if state == "running" and speed and updates and (seen := _count(last.get(SEEN))) and update:
-            left = max(0, updates - update) * seen / update / speed
+        if state == "running" and speed and updates and update:
+            seen = _count(last.get(SEEN))
+            samples = self._batch_size() if seen is None else seen / update
+            left = _number(max(0, updates - update) * samples / speed)
         return {
             "id": self.number, "name": self.name, "state": state, "update": update, "updates": updates,
             "speed": speed, "left": left, "loss": _number(last.get("loss")), "bad": _count(info.get("bad_samples")),
@@ -137,6 +143,9 @@ class Run:
             except UserError as error:
                 self._settings = version, {}, str(error)
         return self._settings[1:]
+
+    def _batch_size(self) -> float:
+        return float(_count(self.settings()[0].get("batch_size")) or math.nan)
 
     def _info(self) -> dict[str, Any]:
         return _object(self._whole("info.json", 2**20))
@@ -233,7 +242,7 @@ def _count(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # nor NaN
 
 
 def _shown(value: Any) -> str:

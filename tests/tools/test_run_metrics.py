@@ -16,11 +16,11 @@ from warpcore.metrics import Metrics as Written
 from warpcore.processes import Processes
 
 
-def reader(path: Path) -> Metrics:
+def reader(path: Path, batch_size: float = math.nan) -> Metrics:
     def read(offset: int, size: int) -> bytes:
         return path.read_bytes()[offset : offset + size] if path.exists() else b""
 
-    return Metrics(lambda: path.stat().st_size if path.exists() else 0, read)
+    return Metrics(lambda: path.stat().st_size if path.exists() else 0, read, lambda: batch_size)
 
 
 def points(metrics: Metrics, name: str, **more) -> list[tuple]:
@@ -129,6 +129,10 @@ def test_time_is_that_of_training(tmp_path):
     found = points(reader(tmp_path / "metrics.jsonl"), "loss", by_time=True)
     seconds = np.cumsum([4 / speed for speed in (8.0, 9.0, 10.0) for _ in range(10)])
     assert [x for x, _ in found] == pytest.approx(seconds.tolist(), rel=1e-6)
+    older = [{key: value for key, value in line.items() if key != "samples_seen"} for line in lines(30)]
+    write_lines(tmp_path / "metrics.jsonl", older)
+    metrics = reader(tmp_path / "metrics.jsonl", batch_size=4)
+    assert [x for x, _ in points(metrics, "loss", by_time=True)] == pytest.approx(seconds.tolist(), rel=1e-6)
 
 
 def test_a_sketch_of_a_long_file_has_lines_from_all_over_it(tmp_path):

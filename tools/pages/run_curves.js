@@ -120,6 +120,15 @@ function smoothed(curve, window) {
   });
 }
 
+const CLOCK_STEPS = [1, 5, 15, 30, 60, 300, 900, 1800, 3600, 10800, 21600, 43200, 86400, 172800, 604800, 2592000];
+
+// Seconds as H:MM, or H:MM:SS.
+function clock(seconds) {
+  const two = number => String(number).padStart(2, "0"), minutes = Math.floor(seconds / 60);
+  const rest = seconds % 60 ? `:${two(seconds % 60)}` : "";
+  return `${Math.floor(minutes / 60)}:${two(minutes % 60)}${rest}`;
+}
+
 class Chart {
   constructor(metric) {
     this.metric = metric;
@@ -165,7 +174,7 @@ class Chart {
       {stroke: colour(run.id), width: 1.5, points: {show: false}},
     ]);
     const axis = {stroke: ink(), grid: {stroke: ink("--line"), width: 0.5}, ticks: {stroke: ink("--line")}};
-    const time = curves.by === "time" ? {values: (plot, splits) => splits.map(duration)} : {};
+    const time = curves.by === "time" ? {values: (plot, splits) => splits.map(clock), incrs: CLOCK_STEPS} : {};
     return {
       width: this.place.clientWidth, height: 300, legend: {show: false},
       series: [{}, ...lines],
