@@ -94,7 +94,13 @@ def product_of(numbers: Tensor, others: Tensor) -> Tensor:
 def rotated(x: Tensor) -> Tensor:
     """x (..., C) with its channels mixed, in blocks, by a Hadamard matrix; rotated twice, it is x."""
     block = min(MIXED_CHANNELS, x.shape[-1] & -x.shape[-1])
-    return (x.unflatten(-1, (-1, block)) @ _hadamard(block, x.dtype, x.device)).flatten(-2)
+    return (x.unflatten(-1, (-1, block)) @ _mixing(block, x.dtype, x.device)).flatten(-2)
+
+
+@torch.compiler.assume_constant_result
+def _mixing(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant of compiled code, too, which would otherwise make it on the CPU in each call."""
+    return _hadamard(side, dtype, device)
 
 
 @lru_cache

@@ -101,6 +101,16 @@ def test_adapters_learn_beside_it(rotate, dora):
         merge(network)
 
 
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_compiled_code_has_the_rotation_as_a_constant():
+    network, graphs = nn.Sequential(packed(nn.Linear(32, 16), rotate=True), packed(nn.Linear(16, 8), rotate=True)), []
+    compiled = torch.compile(network, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(compiled(x), network(x))
+    assert not [node for graph in graphs for node in graph.graph.nodes if node.target is torch.kron]
+    assert len(graphs) == 1
+
+
 def test_nothing_of_what_goes_in_is_kept_for_the_backward_pass():
     layer, kept = packed(nn.Linear(32, 32)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
