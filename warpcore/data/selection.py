@@ -35,6 +35,8 @@ FURTHER_OF_VIDEOS = tuple(name for name in VIDEO_COLUMNS if name not in FRAME_CO
 VIDEOS_NOT_TAKEN = "a video, and this script takes pictures"
 """Why rows of videos are rejected, which tools/build_dataset.py --frames-every makes pictures of."""
 HELD_OUT = "held out for validation"
+NO_CAPTIONS = "[key, 'lambda key: \"\"']"
+"""A `captions_getter` of which each sample has the empty text."""
 PASS_ROWS = 262_144
 """How many rows of a shard are looked at together in a pass over the whole index."""
 
@@ -166,6 +168,8 @@ class Selection:
                         f"{key}: {problem}. Write one of these into {key}, or put NAME.{suffixes[0]} beside NAME.jpg "
                         "and build the data set again"
                     )
+                if key == "captions_getter":
+                    problem += f", or write captions_getter: {NO_CAPTIONS} to train without captions"
                 raise UserError(problem)
         if captions is not None:
             known = catalog.fields | catalog.nested

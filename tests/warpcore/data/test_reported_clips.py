@@ -1,12 +1,17 @@
 """Clips in situations of public reports about other trainers: how many frames a video has, and data sets of a few."""
 
+import re
 from fractions import Fraction
 
 import pytest
+import yaml
 
-from tests.warpcore.data.tars import catalog_of, write_tar
+from tests.warpcore.data.tars import catalog_of, picture, write_tar
 from tests.warpcore.data.videos import video
+from warpcore.data.buckets import Buckets
+from warpcore.data.captions import CaptionGetter
 from warpcore.data.clip_buckets import ClipBuckets, rungs_of
+from warpcore.data.columns import column_types
 from warpcore.data.plan import Plan
 from warpcore.data.reader import Reader
 from warpcore.errors import UserError
@@ -59,3 +64,16 @@ def test_names_with_underscores_and_numbers_stay_apart(tmp_path):
     names = ["a", "a_1", "a_1_00005-004", "a_1_0032x0032", "a_00005"]
     plan = plan_of(tmp_path, {f"{name}.mp4": video(9, SIZE) for name in names}, {5: 5})
     assert sorted(sample.key for sample in next(plan.micro_batches()).samples) == sorted(names)
+
+
+def test_samples_without_captions_are_refused_with_what_to_write_and_then_all_drawn(tmp_path):
+    """kohya-ss/musubi-tuner#875: a cache of pictures that had no captions was empty, and called a success."""
+    catalog = catalog_of(write_tar(tmp_path / "a.tar", [(f"{n}.png", picture(kind="PNG")) for n in range(3)]))
+    settings = {"micro_batch_size": 3, "buckets": Buckets.for_image_size(16, factor=8)}
+    with pytest.raises(UserError, match=r"no sample has a \.txt.* to train without captions") as refused:
+        Plan(catalog, captions=CaptionGetter.parse(["txt", "identity"]), **settings)
+    told = re.search(r"write captions_getter: (.*) to train", str(refused.value))[1]
+    captions = CaptionGetter.parse(yaml.safe_load(told))
+    columns = column_types(catalog, captions.columns)
+    micro_batch = next(Plan(catalog, captions=captions, columns=columns, **settings).micro_batches())
+    assert Reader(captions=captions).__getitems__(micro_batch).captions == ["", "", ""]
