@@ -10,18 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.flops import dense_peak
 from benchmarks.gpu_part import Bench, Outcome, Part, Row
-from benchmarks.train_step import (
-    GIB,
-    PLAIN_LOOP,
-    Case,
-    free,
-    make_ours,
-    measure,
-    published,
-    small,
-    techniques,
-    update_flops,
-)
+from benchmarks.techniques import techniques
+from benchmarks.train_step import GIB, PLAIN_LOOP, Case, free, make_ours, measure, published, small, update_flops
 
 PROFILED_UPDATES = 3
 PROFILED_SECONDS = 60

@@ -21,12 +21,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.flops import TEXT_TOKENS, dense_peak, forward_flops
+from benchmarks.techniques import Technique, techniques
 from families.cascade.versions import VERSIONS
 from families.common.precision import freeze
 from families.common.sampling import latent_size
@@ -101,52 +102,6 @@ def small() -> list[Case]:
         Case(*c, "full", 1024, 2), Case(*c, "full", 768, 4), Case(*c, "LoRA", 1024, 2),
         Case(*c, "ControlNet", 512, 2), Case(*b, "full", 384, 2), Case(*b, "full", 256, 4),
     ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Technique:
-    """How our update is made: all that helps, or one thing less or more."""
-
-    name: str = "ours"
-    fused_feed_forward: bool = True
-    fused_optimizer: bool = True
-    compiled: bool = True
-    whole: dict | None = None
-    """Compile the whole network instead of its blocks, with these arguments of `torch.compile`. The mode
-    "reduce-overhead" records CUDA graphs, which pays where launching kernels takes longer than they do."""
-    fp8: bool = False
-    bfloat16_weights: bool = False
-    frozen_weights: str | None = None
-    """How the base of a LoRA is kept, where it is not in bfloat16."""
-    checkpointing: int | None = None
-    """Another level of activation checkpointing than the case's."""
-    cases: tuple[str, ...] = field(default=("full", "LoRA", "ControlNet"))
-
-
-def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
-    """Ours and its variations; with `levels`, those of activation checkpointing."""
-    ours = Technique(compiled=device.type == "cuda")
-    if levels:
-        return [replace(ours, name=f"ours, level {level}", checkpointing=level) for level in (0, 1, 2, 3)]
-    plain = replace(ours, compiled=False)
-    trained = ("full",)
-    rest = [
-        replace(ours, name="- fused AdamW", fused_optimizer=False, cases=trained),
-        replace(plain, name="- fused feed-forward, not compiled", fused_feed_forward=False),
-    ]
-    packed = [
-        replace(ours, name=f"base in {dtype}", frozen_weights=dtype, cases=("LoRA",))
-        for dtype in ("float8_e4m3fn", "int8", "int8_rotated")
-    ]
-    if device.type == "cuda":
-        return [
-            ours, replace(plain, name="- compile"), *rest,
-            replace(ours, name="whole network compiled", whole={}),
-            replace(ours, name="+ CUDA graphs", whole={"mode": "reduce-overhead"}),
-            replace(ours, name="+ fp8", fp8=True, cases=trained),
-            replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained), *packed,
-        ]  # fmt: skip
-    return [ours, replace(ours, name="+ compile", compiled=True), *rest, *packed]
 
 
 def update_flops(case: Case, network: UNet) -> int:

@@ -6,16 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import forward_flops
-from benchmarks.train_step import (
-    Case,
-    Technique,
-    autocast,
-    inputs_of,
-    make_ours,
-    make_theirs,
-    turn,
-    update_flops,
-)
+from benchmarks.techniques import Technique
+from benchmarks.train_step import Case, autocast, inputs_of, make_ours, make_theirs, turn, update_flops
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 

@@ -1,0 +1,51 @@
+"""How an update of `benchmarks/train_step.py` is made, one technique changed at a time."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Technique:
+    """How our update is made: all that helps, or one thing less or more."""
+
+    name: str = "ours"
+    fused_feed_forward: bool = True
+    fused_optimizer: bool = True
+    compiled: bool = True
+    whole: dict | None = None
+    """Compile the whole network instead of its blocks, with these arguments of `torch.compile`. The mode
+    "reduce-overhead" records CUDA graphs, which pays where launching kernels takes longer than they do."""
+    fp8: bool = False
+    bfloat16_weights: bool = False
+    frozen_weights: str | None = None
+    """How the base of a LoRA is kept, where it is not in bfloat16."""
+    checkpointing: int | None = None
+    """Another level of activation checkpointing than the case's."""
+    cases: tuple[str, ...] = field(default=("full", "LoRA", "ControlNet"))
+
+
+def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
+    """Ours and its variations; with `levels`, those of activation checkpointing."""
+    ours = Technique(compiled=device.type == "cuda")
+    if levels:
+        return [replace(ours, name=f"ours, level {level}", checkpointing=level) for level in (0, 1, 2, 3)]
+    plain = replace(ours, compiled=False)
+    trained = ("full",)
+    rest = [
+        replace(ours, name="- fused AdamW", fused_optimizer=False, cases=trained),
+        replace(plain, name="- fused feed-forward, not compiled", fused_feed_forward=False),
+    ]
+    packed = [
+        replace(ours, name=f"base in {dtype}", frozen_weights=dtype, cases=("LoRA",))
+        for dtype in ("float8_e4m3fn", "int8", "int8_rotated")
+    ]
+    if device.type == "cuda":
+        return [
+            ours, replace(plain, name="- compile"), *rest,
+            replace(ours, name="whole network compiled", whole={}),
+            replace(ours, name="+ CUDA graphs", whole={"mode": "reduce-overhead"}),
+            replace(ours, name="+ fp8", fp8=True, cases=trained),
+            replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained), *packed,
+        ]  # fmt: skip
+    return [ours, replace(ours, name="+ compile", compiled=True), *rest, *packed]
