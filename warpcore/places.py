@@ -88,7 +88,7 @@ class Place(Protocol):
         """Everything else in the folder (weights, metrics, samples) has to be where people look for it."""
 
     def has(self, name: str) -> bool:
-        """Whether such a file of the run is there."""
+        """Whether such a file of the run is there, or a folder that holds some."""
 
     def tidy(self) -> None:
         """On one process of each machine, when none reads or writes: what only waited in the folder goes."""

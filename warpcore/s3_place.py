@@ -180,10 +180,11 @@ class S3Place:
                 if self._sent.get(path) != version:
                     send(path, f"{self.url}/{name}")
                     self._sent[path] = version
+                if name.parts[0] == SNAPSHOTS:  # that alone: beside it, the next one may be begun already
+                    path.unlink()
             except FileNotFoundError:  # it was there for a moment only
                 continue
-        for kept in ("backups", SNAPSHOTS):
-            shutil.rmtree(self.folder / kept, ignore_errors=True)
+        shutil.rmtree(self.folder / "backups", ignore_errors=True)
 
     def _files(self) -> list[Path]:
         """What belongs on S3 beside the checkpoints, which another thread may be removing from the folder."""
@@ -197,7 +198,7 @@ class S3Place:
         return sorted(found)
 
     def has(self, name: str) -> bool:
-        return "" in sizes_below(f"{self.url}/{name}")
+        return any(rest == "" or rest.startswith("/") for rest in sizes_below(f"{self.url}/{name}"))
 
     def tidy(self) -> None:
         shutil.rmtree(self.folder / "state", ignore_errors=True)

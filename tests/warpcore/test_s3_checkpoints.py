@@ -28,6 +28,7 @@ from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.checkpoint import CheckpointError, Checkpoints
 from warpcore.config import ConfigError, make_config
 from warpcore.data import s3_requests
+from warpcore.errors import UserError
 from warpcore.lease import Lease
 from warpcore.processes import Processes
 from warpcore.s3_place import S3Place
@@ -340,6 +341,37 @@ def test_an_older_checkpoint_on_s3_that_can_not_be_removed_stays_and_the_save_is
 def test_an_url_that_is_none_is_refused(remote, url):
     with pytest.raises(ConfigError, match="s3://bucket/prefix"):
         make_config(TinyConfig, remote | {"checkpoint_path": url})
+
+
+def test_snapshots_of_averages_are_on_s3_alone_and_others_beside_them_are_refused(bucket, remote):
+    given = remote | {"updates": 4, "save_every": 2, "validation_samples": 0, "backup_every": None}
+    train_remote(given | {"updates": 2, "post_hoc_ema": {"every": 2}})
+    kept = {f"runs/tiny/post_hoc/00000002/{sigma}/generator.safetensors" for sigma in (0.05, 0.1)}
+    assert kept <= set(bucket.list_keys())
+    assert not list(Path(remote["scratch_path"]).rglob("post_hoc/*/*/*"))
+    with pytest.raises(UserError, match=r"sigma_rel 0\.2 begin with this start.*/post_hoc has snapshots of earlier"):
+        train_remote(given | {"post_hoc_ema": {"every": 2, "sigma_rel": [0.05, 0.2]}})
+
+
+def test_a_snapshot_that_is_begun_while_files_are_sent_stays(bucket, tmp_path):
+    folder = tmp_path / "scratch" / "post_hoc"
+    whole, begun, next_one = (
+        folder / name for name in ("00000002/0.1/a.safetensors", "00000004/0.1/a.partial", "6/0.1")
+    )
+    for path in (whole.parent, begun.parent, next_one):
+        path.mkdir(parents=True)
+    whole.touch()
+    begun.touch()
+    place = S3Place(tmp_path / "scratch", f"{bucket.url}/runs")
+    place.take()
+    try:
+        place.bring_files()
+    finally:
+        place.leave()
+    assert f"runs/post_hoc/{whole.relative_to(folder)}" in bucket.list_keys()
+    assert not whole.exists()
+    assert begun.exists()
+    assert next_one.is_dir()
 
 
 def test_a_folder_that_is_removed_while_files_are_sent_is_passed_over(bucket, tmp_path, monkeypatch):
