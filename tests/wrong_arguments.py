@@ -89,7 +89,8 @@ OF_TOOLS: dict[str, dict[str, list[tuple[str, str]]]] = {
     "tools/average.py": {
         "no argument": [("", "the following arguments are required: run, target")],
         "unknown flag": [("folder new --colour red", "colour: unknown key")],
-        "missing": [("missing new sigma_rel=0.1", "missing/config.yaml does not exist: name the folder of")],
+        "missing": [("missing new sigma_rel=0.1", "missing/config.yaml does not exist: name the folder of"),
+                    ("sigma_rel=0.1 ./lr=1 new", "lr=1/config.yaml does not exist")],
         "file for a folder": [("text new sigma_rel=0.1", "text/config.yaml does not exist")],
         "output exists": [("folder taken.yaml sigma_rel=0.1", "taken.yaml is there already: name another folder")],
         "output in a file": [("folder text/new sigma_rel=0.1", "text is a file; name another folder")],

@@ -148,8 +148,9 @@ def main() -> None:
     parser.add_argument("run", type=local_path, help="the folder of a training run")
     parser.add_argument("target", type=local_path, help="a folder that is not there yet")
     parser.add_argument("keys", nargs=argparse.REMAINDER, help="sigma_rel=0.08 update=40000")
-    # Keys may stand between the paths.
-    given = parser.parse_args(sorted(sys.argv[1:], key=lambda argument: "=" in argument))
+    # Keys may stand between the paths, whose names may have an equals sign, too.
+    keys = AverageSettings.model_fields
+    given = parser.parse_args(sorted(sys.argv[1:], key=lambda argument: argument.partition("=")[0] in keys))
     values: dict = {}
     read_arguments(AverageSettings, given.keys, values)
     error = average(given.run, given.target, make_config(AverageSettings, values))
