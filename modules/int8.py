@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.autocast import without_autocast
-from modules.packed import PackedLinear, keep_packed
+from modules.packed import PackedLinear, keep_packed, unpacked
 
 LARGEST = 127
 MIXED_CHANNELS = 256
@@ -33,7 +33,7 @@ class Int8Linear(PackedLinear):
     @property
     def weight(self) -> Tensor:
         """(C_out, C_in), unpacked and rotated back; changing it changes nothing."""
-        weight = super().weight
+        weight = unpacked(self.stored, self.scale)
         return rotated(weight) if self.rotates else weight
 
     @classmethod
