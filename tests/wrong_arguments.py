@@ -174,6 +174,8 @@ OF_TOOLS: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("missing.py config.yaml new.html", "missing.py does not exist: the training script comes first"),
             (f"{TRAIN_C} missing.yaml new.html", "config file missing.yaml does not exist"),
             (f"{TRAIN_C} new.html", "behind .*train_c.py comes one config, found none"),
+            ("folder s3://bucket/new.html", "s3://bucket/new.html is a URL, but a path of this machine is needed"),
+            ("https://host/a.py config.yaml new.html", "https://host/a.py is a URL"),
         ],
         "folder for a file": [
             (f"{TRAIN_C} folder new.html", FOLDER_FOR_CONFIG), ("folder folder", "folder is no name of a page")],
@@ -215,7 +217,8 @@ OF_TOOLS: dict[str, dict[str, list[tuple[str, str]]]] = {
     "tools/runs.py": {
         "no argument": [("", "runs is not a folder of runs")],
         "unknown flag": [("folder --colour red", "unrecognized arguments: --colour red")],
-        "missing": [("missing", "missing is not a folder of runs")],
+        "missing": [
+            ("missing", "missing is not a folder of runs"), ("https://host/runs", "https://host/runs is a URL, but")],
         "file for a folder": [("text", "text is not a folder of runs")],
         "empty": [("folder --export new", "folder holds no run .*: name a folder of runs")],
         "output exists": [("folder --export taken", "taken is not empty: name a new folder behind --export, or")],

@@ -24,7 +24,18 @@ from tools.dataset_pictures import (
     clip_uri,
     picture_uri,
 )
-from tools.dataset_rows import DRAWN, NOT_DRAWN, Drawn, Listed, bucket_list, draw, histograms, list_rows, row_lists
+from tools.dataset_rows import (
+    DRAWN,
+    MAX_TEXT,
+    NOT_DRAWN,
+    Drawn,
+    Listed,
+    bucket_list,
+    draw,
+    histograms,
+    list_rows,
+    row_lists,
+)
 from tools.dataset_training import Bounds, Training
 from tools.near_duplicates import Fingerprint, duplicates
 from tools.shared_work import ALONE
@@ -220,7 +231,7 @@ class _Reading:
             "whole": picture_uri(whole.pixels, WHOLE_PX),
             "box": [round(share, 4) for share in whole.box],
             "dropped": row in self.dropped,
-            "own": clean(batch.captions[place]),
+            "own": clean(batch.captions[place])[:MAX_TEXT],
             "beside": {clean(name): picture_uri(one, BESIDE_PX) for name, one in beside.items()},
         }
         if is_clip and len(pixels) > 1:

@@ -26,7 +26,6 @@ from families.common.training import DiffusionTraining
 from families.common.weight_source import only_parts
 from families.registry import family_called
 from modules.safetensors_files import MAX_HEADER_BYTES
-from tools.arguments import local_path
 from tools.cache import use_case
 from tools.cache_features import PIPELINE_PARTS, as_if_cached
 from tools.picture_folder import Entry, find_entries
@@ -39,6 +38,7 @@ from warpcore.data.images import place
 from warpcore.data.lanes import bucket_name
 from warpcore.data.picture_files import LeftOut
 from warpcore.data.samples import PICTURE_FACTS
+from warpcore.data.storage import local_path
 from warpcore.errors import UserError
 from warpcore.files import open_to_read
 from warpcore.random import stable_hash

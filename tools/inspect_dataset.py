@@ -15,16 +15,18 @@ import argparse
 import re
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tools.arguments import local_path, positive
+from tools.arguments import positive
 from tools.dataset_look import READ_HERE, look
 from tools.dataset_training import REMOTE_SHARDS, Bounds, Training, of_paths, of_script
 from tools.pages import TYPES, self_contained
 from tools.run_server import HOST
+from warpcore.data.storage import local_path
 from warpcore.errors import UserError, run_script
 from warpcore.files import read_bytes, write_whole
 from warpcore.outputs import check_new
@@ -64,14 +66,18 @@ def server_of(page: Path, port: int) -> ThreadingHTTPServer:
     Raises:
         UserError: something else has the port.
     """
-    content = read_bytes(page)
 
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # the browser has left
+                super().handle()
+
         def do_GET(self) -> None:
             own = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
             if self.headers.get("Host") not in own or self.path.partition("?")[0] != "/":
                 self.send_error(HTTPStatus.NOT_FOUND)  # a page of another site may have led a browser here
                 return
+            content = read_bytes(page)
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Type", TYPES[".html"])
             self.send_header("X-Content-Type-Options", "nosniff")
@@ -116,17 +122,18 @@ def main(arguments: list[str] | None = None) -> None:
     out = local_path(out)
     check_new([out], "name another page, or give --overwrite", given.overwrite)
     began, bounds = time.monotonic(), Bounds(given.shards, given.rows, given.read, given.pictures)
-    found = look(training_of(named, keys, bounds), bounds)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, self_contained(PAGE, found))
-    about = found["about"]
-    print(f"{out} ({format_bytes(out.stat().st_size)}, {time.monotonic() - began:.1f} s): {about['listed']} of "
-          f"{about['rows']} rows of {about['looked_at']} of {about['shards']} tars listed, {about['read']} samples "
-          f"read, {about['shown']} shown")  # fmt: skip
-    if given.serve:
-        with server_of(out, given.serve) as server:
+    with server_of(out, given.serve) if given.serve else nullcontext() as server:  # a port in use is told of at once
+        found = look(training_of(named, keys, bounds), bounds)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, self_contained(PAGE, found))
+        about = found["about"]
+        print(f"{out} ({format_bytes(out.stat().st_size)}, {time.monotonic() - began:.1f} s): {about['listed']} of "
+              f"{about['rows']} rows of {about['looked_at']} of {about['shards']} tars listed, {about['read']} "
+              f"samples read, {about['shown']} shown")  # fmt: skip
+        if server is not None:
             print(f"http://{HOST}:{server.server_port}/ until Ctrl-C", flush=True)
-            server.serve_forever()
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class Run:
             "problem": problem,
             "notes": notes,
             "command": _command(started) if started else None,
-            "config_path": clean(config),
+            "config_path": clean(shlex.quote(config)),
             "samples_elsewhere": _shown(settings["output_path"]) if settings.get("output_path") else None,
             "strange": self.metrics.strange,
         }

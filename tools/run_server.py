@@ -68,9 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_from_here():
             self._send(HTTPStatus.FORBIDDEN, "text/plain", b"this page is for browsers of this machine\n")
             return
-        address = urlsplit(self.path)
-        question = {key: values[-1] for key, values in parse_qs(address.query, keep_blank_values=True).items()}
         try:
+            address = urlsplit(self.path)
+            question = {key: values[-1] for key, values in parse_qs(address.query, keep_blank_values=True).items()}
             match address.path.split("/")[1:]:
                 case [""]:
                     self._send(HTTPStatus.OK, pages.TYPES[".html"], pages.page_file(PAGE).encode())

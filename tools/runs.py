@@ -19,6 +19,7 @@ from tools.arguments import local_path, positive
 from tools.run_places import LocalRuns, RunPlace, S3Runs
 from tools.run_reader import Run, Runs
 from tools.run_server import PAGE, Server, file_parts, overview
+from warpcore.data import storage
 from warpcore.errors import UserError, run_script
 from warpcore.files import write_whole, writing
 from warpcore.outputs import check_folder
@@ -31,7 +32,7 @@ EXPORTED_BUCKETS = 1_000
 
 def place_of(folder: str) -> RunPlace:
     """Raises UserError where there is nothing to read."""
-    place = S3Runs(folder) if folder.startswith("s3://") else LocalRuns(local_path(folder))
+    place = S3Runs(folder) if folder.startswith("s3://") else LocalRuns(storage.local_path(folder))
     place.files()
     return place
 
@@ -71,9 +72,15 @@ def _exported(place: RunPlace, run: Run, out: Path) -> dict:
         name: {by: run.metrics.curve(name, by == "time", EXPORTED_BUCKETS) for by in ("update", "time")}
         for name in run.metrics.names
     }
-    sheets = {str(one["update"]): run.sheet(one["update"]) for one in run.samples()}
+    sheets = {}
+    for update in [one["update"] for one in run.samples()]:
+        with suppress(LookupError):  # it vanished since it was listed, which the page says
+            sheets[str(update)] = run.sheet(update)
     for file in (file for sheet in sheets.values() for file in (sheet["file"], sheet["clip"]) if file):
-        name, _, size = run.picture(file)
+        try:
+            name, _, size = run.picture(file)
+        except LookupError:
+            continue
         target = out / "picture" / str(run.number) / file
         target.parent.mkdir(parents=True, exist_ok=True)
         with writing(target, "wb") as copy:

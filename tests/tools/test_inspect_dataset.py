@@ -22,6 +22,7 @@ from tests.s3_server import bucket as bucket
 from tests.s3_server import s3_endpoint as s3_endpoint
 from tests.warpcore.data.tars import catalog_of, write_tar
 from tools import dataset_training, inspect_dataset
+from tools.dataset_rows import MAX_TEXT
 from tools.index_dataset import index_dataset
 from tools.near_duplicates import MOST_BITS, Fingerprint, duplicates, fingerprint, look_alike
 from train.train_c import TrainStageC
@@ -270,6 +271,15 @@ def test_what_is_in_the_data_stays_text(data, tmp_path):
     assert "<script>alert" not in out.read_text(encoding="utf-8")
 
 
+def test_a_text_that_nobody_would_read_does_not_fill_the_page(tmp_path):
+    out, text = tmp_path / "page.html", "word " * 20_000
+    sample = {"picture": encoded(places(64, 64)), "txt": text, "json": {"told": text}}
+    found = page_of(write_samples(tmp_path / "data.tar", {"a": sample}), out, *KEYS, out=out)
+    assert text.startswith(found["samples"][0]["own"])
+    assert len(found["samples"][0]["own"]) == len(found["rows"]["caption"][0]) == MAX_TEXT
+    assert out.stat().st_size < len(text)
+
+
 def test_a_cache_is_refused_and_names_its_pictures(tmp_path, small_cascade):
     origin = Origin({}, {}, {}, {}, "float32", 1, 0, {}, source="the/pictures")
     origin.write(tmp_path)
@@ -295,8 +305,8 @@ def test_the_page_is_served_to_this_machine_under_its_own_name_alone(tmp_path):
 
         assert status("/", f"localhost:{server.server_port}") == (200, b"a page")
         assert status("/", "another.site")[0] == status("/page.html", f"127.0.0.1:{server.server_port}")[0] == 404
-        with pytest.raises(UserError, match=f"port {server.server_port} can't be used"):
-            inspect_dataset.server_of(page, server.server_port)
+        with pytest.raises(UserError, match=f"port {server.server_port} can't be used"):  # before anything is read
+            inspect_dataset.main(["missing", str(tmp_path / "new.html"), "--serve", str(server.server_port)])
         server.shutdown()
 
 
@@ -344,6 +354,8 @@ def test_the_page_filters_plays_and_answers_keys(browser, data, tmp_path):
     tab.press("End")
     tab.press("Enter")
     assert tab.run("document.getElementById('detail').open")
+    named = "document.getElementById(document.getElementById('list').getAttribute('aria-activedescendant')).innerText"
+    assert tab.run(named).startswith("14")
     assert "<b>odd</b>" in tab.texts("#detail")[0]
     assert HOSTILE in tab.texts("#detail")[0]
     tab.press("Escape")
@@ -357,6 +369,11 @@ def test_the_page_filters_plays_and_answers_keys(browser, data, tmp_path):
     named = "one.getAttribute('aria-label') || one.alt || one.textContent"
     unnamed = f"[...document.querySelectorAll('button, input, select, img')].filter(one => !({named})).length"
     assert tab.run(unnamed) == 0
+    tab.close()
+    tab = browser.open(f"file://{out}", width=340, dark=True)
+    for name in ("rows", "leftout", "columns", "buckets", "duplicates", "problems", "samples"):
+        tab.click(f"#tab-{name}")
+        assert tab.run("document.documentElement.scrollWidth") == 340, name
     tab.close()
     page_of(
         write_clips(tmp_path / "clips.tar", 2),

@@ -82,13 +82,13 @@ def test_the_state_is_that_of_the_last_start(tmp_path):
 
 def test_a_run_is_told_of_with_the_command_that_goes_on(tmp_path):
     make_run(tmp_path / "a", notes=NOTES, note=HOSTILE)
-    make_run(tmp_path / "b")
+    make_run(tmp_path / "b #1")
     with_notes, without = (run.details() for run in Runs(LocalRuns(tmp_path)).all())
     assert with_notes["command"] == "cd '/home/me/my project' && python3 train/train_c.py a.yaml"
     assert [note["text"] for note in with_notes["notes"]] == [note["text"] for note in NOTES]
     assert with_notes["config"]["note"] == HOSTILE
     assert with_notes["config"]["lr"] == "0.001"
-    assert (without["command"], without["config_path"]) == (None, f"{tmp_path}/b/config.yaml")
+    assert (without["command"], without["config_path"]) == (None, f"'{tmp_path}/b #1/config.yaml'")
 
 
 def test_one_run_alone_can_be_named_and_what_is_no_folder_is_refused(tmp_path):
@@ -176,6 +176,7 @@ def test_no_path_leads_out_of_the_runs(tmp_path):
             "/picture/0/config.yaml", "/picture/1/00000001.png", "/picture/x/00000001.png", "/../pyproject.toml",
             "/__init__.py", "//etc/passwd", "/api/0/sheet/2", "/api/0/sheet/-1", "/api/0/curve",
             "/api/0/curve?metric=a&start=nan", "/api/0/curve?metric=a&buckets=9e9", "/picture/0/00000001.png/x",
+            "x://[",
         ):  # fmt: skip
             assert get(url, path)[0] in (400, 404), path
         (run / "samples/00000001.png").unlink()

@@ -115,6 +115,23 @@ def test_every_control_has_a_name_and_tabs_move_by_arrows(browser, runs):
         tab.close()
 
 
+def test_in_a_narrow_window_no_word_is_broken_and_nothing_is_cut_off(browser, runs):
+    with served(runs) as url:
+        tab = browser.open(url, width=340)
+        tab.wait("document.querySelector('.chart li')")
+        tab.run("""globalThis.lines = one => {
+            const text = document.createRange();
+            text.selectNodeContents(one);
+            return text.getClientRects().length;
+        }""")
+        lines = tab.run("[...document.querySelectorAll('#runs td:nth-child(n + 3)')].map(lines)")
+        assert (len(lines), max(lines)) == (12, 1)
+        for name in ("samples", "differences", "notes", "curves"):
+            tab.click(f"#tab-{name}")
+            assert tab.run("document.documentElement.scrollWidth") == 340, name
+        tab.close()
+
+
 def test_a_run_is_followed_and_what_vanishes_is_said(browser, runs, monkeypatch):
     monkeypatch.setattr(LocalRuns, "seconds", 0.05)
     with served(runs) as url:
@@ -174,16 +191,23 @@ def test_pictures_of_two_folders_are_flipped_through_by_keys(browser, runs, tmp_
 
 def test_an_exported_page_shows_the_same_without_a_server(browser, runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
+    make_run(runs / "begun")
+    (runs / "begun/metrics.jsonl").unlink()
     told = export(place_of(str(runs)), out)
-    assert told.startswith(f"2 runs in {out}/index.html")
+    assert told.startswith(f"3 runs in {out}/index.html")
     tab = browser.open(f"file://{out}/index.html")
     tab.wait("document.querySelectorAll('.chart li').length === 2")
     tab.press("t")
     tab.wait("document.querySelector('.uplot')?.getAttribute('aria-label').endsWith('time of training')")
+    assert tab.texts("#status") == [""]
     tab.press("s")
     tab.wait("document.querySelectorAll('#pictures canvas').length === 8")
     assert tab.texts("#pictures h2") == ["a fox", HOSTILE]
     tab.press("n")
-    tab.wait("document.querySelectorAll('.run-notes').length === 2")
+    tab.wait("document.querySelectorAll('.run-notes').length === 3")
+    tab.run("navigator.clipboard.writeText = async () => { throw new Error('refused'); }")
+    tab.click("#told button")
+    tab.wait("document.querySelector('#told button').innerText === 'Selected: press Ctrl+C'")
+    assert tab.run("getSelection().toString().trim()") == tab.texts("#told pre")[0].strip()
     assert tab.run("document.title") == "Runs"
     tab.close()

@@ -187,7 +187,7 @@ function list() {
     const row = found[i], times = rows.scale[row], kept = rows.kept[row];
     const cells = [row, rows.key[row], rows.width[row] ? `${rows.width[row]} x ${rows.height[row]}` : "", bucketOf(row),
       times === null ? "" : times.toFixed(2), kept === null ? "" : percent(kept), stateOf(row), rows.caption[row] ?? ""];
-    const made = make("div", {className: i === current ? "row current" : "row", role: "row", "aria-rowindex": i + 2,
+    const made = make("div", {id: `row-${i}`, className: i === current ? "row current" : "row", role: "row", "aria-rowindex": i + 2,
       onclick: () => { current = i; draw(); detail(row); }},
       ...cells.map(text => make("span", {role: "gridcell", textContent: String(text).slice(0, 300)})));
     made.style.top = `${(i + 1) * ROW_PX}px`;
@@ -196,6 +196,7 @@ function list() {
   function draw() {
     const first = Math.max(0, Math.floor(box.scrollTop / ROW_PX) - 10);
     const last = Math.min(found.length, first + Math.ceil((box.clientHeight || 800) / ROW_PX) + 20);
+    box.setAttribute("aria-activedescendant", `row-${current}`);
     visible.replaceChildren(...Array.from({length: Math.max(0, last - first)}, (_, i) => line(first + i)));
   }
   function move(to) {

@@ -18,7 +18,10 @@ function there(value) {
 const source = exported ? {
   overview: async () => exported,
   details: async id => there(exported.exported[id]).details,
-  curve: async (id, metric, by) => there(there(exported.exported[id]).curves[metric])[by],
+  curve: async (id, metric, by) => {
+    const {curves} = there(exported.exported[id]);
+    return Object.hasOwn(curves, metric) ? curves[metric][by] : {x: [], low: [], high: [], mean: [], count: []};
+  },
   sheet: async (id, update) => there(exported.exported[id].sheets[update]),
 } : {
   overview: () => ask("api/runs"),

@@ -91,8 +91,13 @@ const notes = {
     const copy = make("button", {"data-copy": run.id, "aria-label": `Copy the command of ${run.name}`}, "Copy");
     const command = found.command ?? `python3 train/SCRIPT.py ${found.config_path ?? ""}`;
     copy.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(command);
-      copy.textContent = "Copied";
+      try {
+        await navigator.clipboard.writeText(command);
+        copy.textContent = "Copied";
+      } catch {  // the browser has no clipboard for this page
+        getSelection().selectAllChildren(block.querySelector("pre"));
+        copy.textContent = "Selected: press Ctrl+C";
+      }
     });
     block.append(make("pre", {}, command), copy);
     block.append(make("ul", {"aria-label": `Notes of ${run.name}`}, ...listed.toReversed().map(note => make("li",
