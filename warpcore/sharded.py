@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -17,12 +18,17 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def sum_over_shards(values: Tensor, parameter: Tensor) -> Tensor:
-    """The sum of each value (any shape) over the processes that share a parameter; all of them have to call this."""
+    """The sum of each value (any shape) over the processes that share a parameter; all of them have to call this.
+
+    It is where the values are, which of offloaded parameters is not the device of their mesh.
+    """
     if not isinstance(parameter, DTensor):
         return values
-    # Replicas have equal numbers, shards their own parts.
-    placements = [Partial() if place.is_shard() else Replicate() for place in parameter.placements]
-    return DTensor.from_local(values, parameter.device_mesh, placements, run_check=False).full_tensor()
+    total = values.clone()
+    for number, place in enumerate(parameter.placements):
+        if place.is_shard():  # replicas have equal numbers, shards their own parts
+            dist.all_reduce(total, group=parameter.device_mesh.get_group(number))
+    return total
 
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:

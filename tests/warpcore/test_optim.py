@@ -3,13 +3,15 @@
 import importlib.util
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from tests.many_processes import run_in_two_processes
 from tests.warpcore.test_optimizers import estimate_of_prodigy
@@ -301,6 +303,7 @@ def _sharded_run(expected) -> None:
         for name in SHARDED:
             _check_resuming(name, mesh)
             _check_resuming(name, mesh, torch.bfloat16)
+            _check_offloaded(name, mesh)
         for name in TRAINED_ALIKE:
             _check_training(name, mesh, *expected[name])
         _check_muon(mesh)
@@ -338,6 +341,29 @@ def _check_resuming(name, mesh, dtype=torch.float32):
     assert_identical(_whole(net), _whole(again))
     train(net, optimizers, [3], found_inf=1.0)
     assert_identical(_whole(net), _whole(again))
+
+
+def _check_offloaded(name, mesh):
+    """Weights of a mesh of GPUs that wait on the CPU step there, as those of a mesh of CPUs."""
+    gpus = DeviceMesh.from_group(mesh.get_all_groups(), "cuda", mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+    tensors = [torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    start, *gradients = (distribute_tensor(tensor, mesh, [Replicate(), Shard(0)]) for tensor in tensors)
+    ends = []
+    for place in (mesh, gpus):
+        on = partial(_on_mesh, mesh=place)
+        parameter = nn.Parameter(on(start))
+        optimizers = optim.build_optimizers(name, [{"params": [parameter], "param_names": ["weight"]}], lr=0.1)
+        optim.train_mode(optimizers)
+        for gradient in gradients:
+            parameter.grad = on(gradient)
+            optim.step(optimizers, torch.tensor(0.0))
+        ends.append(parameter.to_local())
+    torch.testing.assert_close(*ends)
+
+
+def _on_mesh(tensor, mesh):
+    spec = DTensorSpec(mesh, tensor.placements, tensor._spec.tensor_meta)
+    return DTensor(tensor.to_local().clone(), spec, requires_grad=False)
 
 
 def _check_training(name, mesh, end, norms):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from warpcore.sharded import local, sum_over_shards
@@ -49,12 +48,9 @@ def _first_state(parameter: Tensor) -> dict[str, Tensor]:
     if parameter.ndim < 2:
         return state | {"exp_avg_sq": torch.zeros_like(parameter)}
     for name in ("exp_avg_sq", "exp_avg_res"):
-        weight = local(parameter).flatten(1)
-        rows = weight.new_zeros(weight.shape[0])
-        if isinstance(parameter, DTensor):  # by its rows, as the parameter itself
-            mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape[:1]
-            rows = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=(1,))
-        state |= {f"{name}_row": rows, f"{name}_col": weight.new_zeros(weight.shape[1])}
+        rows = torch.zeros_like(parameter).flatten(1).sum(dim=1)  # sharded as the parameter, and where it is
+        columns = local(parameter).flatten(1).shape[1]
+        state |= {f"{name}_row": rows, f"{name}_col": local(rows).new_zeros(columns)}
     return state
 
 
