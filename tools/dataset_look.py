@@ -31,6 +31,7 @@ from tools.dataset_rows import (
     Drawn,
     Listed,
     bucket_list,
+    column_texts,
     draw,
     histograms,
     list_rows,
@@ -79,16 +80,18 @@ def look(training: Training, bounds: Bounds) -> dict[str, Any]:
     seen = _Reading(training, feed.reader, drawn)
     seen.read(read)
     samples, alike = seen.show(shown), seen.duplicates()
+    columns, most = column_texts(listed.columns)
+    short = f"There is much text in the columns: this page has, and searches, the first {most} characters of each."
     return {
         "title": _title(training),
-        "told": [*map(clean, [*training.told, *feed.take_notes()])],
+        "told": [*map(clean, [*training.told, *feed.take_notes(), *([short] if most < MAX_TEXT else [])])],
         "about": {
             "shards": training.sampling.shards, "looked_at": len(training.sampling.chosen),
             "rows": recipe.catalog.num_rows, "listed": len(listed), "drawn": len(drawn.samples), "read": len(read),
             "shown": len(shown), "crop_mode": training.config.crop_mode, "has_captions": training.needs.captions,
         },
         "rows": row_lists(listed, drawn, seen.captions),
-        "columns": [{"name": clean(name), "values": values} for name, values in listed.columns.items()],
+        "columns": [{"name": clean(name), "values": values} for name, values in columns.items()],
         "histograms": [*histograms(listed, drawn)],
         "buckets": bucket_list(drawn, feed.buckets.sizes, recipe.micro_batch_size_of),
         "left_out": [*_left_out(feed.reader, recipe, listed)],

@@ -23,6 +23,8 @@ from warpcore.data.tars import clean
 MAX_COLUMNS = 64
 MAX_TEXT = 4_000
 """Characters of a text that a page shows."""
+MOST_CHARACTERS = 2**25
+"""Of all columns of texts together."""
 BINS = 24
 """Bars of a histogram of numbers."""
 MOST_VALUES = 12
@@ -154,6 +156,16 @@ def row_lists(listed: Listed, drawn: Drawn, captions: Mapping[int, str]) -> dict
         "caption": [captions[row][:MAX_TEXT] if row in captions else None for row in rows],
         "problem": {row: clean(text) for row, text in enumerate(listed.problem) if text},
     }  # fmt: skip
+
+
+def column_texts(columns: Mapping[str, list]) -> tuple[dict[str, list], int]:
+    """The columns with their texts cut off, so that all of them fit into a page, and at how many characters."""
+    lengths = np.array([len(one) for values in columns.values() for one in values if isinstance(one, str)], np.int64)
+    most = MAX_TEXT
+    while np.minimum(lengths, most).sum() > MOST_CHARACTERS and most > 1:
+        most //= 2
+    cut = {name: [one[:most] if isinstance(one, str) else one for one in values] for name, values in columns.items()}
+    return cut, most
 
 
 def bucket_list(drawn: Drawn, every: Iterable[tuple[int, ...]], micro_batch_size_of: Any) -> list[dict[str, Any]]:

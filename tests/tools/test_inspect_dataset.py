@@ -21,7 +21,7 @@ from tests.clips import write_clips
 from tests.s3_server import bucket as bucket
 from tests.s3_server import s3_endpoint as s3_endpoint
 from tests.warpcore.data.tars import catalog_of, write_tar
-from tools import dataset_training, inspect_dataset
+from tools import dataset_rows, dataset_training, inspect_dataset
 from tools.dataset_rows import MAX_TEXT
 from tools.index_dataset import index_dataset
 from tools.near_duplicates import MOST_BITS, Fingerprint, duplicates, fingerprint, look_alike
@@ -278,6 +278,18 @@ def test_a_text_that_nobody_would_read_does_not_fill_the_page(tmp_path):
     assert text.startswith(found["samples"][0]["own"])
     assert len(found["samples"][0]["own"]) == len(found["rows"]["caption"][0]) == MAX_TEXT
     assert out.stat().st_size < len(text)
+
+
+def test_columns_with_much_text_are_shortened_and_the_page_says_so(data, tmp_path, monkeypatch):
+    out = tmp_path / "page.html"
+    monkeypatch.setattr(dataset_rows, "MOST_CHARACTERS", 60)  # there are 12 texts of 7 or 8 characters
+    found = page_of(data, out, *KEYS, out=out)
+    columns = {one["name"]: one["values"] for one in found["columns"]}
+    assert columns["style"][:2] == ["sty", "sty"]
+    assert columns["score"][:2] == [0, 1]
+    assert "the first 3 characters of each" in found["told"][-1]
+    bars = {one["name"]: one for one in found["histograms"]}
+    assert bars["style"]["bars"][0][0] == "style 0"
 
 
 def test_a_cache_is_refused_and_names_its_pictures(tmp_path, small_cascade):

@@ -165,7 +165,8 @@ function samples() {
   }
   if (data.samples.some(one => one.clip))
     made.unshift(make("button", {id: "play", textContent: "Play all clips", onclick: playAll}));
-  return made.length ? made : [make("p", {className: "quiet", textContent: "None of the samples with pictures."})];
+  return made.length ? made : [make("p", {className: "quiet", textContent: about.drawn
+    ? "None of the samples with pictures." : 'No row is drawn: "Left out" says why.'})];
 }
 
 function playAll() {
