@@ -159,6 +159,7 @@ def rows(bench: Bench) -> list[Row]:
         add("train_c", f"checkpointing {level}", AUTOCAST | {"activation_checkpointing": level})
     for optimizer, needs in (
         ("adafactor", ()), ("muon", ()), ("schedulefree", ("schedulefree",)), ("adamw8bit", ("bitsandbytes",)),
+        ("came", ()),
     ):  # fmt: skip
         add("train_c", optimizer, AUTOCAST | {"optimizer": optimizer, "lr": 1e-4}, needs=needs)
     everything = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
@@ -170,6 +171,8 @@ def rows(bench: Bench) -> list[Row]:
     add("train_c", "fp8", AUTOCAST | {"fp8": True}, FEW_BITS, needs=("torchao",))
     sharded = {"use_fsdp": True, "fsdp_cpu_offload": True}
     add("train_c", "FSDP2, one process, weights in the CPU's memory", AUTOCAST | sharded)
+    for optimizer, lr in (("came", 1e-4), ("prodigy", 1.0)):
+        add("train_c", f"the same with {optimizer}", AUTOCAST | sharded | {"optimizer": optimizer, "lr": lr})
     for name in ("train_c",) if bench.tiny else ("train_c", "train_c_lora", "train_b", "train_sd", "train_cosmos"):
         found.append((f"{name}: from a cache", partial(from_cache, name)))
     found.append(("train_c: SIGTERM and resume", stopped_and_resumed))

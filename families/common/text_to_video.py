@@ -247,15 +247,15 @@ def _in_sheet(video: np.ndarray) -> np.ndarray:
 
 
 def _seen(file: Path, frames: int) -> np.ndarray:
-    """What the sheet shows of the file of a video. Raises UserError where it has another number of frames."""
-    if frames == 1:
-        return _in_sheet(to_pictures(read_picture(file)[None]))
+    """What the sheet shows of the file of a video. Raises UserError where it is damaged or of other frames."""
     try:
+        if frames == 1:
+            return _in_sheet(to_pictures(read_picture(file)[None]))
         header = read_header(io.BytesIO(data := read_bytes(file)))
         if header.num_frames != frames:
             raise BadVideo(f"it has {header.num_frames} frames, and this drawing {frames}")
         return _in_sheet(decode(data, range(frames), (header.height, header.width)).pixels)
-    except BadVideo as error:
+    except (BadVideo, UserError) as error:
         raise UserError(
             f"skip_existing: {file} is there already, but {error}; delete it, or give another output_path"
         ) from None

@@ -189,6 +189,13 @@ def test_a_drawing_that_was_stopped_goes_on_with_what_is_missing(drawn, seen, tm
         drawn(*arguments, "skip_existing=true", "overwrite=true")
 
 
+def test_a_damaged_picture_that_is_there_is_named_with_what_to_do(drawn, tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "0000_a_box_3.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"skip_existing: .*a_box_3\.png is there already, but .*; delete it"):
+        drawn("num_frames=1", "prompts=a box", "seeds=[3]", "skip_existing=true")
+
+
 def test_texts_hold_from_their_loop_on(drawn, seen):
     arguments = ["num_frames=34", "loop=2", "guidance=1"]
     for number, prompt in enumerate(["|0|a red box|1|a star", "a red box"]):
