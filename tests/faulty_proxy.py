@@ -97,7 +97,7 @@ class FaultyProxy:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in not_forwarded}
         if request.headers.get("Expect") == "100-continue":  # else boto3 waits a second before it sends a body
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        content = await request.read()  # or what is left of it would be the next request
+        content = await request.content.read()  # or what is left of it would be the next request
         if request.method in self.refused:
             return web.Response(status=403, body=_DENIED if request.method != "HEAD" else None)
         signed = request.headers.get("Authorization", "") + request.query_string
