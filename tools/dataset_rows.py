@@ -93,7 +93,10 @@ def list_rows(recipe: Recipe, most: int) -> Listed:
 
 
 def _sayable(value: Any) -> Any:
-    """What JSON can say of a value of an index: no NaN, six digits."""
+    """What a page can say of a value of an index: no NaN, six digits, and of a number that is too long for a browser
+    the text."""
+    if isinstance(value, int) and abs(value) > 2**53:
+        return str(value)
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return clean(value[:MAX_TEXT]) if isinstance(value, str) else value

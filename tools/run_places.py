@@ -58,6 +58,10 @@ class LocalRuns:
     def files(self) -> Files:
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder of runs")
+        try:
+            os.scandir(self.folder).close()
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be read: {error.strerror}") from None
         return dict(self._below(self.folder, "", MAX_LEVELS, set()))
 
     def _below(self, folder: Path, prefix: str, levels: int, seen: set[str]) -> Iterator[tuple[str, tuple[int, str]]]:

@@ -273,11 +273,12 @@ def test_what_is_in_the_data_stays_text(data, tmp_path):
 
 def test_a_text_that_nobody_would_read_does_not_fill_the_page(tmp_path):
     out, text = tmp_path / "page.html", "word " * 20_000
-    sample = {"picture": encoded(places(64, 64)), "txt": text, "json": {"told": text}}
+    sample = {"picture": encoded(places(64, 64)), "txt": text, "json": {"told": text, "id": 2**60 + 1}}
     found = page_of(write_samples(tmp_path / "data.tar", {"a": sample}), out, *KEYS, out=out)
     assert text.startswith(found["samples"][0]["own"])
     assert len(found["samples"][0]["own"]) == len(found["rows"]["caption"][0]) == MAX_TEXT
     assert out.stat().st_size < len(text)
+    assert {one["name"]: one["values"] for one in found["columns"]}["id"] == [str(2**60 + 1)]  # browsers round numbers
 
 
 def test_columns_with_much_text_are_shortened_and_the_page_says_so(data, tmp_path, monkeypatch):

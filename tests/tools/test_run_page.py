@@ -1,5 +1,6 @@
 """The run page: what it says of runs, whom it answers to, and that it comes through whatever lies in their folders."""
 
+import errno
 import http.client
 import json
 import os
@@ -96,6 +97,15 @@ def test_one_run_alone_can_be_named_and_what_is_no_folder_is_refused(tmp_path):
     assert list(summaries(tmp_path / "a")) == ["a"]
     with pytest.raises(UserError, match="missing is not a folder of runs"):
         place_of(str(tmp_path / "missing"))
+
+
+def test_a_folder_that_can_not_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def refuse(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path} can't be read: Permission denied"):
+        place_of(str(tmp_path))
 
 
 def test_damaged_files_end_nothing(tmp_path):
