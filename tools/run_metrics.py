@@ -27,6 +27,8 @@ SKETCH_PARTS, SKETCH_BYTES = 250, 2**11
 """Of a sketch: how many parts of the file, and how much of each; files of less than twice as much have none."""
 NUMBER = rb"([-+.0-9eE]{1,40}|null)[,}]"
 _UPDATE = re.compile(rb'^\{"update": ([0-9]{1,15})[,}]', re.MULTILINE)
+TOO_LARGE = 1e300
+"""A number that counts as infinite: an axis that leads there ends beyond what a browser counts with."""
 NO_CURVES = ("update", "samples_hash")
 SEEN, SPEED = "samples_seen", "samples_per_second"
 
@@ -230,7 +232,7 @@ def _numbers(values: list[bytes]) -> np.ndarray:
         found = np.array(values, "S").astype(np.float64)
     except ValueError:
         found = np.array([_float(value) for value in values])
-    return np.where(np.isfinite(found), found, np.nan)
+    return np.where(np.abs(found) < TOO_LARGE, found, np.nan)
 
 
 def _float(value: bytes) -> float:
@@ -261,7 +263,7 @@ def _value(value: float | None) -> float:
         found = float("nan" if value is None else value)
     except OverflowError:
         return float("nan")
-    return found if np.isfinite(found) else float("nan")
+    return found if abs(found) < TOO_LARGE else float("nan")
 
 
 def bucketed(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from tools.compare_runs import numbered
-from tools.run_metrics import SEEN, SPEED, Metrics
+from tools.run_metrics import SEEN, SPEED, TOO_LARGE, Metrics
 from tools.run_places import CONFIG, SAMPLES, Files, Listing, RunPlace
 from warpcore.config_files import MAX_FILE_BYTES
 from warpcore.data.tars import clean
@@ -242,7 +242,7 @@ def _count(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # nor NaN
+    return float(value) if type(value) in (int, float) and abs(value) < TOO_LARGE else None  # nor NaN
 
 
 def _shown(value: Any) -> str:

@@ -108,6 +108,14 @@ def test_lines_that_no_run_wrote_are_passed_over_and_counted(tmp_path):
     assert metrics.strange == 4
 
 
+def test_numbers_beyond_what_an_axis_can_show_count_as_infinite(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(f'{{"update": {i}, "loss": {i}e{e}}}\n' for i, e in ((1, 38), (2, 307), (3, 307))), encoding="utf-8"
+    )
+    assert points(reader(path), "loss") == [(1, 1e38), (2, None), (3, None)]
+
+
 def test_no_extreme_is_lost_where_buckets_are_few(tmp_path):
     written = lines(10_000)
     for line in written:
