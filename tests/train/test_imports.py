@@ -53,7 +53,7 @@ for name in names:
         importlib.import_module(name)
     assert not set(libraries) & sys.modules.keys(), name
 sys.argv[1:] = ["--help"]
-for module in pkgutil.iter_modules(["tools"]):
+for module in (module for module in pkgutil.iter_modules(["tools"]) if not module.ispkg):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         runpy.run_module(f"tools.{module.name}", run_name="__main__")
     assert not set(libraries) & sys.modules.keys(), module.name

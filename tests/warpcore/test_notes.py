@@ -48,7 +48,8 @@ def test_each_start_tells_of_its_command_and_of_its_end(tmp_path):
     assert states(notes) == [
         (0, "running"), (3, "stopped"), (3, "running"), (4, "failed"), (4, "running"), (5, "finished"),
     ]  # fmt: skip
-    assert shlex.split(notes[0]["command"])[-len(sys.argv[1:]) :] == sys.argv[1:]
+    command = shlex.split(notes[0]["command"])
+    assert command[len(command) - len(sys.argv[1:]) :] == sys.argv[1:]
     assert notes[0]["folder"] == os.getcwd()
     (failed,) = (note["text"] for note in notes if note.get("state") == "failed")
     assert failed.startswith("RuntimeError: no more of")

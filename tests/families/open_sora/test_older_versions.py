@@ -60,7 +60,7 @@ class Draws:
     """Recorded draws in place of those of seeds."""
 
     def __init__(self, **given):
-        self.given, self.device = given, torch.device("cpu")
+        self.given, self.device, self.level = given, torch.device("cpu"), None
 
     def normal(self, name, *shape):
         found = self.given[name.split(" of")[0]]

@@ -114,8 +114,8 @@ def test_offset_noise_moves_whole_channels():
 @pytest.mark.parametrize(
     ("offset_noise", "kwargs", "message"),
     [
-        (0.0, {}, "either uniform draws or t"),
-        (0.0, {"t": torch.ones(1), "uniform": torch.ones(1)}, "either uniform draws or t"),
+        (0.0, {}, "needs uniform draws, t or a level"),
+        (0.0, {"t": torch.ones(1), "uniform": torch.ones(1)}, "needs uniform draws, t or a level"),
         (0.1, {"t": torch.ones(1)}, "offset"),
         (0.0, {"t": torch.ones(1), "offset": torch.ones(1, 1, 1, 1)}, "offset"),
     ],
