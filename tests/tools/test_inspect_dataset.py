@@ -41,8 +41,7 @@ KEYS = ["image_size=64", "multi_aspect_ratio=[1/1, 1/2]"]
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
+    Image.fromarray(pixels).save(file := io.BytesIO(), kind, **options)
     return file.getvalue()
 
 

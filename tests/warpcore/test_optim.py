@@ -69,6 +69,10 @@ with_8_bits = pytest.param(
 )
 
 
+def muons_own(name, shape):
+    return {"linear": [name]} if len(shape) == 2 else {"linear": [], "convolutions": [name]}
+
+
 @pytest.mark.bits
 @pytest.mark.parametrize("name", [*PLAIN, with_8_bits])
 def test_a_resumed_optimizer_trains_on_bit_for_bit(name, tmp_path):
@@ -167,7 +171,7 @@ def test_muon_takes_matrices_and_kernels_as_the_matrices_that_they_multiply_by(s
     kernel = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     matrix = nn.Parameter(kernel.detach().flatten(1).clone())
     group = {"params": [kernel], "param_names": ["kernel"]}
-    (ours,) = optim.build_optimizers("muon", [group], lr=0.02, weight_decay=0.1, **_muons_own("kernel", shape))
+    (ours,) = optim.build_optimizers("muon", [group], lr=0.02, weight_decay=0.1, **muons_own("kernel", shape))
     theirs = torch.optim.Muon([matrix], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for seed in range(3):
         kernel.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

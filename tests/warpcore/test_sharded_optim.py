@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from tests.many_processes import run_in_two_processes
-from tests.warpcore.test_optim import Net, assert_identical, build, make, train, weights
+from tests.warpcore.test_optim import GROUPS, Net, assert_identical, build, make, muons_own, train, weights
 from tests.warpcore.test_optimizers import estimate_of_prodigy
 from warpcore import gradients, optim
 
@@ -98,10 +98,6 @@ def _check_training(name, mesh, end, norms):
         torch.testing.assert_close(norm, norms[group], atol=1e-5, rtol=1e-4)
 
 
-def _muons_own(name, shape):
-    return {"linear": [name]} if len(shape) == 2 else {"linear": [], "convolutions": [name]}
-
-
 def _check_muon(mesh):
     """Against the same Newton-Schulz iteration in float64; torch's runs in bfloat16, which is worth 1 to 3%."""
     for shape in ((24, 8), (601, 8), (64, 64), (24, 2, 2, 2), (1, 8), (1, 2, 2, 2)):
@@ -110,7 +106,7 @@ def _check_muon(mesh):
         parameter = nn.Parameter(start[0])
         parameter.grad = start[1]
         group = {"params": [parameter], "param_names": ["weight"]}
-        optim.step(optim.build_optimizers("muon", [group], lr=1.0, **_muons_own("weight", shape)), torch.tensor(0.0))
+        optim.step(optim.build_optimizers("muon", [group], lr=1.0, **muons_own("weight", shape)), torch.tensor(0.0))
         x = gradient.flatten(1).double() / gradient.double().norm()
         for _ in range(5):
             square = x.T @ x
