@@ -301,6 +301,6 @@ def export_format(name: str, source: Path) -> ExportFormat:
     owner = family_of(source)
     found = [form for family, form in having if family.name == owner.name]
     if not found:
-        own = ", ".join(form.name for form in owner.formats)
-        raise UserError(f"{source} is of {owner.title}, which has no format {name}; it has: {own}")
+        own = "".join(f"\n  {form.name}: {form.target}" for form in owner.formats)
+        raise UserError(f"{source} is of {owner.title}, which has no format {name}; it has:{own}")
     return found[0]

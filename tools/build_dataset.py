@@ -28,6 +28,7 @@ So does a whole folder of records that another program cached, without pictures:
 import argparse
 import io
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -345,6 +346,9 @@ def main(arguments: list[str] | None = None) -> None:
         stop_processes()
     if processes.is_main:
         print(report)
+        out = shlex.quote(str(given.out))
+        print(f"to look at it: python3 tools/inspect_dataset.py {out} data.html")
+        print(f"to train on it: webdataset_path={out}, in a config or behind its name")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,9 @@ def of_paths(paths: Sequence[str], arguments: Sequence[str], bounds: Bounds) -> 
         f"No training was named: buckets are those of image_size {sizes}, multi_aspect_ratio "
         f"{[round(ratio, 3) for ratio in config.multi_aspect_ratio or [1]]} and sides that are multiples of "
         f"{kind.bucket_factor}" + (f", clips have {config.num_frames} frames" if of_clips else "") + ". Keys such as "
-        "image_size=256 change them; a training script and its config say all of it."
+        "image_size=256 change them. Captions that a text encoder would cut off were not looked for. A training "
+        "script and its config say all of it: python3 tools/inspect_dataset.py train/SCRIPT.py CONFIG.yaml PAGE.html "
+        "webdataset_path=PATH"
     )
     if not run.has_captions:
         told.append(f"No sample has a .{' and a .'.join(captions.members)}: no captions are read (captions_getter).")

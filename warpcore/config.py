@@ -8,6 +8,7 @@ A use case subclasses `Config`, adds its keys, and calls `load_config(MyConfig)`
 
 import logging
 import os
+import shlex
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ from warpcore.idle_keys import about_idle
 from warpcore.keys import help_text, local_paths, parts_of
 from warpcore.lr_schedules import CYCLE_KEYS, CYCLES, CYCLIC, LinearCycles
 from warpcore.mistakes import check_values, explain_all
+from warpcore.text import printable
 from warpcore.unused_keys import check_unused
 
 __all__ = [
@@ -244,6 +246,11 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
     @property
     def samples_folder(self) -> Path:
         return self.output_path / self.experiment_id if self.output_path else self.run_folder / "samples"
+
+    @property
+    def where_shown(self) -> str:
+        """How to look at the run, as an indented line."""
+        return f"  to look at it as it goes: python3 tools/runs.py {shlex.quote(printable(str(self.checkpoint_path)))}"
 
 
 logger = logging.getLogger(__name__)

@@ -159,7 +159,7 @@ class WarpCore(UseCase):
             self.notes = Notes(config.run_folder / NOTES)
             self.notes.begin(self.update)
         self.progress = Progress(self.processes.is_main, config.updates, self.update, self.device, self.notes)
-        self.progress.say(f"keys that are not at their defaults:\n{changed_keys(config)}")
+        self.progress.say(f"keys that are not at their defaults:\n{changed_keys(config)}\n{config.where_shown}")
         self.cannot_draw = self.processes.first_of(self.cannot_draw)  # a file may be missing on one machine alone
         if self.cannot_draw:
             self.progress.say(self.cannot_draw)

@@ -139,6 +139,7 @@ def unused_tokens(
         if used.isdisjoint(own):
             notes.append(
                 f"train_tokens: {name} stands in none of the {len(texts)} {what}, those of the prior included: it "
-                "learns nothing. Write it into captions or caption_templates as it stands here"
+                "learns nothing. Write it into captions or caption_templates as it stands here, or leave it out: "
+                "train_tokens=null trains no token"
             )
     return notes

@@ -110,7 +110,7 @@ def existing_file(path: Path, key: str) -> Path:
     if problem := why_no_file(path):
         raise WeightsError(
             f"{key}: {path} {problem}. `python3 models/download.py` lists and fetches published weights; "
-            "those of mini sizes come with the repository"
+            "those of mini sizes come with the repository, and those of a run are there once its training has saved"
         )
     return path
 

@@ -82,6 +82,8 @@ def test_what_is_skipped_is_told_with_the_reason(folder, tmp_path, capsys):
         "1 caption is not UTF-8: latin.jpg",
         "1 .json is not JSON: broken.jpg",
         "megapixels: smallest 6.4e-05, median 0.00019, largest 0.0009",
+        f"to look at it: python3 tools/inspect_dataset.py {tmp_path / 'out'} data.html",
+        f"webdataset_path={tmp_path / 'out'}",
     ):
         assert line in told
     assert ": cut.jpg" in told

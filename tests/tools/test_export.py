@@ -213,6 +213,8 @@ def test_a_mistake_is_named(export, drawing_cascade, tmp_path):
         export("from-diffusers", tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="stage_a_checkpoint_path: nowhere does not exist"):
         export("diffusers", weights, tmp_path / "out", "model_version=mini", "--stage_a_checkpoint_path", "nowhere")
+    with pytest.raises(UserError, match=r"no format lora-diffusers; it has:[^#]*\n  lora-comfyui: a file for Comfy"):
+        export("lora-diffusers", weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

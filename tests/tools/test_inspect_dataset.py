@@ -92,6 +92,7 @@ def data(tmp_path) -> Path:
 def test_rows_are_left_out_for_the_reasons_that_training_reports(data, tmp_path):
     out = tmp_path / "page.html"
     found = page_of(data, out, *KEYS, "dataset_filters=[[score, 'lambda s: s > 3']]", out=out)
+    assert any("would cut off were not looked for" in line for line in found["told"])
     filters = [Filter.parse(["score", "lambda s: s > 3"])]
     plan = Plan(catalog_of(data), micro_batch_size=1, buckets=Buckets.for_image_size(64, (1, 0.5)), filters=filters,
                 captions=CaptionGetter.parse(["txt", "identity"]))  # fmt: skip

@@ -106,6 +106,7 @@ def test_a_run_prints_what_its_configs_come_to_and_saves_it_without_them(write, 
     assert "lr_schedule: linear" in printed
     assert "seed: 7" in printed
     assert "weight_decay" not in printed
+    assert f"python3 tools/runs.py {tmp_path / 'runs'}\n" in printed
     saved = yaml.safe_load((tmp_path / "runs/tiny/config.yaml").read_text())
     assert "base" not in saved
     assert (saved["lr"], saved["seed"], saved["lr_schedule"], saved["weight_decay"]) == (0.25, 7, "linear", 0.01)

@@ -207,8 +207,8 @@ def open_catalog(sources: Sequence[Source], *, keep_copies: bool = False) -> Cat
         rows = sum(summaries[shard.url].rows for shard in source.shards)
         if rows * source.weight < 1:
             raise UserError(
-                f"webdataset_path: weight {source.weight:g} of {source.shards[0].url} leaves not one of its {rows} "
-                f"rows in an epoch; write at least {1 / rows:.2g}, or leave it out"
+                f"webdataset_path or prior_path: weight {source.weight:g} of {source.shards[0].url} leaves not one of "
+                f"its {rows} rows in an epoch; write at least {1 / rows:.2g}, or leave it out"
             )
     weights = np.array([weight_of[shard.url] for shard in shards], np.float64)
     return Catalog(_as_table(shards, summaries), weights)

@@ -90,6 +90,7 @@ def test_tokens_that_stand_in_no_caption_are_named_at_the_start(small_cascade, t
     unused = [line.split()[1] for line in told.splitlines() if line.startswith("train_tokens:")]
     assert unused == ["[dog]", "^w9"]
     assert "stands in none of the 3 captions, those of the prior included: it learns nothing" in told
+    assert "train_tokens=null trains no token" in told
     told = started(capfd, TrainLora, settings | {"batch_size": 1, "caption_templates": ["a [dog] w9", "{caption} w3"]})
     assert [line.split()[1] for line in told.splitlines() if line.startswith("train_tokens:")] == ["[cat]", "[cow]"]
 
