@@ -47,10 +47,8 @@ def encoded(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
 
 def places(width: int, height: int) -> np.ndarray:
     """A picture whose red says how far to the right a pixel is, and its green how far down."""
-    pixels = np.full((height, width, 3), 128, np.uint8)
-    pixels[..., 0] = np.linspace(0, 255, width).round()[None]
-    pixels[..., 1] = np.linspace(0, 255, height).round()[:, None]
-    return pixels
+    x, y = (np.linspace(0, 255, side).round() for side in (width, height))
+    return np.stack([*np.meshgrid(x, y), np.full((height, width), 128)], axis=-1).astype(np.uint8)
 
 
 def write_samples(path: Path, samples: dict[str, dict]) -> Path:
