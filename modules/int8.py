@@ -20,9 +20,9 @@ LARGEST = 127
 MIXED_CHANNELS = 256
 """That a rotation mixes, or the largest power of two below that divides a layer's."""
 SIDES = 8
-"""cuBLAS multiplies int8 matrices whose sides this divides,"""
+"""cuBLAS multiplies int8 matrices whose sides this number divides."""
 FEWEST_ROWS = 17
-"""with so many rows at least."""
+"""The smallest number of rows of the first matrix that cuBLAS takes."""
 
 
 class Int8Linear(PackedLinear):

@@ -53,7 +53,7 @@ class Browser:
         self.address = f"http://127.0.0.1:{lines[0]}"
 
     def open(self, url: str, width: int = 1200, height: int = 800, dark: bool = False) -> "Tab":
-        """The page at `url`, in a tab of so many pixels, once it was loaded."""
+        """The page at `url`, in a tab of that size in pixels, once it was loaded."""
         tab = Tab(self)
         tab.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

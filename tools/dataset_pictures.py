@@ -19,7 +19,7 @@ from warpcore.pictures import shrunk
 CROP_PX, WHOLE_PX, BESIDE_PX, CLIP_PX = 224, 160, 112, 128
 """The longer side, at most, of a picture as training sees it, of its whole picture, of masks and such, of a clip."""
 CLIP_FRAMES, CLIP_BYTES = 64, 400_000
-"""Of a clip, so many frames are shown, and so many bytes at most."""
+"""The most frames, and bytes, of a clip that is shown."""
 QUALITY = 80
 
 
@@ -72,7 +72,7 @@ class FingerprintField(WholeField):
 
 
 def picture_uri(pixels: np.ndarray, longest: int) -> str:
-    """A picture, uint8 (H, W, 3), no larger than so many pixels."""
+    """A picture, uint8 (H, W, 3), whose longer side is at most `longest` pixels."""
     file = io.BytesIO()
     Image.fromarray(shrunk(np.ascontiguousarray(pixels), longest)).save(file, "WEBP", quality=QUALITY)
     return _uri("image/webp", file.getvalue())

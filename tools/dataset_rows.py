@@ -28,7 +28,7 @@ MOST_CHARACTERS = 2**25
 BINS = 24
 """Bars of a histogram of numbers."""
 MOST_VALUES = 12
-"""Of a column of texts or truth values, so many are counted one by one."""
+"""Of a column of texts or truth values: those that are counted one by one."""
 FEW = 0.01
 """A bucket with a smaller share of the draws is nearly empty."""
 DRAWN = "drawn"
@@ -75,7 +75,7 @@ class Listed:
 
 
 def list_rows(recipe: Recipe, most: int) -> Listed:
-    """The first rows, about so many: pieces of tars are listed whole."""
+    """The first rows, about `most` of them: pieces of tars are listed whole."""
     catalog, pieces, room = recipe.catalog, [], most
     for piece in as_pieces(cut(catalog, PASS_ROWS)):
         if room > 0:

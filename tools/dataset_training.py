@@ -28,7 +28,7 @@ from warpcore.rehearsal import OnShapes, load_use_case
 from warpcore.use_case import UseCase
 
 REMOTE_SHARDS = 32
-"""Of a data set that is not on this machine, so many tars are looked at by default."""
+"""Tars of a data set on another machine that are looked at by default."""
 UNINDEXED_SHARDS = 4
 """Of those among them that have no index, and would be read to make one."""
 PLAIN = {
@@ -46,7 +46,7 @@ class Bounds:
     shards: int | None = None
     """Tars; None: all on this machine, REMOTE_SHARDS elsewhere."""
     rows: int = 100_000
-    """Of whose indexes so many rows are listed."""
+    """Rows of their indexes that are listed."""
     read: int | None = None
     """Of these, samples whose caption and picture are read; None: a number on this machine, `pictures` elsewhere."""
     pictures: int = 240

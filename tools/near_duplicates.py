@@ -14,7 +14,7 @@ import numpy as np
 
 SIDE = 8
 MOST_BITS = 8
-"""Fingerprints of pictures that look the same differ in so many of their bits at most."""
+"""Fingerprints of pictures that look the same differ in at most this number of bits."""
 MOST_COLOUR = 10.0
 """The mean difference of their colours, of 255, at most."""
 MOST_RATIO = 1.1

@@ -35,7 +35,7 @@ SEEN, SPEED = "samples_seen", "samples_per_second"
 
 class Metrics:
     """Args:
-    size: of the file in bytes, 0 where there is none. read: its bytes from an offset, so many or less.
+    size: of the file in bytes, 0 where there is none. read: its bytes from an offset, at most the number asked for.
     batch_size: samples of an update where lines, as those of earlier versions, do not tell how many were seen.
     """
 
@@ -161,7 +161,7 @@ class Metrics:
     def curve(
         self, name: str, by_time: bool, buckets: int, start: float | None = None, end: float | None = None
     ) -> dict[str, list]:
-        """A metric over updates, or over seconds of training, in at most so many buckets of equal width.
+        """A metric over updates, or over seconds of training, in at most `buckets` buckets of equal width.
 
         Returns lists, an entry for each bucket that has lines: `x` of its last line; the `low`, `high` and `mean` of
         its values, None where none is finite; and the `count` of its lines.

@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def file_parts(place: RunPlace, name: str, size: int) -> Iterator[bytes]:
-    """A file of so many bytes, piece by piece; it ends early where the file does."""
+    """The first `size` bytes of a file, piece by piece; it ends early where the file does."""
     start = 0
     while start < size and (part := place.read(name, start, min(PART_BYTES, size - start))):
         yield part

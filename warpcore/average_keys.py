@@ -57,6 +57,6 @@ class AverageKeys(Settings):
     ema_device: Literal["same", "cpu"] = "same"
     """Keep the average beside the weights, or in the CPU's memory."""
     post_hoc_ema: PostHocEMA | None = None
-    """Keep two averages with the profiles `sigma_rel`, and export snapshots of both, which are never deleted, `every`
-    so many updates and at the end: `{every: 5000}`. `tools/average.py` makes the average of any other length of them
-    (EDM2, arXiv:2312.02696, section 3.2)."""
+    """Keep two averages with the profiles `sigma_rel`, and export snapshots of both, which are never deleted, after
+    each `every` updates and at the end: `{every: 5000}`. `tools/average.py` makes the average of any other length of
+    them (EDM2, arXiv:2312.02696, section 3.2)."""

@@ -1,6 +1,7 @@
 """Golden cases: inputs, weights and expected outputs computed by the Stable Cascade reference implementation.
 
-`NAME.json` (gzipped where it is long) describes a case and `NAME.safetensors`, where there is one, holds its tensors.
+`NAME.json` describes a case and `NAME.safetensors`, where there is one, holds its tensors. Files that gzip makes much
+smaller are packed.
 
 To fit in 6 MB, the weights of `stage_c_small`, `stage_c_variants`, `stage_b_small` and `lora_stage_c` are rounded to
 float16. The outputs for these weights were computed by this project's code, right after the same code had given the
@@ -22,7 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 FOLDER = Path(__file__).parent
 ROUNDING = 2e-3
@@ -31,8 +32,8 @@ ROUNDING = 2e-3
 
 def load_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The description of a case and its tensors by name; floats are float32, those that are stored in 16 bits too."""
-    tensors_file = FOLDER / f"{name}.safetensors"
-    tensors = load_file(tensors_file) if tensors_file.exists() else {}
+    content = _content(f"{name}.safetensors")
+    tensors = {} if content is None else load(content)
     return _read_json(name), {key: t.float() if t.dtype == torch.float16 else t for key, t in tensors.items()}
 
 
@@ -52,10 +53,18 @@ def load_manifest(name: str, family: str = "") -> dict:
 
 
 def _read_json(name: str) -> dict:
-    path = FOLDER / f"{name}.json"
-    return json.loads(
-        path.read_text() if path.exists() else gzip.decompress(path.with_suffix(".json.gz").read_bytes())
-    )
+    content = _content(f"{name}.json")
+    if content is None:
+        raise FileNotFoundError(FOLDER / f"{name}.json")
+    return json.loads(content)
+
+
+def _content(name: str) -> bytes | None:
+    """Of a file, packed or not; None where there is none."""
+    path, packed = FOLDER / name, FOLDER / f"{name}.gz"
+    if packed.exists():
+        return gzip.decompress(packed.read_bytes())
+    return path.read_bytes() if path.exists() else None
 
 
 def resolve(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -20,7 +20,7 @@ SIZE = (32, 32)
 
 
 def plan_of(folder, videos: dict[str, bytes], frames: dict[int, int], **rates) -> Plan:
-    """A plan for videos by name, and buckets of 32 px with so many frames, each with its micro-batch size."""
+    """A plan for videos by name, and buckets of 32 px by frames, each with its micro-batch size."""
     write_tar(folder / "a.tar", list(videos.items()))
     rungs = rungs_of({"32px": {length: (1.0, size) for length, size in frames.items()}}, 8)
     buckets = ClipBuckets(rungs, rates.get("stride", 1), rates.get("frame_rate"))
