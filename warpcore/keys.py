@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from textwrap import wrap
+from textwrap import indent, wrap
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -46,7 +46,7 @@ def help_text(kind: type[BaseModel], names: Collection[str] | None = None) -> st
     for title, all_rows in sections(kind):
         rows = [row for row in all_rows if names is None or row[0] in names]
         lines += ["", title.upper()] if rows else []
-        lines += [f"{name} ({of_type}{default})\n    {text}" for name, of_type, default, text in rows]
+        lines += [f"{name} ({of_type}{default})\n{indent(text, '    ')}" for name, of_type, default, text in rows]
     return "\n".join(lines)
 
 
