@@ -45,6 +45,8 @@ class LoraSettings:
     """Of LoKr: the smaller matrix has a low rank, too, where that makes it smaller."""
     full_matrix: bool = False
     """Of LoKr: neither matrix has a low rank."""
+    min_rank: int | None = None
+    """The rank at pure noise, from which it rises to `rank`, see `modules.rank_by_noise`; of LoRA without DoRA."""
 
     @property
     def scale(self) -> float:

@@ -241,6 +241,8 @@ def merge(network: nn.Module) -> None:
     for _, place, adapter in adapters(network):
         if isinstance(place.layer, PackedLinear):
             raise TypeError("packed weights cannot be changed: merge adapters into the weights that they were made of")
+        if adapter.settings.min_rank is not None:
+            raise TypeError("the change follows the noise (min_rank), and no weights do: it cannot be merged")
         if adapter.unmerged is None:
             adapter.unmerged = place.weight.clone()
             place.weight.add_(adapter.change(adapter.unmerged))

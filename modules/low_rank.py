@@ -21,6 +21,7 @@ class LowRank(WeightAdapter):
 
     def __init__(self, weight: Tensor, settings: LoraSettings):
         super().__init__(weight, settings)
+        self.kept: Tensor | None = None  # (B, R) bool, by `modules.rank_by_noise`
         if settings.dora:
             squared_norms = matrix(weight.detach().to(torch.float32)).square().sum(dim=1)
             self.register_buffer("squared_norms", squared_norms, persistent=False)
@@ -56,9 +57,28 @@ class LowRank(WeightAdapter):
     def beside(self, layer: nn.Module, x: Tensor, rows: slice) -> Tensor:
         """Neither the change of a weight nor its gradient is ever made at full size."""
         down, up = self.down.to(x.dtype), (self.up[rows] * self.scale).to(x.dtype)
+        kept = self._kept_for(x)
         if is_convolution(layer) and layer.groups > 1:  # a grouped kernel is small, and no product of smaller ones
-            return through(layer, x, (up @ matrix(down)).view(layer.weight.shape))
-        return F.linear(through(layer, x, down), up)
+            if kept is None:
+                return through(layer, x, (up @ matrix(down)).view(layer.weight.shape))
+            kernels = ((up * kept[:, None]) @ matrix(down)).unflatten(2, layer.weight.shape[1:])
+            return torch.cat([through(layer, one, own) for one, own in zip(x.split(1), kernels, strict=True)])
+        hidden = through(layer, x, down)
+        return F.linear(hidden if kept is None else hidden * kept.view(len(x), *[1] * (x.dim() - 2), -1), up)
+
+    def _kept_for(self, x: Tensor) -> Tensor | None:
+        """(N, R) in the dtype of x (N, ..., C): 1 for what a row keeps of the rank, 0 for the rest. Rows are samples,
+        or parts of them, those of a sample together. None: all keep all."""
+        if self.settings.min_rank is None:
+            return None
+        if self.kept is None:
+            raise RuntimeError("the rank follows the noise, which nothing has said: call `follow_noise` first")
+        if len(x) % len(self.kept):
+            raise ValueError(
+                f"min_rank: a layer of {self.shape} works on all samples at once, so that it has no rank for each: "
+                "leave it out of module_filters, or remove min_rank"
+            )
+        return self.kept.to(x.dtype).repeat_interleave(len(x) // len(self.kept), dim=0)
 
     def changed(
         self, output: Tensor, change: Tensor, weight: Tensor | None, bias: Tensor | None, rows: slice

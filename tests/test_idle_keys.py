@@ -138,6 +138,7 @@ REFUSED = {
     "gradient_topk_pattern": {"gradient_topk_pattern": "a"},
     "keep_tags": {"keep_tags": 1},
     "lr_power": {"lr_power": 2.0},
+    "min_rank": {"min_rank": 8, "rank": 8, "adapter": "lora", "dora": False},
     "micro_batches_per_update": {"micro_batches_per_update": 2},
     "num_cycles": {"num_cycles": 2},
     "offload": {"offload": ["activations"]},

@@ -19,6 +19,7 @@ from families.cascade.lora_formats import metadata
 from families.common import lora_training
 from families.common.captions import unused_tokens
 from modules.lora import without_adapters
+from modules.rank_by_noise import follow_noise
 from modules.tokens import untrained
 from train.train_c import TrainStageC
 from warpcore.data.reader import Batch
@@ -47,6 +48,7 @@ class TrainLora(lora_training.DrawnWithoutLora, TrainStageC):
         lora_training.freeze(generator, config.frozen_weights or self.dtype, self.processes)
         checkpoint = self.origin and self.origin.checkpoints.stored(self.origin.update)
         lora.adapt(generator, config.module_filters, config.lora_settings, checkpoint)
+        follow_noise(generator, self.diffusion.noise_cond.level)
         if config.train_tokens:
             networks["tokens"] = lora_training.train_tokens(text, config.train_tokens)
             text.model.set_grad_checkpointing(config.activation_checkpointing > 0)

@@ -10,6 +10,7 @@ text encoders, and the tokens; tools/export.py writes it for diffusers and for k
 import warpcore.openmp
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from families.common.lora_training import DrawnWithoutLora, freeze, lora_of, lor
 from families.stable_diffusion.lora import encoders_by_name, networks_by_name, read_lora
 from families.stable_diffusion.lora_config import SdLoraConfig
 from modules.lora import without_adapters
+from modules.rank_by_noise import follow_noise
 from modules.tokens import TokenRows, untrained
 from train.train_sd import TrainSd
 
@@ -53,10 +55,12 @@ class TrainSdLora(DrawnWithoutLora, TrainSd):
         config, networks = self.config, super().build()
         freeze(networks["generator"], config.frozen_weights or self.dtype, self.processes)
         add_adapters(networks["generator"], config.module_filters, config.lora_settings)
+        follow_noise(networks["generator"], self.diffusion.noise_cond.level)
         if self.texts_learn:
             for name, encoder in encoders_by_name(networks["text"]).items():
                 if config.text_encoder_filters:
-                    add_adapters(encoder.model, config.text_encoder_filters, config.lora_settings)
+                    at_any_noise = replace(config.lora_settings, min_rank=None)
+                    add_adapters(encoder.model, config.text_encoder_filters, at_any_noise)
                 if config.train_tokens:
                     networks[TOKENS[name]] = train_tokens(encoder, config.train_tokens)
         if config.lora_checkpoint_path:

@@ -10,9 +10,9 @@ from torch import nn
 
 from families.cascade.lora_formats import embeddings, layouts, reference
 from families.common.exports import Files, write_files
-from families.common.lora_files import fitted, peft_config
+from families.common.lora_files import fitted, notes_of_ranks, peft_config
 from families.common.lora_formats import named, ours, peft
-from families.common.lora_formats.adapters import Lora, LoraFileError, named_tokens
+from families.common.lora_formats.adapters import Lora, LoraFileError, named_tokens, with_min_rank
 from families.common.lora_formats.embeddings import embeddings_folder, file_name
 from families.common.lora_formats.tensors import read_tensors
 from families.common.lora_training import missing_tokens
@@ -64,6 +64,7 @@ def read_lora(
         if not lora.adapters and not lora.tokens:
             raise LoraFileError("it is no LoRA: it holds no tensors")
         lora = replace(lora, adapters=fitted(lora.adapters, there, "model_version"))
+        lora = with_min_rank(lora, about)
         if lora.token_delta is not None and len(lora.token_delta) != len(lora.tokens):
             raise LoraFileError(f"it has {len(lora.token_delta)} rows of tokens, and names {len(lora.tokens)} of them")
         named_tokens(about)
@@ -173,7 +174,7 @@ def shortcomings(lora: Lora, kind: str) -> list[str]:
         notes.append(f"The tokens {', '.join(lora.tokens)} stay behind: peft's folder has no place for them")
     if lora.missing_tokens:
         notes.append(missing_tokens(lora))
-    return notes
+    return notes + notes_of_ranks([lora], kind)
 
 
 def _token_ids(lora: Lora, tokenizer: Tokenizer | None) -> dict[str, int]:

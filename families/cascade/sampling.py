@@ -15,7 +15,7 @@ from families.cascade.diffusion import make_diffusion
 from families.cascade.inference import DrawingSettings
 from families.cascade.lora_formats import Lora
 from families.common.captions import cut_note
-from families.common.lora import merge_loras
+from families.common.lora import draw_with
 from families.common.lora_training import add_tokens
 from families.common.pictures import pad
 from families.common.pipeline import Pipeline, Size, sizes_of
@@ -91,7 +91,7 @@ class Cascade(Pipeline):
         """
         version, diffusion = self.settings.version, make_diffusion(self.settings.diffusion_target)
         with self.holding("Stage C", partial(build.stage_c, dtype=self.dtype)) as generator:
-            merge_loras(generator, self.loras)
+            draw_with(generator, self.loras)
             shape = (generator.c_in, *latent_size(*size, version.compression, generator.patch_size))
             nothing = {"clip_img": torch.zeros(1, 1, generator.clip_img_mapper.in_features)}
             network, controlled = generator, ({}, {})

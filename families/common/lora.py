@@ -3,6 +3,7 @@
 add_adapters       put adapters where `module_filters` find layers; then train them
 adapters_of        what they are, to be written to a file (`families.common.lora_files`)
 merge_loras        the changes of several files, each with its strength, added to the weights
+draw_with          the same for drawing, where a change may follow the noise
 """
 
 import math
@@ -94,6 +95,31 @@ def merge_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None
         weight = there[name].weight
         found = [(own[name], strength) for own, strength in sources if name in own]
         weight.add_(sum(change_of(weight, one.product, one.magnitude) * strength for one, strength in found))
+
+
+@torch.no_grad()
+def draw_with(network: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Let a network draw with LoRAs, each times its strength: merged, or where the rank follows the noise, beside it
+    (see `follow_noise`).
+
+    Raises:
+        LoraError: two LoRAs of the latter kind change the same layer.
+    """
+    merge_loras(network, [(own, strength) for own, strength in loras if own.min_rank is None])
+    there, changed = places(network) | places(network, split_qkv=True), set()
+    for own, strength in loras:
+        for name, source in split(own.adapters).items() if own.min_rank is not None else ():
+            if name in changed:
+                raise LoraError(f"lora: two with min_rank change {name}: draw with one of them alone")
+            changed.add(name)
+            min_rank = min(own.min_rank, source.rank)
+            settings = LoraSettings(source.rank, source.alpha, source.rank_stabilised, min_rank=min_rank)
+            try:
+                adapter = lora.add_adapter(name, there[name], settings)
+            except ValueError as error:
+                raise LoraError(f"lora: {error}") from None
+            fill(adapter, source)
+            adapter.up.mul_(strength)
 
 
 def listed_loras(files: Sequence[str], use_ema: bool = True) -> list[tuple[Path, float]]:

@@ -39,6 +39,9 @@ class LoraKeys(Settings):
     smaller by far; LoHa is a product of two LoRAs, number by number, whose rank reaches the square of `rank`."""
     rank: PositiveInt
     """How much an adapter can hold: it is two matrices, one with this many columns, one with this many rows."""
+    min_rank: PositiveInt | None = None
+    """The rank at pure noise, from which it rises to `rank` where there is none: a LoRA of few pictures copies less of
+    their composition (T-LoRA, arXiv:2507.05964); with `adapter: lora`. By default it is `rank` at every noise."""
     alpha: PositiveFloat | None = None
     """Adapters count alpha / rank. By default alpha is the rank, or 1 with `lora_init: published`."""
     rank_stabilised: bool = False
@@ -80,6 +83,7 @@ class LoraKeys(Settings):
             factor=self.factor,
             decompose_both=self.decompose_both,
             full_matrix=self.full_matrix,
+            min_rank=self.min_rank,
         )
 
     @model_validator(mode="after")
@@ -90,6 +94,19 @@ class LoraKeys(Settings):
                 raise ValueError(f"dora: {title} is trained without lengths; remove it, or write adapter: lora")
             if self.lora_init != "zero_up":
                 raise ValueError(f"lora_init: {title} starts as LyCORIS does it; remove it, or write adapter: lora")
+            if self.min_rank is not None:
+                raise ValueError(
+                    f"min_rank: {title} has no columns that each add to its rank; remove it, or write adapter: lora"
+                )
+        if self.min_rank is not None and self.dora:
+            raise ValueError(
+                "min_rank: the lengths that DoRA learns are those of the change of full rank; remove min_rank or dora"
+            )
+        if self.min_rank is not None and self.min_rank >= self.rank:
+            raise ValueError(
+                f"min_rank: {self.min_rank} is not below the rank, {self.rank}, so it changes nothing; write a "
+                "smaller number, or remove it"
+            )
         if self.factor == 0 or self.factor < -1:
             raise ValueError(f"factor: {self.factor} divides no weight; write a number from 1, such as 8, or -1")
         return self

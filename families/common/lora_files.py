@@ -27,6 +27,7 @@ from families.common.lora_formats.adapters import (
     OneAdapter,
     named_alpha,
     named_tokens,
+    with_min_rank,
 )
 from families.common.lora_formats.tensors import read_tensors
 from modules.lora import Place, places
@@ -148,6 +149,7 @@ def read_loras(path: Path, networks: Mapping[str, nn.Module], hint: str = "the f
         if not any(own.adapters or own.tokens for own in found.values()):
             raise LoraFileError("it is no LoRA: it holds no tensors")
         found = {name: replace(own, adapters=fitted(own.adapters, there[name], hint)) for name, own in found.items()}
+        found |= {name: with_min_rank(found[name], about) for name in found.keys() - text_encoders(networks)}
     except LoraFileError as error:
         raise LoraFileError(f"{path}: {error}") from None
     return embeddings.with_tokens_beside(found, path, named_tokens(about), text_encoders(networks))
@@ -232,7 +234,16 @@ def metadata(loras: Mapping[str, Lora]) -> dict[str, str]:
     """What our file of a pipeline's networks says about its tensors."""
     adapters = {f"{name}.{place}": adapter for name, own in loras.items() for place, adapter in own.adapters.items()}
     tokens = list(dict.fromkeys(token for own in loras.values() for token in own.tokens + own.missing_tokens))
-    return ours.metadata(Lora(adapters, tokens))
+    min_rank = next((own.min_rank for own in loras.values() if own.min_rank is not None), None)
+    return ours.metadata(Lora(adapters, tokens, min_rank=min_rank))
+
+
+def notes_of_ranks(loras: Iterable[Lora], kind: str) -> list[str]:
+    """What to know of LoRAs in a format of another program, or `merged` into weights, whose rank follows the noise."""
+    min_rank = next((lora.min_rank for lora in loras if lora.min_rank is not None), None)
+    if min_rank is None or kind == "warpcore":
+        return []
+    return [f"It was trained with min_rank: {min_rank}; other programs draw with its full rank at every noise"]
 
 
 def text_encoders(networks: Iterable[str]) -> list[str]:

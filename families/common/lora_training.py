@@ -69,10 +69,11 @@ def lora_tensors(network: nn.Module, rows: TokenRows | None) -> dict[str, Tensor
 
 def lora_of(network: nn.Module, rows: TokenRows | None = None) -> Lora:
     """The adapters in a network and the rows of tokens, as a file would hold them."""
-    found = adapters_of(network)
+    ranks = (adapter.settings.min_rank for _, _, adapter in adapters(network))
+    lora = Lora(adapters_of(network), min_rank=next(ranks, None))
     if rows is None:
-        return Lora(found)
-    return Lora(found, [token.name for token in rows.tokens], rows.initial, rows.delta.detach())
+        return lora
+    return lora.with_tokens([token.name for token in rows.tokens], rows.initial, rows.delta.detach())
 
 
 @torch.no_grad()

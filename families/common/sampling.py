@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.rank_by_noise import follow_noise
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.given_frames import GivenFrames, of_frames
 from warpcore.diffusion.guidance import Guidance
@@ -90,18 +91,19 @@ def draw_latents(
         first = noise_level if times is None else times[0].item()
         t = torch.full((len(x),), first, device=device)
         x = diffusion.diffuse(start, x, t=t, shift=shift).noised
-    for found, reached, _ in diffusion.sample(
-        predict,
-        conditions,
-        x,
-        unconditional=unconditional,
-        sampler=steps_by,
-        guidance=None if guidance is None else Guidance(guidance, guidance_rescale, channels=guidance_channels),
-        steps=Steps(max(1, round(steps * noise_level)), start=noise_level, times=times, shift=shift),
-        noise=lambda step: random.normal(f"noise of step {step}", *shape),
-    ):
-        # Published lists of times end where their pipelines end; what is found in given frames says nothing.
-        drawn = found if times is None and given_frames is None else reached
+    with follow_noise(network, diffusion.noise_cond.level):
+        for found, reached, _ in diffusion.sample(
+            predict,
+            conditions,
+            x,
+            unconditional=unconditional,
+            sampler=steps_by,
+            guidance=None if guidance is None else Guidance(guidance, guidance_rescale, channels=guidance_channels),
+            steps=Steps(max(1, round(steps * noise_level)), start=noise_level, times=times, shift=shift),
+            noise=lambda step: random.normal(f"noise of step {step}", *shape),
+        ):
+            # Published lists of times end where their pipelines end; what is found in given frames says nothing.
+            drawn = found if times is None and given_frames is None else reached
     return drawn
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from families.common.exports import write_new_files
 from families.common.library_files import Component
-from families.common.lora_files import lora_files
-from families.common.transformer_lora import TRANSFORMER, Build, built_with, open_loras, read_lora
+from families.common.lora import merge_loras
+from families.common.lora_files import lora_files, notes_of_ranks
+from families.common.transformer_lora import TRANSFORMER, Build, open_loras, read_lora
 from families.common.weight_files import FAMILY_KEY, GENERATOR, is_run, weights_in
 from families.common.weights import check_names, only_shapes
 from warpcore.config import Settings, load_config
@@ -38,7 +39,10 @@ def opened(
         raise UserError(f"{GENERATOR}: there are no weights of the denoiser to write; give them, or a run's folder")
     dtype = getattr(torch, settings.export_dtype)
     if settings.lora:
-        network = built_with(build, open_loras(build, settings.lora, settings, settings.use_ema), settings)
+        loras, network = open_loras(build, settings.lora, settings, settings.use_ema), build(settings, torch.float32)
+        merge_loras(network, loras)
+        for note in notes_of_ranks([lora for lora, _ in loras], "merged"):
+            print(f"{note}.")
         check_range(network.state_dict(), dtype)
         return settings, network, network.state_dict()
     with only_shapes():
@@ -63,4 +67,5 @@ def export_lora(
         network = build(settings)
     lora = read_lora(weights_in(source, "lora", settings.use_ema), network)
     about = {FAMILY_KEY: family} | {key: str(getattr(settings, key)) for key in settings.about_network}
-    write_new_files(lora_files({TRANSFORMER: lora}, target, kind, {TRANSFORMER: network}, about))
+    files = lora_files({TRANSFORMER: lora}, target, kind, {TRANSFORMER: network}, about)
+    write_new_files(files, notes_of_ranks([lora], kind))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.library_files import CONFIG_KEY
-from families.common.lora import add_adapters, listed_loras, merge_loras
+from families.common.lora import add_adapters, draw_with, listed_loras
 from families.common.lora_files import metadata, read_loras
 from families.common.lora_formats import Lora
 from families.common.lora_training import DrawnWithoutLora, freeze, lora_of, lora_tensors, start_from
@@ -17,6 +17,7 @@ from families.common.prompt_samples import PromptSamples
 from families.common.weight_files import GENERATOR
 from families.common.weights import only_shapes
 from modules.lora import without_adapters
+from modules.rank_by_noise import follow_noise
 
 TRANSFORMER = "transformer"
 """The network of a pipeline, as LoRA files call it."""
@@ -51,9 +52,9 @@ def open_loras(build: Build, files: Sequence[str], settings: Any, use_ema: bool 
 
 
 def built_with(build: Build, loras: Loras, settings: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The denoiser with the changes of LoRAs in its weights."""
+    """The denoiser, which draws with the changes of LoRAs."""
     network = build(settings, dtype)
-    merge_loras(network, loras)
+    draw_with(network, loras)
     return network
 
 
@@ -68,6 +69,7 @@ class TransformerLora(DrawnWithoutLora, PromptSamples):
         network = networks["generator"]
         freeze(network, config.frozen_weights or self.dtype, self.processes)
         add_adapters(network, config.module_filters, config.lora_settings)
+        follow_noise(network, self.diffusion.noise_cond.level)
         if config.lora_checkpoint_path:
             start_from(read_lora(config.lora_checkpoint_path, network), network, None, config.lora_checkpoint_path)
         return networks

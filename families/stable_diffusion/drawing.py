@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from families.common.lora import draw_with
 from families.common.lora_training import add_tokens
 from families.common.pipeline import LatentPipeline, Size
 from families.common.precision import freeze
@@ -61,7 +62,7 @@ class StableDiffusionNetworks(LatentPipeline):
             start: latents (C, h, w) to begin with, see `draw_latents`; **sampling are its other arguments.
         """
         with self.holding("U-Net", partial(build.unet, dtype=self.dtype)) as unet:
-            merge(self.loras, UNET, unet)
+            draw_with(unet, of_network(self.loras, UNET))
             shape = (unet.config.in_channels, *size)
 
             def draw(rows: list[int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from families.common.exports import OTHER_NAME, print_sizes, write_new_files
 from families.common.library_files import constructor_numbers, save_library_folder
-from families.common.lora_files import lora_files
+from families.common.lora_files import lora_files, notes_of_ranks
 from families.common.lora_training import missing_tokens
 from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, is_run, metadata_of, weights_in
 from families.common.weights import only_shapes
@@ -136,6 +136,8 @@ def open_networks(settings: ExportSettings) -> Networks:
             found.modules[name] = encoder.model if name == "text_encoder_2" else without_projection(encoder.model)
             found.tokenizers[name.replace("text_encoder", "tokenizer")] = encoder.tokenizer
     for place, (lora, _) in zip(settings.lora, loras, strict=True):
+        for note in notes_of_ranks(lora.values(), "merged"):
+            print(f"{place}: {note}.")
         if any(own.tokens for own in lora.values()):
             print(f"The tokens of {place} are not in it: lora-kohya and lora-diffusers write them as embeddings.")
         if settings.only_unet and any(own.adapters for name, own in lora.items() if name != UNET):
@@ -253,4 +255,5 @@ def export_lora(kind: str, source: Path, target: Path, arguments: list[str]) -> 
         about |= {SKIP_KEY: str(skip)} | ({KOHYA_SKIP_KEY: str(skip)} if kind == "kohya" else {})
     changed = {name: lora for name, lora in loras.items() if lora.adapters or lora.tokens}
     notes = [missing_tokens(lora) for lora in loras.values() if lora.missing_tokens]
+    notes += notes_of_ranks(loras.values(), kind)
     write_new_files(lora_files(changed, target, kind, networks, about), notes)

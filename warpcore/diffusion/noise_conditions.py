@@ -18,6 +18,9 @@ class NoiseCond:
         clamp_range: of the result; None for no clamping.
     """
 
+    ends: tuple[float, float] | None = None
+    """r of a clean signal and of noise, between which it is a position in a schedule; None where it is none."""
+
     def __init__(self, *, shift: float = 1.0, clamp_range: Sequence[float] | None = None):
         self.shift = shift
         self.clamp_range = clamp_range
@@ -33,12 +36,22 @@ class NoiseCond:
         """r (B,) of `logsnr` (B,), before it is bounded."""
         raise NotImplementedError
 
+    def level(self, r: Tensor) -> Tensor:
+        """How noisy r (B,) says samples are, in float: their position (B,) in the schedule as the network is told it,
+        from 0 (clean) to 1 (noise), any shift included. Timestep t of N is at t / N."""
+        if self.ends is None:
+            raise ValueError(f"{type(self).__name__} is no position in a schedule")
+        clean, noise = self.ends
+        return ((r - clean) / (noise - clean)).clamp(0, 1)
+
 
 class CosineTNoiseCond(NoiseCond):
     """The t at which `CosineSchedule` has this logSNR (inverse of arXiv:2102.09672, eq. 17).
 
     `clamp_range` bounds both the variance of the signal and the result.
     """
+
+    ends = (0.0, 1.0)
 
     def __init__(self, s: float = 0.008, clamp_range: Sequence[float] = (0.0, 1.0), *, shift: float = 1.0):
         self.s = s
@@ -59,6 +72,8 @@ class EDMNoiseCond(NoiseCond):
 
 class SigmoidNoiseCond(NoiseCond):
     """The variance of the noise in a sample of variance 1."""
+
+    ends = (0.0, 1.0)
 
     def cond(self, logsnr: Tensor) -> Tensor:
         return (-logsnr).sigmoid()
@@ -85,6 +100,8 @@ class EDMSigmaNoiseCond(NoiseCond):
 class RectifiedFlowsNoiseCond(NoiseCond):
     """The weight of the clean signal on a straight path: 1 for clean, 0 for noise, the other way round than t."""
 
+    ends = (1.0, 0.0)
+
     def cond(self, logsnr: Tensor) -> Tensor:
         return (logsnr / 2).sigmoid()
 
@@ -94,6 +111,7 @@ class FlowTimestepNoiseCond(NoiseCond):
 
     def __init__(self, steps: float = 1000, **kwargs):
         self.steps = steps
+        self.ends = (0.0, steps)
         super().__init__(**kwargs)
 
     def cond(self, logsnr: Tensor) -> Tensor:
@@ -106,6 +124,7 @@ class TimestepNoiseCond(NoiseCond):
     def __init__(self, schedule: TableSchedule, fractional: bool = False, **kwargs):
         self.schedule = schedule
         self.fractional = fractional
+        self.ends = (0.0, schedule.steps)
         super().__init__(**kwargs)
 
     def cond(self, logsnr: Tensor) -> Tensor:
@@ -115,6 +134,8 @@ class TimestepNoiseCond(NoiseCond):
 
 class StableDiffusionNoiseCond(NoiseCond):
     """The t at which `StableDiffusionSchedule` has this logSNR."""
+
+    ends = (0.0, 1.0)
 
     def __init__(self, linear_range: Sequence[float] = (0.00085, 0.012), total_steps: int = 1000, **kwargs):
         self.variances = stable_diffusion_variances(linear_range, total_steps)
@@ -145,6 +166,7 @@ class DiscreteNoiseCond(NoiseCond):
         self.noise_cond = noise_cond
         self.steps = steps
         self.continuous_range = tuple(continuous_range)
+        self.ends = (0.0, steps)
         super().__init__(**kwargs)
 
     def cond(self, logsnr: Tensor) -> Tensor:

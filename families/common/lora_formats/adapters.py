@@ -1,6 +1,7 @@
 """What a LoRA, LoKr or LoHa holds, whatever file it came from: adapters by their places, and trained tokens."""
 
 import math
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -196,12 +197,30 @@ class Lora:
     """(T, D): what training added."""
     missing_tokens: list[str] = field(default_factory=list)
     """Tokens that were trained with the adapters, but are neither in the file nor beside it."""
+    min_rank: int | None = None
+    """The rank at pure noise that the adapters of a denoiser were trained with (`modules.rank_by_noise`)."""
 
     def with_tokens(self, names: list[str], initial: Tensor, delta: Tensor) -> "Lora":
         """The LoRA with further tokens; `initial` and `delta` (T, D) are as those here."""
         if self.tokens:
             initial, delta = torch.cat([self.token_initial, initial]), torch.cat([self.token_delta, delta])
         return replace(self, tokens=self.tokens + names, token_initial=initial, token_delta=delta)
+
+
+def with_min_rank(lora: Lora, about: Mapping[str, str]) -> Lora:
+    """The LoRA with the rank at pure noise that its file's metadata give, if they give one.
+
+    Raises LoraFileError where it is no number from 1, or the adapters are of a kind that has none.
+    """
+    text = about.get("min_rank")
+    if text is None:
+        return lora
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise LoraFileError(f"its metadata say min_rank: {text[:60]}, which is no number from 1")
+    for place, adapter in lora.adapters.items():
+        if adapter.kind != "lora" or adapter.magnitude is not None:
+            raise LoraFileError(f"its metadata say min_rank: {text}, but the adapter of {place} is no plain LoRA")
+    return replace(lora, min_rank=int(text))
 
 
 def pair(place: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def metadata(lora: Lora) -> dict[str, str]:
         "alpha": of_all(lambda adapter: adapter.alpha if stabilised else adapter.plain_alpha),
         "rank_stabilised": json.dumps(stabilised),
         "tokens": json.dumps(lora.tokens + lora.missing_tokens),
-    }
+    } | ({} if lora.min_rank is None else {"min_rank": json.dumps(lora.min_rank)})
 
 
 def from_ours(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Lora:
