@@ -9,18 +9,18 @@ kernels, and what `compile: true` and `fp8: true` save are not counted.
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
-import yaml
+from pydantic import ValidationError
 
 from families.common.weights import only_shapes
 from tools.arguments import amount, local_path, process_count
 from tools.cache_features import as_if_cached
-from warpcore import optim
-from warpcore.batch_size import divisors, split_batch
-from warpcore.config import Config, load_config, make_config
+from tools.fitting import Choice, Fitting, Keys, on_command_line
+from warpcore.batch_size import split_batch
+from warpcore.config import Config, load_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
 from warpcore.launch import planned_processes
@@ -32,6 +32,10 @@ GIB = 2**30
 USABLE = 0.92
 """Of a GPU's memory: the rest is CUDA's own, kernels' workspaces and gaps between tensors."""
 LEVELS = (0, 1, 2, 3)
+OF_UPDATES = ("activation_checkpointing", "micro_batch_size", "grad_accum_steps")
+"""Keys that change nothing of what is in memory between updates."""
+BETWEEN_UPDATES = ("ema_device",)
+"""Keys that change nothing of what is in memory only during updates."""
 
 
 def main() -> None:
@@ -61,27 +65,62 @@ class Plan:
     def __init__(self, use_case: type[WarpCore], config: Config, device: str, processes: int = 1):
         self.use_case, self.config, self.device, self.processes = use_case, config, device, processes
         check_divides("sequence_shards", config.processes_per_sample, processes)
-        self.micro_batch, self.accumulation = split_batch(config, processes // config.processes_per_sample, None)
+        self.micro_batch, self.accumulation = self._split(config)
+        self._between: dict[str, Needs] = {}
+        self._counted: dict[str, tuple[Needs, Needs]] = {}
 
-    def shapes(self, changes: dict) -> OnShapes:
-        """The run with other settings.
+    def _split(self, config: Config) -> tuple[int | None, int]:
+        return split_batch(config, self.processes // config.processes_per_sample, None)
+
+    def with_keys(self, keys: Keys) -> Config:
+        """The config with other keys, about which nothing is logged.
 
         Raises:
-            ConfigError: it can't have them.
+            ValidationError, UserError: they can't be together.
         """
-        config = make_config(type(self.config), self.config.model_dump() | changes)
-        return OnShapes(self.use_case, config, self.device, self.processes)
+        config = type(self.config).model_validate(self.config.model_dump() | keys) if keys else self.config
+        self._split(config)
+        return config
 
-    def needs(
-        self, shapes: OnShapes, level: int, micro_batch: int | None, size: tuple[int, ...] | None = None
-    ) -> Needs:
-        """Of a level of activation checkpointing and a micro-batch, by default the bucket's; of the largest bucket."""
+    def shapes(self, keys: Keys) -> OnShapes:
+        """The run with other keys; raises as `with_keys` does."""
+        return OnShapes(self.use_case, self.with_keys(keys), self.device, self.processes)
+
+    def allows(self, keys: Keys) -> bool:
+        """Whether the config takes these keys."""
+        try:
+            self.with_keys(keys)
+        except (ValidationError, UserError):
+            return False
+        return True
+
+    def needs(self, keys: Keys, usable: float = math.inf) -> Needs | None:
+        """With other keys, for updates of the largest bucket; None where the run can't have them.
+
+        usable: what takes more bytes even between updates is counted without its activations, which takes less time.
+        """
+        known, of_updates = _without(keys, OF_UPDATES), _without(keys, BETWEEN_UPDATES)
+        between = self._between.get(known)
+        if between is None or (between.total <= usable and of_updates not in self._counted):
+            try:
+                with self.shapes(keys) as shapes:
+                    between = self._between[known] = shapes.between_updates()
+                    if between.total <= usable and of_updates not in self._counted:
+                        level, size = shapes.config.activation_checkpointing, bucket_sizes(shapes.run)[0]
+                        self._counted[of_updates] = self.of_bucket(shapes, size, level), between
+            except (ValidationError, UserError):  # such as bfloat16 weights of a network with batch norms
+                return None
+        if between.total > usable:
+            return between
+        needs, without = self._counted[of_updates]
+        return replace(needs, ema=between.ema, on_cpu=needs.on_cpu + between.on_cpu - without.on_cpu)
+
+    def of_bucket(self, shapes: OnShapes, size: tuple[int, ...], level: int) -> Needs:
+        """For updates of a bucket, with a level of activation checkpointing."""
+        micro, accumulation = self._split(shapes.config)
         shapes.set_checkpointing(level)
-        size = size or bucket_sizes(shapes.run)[0]
-        if micro_batch is None:
-            own = shapes.run.config.buckets(shapes.run.bucket_factor).micro_batch_sizes
-            return shapes.needs(size, own[size], self.accumulation)
-        return shapes.needs(size, micro_batch, self.accumulation * self.micro_batch // micro_batch)
+        own = shapes.run.config.buckets(shapes.run.bucket_factor).micro_batch_sizes
+        return shapes.needs(size, own[size] if micro is None else micro, accumulation)
 
     @cached_property
     def levels(self) -> Sequence[int]:
@@ -96,98 +135,63 @@ class Plan:
         with self.shapes({}) as shapes:
             sizes = bucket_sizes(shapes.run)
             rows = [(level, sizes[0]) for level in levels] + [(own, size) for size in sizes[1:] if buckets]
-            table = [(level, size, self.needs(shapes, level, micro, size)) for level, size in rows]
+            between = shapes.between_updates()
+            table = [(level, size, self.of_bucket(shapes, size, level)) for level, size in rows]
             micro = "the bucket's" if micro is None else micro
             print(f"per process of {self.processes}, in GiB; micro-batch {micro}, accumulation {self.accumulation}, "
                   f"{shapes.run.dtype} computation\n".replace("torch.", ""))  # fmt: skip
+        for level, _, needs in table[: len(levels)]:
+            keys = {} if level == own else {"activation_checkpointing": level}
+            self._counted[_without(keys, BETWEEN_UPDATES)] = needs, between
         if self.config.processes_per_sample > 1:
             print("sequence_shards: activations are those of whole clips, of which each process has a part\n")
         needs = table[0][2]
         print("| frozen networks | weights | gradients | optimizer | EMA |\n|---|---|---|---|---|")
-        print(f"| {_gib(needs.frozen)} | {_gib(needs.weights)} | {_gib(needs.gradients)} | {_gib(needs.optimizer)} "
-              f"| {_gib(needs.ema)} |\n")  # fmt: skip
+        print(f"| {gib(needs.frozen)} | {gib(needs.weights)} | {gib(needs.gradients)} | {gib(needs.optimizer)} "
+              f"| {gib(needs.ema)} |\n")  # fmt: skip
         print("| activation_checkpointing | bucket (px) | activations | all | in the CPU's memory |")
         print("|---|---|---|---|---|")
         for level, size, needs in table:
             mark = " (this config)" if (level, size) == (own, sizes[0]) else ""
-            print(f"| {level}{mark} | {' x '.join(map(str, size))} | {_gib(needs.activations)} | {_gib(needs.total)} "
-                  f"| {_gib(needs.on_cpu)} |")  # fmt: skip
+            print(f"| {level}{mark} | {' x '.join(map(str, size))} | {gib(needs.activations)} | {gib(needs.total)} "
+                  f"| {gib(needs.on_cpu)} |")  # fmt: skip
+
+    @cached_property
+    def fitting(self) -> Fitting:
+        """The search for what fits."""
+        return Fitting(self, self.allows)
+
+    def cheapest(self, memory: float) -> tuple[bool, Choice, Needs]:
+        """Whether anything fits a GPU of so many bytes; what costs least and does, or else needs least; its needs."""
+        usable = USABLE * memory
+
+        def total(keys: Keys) -> float | None:
+            needs = self.needs(keys, usable)
+            return None if needs is None else needs.total
+
+        fits, choice = self.fitting.cheapest(total, usable)
+        return fits, choice, self.needs(self.fitting.keys(choice))
 
     def suggest(self, memory: float) -> None:
-        """Print the first settings that fit, by what they cost: nothing, time, precision."""
-        least = math.inf
-        for changes, needs in self._alternatives(USABLE * memory):
-            if needs.total <= USABLE * memory:
-                keys = yaml.safe_dump(changes, default_flow_style=True, sort_keys=False, width=math.inf)
-                written = keys.strip()[1:-1] or "this config"
-                print(f"\nfits {memory / GIB:g} GiB: {written} ({_gib(needs.total)} GiB of {_gib(USABLE * memory)} "
-                      f"usable, {_gib(needs.on_cpu)} GiB of the CPU's memory)")  # fmt: skip
-                return
-            least = min(least, needs.total)
-        print(
-            f"\nnothing fits {memory / GIB:g} GiB in one process, the least being {_gib(least)} GiB: shard it over "
-            "several (use_fsdp: true, --processes), or train adapters (train/train_c_lora.py)"
-        )
-
-    def _alternatives(self, usable: float) -> Iterator[tuple[dict, Needs]]:
-        """Settings and what they need, the first ones being those that cost least."""
-        own = self.config.activation_checkpointing
-        as_written = [(own, self.micro_batch)]
-        sizes = reversed(divisors(self.micro_batch)) if self.micro_batch else [None]
-        smaller = [(level, n) for n in sizes for level in self.levels if level >= own]
-        free, dear = self._places()
-        for changes, batches in [*((c, as_written) for c in free), *((c, smaller) for c in (*free, *dear))]:
-            if "activations" in changes.get("offload", ()) and not own:
-                batches = [(level, n) for level, n in batches if level]
-            with ExitStack() as using:
-                try:
-                    level = batches[-1][0] if batches else 0
-                    shapes = using.enter_context(self.shapes(changes | {"activation_checkpointing": level}))
-                except UserError:  # such as bfloat16 weights with another optimizer than AdamW
-                    continue
-                least = shapes.between_updates()
-                if least.total <= usable:
-                    least = self.needs(shapes, *batches[-1])
-                if least.total > usable:
-                    yield changes, least
-                    continue
-                for level, micro in batches[:-1]:
-                    yield changes | self._batch(level, micro), self.needs(shapes, level, micro)
-                yield changes | self._batch(*batches[-1]), least
-
-    def _places(self) -> tuple[list[dict], list[dict]]:
-        """Keys that move something to where it takes no memory of this GPU: for nearly nothing, and at a price."""
-        config = self.config
-        averages = config.ema_start_iters is not None or config.post_hoc_ema is not None
-        ema = {"ema_device": "cpu"} if averages and not config.fsdp_cpu_offload else {}
-        encoders = {"offload": [*dict.fromkeys([*config.offload, "encoders"])]}
-        activations = {"offload": [*dict.fromkeys([*config.offload, "encoders", "activations"])]}
-        free = [{}, ema, ema | encoders]
-        dear = [ema | activations]
-        can_shard = optim.supports_dtensor(config.optimizer) and getattr(config, "frozen_weights", None) != "nf4"
-        dear += [{"use_fsdp": True}] if self.processes > 1 and can_shard else []
-        if can_shard:
-            weights = {"use_fsdp": True, "fsdp_cpu_offload": True}
-            dear += [weights, weights | encoders, weights | activations]
-        dear += [{"weights_dtype": "bfloat16"} | changes for changes in (*free, *dear)]
-        free, dear = (
-            [{k: v for k, v in one.items() if getattr(config, k) != v} for one in all] for all in (free, dear)
-        )
-        return [c for i, c in enumerate(free) if c not in free[:i]], [c for c in dear if c not in free]
-
-    def _batch(self, level: int, micro_batch: int) -> dict:
-        """The keys of a level of activation checkpointing and a micro-batch, where they differ from the config's."""
-        config, changes = self.config, {}
-        if level != config.activation_checkpointing:
-            changes["activation_checkpointing"] = level
-        if micro_batch != self.micro_batch:
-            changes["micro_batch_size"] = micro_batch
-            if config.grad_accum_steps is not None:
-                changes["grad_accum_steps"] = self.accumulation * self.micro_batch // micro_batch
-        return changes
+        """Print the keys that cost least and fit a GPU of so many bytes, and what they cost."""
+        fits, choice, needs = self.cheapest(memory)
+        if not fits:
+            print(f"\nnothing fits {memory / GIB:g} GiB in one process, the least being {gib(needs.total)} GiB: shard "
+                  "it over several (use_fsdp=true, --processes), or train adapters")  # fmt: skip
+            return
+        written = on_command_line(self.fitting.keys(choice)) or "this config"
+        print(f"\nfits {memory / GIB:g} GiB: {written}\n{gib(needs.total)} GiB of {gib(USABLE * memory)} usable, and "
+              f"{gib(needs.on_cpu)} GiB of the CPU's memory")  # fmt: skip
+        for keys, cost in self.fitting.costs(choice):
+            print(f"- {on_command_line(keys)}: {cost}")
 
 
-def _gib(size: float) -> str:
+def _without(keys: Keys, left_out: Sequence[str]) -> str:
+    """What counts with these keys are known by."""
+    return str(sorted((key, value) for key, value in keys.items() if key not in left_out))
+
+
+def gib(size: float) -> str:
     value = size / GIB
     return "0" if not value else f"{value:.{max(0, 2 - int(math.log10(max(value, 0.01))))}f}"
 

@@ -14,7 +14,8 @@ from tests.golden import load_manifest
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, settings  # noqa: F401
 from tests.train.test_separate_caches import CACHED, CHANGES, SPARED
-from tests.warpcore.runs import tiny_settings
+from tests.warpcore.runs import TINY, tiny_settings
+from tests.warpcore.tiny import Denoiser, TinyConfig
 from tests.warpcore.tiny_clips import ClipConfig, ClipDenoiser
 from tools import memory
 from tools.cache_features import as_if_cached
@@ -140,13 +141,33 @@ def test_what_is_suggested_costs_more_the_less_memory_there_is(settings, capsys)
     use_case = load_use_case(TRAIN / "train_c.py")
     plan = memory.Plan(use_case, make_config(use_case.Config, settings("train_c", "less", batch_size=2)), "cuda")
     with only_shapes():
-        with plan.shapes({}) as shapes:
-            needs = plan.needs(shapes, 0, 2)
+        needs = plan.needs({})
         for total in (needs.total, needs.total - needs.ema // 2, needs.weights):
             plan.suggest(1.001 * total / memory.USABLE)
-    suggested = [line.partition("GiB: ")[2] for line in capsys.readouterr().out.splitlines() if line]
-    expected = ("this config (", "ema_device: cpu (", "use_fsdp: true, fsdp_cpu_offload: true")
-    assert all(line.startswith(start) for line, start in zip(suggested, expected, strict=True))
+    suggested = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert suggested[0].endswith("GiB: this config")
+    assert suggested[2].endswith("GiB: ema_device=cpu")
+    assert suggested[4] == "- ema_device=cpu: the device waits when the average moves (ema_iters)"
+    assert suggested[5].endswith("GiB: use_fsdp=true fsdp_cpu_offload=true")
+
+
+@pytest.mark.integration
+def test_a_card_that_is_nearly_enough_gets_one_line_of_keys_and_a_key_without_effect_one_warning(
+    tmp_path, capsys, monkeypatch, caplog
+):
+    given = tiny_settings(tmp_path, tmp_path, batch_size=8, min_lr_ratio=0.5)
+    with only_shapes():
+        whole = memory.Plan(Denoiser, make_config(TinyConfig, given), "cpu").needs({})
+    caplog.clear()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given))
+    card = f"{(whole.total - whole.ema // 2) / memory.USABLE / GIB:.12f}"
+    arguments = ["memory.py", str(TINY), str(tmp_path / "tiny.yaml"), "--device", "cpu", "--gpu-memory", card]
+    monkeypatch.setattr("sys.argv", arguments)
+    memory.main()
+    shown = capsys.readouterr().out
+    assert shown.count("fits") == shown.count("GiB: ema_device=cpu\n") == 1
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.partition(",")[0] for line in warned] == ["min_lr_ratio has no effect without lr_schedule: cosine"]
 
 
 @pytest.mark.slow

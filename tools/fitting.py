@@ -1,0 +1,194 @@
+"""Changes of a config that take less of a GPU's memory, and those that are enough and cost least."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from typing import NamedTuple, Protocol
+
+from warpcore import optim
+from warpcore.batch_size import divisors
+from warpcore.config import Config
+
+Keys = dict[str, object]
+Choice = tuple[int, ...]
+"""Which option of each change is taken, 0 being none."""
+
+
+class Asked(Protocol):
+    """What a change may ask of a run."""
+
+    config: Config
+    processes: int
+    micro_batch: int | None
+    accumulation: int
+    levels: Sequence[int]
+    """Of activation checkpointing, those that all trained networks offer."""
+
+
+class Change(NamedTuple):
+    options: Callable[[Asked], Sequence[Keys]]
+    """Keys to write, each option taking less memory of the GPU than the one before it; none where it's of no use."""
+    cost: str
+    """What a user pays for it."""
+
+
+def _average(run: Asked) -> list[Keys]:
+    averages = run.config.ema_start_iters is not None or run.config.post_hoc_ema is not None
+    return [{"ema_device": "cpu"}] if averages and not run.config.fsdp_cpu_offload else []
+
+
+def _offload(run: Asked, *what: str) -> Keys:
+    return {"offload": [*dict.fromkeys([*run.config.offload, *what])]}
+
+
+def _levels(run: Asked, lowest: int) -> list[Keys]:
+    return [{"activation_checkpointing": level} for level in run.levels if level >= lowest]
+
+
+def _micro_batches(run: Asked) -> list[Keys]:
+    """Smaller ones, which make the same update."""
+    if run.micro_batch is None:  # that of each bucket
+        return []
+    explicit = run.config.grad_accum_steps is not None
+    return [
+        {"micro_batch_size": size}
+        | ({"grad_accum_steps": run.accumulation * run.micro_batch // size} if explicit else {})
+        for size in reversed(divisors(run.micro_batch)[:-1])
+    ]
+
+
+def _sent_activations(run: Asked) -> list[Keys]:
+    lowest = max(run.config.activation_checkpointing, 1)
+    return [_offload(run, "encoders", "activations") | level for level in _levels(run, lowest)]
+
+
+def _eight_bits(run: Asked) -> list[Keys]:
+    return [{"frozen_weights": "int8"}] if getattr(run.config, "frozen_weights", "") is None else []
+
+
+def _came(run: Asked) -> list[Keys]:
+    return [{"optimizer": "came"}] if run.config.optimizer == "adamw" else []
+
+
+def _fused(run: Asked) -> list[Keys]:
+    clip = run.config.clip_grad_norm
+    own = {} if clip is None else {"clip_grad_norm": None, "clip_tensor_norm": clip}
+    return [{"fused_backward": True} | own] if hasattr(run.config, "fused_backward") else []
+
+
+def _shards(run: Asked, *more: str) -> list[Keys]:
+    four_bits = getattr(run.config, "frozen_weights", None) == "nf4"
+    can = optim.supports_dtensor(run.config.optimizer) and not four_bits
+    return [dict.fromkeys(("use_fsdp", *more), True)] if can and (more or run.processes > 1) else []
+
+
+CHANGES = (
+    Change(_average, "the device waits when the average moves (ema_iters)"),
+    Change(lambda run: [_offload(run, "encoders")], "frozen networks are copied to the GPU for each use"),
+    Change(lambda run: _levels(run, run.config.activation_checkpointing + 1),
+           "blocks compute twice: up to 1.4 times the time"),
+    Change(_micro_batches, "the same update in more and smaller passes (a run that has begun also needs "
+           "on_data_change=new_epoch)"),
+    Change(_shards, "weights travel between the GPUs"),
+    Change(_sent_activations, "what checkpointing keeps travels to the CPU's memory and back"),
+    Change(_eight_bits, "the frozen network is rounded to eight bits, and multiplies in them"),
+    Change(lambda run: [{"weights_dtype": "bfloat16"}], "trained weights are rounded, at random, to bfloat16"),
+    Change(_came, "another optimizer: its learning rate has to be found, and it wants a warm-up"),
+    Change(_fused, "gradients are clipped tensor by tensor, where they were clipped together"),
+    Change(lambda run: _shards(run, "fsdp_cpu_offload"),
+           "weights and gradients travel in each pass, and the optimizer steps on the CPU: slow"),
+)  # fmt: skip
+"""From the cheapest on: what costs next to nothing, then time, then exactness, then much time. Where two changes write
+one key, the later counts."""
+
+
+class Fitting:
+    """The search for the changes of a run that cost least.
+
+    allowed: whether the config takes keys, without building anything.
+    """
+
+    def __init__(self, run: Asked, allowed: Callable[[Keys], bool], changes: Sequence[Change] = CHANGES):
+        self.run, self.allowed, self.changes = run, allowed, changes
+        self.options = [[keys for keys in change.options(run) if self._differing(keys)] for change in changes]
+
+    def _differing(self, keys: Keys) -> Keys:
+        return {key: value for key, value in keys.items() if getattr(self.run.config, key) != value}
+
+    def keys(self, choice: Choice) -> Keys:
+        """What a choice writes."""
+        chosen = [options[taken - 1] for options, taken in zip(self.options, choice, strict=True) if taken]
+        return self._differing({key: value for keys in chosen for key, value in keys.items()})
+
+    def costs(self, choice: Choice) -> Iterator[tuple[Keys, str]]:
+        """The keys of each change in a choice, and what they cost."""
+        written = self.keys(choice)
+        for change, options, taken in zip(self.changes, self.options, choice, strict=True):
+            if taken:
+                own = {key: value for key, value in options[taken - 1].items() if written.get(key) == value}
+                yield own, change.cost
+
+    def cheapest(self, needs: Callable[[Keys], float | None], usable: float) -> tuple[bool, Choice]:
+        """Whether any choice fits `usable` bytes, and of those which do the one whose dearest change is the cheapest,
+        then whose second is, and so on; else the one that needs least.
+
+        needs: bytes of the GPU with some keys, None where the run can't have them; asked often, of the same too.
+        """
+        found = [self._cheapest(most, needs, usable) for most in self.largest()]
+        return min(found, key=lambda one: (not one[0], 0 if one[0] else needs(self.keys(one[1])), one[1][::-1]))
+
+    def _cheapest(self, most: Choice, needs: Callable[[Keys], float | None], usable: float) -> tuple[bool, Choice]:
+        """That of changes that all go together."""
+
+        def fits(choice: Sequence[int]) -> bool | None:
+            needed = needs(self.keys(choice))
+            return None if needed is None else needed <= usable
+
+        choice = [0] * len(most)
+        rows = [row for row, taken in enumerate(most) if taken]
+        enough = fits(choice)
+        for row in rows:  # take more, from the cheapest on
+            if enough:
+                break
+            choice[row] = most[row]
+            if (enough := fits(choice)) is None:
+                choice[row] = 0
+        if not enough:
+            return False, tuple(choice)
+        for row in reversed(range(len(most))):  # and give back what isn't needed, from the dearest on
+            choice[row] = bisect_left(
+                range(choice[row]), True, key=lambda taken: bool(fits([*choice[:row], taken, *choice[row + 1 :]]))
+            )
+        return True, tuple(choice)
+
+    def largest(self) -> list[Choice]:
+        """The most of all changes that go together: several choices, where some exclude others."""
+        alone = [row for row in range(len(self.options)) if self.options[row] and self._are_allowed([row])]
+        excluded = [pair for pair in combinations(alone, 2) if not self._are_allowed(pair)]
+        return [self._most(rows) for rows in _independent(frozenset(alone), excluded)]
+
+    def _are_allowed(self, rows: Sequence[int]) -> bool:
+        return self.allowed(self.keys(self._most(rows)))
+
+    def _most(self, rows: Sequence[int] | frozenset[int]) -> Choice:
+        return tuple(len(options) if row in rows else 0 for row, options in enumerate(self.options))
+
+
+def _independent(rows: frozenset[int], excluded: Sequence[tuple[int, int]]) -> list[frozenset[int]]:
+    """The largest sets of rows that hold none of the pairs."""
+    pair = next((pair for pair in excluded if rows.issuperset(pair)), None)
+    if pair is None:
+        return [rows]
+    found = [*dict.fromkeys(one for row in pair for one in _independent(rows - {row}, excluded))]
+    return [one for one in found if not any(one < other for other in found)]
+
+
+def on_command_line(keys: Keys) -> str:
+    """Keys as arguments to paste behind a config."""
+    return " ".join(f"{key}={_text(value)}" for key, value in keys.items())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return f"'[{','.join(map(_text, value))}]'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
