@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.clip_scorer import look
-from benchmarks.clip_seams import FRAMES, LATENT_FRAMES, SEAM_PX, distance, place, scenes, videos_of
-from tools.demo_clips import DIRECTIONS, FPS, MovingScene, caption, render
+from benchmarks.clip_seams import SEAM_PX, RunClips, distance, place, scenes, videos_of
+from tools.demo_clips import DIRECTIONS, MovingScene, caption
 from tools.demo_scenes import COLOURS, SEEN_PAIRS, is_held_out, pick
 from warpcore.clips import encode_mp4, strip
 from warpcore.errors import run_script
 from warpcore.pictures import grid, save_png
 
 START = 4
-"""The frame of true clips, which are longer, that drawn ones begin with."""
+"""The frame of true clips, where these are long enough, that drawn ones begin with."""
 RATIOS = (0.4, 0.6, 0.8, 1.0)
 """Shares of noise from which given clips are drawn again."""
 BACK_PX = 1.0
@@ -58,10 +58,6 @@ def way(clip: np.ndarray) -> Way:
     return Way(bool((along >= -BACK_PX).all()), float(np.hypot(*steps.T).max()))
 
 
-def true_clip(scene: MovingScene) -> np.ndarray:
-    return render(scene)[START : START + FRAMES]
-
-
 def recoloured(scene: MovingScene, seed: int) -> tuple[MovingScene, str]:
     """A scene in another colour, and a sentence for it that the demo set never uses."""
     rng = np.random.default_rng(seed)
@@ -74,8 +70,8 @@ def recoloured(scene: MovingScene, seed: int) -> tuple[MovingScene, str]:
 
 def connected(run: str, number: int, keys: Sequence[str]) -> list[tuple[str, np.ndarray]]:
     """Print how clips lead from a picture to another; returns what the sheet shows, with a text each."""
-    cases = scenes(number, [*DIRECTIONS], seed=3)
-    true = [true_clip(scene) for scene, _ in cases]
+    clips, cases = RunClips.of(run), scenes(number, [*DIRECTIONS], seed=3)
+    true = [clips.true(scene, START) for scene, _ in cases]
     with tempfile.TemporaryDirectory() as folder:
         prompts = []
         for i, (clip, (_, text)) in enumerate(zip(true, cases, strict=True)):
@@ -83,7 +79,7 @@ def connected(run: str, number: int, keys: Sequence[str]) -> list[tuple[str, np.
             for file, frame in zip(files, (clip[0], clip[-1]), strict=True):
                 save_png(file, frame)
             prompts.append(text + json.dumps({"reference_path": ";".join(files), "mask_strategy": "0;0,1,0,-1,1"}))
-        drawn = videos_of(run, prompts, [f"num_frames={FRAMES}", *keys])
+        drawn = videos_of(run, prompts, keys)
     ends = [[distance(clip[i], own[i]) for clip, own in zip(drawn, true, strict=True)] for i in (0, -1)]
     ways, true_ways = ([way(clip) for clip in clips] for clips in (drawn, true))
     first, last = (f"{_share(np.array(one) <= SEAM_PX)} (median {np.median(one):.1f} px)" for one in ends)
@@ -101,19 +97,22 @@ def connected(run: str, number: int, keys: Sequence[str]) -> list[tuple[str, np.
 
 def edited(run: str, number: int, keys: Sequence[str]) -> list[tuple[str, np.ndarray]]:
     """Print what of given clips stays, and what a sentence changes; returns what the sheet shows, with a text each."""
-    cases = [scene for scene, _ in scenes(number, [*DIRECTIONS], seed=4)]
-    true, others = [true_clip(scene) for scene in cases], [recoloured(scene, i) for i, scene in enumerate(cases)]
+    clips, cases = RunClips.of(run), [scene for scene, _ in scenes(number, [*DIRECTIONS], seed=4)]
+    true, others = (
+        [clips.true(scene, START) for scene in cases],
+        [recoloured(scene, i) for i, scene in enumerate(cases)],
+    )
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for i, clip in enumerate(true):
-            Path(folder, f"{i}.mp4").write_bytes(encode_mp4(clip, FPS, crf=0))
+            Path(folder, f"{i}.mp4").write_bytes(encode_mp4(clip, clips.fps, crf=0))
         for ratio in RATIOS:
             prompts = [
                 text + json.dumps({"reference_path": f"{folder}/{i}.mp4",
-                                   "mask_strategy": f"0,0,0,0,{LATENT_FRAMES},{ratio}"})
+                                   "mask_strategy": f"0,0,0,0,{clips.latent_frames},{ratio}"})
                 for i, (_, text) in enumerate(others)
             ]  # fmt: skip
-            found[ratio] = videos_of(run, prompts, [f"num_frames={FRAMES}", *keys])
+            found[ratio] = videos_of(run, prompts, keys)
     print(f"\nedited: {number} clips; shares that have the sentence's colour, and the given clip's; its motion, its "
           f"shape; frames whose thing is within {SEAM_PX:g} px of where it was")  # fmt: skip
     names = ("new colour", "old colour", "motion", "shape", "place")

@@ -13,20 +13,60 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from benchmarks.clip_scorer import look, middle_of
 from benchmarks.scorer import in_lab, things
 from families.common.family import TEXT_TO_VIDEO
+from families.common.weights import only_shapes
+from families.open_sora.autoencoder import autoencoder
+from families.open_sora.scoring import ScoredOpenSoraSettings
 from families.registry import load_task
-from tools.demo_clips import DIRECTIONS, FPS, MovingScene, captioned_scene, render
+from tools.demo_clips import DIRECTIONS, FPS, NUM_FRAMES, MovingScene, captioned_scene, render
 from warpcore.clips import encode_mp4
+from warpcore.config import make_config
 from warpcore.errors import UserError, run_script
 
-LOOPS, FRAMES, LATENT_FRAMES = 9, 17, 5
+LOOPS = 9
 SEAM_PX = 2.0
+
+
+@dataclass(frozen=True)
+class RunClips:
+    """The clips of a run, which are parts of those of the demo set."""
+
+    frames: int
+    latent_frames: int
+    step: int
+    """From one frame to the next, in frames of the demo set."""
+
+    @classmethod
+    def of(cls, run: str) -> Self:
+        settings = make_config(ScoredOpenSoraSettings, {"run": [run]})
+        with only_shapes():
+            latent_frames = autoencoder(settings).latent_frames(settings.num_frames)
+        return cls(settings.num_frames, latent_frames, round(FPS / settings.frame_rate))
+
+    @property
+    def fps(self) -> float:
+        return FPS / self.step
+
+    def frames_of(self, latent_frames: int) -> int:
+        """The frames that the first latent ones of a clip are of. Raises UserError where none follows these."""
+        if latent_frames >= self.latent_frames:
+            given = f"{latent_frames} latent frames are given of {self.latent_frames}"
+            raise UserError(f"{given}: nothing is left to draw; give fewer")
+        return 1 + (latent_frames - 1) * ((self.frames - 1) // (self.latent_frames - 1))
+
+    def true(self, scene: MovingScene, start: int) -> np.ndarray:
+        """A clip of the demo set from a frame on, or from an earlier one where too few would be left: uint8
+        (T, H, W, 3)."""
+        start = min(start, NUM_FRAMES - 1 - (self.frames - 1) * self.step)
+        return render(scene)[start :: self.step][: self.frames]
 
 
 def place(frame: np.ndarray) -> np.ndarray | None:
@@ -82,17 +122,17 @@ def videos_of(run: str, prompts: Sequence[str], keys: Sequence[str]) -> list[np.
 
 def extended(run: str, number: int, given: int, keys: Sequence[str]) -> None:
     """Print how clips of directions go on from the end of true ones."""
-    cases, known = scenes(number, [*DIRECTIONS], seed=1), 1 + 4 * (given - 1)
-    start = max(0, 8 - known)
+    clips, cases = RunClips.of(run), scenes(number, [*DIRECTIONS], seed=1)
+    known = clips.frames_of(given)
+    true = [clips.true(scene, max(0, 8 - known)) for scene, _ in cases]
     with tempfile.TemporaryDirectory() as folder:
         prompts = []
-        for i, (scene, text) in enumerate(cases):
+        for i, (clip, (_, text)) in enumerate(zip(true, cases, strict=True)):
             path = Path(folder, f"{i}.mp4")
-            path.write_bytes(encode_mp4(render(scene)[start : start + known], FPS, crf=0))
+            path.write_bytes(encode_mp4(clip[:known], clips.fps, crf=0))
             where = {"reference_path": str(path), "mask_strategy": f"0,0,0,0,{given}"}
             prompts.append(text + json.dumps(where))
-        drawn = videos_of(run, prompts, [f"num_frames={FRAMES}", *keys])
-    true = [render(scene)[start : start + FRAMES] for scene, _ in cases]
+        drawn = videos_of(run, prompts, keys)
     seams = [distance(clip[known], one[known]) for clip, one in zip(drawn, true, strict=True)]
     kept = [look(clip[known - 1 :]).motion == scene.motion for clip, (scene, _) in zip(drawn, cases, strict=True)]
     quality = [psnr(clip[:known], one[:known]) for clip, one in zip(drawn, true, strict=True)]
@@ -103,13 +143,13 @@ def extended(run: str, number: int, given: int, keys: Sequence[str]) -> None:
 
 def looped(run: str, number: int, given: int, keys: Sequence[str]) -> None:
     """Print how far colours drift, and things jump, along videos of things that stay."""
-    cases, known = scenes(number, ["stay"], seed=2), 1 + 4 * (given - 1)
-    chosen = [f"num_frames={FRAMES}", f"loop={LOOPS}", f"condition_frame_length={given}", *keys]
+    clips, cases = RunClips.of(run), scenes(number, ["stay"], seed=2)
+    chosen = [f"loop={LOOPS}", f"condition_frame_length={given}", *keys]
     drawn = videos_of(run, [text for _, text in cases], chosen)
-    new = FRAMES - known
-    starts = [FRAMES + i * new for i in range(LOOPS - 1)]
+    new = clips.frames - clips.frames_of(given)
+    starts = [clips.frames + i * new for i in range(LOOPS - 1)]
     jumps = [distance(video[start - 1], video[start]) for video in drawn for start in starts]
-    drifts = [drift([video[:FRAMES], video[-new:]]) for video in drawn]
+    drifts = [drift([video[: clips.frames], video[-new:]]) for video in drawn]
     print(f"looped {LOOPS - 1} times: within {SEAM_PX:g} px over {100 * np.mean(np.array(jumps) <= SEAM_PX):.0f}% of "
           f"the seams; colour drifts by {np.median(drifts):.1f} in CIELAB (largest {max(drifts):.1f})")  # fmt: skip
 
@@ -120,8 +160,6 @@ def read_arguments(arguments: Sequence[str]) -> tuple[str, int, int, list[str]]:
     if not 1 <= len(plain) <= 3 or not all(one.isdecimal() and int(one) for one in plain[1:]):
         raise UserError("give a run, then if wanted the number of videos and of latent frames that are given")
     number, given = [*map(int, plain[1:]), *(20, 2)[len(plain) - 1 :]]
-    if given >= LATENT_FRAMES:
-        raise UserError(f"{given} latent frames are given of {LATENT_FRAMES}: nothing is left to draw; give fewer")
     return plain[0], number, given, ["batch_size=10", *keys]
 
 

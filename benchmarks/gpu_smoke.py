@@ -4,11 +4,15 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+import yaml
 
 from benchmarks.gpu_part import Bench, NotHere, Outcome, Part, Row
 from benchmarks.gpu_scripts import (
@@ -139,6 +143,22 @@ def drawn(bench: Bench) -> Outcome:
     return Outcome([{"difference": f"{error:.1e}", "allowed": f"{LARGEST_DIFFERENCE:g}"}], failure)
 
 
+def shared_by_two(bench: Bench, changes: dict) -> Outcome:
+    """Two updates by two processes that share each clip (over NCCL on GPUs), beside one process on the CPU."""
+    if bench.device.type == "cuda" and torch.cuda.device_count() < 2:
+        raise NotHere("two processes need two GPUs")
+    expected = train(bench, use_case("train_stdit"), fresh(script_settings(
+        bench, "train_stdit", "reference", torch.device("cpu")
+    )))  # fmt: skip
+    settings = fresh(script_settings(bench, "train_stdit", "shared", bench.device, sequence_shards=2, **changes))
+    config = bench.scratch / "shared.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    script = Path(__file__).parents[1] / "train" / "train_stdit.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, str(script), str(config)], check=True)
+    return losses_beside(metrics(settings), expected, FLOAT32)
+
+
 def rows(bench: Bench) -> list[Row]:
     """All modes; with `tiny` one or two of each kind."""
     found: list[tuple[str, Callable]] = []
@@ -175,6 +195,10 @@ def rows(bench: Bench) -> list[Row]:
         add("train_c", f"the same with {optimizer}", AUTOCAST | sharded | {"optimizer": optimizer, "lr": lr})
     for name in ("train_c",) if bench.tiny else ("train_c", "train_c_lora", "train_b", "train_sd", "train_cosmos"):
         found.append((f"{name}: from a cache", partial(from_cache, name)))
+    two = "train_stdit: sequence_shards: 2, two processes"
+    found.append((two, partial(shared_by_two, changes={})))
+    if not bench.tiny:
+        found.append((f"{two}, FSDP2", partial(shared_by_two, changes={"use_fsdp": True})))
     found.append(("train_c: SIGTERM and resume", stopped_and_resumed))
     found.append(("the whole cascade draws a picture", drawn))
     for name in ("train_c",) if bench.tiny else SCRIPTS:
@@ -212,7 +236,8 @@ Mini networks, batches of 4 photographs of 64 px. Checked: losses are finite; th
 two losses are those of the same updates on the CPU in float32, within a relative difference of {FLOAT32:g} (float32,
 TF32 off), {BFLOAT16:g} (16 bits) or {FEW_BITS:g} (fp8, float8, int8, nf4). From the second update on, waiting for the
 GPU inside an update is an error (`torch.cuda.set_sync_debug_mode("error")`), except with weights in the CPU's memory.
-FSDP2 runs in a process group of one (NCCL on a GPU).
+FSDP2 runs in a process group of one (NCCL on a GPU). Two processes that share each clip need two GPUs; with one, their
+rows say so.
 """,
     columns=("losses", "CPU's", "difference", "allowed"),
     rows=rows,

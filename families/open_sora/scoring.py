@@ -48,12 +48,18 @@ class ScoredOpenSora(ScoredLatents):
 
     def rebuild(self, clips: Sequence[np.ndarray], texts: Sequence[str]) -> Ways:
         frames = self.settings.num_frames
-        given = [torch.from_numpy(clip[:frames]).movedim(-1, -3) for clip in clips]
+        given = [torch.from_numpy(_spread(clip, frames)).movedim(-1, -3) for clip in clips]
         with self.networks.holding("autoencoder", self.pipeline.build_autoencoder) as autoencoder:
             moments = [autoencoder.clip_moments(clip[None], None) for clip in given]
             latents = [autoencoder.scale.latents(one, None) for one in moments]
             made = [autoencoder.decoded_clips(one, frames)[0] for one in latents]
         return {self.autoencoder: _as_uint8(made)}
+
+
+def _spread(clip: np.ndarray, frames: int) -> np.ndarray:
+    """The first of the frames of a clip that are as far apart as so many may be: (T, H, W, 3)."""
+    step = (len(clip) - 1) // max(frames - 1, 1)
+    return np.ascontiguousarray(clip[:: max(step, 1)][:frames])
 
 
 def _as_uint8(clips: Sequence[Tensor]) -> list[np.ndarray]:

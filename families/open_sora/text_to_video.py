@@ -47,7 +47,7 @@ class OpenSoraTextToVideoConfig(OpenSoraInferenceSettings, TextToVideoConfig):
     all."""
     guidance: NonNegativeFloat | None = 7.0
     """Classifier-free guidance: 1 follows the prompt as trained and computes none, more follows it harder."""
-    sampler: Literal[SAMPLERS] = "euler"
+    sampler: Literal[(*SAMPLERS, *MISSPELT)] = "euler"
     """Of 1.2 `euler` is the published one, and the same as `ddim` here. Of 1.0 and 1.1 it is `iddpm`, which is their
     default; `dpm-solver` (also `dmp-solver`) needs the fewest steps, and takes no given frames. The others draw
     further noise."""

@@ -113,17 +113,17 @@ VERSIONS = {
         STDiT2,
         autoencoder=str(MINI / "autoencoder.safetensors"),
         text_encoder=str(MINI / "t5.safetensors"),
-        clip=(9, 64, 64),
-        fps=8.0,
+        clip=(6, 64, 64),
+        fps=2.0,
     ),
     "mini-1.0": Version(
-        MINI_NUMBERS | {"input_size": [9, 4, 4], "hidden_size": 128},
+        MINI_NUMBERS | {"input_size": [6, 4, 4], "hidden_size": 128},
         STDiT,
         autoencoder=str(MINI / "autoencoder.safetensors"),
         text_encoder=str(MINI / "t5.safetensors"),
         cleans_captions=True,
-        clip=(9, 64, 64),
-        fps=8.0,
+        clip=(6, 64, 64),
+        fps=2.0,
     ),
 }  # fmt: skip
 """By `model_version`."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.clip_seams import SEAM_PX, distance, drift, psnr, read_arguments, scenes
+from benchmarks.clip_seams import SEAM_PX, RunClips, distance, drift, psnr, read_arguments, scenes
 from tools.demo_clips import DIRECTIONS, TRAVEL, render
 from warpcore.errors import UserError
 
@@ -38,5 +38,16 @@ def test_equal_frames_have_the_most_decibels():
 def test_keys_may_stand_anywhere_and_something_is_left_to_draw():
     assert read_arguments(["a", "guidance=4", "40"]) == ("a", 40, 2, ["batch_size=10", "guidance=4"])
     assert read_arguments(["a"]) == ("a", 20, 2, ["batch_size=10"])
+    clips = RunClips(frames=17, latent_frames=5, step=1)
+    assert [clips.frames_of(given) for given in (1, 2, 4)] == [1, 5, 13]
     with pytest.raises(UserError, match="5 latent frames are given of 5: nothing is left to draw"):
-        read_arguments(["a", "40", "5"])
+        clips.frames_of(5)
+
+
+def test_true_clips_are_as_those_of_the_run():
+    """With fewer frames per second, and a latent one for each of them."""
+    ((scene, _),) = scenes(1, [*DIRECTIONS], seed=8)
+    clips = RunClips(frames=6, latent_frames=6, step=4)
+    assert (clips.fps, clips.frames_of(2)) == (2, 2)
+    assert np.array_equal(clips.true(scene, 2), render(scene)[2:23:4])
+    assert np.array_equal(clips.true(scene, 20), render(scene)[3::4])  # 24 frames have no later one

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from families.common import sampling
 from families.common.cache import origin_of
+from families.common.family import TEXT_TO_VIDEO
 from families.common.features import Origin
 from families.common.library_files import CONFIG_KEY
 from families.common.weight_files import FAMILY_KEY
@@ -23,7 +24,7 @@ from families.open_sora.config import OpenSoraConfig, OpenSoraSettings
 from families.open_sora.frame_autoencoders import FrameClips, TemporallyDecoded
 from families.open_sora.sampling import draw_clips
 from families.open_sora.versions import VERSIONS
-from families.registry import family_of
+from families.registry import family_of, load_task
 from inference.text_to_video import main
 from modules.stdit import POSITIONS, STDiT, STDiT2
 from tests.clips import FPS, write_clips
@@ -45,6 +46,7 @@ SMALL = {
     "hidden_size": 48, "num_heads": 4, "depth": 2,
 }  # fmt: skip
 FRAMES = SPATIAL | {"scaling_factor": 0.18215, "force_upcast": False}
+INFERENCE = Path(__file__).parents[3] / "configs" / "inference"
 OLDER = ("mini-1.0", "mini-1.1")
 
 
@@ -284,6 +286,20 @@ def test_dpm_solver_is_also_spelled_as_on_the_page_of_commands(drawn, tmp_path, 
     for given in (["loop=2"], ["reference_path=a.png", "mask_strategy=0"]):
         with pytest.raises(ConfigError, match="sampler: dpm-solver takes no given frames"):
             drawn("sampler=dpm-solver", "prompts=a box", *given, folder="b")
+    keys = ["model_version=STDiT2-XL/2", "prompts=a", "generator_checkpoint_path=a.safetensors", "sampler=dmp-solver"]
+    _, config = load_task(TEXT_TO_VIDEO, keys)  # the family follows from the keys alone
+    assert config.sampler == "dpm-solver"
+
+
+@pytest.mark.parametrize("file", ["open_sora_1_1", "open_sora_1_2"])
+def test_configs_of_the_published_networks_are_drawn_at_any_size(file):
+    def size(*keys: str) -> tuple[int, int]:
+        given = [str(INFERENCE / f"{file}.yaml"), "prompts=a", "generator_checkpoint_path=a.safetensors", *keys]
+        return load_task(TEXT_TO_VIDEO, given)[1].size_px
+
+    assert size() == (240, 426)
+    assert size("image_size=[480, 853]") == (480, 853)
+    assert size("--resolution", "480p", "--aspect-ratio", "16:9") == (854, 480)
 
 
 # ---------------------------------------------------------------- files
