@@ -17,7 +17,8 @@ from warpcore.data.reader import Reader
 
 ROOT = Path(__file__).parents[1]
 OWN_LINES = re.compile(
-    r"\s*(\d+%\|.*|training data: .*|epoch \d+ is over: .*|update \d+: samples in .*|\S+ is at update \d+.*"
+    r"\s*(\d+%\|.*|training data: .*|epoch \d+ is over: .*|update \d+: (samples in|validation loss) .*"
+    r"|to draw with it: .*|\S+ is at update \d+.*"
     r"|keys that are not at their defaults:|pictures are drawn for .*|  \S.*|[\w -]+: +\d+%\|.*)?"
 )
 

@@ -10,6 +10,7 @@ http://127.0.0.1:8037 there. Runs may lie in sub-folders; nothing is written to 
 """
 
 import argparse
+from collections.abc import Set
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from tools import pages
 from tools.arguments import local_path, positive
 from tools.run_places import LocalRuns, RunPlace, S3Runs
-from tools.run_reader import Run, Runs
+from tools.run_reader import TYPES, Run, Runs
 from tools.run_server import PAGE, Server, file_parts, overview
 from warpcore.data import storage
 from warpcore.errors import UserError, run_script
@@ -26,6 +27,8 @@ from warpcore.outputs import check_folder
 from warpcore.text import counted
 
 PORT = 8037
+PICTURES = "picture"
+"""The folder of the sample pictures in an export, one in it for each run."""
 EXPORTED_BUCKETS = 1_000
 """Of each curve."""
 
@@ -54,7 +57,8 @@ def serve(place: RunPlace, port: int | None) -> None:
 def export(place: RunPlace, out: Path) -> str:
     """Write the page, with all that it shows, to a folder; a line that tells of it."""
     runs = Runs(place)
-    shown = [_exported(place, run, out) for run in runs.all()]
+    written: set[Path] = set()
+    shown = [_exported(place, run, out, written) for run in runs.all()]
     if not shown:
         raise UserError(f"{place.name} holds no run (a folder with a config.yaml): name a folder of runs")
     out.mkdir(parents=True, exist_ok=True)
@@ -62,11 +66,21 @@ def export(place: RunPlace, out: Path) -> str:
     data = overview(runs) | {"exported": {str(run.number): one for run, one in zip(runs.all(), shown, strict=True)}}
     page = pages.self_contained(PAGE, data, pictures="'self' file: data:")
     write_whole(out / "index.html", page)
+    _remove_others(out / PICTURES, written)
     return f"{counted(len(shown), 'run')} in {out / 'index.html'} ({len(page) / 1e6:.1f} MB) and their sample pictures"
 
 
-def _exported(place: RunPlace, run: Run, out: Path) -> dict:
-    """What the page asks a server for, and the pictures beside it."""
+def _remove_others(pictures: Path, written: Set[Path]) -> None:
+    """Of an earlier export into the same folder: sample pictures that this page does not show."""
+    for file in pictures.glob("*/*"):
+        if file not in written and file.parent.name.isdecimal() and file.suffix in TYPES and file.stem.isdecimal():
+            file.unlink()
+            with suppress(OSError):  # something else is in the folder
+                file.parent.rmdir()
+
+
+def _exported(place: RunPlace, run: Run, out: Path, written: set[Path]) -> dict:
+    """What the page asks a server for, and the pictures beside it, whose files are added to those `written`."""
     run.metrics.column("loss")  # which finds the other names
     curves = {
         name: {by: run.metrics.curve(name, by == "time", EXPORTED_BUCKETS) for by in ("update", "time")}
@@ -81,10 +95,11 @@ def _exported(place: RunPlace, run: Run, out: Path) -> dict:
             name, _, size = run.picture(file)
         except LookupError:
             continue
-        target = out / "picture" / str(run.number) / file
+        target = out / PICTURES / str(run.number) / file
         target.parent.mkdir(parents=True, exist_ok=True)
         with writing(target, "wb") as copy:
             copy.writelines(file_parts(place, name, size))
+        written.add(target)
     return {"details": run.details(), "curves": curves, "sheets": sheets}
 
 

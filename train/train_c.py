@@ -16,7 +16,9 @@ from families.cascade import build
 from families.cascade.conditions import TEXT, training_conditions
 from families.cascade.config import StageCConfig
 from families.cascade.training import DenoiserTraining
+from families.common.family import TEXT_TO_IMAGE
 from families.common.features import PICTURE_SETTINGS, Feature, stored
+from families.common.next_commands import drawing_commands, first_prompt, size_keys
 from families.common.pictures import to_pictures, to_uint8
 from families.common.sampling import draw_latents, latent_size, sample_seeds
 from modules.effnet import normalise_images
@@ -82,6 +84,11 @@ class TrainStageC(DenoiserTraining):
     def loss(self, inputs: tuple[Tensor, dict[str, Tensor]], random: SampleRandom) -> Losses:
         latents, conditions = inputs
         return self.denoising_loss(latents, random, partial(self.networks["generator"], **conditions))
+
+    def next_commands(self) -> list[str]:
+        version = self.config.version
+        size = size_keys(self.config, version.compression / version.encoder_compression)
+        return drawing_commands(TEXT_TO_IMAGE, self.config, prompts=first_prompt(self.config), **size)
 
     def sample(self, held_out: Batch | None) -> list[Sampled]:
         config = self.config

@@ -70,6 +70,9 @@ class TrainControlNet(TrainStageC):
         networks["generator"].set_activation_checkpointing(config.activation_checkpointing)
         return networks | {"controlnet": controlnet}
 
+    def next_commands(self) -> list[str]:
+        return [f"{command} control_image=PICTURE" for command in super().next_commands()]
+
     def check_cacheable(self) -> None:
         raise UserError("a ControlNet's condition is made of pictures again in each epoch: a cache has none")
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+from contextlib import suppress
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from warpcore.files import write_whole
+from warpcore.redaction import redact
 
 BT601 = 5  # as ffmpeg numbers matrices and primaries
 MAX_SIDE = 16_382
@@ -39,12 +41,12 @@ def _small_enough(clip: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(clip[:, ::step, ::step])
 
 
-def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
+def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16, about: str = "") -> bytes:
     """The clip as H.264 in an mp4 that every browser plays (yuv420p, BT.601). The same clip, the same bytes.
 
     Odd sides grow by one pixel, their last row or column once more: yuv420p has one colour for each 2 x 2 pixels.
 
-    crf: x264's quality: 0 is lossless, 51 the worst.
+    crf: x264's quality: 0 is lossless, 51 the worst. about: a text that the file holds beside the clip.
     """
     import av
 
@@ -52,6 +54,7 @@ def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
     odd_height, odd_width = (side % 2 for side in clip.shape[1:3])
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
+        container.metadata["comment"] = redact(about)
         stream = container.add_stream("libx264", rate=Fraction(max(fps, MIN_FPS)).limit_denominator(1001))
         stream.height, stream.width = clip.shape[1] + odd_height, clip.shape[2] + odd_width
         stream.pix_fmt = "yuv420p"
@@ -65,6 +68,15 @@ def encode_mp4(clip: np.ndarray, fps: float, crf: int = 16) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
+
+
+def about_of(mp4: bytes) -> str:
+    """The text that `encode_mp4` wrote beside the clip; empty where there is none, or nothing that can be read."""
+    import av
+
+    with suppress(av.error.FFmpegError, UnicodeError), av.open(io.BytesIO(mp4), metadata_errors="ignore") as container:
+        return container.metadata.get("comment", "")
+    return ""
 
 
 def encode_webp(clip: np.ndarray, fps: float, quality: int = 90) -> bytes:

@@ -5,7 +5,6 @@ the modules beside.
 """
 
 import json
-import math
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -75,7 +74,7 @@ class WarpCore(UseCase):
                 self.update += 1
                 fault = self._after_update()
             self._end(fault or self._undo_unread())
-            self.notes.end(self.update, self.config.updates)
+            self.progress.end(self.update, self.next_commands())
         return STOPPED_EARLY if self.update < self.config.updates else 0
 
     def make_update(self, batches: Iterator[Batch]) -> None:
@@ -324,8 +323,8 @@ class WarpCore(UseCase):
         )
         self._tell(means)
         self._say_of_data()
-        if any(map(math.isnan, means.values())):
-            self.progress.say(f"update {self.update}: the validation loss is no number")
+        if means:
+            self.progress.say(f"update {self.update}: {validation.told(means)}")
 
     def _tell(self, numbers: dict[str, float]) -> None:
         """Add numbers to the line of this update, in the metrics and the trackers."""

@@ -20,8 +20,7 @@ from warpcore.places import SNAPSHOTS
 from warpcore.processes import Processes
 from warpcore.resuming import Origin
 from warpcore.state import TrainedState
-
-GIB = 2**30
+from warpcore.text import format_bytes
 
 
 class Profile(NamedTuple):
@@ -94,8 +93,8 @@ def disk_use(state: TrainedState, config: Config) -> list[str]:
     size = sum(stored_bytes(tensor, dtype) for tensor in tensors)
     count = -(-config.updates // config.post_hoc_ema.every)
     return [
-        f"post_hoc_ema: {count} snapshots of {size / GIB:.3g} GiB, {count * size / GIB:.3g} GiB at the end, in "
-        f"{config.run_place}/{SNAPSHOTS}"
+        f"post_hoc_ema: {count} snapshots of {format_bytes(size)}, {format_bytes(count * size)} at the end, in "
+        f"{config.run_place}/{SNAPSHOTS}; averages of them: python3 tools/average.py --help"
     ]
 
 

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -43,6 +44,12 @@ class Progress:
         if not self._bar.disable:
             ProgressBar.write(redact(text), file=sys.stderr)
             self._notes.add(self._bar.n, text)
+
+    def end(self, update: int, next_commands: Sequence[str]) -> None:
+        """The run ends after this update; if it was the last one, the commands that may come next are told."""
+        for line in next_commands if update >= self._bar.total else ():
+            self.say(line)
+        self._notes.end(update, self._bar.total)
 
     def close(self) -> None:
         self._bar.refresh()

@@ -118,6 +118,10 @@ class UseCase:
         """What those files should say about themselves, beside their update."""
         return {}
 
+    def next_commands(self) -> list[str]:
+        """What people may want next, each with its command: told when the last update is made."""
+        return []
+
     def extra_fields(self) -> dict:
         """Further members of each sample to read: name -> `warpcore.data.fields` field."""
         return {}

@@ -68,6 +68,13 @@ def validation_means(
     return means
 
 
+def told(means: Mapping[str, float]) -> str:
+    """The losses of `validation_means` in words: those of the weights, and of their average."""
+    average = f" (average: {means['validation_loss_ema']:.4g})" if "validation_loss_ema" in means else ""
+    wrong = [name for name, value in means.items() if math.isnan(value)]
+    return f"validation loss {means['validation_loss']:.4g}{average}" + (f"; no number: {wrong[0]}" if wrong else "")
+
+
 def _summed(totals: dict[str, Tensor], processes: Processes) -> dict[str, list[float]]:
     """The sums over all processes by name; a process that validated nothing knows no names."""
     everyone = processes.gather_of_data({name: total.tolist() for name, total in totals.items()})

@@ -9,8 +9,10 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from families.common.family import RECONSTRUCTION
 from families.common.library_files import CONFIG_KEY, constructor_numbers
 from families.common.library_networks import adapt
+from families.common.next_commands import drawing_commands
 from families.common.pictures import image_metrics, to_pictures, to_uint8
 from families.common.reconstruction_losses import ReconstructionConfig, ReconstructionTraining
 from modules.autocast import without_autocast
@@ -77,6 +79,9 @@ class AutoencoderTraining(ReconstructionTraining):
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         self.latents.step(**statistics)
+
+    def next_commands(self) -> list[str]:
+        return drawing_commands(RECONSTRUCTION, self.config, pictures="FOLDER")
 
     def file_metadata(self) -> dict[str, str]:
         return self.about_autoencoder

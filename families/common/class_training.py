@@ -11,6 +11,8 @@ from torch import Tensor
 
 from families.common.class_keys import ClassSettings
 from families.common.classes import NAMES_KEY, ClassField, names_said, title_of
+from families.common.family import CLASS_TO_IMAGE
+from families.common.next_commands import drawing_commands
 from families.common.training import DiffusionTraining
 from families.common.weight_files import metadata_of
 from warpcore.data.reader import Batch
@@ -80,6 +82,11 @@ class ClassSamples(DiffusionTraining):
     def titles(self, labels: list[int]) -> list[str]:
         """What drawings of classes are called."""
         return [title_of(label, self.config.class_names) for label in labels]
+
+    def next_commands(self) -> list[str]:
+        if not self.learns_classes:
+            return super().next_commands()
+        return drawing_commands(CLASS_TO_IMAGE, self.config, classes=[*self.config.class_names, 0][:1])
 
     def file_metadata(self) -> dict[str, str]:
         names = self.config.class_names

@@ -29,7 +29,7 @@ RECONSTRUCTION = "reconstruction"
 """The task of `inference/reconstruct.py`: a class as `families.common.reconstruction.Reconstruction`."""
 SCRIPTS = {
     TEXT_TO_IMAGE: "inference/text_to_image.py", CLASS_TO_IMAGE: "inference/class_to_image.py",
-    RECONSTRUCTION: "inference/reconstruct.py",
+    TEXT_TO_VIDEO: "inference/text_to_video.py", RECONSTRUCTION: "inference/reconstruct.py",
 }  # fmt: skip
 SCORING = "scoring"
 """The task of `benchmarks/learning.py`: a class as `families.common.scoring.Scored`."""

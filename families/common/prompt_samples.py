@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from families.common.family import TEXT_TO_IMAGE
+from families.common.next_commands import drawing_commands, first_prompt, size_keys
 from families.common.pictures import to_uint8
 from families.common.training import DiffusionTraining
 from warpcore.core import Sampled
@@ -18,6 +20,15 @@ class PromptSamples(DiffusionTraining):
         """Columns of drawings, uint8 (B, H, W, 3) of `size` (H, W), by their name; one where a LoRA is
         drawn beside what it changes."""
         raise NotImplementedError
+
+    @property
+    def drawing_task(self) -> str:
+        """The task of `families.common.family` that draws with what is trained."""
+        return TEXT_TO_IMAGE
+
+    def next_commands(self) -> list[str]:
+        size = size_keys(self.config) if self.drawing_task == TEXT_TO_IMAGE else {}  # of clips, runs say it
+        return drawing_commands(self.drawing_task, self.config, prompts=first_prompt(self.config), **size)
 
     @property
     def draws_samples(self) -> bool:

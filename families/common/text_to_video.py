@@ -1,8 +1,9 @@
 """Videos for prompts: the keys that every family takes, what it gives `inference/text_to_video.py`, and the files."""
 
 import io
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
@@ -15,7 +16,7 @@ from families.common.drawn_pictures import NOT_IN_PICTURES, file_names
 from families.common.pictures import read_picture, to_pictures
 from families.common.text_to_image import TextToImageConfig
 from warpcore.clip_keys import FrameCount
-from warpcore.clips import encode_mp4, strip
+from warpcore.clips import about_of, encode_mp4, strip
 from warpcore.config_keys import SidePx
 from warpcore.data.resolutions import named_length, named_size
 from warpcore.data.video_headers import BadVideo, read_header
@@ -23,8 +24,9 @@ from warpcore.data.videos import decode
 from warpcore.errors import UserError
 from warpcore.files import read_bytes, write_whole
 from warpcore.idle_keys import Need
-from warpcore.pictures import grid, save_png, shrunk
+from warpcore.pictures import grid, read_metadata, save_png, shrunk
 from warpcore.processes import Processes
+from warpcore.safe_json import parse_json
 from warpcore.text import counted
 
 SHEET_SIDE_PX = 1024
@@ -69,7 +71,7 @@ class TextToVideoConfig(TextToImageConfig):
     their prompts and seeds."""
     skip_existing: bool = False
     """Draw only the videos whose files are not in `output_path` yet: so the same command goes on with a drawing that
-    was stopped."""
+    was stopped. Files that say they were drawn with other settings stay as they are, and are told."""
 
     @field_validator("aspect_ratio", mode="before")
     @classmethod
@@ -212,17 +214,33 @@ class VideoFiles:
         self.shown |= {number: _seen(file, frames) for number, file in there.items()}
         if there:
             print(f"{len(there)} of {len(videos)} are there already: {videos[0].parent}")
+        others = {number: names for number, file in there.items() if (names := self._changed(number, file))}
+        if others:
+            number, names = next(iter(others.items()))
+            print(
+                f"{len(others)} of these were drawn with other settings, and stay as they are: {videos[number].name} "
+                f"with another {', '.join(names)}; to draw all of them again, write overwrite=true in its place"
+            )
         return [number for number in range(len(videos)) if number not in there]
+
+    def _about(self, number: int) -> dict[str, str]:
+        """What is written into the file of a video."""
+        return {"prompt": self.titles[number], "seed": str(self.seeds[number]), "settings": self.settings}
+
+    def _changed(self, number: int, file: Path) -> list[str]:
+        """What a file says of itself that is otherwise now, as names of keys; none where it says nothing."""
+        said, now = _said(file), _flat(self._about(number))
+        return sorted(key for key in said.keys() | now.keys() if said and said.get(key) != now.get(key))
 
     def save(self, number: int, video: np.ndarray) -> None:
         """See `Finished`."""
         file = self.files[number]
         file.parent.mkdir(parents=True, exist_ok=True)
         if len(video) > 1:
-            write_whole(file, encode_mp4(video, self.config.save_fps or self.config.told_fps))
+            rate, about = self.config.save_fps or self.config.told_fps, json.dumps(self._about(number))
+            write_whole(file, encode_mp4(video, rate, about=about))
         else:
-            about = {"prompt": self.titles[number], "seed": str(self.seeds[number]), "settings": self.settings}
-            save_png(file, video[0], about)
+            save_png(file, video[0], self._about(number))
         self.shown[number] = _in_sheet(video)
 
     def finish(self, processes: Processes, group: ProcessGroup | None = None) -> None:
@@ -244,6 +262,18 @@ class VideoFiles:
 
 def _in_sheet(video: np.ndarray) -> np.ndarray:
     return shrunk(strip(video), SHEET_SIDE_PX)
+
+
+def _said(file: Path) -> dict[str, Any]:
+    """What a file of `VideoFiles` says of how it was drawn; nothing where it is of something else."""
+    try:
+        return _flat(read_metadata(file) if file.suffix == ".png" else parse_json(about_of(read_bytes(file))))
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _flat(about: Mapping[str, str]) -> dict[str, Any]:
+    return {key: about[key] for key in ("prompt", "seed")} | parse_json(about["settings"])
 
 
 def _seen(file: Path, frames: int) -> np.ndarray:

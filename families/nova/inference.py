@@ -1,5 +1,6 @@
 """What inference scripts take of runs and files of NOVA: which networks, what these say of themselves, how to draw."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -24,6 +25,8 @@ from warpcore.config_files import read_mapping
 from warpcore.config_keys import SidePx, Steps
 from warpcore.errors import UserError
 from warpcore.idle_keys import Need
+
+logger = logging.getLogger(__name__)
 
 OF_RUNS = {"generator": GENERATOR}
 """What runs export, and the key that takes each."""
@@ -139,11 +142,17 @@ class NovaDrawingConfig(NovaInferenceSettings, DrawingConfig):
         return Drawing(self.groups, self.steps or STEPS[self.target == FLOW], guidance, self.flow_shift)
 
     def check_size(self, size_px: tuple[int, int]) -> None:
-        """Raise UserError for (H, W) that the network can't draw."""
+        """Raise UserError for (H, W) that the network can't draw; those that it never learned places of are told."""
         factor = 2 * build.token_px(self)
         if any(side % factor or not side for side in size_px):
             height, width = size_px
             raise UserError(f"size: {height} x {width} px (height x width); sides are multiples of {factor} px")
+        if not self.rotary_pos_embed and size_px != self.trained_px:
+            height, width = self.trained_px
+            logger.warning(
+                "size: this network has no rotary positions, and learned places of %d x %d px (height x width) alone: "
+                "expect less of %d x %d px", height, width, *size_px,
+            )  # fmt: skip
 
 
 class NovaPictureConfig(NovaDrawingConfig):

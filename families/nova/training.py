@@ -16,6 +16,7 @@ from families.common.captions import captions_kept
 from families.common.class_training import ClassSamples
 from families.common.classes import label_tensors
 from families.common.clip_training import CLIP_SETTINGS, ClipTraining
+from families.common.family import TEXT_TO_IMAGE, TEXT_TO_VIDEO
 from families.common.features import Feature, lengths_name, stored
 from families.common.library_files import CONFIG_KEY
 from families.common.pictures import to_pictures, to_uint8
@@ -77,6 +78,10 @@ class NovaTraining(ClipTraining, ClassSamples, PromptSamples):
     @property
     def default_target(self) -> str:
         return self.config.version.target
+
+    @property
+    def drawing_task(self) -> str:
+        return TEXT_TO_VIDEO if self.config.version.draws_clips else TEXT_TO_IMAGE
 
     def make_diffusion(self, loss_weight: str, convert_weight: bool) -> GDF:
         return build.process(self.config, loss_weight)

@@ -13,6 +13,7 @@ from families.common.autoencoders import LatentScale
 from families.common.cache import Shape
 from families.common.captions import captions_kept
 from families.common.clip_training import CLIP_SETTINGS, ClipTraining
+from families.common.family import TEXT_TO_VIDEO
 from families.common.features import CAPTION_SETTINGS, Feature, lengths_name, stored
 from families.common.pictures import to_pictures, to_uint8
 from families.common.prompt_samples import PromptSamples
@@ -46,6 +47,8 @@ class OpenSoraTraining(ClipTraining, PromptSamples):
     drawn_with = frozenset({"autoencoder"})
     taken_over: str | None = None
     """What was taken over of a checkpoint of the published program, as a line."""
+
+    drawing_task = TEXT_TO_VIDEO
 
     def said_target(self) -> str | None:
         return self.config.version.target

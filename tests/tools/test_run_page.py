@@ -4,6 +4,7 @@ import errno
 import http.client
 import json
 import os
+import shutil
 import socket
 import threading
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from tests.tools.made_up_runs import lines, make_run
 from tools.run_places import LocalRuns
 from tools.run_reader import Runs
 from tools.run_server import Server
-from tools.runs import place_of
+from tools.runs import export, place_of
 from warpcore.errors import UserError
 from warpcore.locks import lock_file
 
@@ -155,6 +156,25 @@ def test_runs_on_s3_are_read_and_live_while_their_lease_is_renewed(tmp_path, buc
 
 
 @pytest.mark.integration
+def test_an_export_over_an_earlier_one_keeps_no_pictures_of_it(tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    for name in ("b", "a"):
+        make_run(runs / name, samples={1: {"a fox": 9}, 2: {"a fox": 9}})
+        (runs / name / "samples/00000002.mp4").write_bytes(b"moves")
+    export(place_of(str(runs)), out)
+    shutil.rmtree(runs / "a")
+    (runs / "b/samples/00000002.mp4").unlink()
+    others = [out / "mine.png", out / "picture/mine.png", out / "picture/0/mine.png", out / "picture/mine/1.png"]
+    others[-1].parent.mkdir()
+    for other in others:
+        other.write_bytes(b"mine")
+    export(place_of(str(runs)), out)
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - {"index.html"}
+    own = {f"picture/0/{number:08d}.png" for number in (1, 2)}
+    assert files == own | {str(path.relative_to(out)) for path in others}
+    assert not (out / "picture/1").exists()
+
+
 def test_the_server_answers_this_machine_alone(tmp_path):
     make_run(tmp_path / "a", samples={1: {"red": 5}})
     with served(tmp_path) as url:

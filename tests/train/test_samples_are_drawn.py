@@ -1,10 +1,9 @@
-"""The sample pictures of a run are those that inference draws from its weights with `seeds` that follow its `seed`.
+"""The sample pictures of a run are those that inference draws from its weights with `seeds` that follow its `seed`, by
+the command that the run names at its end.
 
 Those of Stable Diffusion are in `tests/families/stable_diffusion/test_samples.py`. Sources: ostris/ai-toolkit#309 and
 #589, bghira/SimpleTuner#578, Nerogar/OneTrainer#376.
 """
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from families.common.pictures import to_pictures
 from families.registry import load_task
 from tests.tiers import represented_by
 from tests.train.test_every_script import settings, use_case  # noqa: F401
+from tests.train.test_next_commands import of_command
 from warpcore.config import make_config
 
 pytestmark = pytest.mark.integration
@@ -54,8 +54,9 @@ def test_samples_are_what_inference_draws_with_the_same_seeds(settings, name):  
     task, titles = TEXT_TO_IMAGE, {"prompts": PROMPTS}
     if "sample_classes" in of_training:
         task, titles = CLASS_TO_IMAGE, {"classes": of_training["sample_classes"]}
-    keys = {"size": list(expected.shape[-3:-1])} | titles | of_inference | {
-        "run": str(Path(given["checkpoint_path"]) / "run"), "device": "cpu", "seeds": [3, 4],
+    named = {} if "size" in of_inference else of_command(config, task)
+    keys = {"run": config.run_folder} | named | titles | of_inference | {
+        "device": "cpu", "seeds": [3, 4],
         "steps": config.sample_steps, "sampler": config.sample_sampler, "guidance": config.sample_guidance,
     }  # fmt: skip
     kind, drawing = load_task(task, [f"{key}={value}" for key, value in keys.items()])

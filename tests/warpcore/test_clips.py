@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.warpcore.runs import tiny_settings, write_shard
+from tests.warpcore.test_redaction import SECRET, URLS
 from tests.warpcore.tiny import Denoiser
 from warpcore import clips, evaluation, pictures
 from warpcore.config import make_config
@@ -22,10 +23,20 @@ def moving(frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:
     return np.stack(pixels).astype(np.uint8)
 
 
-def played(data: bytes) -> tuple[np.ndarray, av.VideoStream]:
+def played(data: bytes) -> tuple[np.ndarray, tuple[str, str, float]]:
+    """The frames, and the codec, the format of pixels and the rate, which a stream tells while its file is open."""
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]), stream
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        context = stream.codec_context
+        return frames, (context.name, context.pix_fmt, float(stream.average_rate))
+
+
+def test_a_text_beside_a_clip_is_read_back_and_its_credentials_are_not_written():
+    clip, said = moving(), 'a "box" [ü], ☕'
+    assert clips.about_of(clips.encode_mp4(clip, 8, about=said)) == said
+    assert clips.about_of(clips.encode_mp4(clip, 8)) == clips.about_of(b"no clip") == ""
+    assert SECRET not in clips.about_of(clips.encode_mp4(clip, 8, about=URLS[0]))
 
 
 def test_an_mp4_plays_the_clip_in_its_colours_and_at_its_rate():
@@ -33,8 +44,7 @@ def test_an_mp4_plays_the_clip_in_its_colours_and_at_its_rate():
     shown, stream = played(clips.encode_mp4(clip, 12.5))
     assert shown.shape == clip.shape
     assert np.abs(shown.astype(int) - clip).mean() < 3
-    assert stream.codec_context.name == "h264"
-    assert (stream.codec_context.pix_fmt, float(stream.average_rate)) == ("yuv420p", 12.5)
+    assert stream == ("h264", "yuv420p", 12.5)
     assert clips.encode_mp4(clip, 12.5) == clips.encode_mp4(clip, 12.5)
 
 
@@ -124,7 +134,7 @@ def test_a_frame_is_shown_ten_minutes_at_most(fps):
             image.seek(1)
             image.load()
             assert image.info["duration"] == pytest.approx(1000 * seconds, rel=0.01)
-    assert float(played(clips.encode_mp4(clip, fps))[1].average_rate) == pytest.approx(1 / seconds, rel=0.01)
+    assert played(clips.encode_mp4(clip, fps))[1][2] == pytest.approx(1 / seconds, rel=0.01)
 
 
 class Moving(Denoiser):
@@ -146,6 +156,6 @@ def test_a_run_writes_its_samples_as_clips(tmp_path):
     names = {path.name for path in (folder / "samples").iterdir()}
     assert names == {"00000002.png", "00000002.mp4", "00000002.webp"}
     shown, stream = played((folder / "samples" / "00000002.mp4").read_bytes())
-    assert (len(shown), float(stream.average_rate)) == (2, 4.0)
+    assert (len(shown), stream[2]) == (2, 4.0)
     assert shown[1].mean() < shown[0].mean()
     assert len(pictures.read_cells(folder / "samples" / "00000002.png")) > 0

@@ -186,6 +186,17 @@ def test_a_network_of_pictures_draws_no_clips(folder):
     assert task_of("sample_t2v", place).total_frames == 1
 
 
+@pytest.mark.parametrize(("case", "keys", "told"), [
+    ("sample_t2i", {}, False), ("sample_t2i", {"size": SIZE}, False), ("sample_t2i", {"size": [96, 64]}, True),
+    ("sample_t2i", {"image_size": 128}, True), ("sample_t2v", {"size": [64, 64]}, True), ("sample_t2v", {}, False),
+])  # fmt: skip
+def test_another_size_than_that_of_the_places_is_told_where_there_are_no_rotary_positions(
+    case, keys, told, folder, caplog
+):
+    task_of(case, folder(case), **keys)
+    assert ("learned places of 64 x 96 px (height x width) alone: expect less" in caplog.text) == told
+
+
 def test_blank_prompts_are_the_network_s_own_empty_text(monkeypatch):
     hidden = {"text": torch.ones(3, 5, 4), "lengths": torch.tensor([2, 1, 1])}
     networks = NovaNetworks.__new__(NovaNetworks)

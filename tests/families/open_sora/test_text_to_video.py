@@ -189,6 +189,26 @@ def test_a_drawing_that_was_stopped_goes_on_with_what_is_missing(drawn, seen, tm
         drawn(*arguments, "skip_existing=true", "overwrite=true")
 
 
+@pytest.mark.parametrize("frames", [1, 17])
+def test_what_is_there_and_was_drawn_otherwise_is_told(drawn, seen, frames, capsys):
+    arguments = [f"num_frames={frames}", "sample_name=clip", "skip_existing=true", "steps=1"]
+    drawn(*arguments, "prompts=a box", "--prompts", "a star, [left]")
+    drawn(*arguments, "prompts=a box", "--prompts", "a star, [left]")
+    assert "drawn with other settings" not in capsys.readouterr().out
+    number = len(seen)
+    drawn(*arguments, "prompts=a box", "--prompts", "a ring", "guidance=3")
+    told = capsys.readouterr().out
+    ending = "png" if frames == 1 else "mp4"
+    assert f"2 of these were drawn with other settings, and stay as they are: clip_0000.{ending} with another" in told
+    assert "with another guidance; to draw all of them again" in told
+    drawn(*arguments, "prompts=a lamp", "--prompts", "a star, [left]")
+    assert (
+        f"1 of these were drawn with other settings, and stay as they are: clip_0000.{ending} with another prompt;"
+        in (capsys.readouterr().out)
+    )
+    assert len(seen) == number, "nothing was drawn"
+
+
 def test_a_damaged_picture_that_is_there_is_named_with_what_to_do(drawn, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "0000_a_box_3.png").write_bytes(b"no picture")
