@@ -1,8 +1,10 @@
 """Data speed: samples per second of the loader, beside what the hardware allows and what a plain pipeline reaches.
 
-    python3 benchmarks/data.py [--video] [--quick]
+    python3 benchmarks/data.py [--video | --squares] [--quick]
 
-With --video clips of videos are decoded instead, see `benchmarks/video.py`. Of pictures:
+With --video clips of videos are decoded instead, see `benchmarks/video.py`. With --squares the loader runs beside SPDL
+alone: JPEGs of 0.5 to 4 MP in the shapes of cameras become squares of 768 px, cropped from the middle, by two workers
+each; CPU time and memory are of all processes together (needs `pip install spdl-core spdl-io psutil`). Of pictures:
 
 Prints Markdown tables. All contenders run in turn, several times over, on the same synthetic photographs (JPEG quality
 90, 12 aspect ratios) and the same number of worker processes; figures are medians over the repeats.
@@ -19,7 +21,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -29,18 +31,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from benchmarks import video
+from benchmarks import squares, video
 from warpcore.data.buckets import Buckets, resized_size
-from warpcore.data.captions import CaptionGetter
-from warpcore.data.catalog import open_catalog
 from warpcore.data.images import decode
-from warpcore.data.loader import Loader
-from warpcore.data.plan import Plan
-from warpcore.data.reader import Reader
-from warpcore.data.shards import resolve_sources
 
 RATIOS = ["1/1", "1/2", "1/3", "2/3", "3/4", "1/5", "2/5", "3/5", "4/5", "1/6", "5/6", "9/16"]
-IMAGE_SIZE, MICRO_BATCH_SIZE, NUM_SHARDS = 768, 8, 4
+IMAGE_SIZE, MICRO_BATCH_SIZE, NUM_SHARDS = 768, squares.MICRO_BATCH_SIZE, 4
 BUCKETS = Buckets.for_image_size(IMAGE_SIZE, RATIOS)
 
 
@@ -64,12 +60,13 @@ def photograph(rng: np.random.Generator, pixels: float, ratio: float) -> bytes:
     return file.getvalue()
 
 
-def photographs(number: int, least_pixels: float, most_pixels: float) -> list[bytes]:
+def photographs(
+    number: int, least_pixels: float, most_pixels: float, ratios: Sequence[float] = BUCKETS.ratios
+) -> list[bytes]:
     """Ratios in turn, areas spread evenly between the two."""
     rng = np.random.default_rng(0)
     areas = rng.permutation(np.linspace(least_pixels, most_pixels, number))
-    ratios = cycle(BUCKETS.ratios)
-    return [photograph(rng, area, ratio) for area, ratio in zip(areas, ratios, strict=False)]
+    return [photograph(rng, area, ratio) for area, ratio in zip(areas, cycle(ratios), strict=False)]
 
 
 def write_tars(pictures: list[bytes], folder: Path) -> list[str]:
@@ -138,11 +135,7 @@ def _bare_loop(read: Callable, pictures: list[bytes], seconds: float, barrier, r
 
 def loader(paths: list[str], num_workers: int, seconds: float) -> float:
     """Samples per second of the loader over the plan."""
-    captions = CaptionGetter.parse(["txt", "identity"])
-    plan = Plan(
-        open_catalog(resolve_sources(paths)), micro_batch_size=MICRO_BATCH_SIZE, buckets=BUCKETS, captions=captions
-    )
-    with Loader(plan.micro_batches(), Reader(captions=captions), num_workers=num_workers) as batches:
+    with squares.opened(paths, num_workers, BUCKETS) as batches:
         return rate((len(batch.keys) for batch in batches), 3 * num_workers, seconds)
 
 
@@ -210,6 +203,13 @@ def compare(pictures: list[bytes], repeats: int, seconds: float, with_plain: boo
         print(f"| {name} | {one:.1f} | {share_one:.0%} | {two:.1f} | {share_two:.0%} |")
 
 
+def beside_spdl(quick: bool, repeats: int, seconds: float) -> None:
+    pictures = photographs(28 if quick else 84, squares.LEAST_PIXELS, squares.MOST_PIXELS, squares.RATIOS)
+    print(f"\n0.5 to 4 MP: {len(pictures)} photographs, squares of {squares.SIDE} px\n")
+    with tempfile.TemporaryDirectory() as folder:
+        squares.compare(write_tars(pictures, Path(folder)), num_workers=2, repeats=repeats, seconds=seconds)
+
+
 def fidelity(pictures: list[bytes]) -> str:
     """PSNR of DCT-scaled against whole decoding, both resized to the bucket."""
     values = []
@@ -229,19 +229,25 @@ def fidelity(pictures: list[bytes]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer pictures, one short run of each")
-    parser.add_argument("--video", action="store_true", help="clips of videos, in place of pictures")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--video", action="store_true", help="clips of videos, in place of pictures")
+    only.add_argument("--squares", action="store_true", help="the loader beside SPDL alone")
     options = parser.parse_args()
     quick = options.quick
     if options.video:
         video.compare(quick)
         return
     repeats, seconds = (1, 2.0) if quick else (5, 4.0)
+    if options.squares:
+        beside_spdl(quick, repeats, seconds)
+        return
     for title, number, least, most in (("0.8 to 4 MP", 96, 0.8e6, 4e6), ("12 MP", 24, 12e6, 12e6)):
         pictures = photographs(number // 4 if quick else number, least, most)
         mean_bits = statistics.mean(len(picture) * 8 for picture in pictures) / ((least + most) / 2)
         print(f"\n{title}: {len(pictures)} photographs, {mean_bits:.1f} bit per pixel, buckets of {IMAGE_SIZE}² px\n")
         compare(pictures, repeats, seconds, with_plain=most < 12e6)  # it needs minutes for a few of those
         print(f"\n{fidelity(pictures)}")
+    beside_spdl(quick, repeats, seconds)
 
 
 if __name__ == "__main__":

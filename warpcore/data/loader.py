@@ -11,6 +11,7 @@ import traceback
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, NamedTuple, Self
@@ -19,6 +20,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from warpcore.data import shared_memory
 from warpcore.data.reader import Batch, Reader
 from warpcore.data.samples import MicroBatch
 from warpcore.data.shared_memory import SHARED_MEMORY, full_message, is_full
@@ -209,13 +211,14 @@ class _Workers:
     def __init__(self, reader: Reader, num_workers: int, prefetch: int):
         self.need_main_script = b"__main__" in _pickled(reader)
         self._sampler, self._context = _Sampler(), _Context()
+        self._returns = shared_memory.new_returns(num_workers)
         self._loader = _WorkerLoader(
             _Work(reader),
             batch_sampler=self._sampler,
             num_workers=num_workers,
             prefetch_factor=prefetch,
             collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, self._returns),
             multiprocessing_context=self._context,
             persistent_workers=True,
             generator=torch.Generator(),  # it seeds its workers, which must not take from the global generator
@@ -229,7 +232,9 @@ class _Workers:
             for item in self._loader:
                 if isinstance(item, _Failure):
                     raise item.error
-                yield item
+                if item.loan is not None:
+                    shared_memory.return_when_free(item.batch.images, item.loan, self._returns)
+                yield item.batch
         except Exception as error:
             dead = [process for process in self._context.started() if process.exitcode is not None]
             if dead:
@@ -295,11 +300,17 @@ class _Work:
     def __init__(self, reader: Reader):
         self.reader = reader
 
-    def __getitems__(self, micro_batch: MicroBatch) -> "Batch | _Failure":
+    def __getitems__(self, micro_batch: MicroBatch) -> "_Made | _Failure":
         try:
-            return self.reader.__getitems__(micro_batch)
+            return _Made(self.reader.__getitems__(micro_batch), shared_memory.lender.take_loan())
         except Exception as error:
             return _Failure(_portable(error))
+
+
+class _Made(NamedTuple):
+    batch: Batch
+    loan: shared_memory.Loan | None
+    """Of the memory of its images."""
 
 
 class _Failure(NamedTuple):
@@ -317,11 +328,12 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+def _as_it_is(item: "_Made | _Failure") -> "_Made | _Failure":
+    return item
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(returns: torch.Tensor, worker: int) -> None:
+    shared_memory.lender = shared_memory.Lender(worker, returns[worker])
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     redact_output()

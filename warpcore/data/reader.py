@@ -24,6 +24,7 @@ from warpcore.data.frames import choose_frames, frame_distance
 from warpcore.data.geometry import CropGeometry, stored_geometry
 from warpcore.data.images import BadPicture, Crop, Geometry
 from warpcore.data.samples import PICTURE_FACTS, VIDEO_EXTENSIONS, MicroBatch, Sample, visual_member
+from warpcore.data.shared_memory import new_bytes
 from warpcore.data.storage import in_parallel, read_ranges
 from warpcore.data.video_headers import MAX_FRAME_PIXELS
 from warpcore.errors import UserError
@@ -331,10 +332,6 @@ def _content(suffixes: Sequence[str], contents: Mapping[str, bytes], sample: Sam
 
 
 def _new_pixels(number: int, size: tuple[int, ...]) -> Tensor:
-    """uint8 (B, H, W, 3), or (B, T, 3, H, W) of clips; in a worker process in shared memory, which spares a copy when
-    the batch is handed over."""
+    """uint8 (B, H, W, 3), or (B, T, 3, H, W) of clips."""
     shape = (number, *size, 3) if len(size) == 2 else (number, size[0], 3, *size[1:])
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    return new_bytes(prod(shape)).view(shape)
