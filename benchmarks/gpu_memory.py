@@ -27,6 +27,7 @@ CPU_LIMIT = 8 * GIB
 
 FULL = {"activation_checkpointing": 0}
 CHECKPOINTED = {"activation_checkpointing": 3}
+CAME = {"weights_dtype": "bfloat16", "optimizer": "came"}
 CONFIGS: list[tuple[str, str, str, int, dict]] = [
     ("1B full", "train_c", "1B", 4, FULL),
     ("1B full, checkpointing 3", "train_c", "1B", 4, CHECKPOINTED),
@@ -34,6 +35,9 @@ CONFIGS: list[tuple[str, str, str, int, dict]] = [
     ("1B full, offload encoders and activations", "train_c", "1B", 4,
      CHECKPOINTED | {"offload": ["encoders", "activations"]}),
     ("1B full, bfloat16 weights", "train_c", "1B", 4, {"weights_dtype": "bfloat16"}),
+    ("1B full, bfloat16 weights, CAME", "train_c", "1B", 4, CAME),
+    ("1B full, bfloat16 weights, CAME, fused backward", "train_c", "1B", 4,
+     CAME | {"fused_backward": True, "clip_grad_norm": None}),
     ("1B full, Adafactor", "train_c", "1B", 4, {"optimizer": "adafactor"}),
     ("1B full, EMA", "train_c", "1B", 4, {"ema_start_iters": 0}),
     ("1B full, EMA in the CPU's memory", "train_c", "1B", 4, {"ema_start_iters": 0, "ema_device": "cpu"}),

@@ -182,6 +182,10 @@ def rows(bench: Bench) -> list[Row]:
         ("came", ()),
     ):  # fmt: skip
         add("train_c", optimizer, AUTOCAST | {"optimizer": optimizer, "lr": 1e-4}, needs=needs)
+    fused = {"fused_backward": True, "clip_grad_norm": None}
+    for optimizer in ("adamw", "came"):
+        weights = {"weights_dtype": "bfloat16", "optimizer": optimizer, "lr": 1e-4}
+        add("train_c", f"fused backward, bfloat16 weights, {optimizer}", AUTOCAST | weights | fused)
     everything = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
     add("train_c_controlnet", "offload encoders and activations", AUTOCAST | everything)
     add("train_c_lora", "nf4", AUTOCAST | {"frozen_weights": "nf4"}, FEW_BITS, needs=("torchao",))

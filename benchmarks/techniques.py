@@ -18,6 +18,10 @@ class Technique:
     "reduce-overhead" records CUDA graphs, which pays where launching kernels takes longer than they do."""
     fp8: bool = False
     bfloat16_weights: bool = False
+    """On a GPU, where autocast brings activations to the same precision."""
+    optimizer: str = "adamw"
+    fused_backward: bool = False
+    """Step in the backward pass, and clip nothing."""
     frozen_weights: str | None = None
     """How the base of a LoRA is kept, where it is not in bfloat16."""
     checkpointing: int | None = None
@@ -35,6 +39,12 @@ def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
     rest = [
         replace(ours, name="- fused AdamW", fused_optimizer=False, cases=trained),
         replace(plain, name="- fused feed-forward, not compiled", fused_feed_forward=False),
+    ]
+    came = replace(plain, bfloat16_weights=device.type == "cuda", optimizer="came", cases=trained)
+    rest += [
+        replace(ours, name="+ fused backward", fused_backward=True, cases=trained),
+        replace(came, name="CAME, not compiled"),
+        replace(came, name="CAME, not compiled, fused backward", fused_backward=True),
     ]
     packed = [
         replace(ours, name=f"base in {dtype}", frozen_weights=dtype, cases=("LoRA",))

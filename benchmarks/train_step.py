@@ -38,6 +38,7 @@ from modules.stage_b import StageB
 from modules.stage_c import StageC
 from modules.unet import UNet
 from warpcore import compute, optim
+from warpcore.fused_backward import FusedBackward
 from warpcore.meta import PeakMemory
 
 GIB = 2**30
@@ -176,13 +177,14 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
         compute.compile_blocks(network, device)
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     groups = [{"params": list(named.values()), "param_names": list(named)}]
-    optimizers = optim.build_optimizers("adamw", groups, lr=1e-5)
+    optimizers = optim.build_optimizers(technique.optimizer, groups, lr=1e-5)
     if not technique.fused_optimizer:
         for optimizer in optimizers:
             optimizer._step_supports_amp_scaling = False  # of AdamW, the fused one alone does
             for group in optimizer.param_groups:
                 group["fused"] = False
     never = torch.zeros((), device=device)
+    fused = FusedBackward(optimizers, named, {}, {}) if technique.fused_backward else None
 
     def update() -> None:
         if technique.whole is not None:
@@ -190,6 +192,10 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
         with autocast(device):
             further = {} if control is None else {"cnet": trained(control)}
             loss = (network(**given, **further).float() - target).square().mean()
+        if fused is not None:
+            fused.backward(loss)
+            fused.finish()
+            return
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in named.values()])
         torch.nn.utils.clip_grads_with_norm_(list(named.values()), 1.0, norm)

@@ -168,10 +168,12 @@ ALWAYS = names(
     base_dim batch_size bucket_config cache_text caches
     caption_dropout caption_templates captions_getter checkpoint_path class_dropout class_file class_getter
     class_names classes clean_captions clip_grad_norm clip_image_dropout clip_skip clip_text_checkpoint_path
-    clip_text_model_name coarse_weight codebook_decay columns commitment_weight compile controlnet controlnet_blocks
+    clip_text_model_name coarse_weight codebook_decay columns commitment_weight compile clip_tensor_norm controlnet
+    controlnet_blocks
     controlnet_bottleneck_mode controlnet_checkpoint_path controlnet_filter controlnet_filter_params crop_mode
     dataset_filters dead_code_use device diffusion_target dim_mult dora dtype edge_weight effnet_checkpoint_path
     effnet_dropout effnet_scale experiment_id export_dtype export_every export_file_gb fp8 frozen_weights
+    fused_backward
     generator_checkpoint_path grad_accum_steps grad_mean_groups grad_norm_groups gradient_topk guidance_rescale
     image image_layers image_size image_tower_patch image_tower_size init_image input_perturbation keep_last
     kl_weight lanes latent latent_noise learn_sigma load log_every lora lora_checkpoint_path lora_dropout loss_reduce

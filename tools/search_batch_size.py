@@ -74,6 +74,11 @@ def main() -> None:
     check_new([options.tuned], "give the name of a new file")
     use_case = load_use_case(options.script)
     config = load_config(use_case.Config, [str(options.config), *keys])
+    if config.fused_backward:
+        raise UserError(
+            "fused_backward: an update is one micro-batch, so that batch_size would have to change: write another, of "
+            "which tools/memory.py says whether it fits, or search with fused_backward=false"
+        )
     if config.own_micro_batches is not None:
         search_clips(use_case, config, options, keys)
         return

@@ -17,6 +17,17 @@ def split_batch(config: Config, num_processes: int, saved: dict | None) -> tuple
     Raises:
         UserError: the numbers do not divide, or contradict each other.
     """
+    micro, steps = _split(config, num_processes, saved)
+    if config.fused_backward and steps > 1:
+        raise UserError(
+            f"fused_backward: an update is one micro-batch, and this run has {steps} for an update: write "
+            f"batch_size: {micro}, or micro_batch_size: {config.batch_size} with on_data_change: new_epoch, or remove "
+            "fused_backward"
+        )
+    return micro, steps
+
+
+def _split(config: Config, num_processes: int, saved: dict | None) -> tuple[int | None, int]:
     if config.own_micro_batches is not None:
         return None, _split_micro_batches(config, num_processes)
     batch, micro, steps = config.batch_size, config.micro_batch_size, config.grad_accum_steps

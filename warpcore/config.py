@@ -86,6 +86,7 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         self._check_export()
         self._check_cycles()
         self._check_average()
+        self._check_fused()
         return self
 
     @property
@@ -192,6 +193,51 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         if given := self._given(*keys):
             other = "power" if self.ema_profile == "constant" else "constant"
             raise ValueError(f"{', '.join(given)}: only ema_profile: {other} reads this: write that, or remove it")
+
+    def _check_fused(self) -> None:
+        if self.clip_tensor_norm is not None and self.clip_grad_norm is not None:
+            raise ValueError(
+                "clip_tensor_norm takes the place of clip_grad_norm: write clip_grad_norm: null beside it"
+            )
+        if not self.fused_backward:
+            return
+        if self.clip_grad_norm is not None:
+            raise ValueError(
+                f"clip_grad_norm: {self.clip_grad_norm:g}: fused_backward has made all steps when the norm of all "
+                "gradients is known: write clip_grad_norm: null, and clip_tensor_norm: 1.0 to clip tensor by tensor"
+            )
+        if self.gradient_topk is not None:
+            raise ValueError("gradient_topk needs all gradients at once, and fused_backward frees them: remove one")
+        if self.optimizer == "prodigy":
+            raise ValueError(
+                "optimizer: prodigy finds its learning rate out of all gradients at once, and fused_backward frees "
+                "them: write another optimizer, such as came, or remove fused_backward"
+            )
+        if self.dtype == "float16":
+            raise ValueError(
+                "dtype: float16 skips updates whose gradients overflow, and fused_backward has made most steps when "
+                "they do: write dtype: bfloat16 or float32, or remove fused_backward"
+            )
+        if self.compile == "graphs":
+            raise ValueError(
+                "compile: graphs keeps gradients in the graphs' own memory, of which fused_backward frees none: write "
+                "compile: blocks"
+            )
+        if self.fsdp_cpu_offload or self.processes_per_sample > 1:
+            key = "fsdp_cpu_offload" if self.fsdp_cpu_offload else "sequence_shards"
+            raise ValueError(
+                f"{key} gathers gradients after the backward pass, and fused_backward frees them: remove one"
+            )
+        self._check_one_micro_batch()
+
+    def _check_one_micro_batch(self) -> None:
+        why = "fused_backward: of several micro-batches, gradients would have to be kept until the last: write "
+        if self.own_micro_batches not in (None, 1):
+            raise ValueError(f"{why}micro_batches_per_update: 1")
+        if self.own_micro_batches is None and self.micro_batch_size not in (None, self.batch_size):
+            raise ValueError(f"{why}batch_size: {self.micro_batch_size}, or remove micro_batch_size")
+        if self.grad_accum_steps not in (None, 1):
+            raise ValueError(f"{why}grad_accum_steps: 1, or remove it")
 
     @property
     def lr_cycles(self) -> LinearCycles | None:

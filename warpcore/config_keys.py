@@ -248,6 +248,13 @@ class OptimisationKeys(Settings):
     """Term added to the denominator in Adam's family."""
     clip_grad_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
+    clip_tensor_norm: PositiveFloat | None = None
+    """In place of `clip_grad_norm`: the gradient of each tensor is scaled down alone, to this times the root of its
+    share of all trained numbers, so that the norm of all is at most this."""
+    fused_backward: bool = False
+    """Step each tensor in the backward pass, as soon as its gradient is there, which is then freed: the gradients of
+    one or two tensors are in memory in place of all. Updates stay the same. For one process and one micro-batch per
+    update, with `clip_grad_norm: null`."""
     gradient_topk: Annotated[float, Field(gt=0, lt=1)] | None = None
     """After each micro-batch, of the gradients of the matrices and kernels that `gradient_topk_pattern` names, keep
     this share, the largest in size (one threshold for all of them), and set the others to zero. On one process alone,

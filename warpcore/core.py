@@ -81,7 +81,8 @@ class WarpCore(UseCase):
         """One optimizer step over `accumulation` micro-batches. It changes nothing where a number is not finite, or no
         sample could be read."""
         config, accumulation, update = self.config, self.feed.accumulation, self.update + 1
-        losses, samples_hash = [], 0
+        losses, samples_hash, lr = [], 0, self._learning_rate(update)
+        optim.set_lr(self.optimizers, lr)
         update_mean = UpdateMean(self.processes, accumulation, self.feed.plan.largest_micro_batch)
         for name in self.trainable:
             self.networks[name].train()
@@ -91,32 +92,36 @@ class WarpCore(UseCase):
                 samples_hash += sum(stable_hash(key, seed) for key, seed in zip(batch.keys, batch.seeds, strict=True))
             # A network's own randomness (dropout) belongs to the micro-batch, not to the process or the moment.
             torch.manual_seed(stable_hash(config.seed, "network", batch.number))
-            self._synchronise_gradients(step == accumulation - 1)
+            if self.processes.count > 1 and not config.fsdp_cpu_offload:  # what is offloaded has no room to wait
+                trained = [self.networks[name] for name in self.trainable]
+                gradients.synchronise(trained, self.processes, now=step == accumulation - 1)
             if config.compile == "graphs":
                 compute.begin_graphs(self.parameters.values(), accumulated=step == 1)
             with self.autocast():
                 result = self.loss(*self.encoded(batch))
             weight = update_mean.weight_of(batch)
-            self.loss_scale.scaled(result.loss.mean() * (weight / accumulation)).backward()
+            loss = self.loss_scale.scaled(result.loss.mean() * (weight / accumulation))
+            if self.fused is None:
+                loss.backward()
+            elif batch.weight and self.feed.fault is None:
+                self.fused.backward(loss, update_mean.correction())
             gradients.keep_largest(self.thinned, config.gradient_topk)
             losses.append(result.means(weight))
             self.statistics.add(result.statistics, batch.weight)
 
         self.loss_scale.unscale(self.parameters.values(), update_mean.correction())
-        means = {f"grad_mean/{name}": value for name, value in gradients.gradient_means(self.mean_groups).items()}
-        norm = gradients.clip_gradients(self.parameters.values(), config.clip_grad_norm).to(self.device)
-        norms = {f"grad_norm/{name}": value for name, value in gradients.gradient_norms(self.gradient_groups).items()}
+        norm, norms = self.clipped_gradients() if self.fused is None else self.fused.finish()
+        norms = {name: value.to(self.device) for name, value in ({"grad_norm": norm} | norms).items()}
+        norm = norms["grad_norm"]
         mean = update_mean.of(losses)
         usable = torch.isfinite(norm) & torch.isfinite(mean["loss"]) & (self.feed.fault is None)
         finite, mean = update_mean.decided(usable, mean)
-        lr = self._learning_rate(update)
-        optim.set_lr(self.optimizers, lr)
-        optim.step(self.optimizers, ~finite)
+        if self.fused is None:
+            optim.step(self.optimizers, ~finite)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.statistics.apply(self.update_state, self.state.without_gradients, finite)
         self.state.step_averages(update, finite, config.ema_at_end and update == config.updates)
-        norms = {"grad_norm": norm} | {name: value.to(self.device) for name, value in (norms | means).items()}
         norms |= self.loss_scale.metrics() | optim.metrics(self.optimizers) | update_mean.metrics
         self.loss_scale.update(norm, finite)
         times = {f"ms/{name}": value for name, value in batch.milliseconds.items()}
@@ -141,7 +146,8 @@ class WarpCore(UseCase):
             self.kept = saved.get("kept", {}) | self.kept
         self.metrics = Metrics(config.run_folder / "metrics.jsonl", self.processes, config.batch_size)
         self.metrics.resume(self.update, saved.get("samples_seen"))
-        self.skipped = reports.SkippedUpdates(config.max_nonfinite_updates, saved.get("nonfinite_updates", 0))
+        in_a_row, in_parts = saved.get("nonfinite_updates", 0), config.fused_backward
+        self.skipped = reports.SkippedUpdates(config.max_nonfinite_updates, in_a_row, in_parts)
         self.saved_update = self.update
         self.run_id = (origin and origin.is_own and saved.get("run_id")) or uuid.uuid4().hex[:12]
         tracked = self.processes.is_main
@@ -254,14 +260,6 @@ class WarpCore(UseCase):
             updates=config.updates, min_lr_ratio=config.min_lr_ratio, num_cycles=config.num_cycles,
             power=config.lr_power, decay_updates=config.decay_updates, cycles=config.lr_cycles,
         )  # fmt: skip
-
-    def _synchronise_gradients(self, now: bool) -> None:
-        # Of sharded networks, shards of gradients are added up in every micro-batch, or each process would keep whole
-        # ones; over replicas, that waits for the last. What is offloaded has no room to wait on the device.
-        if self.processes.count > 1 and not self.config.fsdp_cpu_offload:
-            for name in self.trainable:
-                network, sharded = self.networks[name], self.processes.mesh.size(1) > 1
-                (network.set_requires_all_reduce if sharded else network.set_requires_gradient_sync)(now)
 
     # ------------------------------------------------------------------ reports and saving
 

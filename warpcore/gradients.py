@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from warpcore.errors import UserError
 from warpcore.patterns import searching
+from warpcore.processes import Processes
 from warpcore.sharded import full
 
 
@@ -24,6 +25,52 @@ def clip_gradients(parameters: Iterable[Tensor], largest_norm: float | None) -> 
     if largest_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest_norm, norm)
     return norm
+
+
+def tensor_limits(parameters: Sequence[Tensor], largest_norm: float | None) -> dict[Tensor, float]:
+    """The largest norm of the gradient of each parameter, so that all together are at most `largest_norm`.
+
+    Each has the root of its share of all numbers. Nothing where there is no largest norm.
+    """
+    count = sum(parameter.numel() for parameter in parameters)
+    if largest_norm is None:
+        return {}
+    return {parameter: largest_norm * math.sqrt(parameter.numel() / count) for parameter in parameters}
+
+
+def clip_tensor(parameter: Tensor, largest_norm: float | None) -> Tensor:
+    """The norm (0-d) of one parameter's gradient, which is then scaled down to `largest_norm` if it is greater."""
+    return clip_gradients([parameter], largest_norm)
+
+
+def clipped(
+    parameters: Sequence[Tensor],
+    largest_norm: float | None,
+    largest_tensor_norm: float | None,
+    norm_groups: Mapping[str, list["Part"]],
+    mean_groups: Mapping[str, list[Tensor]],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clip all gradients together, or (`largest_tensor_norm`) each to its `tensor_limits`.
+
+    Returns their norm before that, and what is reported of groups: means before, and norms after it. All are 0-d.
+    """
+    means = {f"grad_mean/{name}": value for name, value in gradient_means(mean_groups).items()}
+    norm = clip_gradients(parameters, largest_norm)
+    for parameter, limit in tensor_limits(parameters, largest_tensor_norm).items():
+        if parameter.grad is not None:
+            clip_tensor(parameter, limit)
+    return norm, {f"grad_norm/{name}": value for name, value in gradient_norms(norm_groups).items()} | means
+
+
+def synchronise(networks: Iterable[nn.Module], processes: Processes, now: bool) -> None:
+    """Whether the next backward pass of networks that several processes train adds up their gradients.
+
+    Of sharded networks, shards of gradients are added up in every micro-batch, or each process would keep whole ones;
+    over replicas, that waits for the last, which comes `now`.
+    """
+    sharded = processes.mesh.size(1) > 1
+    for network in networks:
+        (network.set_requires_all_reduce if sharded else network.set_requires_gradient_sync)(now)
 
 
 @torch.no_grad()

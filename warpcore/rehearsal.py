@@ -22,6 +22,7 @@ from warpcore.data.images import place
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.files import why_no_file
+from warpcore.fused_backward import check_one_process
 from warpcore.meta import META, MetaAsDevice, MixMetaWithCPU, PeakMemory
 from warpcore.networks import Checkpointing, blocks, has_blocks
 from warpcore.sharded import stored_bytes
@@ -126,6 +127,7 @@ class OnShapes:
 
     def __init__(self, use_case: type[UseCase], config: Config, kind: str, processes: int = 1):
         self.use_case, self.kind, self.processes = use_case, kind, processes
+        check_one_process(config.fused_backward, processes)
         self.config = config.model_copy(update={"device": "cpu", "fp8": False, "compile": False})
         self.sharded = config.use_fsdp and (processes > 1 or config.fsdp_cpu_offload)
         self.shards = (config.fsdp_shards or processes) if self.sharded else 1
@@ -168,7 +170,8 @@ class OnShapes:
         """What it needs even then, gradients included."""
         config = self.config
         weights = sum(p.nbytes for p in self.run.parameters.values()) // self.shards
-        trained = {"weights": weights, "gradients": weights, "optimizer": self._optimizer_bytes // self.shards}
+        gradients = max(p.nbytes for p in self.run.parameters.values()) if config.fused_backward else weights
+        trained = {"weights": weights, "gradients": gradients, "optimizer": self._optimizer_bytes // self.shards}
         averages = [*self.run.averages.values(), *self.run.state.post_hoc_averages]
         ema = sum(tensor.nbytes for average in averages for tensor in average.state_dict().values())
         ema //= self.shards
@@ -219,6 +222,8 @@ class OnShapes:
                     parameter.data = parameter.data.to(run.dtype)
                     undo.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
             there = [t for n in run.networks.values() for t in (*n.parameters(), *n.buffers())]
+            if run.fused is not None:
+                there += self._stepping_in_the_backward_pass(undo)
             memory = undo.enter_context(PeakMemory(there, device="meta"))
             kept = undo.enter_context(PeakMemory(device="cpu"))
             batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
@@ -227,10 +232,22 @@ class OnShapes:
                     parameter.grad = None if self.sharded else torch.empty_like(parameter)
             _backward(run.forward(batch).loss.mean())
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+        if run.fused is not None:
+            gradients = self.between_updates().gradients
+            run.fused.finish()
         for parameter in trained:
             parameter.grad = None
         sent_away = kept.peak if "activations" in self.config.offload else 0
         return max(0, memory.peak - gradients - (self._staying() - staying)), sent_away
+
+    def _stepping_in_the_backward_pass(self, undo: ExitStack) -> list[Tensor]:
+        """The optimizers' state, all of which is there before, so that the pass makes no more of it."""
+        run = self.run
+        if self._optimizer_bytes and run.config.optimizer == "adamw8bit":  # whose kernels want memory
+            run.fused.close()
+            for parameter in run.parameters.values():
+                undo.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
+        return [*optim.optimizer_state(run.optimizers)[0].values()]
 
     def _staying(self) -> int:
         return sum(network.nbytes for network in self.run.on_demand.values() if network.stays)

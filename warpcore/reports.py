@@ -10,10 +10,13 @@ from warpcore.tracking import Tracker
 
 
 class SkippedUpdates:
-    """Counts updates in a row that were skipped, as their loss or gradient was not finite."""
+    """Counts updates in a row that were skipped, as their loss or gradient was not finite.
 
-    def __init__(self, max_in_a_row: int, in_a_row: int = 0):
-        self.max_in_a_row, self.in_a_row = max_in_a_row, in_a_row
+    in_parts: they are made tensor by tensor in the backward pass, up to such a gradient (`fused_backward`).
+    """
+
+    def __init__(self, max_in_a_row: int, in_a_row: int = 0, in_parts: bool = False):
+        self.max_in_a_row, self.in_a_row, self.in_parts = max_in_a_row, in_a_row, in_parts
 
     def count(self, lines: Sequence[dict]) -> tuple[list[str], UserError | None]:
         """Messages about those among updates, and the error to end with where there were too many.
@@ -30,7 +33,9 @@ class SkippedUpdates:
                 continue  # float16 gradients overflowed, which a smaller factor on the loss will change
             self.in_a_row = 0 if finite else self.in_a_row + 1
             if not finite:
-                alerts.append(f"update {line['update']} was skipped: no finite gradient ({self.in_a_row} in a row)")
+                in_part = self.in_parts and math.isfinite(line["loss"])
+                skipped = "was made in part, and the rest skipped" if in_part else "was skipped"
+                alerts.append(f"update {line['update']} {skipped}: no finite gradient ({self.in_a_row} in a row)")
             if problem is None and self.in_a_row >= self.max_in_a_row:
                 problem = UserError(
                     f"{self.in_a_row} updates in a row, up to {line['update']}, had a loss or gradient that "

@@ -17,6 +17,7 @@ from warpcore.data.needs import DataNeeds
 from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.from_scratch import fresh_layers, start_layers
+from warpcore.fused_backward import FusedBackward, check_one_process
 from warpcore.loading import deferring
 from warpcore.loss_scale import LossScale
 from warpcore.networks import block_names, check_networks, convolution_weights, linear_weights, split_sequence
@@ -60,6 +61,8 @@ class UseCase:
     place of drawn ones. 0: as in training."""
     bucket_factor: int = 1
     """Sides of training pictures are multiples of this many pixels."""
+    fused: FusedBackward | None = None
+    """What steps the parameters in the backward pass, with `fused_backward`."""
     origin: Origin | None = None
     """The checkpoint that this start goes on from, known when `build` is called."""
 
@@ -159,6 +162,7 @@ class UseCase:
                 config.processes_per_sample,
             )
         self.device = self.processes.device
+        check_one_process(config.fused_backward, self.processes.count)
         compute.check_graphs(config, self.device, sharded=self.processes.mesh is not None)
         of_weights = "bfloat16" if config.weights_dtype == "bfloat16" else None
         self.dtype = choose_dtype(config.dtype or of_weights, self.device)
@@ -206,6 +210,9 @@ class UseCase:
             convolutions=convolution_weights(trained) if config.muon_convolutions else (),
         )  # fmt: skip
         optim.train_mode(self.optimizers)
+        if config.fused_backward:
+            reported = self.gradient_groups, self.mean_groups
+            self.fused = FusedBackward(self.optimizers, self.parameters, *reported, config.clip_tensor_norm)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self.averages = averages(trained, config)
         post_hoc = post_hoc_averages(trained, config)
@@ -225,6 +232,11 @@ class UseCase:
             )
         matrices = {name: parameter for name, parameter in self.parameters.items() if parameter.dim() >= 2}
         return list(gradients.named_by(matrices, config.gradient_topk_pattern, "gradient_topk_pattern").values())
+
+    def clipped_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clip the gradients; their norm before that, and what is reported of groups of them (`gradients.clipped`)."""
+        limits = self.config.clip_grad_norm, self.config.clip_tensor_norm
+        return gradients.clipped(list(self.parameters.values()), *limits, self.gradient_groups, self.mean_groups)
 
     def validation_losses(self, batch: Batch) -> dict[str, Tensor]:
         """What the validation tells of the samples of a batch: numbers (B,) by name."""
@@ -267,5 +279,9 @@ class UseCase:
 
     def close(self) -> None:
         """Let go of networks and processes; safe at any moment."""
-        self.networks = self.optimizers = self.averages = self.parameters = self.state = self.on_demand = None
+        if self.fused is not None:
+            self.fused.close()
+        self.networks = self.optimizers = self.averages = self.parameters = self.state = self.on_demand = (
+            self.fused
+        ) = None
         stop_processes()

@@ -55,6 +55,7 @@ def test_contenders_make_updates(trained):
     made = {"ours": lambda: make_ours(case, Technique(compiled=False), CPU)}
     if trained != "ControlNet":
         made["plain AdamW"] = lambda: make_ours(case, Technique(compiled=False, fused_optimizer=False), CPU)
+        made["fused"] = lambda: make_ours(case, Technique(compiled=False, optimizer="came", fused_backward=True), CPU)
         made["theirs"] = lambda: make_theirs(case, CPU)
     for make in made.values():
         contender = make()

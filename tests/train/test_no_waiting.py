@@ -29,6 +29,10 @@ FURTHER: dict[str, dict] = {
     },
     "train_c_controlnet": {"cache_text": True, "grad_norm_groups": {"hint": "backbone"}},
     "train_c_lora": {"caption_templates": ["a [fernando] {caption}", "[fernando]"], "masked_loss": True},
+    "train_pixart": {
+        "fused_backward": True, "optimizer": "came", "weights_dtype": "bfloat16", "clip_grad_norm": None,
+        "clip_tensor_norm": 1.0, "grad_norm_groups": {"all": "."}, "grad_mean_groups": {"weights": "weight$"},
+    },
     "train_sd": {
         "train_text_encoder": True, "text_chunks": 2, "loss_type": "huber", "min_snr_gamma": 5.0,
         "input_perturbation": 0.1, "multires_noise_iterations": 3, "shuffle_tags": True,
@@ -41,7 +45,7 @@ FURTHER: dict[str, dict] = {
 def train_on_gpu(name: str, settings: dict) -> None:  # noqa: F811
     """Updates of a use case, of which one with samples seen before must not wait; then all that may."""
     kind = use_case(name)
-    run = kind(make_config(kind.Config, settings | {"clip_grad_norm": 1.0}))
+    run = kind(make_config(kind.Config, {"clip_grad_norm": 1.0} | settings))
     run.device, run.processes = GPU, replace(run.processes, device=GPU)
     run.dtype, run.autocast = torch.bfloat16, partial(MetaAsDevice, "cuda", torch.bfloat16)
     with FakeGpu() as gpu:
