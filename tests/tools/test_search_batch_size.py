@@ -196,6 +196,14 @@ def test_buckets_that_are_not_there(arguments, message):
         ClipSearch(ClipMachine(ENTRIES), ENTRIES).search(*arguments)
 
 
+def test_steps_in_the_backward_pass_leave_nothing_to_search(tmp_path, monkeypatch):
+    keys = {"fused_backward": True, "clip_grad_norm": None}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_settings(tmp_path, tmp_path / "a.tar", **keys)))
+    monkeypatch.setattr(sys, "argv", ["search", str(TINY), str(tmp_path / "c.yaml"), str(tmp_path / "tuned.yaml")])
+    with pytest.raises(UserError, match=r"fused_backward: .* or search with fused_backward=false"):
+        main()
+
+
 def test_a_bucket_on_the_command_line():
     assert bucket("144p:51") == ("144p", 51)
     for wrong in ("144p", "144p:x", ":51"):
