@@ -76,8 +76,8 @@ def test_they_are_suggested_where_gradients_do_not_fit(tmp_path, capsys):
     plan = memory.Plan(Deep, config, "cuda")
     with only_shapes():
         with plan.shapes(FUSED) as shapes:
-            total = plan.needs(shapes, 0, 2).total
+            total = plan.of_bucket(shapes, bucket_sizes(shapes.run)[0], 0).total
         plan.suggest(1.001 * total / memory.USABLE)
-    assert ": fused_backward: true, clip_grad_norm: null (" in capsys.readouterr().out
+    assert "fused_backward=true clip_grad_norm=null clip_tensor_norm=1.0" in capsys.readouterr().out
     with pytest.raises(UserError, match="train with one process"):
         memory.Plan(Deep, config, "cuda", 2).shapes(FUSED)
