@@ -189,7 +189,7 @@ def rows(bench: Bench) -> list[Row]:
     everything = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
     add("train_c_controlnet", "offload encoders and activations", AUTOCAST | everything)
     add("train_c_lora", "nf4", AUTOCAST | {"frozen_weights": "nf4"}, FEW_BITS, needs=("torchao",))
-    for dtype in ("float8_e4m3fn", "float8_e5m2", "int8", "int8_rotated"):
+    for dtype in ("float8_e4m3fn", "float8_e5m2", "float8", "int8", "int8_rotated"):
         add("train_c_lora", f"base in {dtype}", AUTOCAST | {"frozen_weights": dtype}, FEW_BITS)
     add("train_cosmos_lora", "base in float8_e4m3fn", AUTOCAST | {"frozen_weights": "float8_e4m3fn"}, FEW_BITS)
     add("train_c", "fp8", AUTOCAST | {"fp8": True}, FEW_BITS, needs=("torchao",))

@@ -48,7 +48,7 @@ def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
     ]
     packed = [
         replace(ours, name=f"base in {dtype}", frozen_weights=dtype, cases=("LoRA",))
-        for dtype in ("float8_e4m3fn", "int8", "int8_rotated")
+        for dtype in ("float8_e4m3fn", "float8", "int8", "int8_rotated")
     ]
     if device.type == "cuda":
         return [

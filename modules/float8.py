@@ -40,10 +40,14 @@ class _Product(torch.autograd.Function):
         return grad.to(scale.dtype) @ unpacked(stored, scale), None, None, None
 
 
-def keep_in_float8(network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+def keep_in_float8(
+    network: nn.Module, dtype: torch.dtype, device: torch.device | str, kind: type[Float8Linear] = Float8Linear
+) -> None:
     """Put the matrices of linear layers into float8, one by one on `device`, frozen; others stay as they are.
 
-    dtype: one of FORMATS.
+    Args:
+        dtype: one of FORMATS.
+        kind: what the layers become, see `modules.float8_product` for another.
     """
     limit = torch.finfo(dtype).max
 
@@ -53,4 +57,4 @@ def keep_in_float8(network: nn.Module, dtype: torch.dtype, device: torch.device 
         scale = torch.ldexp(torch.ones_like(rows[:, 0]), exponents)
         return (rows / scale[:, None]).to(dtype), scale.to(computes_in)
 
-    keep_packed(network, Float8Linear, pack, device)
+    keep_packed(network, kind, pack, device)

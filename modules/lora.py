@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modules.adapters import Kind, LoraSettings, WeightAdapter
 from modules.blocks import Conv, DepthwiseConv, MultiheadAttention, PointwiseConv
 from modules.float8 import Float8Linear
+from modules.float8_product import Float8ProductLinear
 from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.loha import LoHa
 from modules.lokr import LoKr
@@ -52,6 +53,10 @@ class _AdaptedPacked:
 
 
 class AdaptedFloat8Linear(_AdaptedPacked, Float8Linear):
+    pass
+
+
+class AdaptedFloat8ProductLinear(_AdaptedPacked, Float8ProductLinear):
     pass
 
 
@@ -109,6 +114,7 @@ class AdaptedAttention(MultiheadAttention):
 ADAPTED = {
     nn.Linear: AdaptedLinear,
     Float8Linear: AdaptedFloat8Linear,
+    Float8ProductLinear: AdaptedFloat8ProductLinear,
     Int8Linear: AdaptedInt8Linear,
     RotatedInt8Linear: AdaptedRotatedInt8Linear,
     nn.Conv2d: AdaptedConv2d,

@@ -67,7 +67,7 @@ class LoraKeys(Settings):
     """How the frozen network is kept: by default in the precision of the computation. `float8_e4m3fn` and
     `float8_e5m2` keep the matrices of linear layers in eight bits, with a scale for each row, `nf4` in four (needs
     torchao, and one process). `int8` also multiplies in eight bits, with a scale for each token, `int8_rotated` after
-    a rotation that evens out channels of unequal size."""
+    a rotation that evens out channels of unequal size; `float8` does so in e4m3, on Ada, Hopper and later GPUs."""
 
     @property
     def lora_settings(self) -> LoraSettings:

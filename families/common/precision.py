@@ -8,6 +8,7 @@ from torch import nn
 
 from modules.autocast import without_autocast
 from modules.float8 import FORMATS, keep_in_float8
+from modules.float8_product import CAPABILITY, DTYPE, SIDES, Float8ProductLinear
 from modules.int8 import keep_in_int8
 from modules.quantise import quantise
 from warpcore.errors import UserError
@@ -15,9 +16,10 @@ from warpcore.loading import load_deferred
 
 Precision = Literal["float32", "bfloat16", "float16", "nf4"]
 """How a frozen network is kept; `nf4` in four bits (QLoRA, arXiv:2305.14314), computing in bfloat16."""
-BasePrecision = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "int8_rotated", "nf4"]
-"""How a frozen network is kept that adapters change; float8 and nf4 compute in bfloat16, int8 multiplies in int8."""
-PACKED = frozenset({*FORMATS, "int8", "int8_rotated", "nf4"})
+BasePrecision = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8", "int8", "int8_rotated", "nf4"]
+"""How a frozen network is kept that adapters change; `float8` and the int8 ones multiply in eight bits, other packed
+ones compute in bfloat16."""
+PACKED = frozenset({*FORMATS, "float8", "int8", "int8_rotated", "nf4"})
 
 
 def freeze(
@@ -48,6 +50,11 @@ def freeze(
             raise UserError(f"{key}: MPS has no {precision}; write bfloat16 or nf4")
         if precision in FORMATS:
             keep_in_float8(network, FORMATS[precision], device)
+        elif precision == "float8":
+            _check_float8(key, torch.device(device))
+            keep_in_float8(network, DTYPE, device, Float8ProductLinear)
+            if not any(isinstance(layer, Float8ProductLinear) for layer in network.modules()):
+                raise UserError(f"{key}: no linear layer has sides that {SIDES} divides, as float8 needs; write int8")
         else:
             keep_in_int8(network, device, rotate=precision == "int8_rotated")
         return
@@ -55,6 +62,15 @@ def freeze(
         quantise(network, device)
     except ImportError as error:
         raise UserError(f"{key}: nf4 needs torchao: pip install torchao") from error
+
+
+def _check_float8(key: str, device: torch.device) -> None:
+    """Raise UserError where a GPU does not multiply in float8. CPUs do it, slowly."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise UserError(
+            f"{key}: float8 needs a GPU that multiplies in fp8 (Ada, Hopper or later), not "
+            f"{torch.cuda.get_device_name(device)}; write int8"
+        )
 
 
 class FrozenNetwork(nn.Module):

@@ -25,15 +25,20 @@ from warpcore.errors import UserError
 from warpcore.rehearsal import OnShapes, bucket_sizes
 
 pytestmark = pytest.mark.integration
+TOO_NARROW = {"train_cosmos_lora"}
+"""Scripts whose mini here has no layers that are multiplied in float8."""
 LORAS = [name for name in SETTINGS if "frozen_weights" in use_case(name).Config.model_fields]
 
 
 @pytest.mark.parametrize("name", represented_by("train_cosmos_lora", of=LORAS))
 @pytest.mark.parametrize(
     "dtype",
-    ["float8_e4m3fn", "int8", *(pytest.param(one, marks=pytest.mark.slow) for one in ("float8_e5m2", "int8_rotated"))],
-)
+    ["float8_e4m3fn", "int8",
+     *(pytest.param(one, marks=pytest.mark.slow) for one in ("float8_e5m2", "float8", "int8_rotated"))],
+)  # fmt: skip
 def test_a_lora_learns_beside_a_base_in_eight_bits_and_resumes_exactly(settings, name, dtype):  # noqa: F811
+    if dtype == "float8" and name in TOO_NARROW:
+        pytest.skip("its mini has no sides that 16 divides")
     plain = settings(name, "plain", dtype="bfloat16")
     whole = plain | {"experiment_id": "whole", "frozen_weights": dtype}
     packed = []
@@ -45,7 +50,7 @@ def test_a_lora_learns_beside_a_base_in_eight_bits_and_resumes_exactly(settings,
             packed.append([layer.stored.dtype for layer in layers])
 
     lines, expected = train(name, whole, Seen), train(name, plain)
-    assert set(packed[0]) == {FORMATS.get(dtype, torch.int8)}
+    assert set(packed[0]) == {{**FORMATS, "float8": torch.float8_e4m3fn}.get(dtype, torch.int8)}
     assert len(packed[0]) > 10
     for line, other in zip(lines, expected, strict=True):
         assert line["samples_hash"] == other["samples_hash"]
@@ -58,8 +63,10 @@ def test_a_lora_learns_beside_a_base_in_eight_bits_and_resumes_exactly(settings,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LORAS)
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8_rotated"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8", "int8_rotated"])
 def test_it_is_sharded_over_two_processes(settings, name, dtype, tmp_path):  # noqa: F811
+    if dtype == "float8" and name in TOO_NARROW:
+        pytest.skip("its mini has no sides that 16 divides")
     alone = settings_for_two(settings, name, tmp_path) | {"updates": 4, "frozen_weights": dtype}
     expected = train(name, alone)
     together = alone | {"experiment_id": "together", "use_fsdp": True}
@@ -73,13 +80,13 @@ def test_it_is_sharded_over_two_processes(settings, name, dtype, tmp_path):  # n
 @pytest.mark.parametrize("name", represented_by("train_cosmos_lora", of=LORAS))
 def test_the_planner_counts_eight_bits(settings, name):  # noqa: F811
     counted, spared = {}, {}
-    for dtype in ("bfloat16", "float8_e5m2", "int8"):
+    for dtype in ("bfloat16", "float8_e5m2", "int8", *([] if name in TOO_NARROW else ["float8"])):
         config = make_config(use_case(name).Config, settings(name, "planned", frozen_weights=dtype, batch_size=2))
         with only_shapes(), OnShapes(use_case(name), config, "cpu") as shapes:
             counted[dtype] = shapes.needs(bucket_sizes(shapes.run)[0], 2).frozen
             layers = [one for one in shapes.run.networks["generator"].modules() if isinstance(one, PackedLinear)]
             spared[dtype] = sum(one.out_features * (one.in_features - 2) for one in layers)  # two bytes for a scale
-    assert spared["float8_e5m2"] >= spared["int8"] > 0
+    assert spared["float8_e5m2"] >= spared["int8"] >= spared.get("float8", 1) > 0
     assert {dtype: counted["bfloat16"] - found for dtype, found in counted.items()} == spared
 
 
