@@ -16,6 +16,7 @@ from itertools import product
 
 from families.common.drawn_pictures import MAX_PICTURES, file_names, save_drawn
 from families.common.family import TEXT_TO_IMAGE
+from families.common.prompt_weights import about_weights
 from families.registry import load_task
 from warpcore.errors import UserError, run_script
 from warpcore.outputs import check_new, free_folder
@@ -34,7 +35,7 @@ def main() -> None:
     check_new(files, "give another output_path, or write overwrite=true", config.overwrite)
     drawn = task.draw(prompts, seeds)
     save_drawn(config, files, "prompt", prompts, seeds, drawn, left_out={"prompts", "prompt_file"})
-    for note in task.notes():
+    for note in [*about_weights([*prompts, config.negative_prompt]), *task.notes()]:
         print(note)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from families.common.drawn_pictures import MAX_PICTURES
 from families.common.family import TEXT_TO_VIDEO
+from families.common.prompt_weights import about_weights
 from families.common.text_to_video import (
     LONGEST_DRAWING,
     TextToVideo,
@@ -70,7 +71,7 @@ def draw(task: TextToVideo, config: TextToVideoConfig, processes: Processes) -> 
     if own:
         task.draw([numbers[i] for i in own], [seeds[i] for i in own], finished, processes.sequence_group)
     videos.finish(processes, waiting)
-    for note in task.notes() if processes.is_main else ():
+    for note in [*about_weights([*titles, config.negative_prompt]), *task.notes()] if processes.is_main else ():
         print(note)
 
 

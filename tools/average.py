@@ -154,7 +154,10 @@ def main() -> None:
     values: dict = {}
     read_arguments(AverageSettings, given.keys, values)
     error = average(given.run, given.target, make_config(AverageSettings, values))
-    print(f"{given.target}: its profile is that of sigma_rel to {error:.2%}")
+    print(
+        f"{given.target}: its profile is that of sigma_rel to {error:.2%}. It is taken like a run: run={given.target} "
+        "draws with it, and tools/export.py exports it"
+    )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from typing import Literal
 
 from families.common.captions import CLIP_LENGTH, is_cut
 from families.common.members import SIDE_MEMBERS
+from families.common.prompt_weights import has_weights
 from modules.tokenizers import BytePairTokenizer
 from tools.arguments import local_path, positive
 from tools.dataset_report import Checked, Report, is_animation
@@ -129,7 +130,8 @@ def _checked(outcome: Outcome, tokenizer: BytePairTokenizer | None) -> "Checked 
     visual = visual_member(members)
     video = read_header(io.BytesIO(members[visual])) if visual in VIDEO_EXTENSIONS else None
     moves = visual in PICTURE_EXTENSIONS and is_animation(members[visual])
-    return Checked(size, {name: len(content) for name, content in members.items()}, not caption, is_long, video, moves)
+    sizes = {name: len(content) for name, content in members.items()}
+    return Checked(size, sizes, not caption, is_long, video, has_weights(caption), moves)
 
 
 def _build_alone(

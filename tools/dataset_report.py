@@ -34,6 +34,8 @@ class Checked:
     """Whether its caption loses its end in the text encoder."""
     video: Header | None
     """Of a video."""
+    has_weights: bool = False
+    """Whether its caption holds weights such as `(word:1.2)`, which are read as text."""
     is_animation: bool = False
     """Whether it is a picture file with several frames, of which the first is taken."""
 
@@ -57,6 +59,8 @@ class Report:
     """Those whose caption is empty."""
     long_captions: list[str] = field(default_factory=list)
     """Those with captions of which the text encoder reads only the beginning."""
+    weighted_captions: list[str] = field(default_factory=list)
+    """Those with captions in which words have weights."""
     notes: list[str] = field(default_factory=list)
     """How the metadata were read."""
     shards: int = 0
@@ -80,6 +84,8 @@ class Report:
             self.empty_captions.append(name)
         if checked.is_long:
             self.long_captions.append(name)
+        if checked.has_weights:
+            self.weighted_captions.append(name)
         return True
 
     def refuse_nothing(self, folder: Path) -> None:
@@ -113,6 +119,11 @@ class Report:
             lines.append(
                 f"  caption longer than the {CLIP_LENGTH} tokens that CLIP reads: {len(self.long_captions)} of "
                 f"{self.members['txt']} ({_first(self.long_captions)}); training cuts off the rest"
+            )
+        if self.weighted_captions:
+            lines.append(
+                f"  weights such as (word:1.2) in captions: {len(self.weighted_captions)} "
+                f"({_first(self.weighted_captions)}); training reads them as text, brackets and numbers included"
             )
         lines = [*map(printable, lines), str(self.left_out)]
         pixels = sorted(width * height for width, height in self.sizes)

@@ -179,7 +179,9 @@ def lora_alone(adapters: Mapping[str, OneAdapter], program: str) -> None:
             raise LoraFileError(f"{place} is adapted with {adapter.title}, which {program} does not have: {OTHERS}")
 
 
-OTHERS = "use lora-kohya or lora-comfyui, or write weights that it is merged into"
+OTHERS = (
+    "use lora-kohya, lora-comfyui or lora, those of them that the family has, or write weights that it is merged into"
+)
 """What to do with an adapter that a format cannot express."""
 
 

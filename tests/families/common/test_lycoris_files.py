@@ -138,7 +138,10 @@ def test_several_kinds_add_up_with_their_strengths(tmp_path):
 
 def test_forms_without_names_for_them_refuse_them(tmp_path):
     lora, network = adapted(unet(SD15), "LoKr"), unet(SD15)
-    with pytest.raises(LoraFileError, match="adapted with LoKr, which peft's form does not have: use lora-kohya"):
+    with pytest.raises(
+        LoraFileError,
+        match="adapted with LoKr, which peft's form does not have: use lora-kohya, lora-comfyui or lora, ",
+    ):
         write_loras({"unet": lora}, tmp_path / "x.safetensors", "diffusers", {"unet": network})
     stage_c = golden_model("stage_c_small")[0]
     lora = adapted(stage_c, "LoHa", ["channelwise"])
