@@ -1,5 +1,7 @@
 """What holds for every training script: exact resuming, accumulation, updates that are not finite, two processes.
 
+That it goes on after a kill, and on other numbers of processes, is in `test_other_numbers_of_processes.py`.
+
 A new script joins by its name in `SETTINGS`; one that is missing there fails a test.
 """
 
@@ -13,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.multiprocessing import ProcessExitedException
 
 from families.cascade import versions
 from tests.clips import write_clips
@@ -281,7 +282,7 @@ def check_two_processes(settings, name: str, tmp_path: Path, use_fsdp: bool) -> 
     alone = settings_for_two(settings, name, tmp_path) | {"updates": 3, "save_every": 3}
     expected = train(name, alone)
     together = alone | {"experiment_id": "together", "use_fsdp": use_fsdp}
-    launch_processes(2, _member, name, together, versions.VERSIONS["mini"])
+    launch_processes(2, member, name, together, versions.VERSIONS["mini"])
     check_equal(together, alone, expected)
 
 
@@ -314,21 +315,7 @@ def check_equal(together: dict, alone: dict, expected: list[dict]) -> None:
                 torch.testing.assert_close(ours[file][key], tensor, rtol=1e-3, atol=1e-3, msg=f"{file} {key}")
 
 
-@pytest.mark.parametrize("name", represented_by(of=SETTINGS))
-def test_a_run_that_is_killed_then_stopped_goes_on_with_other_numbers_of_processes(settings, name, tmp_path):
-    alone = settings_for_two(settings, name, tmp_path) | {"updates": 6, "save_every": 2}
-    expected = train(name, alone)
-    disturbed = alone | {"experiment_id": "disturbed"}
-    mini = versions.VERSIONS["mini"]
-    with pytest.raises(ProcessExitedException, match="SIGKILL"):  # after the save at update 2
-        launch_processes(1, _member, name, disturbed, mini, signal.SIGKILL, 3)
-    launch_processes(2, _member, name, disturbed, mini, signal.SIGTERM, 3)
-    assert 4 <= len(read_metrics(disturbed)) < 6
-    assert train(name, disturbed)
-    check_equal(disturbed, alone, expected)
-
-
-def _member(
+def member(
     name: str, settings: dict, mini: versions.Version, number: signal.Signals | None = None, after: int = 0
 ) -> None:
     """Make a run, to which a signal is sent while it makes the update behind `after`."""
