@@ -30,7 +30,7 @@ FURTHER: dict[str, dict] = {
     "train_c_controlnet": {"cache_text": True, "grad_norm_groups": {"hint": "backbone"}},
     "train_c_lora": {"caption_templates": ["a [fernando] {caption}", "[fernando]"], "masked_loss": True},
     "train_pixart": {
-        "fused_backward": True, "optimizer": "came", "weights_dtype": "bfloat16", "clip_grad_norm": None,
+        "fused_backward": True, "optimizer": "came", "clip_grad_norm": None,
         "clip_tensor_norm": 1.0, "grad_norm_groups": {"all": "."}, "grad_mean_groups": {"weights": "weight$"},
     },
     "train_sd": {
