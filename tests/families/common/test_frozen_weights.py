@@ -13,7 +13,7 @@ from tests.many_processes import launch_processes
 from tests.tiers import represented_by
 from tests.train.test_every_script import (
     SETTINGS,
-    _member,
+    member,
     settings,  # noqa: F401
     settings_for_two,
     train,
@@ -70,7 +70,7 @@ def test_it_is_sharded_over_two_processes(settings, name, dtype, tmp_path):  # n
     alone = settings_for_two(settings, name, tmp_path) | {"updates": 4, "frozen_weights": dtype}
     expected = train(name, alone)
     together = alone | {"experiment_id": "together", "use_fsdp": True}
-    launch_processes(2, _member, name, together | {"updates": 2}, versions.VERSIONS["mini"])
+    launch_processes(2, member, name, together | {"updates": 2}, versions.VERSIONS["mini"])
     train(name, together)
     for line, other in zip(read_metrics(together), expected, strict=True):  # they compute in bfloat16
         assert line["samples_hash"] == other["samples_hash"]

@@ -23,8 +23,8 @@ from tests.clips import without_pictures, write_clips
 from tests.families.open_sora.tiny import write_mini
 from tests.many_processes import launch_processes
 from tests.train.test_every_script import (
-    _member,
     check_equal,
+    member,
     settings,  # noqa: F401
     settings_for_two,
     train,
@@ -61,7 +61,7 @@ def test_a_run_goes_on_from_two_processes_for_each_clip_on_one_then_on_four(sett
     elastic = alone | {"experiment_id": "elastic"}
     for updates, count, shards in ((3, 2, 2), (5, 1, 1), (8, 4, 2)):
         several = {"use_fsdp": use_fsdp and count > 1, "sequence_shards": shards, "updates": updates}
-        launch_processes(count, _member, "train_stdit", elastic | several, versions.VERSIONS["mini"])
+        launch_processes(count, member, "train_stdit", elastic | several, versions.VERSIONS["mini"])
         assert len(read_metrics(elastic)) == updates
     check_equal(elastic, alone, expected)
     assert bad_samples(elastic) == bad_samples(alone) > 0
@@ -79,7 +79,7 @@ def test_pictures_and_clips_with_micro_batches_of_their_own_are_counted_once(set
     together = alone | {"experiment_id": "together"}
     for updates, shards in ((4, 4), (8, 2)):
         several = {"sequence_shards": shards, "updates": updates}
-        launch_processes(4, _member, "train_stdit", together | several, versions.VERSIONS["mini"])
+        launch_processes(4, member, "train_stdit", together | several, versions.VERSIONS["mini"])
     check_equal(together, alone, expected)
     assert [line["samples"] for line in expected] == [line["samples"] for line in read_metrics(together)]
 
