@@ -73,7 +73,7 @@ def _came(run: Asked) -> list[Keys]:
 def _fused(run: Asked) -> list[Keys]:
     clip = run.config.clip_grad_norm
     own = {} if clip is None else {"clip_grad_norm": None, "clip_tensor_norm": clip}
-    return [{"fused_backward": True} | own] if hasattr(run.config, "fused_backward") else []
+    return [{"fused_backward": True} | own]
 
 
 def _shards(run: Asked, *more: str) -> list[Keys]:

@@ -58,10 +58,11 @@ class MixMetaWithCPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        with_shapes = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs)))
+        there = {t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        with_shapes = True in there
         if function is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
             kwargs["device"] = META if with_shapes else torch.device("cpu")
-        if with_shapes:
+        if len(there) == 2:
             args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
         return function(*args, **kwargs)
 
