@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPTokenizer
@@ -121,6 +122,27 @@ def test_a_lora_on_networks_in_four_bits_is_trained_resumed_and_drawn(wide, tmp_
     assert 1e-4 < (picture - exact).abs().mean() < 0.1
 
 
+@pytest.mark.slow
+def test_a_lora_whose_rank_follows_the_noise_is_drawn_so_and_its_file_elsewhere_with_its_full_rank(base, tmp_path):
+    run = trained(tmp_path, generator_checkpoint_path=str(base), dora=False, min_rank=1)
+    tensors, file, pictures = load_file(run / "lora.safetensors"), tmp_path / "other.safetensors", []
+    with safe_open(run / "lora.safetensors", "pt") as opened:
+        about = opened.metadata()
+    assert about["min_rank"] == "1"
+    torch.manual_seed(0)
+    for name in (name for name in tensors if name.endswith(".up")):
+        tensors[name] += 0.3 * torch.randn_like(tensors[name])  # two updates hardly change a picture
+    save_file(tensors, run / "lora.safetensors", about)
+    for said in ({}, {"min_rank": "2"}, {"min_rank": "1"}):
+        save_file(tensors, file, {key: value for key, value in about.items() if key != "min_rank"} | said)
+        pictures.append(drawn(generator_checkpoint_path=base, lora=[str(file)]))
+    merged, beside, following = pictures
+    torch.testing.assert_close(beside, merged, rtol=0, atol=1e-3)
+    assert (following - merged).abs().max() > 0.01
+    torch.testing.assert_close(drawn(run=[run], use_ema=False), following, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_lora_changes_text_encoders_that_are_kept_in_four_bits(wide, tmp_path):
     pytest.importorskip("torchao.quantization", reason="an optional package")
     text = build.text_encoders(make_config(SdSettings, {"generator_checkpoint_path": str(wide)})).encoders[0].model
