@@ -28,7 +28,9 @@ FURTHER: dict[str, dict] = {
         "grad_mean_groups": {"weights": "weight$"}, "grad_mean_per_block": True,
     },
     "train_c_controlnet": {"cache_text": True, "grad_norm_groups": {"hint": "backbone"}},
-    "train_c_lora": {"caption_templates": ["a [fernando] {caption}", "[fernando]"], "masked_loss": True},
+    "train_c_lora": {
+        "caption_templates": ["a [fernando] {caption}", "[fernando]"], "masked_loss": True, "min_rank": 1,
+    },
     "train_pixart": {
         "fused_backward": True, "optimizer": "came", "clip_grad_norm": None,
         "clip_tensor_norm": 1.0, "grad_norm_groups": {"all": "."}, "grad_mean_groups": {"weights": "weight$"},
