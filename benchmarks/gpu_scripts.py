@@ -57,6 +57,9 @@ SCRIPTS: dict[str, dict] = {
     "train_sd": {},
     "train_sd_lora": {"module_filters": ["to_q", "conv1"], "rank": 4},
     "train_stdit": {"text_encoder_precision": "float32", "num_frames": 5, "frame_stride": 4},
+    "train_stdit 1.0": {
+        "model_version": "mini-1.0", "text_encoder_precision": "float32", "num_frames": 3, "frame_stride": 8,
+    },
     "train_stdit 1.1": {
         "model_version": "mini-1.1", "text_encoder_precision": "float32", "num_frames": 3, "frame_stride": 8,
     },

@@ -93,6 +93,9 @@ SETTINGS: dict[str, dict] = {
         "model_version": "mini", "text_encoder_precision": "float32", "num_frames": 5, "sample_sampler": "euler",
         "mask_ratios": {"image_head": 0.5},
     },
+    "train_stdit 1.0": {
+        "model_version": "mini-1.0", "text_encoder_precision": "float32", "num_frames": 3, "sample_sampler": "iddpm",
+    },
     "train_stdit 1.1": {
         "model_version": "mini-1.1", "text_encoder_precision": "float32", "num_frames": 3, "sample_sampler": "iddpm",
         "mask_ratios": {"image_head": 0.5},
@@ -130,7 +133,7 @@ WITHOUT_COMPILING = {"train_a", "train_encoder", "train_towers", "train_towers t
 
 PIPELINES = {"train_sd": write_sdxl, "train_cosmos": write_cosmos}
 """What writes the pipeline that scripts with such a name start from."""
-OF_CLIPS = {"train_latte", "train_nova", "train_stdit", "train_stdit 1.1", "train_stdit_lora"}
+OF_CLIPS = {"train_latte", "train_nova", "train_stdit", "train_stdit 1.0", "train_stdit 1.1", "train_stdit_lora"}
 """What is trained on clips; the others are on pictures."""
 OF_LATENT_CLIPS = {"train_nova", "train_stdit", "train_stdit_lora"}
 """What has an autoencoder of clips."""
