@@ -44,6 +44,8 @@ CONFIGS: list[tuple[str, str, str, int, dict]] = [
     ("1B LoRA", "train_c_lora", "1B", 4, FULL),
     ("3.6B LoRA", "train_c_lora", "3.6B", 3, FULL),
     ("3.6B LoRA, checkpointing 3", "train_c_lora", "3.6B", 3, CHECKPOINTED),
+    ("3.6B LoRA, half of the blocks swapped", "train_c_lora", "3.6B", 3, CHECKPOINTED | {"swap_blocks": 96}),
+    ("3.6B LoRA, all blocks swapped", "train_c_lora", "3.6B", 3, CHECKPOINTED | {"swap_blocks": 192}),
     ("1B ControlNet", "train_c_controlnet", "1B", 4, FULL),
     ("3.6B full, checkpointing 3", "train_c", "3.6B", 4, CHECKPOINTED),
 ]  # fmt: skip

@@ -29,7 +29,7 @@ from benchmarks.gpu_scripts import (
 FLOAT32, BFLOAT16, FEW_BITS = 1e-3, 0.01, 0.05
 """Allowed relative differences of a loss from the CPU's in float32, by what is computed in."""
 NOT_OF_THE_LOSS = {"dtype", "weights_dtype", "fp8", "compile", "offload", "activation_checkpointing", "use_fsdp",
-                   "fsdp_cpu_offload", "ema_start_iters", "ema_device", "frozen_weights"}  # fmt: skip
+                   "fsdp_cpu_offload", "ema_start_iters", "ema_device", "frozen_weights", "swap_blocks"}  # fmt: skip
 """Settings that change how losses are computed, not what they are: the CPU's run goes without them."""
 AUTOCAST = {"dtype": "bfloat16"}
 LARGEST_DIFFERENCE = 0.02
@@ -188,6 +188,10 @@ def rows(bench: Bench) -> list[Row]:
         add("train_c", f"fused backward, bfloat16 weights, {optimizer}", AUTOCAST | weights | fused)
     everything = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
     add("train_c_controlnet", "offload encoders and activations", AUTOCAST | everything)
+    swapped = AUTOCAST | {"activation_checkpointing": 3, "swap_blocks": 6}
+    for name in ("train_c_lora", "train_c_controlnet"):
+        add(name, "block swap", swapped)
+    add("train_c_lora", "block swap, int8", swapped | {"frozen_weights": "int8"}, FEW_BITS)
     add("train_c_lora", "nf4", AUTOCAST | {"frozen_weights": "nf4"}, FEW_BITS, needs=("torchao",))
     for dtype in ("float8_e4m3fn", "float8_e5m2", "float8", "int8", "int8_rotated"):
         add("train_c_lora", f"base in {dtype}", AUTOCAST | {"frozen_weights": dtype}, FEW_BITS)
@@ -214,6 +218,8 @@ def rows(bench: Bench) -> list[Row]:
         for name in (*blocks, "train_sd", "train_sd_lora", "train_cosmos", "train_cosmos_lora"):
             add(name, "compile", AUTOCAST | {"compile": True})
         add("train_c", "compile, checkpointing 3", AUTOCAST | {"compile": True, "activation_checkpointing": 3})
+        add("train_c_lora", "compile, block swap", swapped | {"compile": True})
+        add("train_c_lora", "block swap, nf4", swapped | {"frozen_weights": "nf4"}, FEW_BITS, needs=("torchao",))
         add("train_c", "compile, fp8", AUTOCAST | {"compile": True, "fp8": True}, FEW_BITS, needs=("torchao",))
         for name in ("train_c_lora", "train_b"):
             add(name, "compile: graphs", graphs)

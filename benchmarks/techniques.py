@@ -24,6 +24,8 @@ class Technique:
     """Step in the backward pass, and clip nothing."""
     frozen_weights: str | None = None
     """How the base of a LoRA is kept, where it is not in bfloat16."""
+    swapped: float = 0.0
+    """This share of the blocks of a frozen base waits in the CPU's memory (`warpcore.block_swap`)."""
     checkpointing: int | None = None
     """Another level of activation checkpointing than the case's."""
     cases: tuple[str, ...] = field(default=("full", "LoRA", "ControlNet"))
@@ -46,6 +48,11 @@ def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
         replace(came, name="CAME, not compiled"),
         replace(came, name="CAME, not compiled, fused backward", fused_backward=True),
     ]
+    swapping = [
+        replace(ours, name=f"{share:.0%} of the blocks swapped, level 3", checkpointing=3, swapped=share,
+                cases=("LoRA", "ControlNet"))
+        for share in (0.5, 1.0)
+    ]  # fmt: skip
     packed = [
         replace(ours, name=f"base in {dtype}", frozen_weights=dtype, cases=("LoRA",))
         for dtype in ("float8_e4m3fn", "float8", "int8", "int8_rotated")
@@ -56,6 +63,6 @@ def techniques(device: torch.device, levels: bool = False) -> list[Technique]:
             replace(ours, name="whole network compiled", whole={}),
             replace(ours, name="+ CUDA graphs", whole={"mode": "reduce-overhead"}),
             replace(ours, name="+ fp8", fp8=True, cases=trained),
-            replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained), *packed,
+            replace(ours, name="+ bfloat16 weights", bfloat16_weights=True, cases=trained), *packed, *swapping,
         ]  # fmt: skip
-    return [ours, replace(ours, name="+ compile", compiled=True), *rest, *packed]
+    return [ours, replace(ours, name="+ compile", compiled=True), *rest, *packed, *swapping]

@@ -38,6 +38,7 @@ from modules.stage_b import StageB
 from modules.stage_c import StageC
 from modules.unet import UNet
 from warpcore import compute, optim
+from warpcore.block_swap import BlockSwap, swappable
 from warpcore.fused_backward import FusedBackward
 from warpcore.meta import PeakMemory
 
@@ -175,6 +176,8 @@ def make_ours(case: Case, technique: Technique, device: torch.device) -> Contend
         network.compile(**technique.whole)
     elif technique.compiled:
         compute.compile_blocks(network, device)
+    if technique.swapped:
+        BlockSwap(network, round(technique.swapped * len(swappable(network))), device)
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     groups = [{"params": list(named.values()), "param_names": list(named)}]
     optimizers = optim.build_optimizers(technique.optimizer, groups, lr=1e-5)

@@ -143,6 +143,7 @@ REFUSED = {
     "num_cycles": {"num_cycles": 2},
     "offload": {"offload": ["activations"]},
     "size_condition": {"size_condition": "bucket"},
+    "swap_blocks": {"swap_blocks": 3, "activation_checkpointing": 2},
     "text_chunks": {"text_chunks": 2, "text_model": "t5"},
     "text_encoder_lr": {"text_encoder_lr": 0.1, "text_encoder_filters": [], "train_text_encoder": False},
     "text_projection_checkpoint_path": {"text_projection_checkpoint_path": "a"},

@@ -23,6 +23,8 @@ class Asked(Protocol):
     accumulation: int
     levels: Sequence[int]
     """Of activation checkpointing, those that all trained networks offer."""
+    swappable: int
+    """How many blocks of a frozen base can wait in the CPU's memory."""
 
 
 class Change(NamedTuple):
@@ -62,6 +64,13 @@ def _sent_activations(run: Asked) -> list[Keys]:
     return [_offload(run, "encoders", "activations") | level for level in _levels(run, lowest)]
 
 
+def _swapped(run: Asked) -> list[Keys]:
+    own = getattr(run.config, "swap_blocks", None)
+    if own is None or run.processes > 1:
+        return []
+    return [{"activation_checkpointing": 3, "swap_blocks": count} for count in range(own + 1, run.swappable + 1)]
+
+
 def _eight_bits(run: Asked) -> list[Keys]:
     return [{"frozen_weights": "int8"}] if getattr(run.config, "frozen_weights", "") is None else []
 
@@ -91,6 +100,7 @@ CHANGES = (
            "on_data_change=new_epoch)"),
     Change(_shards, "weights travel between the GPUs"),
     Change(_sent_activations, "what checkpointing keeps travels to the CPU's memory and back"),
+    Change(_swapped, "weights of the frozen network travel to the GPU twice in each pass, beside the computation"),
     Change(_eight_bits, "the frozen network is rounded to eight bits, and multiplies in them"),
     Change(lambda run: [{"weights_dtype": "bfloat16"}], "trained weights are rounded, at random, to bfloat16"),
     Change(_came, "another optimizer: its learning rate has to be found, and it wants a warm-up"),

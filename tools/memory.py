@@ -20,6 +20,7 @@ from tools.arguments import amount, local_path, process_count
 from tools.cache_features import as_if_cached
 from tools.fitting import Choice, Fitting, Keys, on_command_line
 from warpcore.batch_size import split_batch
+from warpcore.block_swap import swappable
 from warpcore.config import Config, load_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
@@ -126,8 +127,16 @@ class Plan:
     def levels(self) -> Sequence[int]:
         """Of activation checkpointing, those that all trained networks offer."""
         with self.shapes({}) as shapes:
+            if shapes.run.block_swaps:
+                return (self.config.activation_checkpointing,)
             trained = [shapes.run.networks[name] for name in shapes.run.trainable]
             return LEVELS if all(isinstance(network, Checkpointing) for network in trained) else (0,)
+
+    @cached_property
+    def swappable(self) -> int:
+        """How many blocks of a frozen base can wait in the CPU's memory."""
+        with self.shapes({}) as shapes:
+            return sum(len(swappable(shapes.run.networks[name])) for name in shapes.run.swapped_blocks())
 
     def show(self, buckets: bool) -> None:
         """Print what the config needs, and what it would with other levels of activation checkpointing."""

@@ -23,6 +23,7 @@ from families.cascade.controlnet import (
     make_controlnet,
     make_filter,
 )
+from families.common.frozen_base import FrozenBase, FrozenBaseKeys
 from families.common.pictures import to_pictures, to_uint8
 from train.train_c import TrainStageC
 from warpcore.core import Losses, Sampled
@@ -33,7 +34,7 @@ from warpcore.keys import Weights
 from warpcore.random import SampleRandom
 
 
-class ControlNetConfig(ControlNetSettings, StageCConfig):
+class ControlNetConfig(ControlNetSettings, FrozenBaseKeys, StageCConfig):
     controlnet_checkpoint_path: Weights | None = None
     """Weights to start from; without it, a new adapter, whose `effnet` starts as that of the encoder."""
 
@@ -47,11 +48,10 @@ class ControlNetConfig(ControlNetSettings, StageCConfig):
         return self
 
 
-class TrainControlNet(TrainStageC):
+class TrainControlNet(FrozenBase, TrainStageC):
     Config = ControlNetConfig
     trainable = {"controlnet": {}}
     start_files = ("generator_checkpoint_path", "controlnet_checkpoint_path")
-    frozen_base = True
     draws_samples = True  # for their pictures
     without: np.ndarray | None = None  # drawings without the ControlNet, which stay the same
 

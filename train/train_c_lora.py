@@ -29,7 +29,6 @@ from warpcore.random import SampleRandom
 class TrainLora(lora_training.DrawnWithoutLora, TrainStageC):
     Config = LoraConfig
     start_files = ("generator_checkpoint_path", "lora_checkpoint_path")
-    frozen_base = True
 
     def __init__(self, config: LoraConfig):
         super().__init__(config)
@@ -45,7 +44,7 @@ class TrainLora(lora_training.DrawnWithoutLora, TrainStageC):
     def build(self) -> dict[str, nn.Module]:
         config, networks = self.config, super().build()
         generator, text = networks["generator"], networks.get("text")
-        lora_training.freeze(generator, config.frozen_weights or self.dtype, self.processes)
+        lora_training.freeze(generator, config, self.dtype, self.processes)
         checkpoint = self.origin and self.origin.checkpoints.stored(self.origin.update)
         lora.adapt(generator, config.module_filters, config.lora_settings, checkpoint)
         follow_noise(generator, self.diffusion.noise_cond.level)

@@ -34,7 +34,6 @@ TOKENS = {"text_encoder": "tokens", "text_encoder_2": "tokens_2"}
 class TrainSdLora(DrawnWithoutLora, TrainSd):
     Config = SdLoraConfig
     start_files = ("generator_checkpoint_path", "lora_checkpoint_path")
-    frozen_base = True
 
     def __init__(self, config: SdLoraConfig):
         super().__init__(config)
@@ -53,7 +52,7 @@ class TrainSdLora(DrawnWithoutLora, TrainSd):
 
     def build(self) -> dict[str, nn.Module]:
         config, networks = self.config, super().build()
-        freeze(networks["generator"], config.frozen_weights or self.dtype, self.processes)
+        freeze(networks["generator"], config, self.dtype, self.processes)
         add_adapters(networks["generator"], config.module_filters, config.lora_settings)
         follow_noise(networks["generator"], self.diffusion.noise_cond.level)
         if self.texts_learn:

@@ -3,7 +3,7 @@
 Copies go through pinned memory and run in the order of the device's other work, so nothing here waits for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any
 
@@ -12,7 +12,51 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from warpcore.networks import blocks, forward_methods
-from warpcore.sharded import stored_bytes
+from warpcore.sharded import plain_parts, stored_bytes
+
+
+class Waiting:
+    """The frozen tensors of modules, in the CPU's memory: pinned, where the device is a GPU. Trained ones stay.
+
+    Those in the modules are exchanged: for copies on the device, and for those of the CPU again.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device):
+        self.device = device
+        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        frozen = [(t, name) for t in tables for name, x in t.items() if x is not None and not x.requires_grad]
+        self._slots: list[tuple[dict, str, bool]] = []
+        self._home: list[Tensor] = []
+        for table, name in frozen:
+            self._slots.append((table, name, isinstance(table[name], nn.Parameter)))
+            home = table[name].detach().cpu()
+            self._home.append(home.pin_memory() if device.type == "cuda" else home)
+            table[name] = None  # so that memory holds no more than one tensor twice
+        self.nbytes = sum(map(stored_bytes, self._home))
+
+    def put(self, tensors: Iterable[Tensor]) -> None:
+        """Let the modules have these tensors, which are in the order of `empty`."""
+        for (table, name, is_parameter), tensor in zip(self._slots, tensors, strict=True):
+            table[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+    def put_home(self) -> None:
+        """Let the modules have those in the CPU's memory."""
+        self.put(self._home)
+
+    def copies(self) -> list[Tensor]:
+        """Copies on the device."""
+        return self.fill(self.empty())
+
+    def empty(self) -> list[Tensor]:
+        """Room on the device for a copy of each tensor."""
+        return [torch.empty_like(tensor, device=self.device) for tensor in self._home]
+
+    def fill(self, room: list[Tensor]) -> list[Tensor]:
+        """Copy the values into what `empty` gave, in the order of the device's work; the same tensors."""
+        for tensor, home in zip(room, self._home, strict=True):
+            for part, of_home in zip(plain_parts(tensor), plain_parts(home), strict=True):
+                part.copy_(of_home, non_blocking=True)
+        return room
 
 
 class OnDemand:
@@ -23,15 +67,11 @@ class OnDemand:
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
-        self.device, self.stays = device, False
+        self.stays = False
         self._calls = 0
-        tables = [table for module in network.modules() for table in (module._parameters, module._buffers)]
-        self._slots = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
-        self._home = [table[name].detach().cpu() for table, name in self._slots]
-        if device.type == "cuda":
-            self._home = [tensor.pin_memory() for tensor in self._home]
-        self.nbytes = sum(map(stored_bytes, self._home))
-        self._put(self._home)
+        self._waiting = Waiting(network.modules(), device)
+        self._waiting.put_home()
+        self.nbytes = self._waiting.nbytes
         for name in ("forward", *forward_methods(network)):
             setattr(network, name, self._bringing(getattr(network, name)))
 
@@ -39,7 +79,7 @@ class OnDemand:
         @wraps(method)
         def call(*args, **kwargs):
             if self._calls == 0 and not self.stays:
-                self._put([_copy_on(self.device, tensor) for tensor in self._home])
+                self._waiting.put(self._waiting.copies())
             self._calls += 1
             try:
                 result = method(*args, **kwargs)
@@ -48,16 +88,11 @@ class OnDemand:
             finally:
                 self._calls -= 1
                 if self.stays:
-                    self._home = []
+                    self._waiting = None
                 elif self._calls == 0:
-                    self._put(self._home)
+                    self._waiting.put_home()
 
         return call
-
-    def _put(self, tensors: list[Tensor]) -> None:
-        for (table, name), tensor in zip(self._slots, tensors, strict=True):
-            was_parameter = isinstance(table[name], nn.Parameter)
-            table[name] = nn.Parameter(tensor, requires_grad=False) if was_parameter else tensor
 
 
 def keep_inputs_on_cpu(network: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Where a run's networks live and how they compute: on the device, spread over processes, or in the CPU's memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import (
 )
 
 from warpcore import compute
+from warpcore.block_swap import BlockSwap
 from warpcore.config import Config
 from warpcore.ema import EMA, PowerProfile
 from warpcore.errors import UserError
@@ -35,9 +36,13 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     mesh: DeviceMesh | None
+    block_swaps: dict[str, BlockSwap] = field(default_factory=dict)
+    """What became of the networks of which blocks wait, by name."""
 
-    def place_trained(self, name: str, network: nn.Module) -> None:
+    def place_trained(self, name: str, network: nn.Module, swapped: int = 0) -> None:
         """Prepare a network for training, and bring it to where it lives.
+
+        swapped: how many blocks wait in the CPU's memory.
 
         Raises:
             UserError: the config asks for what it cannot do.
@@ -52,9 +57,8 @@ class Placement:
         if config.activation_checkpointing:
             network.set_activation_checkpointing(config.activation_checkpointing)
         self._adapt(network, graphs=config.compile == "graphs")
-        if self.mesh is None:
-            load_deferred(network, self.device)
-            network.to(self.device)
+        if self.mesh is None or swapped:
+            self._bring(name, network, swapped)
             return
         # Inputs keep their precision: a timestep rounded to bfloat16 is another timestep.
         # Batch norms want their weights in float32; gradients are added up in float32, as in one process.
@@ -64,19 +68,37 @@ class Placement:
         )
         self._shard(network, policy)
 
-    def place_frozen(self, network: nn.Module) -> OnDemand | None:
-        """Freeze a network and bring it to where it lives; the result keeps one that comes to the device on demand."""
+    def place_frozen(self, name: str, network: nn.Module, swapped: int = 0) -> OnDemand | None:
+        """Freeze a network and bring it to where it lives; the result keeps one that comes to the device on demand.
+
+        swapped: how many blocks wait in the CPU's memory; the others are then on the device.
+
+        Raises:
+            UserError: the config asks for what it cannot do.
+        """
         network.eval().requires_grad_(False).to(self.dtype)
         self._adapt(network, graphs=False)  # it may compute what outlives a micro-batch, such as remembered texts
-        if self.mesh is not None and self.config.use_fsdp and has_blocks(network):
+        if self.mesh is not None and self.config.use_fsdp and has_blocks(network) and not swapped:
             self._shard(network, MixedPrecisionPolicy(cast_forward_inputs=False))
             return None
-        on_demand = "encoders" in self.config.offload
-        load_deferred(network, "cpu" if on_demand else self.device)
-        if on_demand:
+        if "encoders" in self.config.offload and not swapped:
+            load_deferred(network, "cpu")
             return OnDemand(network, self.device)
-        network.to(self.device)
+        self._bring(name, network, swapped)
         return None
+
+    def _bring(self, name: str, network: nn.Module, swapped: int) -> None:
+        """To the device, whole or but for the blocks that wait."""
+        if not swapped:
+            load_deferred(network, self.device)
+            network.to(self.device)
+            return
+        if self.mesh is not None:
+            raise UserError(
+                "swap_blocks: blocks wait for one process alone; over several, write use_fsdp: true instead, which "
+                "shards them"
+            )
+        self.block_swaps[name] = BlockSwap(network, swapped, self.device)
 
     def _adapt(self, network: nn.Module, graphs: bool) -> None:
         if self.config.compile and isinstance(network, Compiling):

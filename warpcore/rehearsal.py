@@ -188,7 +188,7 @@ class OnShapes:
         for name, network in self.run.networks.items():
             weights = sum(stored_bytes(p) for p in network.parameters() if not p.requires_grad)
             buffers = sum(b.nbytes for b in network.buffers())
-            on_demand = self.run.on_demand.get(name)
+            on_demand, swap = self.run.on_demand.get(name), self.run.block_swaps.get(name)
             if self._is_sharded(name) and self.config.fsdp_cpu_offload:
                 on_device, on_cpu = on_device + buffers, on_cpu + weights // self.shards
             elif self._is_sharded(name):
@@ -196,7 +196,8 @@ class OnShapes:
             elif on_demand is not None and not on_demand.stays:
                 on_cpu += weights + buffers
             else:
-                on_device += weights + buffers
+                waiting = 0 if swap is None else swap.nbytes
+                on_device, on_cpu = on_device + weights + buffers - waiting, on_cpu + waiting
         return on_device, on_cpu
 
     def _is_sharded(self, name: str) -> bool:
@@ -227,10 +228,12 @@ class OnShapes:
             memory = undo.enter_context(PeakMemory(there, device="meta"))
             kept = undo.enter_context(PeakMemory(device="cpu"))
             batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
-            if accumulation > 1:  # the micro-batches after the first begin with gradients there
-                for parameter in trained:
-                    parameter.grad = None if self.sharded else torch.empty_like(parameter)
-            _backward(run.forward(batch).loss.mean())
+            for _ in range(3 if run.block_swaps else 1):  # those learn in two updates which block follows which
+                for parameter in trained:  # the micro-batches after an update's first begin with gradients there
+                    begun = accumulation > 1 and not self.sharded
+                    parameter.grad = torch.empty_like(parameter) if begun else None
+                memory.peak, kept.peak = memory.alive, kept.alive
+                _backward(run.forward(batch).loss.mean())
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         if run.fused is not None:
             gradients = self.between_updates().gradients

@@ -85,6 +85,11 @@ class UseCase:
         """In a new run: take over what another program's run has beside the weights that this one starts from, its
         averages (`self.averages`) and the number of its updates (`self.update`)."""
 
+    def swapped_blocks(self) -> Mapping[str, int]:
+        """How many blocks with frozen weights wait in the CPU's memory until they compute, by network: see
+        `warpcore.block_swap`."""
+        return {}
+
     def encode(self, batch: Batch, random: SampleRandom) -> Any:
         """Turn a batch into what `loss` needs, without gradients."""
         return batch
@@ -188,10 +193,11 @@ class UseCase:
         self.statistics = UpdateStatistics(self.processes, trained)
         placement = Placement(config, self.device, self.dtype, self.processes.mesh)
         self.on_demand: dict[str, OnDemand] = {}
+        self.block_swaps, swapped = placement.block_swaps, self.swapped_blocks()
         for name, network in self.networks.items():
             if name in trained:
-                placement.place_trained(name, network)
-            elif (on_demand := placement.place_frozen(network)) is not None:
+                placement.place_trained(name, network, swapped.get(name, 0))
+            elif (on_demand := placement.place_frozen(name, network, swapped.get(name, 0))) is not None:
                 self.on_demand[name] = on_demand
         parameters = {f"{name}.{p}": tensor for name in trained for p, tensor in trained[name].named_parameters()}
         self.parameters = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
@@ -281,7 +287,6 @@ class UseCase:
         """Let go of networks and processes; safe at any moment."""
         if self.fused is not None:
             self.fused.close()
-        self.networks = self.optimizers = self.averages = self.parameters = self.state = self.on_demand = (
-            self.fused
-        ) = None
+        self.networks = self.optimizers = self.averages = self.parameters = self.state = None
+        self.on_demand = self.block_swaps = self.fused = None
         stop_processes()

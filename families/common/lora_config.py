@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from families.common.frozen_base import FrozenBaseKeys
 from families.common.precision import BasePrecision
 from modules.adapters import Kind, LoraSettings
 from modules.lora import KINDS
@@ -16,7 +17,7 @@ from warpcore.keys import Weights
 _OF_LOKR = Need("adapter: lokr", lambda config: config.adapter == "lokr")
 
 
-class LoraKeys(Settings):
+class LoraKeys(FrozenBaseKeys):
     """Which layers get adapters, and what adapters are like."""
 
     needs = {

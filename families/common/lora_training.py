@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from families.common import precision
+from families.common.frozen_base import FrozenBase
 from families.common.lora import LoraError, adapters_of, fill
+from families.common.lora_config import LoraKeys
 from families.common.lora_formats import Lora, LoraFileError
-from families.common.precision import BasePrecision
 from modules.lora import adapters
 from modules.tokens import TextEncoder, Token, TokenRows, attach, find_tokens, is_new
 from warpcore.errors import UserError
@@ -23,7 +24,7 @@ from warpcore.processes import Processes
 logger = logging.getLogger(__name__)
 
 
-class DrawnWithoutLora:
+class DrawnWithoutLora(FrozenBase):
     """Draws samples without and with the LoRA that is trained; named before the class that draws them."""
 
     def without_lora(self) -> AbstractContextManager:
@@ -38,13 +39,18 @@ class DrawnWithoutLora:
         return {"base": base, "LoRA": own}
 
 
-def freeze(network: nn.Module, weights: BasePrecision | torch.dtype, processes: Processes) -> None:
-    """Freeze a network whose adapters will be trained, in a dtype or, on the device, in eight or four bits."""
+def freeze(network: nn.Module, config: LoraKeys, dtype: torch.dtype, processes: Processes) -> None:
+    """Freeze a network whose adapters will be trained: in `frozen_weights`, or else in a dtype.
+
+    Weights are packed into eight or four bits on the device, but for a network that may be too large for it.
+    """
+    weights = config.frozen_weights or dtype
     if weights == "nf4" and (processes.count > 1 or processes.mesh is not None):
         raise LoraError(
             "frozen_weights: nf4 cannot be sharded: over processes, or to offload it, write bfloat16 or float8_e4m3fn"
         )
-    precision.freeze(network, weights, "frozen_weights", processes.device)
+    device = "cpu" if config.swap_blocks else processes.device
+    precision.freeze(network, weights, "frozen_weights", device)
 
 
 def train_tokens(encoder: TextEncoder, entries: Sequence[tuple[str, str | None]]) -> TokenRows:

@@ -62,12 +62,11 @@ class TransformerLora(DrawnWithoutLora, PromptSamples):
     """Hooks of a script that trains a LoRA; named before the class that trains the whole denoiser."""
 
     start_files = ("generator_checkpoint_path", "lora_checkpoint_path")
-    frozen_base = True
 
     def build(self) -> dict[str, nn.Module]:
         config, networks = self.config, super().build()
         network = networks["generator"]
-        freeze(network, config.frozen_weights or self.dtype, self.processes)
+        freeze(network, config, self.dtype, self.processes)
         add_adapters(network, config.module_filters, config.lora_settings)
         follow_noise(network, self.diffusion.noise_cond.level)
         if config.lora_checkpoint_path:

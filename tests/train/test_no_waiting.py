@@ -44,12 +44,12 @@ FURTHER: dict[str, dict] = {
 """Settings that make a script decide more."""
 
 
-def train_on_gpu(name: str, settings: dict) -> None:  # noqa: F811
+def train_on_gpu(name: str, settings: dict, dtype: torch.dtype = torch.bfloat16) -> None:  # noqa: F811
     """Updates of a use case, of which one with samples seen before must not wait; then all that may."""
     kind = use_case(name)
     run = kind(make_config(kind.Config, {"clip_grad_norm": 1.0} | settings))
     run.device, run.processes = GPU, replace(run.processes, device=GPU)
-    run.dtype, run.autocast = torch.bfloat16, partial(MetaAsDevice, "cuda", torch.bfloat16)
+    run.dtype, run.autocast = dtype, partial(MetaAsDevice, "cuda", dtype)
     with FakeGpu() as gpu:
         run.setup()
         batch = next(run.feed.batches())

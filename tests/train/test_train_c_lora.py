@@ -6,6 +6,7 @@ import math
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -317,7 +318,8 @@ def test_four_bit_weights_are_for_one_process_and_need_torchao(small_cascade, mo
     with pytest.raises(UserError, match="frozen_weights: nf4 needs torchao: pip install torchao"):
         train(small_cascade | LORA | {"frozen_weights": "nf4"})
     with pytest.raises(UserError, match="frozen_weights: nf4 cannot be sharded"):
-        lora_training.freeze(torch.nn.Linear(2, 2), "nf4", Processes(0, 2, torch.device("cpu")))
+        config = SimpleNamespace(frozen_weights="nf4", swap_blocks=0)
+        lora_training.freeze(torch.nn.Linear(2, 2), config, torch.float32, Processes(0, 2, torch.device("cpu")))
 
 
 def test_a_run_with_four_bit_weights(small_cascade):

@@ -1,5 +1,6 @@
 """Networks larger than a machine's memory: built on the meta device, their weights read where they will be."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def _place(file: Path, offload: bool) -> None:
     keys |= {"use_fsdp": True, "fsdp_cpu_offload": offload, "device": "cpu", "weights_dtype": "bfloat16"}
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards"))
     placement = Placement(make_config(Config, keys), CPU, torch.bfloat16, mesh)
-    for place in (lambda network: placement.place_trained("cloud", network), placement.place_frozen):
+    for place in (partial(placement.place_trained, "cloud"), partial(placement.place_frozen, "cloud")):
         with deferring():
             network = with_weights(lambda: Cloud(width=48, depth=6), file, "file", deferrable=True)
         mapped = getattr(network, _WAITING).values()
