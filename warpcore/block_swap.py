@@ -55,7 +55,7 @@ class _Copies:
 class BlockSwap:
     """Brings a network to a device, but for the frozen weights of some blocks, spread evenly over it, which wait.
 
-    Which block comes next is learned: the one that came when the same blocks had computed before it. So forward passes,
+    Which block comes next is learned: the one that came when the same had computed before it. So forward passes,
     backward passes in reverse order, sampling, and blocks that run twice need no plan. A wrong guess costs a copy.
     """
 

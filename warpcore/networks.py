@@ -26,7 +26,8 @@ class HasBlocks(Protocol):
         """All blocks, in any order, without any inside of another. They need not be alike.
 
         A block is called as a module (never one of its methods), its first tensor is what it transforms. Where the
-        network is `Checkpointing`, `block.checkpointed` says whether its activations are computed again.
+        network is `Checkpointing`, `block.checkpointed` says whether its activations are computed again. Those with a
+        method `compute`, which is what is called again, can wait in the CPU's memory (`warpcore.block_swap`).
         """
 
 

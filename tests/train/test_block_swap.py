@@ -1,4 +1,4 @@
-"""Every script beside a frozen base trains with blocks that wait in the CPU's memory, as without, and it is counted."""
+"""Every script beside a frozen base trains as well with blocks that wait in the CPU's memory, and it is counted."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_no_bit_of_a_run_changes_and_it_resumes_exactly(settings, name):  # noqa
 @pytest.mark.parametrize("name", represented_by("train_pixart_lora", of=SCRIPTS))
 def test_nothing_waits_for_a_gpu(settings, name, monkeypatch):  # noqa: F811
     Streams(monkeypatch)
-    # In float32, as what stands for autocast ends before blocks compute again.
+    # In float32: what stands for autocast ends before blocks compute again.
     train_on_gpu(name, settings(name, "update", **keys(name)), torch.float32)
 
 

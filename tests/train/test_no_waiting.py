@@ -3,6 +3,7 @@
 And nothing, in updates, validation or samples, computes with tensors of two devices.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -49,7 +50,7 @@ def train_on_gpu(name: str, settings: dict, dtype: torch.dtype = torch.bfloat16)
     kind = use_case(name)
     run = kind(make_config(kind.Config, {"clip_grad_norm": 1.0} | settings))
     run.device, run.processes = GPU, replace(run.processes, device=GPU)
-    run.dtype, run.autocast = dtype, partial(MetaAsDevice, "cuda", dtype)
+    run.dtype, run.autocast = dtype, partial(MetaAsDevice, "cuda", dtype) if dtype.itemsize < 4 else nullcontext
     with FakeGpu() as gpu:
         run.setup()
         batch = next(run.feed.batches())

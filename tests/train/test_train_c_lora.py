@@ -317,9 +317,9 @@ def test_four_bit_weights_are_for_one_process_and_need_torchao(small_cascade, mo
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(UserError, match="frozen_weights: nf4 needs torchao: pip install torchao"):
         train(small_cascade | LORA | {"frozen_weights": "nf4"})
+    config, two = SimpleNamespace(frozen_weights="nf4", swap_blocks=0), Processes(0, 2, torch.device("cpu"))
     with pytest.raises(UserError, match="frozen_weights: nf4 cannot be sharded"):
-        config = SimpleNamespace(frozen_weights="nf4", swap_blocks=0)
-        lora_training.freeze(torch.nn.Linear(2, 2), config, torch.float32, Processes(0, 2, torch.device("cpu")))
+        lora_training.freeze(torch.nn.Linear(2, 2), config, torch.float32, two)
 
 
 def test_a_run_with_four_bit_weights(small_cascade):

@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from families.common.precision import freeze
 from modules.blocks import Block, compile_blocks, set_activation_checkpointing
-from modules.lora import LoraSettings, add_adapters, adapters
+from modules.lora import LoraSettings, adapters, add_adapters
 from tests.fake_gpu import GPU
 from tests.warpcore.test_offload import GpuBesidePinnedMemory
 from warpcore.block_swap import BlockSwap, evenly, swappable
@@ -140,7 +141,7 @@ def test_two_blocks_at_most_are_on_the_device_and_the_next_one_is_sent_while_one
     # Each block is there with the one after it: no other is. In the middle, and at the end, that is the same block.
     assert [there for _, there in computing] == [sorted({a, b}) for a, b in zip(order, [*order[1:], 1], strict=True)]
     assert seen.most == 2
-    assert seen.sent[first:] == [n for a, n in zip(order, order[1:], strict=False) if a != n]
+    assert seen.sent[first:] == [following for number, following in pairwise(order) if number != following]
     swap.forget()
     assert seen.there == []
 
