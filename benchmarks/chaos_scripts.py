@@ -58,8 +58,9 @@ def mixed_data(bench: Bench) -> Path:
     return path
 
 
-def settings_of(bench: Bench, name: str, troubles: int, mixed: bool) -> dict:
-    """Of a run of a script that is killed or meets a full disk so often."""
+def settings_of(bench: Bench, name: str, troubles: int, mixed: bool, patience: float) -> dict:
+    """Of a run of a script that is killed or meets a full disk so often. Its processes wait for each other for half of
+    the patience, as one may send a checkpoint through a proxy that fails while the other is done."""
     kind = use_case(name)
     if mixed:
         data, size = mixed_data(bench), MIXED
@@ -69,7 +70,7 @@ def settings_of(bench: Bench, name: str, troubles: int, mixed: bool) -> dict:
     changes = {
         "webdataset_path": str(data), "updates": UPDATES_PER_TROUBLE * troubles, "save_every": 4, "keep_last": 2,
         "ema_start_iters": 2, "ema_beta": 0.9, "sample_count": 1, "sample_steps": 2, "num_workers": 0, "lanes": 2,
-        "process_timeout_seconds": 60.0,
+        "process_timeout_seconds": patience / 2,
     }  # fmt: skip
     known = kind.Config.model_fields.keys() - kind.Config.unused
     known_changes = {key: value for key, value in changes.items() if key in known}
@@ -111,7 +112,7 @@ def disturbed(folder: Path, name: str, given: argparse.Namespace) -> str:
     """A line of the table: what became of a run of the script."""
     bench = Bench(folder / "bench", True, time.time(), folder / "scratch", "cpu")
     bench.scratch.mkdir(parents=True)
-    settings = settings_of(bench, name, given.kills + given.full_disks, given.mixed)
+    settings = settings_of(bench, name, given.kills + given.full_disks, given.mixed, given.patience)
     case = f"train.{name.split()[0]}:{use_case(name).__name__}"
     whole = settings | {"checkpoint_path": str(folder / "whole")}
     seconds = given.patience * (1 + settings["updates"] / 10)
