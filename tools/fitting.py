@@ -104,7 +104,7 @@ CHANGES = (
     Change(_eight_bits, "the frozen network is rounded to eight bits, and multiplies in them"),
     Change(lambda run: [{"weights_dtype": "bfloat16"}], "trained weights are rounded, at random, to bfloat16"),
     Change(_came, "another optimizer: its learning rate has to be found, and it wants a warm-up"),
-    Change(_fused, "gradients are clipped tensor by tensor, where they were clipped together"),
+    Change(_fused, "gradients are clipped tensor by tensor, if clip_grad_norm clipped them together"),
     Change(lambda run: _shards(run, "fsdp_cpu_offload"),
            "weights and gradients travel in each pass, and the optimizer steps on the CPU: slow"),
 )  # fmt: skip

@@ -79,7 +79,7 @@ class BlockSwap:
         load_deferred(network, "cpu")
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._blocks = [Waiting(block.modules(), device) for block in chosen]
+        self._blocks = [Waiting(block.modules(), device, buffers=False) for block in chosen]
         network.to(device)  # all but what waits, in whose places there is nothing at this moment
         self.nbytes = sum(block.nbytes for block in self._blocks)
         self._ahead: dict[int, _Copies] = {}  # of one block at most

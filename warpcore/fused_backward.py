@@ -35,6 +35,10 @@ def check_one_process(fused: bool, num_processes: int) -> None:
         )
 
 
+_COUNTS_SKIPPED = "_step_supports_amp_scaling"
+"""What optimizers have whose `step` is called, and counted, where `found_inf` says that it has to change nothing."""
+
+
 class _Place(NamedTuple):
     """Where a parameter belongs."""
 
@@ -61,7 +65,8 @@ class FusedBackward:
     """Steps `parameters` in every backward pass from now on, until `close`.
 
     A gradient that is not finite changes nothing of its parameter and of those that the pass comes to after it; what
-    was stepped before it stays so. This is decided on the device, without waiting.
+    was stepped before it stays so. This is decided on the device, without waiting: what an optimizer counts beside it
+    (the steps of Adafactor and adamw8bit, the shares of schedulefree) goes on.
 
     Args:
         parameters: those that are trained, by name.
@@ -110,8 +115,7 @@ class FusedBackward:
 
     def finish(self) -> tuple[Tensor, dict[str, Tensor]]:
         """End the update; what `gradients.clipped` tells of its gradients. They are 0 where no pass was made."""
-        if self._measured:
-            self._count_steps()
+        self._count_steps()
         measured = [self._measured[one] for one in self._order if one in self._measured]
         norm = _norm([one.norm for one in measured], self._ok)
         norms = {
@@ -148,8 +152,11 @@ class FusedBackward:
         self._progress[id(place.group)] = own
 
     def _count_steps(self) -> None:
-        """What groups count goes on by one step, as of all their parameters at once."""
+        """What groups count goes on by one step, as of all their parameters at once; where no pass was made, of those
+        optimizers that count skipped steps."""
         for optimizer in self._optimizers:
+            if not self._measured and not getattr(optimizer, _COUNTS_SKIPPED, False):
+                continue
             for group in optimizer.param_groups:
                 if (after := self._progress.get(id(group))) is not None:
                     group.update({key: after[key] for key in after.keys() - {"params", "param_names"}})
@@ -166,7 +173,7 @@ def _norm(norms: list[Tensor], beside: Tensor) -> Tensor:
 
 def _step_where(ok: Tensor, optimizer: Optimizer, parameter: Tensor) -> None:
     """A step of an optimizer whose only parameter this is; it changes nothing on its device where not `ok` (0-d)."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if getattr(optimizer, _COUNTS_SKIPPED, False):
         optim.step([optimizer], ~ok)
         return
     # `optim.step` reads the decision once for all; read for each parameter, it would stop the device every time.

@@ -21,9 +21,14 @@ class Waiting:
     Those in the modules are exchanged: for copies on the device, and for those of the CPU again.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device):
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device, buffers: bool = True):
+        """
+        Args:
+            buffers: whether these wait, too; those of a network that is trained are part of its state.
+        """
         self.device = device
-        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        kinds = ("_parameters", "_buffers") if buffers else ("_parameters",)
+        tables = [getattr(module, kind) for module in modules for kind in kinds]
         frozen = [(t, name) for t in tables for name, x in t.items() if x is not None and not x.requires_grad]
         self._slots: list[tuple[dict, str, bool]] = []
         self._home: list[Tensor] = []
@@ -49,7 +54,7 @@ class Waiting:
 
     def empty(self) -> list[Tensor]:
         """Room on the device for a copy of each tensor."""
-        return [torch.empty_like(tensor, device=self.device) for tensor in self._home]
+        return [_room(self.device, tensor) for tensor in self._home]
 
     def fill(self, room: list[Tensor]) -> list[Tensor]:
         """Copy the values into what `empty` gave, in the order of the device's work; the same tensors."""
@@ -130,6 +135,13 @@ def _pack(storage: int, saved: Tensor) -> Tensor | tuple[Tensor, torch.device]:
 
 def _unpack(packed: Tensor | tuple[Tensor, torch.device]) -> Tensor:
     return packed if isinstance(packed, Tensor) else _copy_on(packed[1], packed[0])
+
+
+def _room(device: torch.device, tensor: Tensor) -> Tensor:
+    """Of packed tensors with their values: torchao's `empty_like` leaves some parts of NF4 where they are."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return torch.empty_like(tensor, device=device)
+    return tensor.clone() if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 def _copy_on(device: torch.device, kept: Tensor) -> Tensor:

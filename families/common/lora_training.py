@@ -50,7 +50,7 @@ def freeze(network: nn.Module, config: LoraKeys, dtype: torch.dtype, processes: 
             "frozen_weights: nf4 cannot be sharded: over processes, or to offload it, write bfloat16 or float8_e4m3fn"
         )
     device = "cpu" if config.swap_blocks else processes.device
-    precision.freeze(network, weights, "frozen_weights", device)
+    precision.freeze(network, weights, "frozen_weights", device, processes.device)
 
 
 def train_tokens(encoder: TextEncoder, entries: Sequence[tuple[str, str | None]]) -> TokenRows:

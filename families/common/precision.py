@@ -27,12 +27,14 @@ def freeze(
     precision: Precision | BasePrecision | torch.dtype,
     key: str,
     device: torch.device | str = "cpu",
+    computes_on: torch.device | str | None = None,
 ) -> None:
     """Freeze a network in a precision.
 
     Args:
         key: the config key that chose the precision, which an error names.
         device: where its matrices go, one by one, to be packed into eight or four bits.
+        computes_on: where the network will compute, if that is another device.
 
     Raises:
         UserError: `nf4` without torchao, or eight bits where the device can't compute with them.
@@ -46,12 +48,13 @@ def freeze(
         return
     load_deferred(network, "cpu")
     if precision != "nf4":
-        if torch.device(device).type == "mps":
+        computes_on = torch.device(computes_on or device)
+        if computes_on.type == "mps":
             raise UserError(f"{key}: MPS has no {precision}; write bfloat16 or nf4")
         if precision in FORMATS:
             keep_in_float8(network, FORMATS[precision], device)
         elif precision == "float8":
-            _check_float8(key, torch.device(device))
+            _check_float8(key, computes_on)
             keep_in_float8(network, DTYPE, device, Float8ProductLinear)
             if not any(isinstance(layer, Float8ProductLinear) for layer in network.modules()):
                 raise UserError(f"{key}: no linear layer has sides that {SIDES} divides, as float8 needs; write int8")

@@ -26,6 +26,7 @@ from warpcore.files import read_bytes, write_whole
 from warpcore.idle_keys import Need
 from warpcore.pictures import grid, read_metadata, save_png, shrunk
 from warpcore.processes import Processes
+from warpcore.redaction import redact
 from warpcore.safe_json import parse_json
 from warpcore.text import counted
 
@@ -230,7 +231,8 @@ class VideoFiles:
     def _changed(self, number: int, file: Path) -> list[str]:
         """What a file says of itself that is otherwise now, as names of keys; none where it says nothing."""
         said, now = _said(file), _flat(self._about(number))
-        return sorted(key for key in said.keys() | now.keys() if said and said.get(key) != now.get(key))
+        changed = (key for key in said.keys() | now.keys() if _told(said, key) != _told(now, key))
+        return sorted(changed) if said else []
 
     def save(self, number: int, video: np.ndarray) -> None:
         """See `Finished`."""
@@ -274,6 +276,11 @@ def _said(file: Path) -> dict[str, Any]:
 
 def _flat(about: Mapping[str, str]) -> dict[str, Any]:
     return {key: about[key] for key in ("prompt", "seed")} | parse_json(about["settings"])
+
+
+def _told(about: Mapping[str, Any], key: str) -> str:
+    """A value as files hold it: without credentials."""
+    return redact(json.dumps(about.get(key), ensure_ascii=False))
 
 
 def _seen(file: Path, frames: int) -> np.ndarray:

@@ -49,7 +49,7 @@ class OpenSoraSettings(VersionSettings):
     """The network: of Open-Sora 1.2 `XL/2` with 1.2 billion parameters, or `3B/2` with 3.2; `STDiT2-XL/2` is that of
     1.1, and `STDiT-XL/2` that of 1.0, of 0.8 billion. `mini`, `mini-1.1` and `mini-1.0` are toys for clips of 64
     px."""
-    diffusion_target: Literal["rectified_flows", "epsilon"] | None = None
+    diffusion_target: Literal["epsilon", "rectified_flows"] | None = None
     """What the network predicts: of 1.2 the straight flow, from noise to clip as published, of 1.0 and 1.1 the noise,
     and the variance of steps. It follows from `model_version`."""
     space_scale: PositiveFloat = 0.5

@@ -114,6 +114,8 @@ def test_a_gpu_that_cannot_multiply_in_float8_is_told_what_to_write(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3090")
     with pytest.raises(UserError, match=r"frozen_weights: float8 needs a GPU .* not RTX 3090; write int8"):
         freeze(nn.Linear(16, 16), "float8", "frozen_weights", "cuda")
+    with pytest.raises(UserError, match="write int8"):  # weights are packed elsewhere where blocks are swapped
+        freeze(nn.Linear(16, 16), "float8", "frozen_weights", "cpu", computes_on="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     taken = []
     monkeypatch.setattr(precision, "keep_in_float8", lambda network, *how: taken.append(how) or packed(network))

@@ -16,6 +16,7 @@ from tests.warpcore.test_offload import GpuBesidePinnedMemory
 from warpcore.block_swap import BlockSwap, evenly, swappable
 from warpcore.errors import UserError
 from warpcore.offload import Waiting, keep_inputs_on_cpu
+from warpcore.sharded import plain_parts
 
 CPU, WIDTH = torch.device("cpu"), 128
 
@@ -122,6 +123,20 @@ def test_outputs_and_gradients_are_the_same(weights, dora, further, monkeypatch)
     BlockSwap(swapped, 5, CPU)
     for ours, theirs in zip(passes(swapped), passes(plain), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_scales_of_packed_weights_are_on_the_device_as_they_are_saved_and_averaged_there():
+    network = chain("int8")
+    BlockSwap(network, 5, torch.device("meta"))
+    assert {buffer.device.type for buffer in network.buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta", "cpu"}
+
+
+def test_all_that_weights_are_packed_into_is_copied():
+    pytest.importorskip("torchao.quantization", reason="an optional package")
+    network = chain("nf4")
+    for tensor in Waiting(network.modules(), torch.device("meta")).copies():
+        assert {part.device.type for part in plain_parts(tensor)} == {"meta"}
 
 
 def test_two_blocks_at_most_are_on_the_device_and_the_next_one_is_sent_while_one_computes(monkeypatch):

@@ -220,6 +220,16 @@ def test_a_loss_that_is_not_finite_changes_nothing(name):
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if not key.startswith("group"))
 
 
+@pytest.mark.parametrize("name", ["adamw", "came"])
+def test_an_update_whose_samples_cannot_be_read_counts_as_without_the_key(name):
+    whole, fused = (Trained(name, torch.bfloat16, fused) for fused in (False, True))
+    for trained in (whole, fused):
+        trained.update(1)
+    optim.step(whole.optimizers, torch.ones((), dtype=torch.bool))
+    fused.fused.finish()
+    assert_equal(fused.everything(), whole.everything())
+
+
 def test_clipping_tensor_by_tensor_bounds_the_norm_of_all():
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((30,), (60,), (10,), (7,))]
