@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.plain_nova import nova_loop, nova_use_case, write_nova
-from benchmarks.plain_stdit import stdit_loop
+from benchmarks.plain_stdit import plain_stdit, stdit_loop
 from families.common.features import lengths_name, stored, stored_name
 from families.common.training import DiffusionTraining
 from warpcore.data.reader import Batch
@@ -243,7 +243,7 @@ def write_autoencoder(case: Case, folder: Path, device: torch.device) -> dict[st
 
     from families.dit.autoencoder import PUBLISHED
 
-    if case.version == "mini":
+    if case.version.startswith("mini"):
         return {}
     AutoencoderKL(**PUBLISHED).save_pretrained(folder / "vae")
     return {"autoencoder_checkpoint_path": str(folder / "vae")}
@@ -254,6 +254,12 @@ def dit_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Mod
     it has none for Latte's classes."""
     network = copy.deepcopy(run.networks["generator"])
     return network, _noise_loss(run, batch, lambda noised, times: network(noised, times, y=batch.extra["class"]))
+
+
+def older_stdit_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Module, Loss]:
+    """The published loop of Open-Sora 1.0 and 1.1, without the bound of the variance, with attention written out."""
+    network, predict = plain_stdit(run, batch)
+    return network, _noise_loss(run, batch, predict)
 
 
 def pixart_loop(run: DiffusionTraining, batch: Batch, folder: Path) -> tuple[nn.Module, Loss]:
@@ -354,6 +360,24 @@ FAMILIES = {
         ),
         write=write_clip_autoencoder,
         plain_loop=stdit_loop,
+        batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
+        caches_texts=True,
+    ),
+    "open_sora_1.1": Family(
+        stdit_use_case,
+        on_gpu=(Case("STDiT2-XL/2", "STDiT2-XL/2", 240, 2, num_frames=16),),
+        on_cpu=(Case("STDiT2 tiny", "mini-1.1", 64, 16, num_frames=6),),
+        write=write_autoencoder,
+        plain_loop=older_stdit_loop,
+        batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
+        caches_texts=True,
+    ),
+    "open_sora_1.0": Family(
+        stdit_use_case,
+        on_gpu=(Case("STDiT-XL/2", "STDiT-XL/2", 256, 2, num_frames=16),),
+        on_cpu=(Case("STDiT tiny", "mini-1.0", 64, 16, num_frames=6),),
+        write=write_autoencoder,
+        plain_loop=older_stdit_loop,
         batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
         caches_texts=True,
     ),

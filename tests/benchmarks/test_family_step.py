@@ -5,7 +5,10 @@ import torch
 
 from benchmarks.family_step import our_update, their_update, training, with_features
 from benchmarks.plain_loops import FAMILIES, Case
+from benchmarks.plain_stdit import PlainAttention, PlainCrossAttention
 from families.common.features import stored
+from families.open_sora import build
+from families.open_sora.config import OpenSoraSettings
 
 
 @pytest.mark.slow
@@ -14,7 +17,7 @@ from families.common.features import stored
 def test_contenders_make_updates(name, tmp_path):
     family = FAMILIES[name]
     frames = family.on_cpu[0].num_frames
-    case = Case("tiny", "mini", 64, 2, num_frames=frames and min(frames, 5))
+    case = Case("tiny", family.on_cpu[0].version, 64, 2, num_frames=frames and min(frames, 5))
     run = training(family, case, torch.device("cpu"), tmp_path)
     pictures = family.batch(run, case)
     features = with_features(run, pictures)
@@ -31,3 +34,20 @@ def test_contenders_make_updates(name, tmp_path):
     loss_of().backward()
     assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in run.parameters.values())
     run.close()
+
+
+@pytest.mark.parametrize("version", ["mini", "mini-1.1", "mini-1.0"])
+def test_attention_that_is_written_out_computes_what_ours_does(version):
+    network = build.network(OpenSoraSettings(model_version=version))
+    block = [*network.blocks][-1]
+    for name, parameter in block.named_parameters():  # so that norms before and after positions differ
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    x, text = torch.randn(2, 6, network.hidden_size), torch.randn(2, 4, network.hidden_size)
+    mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    rotations = [None, network.rope(6)] if hasattr(network, "rope") else [None]
+    with torch.no_grad():
+        for rotation in rotations:
+            ours, theirs = block.attn(x, rotation), PlainAttention(block.attn)(x, rotation)
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+        plain = PlainCrossAttention(block.cross_attn)(x, text, mask)
+        torch.testing.assert_close(plain, block.cross_attn(x, text, mask), rtol=1e-4, atol=1e-4)
