@@ -83,6 +83,7 @@ def test_what_is_counted_is_what_an_update_takes(settings, name):  # noqa: F811
         assert needs.total + needs.on_cpu == pytest.approx(peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_as_few_blocks_as_fit_are_suggested(settings, capsys):  # noqa: F811
     planned = plan(settings, "train_pixart_lora", ema_start_iters=None, batch_size=1)
     cheaper = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
