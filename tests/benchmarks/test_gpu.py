@@ -175,7 +175,7 @@ def test_a_target_is_met_only_by_figures_that_were_measured():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gpu.PARTS)
 def test_every_part_runs_on_a_cpu(name, tmp_path):
-    status = gpu.main([name, "--tiny", "--out", str(tmp_path), "--device", "cpu"])
+    status = gpu.main([name, "--tiny", "--out", str(tmp_path), "--device", "cpu", "--seconds", "3600"])
     text = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
     assert status == 0, text
     assert "No row is missing." in text
