@@ -314,8 +314,8 @@ def launched() -> tuple[int, int, int]:
         if "MASTER_ADDR" not in os.environ:
             _require(["SLURM_STEP_NODELIST"], "start the processes with srun")
             os.environ["MASTER_ADDR"] = _first_node(os.environ["SLURM_STEP_NODELIST"])
-        # Jobs that share a node, and steps of one job, meet at different ports.
-        os.environ.setdefault("MASTER_PORT", str(20_000 + (job + 101 * step) % 20_000))
+        # Jobs that share a node, and steps of one job, meet at different ports, below those Linux gives away itself.
+        os.environ.setdefault("MASTER_PORT", str(20_000 + (job + 101 * step) % 12_000))
         return rank, count, local_rank
     return 0, 1, 0
 

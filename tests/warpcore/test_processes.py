@@ -249,17 +249,29 @@ def test_processes_of_srun_meet_at_the_first_node_of_the_list(tmp_path, name_res
         "true\n"
     )
     scontrol.chmod(0o755)
-    launch_processes(2, _meet_as_srun, str(tmp_path), "localhost" if name_resolves else "127.0.0.1")
+    job, port = _job_with_a_free_port()
+    launch_processes(2, _meet_as_srun, str(tmp_path), "localhost" if name_resolves else "127.0.0.1", job, port)
 
 
-def _meet_as_srun(scontrol_folder: str, address: str) -> None:
+def _job_with_a_free_port() -> tuple[int, int]:
+    for number in range(12_000):
+        with socket.socket() as tried:
+            try:
+                tried.bind(("", 20_000 + number))
+                return 7 * 12_000 + number, 20_000 + number
+            except OSError:
+                pass  # the next one
+    raise AssertionError("no port is free")
+
+
+def _meet_as_srun(scontrol_folder: str, address: str, job: int, port: int) -> None:
     rank = os.environ["RANK"]
     for name in LAUNCH_VARIABLES:
         del os.environ[name]
-    os.environ |= SRUN | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_JOB_ID": str(os.getppid())}
+    os.environ |= SRUN | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_JOB_ID": str(job)}
     os.environ["PATH"] = f"{scontrol_folder}:{os.environ['PATH']}"
     processes = start_processes("cpu")
-    assert os.environ["MASTER_ADDR"] == address
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (address, str(port))
     assert processes.sum(torch.tensor(1.0 + processes.rank)) == 3
     torch.distributed.destroy_process_group()
 
