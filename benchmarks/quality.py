@@ -63,13 +63,15 @@ FULL = {
     "bfloat16 weights": Technique(["weights_dtype=bfloat16"]),
     "came, bfloat16 weights": Technique(["optimizer=came", "warmup_updates=100", "weights_dtype=bfloat16"]),
     "post-hoc EMA": Technique(["post_hoc_ema={every: 100, sigma_rel: [0.05, 0.1]}"], averaged=0.07),
+    "fused backward": Technique(["fused_backward=true", "clip_grad_norm=null", "clip_tensor_norm=1.0"]),
 }
 LORA = {
     "LoKr": Technique(["adapter=lokr"]),
     "LoHa": Technique(["adapter=loha"]),
+    "T-LoRA": Technique(["min_rank=4"]),
     "int8 base": Technique(["frozen_weights=int8"]),
     "int8 base, rotated": Technique(["frozen_weights=int8_rotated"]),
-    "float8 base": Technique(["frozen_weights=float8_e4m3fn"]),
+    "float8 base": Technique(["frozen_weights=float8"]),
 }
 CASES = {
     "sd": Case("train_sd", "quickstart_sd", FULL, ["webdataset_path=demo/sd_cache"]),
