@@ -28,6 +28,7 @@ from families.dit.pixart_transformer import PixArtTransformer2DModel
 from families.stable_diffusion.exports import export_lora, to_single_file
 from modules.lora import LoraSettings
 from tests.docs.pages import ROOT, blocks
+from tests.families.common.test_lycoris_files import by_comfyui
 from tests.families.common.tiny_clip import write_encoder, write_tokenizer
 from tests.families.common.tiny_unets import SD15, inputs, library_call, unet
 from tests.families.cosmos.tiny_pipeline import TRANSFORMER, transformer
@@ -74,16 +75,6 @@ def test_lycoris_merges_a_lora_of_a_u_net_in_kohyas_names(lycoris, settings, tmp
 
 
 @torch.no_grad()
-def test_lycoris_merges_a_lora_of_pixart_in_kohyas_names(lycoris, tmp_path):
-    trained, theirs = pixart(PixArtTransformer2DModel), pixart(diffusers.PixArtTransformer2DModel)
-    lora = lora_on(trained, *ATTENTION, "ff.net")
-    write_loras({"transformer": lora}, tmp_path / "x.safetensors", "kohya", {"transformer": trained})
-    untouched = of_pixart(theirs)
-    merge_by_lycoris(lycoris, tmp_path / "x.safetensors", theirs, len(lora.adapters))
-    same_and_not(of_pixart(theirs), of_pixart(trained), untouched)
-
-
-@torch.no_grad()
 def test_lycoris_merges_a_lora_of_a_text_encoder_in_kohyas_names(lycoris, tmp_path):
     write_encoder(tmp_path, write_tokenizer(tmp_path), seed=1)
     trained, theirs = (CLIPTextModel.from_pretrained(tmp_path).eval() for _ in range(2))
@@ -106,11 +97,15 @@ def test_lycoris_merges_a_lora_of_stage_c_in_kohyas_names(lycoris, tmp_path):
 
 
 def merge_by_lycoris(lycoris, file: Path, network: nn.Module, layers: int, prefix: str = "lora_unet") -> None:
+    read_by_lycoris(lycoris, file, network, layers, prefix).merge_to()
+
+
+def read_by_lycoris(lycoris, file: Path, network: nn.Module, layers: int, prefix: str = "lora_unet") -> nn.Module:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lycoris.LycorisNetwork, "LORA_PREFIX", prefix)  # as its own file for kohya's scripts has it
         found, _ = lycoris.create_lycoris_from_weights(1.0, str(file), network)
     assert len(found.loras) == layers
-    found.merge_to()
+    return found
 
 
 @pytest.mark.parametrize("settings", [{}, {"dora_wd": True}], ids=["LoRA", "DoRA"])
@@ -140,6 +135,10 @@ LYCORIS_KINDS = {
 """Settings of a kind of adapter here, and LyCORIS's own."""
 
 
+def settings_of(kind: str) -> dict[str, object]:
+    return {} if kind == "LoRA" else LYCORIS_KINDS[kind][0]
+
+
 @pytest.mark.parametrize("kind", LYCORIS_KINDS)
 @torch.no_grad()
 def test_lycoris_computes_with_a_lokr_and_a_loha_in_kohyas_names(kind, lycoris, tmp_path):
@@ -149,12 +148,19 @@ def test_lycoris_computes_with_a_lokr_and_a_loha_in_kohyas_names(kind, lycoris, 
     lora = lora_on(trained, *ATTENTION, "proj_in", "conv1", **settings)
     write_loras({"unet": lora}, tmp_path / "x.safetensors", "kohya", {"unet": trained})
     untouched = library_call(theirs, given)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lycoris.LycorisNetwork, "LORA_PREFIX", "lora_unet")
-        found, _ = lycoris.create_lycoris_from_weights(1.0, str(tmp_path / "x.safetensors"), theirs)
-    assert len(found.loras) == len(lora.adapters)
-    found.apply_to()
+    read_by_lycoris(lycoris, tmp_path / "x.safetensors", theirs, len(lora.adapters)).apply_to()
     same_and_not(library_call(theirs, given), library_call(trained, given), untouched)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", *LYCORIS_KINDS])
+@torch.no_grad()
+def test_lycoris_computes_with_adapters_of_pixart_in_kohyas_names(kind, lycoris, tmp_path):
+    trained, theirs = pixart(PixArtTransformer2DModel), pixart(diffusers.PixArtTransformer2DModel)
+    lora = lora_on(trained, *ATTENTION, "ff.net", **settings_of(kind))
+    write_loras({"transformer": lora}, tmp_path / "x.safetensors", "kohya", {"transformer": trained})
+    untouched = of_pixart(theirs)
+    read_by_lycoris(lycoris, tmp_path / "x.safetensors", theirs, len(lora.adapters)).apply_to()
+    same_and_not(of_pixart(theirs), of_pixart(trained), untouched)
 
 
 @pytest.mark.parametrize("tucker", [False, True], ids=["", "Tucker"])
@@ -311,23 +317,28 @@ def test_diffusers_network_of_cosmos_loads_a_lora_from_its_file(tmp_path):
     same_and_not(of_cosmos(theirs), of_cosmos(trained), untouched)
 
 
-@pytest.mark.parametrize("kind", ["comfyui", "published"])
+@pytest.mark.parametrize(
+    ("program", "kind"), [("published", "LoRA"), *(("comfyui", kind) for kind in ("LoRA", *LYCORIS_KINDS))]
+)
 @torch.no_grad()
-def test_published_weights_with_a_lora_of_cosmos_added_compute_the_same(kind, tmp_path):
+def test_published_weights_with_adapters_of_cosmos_added_compute_the_same(program, kind, tmp_path):
     """The rules of ComfyUI and of the published program, on a published file that diffusers opens."""
     trained = our_cosmos()
     untouched, published = of_cosmos(trained), published_tensors(trained.state_dict(), 12)
-    lora = lora_on(trained, *ATTENTION, "ff.net")
-    write_loras({"transformer": lora}, tmp_path / "x.safetensors", kind, {"transformer": trained})
+    lora = lora_on(trained, *ATTENTION, "ff.net", **settings_of(kind))
+    write_loras({"transformer": lora}, tmp_path / "x.safetensors", program, {"transformer": trained})
     file, layers = load_file(tmp_path / "x.safetensors"), 0
-    prefix, end = {"comfyui": ("diffusion_model.", "weight"), "published": ("net.", "default.weight")}[kind]
+    prefix, end = {"comfyui": ("diffusion_model.", "weight"), "published": ("net.", "default.weight")}[program]
     for name in [name for name in published if name.endswith(".weight")]:
         layer = prefix + name.removesuffix(".weight")
-        if (down := file.pop(f"{layer}.lora_A.{end}", None)) is None:
-            continue
-        alpha = file.pop(f"{layer}.alpha") if kind == "comfyui" else len(down)
-        published[name] = published[name] + file.pop(f"{layer}.lora_B.{end}") @ down * (alpha / len(down))
-        layers += 1
+        if kind != "LoRA":
+            change = by_comfyui(file, layer, published[name])
+        elif (change := file.pop(f"{layer}.lora_A.{end}", None)) is not None:
+            alpha = file.pop(f"{layer}.alpha") if program == "comfyui" else len(change)
+            change = file.pop(f"{layer}.lora_B.{end}") @ change * (alpha / len(change))
+        if change is not None:
+            published[name] = published[name] + change
+            layers += 1
     assert (layers, file) == (len(lora.adapters), {})
     whole = tmp_path / "whole.safetensors"
     save_file({f"net.{name}": tensor.contiguous() for name, tensor in published.items()}, whole)

@@ -8,13 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families.common.lora import adapters_of, add_adapters
+from families.common.lora_files import write_loras
+from families.common.lora_formats import Lora
 from families.common.weight_files import GENERATOR
 from families.open_sora import build
 from families.open_sora.config import OpenSoraSettings
 from families.open_sora.files import EMPTY
 from families.registry import family_of
+from modules.lora import LoraSettings
 from tests.clips import write_clips
 from tests.families.open_sora.tiny import random_network, small_settings
+from tests.modules.test_lora import randomised
 from tests.warpcore.runs import read_metrics
 from train.train_stdit import TrainStdit
 from train.train_stdit_lora import TrainStditLora
@@ -93,6 +98,35 @@ def test_a_lora_is_trained_exported_and_merged(small_mini, tmp_path, monkeypatch
     merged, before = loaded(tmp_path / "merged.pth"), random_network().state_dict()
     changed = {name for name, one in before.items() if not torch.equal(merged[name], one)}
     assert changed == {name for name in before if "attn." in name and name.endswith("weight") and "norm" not in name}
+
+
+ADAPTERS = {
+    "LoRA": {"rank": 3}, "LoKr": {"kind": "lokr", "rank": 2, "factor": 4}, "LoHa": {"kind": "loha", "rank": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@torch.no_grad()
+def test_published_weights_with_adapters_in_them_compute_what_was_trained(kind, small_mini, tmp_path, monkeypatch):
+    trained, theirs = random_network().eval(), random_network().eval()
+    untouched = prediction(theirs)
+    save_file(trained.state_dict(), tmp_path / "base.safetensors")
+    add_adapters(trained, ["attn", "mlp", "t_block"], LoraSettings(alpha=1.5, **ADAPTERS[kind]))
+    lora = Lora(adapters_of(randomised(trained, 3)))
+    write_loras({"transformer": lora}, tmp_path / "lora.safetensors", "warpcore", {"transformer": trained})
+    export("published", str(tmp_path / "base.safetensors"), str(tmp_path / "merged.safetensors"), "model_version=mini",
+           f"lora=['{tmp_path / 'lora.safetensors'}']", monkeypatch=monkeypatch)  # fmt: skip
+    theirs.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    found = prediction(theirs)
+    torch.testing.assert_close(found, prediction(trained), rtol=1e-4, atol=1e-4)
+    assert (found - untouched).abs().max() > 0.01
+
+
+def prediction(network: torch.nn.Module) -> torch.Tensor:
+    random = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 3, 4, 6, generator=random), torch.randn(2, 32, 64, generator=random)
+    size = {"fps": torch.tensor([24.0, 24.0]), "height": torch.tensor([32.0, 32.0]), "width": torch.tensor([48.0] * 2)}
+    return network(x, torch.tensor([40.0, 900.0]), text, **size)
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_the_published_program(small_mini, tmp_path, capfd):
