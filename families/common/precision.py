@@ -9,7 +9,9 @@ from torch import nn
 from modules.autocast import without_autocast
 from modules.float8 import FORMATS, keep_in_float8
 from modules.float8_product import CAPABILITY, DTYPE, SIDES, Float8ProductLinear
+from modules.int8 import SIDES as INT8_SIDES
 from modules.int8 import keep_in_int8
+from modules.packed import PackedLinear
 from modules.quantise import quantise
 from warpcore.errors import UserError
 from warpcore.loading import load_deferred
@@ -37,7 +39,7 @@ def freeze(
         computes_on: where the network will compute, if that is another device.
 
     Raises:
-        UserError: `nf4` without torchao, or eight bits where the device can't compute with them.
+        UserError: `nf4` without torchao, or eight bits in which the device, or no layer at all, can compute.
     """
     network.requires_grad_(False)
     packed = precision in PACKED
@@ -56,10 +58,10 @@ def freeze(
         elif precision == "float8":
             _check_float8(key, computes_on)
             keep_in_float8(network, DTYPE, device, Float8ProductLinear)
-            if not any(isinstance(layer, Float8ProductLinear) for layer in network.modules()):
-                raise UserError(f"{key}: no linear layer has sides that {SIDES} divides, as float8 needs; write int8")
+            _check_packed(network, key, precision, SIDES, "int8")
         else:
             keep_in_int8(network, device, rotate=precision == "int8_rotated")
+            _check_packed(network, key, precision, INT8_SIDES, "float8_e4m3fn or bfloat16")
         return
     try:
         quantise(network, device)
@@ -74,6 +76,12 @@ def _check_float8(key: str, device: torch.device) -> None:
             f"{key}: float8 needs a GPU that multiplies in fp8 (Ada, Hopper or later), not "
             f"{torch.cuda.get_device_name(device)}; write int8"
         )
+
+
+def _check_packed(network: nn.Module, key: str, kind: str, sides: int, instead: str) -> None:
+    """Raise UserError where no layer of a network was packed, as GPUs would not multiply its matrices."""
+    if not any(isinstance(layer, PackedLinear) for layer in network.modules()):
+        raise UserError(f"{key}: no linear layer has sides that {sides} divides, as {kind} needs; write {instead}")
 
 
 class FrozenNetwork(nn.Module):

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from families.common.precision import freeze
 from modules.int8 import Int8Linear, RotatedInt8Linear, keep_in_int8, rotated
 from modules.lora import LoraSettings, adapters, add_adapters, merge
+from warpcore.errors import UserError
 
 ROTATE = pytest.mark.parametrize("rotate", [False, True], ids=["plain", "rotated"])
 
@@ -125,3 +127,11 @@ def test_matrices_that_cublas_cannot_multiply_stay_and_the_dtype_is_the_weights_
     assert [type(layer) for layer in network] == [Int8Linear, nn.Linear]
     with torch.autocast("cpu", torch.float16):
         assert network[0](torch.ones(2, 40)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_rotated"])
+def test_a_network_of_which_nothing_would_be_packed_is_refused(kind):
+    said = f"no linear layer has sides that 8 divides, as {kind} needs; write float8_e4m3fn or bfloat16"
+    with pytest.raises(UserError, match=f"frozen_weights: {said}"):
+        freeze(nn.Sequential(nn.Linear(16, 12), nn.Conv2d(8, 8, 1)), kind, "frozen_weights")
+    freeze(nn.Sequential(nn.Linear(16, 12), nn.Linear(8, 8)), kind, "frozen_weights")
