@@ -176,7 +176,7 @@ def gradient_groups(
         if not found:
             near = ", ".join(difflib.get_close_matches(pattern.replace("\\", ""), names, n=4, cutoff=0.0))
             raise UserError(f"gradient norm group {group!r}: {pattern!r} finds no parameter; near names: {near}")
-        whole = {name for name in found if name in parameters}
+        whole = [name for name in found if name in parameters]
         groups[group] = [Part(parameters[name]) for name in whole] + [
             Part(parameters[name[:-2]], "qkv".index(name[-1]))
             for name in found

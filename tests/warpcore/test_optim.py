@@ -285,6 +285,13 @@ def test_gradient_norms_by_group():
         torch.testing.assert_close(norms[group], total)
 
 
+def test_norms_are_summed_in_the_order_of_the_parameters():
+    """Not in that of a set of names, which differs from process to process, and so would the last digits."""
+    parameters = [(f"layer{number}.weight", nn.Parameter(torch.zeros(1))) for number in range(20)]
+    (parts,) = gradients.gradient_groups(parameters, {"all": "."}).values()
+    assert [id(part.parameter) for part in parts] == [id(parameter) for _, parameter in parameters]
+
+
 def test_a_group_that_finds_nothing_names_near_parameters():
     with pytest.raises(ValueError, match=r"'qk'.*in_proj_wieght.*near names:.*attention\.in_proj_weight"):
         gradients.gradient_groups(Net().named_parameters(), {"qk": r"attention\.in_proj_wieght"})
