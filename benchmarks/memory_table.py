@@ -19,7 +19,7 @@ from tools.memory import GIB, Plan, gib
 from warpcore.config import Config, load_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
-from warpcore.files import why_no_file
+from warpcore.files import why_no_file, writing
 from warpcore.rehearsal import load_use_case
 from warpcore.text import read_text
 
@@ -85,7 +85,8 @@ def main() -> None:
     for case in chosen(options.cases):
         found = rows(case)  # before the page is read, which another process may have changed meanwhile
         text = with_rows(read_text(options.page), case, found)
-        options.page.write_text(text, encoding="utf-8")
+        with writing(options.page, "w") as page:
+            page.write(text)
         print(*found, sep="\n", flush=True)
 
 

@@ -295,6 +295,11 @@ def _noise_loss(run: DiffusionTraining, batch: Batch, predict: Callable[[Tensor,
     return loss
 
 
+_captioned = partial(
+    Family, batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]), caches_texts=True
+)
+_stdit = partial(_captioned, stdit_use_case)
+
 FAMILIES = {
     "sd": Family(
         sd_use_case,
@@ -352,43 +357,32 @@ FAMILIES = {
         batch=partial(with_texts, lambda run: run.config.version.text_width),
         caches_texts=True,
     ),
-    "open_sora": Family(
-        stdit_use_case,
+    "open_sora": _stdit(
         on_gpu=(Case("STDiT3-XL/2", "XL/2", 240, 2, num_frames=51),),
         on_cpu=(
             Case("STDiT3 tiny", "mini", 64, 16, num_frames=17), Case("STDiT3 small", "mini", 256, 1, num_frames=33),
         ),
         write=write_clip_autoencoder,
         plain_loop=stdit_loop,
-        batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
-        caches_texts=True,
     ),
-    "open_sora_1.1": Family(
-        stdit_use_case,
+    "open_sora_1.1": _stdit(
         on_gpu=(Case("STDiT2-XL/2", "STDiT2-XL/2", 240, 2, num_frames=16),),
         on_cpu=(Case("STDiT2 tiny", "mini-1.1", 64, 16, num_frames=6),),
         write=write_autoencoder,
         plain_loop=older_stdit_loop,
-        batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
-        caches_texts=True,
     ),
-    "open_sora_1.0": Family(
-        stdit_use_case,
+    "open_sora_1.0": _stdit(
         on_gpu=(Case("STDiT-XL/2", "STDiT-XL/2", 256, 2, num_frames=16),),
         on_cpu=(Case("STDiT tiny", "mini-1.0", 64, 16, num_frames=6),),
         write=write_autoencoder,
         plain_loop=older_stdit_loop,
-        batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
-        caches_texts=True,
     ),
-    "pixart": Family(
+    "pixart": _captioned(
         pixart_use_case,
         on_gpu=(Case("PixArt 512", "XL/2-512", 512, 16), Case("PixArt 1024-MS", "XL/2-1024-MS", 1024, 4)),
         on_cpu=(Case("PixArt tiny", "mini", 128, 16), Case("PixArt small", "mini", 512, 2)),
         write=write_autoencoder,
         plain_loop=pixart_loop,
-        batch=partial(with_texts, lambda run: run.config.version.network["caption_channels"]),
-        caches_texts=True,
     ),
 }  # fmt: skip
 """By the name that `--families` takes."""

@@ -55,7 +55,7 @@ class ClipAutoencoder(Protocol):
         """t, of a clip of T frames. Raises UserError for a number that it does not take."""
 
     def frames_of(self, latent_frames: int) -> int:
-        """T, the most frames that so many latent ones may be of; 1 of a single one."""
+        """T, the most frames that this number of latent ones may stand for; 1 of a single one."""
 
     def clip_moments(self, clips: Tensor, random: SampleRandom | None) -> Tensor:
         """Moments (B, 2 C, t, h, w) float32 of clips (B, T, 3, H, W) uint8.

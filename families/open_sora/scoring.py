@@ -57,7 +57,7 @@ class ScoredOpenSora(ScoredLatents):
 
 
 def _spread(clip: np.ndarray, frames: int) -> np.ndarray:
-    """The first of the frames of a clip that are as far apart as so many may be: (T, H, W, 3)."""
+    """`frames` frames of a clip, from its first on, as far apart as its length allows: (T, H, W, 3)."""
     step = (len(clip) - 1) // max(frames - 1, 1)
     return np.ascontiguousarray(clip[:: max(step, 1)][:frames])
 
