@@ -15,7 +15,7 @@ install: .venv/ready
 	$(PY) -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# One test for each promise of the engine: 14 minutes on two cores.
+# One test for each promise of the engine: about 10 minutes on CI.
 test: check
 	$(PYTEST) -m "not slow"
 
@@ -23,7 +23,7 @@ test: check
 test-fast: install
 	$(PYTEST) -m "not integration and not slow"
 
-# Every script on every number of processes, long runs, and equal bits on other CPUs: under 30 minutes.
+# Every script on every number of processes, long runs, and equal bits on other CPUs: about 50 minutes on CI.
 test-slow: install
 	$(PYTEST) -m slow
 	$(MAKE) test-bits
