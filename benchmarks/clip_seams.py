@@ -22,7 +22,6 @@ import numpy as np
 from benchmarks.clip_scorer import look, middle_of
 from benchmarks.scorer import in_lab, things
 from families.common.family import TEXT_TO_VIDEO
-from families.common.weights import only_shapes
 from families.open_sora.autoencoder import autoencoder
 from families.open_sora.scoring import ScoredOpenSoraSettings
 from families.registry import load_task
@@ -30,6 +29,7 @@ from tools.demo_clips import DIRECTIONS, FPS, NUM_FRAMES, MovingScene, captioned
 from warpcore.clips import encode_mp4
 from warpcore.config import make_config
 from warpcore.errors import UserError, run_script
+from warpcore.meta import only_shapes
 
 LOOPS = 9
 SEAM_PX = 2.0

@@ -9,7 +9,6 @@ import torch
 from benchmarks.gpu_part import Bench, Outcome, Part, Row
 from benchmarks.gpu_scripts import built_on_device, pictures, published_sizes, script_settings, use_case
 from benchmarks.plain_loops import FAMILIES, Case, Family
-from families.common.weights import only_shapes
 from tools.cache_features import as_if_cached
 from tools.search_batch_size import search
 from warpcore.config import Config, make_config
@@ -74,7 +73,7 @@ def prepared(name: str, bench: Bench, batch: int | None = None) -> tuple[type[Wa
 
 
 def planned(kind: type[WarpCore], config: Config, micro: int, bench: Bench) -> Needs:
-    with only_shapes(), OnShapes(kind, config, bench.device.type) as shapes:
+    with OnShapes(kind, config, bench.device.type) as shapes:
         return shapes.needs(bucket_sizes(shapes.run)[0], micro)
 
 

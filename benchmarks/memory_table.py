@@ -11,15 +11,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from families.common.weights import only_shapes
 from tools.arguments import local_path
 from tools.cache_features import as_if_cached
-from tools.fitting import on_command_line
-from tools.memory import GIB, Plan, gib
 from warpcore.config import Config, load_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError, run_script
 from warpcore.files import why_no_file, writing
+from warpcore.fitting import on_command_line
+from warpcore.planning import GIB, Plan, gib
 from warpcore.rehearsal import load_use_case
 from warpcore.text import read_text
 
@@ -106,8 +105,7 @@ def rows(case: Case, cards: Sequence[int] = CARDS) -> list[str]:
     """The rows of a case: one for each settings, with the cards for which they are the cheapest."""
     use_case, config = case.load()
     plan = Plan(as_if_cached(use_case, config, False), config, "cuda")
-    with only_shapes():
-        found = [(_cells(plan, card), card) for card in reversed(cards)]  # the largest first, for which less is tried
+    found = [(_cells(plan, card), card) for card in reversed(cards)]  # the largest first, for which less is tried
     found.reverse()
     return list(_joined(case, found))
 

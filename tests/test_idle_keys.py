@@ -162,7 +162,7 @@ REFUSED_IN_DRAWING = names(
 """The same of drawing, where weights are read first: see tests/inference and tests/families."""
 ALWAYS = names(
     """
-    activation_checkpointing adapter aes camera_motion clean_prompts flow loop mask_strategy reference_mb
+    activation_checkpointing adapter aes camera_motion clean_prompts fit flow loop mask_strategy reference_mb
     reference_path reference_seconds sample_name adaptive_loss_weight allow_tf32 alpha autoencoder_checkpoint_path
     autoencoder_frames
     autoencoder_precision autoencoder_version background backup_every discriminator_weight ema_start_iters

@@ -11,7 +11,6 @@ from families.common.cache import Caches
 from families.common.config import DiffusionConfig
 from families.common.features import Origin, take_row
 from families.common.training import DiffusionTraining
-from families.common.weights import only_shapes
 from warpcore.data.fields import Field, collate
 from warpcore.data.lanes import bucket_name
 from warpcore.data.reader import Batch
@@ -117,7 +116,7 @@ def as_if_cached(use_case: type[UseCase], config: DiffusionConfig, every_bucket:
     if not issubclass(use_case, DiffusionTraining):
         raise UserError("--cached: this script trains on pictures themselves: there is nothing that could be cached")
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    with only_shapes(), OnShapes(use_case, config, "cpu") as made:
+    with OnShapes(use_case, config, "cpu") as made:
         run, read = made.run, {}
         for size in bucket_sizes(run)[: None if every_bucket else 1]:
             batch = replace(made_up_batch(run, size, 1), captions=[LONG_CAPTION])

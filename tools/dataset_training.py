@@ -13,7 +13,6 @@ from families.common.features import Origin
 from families.common.members import MASK
 from families.common.sample_fields import SampleFields, SampleSettings
 from families.common.t5 import StandInTokenizer
-from families.common.weights import only_shapes
 from warpcore.arguments import read_arguments
 from warpcore.clip_keys import ClipKeys
 from warpcore.config import Config, load_config, make_config
@@ -24,6 +23,7 @@ from warpcore.data.samples import VIDEO_EXTENSIONS, visual_member
 from warpcore.data.shards import Shard, Source, named_folders, resolve_sources
 from warpcore.data.storage import is_remote
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 from warpcore.rehearsal import OnShapes, load_use_case
 from warpcore.use_case import UseCase
 

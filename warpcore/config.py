@@ -104,6 +104,11 @@ class Config(ReportKeys, DataKeys, AverageKeys, OptimisationKeys, RunKeys):  # t
         of_several = {"fsdp_shards": None, "sequence_shards": 1}
         return self.model_copy(update={key: of_several[key] for key in of_several if key in type(self).model_fields})
 
+    @property
+    def precision(self) -> str | None:
+        """The precision to compute in; None for the usual one of the device."""
+        return self.dtype or ("bfloat16" if self.weights_dtype == "bfloat16" else None)
+
     def buckets(self, factor: int) -> Buckets:
         """The sizes of a run's pictures, sides being multiples of `factor` px.
 

@@ -47,6 +47,12 @@ Steps = Annotated[int, Field(gt=0, le=10_000)]
 """Steps of a sampler, for which tables are made."""
 SidePx = Annotated[int, Field(gt=0, le=32_768)]
 Gigabytes = Annotated[float, Field(gt=0, le=1e9)]
+_GIB = re.compile(r"\s*(\d+(\.\d+)?)\s*gi?b?\s*", re.IGNORECASE)
+Memory = Annotated[
+    Gigabytes,
+    BeforeValidator(lambda value: float(found[1]) if (found := _GIB.fullmatch(str(value))) else value),
+]
+"""In GiB, as GPUs are sold: `12GB`, `12 GiB` or 12."""
 MAX_ENTRIES = 1000
 """Of lists whose entries are compared with each other, or with every parameter or row."""
 
@@ -170,6 +176,10 @@ class RunKeys(Settings):
     offload: list[Literal["encoders", "activations"]] = []
     """What waits in the CPU's memory while it is not used: `encoders`, the frozen networks; `activations`, what
     activation checkpointing keeps."""
+    fit: Memory | None = None
+    """`12GB`: count on shapes, before all else, what the run needs, and where a GPU of this size has less, write those
+    of `ema_device`, `offload`, `activation_checkpointing`, `swap_blocks` and FSDP's keys that are enough and cost
+    least. Updates stay the same. By default the config counts as it stands."""
     processes: Annotated[int, Field(gt=0, le=1024)] | Literal["all"] | None = None
     """Start that many processes on this machine (`all`: one for each GPU), without torchrun. By default, as many as
     torchrun or Slurm has started, or one. A run goes on with any number, however it is started."""

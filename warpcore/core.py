@@ -26,6 +26,7 @@ from warpcore.metrics import Metrics
 from warpcore.notes import NOTES, Notes
 from warpcore.parameter_groups import what_is_trained
 from warpcore.peers import explained, tell_once
+from warpcore.planning import fitted
 from warpcore.profiling import profiled
 from warpcore.progress import Progress
 from warpcore.random import stable_hash
@@ -59,7 +60,7 @@ class WarpCore(UseCase):
         with clear_errors(tell_once):
             config = load_config(cls.Config)
             status = launch(config.processes, config.device)
-            raise SystemExit(cls(config).run() if status is None else status)
+            raise SystemExit(cls(fitted(cls, config)).run() if status is None else status)
 
     def run(self) -> int:
         """Train until the last update or a signal; returns the exit status."""

@@ -1,7 +1,9 @@
 """Running code on shapes alone: PyTorch's meta device, as if it were the CPU or a GPU, with memory counted."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,23 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from warpcore.sharded import plain_parts
 
 META = torch.device("meta")
+_ONLY_SHAPES = ContextVar("only shapes", default=False)
+
+
+@contextmanager
+def only_shapes() -> Iterator[None]:
+    """Inside, networks are built on the meta device, without weights; their files need not be there, except those
+    that alone say which size a network has."""
+    before = _ONLY_SHAPES.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_SHAPES.reset(before)
+
+
+def are_only_shapes() -> bool:
+    """Whether `only_shapes` holds."""
+    return _ONLY_SHAPES.get()
 
 
 class PeakMemory(TorchDispatchMode):

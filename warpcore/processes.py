@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -295,6 +296,19 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one, whatever has started it: for what asks the others nothing."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
+
+
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
@@ -302,8 +316,10 @@ _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID"
 def launched() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) from torchrun's variables, else Slurm's, else (0, 1, 0).
 
-    Several processes then find each other at MASTER_ADDR and MASTER_PORT.
+    Several processes then find each other at MASTER_ADDR and MASTER_PORT. Inside `alone` there is this one.
     """
+    if _ALONE.get():
+        return 0, 1, 0
     if any(name in os.environ for name in _TORCHRUN):
         rank, count, local_rank = _numbers(_TORCHRUN, "launch with torchrun, or unset them")
         if count > 1:

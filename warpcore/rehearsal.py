@@ -23,8 +23,9 @@ from warpcore.data.reader import Batch
 from warpcore.errors import UserError
 from warpcore.files import why_no_file
 from warpcore.fused_backward import check_one_process
-from warpcore.meta import META, MetaAsDevice, MixMetaWithCPU, PeakMemory
+from warpcore.meta import META, MetaAsDevice, MixMetaWithCPU, PeakMemory, only_shapes
 from warpcore.networks import Checkpointing, blocks, has_blocks
+from warpcore.processes import alone, choose_dtype
 from warpcore.sharded import stored_bytes
 from warpcore.use_case import UseCase
 
@@ -129,6 +130,7 @@ class OnShapes:
         self.use_case, self.kind, self.processes = use_case, kind, processes
         check_one_process(config.fused_backward, processes)
         self.config = config.model_copy(update={"device": "cpu", "fp8": False, "compile": False})
+        self.dtype = choose_dtype(config.precision, torch.device(kind))
         self.sharded = config.use_fsdp and (processes > 1 or config.fsdp_cpu_offload)
         self.shards = (config.fsdp_shards or processes) if self.sharded else 1
         if processes % self.shards:
@@ -136,27 +138,28 @@ class OnShapes:
         self._modes = ExitStack()
 
     def __enter__(self) -> "OnShapes":
-        config = self.config
-        whole = config.for_any_processes().model_copy(update={"use_fsdp": False, "fsdp_cpu_offload": False})
-        run = self.use_case(whole)
-        default = torch.bfloat16 if self.kind == "cuda" and config.dtype is None else torch.float32
-        run.dtype = default if config.dtype is None and config.weights_dtype == "float32" else run.dtype
-        run.device, run.update, run.autocast = META, 0, nullcontext
-        build = run.build
-        run.build = lambda: {name: network.to_empty(device=META) for name, network in build().items()}
-        self.run = run
         try:
-            self._modes.enter_context(MixMetaWithCPU())
-            run.make_networks()
-            self._modes.enter_context(MetaAsDevice(self.kind, run.dtype))
+            self._modes.enter_context(only_shapes())
+            self._modes.enter_context(alone())
+            self._build()
         except BaseException:
             self.__exit__()
             raise
         return self
 
+    def _build(self) -> None:
+        whole = self.config.for_any_processes().model_copy(update={"use_fsdp": False, "fsdp_cpu_offload": False})
+        run = self.run = self.use_case(whole)
+        self._modes.callback(run.close)
+        run.dtype, run.device, run.update, run.autocast = self.dtype, META, 0, nullcontext
+        build = run.build
+        run.build = lambda: {name: network.to_empty(device=META) for name, network in build().items()}
+        self._modes.enter_context(MixMetaWithCPU())
+        run.make_networks()
+        self._modes.enter_context(MetaAsDevice(self.kind, run.dtype))
+
     def __exit__(self, *error: object) -> None:
         self._modes.close()
-        self.run.close()
 
     def needs(self, size: tuple[int, int], micro_batch: int, accumulation: int = 1) -> Needs:
         """What a process needs for updates with micro-batches of a bucket (H, W)."""

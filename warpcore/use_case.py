@@ -169,8 +169,7 @@ class UseCase:
         self.device = self.processes.device
         check_one_process(config.fused_backward, self.processes.count)
         compute.check_graphs(config, self.device, sharded=self.processes.mesh is not None)
-        of_weights = "bfloat16" if config.weights_dtype == "bfloat16" else None
-        self.dtype = choose_dtype(config.dtype or of_weights, self.device)
+        self.dtype = choose_dtype(config.precision, self.device)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from families.cascade.config import ModelSettings
-from families.common.weights import WeightsError, are_only_shapes, existing_file, with_weights
+from families.common.weights import WeightsError, existing_file, with_weights
 from modules.clip import ClipSettings, ImageTower, TextTower, image_tower, text_tower, tower_file, tower_settings
 from modules.effnet import EfficientNetEncoder
 from modules.previewer import Previewer
@@ -15,6 +15,7 @@ from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 from modules.tokenizers import Tokenizer
+from warpcore.meta import are_only_shapes
 
 Tower = TypeVar("Tower", TextTower, ImageTower)
 Made = TypeVar("Made")

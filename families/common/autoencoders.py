@@ -23,8 +23,8 @@ from families.common.library_files import (
     said_config,
 )
 from families.common.precision import FrozenNetwork, freeze
-from families.common.weights import are_only_shapes
 from warpcore.errors import UserError
+from warpcore.meta import are_only_shapes
 from warpcore.random import SampleRandom
 from warpcore.text import brief
 from warpcore.transfer import to_device

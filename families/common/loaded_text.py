@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from families.common.library_files import component_folder, constructor_numbers, fill, read_config
 from families.common.precision import Precision, freeze
 from families.common.text_conditions import LibraryTextEncoder
-from families.common.weights import are_only_shapes
 from warpcore.errors import UserError
-from warpcore.meta import META
+from warpcore.meta import META, are_only_shapes
 from warpcore.text import brief, shortened
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families.common.library_files import built, construct, fill, read_config, read_tensors
-from families.common.weights import are_only_shapes
 from modules.clip import ClipSettings, ImageTower, image_tower, tower_settings
 from modules.clip_weights import read_settings
 from modules.effnet import normalise_images
 from warpcore.errors import UserError
+from warpcore.meta import are_only_shapes
 from warpcore.text import brief
 
 T = TypeVar("T")

@@ -23,11 +23,10 @@ from families.common.library_files import (
 )
 from families.common.precision import FrozenNetwork, Precision, freeze
 from families.common.text_conditions import LibraryTextEncoder, TextConditions, Tokens
-from families.common.weights import are_only_shapes
 from modules.clip import text_tower
 from modules.clip_weights import read_settings
 from warpcore.errors import UserError
-from warpcore.meta import META
+from warpcore.meta import META, are_only_shapes
 from warpcore.text import shortened
 from warpcore.transfer import to_device
 

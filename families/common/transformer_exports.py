@@ -13,9 +13,10 @@ from families.common.lora import merge_loras
 from families.common.lora_files import lora_files, notes_of_ranks
 from families.common.transformer_lora import TRANSFORMER, Build, open_loras, read_lora
 from families.common.weight_files import FAMILY_KEY, GENERATOR, is_run, weights_in
-from families.common.weights import check_names, only_shapes
+from families.common.weights import check_names
 from warpcore.config import Settings, load_config
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 from warpcore.weights import check_range
 
 S = TypeVar("S", bound=Settings)

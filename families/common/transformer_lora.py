@@ -15,9 +15,9 @@ from families.common.lora_formats import Lora
 from families.common.lora_training import DrawnWithoutLora, freeze, lora_of, lora_tensors, start_from
 from families.common.prompt_samples import PromptSamples
 from families.common.weight_files import GENERATOR
-from families.common.weights import only_shapes
 from modules.lora import without_adapters
 from modules.rank_by_noise import follow_noise
+from warpcore.meta import only_shapes
 
 TRANSFORMER = "transformer"
 """The network of a pipeline, as LoRA files call it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from families.common.autoencoder_training import FIRST_LOG_VARIANCE, LibraryAutoencoder
 from families.common.wan_autoencoder import LIBRARY_CLASS, TIME_COMPRESSION, check_frames
-from families.common.weights import are_only_shapes
+from warpcore.meta import are_only_shapes
 
 TIME_LEVELS = 2
 """How many of the halvings of the sides, the last ones, also halve the number of frames."""

@@ -21,12 +21,12 @@ from typing import TypeVar
 
 from families.common.hub import DownloadError, check_space, difference, fetch, list_files, look_up
 from families.common.weight_files import weights_in
-from families.common.weights import are_only_shapes
 from warpcore.config import Settings
 from warpcore.errors import UserError
 from warpcore.files import open_plain, write_whole
 from warpcore.keys import weights_keys
 from warpcore.locks import lock_file
+from warpcore.meta import are_only_shapes
 from warpcore.safe_json import read_object
 
 MODELS = Path(__file__).parents[2] / "models"

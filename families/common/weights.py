@@ -1,8 +1,6 @@
 """Networks with the weights of a file, strictly: every name and shape has to be that of the network."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,32 +14,16 @@ from warpcore.errors import UserError
 from warpcore.exports import is_index
 from warpcore.files import why_no_file
 from warpcore.loading import assign
+from warpcore.meta import are_only_shapes
 
 Network = TypeVar("Network", bound=nn.Module)
 
 LOOKED_AT = 64
 """Numbers of each tensor of a file that are looked at before it is used."""
-_ONLY_SHAPES = ContextVar("only shapes", default=False)
 
 
 class WeightsError(UserError):
     """A weights file is missing, unreadable, or made for another network."""
-
-
-@contextmanager
-def only_shapes() -> Iterator[None]:
-    """Inside, networks are built on the meta device, without weights; their files need not be there, except those
-    that alone say which size a network has."""
-    before = _ONLY_SHAPES.set(True)
-    try:
-        yield
-    finally:
-        _ONLY_SHAPES.reset(before)
-
-
-def are_only_shapes() -> bool:
-    """Whether `only_shapes` holds."""
-    return _ONLY_SHAPES.get()
 
 
 def with_weights(

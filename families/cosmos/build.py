@@ -14,7 +14,7 @@ from families.common.random_start import random_start
 from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.wan_autoencoder import CONSTRUCTOR, LIBRARY_CLASS, WanAutoencoder
 from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
-from families.common.weights import WeightsError, are_only_shapes
+from families.common.weights import WeightsError
 from families.cosmos.components import (
     Component,
     check_version,
@@ -26,6 +26,7 @@ from families.cosmos.components import (
 from families.cosmos.config import CosmosSettings
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import flow_process
+from warpcore.meta import are_only_shapes
 from warpcore.text import brief
 
 LIBRARY_DEFAULTS = {"in_channels": 16, "text_embed_dim": 1024, "patch_size": (1, 2, 2), "max_size": (128, 240, 240)}

@@ -9,8 +9,9 @@ from families.common.autoencoders import SD_AUTOENCODER, Autoencoder, LatentScal
 from families.common.library_files import CONFIG, component_folder, read_config, read_tensors
 from families.common.weight_files import AUTOENCODER
 from families.common.weight_source import local_weights
-from families.common.weights import WeightsError, are_only_shapes
+from families.common.weights import WeightsError
 from families.dit.config import LatentSettings
+from warpcore.meta import are_only_shapes
 from warpcore.text import brief
 
 PUBLISHED = SD_AUTOENCODER | {"scaling_factor": 0.18215, "sample_size": 256, "force_upcast": False}

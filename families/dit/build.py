@@ -8,7 +8,7 @@ from torch import Tensor
 
 from families.common.library_files import construct
 from families.common.weight_files import GENERATOR
-from families.common.weights import WeightsError, are_only_shapes, check_names
+from families.common.weights import WeightsError, check_names
 from families.dit.autoencoder import latents_of
 from families.dit.config import DitSettings
 from families.dit.files import read_dit
@@ -17,6 +17,7 @@ from modules.dit import POSITIONS, DiT, frame_positions, grid_positions
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import discrete_process
 from warpcore.loading import assign
+from warpcore.meta import are_only_shapes
 
 
 def dit(settings: DitSettings, size_px: Sequence[int], dtype: torch.dtype = torch.float32) -> DiT:

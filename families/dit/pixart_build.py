@@ -15,10 +15,11 @@ from families.common.random_start import random_start
 from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.weight_files import GENERATOR, TEXT
 from families.common.weight_source import local_weights
-from families.common.weights import WeightsError, are_only_shapes
+from families.common.weights import WeightsError
 from families.dit.pixart_config import PixartSettings
 from families.dit.pixart_files import find_denoiser, text_length_of
 from families.dit.pixart_versions import VERSIONS, version_of
+from warpcore.meta import are_only_shapes
 
 BLOCKS = ["BasicTransformerBlock"]
 

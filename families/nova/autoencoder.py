@@ -32,12 +32,13 @@ from families.common.wan_autoencoder import (
     read_wan_tensors,
 )
 from families.common.weight_files import AUTOENCODER
-from families.common.weights import WeightsError, are_only_shapes, read_weights
+from families.common.weights import WeightsError, read_weights
 from families.nova.components import part_of
 from families.nova.config import NovaSettings
 from families.nova.files import folder_tensors
 from modules.open_sora_plan_vae import OpenSoraPlanAutoencoder, from_open_sora_plan, is_open_sora_plan
 from warpcore.errors import UserError
+from warpcore.meta import are_only_shapes
 from warpcore.text import brief
 from warpcore.transfer import to_device
 

@@ -14,7 +14,7 @@ from families.common.loaded_text import FOLDER
 from families.common.random_start import RandomWeights, random_start
 from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.weight_files import GENERATOR, TEXT
-from families.common.weights import WeightsError, are_only_shapes
+from families.common.weights import WeightsError
 from families.nova import loss
 from families.nova.autoencoder import latents_of
 from families.nova.components import part_of
@@ -24,6 +24,7 @@ from families.nova.text import PHI_2, PhiTextEncoder
 from families.nova.versions import FLOW, classes_of, of_classes, stretched, version_of
 from modules.nova import NOVATransformer
 from warpcore.diffusion.diffusion import GDF
+from warpcore.meta import are_only_shapes
 
 logger = logging.getLogger(__name__)
 

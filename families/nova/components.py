@@ -4,9 +4,9 @@ from pathlib import Path
 
 from families.common.library_files import component_folder
 from families.common.weight_source import local_weights, only_parts
-from families.common.weights import are_only_shapes
 from families.nova.config import NovaSettings
 from families.nova.files import PART
+from warpcore.meta import are_only_shapes
 
 
 def part_of(settings: NovaSettings, key: str, part: str) -> Path:

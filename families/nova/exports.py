@@ -10,7 +10,7 @@ import torch
 from families.common.exports import write_new_files
 from families.common.library_files import CONFIG
 from families.common.weight_files import GENERATOR, is_run
-from families.common.weights import check_names, only_shapes
+from families.common.weights import check_names
 from families.nova import build
 from families.nova.config import NovaSettings
 from families.nova.files import CLASS, PART, WEIGHTS, check_mixer, config_said, read_nova
@@ -19,6 +19,7 @@ from families.nova.schedulers import SCHEDULER, scheduler_config
 from families.nova.versions import PUBLISHED_CLASSES
 from warpcore.config import load_config
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 from warpcore.weights import check_range, converted
 
 

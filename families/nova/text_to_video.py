@@ -9,13 +9,13 @@ from torch.distributed import ProcessGroup
 
 from families.common.pictures import read_picture, to_pictures
 from families.common.text_to_video import SEVERAL_FRAMES, Finished, TextToVideoConfig
-from families.common.weights import only_shapes
 from families.nova.autoencoder import autoencoder
 from families.nova.drawing import NovaNetworks, Plan
 from families.nova.inference import NovaDrawingConfig
 from modules.nova_embeddings import DEFAULT_FPS
 from warpcore.config_keys import MicroBatchSize, SidePx
 from warpcore.files import why_no_file
+from warpcore.meta import only_shapes
 
 
 class NovaTextToVideoConfig(NovaDrawingConfig, TextToVideoConfig):

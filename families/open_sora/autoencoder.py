@@ -27,12 +27,13 @@ from families.common.precision import FrozenNetwork, freeze
 from families.common.wan_autoencoder import LIBRARY_CLASS, TIME_COMPRESSION, WanAutoencoder, read_wan_tensors
 from families.common.weight_files import AUTOENCODER
 from families.common.weight_source import local_weights
-from families.common.weights import WeightsError, are_only_shapes, read_weights
+from families.common.weights import WeightsError, read_weights
 from families.open_sora.config import OpenSoraSettings
 from families.open_sora.frame_autoencoders import PUBLISHED_OF_FRAMES, FrameClips, TemporallyDecoded
 from families.open_sora.versions import FLOW
 from modules.open_sora_vae import SCALE, SHIFT, OpenSoraAutoencoder, TemporalAutoencoder
 from warpcore.errors import UserError
+from warpcore.meta import are_only_shapes
 from warpcore.random import SampleRandom
 from warpcore.text import brief
 from warpcore.transfer import to_device

@@ -15,7 +15,7 @@ from families.common.random_start import random_start
 from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.weight_files import GENERATOR, TEXT
 from families.common.weight_source import local_weights
-from families.common.weights import WeightsError, are_only_shapes, check_names
+from families.common.weights import WeightsError, check_names
 from families.open_sora.config import OpenSoraSettings
 from families.open_sora.files import positions_in, read_network
 from families.open_sora.versions import FLOW
@@ -25,6 +25,7 @@ from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.processes import discrete_process, flow_process
 from warpcore.diffusion.schedules import shift_by_size
 from warpcore.loading import assign
+from warpcore.meta import are_only_shapes
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from families.common.drawn_pictures import GUIDED
 from families.common.text_to_video import Finished, TextToVideoConfig
 from families.common.transformer_lora import open_loras
 from families.common.weight_files import RUN_CONFIG
-from families.common.weights import only_shapes
 from families.open_sora import build
 from families.open_sora.autoencoder import ClipAutoencoder, autoencoder, latents_of
 from families.open_sora.config import MISSPELT, as_published
@@ -26,6 +25,7 @@ from warpcore.data.clip_buckets import ClipBuckets, rungs_of
 from warpcore.errors import UserError
 from warpcore.idle_keys import Need
 from warpcore.keys import Place
+from warpcore.meta import only_shapes
 from warpcore.text import shortened
 
 SAMPLERS = ("euler", "ddim", "ddpm", "euler_ancestral", "lcm", "iddpm", "dpm-solver")

@@ -19,7 +19,7 @@ from families.common.pictures import to_pictures, to_uint8
 from families.common.prompt_samples import PromptSamples
 from families.common.sampling import sample_seeds
 from families.common.weight_files import GENERATOR
-from families.common.weights import are_only_shapes, check_names
+from families.common.weights import check_names
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder, autoencoder_files, latents_of
 from families.open_sora.conditions import FEATURE, Conditions, Denoiser, asked_of, of_clips, told
@@ -32,6 +32,7 @@ from warpcore.data.reader import Batch
 from warpcore.diffusion.diffusion import GDF
 from warpcore.diffusion.frame_masks import frame_masks
 from warpcore.errors import UserError
+from warpcore.meta import are_only_shapes
 from warpcore.random import SampleRandom
 from warpcore.transfer import to_device
 

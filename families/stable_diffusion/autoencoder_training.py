@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from families.common.autoencoder_training import FIRST_LOG_VARIANCE, LibraryAutoencoder
-from families.common.weights import are_only_shapes
+from warpcore.meta import are_only_shapes
 
 
 class TrainedAutoencoder(LibraryAutoencoder):

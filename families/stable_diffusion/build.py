@@ -13,7 +13,7 @@ from families.common.library_files import CONFIG, construct, fill
 from families.common.library_networks import adapt
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders, public_tokenizer
 from families.common.weight_files import AUTOENCODER, GENERATOR, TEXT
-from families.common.weights import WeightsError, are_only_shapes
+from families.common.weights import WeightsError
 from families.stable_diffusion.components import SKIP_KEY, ZERO_SNR_KEY, Component, find_component, holds
 from families.stable_diffusion.config import SdConfig, SdSettings
 from families.stable_diffusion.t5_layers import T5Texts
@@ -25,6 +25,7 @@ from warpcore.diffusion.processes import discrete_process, flow_process
 from warpcore.diffusion.tables import TableSchedule
 from warpcore.diffusion.times import Spacing, flow_times, sampling_times
 from warpcore.errors import UserError
+from warpcore.meta import are_only_shapes
 from warpcore.text import brief, shortened
 
 

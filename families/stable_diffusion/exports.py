@@ -14,7 +14,6 @@ from families.common.library_files import constructor_numbers, save_library_fold
 from families.common.lora_files import lora_files, notes_of_ranks
 from families.common.lora_training import missing_tokens
 from families.common.weight_files import FAMILY_KEY, GENERATOR, TARGET_KEY, is_run, metadata_of, weights_in
-from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.components import SKIP_KEY, TEXT_MODEL_KEY, TITLES, TOKENS_KEY, VERSION_KEY
 from families.stable_diffusion.diffusers_folder import pipeline, save_t5_folder, t5_parts
@@ -33,6 +32,7 @@ from families.stable_diffusion.t5_texts import PROJECTION_KEY, kind_of_projectio
 from warpcore.config import load_config
 from warpcore.errors import UserError
 from warpcore.keys import Place
+from warpcore.meta import only_shapes
 from warpcore.outputs import check_new
 from warpcore.safe_json import parse_json
 from warpcore.weights import converted, dtype_name, write_weights

@@ -12,10 +12,10 @@ from families.common.lora_formats import Lora, LoraFileError, peft
 from families.common.lora_training import warn_of_missing_tokens
 from families.common.text_encoders import ClipTextEncoder, ClipTextEncoders
 from families.common.weight_files import read_header
-from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.single_file import SUPPORTED
 from families.stable_diffusion.versions import TITLES
+from warpcore.meta import only_shapes
 
 Loras = Sequence[tuple[Mapping[str, Lora], float]]
 """What each LoRA changes of each network (`unet`, `text_encoder`, `text_encoder_2`), and its strength."""

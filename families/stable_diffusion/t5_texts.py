@@ -15,9 +15,10 @@ from families.common.library_files import CONFIG, component_folder, fill, read_c
 from families.common.t5 import T5_XXL, StandInTokenizer, T5TextEncoder
 from families.common.weight_files import GENERATOR, TEXT, metadata_of
 from families.common.weight_source import local_weights
-from families.common.weights import WeightsError, are_only_shapes
+from families.common.weights import WeightsError
 from families.stable_diffusion.config import SdSettings
 from families.stable_diffusion.t5_layers import MAX_TOKENS, Projection, T5Texts
+from warpcore.meta import are_only_shapes
 from warpcore.text import brief, shortened
 
 TEXT_PROJECTION, POOLED_PROJECTION = "t5_projection", "t5_pooled_projection"

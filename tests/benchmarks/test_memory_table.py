@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks import memory_table
 from benchmarks.memory_table import CARDS, CASES, Case, rows, table, with_rows
-from tools.memory import USABLE
 from warpcore.errors import UserError
+from warpcore.planning import USABLE
 
 PAGE = (Path(__file__).parents[2] / "docs/memory.md").read_text(encoding="utf-8")
 CHEAP = "DiT-XL/2 full"

@@ -13,8 +13,8 @@ from families import registry
 from families.cascade import build
 from families.cascade.config import ModelSettings
 from families.common.family import RECONSTRUCTION, TEXT_TO_IMAGE
-from families.common.weights import only_shapes
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ["diffusers", "transformers", "peft", "open_clip", "kornia"]

@@ -8,7 +8,6 @@ import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
-from families.common.weights import only_shapes
 from tests.caches import make_cache
 from tests.golden import load_manifest
 from tests.tiers import represented_by
@@ -21,6 +20,7 @@ from tools import memory
 from tools.cache_features import as_if_cached
 from warpcore.config import make_config
 from warpcore.errors import UserError
+from warpcore.planning import USABLE, Plan
 from warpcore.rehearsal import OnShapes, Rehearsal, bucket_sizes, load_use_case
 
 TRAIN = Path(__file__).parents[2] / "train"
@@ -66,7 +66,7 @@ def test_counted_activations_are_those_of_a_real_update(settings, name, changes)
     given = settings(name, "memory", batch_size=8, image_size=96, **changes)
     given.pop("train_tokens", None)
     config = make_config(use_case.Config, given)
-    with only_shapes(), OnShapes(use_case, config, "cpu") as shapes:
+    with OnShapes(use_case, config, "cpu") as shapes:
         size = bucket_sizes(shapes.run)[0]
         counted = shapes.needs(size, 8)
     with Rehearsal(use_case, config, memory_limit=GIB) as rehearsal:
@@ -84,7 +84,7 @@ def test_every_script_makes_an_update_on_shapes_alone(settings, name):  # noqa: 
     """Stands for the slow test above: what an update computes also works on PyTorch's device without memory."""
     use_case = load_use_case(TRAIN / f"{name.split()[0]}.py")
     config = make_config(use_case.Config, settings(name, "shapes", batch_size=2))
-    with only_shapes(), OnShapes(use_case, config, "cpu") as shapes:
+    with OnShapes(use_case, config, "cpu") as shapes:
         needs = shapes.needs(bucket_sizes(shapes.run)[0], 2)
     assert needs.activations > 0
     assert needs.gradients == needs.weights > 0
@@ -94,7 +94,7 @@ def test_every_script_makes_an_update_on_shapes_alone(settings, name):  # noqa: 
 def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_c.py")
     config = make_config(use_case.Config, settings("train_c", "levels", batch_size=8))
-    with only_shapes(), OnShapes(use_case, config, "cuda") as shapes:
+    with OnShapes(use_case, config, "cuda") as shapes:
         assert shapes.run.dtype == torch.bfloat16
         size, totals = bucket_sizes(shapes.run)[0], []
         for level in memory.LEVELS:
@@ -111,7 +111,7 @@ def test_sharding_divides_what_lives_between_updates_and_not_the_activations(set
     counted = []
     for use_fsdp in (False, True):
         config = make_config(use_case.Config, settings("train_c", "sharded", batch_size=8, use_fsdp=use_fsdp))
-        with only_shapes(), OnShapes(use_case, config, "cpu", processes=4) as shapes:
+        with OnShapes(use_case, config, "cpu", processes=4) as shapes:
             counted.append(shapes.needs(bucket_sizes(shapes.run)[0], 8, accumulation=2))
     whole, shared = counted
     for part in ("weights", "gradients", "optimizer", "ema"):
@@ -127,7 +127,7 @@ def test_offloaded_weights_leave_the_device_and_are_counted_in_the_memory_of_the
     counted = []
     for changes in ({}, {"use_fsdp": True, "fsdp_cpu_offload": True}):
         config = make_config(use_case.Config, given | changes)
-        with only_shapes(), OnShapes(use_case, config, "cpu") as shapes:
+        with OnShapes(use_case, config, "cpu") as shapes:
             counted.append(shapes.needs(bucket_sizes(shapes.run)[0], 8))
             blocks = sum(p.nbytes for n in ("generator", "previewer") for p in shapes.run.networks[n].parameters())
     whole, away = counted
@@ -139,11 +139,10 @@ def test_offloaded_weights_leave_the_device_and_are_counted_in_the_memory_of_the
 @pytest.mark.slow
 def test_what_is_suggested_costs_more_the_less_memory_there_is(settings, capsys):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_c.py")
-    plan = memory.Plan(use_case, make_config(use_case.Config, settings("train_c", "less", batch_size=2)), "cuda")
-    with only_shapes():
-        needs = plan.needs({})
-        for total in (needs.total, needs.total - needs.ema // 2, needs.weights):
-            plan.suggest(1.001 * total / memory.USABLE)
+    plan = Plan(use_case, make_config(use_case.Config, settings("train_c", "less", batch_size=2)), "cuda")
+    needs = plan.needs({})
+    for total in (needs.total, needs.total - needs.ema // 2, needs.weights):
+        memory.suggest(plan, 1.001 * total / USABLE)
     suggested = [line for line in capsys.readouterr().out.splitlines() if line]
     assert suggested[0].endswith("GiB: this config")
     assert suggested[2].endswith("GiB: ema_device=cpu")
@@ -156,11 +155,10 @@ def test_a_card_that_is_nearly_enough_gets_one_line_of_keys_and_a_key_without_ef
     tmp_path, capsys, monkeypatch, caplog
 ):
     given = tiny_settings(tmp_path, tmp_path, batch_size=8, min_lr_ratio=0.5)
-    with only_shapes():
-        whole = memory.Plan(Denoiser, make_config(TinyConfig, given), "cpu").needs({})
+    whole = Plan(Denoiser, make_config(TinyConfig, given), "cpu").needs({})
     caplog.clear()
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given))
-    card = f"{(whole.total - whole.ema // 2) / memory.USABLE / GIB:.12f}"
+    card = f"{(whole.total - whole.ema // 2) / USABLE / GIB:.12f}"
     arguments = ["memory.py", str(TINY), str(tmp_path / "tiny.yaml"), "--device", "cpu", "--gpu-memory", card]
     monkeypatch.setattr("sys.argv", arguments)
     memory.main()
@@ -173,10 +171,9 @@ def test_a_card_that_is_nearly_enough_gets_one_line_of_keys_and_a_key_without_ef
 @pytest.mark.slow
 def test_what_a_network_does_not_offer_is_neither_counted_nor_suggested(settings, capsys):  # noqa: F811
     use_case = load_use_case(TRAIN / "train_encoder.py")
-    plan = memory.Plan(use_case, make_config(use_case.Config, settings("train_encoder", "less", batch_size=2)), "cuda")
-    with only_shapes():
-        plan.show(buckets=False)
-        plan.suggest(0)
+    plan = Plan(use_case, make_config(use_case.Config, settings("train_encoder", "less", batch_size=2)), "cuda")
+    memory.show(plan, buckets=False)
+    memory.suggest(plan, 0)
     shown = capsys.readouterr().out
     assert "| 0 (this config) |" in shown
     assert "| 1 |" not in shown
@@ -211,7 +208,7 @@ def test_without_a_cache_it_is_counted_as_with_one(settings, name, tmp_path):  #
     expected = make_config(use_case.Config, given | {"caches": folders})
     totals, as_cached = [], [(as_if_cached(use_case, plain, every_bucket), plain) for every_bucket in (True, False)]
     for kind, config in ((use_case, expected), *as_cached):
-        with only_shapes(), OnShapes(kind, config, "cpu") as shapes:
+        with OnShapes(kind, config, "cpu") as shapes:
             totals.append(shapes.needs(bucket_sizes(shapes.run)[0], 2))
             assert not SPARED[name] & shapes.run.networks.keys()
     assert totals[0] == totals[1] == totals[2]
@@ -229,12 +226,9 @@ def test_clips_are_counted_with_the_micro_batch_of_their_bucket(tmp_path, capsys
     given = tiny_settings(tmp_path, tmp_path, bucket_config=buckets, micro_batches_per_update=4)
     given = {key: value for key, value in given.items() if key not in ("batch_size", "image_size")}
     config = make_config(ClipConfig, given)
-    with only_shapes():
-        memory.Plan(ClipDenoiser, config, "cpu", processes=2).show(buckets=True)
-        with OnShapes(ClipDenoiser, config, "cpu") as shapes:
-            counted = [
-                shapes.needs(*of_bucket, 2) for of_bucket in (((8, 32, 32), 2), ((4, 32, 32), 3), ((1, 32, 32), 9))
-            ]
+    memory.show(Plan(ClipDenoiser, config, "cpu", processes=2), buckets=True)
+    with OnShapes(ClipDenoiser, config, "cpu") as shapes:
+        counted = [shapes.needs(*of_bucket, 2) for of_bucket in (((8, 32, 32), 2), ((4, 32, 32), 3), ((1, 32, 32), 9))]
     told = capsys.readouterr().out
     assert "per process of 2, in GiB; micro-batch the bucket's, accumulation 2" in told
     rows = [line.split("|")[2:5] for line in told.splitlines() if "x 32 x 32" in line]

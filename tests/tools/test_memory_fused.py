@@ -3,7 +3,6 @@
 import pytest
 from torch import nn
 
-from families.common.weights import only_shapes
 from tests.tools.test_memory import GIB, TRAIN, measured_peak
 from tests.train.test_every_script import settings  # noqa: F401
 from tests.warpcore.runs import tiny_settings
@@ -12,6 +11,7 @@ from tools import memory
 from warpcore.config import Config, make_config
 from warpcore.core import WarpCore
 from warpcore.errors import UserError
+from warpcore.planning import USABLE, Plan
 from warpcore.rehearsal import OnShapes, Rehearsal, bucket_sizes, load_use_case
 
 CAME = {"weights_dtype": "bfloat16", "optimizer": "came"}
@@ -33,7 +33,7 @@ def deep(tmp_path, **keys) -> Config:
 
 
 def count(use_case: type[WarpCore], config: Config):
-    with only_shapes(), OnShapes(use_case, config, "cpu") as shapes:
+    with OnShapes(use_case, config, "cpu") as shapes:
         size = bucket_sizes(shapes.run)[0]
         counted = shapes.needs(size, config.batch_size)
         assert counted == shapes.needs(size, config.batch_size)  # the first one leaves nothing behind
@@ -73,11 +73,10 @@ def test_so_it_is_of_scripts_whose_layers_run_again(settings, name):  # noqa: F8
 @pytest.mark.integration
 def test_they_are_suggested_where_gradients_do_not_fit(tmp_path, capsys):
     config = deep(tmp_path, batch_size=2, **CAME)
-    plan = memory.Plan(Deep, config, "cuda")
-    with only_shapes():
-        with plan.shapes(FUSED) as shapes:
-            total = plan.of_bucket(shapes, bucket_sizes(shapes.run)[0], 0).total
-        plan.suggest(1.001 * total / memory.USABLE)
+    plan = Plan(Deep, config, "cuda")
+    with plan.shapes(FUSED) as shapes:
+        total = plan.of_bucket(shapes, bucket_sizes(shapes.run)[0], 0).total
+    memory.suggest(plan, 1.001 * total / USABLE)
     assert "fused_backward=true clip_grad_norm=null clip_tensor_norm=1.0" in capsys.readouterr().out
     with pytest.raises(UserError, match="train with one process"):
-        memory.Plan(Deep, config, "cuda", 2).shapes(FUSED)
+        Plan(Deep, config, "cuda", 2).shapes(FUSED)

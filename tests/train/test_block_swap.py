@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from families.common.weights import only_shapes
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, files, settings, train, use_case  # noqa: F401
 from tests.train.test_no_waiting import train_on_gpu
@@ -14,6 +13,7 @@ from warpcore.config import ConfigError, make_config
 from warpcore.errors import UserError
 from warpcore.meta import PeakMemory
 from warpcore.placement import Placement
+from warpcore.planning import USABLE, Plan
 from warpcore.rehearsal import Rehearsal, bucket_sizes
 from warpcore.sharded import stored_bytes
 
@@ -55,10 +55,10 @@ def test_nothing_waits_for_a_gpu(settings, name, monkeypatch):  # noqa: F811
     train_on_gpu(name, settings(name, "update", **keys(name)), torch.float32)
 
 
-def plan(settings, name: str, **changes) -> memory.Plan:  # noqa: F811
+def plan(settings, name: str, **changes) -> Plan:  # noqa: F811
     given = settings(name, "planned", **{"batch_size": 2, "image_size": 96} | changes)
     given.pop("train_tokens", None)
-    return memory.Plan(use_case(name), make_config(use_case(name).Config, given), "cpu")
+    return Plan(use_case(name), make_config(use_case(name).Config, given), "cpu")
 
 
 @pytest.mark.parametrize("name", represented_by("train_pixart_lora", of=SCRIPTS))
@@ -66,7 +66,7 @@ def test_what_is_counted_is_what_an_update_takes(settings, name):  # noqa: F811
     counted, measured = [], []
     for swapped in (0, keys(name)["swap_blocks"]):
         planned = plan(settings, name, activation_checkpointing=3, swap_blocks=swapped)
-        with only_shapes(), planned.shapes({}) as shapes:
+        with planned.shapes({}) as shapes:
             size = bucket_sizes(shapes.run)[0]
             counted.append(shapes.needs(size, 2))
             waiting = [swap.nbytes for swap in shapes.run.block_swaps.values()]
@@ -87,9 +87,8 @@ def test_what_is_counted_is_what_an_update_takes(settings, name):  # noqa: F811
 def test_as_few_blocks_as_fit_are_suggested(settings, capsys):  # noqa: F811
     planned = plan(settings, "train_pixart_lora", ema_start_iters=None, batch_size=1)
     cheaper = {"offload": ["encoders", "activations"], "activation_checkpointing": 3}
-    with only_shapes():
-        needs = {count: planned.needs(cheaper | {"swap_blocks": count}) for count in (3, 4)}
-        planned.suggest(1.0001 * needs[4].total / memory.USABLE)
+    needs = {count: planned.needs(cheaper | {"swap_blocks": count}) for count in (3, 4)}
+    memory.suggest(planned, 1.0001 * needs[4].total / USABLE)
     assert needs[3].total > 1.01 * needs[4].total
     told = capsys.readouterr().out
     assert "swap_blocks=4" in told

@@ -23,9 +23,9 @@ from families.common.techniques.repa import HiddenTokens, Projector, alignment
 from families.common.techniques.tread import TokenRouting, take_tokens
 from families.common.training import DiffusionTraining
 from families.common.weight_source import local_weights
-from families.common.weights import are_only_shapes
 from warpcore.core import Losses
 from warpcore.data.reader import Batch
+from warpcore.meta import are_only_shapes
 from warpcore.random import SampleRandom
 from warpcore.results import per_sample
 

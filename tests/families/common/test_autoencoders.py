@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families.common.autoencoders import Autoencoder, LatentScale
-from families.common.weights import only_shapes
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 from warpcore.random import SampleRandom
 from warpcore.weights import write_weights
 

@@ -5,7 +5,6 @@ import torch
 
 from families.cascade import versions
 from families.common.precision import freeze
-from families.common.weights import only_shapes
 from modules.float8 import FORMATS
 from modules.packed import PackedLinear
 from modules.quantise import BLOCK
@@ -82,7 +81,7 @@ def test_the_planner_counts_eight_bits(settings, name):  # noqa: F811
     counted, spared = {}, {}
     for dtype in ("bfloat16", "float8_e5m2", "int8", *([] if name in TOO_NARROW else ["float8"])):
         config = make_config(use_case(name).Config, settings(name, "planned", frozen_weights=dtype, batch_size=2))
-        with only_shapes(), OnShapes(use_case(name), config, "cpu") as shapes:
+        with OnShapes(use_case(name), config, "cpu") as shapes:
             counted[dtype] = shapes.needs(bucket_sizes(shapes.run)[0], 2).frozen
             layers = [one for one in shapes.run.networks["generator"].modules() if isinstance(one, PackedLinear)]
             spared[dtype] = sum(one.out_features * (one.in_features - 2) for one in layers)  # two bytes for a scale
@@ -104,7 +103,7 @@ def test_the_planner_counts_four_bits(settings, name, key):  # noqa: F811
     counted, activations, packed = {}, {}, []
     for precision in ("bfloat16", "nf4"):
         config = make_config(use_case(name).Config, settings(name, "planned", **given | {key: precision}))
-        with only_shapes(), OnShapes(use_case(name), config, "cpu") as shapes:
+        with OnShapes(use_case(name), config, "cpu") as shapes:
             needs = shapes.needs(bucket_sizes(shapes.run)[0], 2)
             counted[precision], activations[precision] = needs.frozen, needs.activations
             parameters = [p for network in shapes.run.networks.values() for p in network.parameters()]

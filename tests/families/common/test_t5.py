@@ -12,11 +12,11 @@ from families.common.features import lengths_name, stack_rows, take_row
 from families.common.t5 import T5TextEncoder, padded, token_mask
 from families.common.text_conditions import Tokens
 from families.common.weight_source import wanted
-from families.common.weights import only_shapes
 from tests.fake_gpu import GPU, FakeGpu
 from tests.families.common.tiny_t5 import PIECES, write_t5, write_tokenizer
 from tests.golden import load_case, resolve, weights_of
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 
 TEXTS = ["a red star", "", "word " * 40]
 LENGTH = 20

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from families.common.text_encoders import LAST, PENULTIMATE, ClipTextEncoder, ClipTextEncoders, HiddenState
-from families.common.weights import only_shapes
 from modules.clip import text_tower
 from tests.families.common.tiny_clip import write_encoder, write_tokenizer, write_two_encoders
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 
 TEXTS = ["a red star", "", "word " * 40]
 

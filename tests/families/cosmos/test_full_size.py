@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from families.common.wan_autoencoder import WanAutoencoder
-from families.common.weights import only_shapes
 from families.cosmos import build
 from families.cosmos.config import CosmosSettings
 from tests.golden import load_manifest
 from tools.cache_features import as_if_cached
-from tools.memory import GIB, USABLE
 from warpcore.config import load_config
+from warpcore.meta import only_shapes
+from warpcore.planning import GIB, USABLE
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +35,7 @@ def counted(
     use_case = load_use_case(ROOT / "train" / script)
     settings = load_config(use_case.Config, [str(ROOT / "configs" / "training" / config), *keys])
     use_case = as_if_cached(use_case, settings) if cached else use_case
-    with only_shapes(), OnShapes(use_case, settings, "cuda", processes) as shapes:
+    with OnShapes(use_case, settings, "cuda", processes) as shapes:
         size, kept = bucket_sizes(shapes.run)[0], []
         for level in levels:
             shapes.set_checkpointing(level)

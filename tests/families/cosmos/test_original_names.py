@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from families.common.t5 import EMBEDDING_ALIAS, StandInTokenizer, T5TextEncoder
-from families.common.weights import only_shapes
 from families.cosmos import original_names
 from families.cosmos.transformer import CosmosTransformer3DModel
 from families.cosmos.versions import T5_11B, VERSIONS, version_of
 from tests.golden import load_case, load_manifest
+from warpcore.meta import only_shapes
 
 SIZES = ("0.6B", "2B", "14B")
 

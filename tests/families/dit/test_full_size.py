@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from families.common.weights import only_shapes
 from families.dit import build
 from families.dit.config import DitSettings
 from modules.dit import DiT
 from tests.golden import load_manifest
 from warpcore.config import load_config
+from warpcore.meta import only_shapes
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,7 @@ def counted(script: str, config: str) -> list[Needs]:
     """The memory of an update of eight samples on a GPU, without checkpointing and with all of it."""
     use_case = load_use_case(ROOT / "train" / script)
     settings = load_config(use_case.Config, [str(ROOT / "configs" / "training" / config)])
-    with only_shapes(), OnShapes(use_case, settings, "cuda") as shapes:
+    with OnShapes(use_case, settings, "cuda") as shapes:
         size, kept = bucket_sizes(shapes.run)[0], []
         for level in (0, 3):
             shapes.set_checkpointing(level)

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from families.common.autoencoders import Autoencoder
 from families.common.clips import clip_moments, decoded_clips
 from families.common.family import CLASS_TO_IMAGE
-from families.common.weights import only_shapes
 from families.dit import build
 from families.dit.autoencoder import autoencoder as own_autoencoder
 from families.dit.class_to_image import DitClassToImage
@@ -33,6 +32,7 @@ from warpcore.clips import encode_mp4
 from warpcore.config import make_config
 from warpcore.data.videos import decode
 from warpcore.errors import ConfigError, UserError
+from warpcore.meta import only_shapes
 
 FRAMES = 3
 DRAWN = {"steps": 2, "device": "cpu", "guidance": 3.0, "classes": [1, 3]}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from families.common.library_networks import adapt
-from families.common.weights import WeightsError, only_shapes
+from families.common.weights import WeightsError
 from families.dit import pixart_build
 from families.dit.pixart_build import BLOCKS
 from families.dit.pixart_config import PixartSettings
@@ -16,6 +16,7 @@ from families.dit.pixart_versions import VERSIONS, numbers
 from families.registry import family_of
 from tests.families.dit.pixart import SMALL, golden_network
 from tests.golden import load_manifest, resolve
+from warpcore.meta import only_shapes
 
 FILES = {"XL/2-256": "256x256", "XL/2-512": "512x512", "XL/2-1024-MS": "1024_ms"}
 

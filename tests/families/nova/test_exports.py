@@ -14,7 +14,6 @@ from torch import Tensor
 from families.common.family import TEXT_TO_IMAGE
 from families.common.library_files import CONFIG_KEY
 from families.common.weight_files import FAMILY_KEY, TARGET_KEY
-from families.common.weights import only_shapes
 from families.nova import build
 from families.nova.config import NovaSettings
 from families.nova.exports import published_config
@@ -25,6 +24,7 @@ from tests.golden import load_manifest
 from warpcore.config import make_config
 from warpcore.diffusion.times import sampling_times
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 
 KEY = "generator_checkpoint_path"
 

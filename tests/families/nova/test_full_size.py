@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from families.common.weights import only_shapes
 from families.nova import build
 from tests.golden import load_manifest
 from train.train_nova import TrainNova
 from warpcore.config import load_config
+from warpcore.meta import only_shapes
 from warpcore.parameter_groups import group_of
 from warpcore.rehearsal import OnShapes, bucket_sizes, load_use_case
 
@@ -60,7 +60,7 @@ def test_norms_alone_do_not_decay(words):
 def test_an_update_of_the_published_size_passes_on_shapes_and_keeps_less_at_each_level():
     use_case = load_use_case(ROOT / "train" / "train_nova.py")
     config, kept = config_of("nova_0.3b"), []
-    with only_shapes(), OnShapes(use_case, config, "cuda") as on_shapes:
+    with OnShapes(use_case, config, "cuda") as on_shapes:
         for level in range(4):
             on_shapes.set_checkpointing(level)
             kept.append(on_shapes.needs(bucket_sizes(on_shapes.run)[0], 1))

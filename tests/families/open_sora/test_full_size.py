@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from families.common.weights import only_shapes
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder
 from families.open_sora.config import OpenSoraConfig, OpenSoraSettings
@@ -15,6 +14,7 @@ from train.train_stdit_lora import TrainStditLora
 from warpcore.config import load_config
 from warpcore.core import WarpCore
 from warpcore.data.resolutions import named_size
+from warpcore.meta import only_shapes
 from warpcore.rehearsal import OnShapes, bucket_sizes
 
 ROOT = Path(__file__).parents[3]
@@ -89,7 +89,7 @@ def test_the_autoencoder_has_the_tensors_of_the_published_file():
 )
 def test_an_update_of_the_published_size_passes_on_shapes(config):
     settings, kept = config_of(config), []
-    with only_shapes(), OnShapes(TrainStdit, settings, "cuda") as on_shapes:
+    with OnShapes(TrainStdit, settings, "cuda") as on_shapes:
         for level in (0, 3):
             on_shapes.set_checkpointing(level)
             kept.append(on_shapes.needs(bucket_sizes(on_shapes.run)[0], 1))

@@ -16,7 +16,6 @@ from families.common.family import TEXT_TO_VIDEO
 from families.common.features import Origin
 from families.common.library_files import CONFIG_KEY
 from families.common.weight_files import FAMILY_KEY
-from families.common.weights import only_shapes
 from families.open_sora import build
 from families.open_sora.autoencoder import autoencoder
 from families.open_sora.conditions import FEATURE, Denoiser
@@ -37,6 +36,7 @@ from warpcore.diffusion.given_frames import GivenFrames
 from warpcore.diffusion.processes import discrete_process
 from warpcore.diffusion.samplers import DIT_SAMPLERS
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 
 pytestmark = pytest.mark.integration
 TRAINING, TRAINING_TENSORS = load_case("opensora/iddpm_training")

@@ -36,6 +36,7 @@ from train.train_stdit_lora import TrainStditLora
 from warpcore import feed
 from warpcore.config import make_config
 from warpcore.errors import ConfigError, UserError
+from warpcore.planning import Plan
 
 BUCKETS = {"40px": {1: [0.5, 2], 5: [1.0, 1]}}
 
@@ -124,7 +125,7 @@ def test_adapters_that_would_drop_the_same_in_each_part_are_refused(settings):  
 
 def test_tools_count_the_processes_that_share_each_clip_once(settings, tmp_path, monkeypatch):  # noqa: F811
     given = settings("train_stdit", "planned", sequence_shards=2, batch_size=4, micro_batch_size=2)
-    plan = memory.Plan(TrainStdit, make_config(TrainStdit.Config, given), "cpu", 4)
+    plan = Plan(TrainStdit, make_config(TrainStdit.Config, given), "cpu", 4)
     assert (plan.micro_batch, plan.accumulation) == (2, 1)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(given))

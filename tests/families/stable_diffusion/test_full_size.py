@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from families.common.weights import only_shapes
 from families.stable_diffusion import build
 from families.stable_diffusion.config import SdSettings
 from tests.golden import load_manifest
 from warpcore.config import load_config
+from warpcore.meta import only_shapes
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes, load_use_case
 
 TEXT = {"sd15": ["clip_l_text"], "sdxl": ["clip_l_text", "clip_bigg_text"]}
@@ -39,7 +39,7 @@ def counted(script: str, config: str) -> list[Needs]:
     root = Path(__file__).parents[3]
     use_case = load_use_case(root / "train" / script)
     settings = load_config(use_case.Config, [str(root / "configs" / "training" / config)])
-    with only_shapes(), OnShapes(use_case, settings, "cuda") as shapes:
+    with OnShapes(use_case, settings, "cuda") as shapes:
         size, kept = bucket_sizes(shapes.run)[0], []
         for level in (0, 3):
             shapes.set_checkpointing(level)

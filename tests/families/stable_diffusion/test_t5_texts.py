@@ -10,7 +10,6 @@ from transformers import T5Config
 from families.common.t5 import StandInTokenizer, T5TextEncoder
 from families.common.text_conditions import Tokens
 from families.common.weight_source import wanted
-from families.common.weights import only_shapes
 from families.registry import family_of
 from families.stable_diffusion import build
 from families.stable_diffusion.config import SdFinetuneConfig, SdSettings
@@ -30,6 +29,7 @@ from tools.cache_features import PIPELINE_PARTS, without_idle_weights
 from train.train_sd import TrainSd
 from warpcore.config import make_config
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 
 KEY = "generator_checkpoint_path"
 

@@ -8,11 +8,11 @@ from families.common.library_networks import adapt
 from families.common.patch_encoders import patch_encoder, patch_width
 from families.common.techniques.repa import HiddenTokens, Projector, RepaSettings, alignment
 from families.common.techniques.tread import TokenRouting, TreadSettings, kept_tokens
-from families.common.weights import only_shapes
 from modules.clip import ClipSettings, ImageTower, TextTower
 from tests.families.common.techniques.tiny_transformer import TinyTransformer, tiny_inputs
 from tests.families.common.tiny_unets import SD15, unet
 from warpcore.errors import UserError
+from warpcore.meta import only_shapes
 from warpcore.random import SampleRandom
 
 SETTINGS = RepaSettings(block=2, projector_width=16)

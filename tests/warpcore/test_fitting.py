@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.warpcore.runs import TinyConfig, tiny_settings
-from tools.fitting import Change, Fitting, on_command_line
 from warpcore.config import load_config, make_config
+from warpcore.fitting import Change, Fitting, on_command_line
 
 ROWS = 6
 

@@ -1,0 +1,197 @@
+"""What a training run will need of memory, and which changes of its config cost least where that is too much."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from pydantic import ValidationError
+
+from warpcore.batch_size import split_batch
+from warpcore.block_swap import swappable
+from warpcore.compute import check_graphs
+from warpcore.config import Config
+from warpcore.errors import UserError
+from warpcore.fitting import CHANGES, SAME_UPDATES, Change, Choice, Fitting, Keys, on_command_line
+from warpcore.networks import Checkpointing
+from warpcore.processes import check_divides, choose_device, launched
+from warpcore.rehearsal import Needs, OnShapes, bucket_sizes
+from warpcore.use_case import UseCase
+
+GIB = 2**30
+USABLE = 0.92
+"""Of a GPU's memory: the rest is CUDA's own, kernels' workspaces and gaps between tensors."""
+LEVELS = (0, 1, 2, 3)
+OF_UPDATES = ("activation_checkpointing", "micro_batch_size", "grad_accum_steps")
+"""Keys that change nothing of what is in memory between updates."""
+BETWEEN_UPDATES = ("ema_device",)
+"""Keys that change nothing of what is in memory only during updates."""
+
+
+def fitted(use_case: type[UseCase], config: Config) -> Config:
+    """The config with the changes that its `fit` asks for: those that cost least, and leave every update as it is.
+
+    Raises:
+        UserError: no such changes are enough.
+    """
+    if config.fit is None:
+        return config
+    rank, processes, local_rank = launched()
+    say = (lambda text: print(text, file=sys.stderr, flush=True)) if rank == 0 else (lambda text: None)
+    say(f"fit: counting on shapes what the run needs of {config.fit:g} GiB")
+    plan = Plan(use_case, config, choose_device(config.device, local_rank).type, processes, SAME_UPDATES)
+    fits, choice, needs = plan.cheapest(config.fit * GIB)
+    if not fits:
+        key = f"fit: {config.fit:g} GiB, of which {gib(USABLE * config.fit * GIB)} are usable: "
+        raise UserError(
+            f"{key}the least that the run needs without another training is {gib(needs.total)}. Write a smaller "
+            f"micro_batch_size, or see what python3 tools/memory.py {sys.argv[0]} CONFIG --gpu-memory "
+            f"{config.fit:g} finds, which also tries fewer bits and other optimizers"
+        )
+    written = on_command_line(plan.fitting.keys(choice)) or "the config as it is"
+    say(f"fit: {gib(needs.total)} of {gib(USABLE * config.fit * GIB)} usable GiB with {written}")
+    for keys, cost in plan.fitting.costs(choice):
+        say(f"- {on_command_line(keys)}: {cost}")
+    return plan.with_keys(plan.fitting.keys(choice))
+
+
+class Plan:
+    """What a run needs per process, for its settings and for others."""
+
+    def __init__(
+        self,
+        use_case: type[UseCase],
+        config: Config,
+        device: str,
+        processes: int = 1,
+        changes: Sequence[Change] = CHANGES,
+    ):
+        """
+        Args:
+            device: the kind that it will run on, `cuda` or `cpu`.
+            changes: those that may be made where memory is short.
+        """
+        self.use_case, self.config, self.device, self.processes = use_case, config, device, processes
+        self.changes = changes
+        check_divides("sequence_shards", config.processes_per_sample, processes)
+        self.micro_batch, self.accumulation = self._split(config)
+        self._between: dict[str, Needs] = {}
+        self._counted: dict[str, tuple[Needs, Needs]] = {}
+
+    def _split(self, config: Config) -> tuple[int | None, int]:
+        return split_batch(config, self.processes // config.processes_per_sample, None)
+
+    def with_keys(self, keys: Keys) -> Config:
+        """The config with other keys, about which nothing is logged.
+
+        Raises:
+            ValidationError, UserError: they can't be together.
+        """
+        config = type(self.config).model_validate(self.config.model_dump() | keys) if keys else self.config
+        self._split(config)
+        return config
+
+    def shapes(self, keys: Keys) -> OnShapes:
+        """The run with other keys; raises as `with_keys` does."""
+        return OnShapes(self.use_case, self.with_keys(keys), self.device, self.processes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that is computed in."""
+        return self.shapes({}).dtype
+
+    def allows(self, keys: Keys) -> bool:
+        """Whether the config takes these keys, on its device."""
+        try:
+            config = self.with_keys(keys)
+            sharded = config.use_fsdp and (self.processes > 1 or config.fsdp_cpu_offload)
+            check_graphs(config, torch.device(self.device), sharded)
+        except (ValidationError, UserError):
+            return False
+        return True
+
+    def needs(self, keys: Keys, usable: float = math.inf) -> Needs | None:
+        """With other keys, for updates of the largest bucket; None where the run can't have them.
+
+        usable: what takes more bytes even between updates is counted without its activations, which takes less time.
+        """
+        known, of_updates = _without(keys, OF_UPDATES), _without(keys, BETWEEN_UPDATES)
+        between = self._between.get(known)
+        if between is None or (between.total <= usable and of_updates not in self._counted):
+            try:
+                with self.shapes(keys) as shapes:
+                    between = self._between[known] = shapes.between_updates()
+                    if between.total <= usable and of_updates not in self._counted:
+                        level, size = shapes.config.activation_checkpointing, bucket_sizes(shapes.run)[0]
+                        self._counted[of_updates] = self.of_bucket(shapes, size, level), between
+            except (ValidationError, UserError):  # such as bfloat16 weights of a network with batch norms
+                return None
+        if between.total > usable:
+            return between
+        needs, without = self._counted[of_updates]
+        return replace(needs, ema=between.ema, on_cpu=needs.on_cpu + between.on_cpu - without.on_cpu)
+
+    def of_bucket(self, shapes: OnShapes, size: tuple[int, ...], level: int) -> Needs:
+        """For updates of a bucket, with a level of activation checkpointing."""
+        micro, accumulation = self._split(shapes.config)
+        shapes.set_checkpointing(level)
+        own = shapes.run.config.buckets(shapes.run.bucket_factor).micro_batch_sizes
+        return shapes.needs(size, own[size] if micro is None else micro, accumulation)
+
+    @cached_property
+    def levels(self) -> Sequence[int]:
+        """Of activation checkpointing, those that all trained networks offer."""
+        with self.shapes({}) as shapes:
+            if shapes.run.block_swaps:
+                return (self.config.activation_checkpointing,)
+            trained = [shapes.run.networks[name] for name in shapes.run.trainable]
+            return LEVELS if all(isinstance(network, Checkpointing) for network in trained) else (0,)
+
+    @cached_property
+    def swappable(self) -> int:
+        """How many blocks of a frozen base can wait in the CPU's memory."""
+        with self.shapes({}) as shapes:
+            return sum(len(swappable(shapes.run.networks[name])) for name in shapes.run.swapped_blocks())
+
+    def levels_and_buckets(self, every_bucket: bool) -> list[tuple[int, tuple[int, ...], Needs]]:
+        """What updates of the largest bucket need with each level of activation checkpointing, and with the config's
+        own level those of the others: level, size, needs."""
+        own, levels = self.config.activation_checkpointing, self.levels
+        with self.shapes({}) as shapes:
+            sizes = bucket_sizes(shapes.run)
+            rows = [(level, sizes[0]) for level in levels] + [(own, size) for size in sizes[1:] if every_bucket]
+            between = shapes.between_updates()
+            table = [(level, size, self.of_bucket(shapes, size, level)) for level, size in rows]
+        for level, _, needs in table[: len(levels)]:
+            keys = {} if level == own else {"activation_checkpointing": level}
+            self._counted[_without(keys, BETWEEN_UPDATES)] = needs, between
+        return table
+
+    @cached_property
+    def fitting(self) -> Fitting:
+        """The search for what fits."""
+        return Fitting(self, self.allows, self.changes)
+
+    def cheapest(self, memory: float) -> tuple[bool, Choice, Needs]:
+        """Whether anything fits a GPU of so many bytes; what costs least and does, or else needs least; its needs."""
+        usable = USABLE * memory
+
+        def total(keys: Keys) -> float | None:
+            needs = self.needs(keys, usable)
+            return None if needs is None else needs.total
+
+        fits, choice = self.fitting.cheapest(total, usable)
+        return fits, choice, self.needs(self.fitting.keys(choice))
+
+
+def _without(keys: Keys, left_out: Sequence[str]) -> str:
+    """What counts with these keys are known by."""
+    return str(sorted((key, value) for key, value in keys.items() if key not in left_out))
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, with three digits."""
+    value = size / GIB
+    return "0" if not value else f"{value:.{max(0, 2 - int(math.log10(max(value, 0.01))))}f}"
