@@ -65,7 +65,7 @@ CASES = (
     Case("Latte, 16 x 256 px", "full", "train_latte", "latte_xl2_ucf101", ONE),
     Case("Open-Sora 1.2, 51 x 240p", "LoRA", "train_stdit_lora", "stdit3_xl2_lora", ONE),
     Case("Open-Sora 1.2, 51 x 240p", "full", "train_stdit", "stdit3_xl2",
-         ("bucket_config=null", "micro_batches_per_update=null", "num_frames=51", "image_size=424x240")),
+         ("bucket_config={}", "micro_batches_per_update=null", "num_frames=51", "image_size=424x240")),
     Case("NOVA 0.6B, 512 px", "full", "train_nova", "nova_0.6b_512", ONE),
     Case("Cosmos 2B, 1024 px", "LoRA", "train_cosmos_lora", "finetune_cosmos_2b_lora", ONE),
     Case("Cosmos 2B, 1024 px", "full", "train_cosmos", "finetune_cosmos_2b", ONE),

@@ -22,6 +22,7 @@ def of_case(case: Case) -> list[list[str]]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family} {case.method}")
 def test_each_row_fits_its_cards_with_settings_that_the_script_takes(case):
+    case.load()
     found = of_case(case)
     if not found:
         assert f"{case.family} {case.method}" in PAGE.partition("Not counted yet:")[2].partition("\n\n")[0]
