@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks.chaos import settings_of, write_data
 from benchmarks.disturbed_runs import FIRST_UPDATES, Difference, Started, read_metrics, train
-from tests.many_processes import launch_processes
+from tests.many_processes import free_port, launch_processes
 from tests.warpcore.runs import finish, start, tiny_settings, write_shard
 from tests.warpcore.runs import read_metrics as read_tiny_metrics
 from warpcore import processes
@@ -123,9 +122,7 @@ def _take_long(rank: int, port: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_what_takes_the_main_process_longer_than_the_others_wait_is_waited_for(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     started = [context.Process(target=_take_long, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in started:
@@ -158,9 +155,7 @@ def _meet(rank: int, port: int, log: Path) -> None:
 
 
 def test_a_process_that_falls_silent_while_they_meet_does_not_hold_the_others(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     started = [context.Process(target=_meet, args=(rank, port, tmp_path / "log.txt")) for rank in range(2)]
     for process in started:
@@ -249,19 +244,9 @@ def test_processes_of_srun_meet_at_the_first_node_of_the_list(tmp_path, name_res
         "true\n"
     )
     scontrol.chmod(0o755)
-    job, port = _job_with_a_free_port()
-    launch_processes(2, _meet_as_srun, str(tmp_path), "localhost" if name_resolves else "127.0.0.1", job, port)
-
-
-def _job_with_a_free_port() -> tuple[int, int]:
-    for number in range(12_000):
-        with socket.socket() as tried:
-            try:
-                tried.bind(("", 20_000 + number))
-                return 7 * 12_000 + number, 20_000 + number
-            except OSError:
-                pass  # the next one
-    raise AssertionError("no port is free")
+    port = free_port()
+    arguments = str(tmp_path), "localhost" if name_resolves else "127.0.0.1", 12_000 + port - 20_000, port
+    launch_processes(2, _meet_as_srun, *arguments)
 
 
 def _meet_as_srun(scontrol_folder: str, address: str, job: int, port: int) -> None:
