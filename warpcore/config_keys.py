@@ -177,9 +177,9 @@ class RunKeys(Settings):
     """What waits in the CPU's memory while it is not used: `encoders`, the frozen networks; `activations`, what
     activation checkpointing keeps."""
     fit: Memory | None = None
-    """`12GB`: count on shapes, before all else, what the run needs, and where a GPU of this size has less, write those
-    of `ema_device`, `offload`, `activation_checkpointing`, `swap_blocks` and FSDP's keys that are enough and cost
-    least. Updates stay the same. By default the config counts as it stands."""
+    """`12GB`: at the start, count on shapes what the run needs, and where a GPU of this size has less, write those of
+    `ema_device`, `offload`, `activation_checkpointing` and `swap_blocks` that are enough and cost least. Updates stay
+    the same, but for rounding. By default the config counts as it stands."""
     processes: Annotated[int, Field(gt=0, le=1024)] | Literal["all"] | None = None
     """Start that many processes on this machine (`all`: one for each GPU), without torchrun. By default, as many as
     torchrun or Slurm has started, or one. A run goes on with any number, however it is started."""

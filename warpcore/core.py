@@ -60,7 +60,7 @@ class WarpCore(UseCase):
         with clear_errors(tell_once):
             config = load_config(cls.Config)
             status = launch(config.processes, config.device)
-            raise SystemExit(cls(fitted(cls, config)).run() if status is None else status)
+            raise SystemExit(cls(config).run() if status is None else status)
 
     def run(self) -> int:
         """Train until the last update or a signal; returns the exit status."""
@@ -134,6 +134,7 @@ class WarpCore(UseCase):
         origin = self.origin = resuming.origin_of(self.config, self.checkpoints, self.processes)
         saved = origin.values if origin else {}
 
+        self.config = fitted(self, origin)
         self.make_networks(saved if origin else None)
         config = self.config
         self.feed = Feed(config, self.processes, saved.get("feed"), self.data_needs())

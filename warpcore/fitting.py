@@ -32,8 +32,9 @@ class Change(NamedTuple):
     """Keys to write, each option taking less memory of the GPU than the one before it; none where it's of no use."""
     cost: str
     """What a user pays for it."""
-    same_updates: bool = True
-    """Whether every update stays as it is, but for the order of sums: a run may go on with or without it."""
+    at_start: bool = False
+    """Whether a run may choose it by itself (`fit`): it leaves updates as they are, but for rounding, and the run's
+    processes as well."""
 
 
 def _average(run: Asked) -> list[Keys]:
@@ -94,27 +95,27 @@ def _shards(run: Asked, *more: str) -> list[Keys]:
 
 
 CHANGES = (
-    Change(_average, "the device waits when the average moves (ema_iters)"),
-    Change(lambda run: [_offload(run, "encoders")], "frozen networks are copied to the GPU for each use"),
+    Change(_average, "the device waits when the average moves (ema_iters)", at_start=True),
+    Change(lambda run: [_offload(run, "encoders")], "frozen networks are copied to the GPU for each use",
+           at_start=True),
     Change(lambda run: _levels(run, run.config.activation_checkpointing + 1),
-           "blocks compute twice: up to 1.4 times the time"),
+           "blocks compute twice: up to 1.4 times the time", at_start=True),
     Change(_micro_batches, "the same update in more and smaller passes (a run that has begun also needs "
-           "on_data_change=new_epoch)", same_updates=False),
+           "on_data_change=new_epoch)"),
     Change(_shards, "weights travel between the GPUs"),
-    Change(_sent_activations, "what checkpointing keeps travels to the CPU's memory and back"),
-    Change(_swapped, "weights of the frozen network travel to the GPU twice in each pass, beside the computation"),
-    Change(_eight_bits, "the frozen network is rounded to eight bits, and multiplies in them", same_updates=False),
-    Change(lambda run: [{"weights_dtype": "bfloat16"}], "trained weights are rounded, at random, to bfloat16",
-           same_updates=False),
-    Change(_came, "another optimizer: its learning rate has to be found, and it wants a warm-up", same_updates=False),
-    Change(_fused, "gradients are clipped tensor by tensor, if clip_grad_norm clipped them together",
-           same_updates=False),
+    Change(_sent_activations, "what checkpointing keeps travels to the CPU's memory and back", at_start=True),
+    Change(_swapped, "weights of the frozen network travel to the GPU twice in each pass, beside the computation",
+           at_start=True),
+    Change(_eight_bits, "the frozen network is rounded to eight bits, and multiplies in them"),
+    Change(lambda run: [{"weights_dtype": "bfloat16"}], "trained weights are rounded, at random, to bfloat16"),
+    Change(_came, "another optimizer: its learning rate has to be found, and it wants a warm-up"),
+    Change(_fused, "gradients are clipped tensor by tensor, if clip_grad_norm clipped them together"),
     Change(lambda run: _shards(run, "fsdp_cpu_offload"),
            "weights and gradients travel in each pass, and the optimizer steps on the CPU: slow"),
 )  # fmt: skip
 """From the cheapest on: what costs next to nothing, then time, then exactness, then much time. Where two changes write
 one key, the later counts."""
-SAME_UPDATES = tuple(change for change in CHANGES if change.same_updates)
+AT_START = tuple(change for change in CHANGES if change.at_start)
 
 
 class Fitting:

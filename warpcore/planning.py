@@ -14,10 +14,11 @@ from warpcore.block_swap import swappable
 from warpcore.compute import check_graphs
 from warpcore.config import Config
 from warpcore.errors import UserError
-from warpcore.fitting import CHANGES, SAME_UPDATES, Change, Choice, Fitting, Keys, on_command_line
+from warpcore.fitting import AT_START, CHANGES, Change, Choice, Fitting, Keys, on_command_line
 from warpcore.networks import Checkpointing
-from warpcore.processes import check_divides, choose_device, launched
+from warpcore.processes import check_divides
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes
+from warpcore.resuming import Origin
 from warpcore.use_case import UseCase
 
 GIB = 2**30
@@ -30,31 +31,52 @@ BETWEEN_UPDATES = ("ema_device",)
 """Keys that change nothing of what is in memory only during updates."""
 
 
-def fitted(use_case: type[UseCase], config: Config) -> Config:
-    """The config with the changes that its `fit` asks for: those that cost least, and leave every update as it is.
+def fitted(run: UseCase, origin: Origin | None) -> Config:
+    """The config of a run with the changes that its `fit` asks for: those that cost least and leave its updates as
+    they are (collective).
+
+    origin: the checkpoint that the run goes on from.
 
     Raises:
         UserError: no such changes are enough.
     """
+    config = run.config
     if config.fit is None:
         return config
-    rank, processes, local_rank = launched()
-    say = (lambda text: print(text, file=sys.stderr, flush=True)) if rank == 0 else (lambda text: None)
-    say(f"fit: counting on shapes what the run needs of {config.fit:g} GiB")
-    plan = Plan(use_case, config, choose_device(config.device, local_rank).type, processes, SAME_UPDATES)
-    fits, choice, needs = plan.cheapest(config.fit * GIB)
-    if not fits:
-        key = f"fit: {config.fit:g} GiB, of which {gib(USABLE * config.fit * GIB)} are usable: "
+    if config.processes_per_sample > 1:
         raise UserError(
-            f"{key}the least that the run needs without another training is {gib(needs.total)}. Write a smaller "
-            f"micro_batch_size, or see what python3 tools/memory.py {sys.argv[0]} CONFIG --gpu-memory "
-            f"{config.fit:g} finds, which also tries fewer bits and other optimizers"
+            "fit: counts clips as a whole, and sequence_shards splits them: remove fit, and write what "
+            "python3 tools/memory.py suggests and a try confirms"
         )
-    written = on_command_line(plan.fitting.keys(choice)) or "the config as it is"
-    say(f"fit: {gib(needs.total)} of {gib(USABLE * config.fit * GIB)} usable GiB with {written}")
-    for keys, cost in plan.fitting.costs(choice):
-        say(f"- {on_command_line(keys)}: {cost}")
-    return plan.with_keys(plan.fitting.keys(choice))
+    keys = run.processes.on_main_at_length(lambda: _cheapest(run, origin))
+    return config.model_copy(update=keys)
+
+
+def _cheapest(run: UseCase, origin: Origin | None) -> Keys:
+    config, processes = run.config, run.processes.count
+    usable = f"fit: of {config.fit:g} GiB, {gib(USABLE * config.fit * GIB)} are usable"
+    _say(f"{usable}; counting on shapes what the run needs")
+    if run.device.type != "cuda":
+        _say(f"fit: on {run.device.type.upper()}, what should wait in the CPU's memory frees nothing")
+    plan = Plan(type(run), config, run.device.type, processes, AT_START, origin)
+    fits, choice, needs = plan.cheapest(config.fit * GIB)
+    keys = plan.fitting.keys(choice)
+    if not fits:
+        raise UserError(
+            f"{usable}, and the least that the run needs with the same updates is {gib(needs.total)} GiB: write a "
+            "smaller micro_batch_size, or one of the changes of other kinds that "
+            f"python3 tools/memory.py {sys.argv[0]} CONFIG --processes {processes} --gpu-memory {config.fit:g} "
+            "finds, with your keys behind it"
+        )
+    _say(f"fit: {gib(needs.total)} GiB and {gib(needs.on_cpu)} GiB of the CPU's memory for each process, with "
+         f"{on_command_line(keys) or 'the config as it is'}")  # fmt: skip
+    for written, cost in plan.fitting.costs(choice):
+        _say(f"- {on_command_line(written)}: {cost}")
+    return keys
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class Plan:
@@ -67,21 +89,24 @@ class Plan:
         device: str,
         processes: int = 1,
         changes: Sequence[Change] = CHANGES,
+        origin: Origin | None = None,
     ):
         """
         Args:
             device: the kind that it will run on, `cuda` or `cpu`.
             changes: those that may be made where memory is short.
+            origin: the checkpoint that the run goes on from, with whose micro-batches.
         """
         self.use_case, self.config, self.device, self.processes = use_case, config, device, processes
-        self.changes = changes
+        self.changes, self.origin = changes, origin
         check_divides("sequence_shards", config.processes_per_sample, processes)
         self.micro_batch, self.accumulation = self._split(config)
         self._between: dict[str, Needs] = {}
         self._counted: dict[str, tuple[Needs, Needs]] = {}
 
     def _split(self, config: Config) -> tuple[int | None, int]:
-        return split_batch(config, self.processes // config.processes_per_sample, None)
+        saved = self.origin.values.get("feed") if self.origin else None
+        return split_batch(config, self.processes // config.processes_per_sample, saved)
 
     def with_keys(self, keys: Keys) -> Config:
         """The config with other keys, about which nothing is logged.
@@ -89,13 +114,15 @@ class Plan:
         Raises:
             ValidationError, UserError: they can't be together.
         """
-        config = type(self.config).model_validate(self.config.model_dump() | keys) if keys else self.config
+        if keys:
+            type(self.config).model_validate(self.config.model_dump() | keys)
+        config = self.config.model_copy(update=keys)  # which of its keys were written stays known
         self._split(config)
         return config
 
     def shapes(self, keys: Keys) -> OnShapes:
         """The run with other keys; raises as `with_keys` does."""
-        return OnShapes(self.use_case, self.with_keys(keys), self.device, self.processes)
+        return OnShapes(self.use_case, self.with_keys(keys), self.device, self.processes, self.origin)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,6 +154,8 @@ class Plan:
                         level, size = shapes.config.activation_checkpointing, bucket_sizes(shapes.run)[0]
                         self._counted[of_updates] = self.of_bucket(shapes, size, level), between
             except (ValidationError, UserError):  # such as bfloat16 weights of a network with batch norms
+                if not keys:
+                    raise
                 return None
         if between.total > usable:
             return between

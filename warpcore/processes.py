@@ -292,7 +292,7 @@ def _give_up(timeout: timedelta) -> None:
 def stop_processes() -> None:
     """Leave the process group. Models must be dropped first: destroying it under them can abort the interpreter."""
     gc.collect()
-    if dist.is_initialized():
+    if dist.is_initialized() and not _ALONE.get():
         dist.destroy_process_group()
 
 

@@ -26,6 +26,7 @@ from warpcore.fused_backward import check_one_process
 from warpcore.meta import META, MetaAsDevice, MixMetaWithCPU, PeakMemory, only_shapes
 from warpcore.networks import Checkpointing, blocks, has_blocks
 from warpcore.processes import alone, choose_dtype
+from warpcore.resuming import Origin
 from warpcore.sharded import stored_bytes
 from warpcore.use_case import UseCase
 
@@ -124,10 +125,13 @@ class OnShapes:
 
     Args:
         processes: over which `use_fsdp` shards weights, gradients, optimizer and average.
+        origin: the checkpoint that the run goes on from.
     """
 
-    def __init__(self, use_case: type[UseCase], config: Config, kind: str, processes: int = 1):
-        self.use_case, self.kind, self.processes = use_case, kind, processes
+    def __init__(
+        self, use_case: type[UseCase], config: Config, kind: str, processes: int = 1, origin: Origin | None = None
+    ):
+        self.use_case, self.kind, self.processes, self.origin = use_case, kind, processes, origin
         check_one_process(config.fused_backward, processes)
         self.config = config.model_copy(update={"device": "cpu", "fp8": False, "compile": False})
         self.dtype = choose_dtype(config.precision, torch.device(kind))
@@ -152,10 +156,11 @@ class OnShapes:
         run = self.run = self.use_case(whole)
         self._modes.callback(run.close)
         run.dtype, run.device, run.update, run.autocast = self.dtype, META, 0, nullcontext
+        run.origin = self.origin
         build = run.build
         run.build = lambda: {name: network.to_empty(device=META) for name, network in build().items()}
         self._modes.enter_context(MixMetaWithCPU())
-        run.make_networks()
+        run.make_networks(self.origin.values if self.origin else None)
         self._modes.enter_context(MetaAsDevice(self.kind, run.dtype))
 
     def __exit__(self, *error: object) -> None:

@@ -63,7 +63,8 @@ def with_local_weights(settings: AnySettings, keys: Collection[str] | None = Non
     """The settings with the local path of every key that names weights, or of those of them that are among `keys`;
     what is only on the hub is downloaded.
 
-    Processes that ask at the same time wait for the one that downloads. Inside `only_shapes` nothing is downloaded.
+    Processes that ask at the same time wait for the one that downloads. Inside `only_shapes`, names of what is only on
+    the hub stay, and nothing is downloaded.
 
     A run's folder stands for what it exported: `generator_checkpoint_path` for its generator, averaged where it is.
 
@@ -71,15 +72,22 @@ def with_local_weights(settings: AnySettings, keys: Collection[str] | None = Non
         DownloadError: see `local_weights`.
         UserError: a run exported something else.
     """
-    if are_only_shapes():
-        return settings
     values = dict(settings)
     known = [key for key in weights_keys(type(settings)) if key not in settings.unused]
     named = {key: values[key] for key in known if keys is None or key in keys}
     use_ema = values.get("use_ema", True)
-    local = {key: given_weights(path, key, use_ema) for key, path in named.items() if path is not None}
+    find = _here_or_on_hub if are_only_shapes() else given_weights
+    local = {key: find(path, key, use_ema) for key, path in named.items() if path is not None}
     changed = {key: path for key, path in local.items() if path != named[key]}
     return settings.model_copy(update=changed) if changed else settings
+
+
+def _here_or_on_hub(path: Path, key: str, use_ema: bool) -> Path:
+    try:
+        with without_downloads():
+            return given_weights(path, key, use_ema)
+    except OnlyOnHubError:
+        return path
 
 
 @contextmanager

@@ -7,11 +7,20 @@ import torch
 
 from tests.tiers import represented_by
 from tests.train.test_every_script import SETTINGS, files, settings, train, use_case  # noqa: F401
-from tests.warpcore.runs import finish, load_weights, numbers, read_metrics, start, tiny_settings, write_shard
+from tests.warpcore.runs import (
+    finish,
+    load_weights,
+    numbers,
+    read_metrics,
+    start,
+    tiny_settings,
+    train_here,
+    write_shard,
+)
 from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.config import ConfigError, make_config
 from warpcore.errors import UserError
-from warpcore.fitting import SAME_UPDATES
+from warpcore.fitting import AT_START
 from warpcore.planning import GIB, USABLE, Plan, fitted
 from warpcore.processes import alone, launched
 
@@ -23,45 +32,59 @@ def card(needed: float) -> str:
     return f"{1.0001 * needed / USABLE / GIB:.12f}GB"
 
 
-def test_a_run_chooses_what_is_enough_and_learns_the_same(tmp_path):
-    """Each of two processes counts, before they have met."""
+def test_a_run_of_two_processes_chooses_what_is_enough_and_learns_the_same(tmp_path):
     data = write_shard(tmp_path / "data.tar", 16)
     given = tiny_settings(tmp_path, data, updates=3, save_every=3, processes=2)
     needs = Plan(Denoiser, make_config(TinyConfig, given), "cpu", 2).needs({})
-    assert finish(start(given | {"experiment_id": "all_of_it"}))[0] == 0
-    status, told = finish(start(given | {"experiment_id": "fitted", "fit": card(needs.total - needs.ema)}))
+    plain, small = (given | {"experiment_id": name} for name in ("plain", "small"))
+    assert finish(start(plain))[0] == 0
+    status, told = finish(start(small | {"fit": card(needs.total - needs.ema)}))
     assert status == 0, told
-    assert told.count("fit: counting on shapes") == told.count("usable GiB with ema_device=cpu\n") == 1
+    assert told.count("counting on shapes") == told.count("for each process, with ema_device=cpu\n") == 1
     assert "\n- ema_device=cpu: the device waits when the average moves (ema_iters)" in told
-    one, other = (given | {"experiment_id": name} for name in ("all_of_it", "fitted"))
-    assert numbers(read_metrics(one)) == numbers(read_metrics(other))
-    assert all(
-        map(torch.equal, load_weights(one, "generator_ema").values(), load_weights(other, "generator_ema").values())
-    )
+    assert "\nfit: on CPU, what should wait in the CPU's memory frees nothing" in told
+    assert numbers(read_metrics(plain)) == numbers(read_metrics(small))
+    theirs, ours = (load_weights(one, "generator_ema") for one in (plain, small))
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
 @pytest.mark.parametrize("name", represented_by("train_pixart_lora", of=SETTINGS))
 def test_every_script_learns_the_same_on_the_smallest_gpu(settings, name):  # noqa: F811
     kind = use_case(name)
     plain, small = (settings(name, run, updates=2) for run in ("plain", "small"))
-    _, _, least = Plan(kind, make_config(kind.Config, plain), "cpu", changes=SAME_UPDATES).cheapest(0)
-    config = fitted(kind, make_config(kind.Config, small | {"fit": card(least.total)}))
-    assert kind(config).run() == 0
-    assert [line["loss"] for line in read_metrics(small)] == pytest.approx(
-        [line["loss"] for line in train(name, plain)], rel=1e-5
-    )
-    ours, theirs = files(small), files(plain)
-    assert ours.keys() == theirs.keys()
-    for file, tensors in theirs.items():
-        torch.testing.assert_close(ours[file], tensors, rtol=1e-4, atol=1e-5)
+    _, _, least = Plan(kind, make_config(kind.Config, plain), "cpu", changes=AT_START).cheapest(0)
+    ours, theirs = (train(name, one) for one in (small | {"fit": card(least.total)}, plain))
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
+    for file, tensors in files(plain).items():
+        torch.testing.assert_close(files(small)[file], tensors, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_goes_on_counts_with_its_own_micro_batches(tmp_path, capsys):
+    """Those of its checkpoint stay, whatever the config says later."""
+    data = write_shard(tmp_path / "data.tar", 16)
+    given = tiny_settings(tmp_path, data, updates=2, save_every=2, batch_size=8)
+    needs = Plan(Denoiser, make_config(TinyConfig, given | {"micro_batch_size": 2}), "cpu").needs({})
+    train_here(given | {"micro_batch_size": 2})
+    train_here(given | {"updates": 3, "fit": card(needs.total)})
+    assert "with the config as it is\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match="write a smaller micro_batch_size"):
+        train_here(given | {"experiment_id": "new", "fit": card(needs.total)})
+
+
+def test_keys_that_nobody_wrote_stay_known(tmp_path):
+    """As a run that began before a key existed goes on with what was computed then."""
+    written = tiny_settings(tmp_path, tmp_path)
+    config = make_config(TinyConfig, written)
+    with_keys = Plan(Denoiser, config, "cpu").with_keys({"ema_device": "cpu"})
+    assert with_keys.model_fields_set == config.model_fields_set | {"ema_device"}
+    assert with_keys.ema_device == "cpu"
 
 
 def test_what_no_change_makes_fit_is_refused_with_what_to_write(tmp_path):
     config = make_config(TinyConfig, tiny_settings(tmp_path, tmp_path, fit="0.000001GB"))
-    with pytest.raises(
-        UserError, match=r"^fit: 1e-06 GiB, of which .* are usable: the least .* Write a smaller micro"
-    ):
-        fitted(Denoiser, config)
+    problem = r"^fit: of 1e-06 GiB, .* are usable, and the least .* GiB: write a smaller micro_batch_size, "
+    with pytest.raises(UserError, match=problem):
+        fitted(Denoiser(config), None)
 
 
 def test_graphs_exclude_what_moves_memory(tmp_path):

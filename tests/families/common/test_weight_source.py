@@ -23,6 +23,7 @@ from train.train_c import TrainStageC
 from warpcore.config import make_config
 from warpcore.errors import UserError
 from warpcore.keys import describe, weights_keys
+from warpcore.meta import only_shapes
 
 PROGRAM = """
 import sys
@@ -242,6 +243,17 @@ def test_the_folder_of_a_run_stands_for_what_it_exported(small_cascade, tmp_path
     for name in ("generator", "generator_ema"):
         save_file({"a": torch.zeros(1)}, run / f"{name}.safetensors", {"update": "1"})
     assert with_local_weights(config).generator_checkpoint_path == run / "generator_ema.safetensors"
+    with only_shapes():
+        assert with_local_weights(config).generator_checkpoint_path == run / "generator_ema.safetensors"
+
+
+def test_for_shapes_names_of_the_hub_stay_but_for_what_was_downloaded(small_cascade, downloaded, monkeypatch):
+    monkeypatch.setattr(weight_source, "list_files", lambda *_: pytest.fail("it asks the hub"))
+    given = {"generator_checkpoint_path": "owner/stage-c", "effnet_checkpoint_path": "owner/effnet"}
+    with only_shapes():
+        config = with_local_weights(make_config(StageCConfig, small_cascade | given))
+    assert config.generator_checkpoint_path == downloaded
+    assert config.effnet_checkpoint_path == Path("owner/effnet")
 
 
 def test_a_folder_in_which_nothing_was_saved_is_no_file_of_weights(tmp_path):
