@@ -172,10 +172,18 @@ class Fitting:
         if not enough:
             return False, tuple(choice)
         for row in reversed(range(len(most))):  # and give back what isn't needed, from the dearest on
-            choice[row] = bisect_left(
-                range(choice[row]), True, key=lambda taken: bool(fits([*choice[:row], taken, *choice[row + 1 :]]))
-            )
+            if choice[row]:
+                choice[row] = self._least(choice, row, fits)
         return True, tuple(choice)
+
+    def _least(self, choice: Sequence[int], row: int, fits: Callable[[Choice], bool | None]) -> int:
+        """The first option of a change that fits beside the others of a choice, of which its own fits; 0, none, if
+        that does, which may take less than the first option, as this may write a key of an earlier change."""
+
+        def is_enough(taken: int) -> bool:
+            return bool(fits((*choice[:row], taken, *choice[row + 1 :])))
+
+        return 0 if is_enough(0) else 1 + bisect_left(range(1, choice[row]), True, key=is_enough)
 
     def largest(self) -> list[Choice]:
         """The most of all changes that go together: several choices, where some exclude others."""

@@ -63,6 +63,26 @@ def test_where_two_changes_write_one_key_the_dearer_counts():
     assert list(fitting.costs(choice)) == [({"sent": True, "level": 1}, "sent")]
 
 
+def test_a_change_is_given_back_though_its_first_option_takes_more_memory_than_none_of_it():
+    """As it writes a lower level than an earlier change."""
+    config = SimpleNamespace(level=0, sent=False, halves=False)
+    changes = (
+        Change(lambda run: [{"level": 1}, {"level": 2}], "twice"),
+        Change(lambda run: [{"sent": True, "level": 1}, {"sent": True, "level": 2}], "sent"),
+        Change(lambda run: [{"halves": True}], "rounded"),
+    )
+    fitting = Fitting(SimpleNamespace(config=config), lambda keys: True, changes)
+    needs = {0: 9, 1: 8, 2: 5}
+
+    def needed(keys: dict) -> float:
+        return needs[keys.get("level", 0)] - keys.get("sent", False) - 3 * keys.get("halves", False)
+
+    for usable, expected in {4: {"level": 2, "sent": True}, 3: {"level": 2, "halves": True}}.items():
+        fits, choice = fitting.cheapest(needed, usable)
+        assert fits
+        assert fitting.keys(choice) == expected
+
+
 def test_what_is_printed_can_be_pasted_behind_a_config(tmp_path):
     keys = {"offload": ["encoders", "activations"], "activation_checkpointing": 3, "use_fsdp": True}
     keys |= {"clip_grad_norm": None, "weights_dtype": "bfloat16"}
