@@ -26,8 +26,7 @@ from warpcore.processes import alone, launched
 
 pytestmark = pytest.mark.integration
 SCRIPTS = [
-    "train_a", "train_c_controlnet", "train_sd", "train_sd_lora", "train_dit", "train_pixart_lora", "train_cosmos_lora",
-    "train_stdit", "train_nova",
+    "train_c_controlnet", "train_dit", "train_pixart_lora", "train_cosmos_lora", "train_stdit", "train_nova",
 ]  # fmt: skip
 
 
