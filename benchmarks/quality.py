@@ -67,6 +67,7 @@ FULL = {
 }
 LORA = {
     "LoKr": Technique(["adapter=lokr"]),
+    "LoKr, twice the rate": Technique(["adapter=lokr", "lr=6.0e-3"]),
     "LoHa": Technique(["adapter=loha"]),
     "T-LoRA": Technique(["min_rank=4"]),
     "int8 base": Technique(["frozen_weights=int8"]),
