@@ -18,6 +18,7 @@ from tests.warpcore.tiny import Denoiser, TinyConfig
 from tests.warpcore.tiny_clips import ClipConfig, ClipDenoiser
 from tools import memory
 from tools.cache_features import as_if_cached
+from warpcore import planning
 from warpcore.config import make_config
 from warpcore.errors import UserError
 from warpcore.planning import USABLE, Plan
@@ -97,7 +98,7 @@ def test_checkpointing_and_the_batch_change_what_is_counted(settings):  # noqa: 
     with OnShapes(use_case, config, "cuda") as shapes:
         assert shapes.run.dtype == torch.bfloat16
         size, totals = bucket_sizes(shapes.run)[0], []
-        for level in memory.LEVELS:
+        for level in planning.LEVELS:
             shapes.set_checkpointing(level)
             totals.append(shapes.needs(size, 8, accumulation=2).activations)  # the second one finds gradients there
         assert totals[0] > totals[1] >= totals[2] >= totals[3]
@@ -190,7 +191,7 @@ def test_a_published_size_is_counted_without_its_weights(tmp_path, capsys, monke
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     arguments = ["memory.py", str(TRAIN / "train_c.py"), str(tmp_path / "c.yaml"), "--gpu-memory", "80"]
     monkeypatch.setattr("sys.argv", arguments)
-    monkeypatch.setattr(memory, "LEVELS", (3,))
+    monkeypatch.setattr(planning, "LEVELS", (3,))
     memory.main()
     shown = capsys.readouterr().out
     weights = f"{4 * load_manifest('stage_c_1B')['parameter_count'] / GIB:.2f}"
