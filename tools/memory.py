@@ -15,7 +15,7 @@ from warpcore.config import load_config
 from warpcore.errors import run_script
 from warpcore.fitting import on_command_line
 from warpcore.launch import planned_processes
-from warpcore.planning import GIB, USABLE, Plan, gib
+from warpcore.planning import GIB, USABLE, Plan, counting, gib
 from warpcore.rehearsal import load_use_case
 
 
@@ -61,7 +61,9 @@ def show(plan: Plan, buckets: bool) -> None:
 
 def suggest(plan: Plan, memory: float) -> None:
     """Print the keys that cost least and fit a GPU of so many bytes, and what they cost."""
-    fits, choice, needs = plan.cheapest(memory)
+    with counting() as counts:
+        plan.before_count = counts.update
+        fits, choice, needs = plan.cheapest(memory)
     if not fits:
         print(f"\nnothing fits {memory / GIB:g} GiB in one process, the least being {gib(needs.total)} GiB: shard "
               "it over several (use_fsdp=true, --processes), or train adapters")  # fmt: skip

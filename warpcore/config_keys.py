@@ -47,11 +47,18 @@ Steps = Annotated[int, Field(gt=0, le=10_000)]
 """Steps of a sampler, for which tables are made."""
 SidePx = Annotated[int, Field(gt=0, le=32_768)]
 Gigabytes = Annotated[float, Field(gt=0, le=1e9)]
-_GIB = re.compile(r"\s*(\d+(\.\d+)?)\s*gi?b?\s*", re.IGNORECASE)
-Memory = Annotated[
-    Gigabytes,
-    BeforeValidator(lambda value: float(found[1]) if (found := _GIB.fullmatch(str(value))) else value),
-]
+_GIB = re.compile(r"\s*(\d+(\.\d+)?)\s*(gi?b?)?\s*", re.IGNORECASE | re.ASCII)
+
+
+def _in_gib(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if (found := _GIB.fullmatch(value)) is None:
+        raise ValueError("the memory of a GPU is needed in GB, such as 12GB, 11.5GB or 0.5GB")
+    return float(found[1])
+
+
+Memory = Annotated[Gigabytes, BeforeValidator(_in_gib)]
 """In GiB, as GPUs are sold: `12GB`, `12 GiB` or 12."""
 MAX_ENTRIES = 1000
 """Of lists whose entries are compared with each other, or with every parameter or row."""

@@ -63,7 +63,11 @@ class WarpCore(UseCase):
             raise SystemExit(cls(config).run() if status is None else status)
 
     def run(self) -> int:
-        """Train until the last update or a signal; returns the exit status."""
+        """Train until the last update or a signal; returns the exit status.
+
+        Raises:
+            SystemExit: with the exit status, where a signal came while `fit` counted.
+        """
         with stop_signals(self._request_stop), self._closing():
             self.setup()
             self._complete()
@@ -134,7 +138,7 @@ class WarpCore(UseCase):
         origin = self.origin = resuming.origin_of(self.config, self.checkpoints, self.processes)
         saved = origin.values if origin else {}
 
-        self.config = fitted(self, origin)
+        self.config = fitted(self, origin, lambda: self._stop_signal is not None)
         self.make_networks(saved if origin else None)
         config = self.config
         self.feed = Feed(config, self.processes, saved.get("feed"), self.data_needs())

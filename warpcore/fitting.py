@@ -103,9 +103,10 @@ CHANGES = (
     Change(_micro_batches, "the same update in more and smaller passes (a run that has begun also needs "
            "on_data_change=new_epoch)"),
     Change(_shards, "weights travel between the GPUs"),
-    Change(_sent_activations, "what checkpointing keeps travels to the CPU's memory and back", at_start=True),
-    Change(_swapped, "weights of the frozen network travel to the GPU twice in each pass, beside the computation",
-           at_start=True),
+    Change(_sent_activations, "blocks compute twice, and what checkpointing keeps travels to the CPU's "
+           "memory and back", at_start=True),
+    Change(_swapped, "blocks compute twice, and weights of the frozen network travel to the GPU twice in each pass, "
+           "beside the computation", at_start=True),
     Change(_eight_bits, "the frozen network is rounded to eight bits, and multiplies in them"),
     Change(lambda run: [{"weights_dtype": "bfloat16"}], "trained weights are rounded, at random, to bfloat16"),
     Change(_came, "another optimizer: its learning rate has to be found, and it wants a warm-up"),

@@ -1,8 +1,9 @@
 """What a training run will need of memory, and which changes of its config cost least where that is too much."""
 
 import math
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,13 +18,17 @@ from warpcore.errors import UserError
 from warpcore.fitting import AT_START, CHANGES, Change, Choice, Fitting, Keys, on_command_line
 from warpcore.networks import Checkpointing
 from warpcore.processes import check_divides
+from warpcore.progress_bar import ProgressBar
 from warpcore.rehearsal import Needs, OnShapes, bucket_sizes
 from warpcore.resuming import Origin
+from warpcore.signals import STOPPED_EARLY
 from warpcore.use_case import UseCase
 
 GIB = 2**30
 USABLE = 0.92
 """Of a GPU's memory: the rest is CUDA's own, kernels' workspaces and gaps between tensors."""
+SHOWN_SECONDS = 5
+"""Counting that takes longer is shown."""
 LEVELS = (0, 1, 2, 3)
 OF_UPDATES = ("activation_checkpointing", "micro_batch_size", "grad_accum_steps")
 """Keys that change nothing of what is in memory between updates."""
@@ -31,14 +36,21 @@ BETWEEN_UPDATES = ("ema_device",)
 """Keys that change nothing of what is in memory only during updates."""
 
 
-def fitted(run: UseCase, origin: Origin | None) -> Config:
+class _Stopped(Exception):
+    """A signal asked for a stop."""
+
+
+def fitted(run: UseCase, origin: Origin | None, stopping: Callable[[], bool] = lambda: False) -> Config:
     """The config of a run with the changes that its `fit` asks for: those that cost least and leave its updates as
     they are (collective).
 
-    origin: the checkpoint that the run goes on from.
+    Args:
+        origin: the checkpoint that the run goes on from.
+        stopping: whether a signal has asked for a stop. Counting then ends.
 
     Raises:
         UserError: no such changes are enough.
+        SystemExit: a signal asked for a stop; its status is STOPPED_EARLY.
     """
     config = run.config
     if config.fit is None:
@@ -48,31 +60,56 @@ def fitted(run: UseCase, origin: Origin | None) -> Config:
             "fit: counts clips as a whole, and sequence_shards splits them: remove fit, and write what "
             "python3 tools/memory.py suggests and a try confirms"
         )
-    keys = run.processes.on_main_at_length(lambda: _cheapest(run, origin))
+    keys = run.processes.on_main_at_length(lambda: _cheapest(run, origin, stopping))
+    if keys is None:
+        raise SystemExit(STOPPED_EARLY)
     return config.model_copy(update=keys)
 
 
-def _cheapest(run: UseCase, origin: Origin | None) -> Keys:
+def _cheapest(run: UseCase, origin: Origin | None, stopping: Callable[[], bool]) -> Keys | None:
+    """The keys to write; None where it was stopped."""
     config, processes = run.config, run.processes.count
     usable = f"fit: of {config.fit:g} GiB, {gib(USABLE * config.fit * GIB)} are usable"
     _say(f"{usable}; counting on shapes what the run needs")
     if run.device.type != "cuda":
         _say(f"fit: on {run.device.type.upper()}, what should wait in the CPU's memory frees nothing")
-    plan = Plan(type(run), config, run.device.type, processes, AT_START, origin)
-    fits, choice, needs = plan.cheapest(config.fit * GIB)
+
+    def before_count() -> None:
+        if stopping():
+            raise _Stopped
+        counts.update()
+
+    try:
+        with counting() as counts:
+            plan = Plan(type(run), config, run.device.type, processes, AT_START, origin, before_count)
+            fits, choice, needs = plan.cheapest(config.fit * GIB)
+    except _Stopped:
+        _say("fit: stopped while it counted; the same command counts again")
+        return None
     keys = plan.fitting.keys(choice)
     if not fits:
+        smaller = "" if plan.micro_batch == 1 else "a smaller micro_batch_size, or "
         raise UserError(
-            f"{usable}, and the least that the run needs with the same updates is {gib(needs.total)} GiB: write a "
-            "smaller micro_batch_size, or one of the changes of other kinds that "
-            f"python3 tools/memory.py {sys.argv[0]} CONFIG --processes {processes} --gpu-memory {config.fit:g} "
-            "finds, with your keys behind it"
+            f"{usable}, and the least that the run needs with the same updates is {gib(needs.total)} GiB: write "
+            f"{smaller}one of the changes of other kinds that this finds: {_to_search_all(run, config.fit)}"
         )
     _say(f"fit: {gib(needs.total)} GiB and {gib(needs.on_cpu)} GiB of the CPU's memory for each process, with "
          f"{on_command_line(keys) or 'the config as it is'}")  # fmt: skip
     for written, cost in plan.fitting.costs(choice):
         _say(f"- {on_command_line(written)}: {cost}")
     return keys
+
+
+def counting() -> ProgressBar:
+    """How many settings have been counted, shown where that takes long."""
+    return ProgressBar(desc="counting", delay=SHOWN_SECONDS, bar_format="{desc}: {n_fmt} settings in {elapsed}")
+
+
+def _to_search_all(run: UseCase, memory: float) -> str:
+    """The command that also searches among changes that a run doesn't choose by itself. memory: GiB."""
+    device = ["--device", "cpu"] if run.device.type == "cpu" else []
+    options = ["--processes", str(run.processes.count), "--gpu-memory", f"{memory:g}", *device]
+    return shlex.join(["python3", "tools/memory.py", *sys.argv, *options])
 
 
 def _say(text: str) -> None:
@@ -90,15 +127,17 @@ class Plan:
         processes: int = 1,
         changes: Sequence[Change] = CHANGES,
         origin: Origin | None = None,
+        before_count: Callable[[], object] = lambda: None,
     ):
         """
         Args:
             device: the kind that it will run on, `cuda` or `cpu`.
             changes: those that may be made where memory is short.
             origin: the checkpoint that the run goes on from, with whose micro-batches.
+            before_count: is called before each time that the run's networks are built on shapes.
         """
         self.use_case, self.config, self.device, self.processes = use_case, config, device, processes
-        self.changes, self.origin = changes, origin
+        self.changes, self.origin, self.before_count = changes, origin, before_count
         check_divides("sequence_shards", config.processes_per_sample, processes)
         self.micro_batch, self.accumulation = self._split(config)
         self._between: dict[str, Needs] = {}
@@ -122,6 +161,7 @@ class Plan:
 
     def shapes(self, keys: Keys) -> OnShapes:
         """The run with other keys; raises as `with_keys` does."""
+        self.before_count()
         return OnShapes(self.use_case, self.with_keys(keys), self.device, self.processes, self.origin)
 
     @property

@@ -1,6 +1,9 @@
 """`fit: 12GB`: a run begins with the cheapest keys that fit the GPU, and learns the same with them."""
 
 import os
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +23,10 @@ from tests.warpcore.runs import (
 from tests.warpcore.tiny import Denoiser, TinyConfig
 from warpcore.config import ConfigError, make_config
 from warpcore.errors import UserError
-from warpcore.fitting import AT_START
+from warpcore.fitting import AT_START, _sent_activations, _swapped
 from warpcore.planning import GIB, USABLE, Plan, fitted
 from warpcore.processes import alone, launched
+from warpcore.signals import STOPPED_EARLY
 
 pytestmark = pytest.mark.integration
 SCRIPTS = [
@@ -90,6 +94,37 @@ def test_what_no_change_makes_fit_is_refused_with_what_to_write(tmp_path):
         fitted(Denoiser(config), None)
 
 
+def test_a_refusal_gives_the_command_that_searches_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train/tiny.py", "my config.yaml", "batch_size=1", "fit=0.000001GB"])
+    config = make_config(TinyConfig, tiny_settings(tmp_path, tmp_path, batch_size=1, fit="0.000001GB"))
+    command = (
+        "write one of the changes of other kinds that this finds: python3 tools/memory.py train/tiny.py "
+        "'my config.yaml' batch_size=1 fit=0.000001GB --processes 1 --gpu-memory 1e-06 --device cpu"
+    )
+    with pytest.raises(UserError, match=f"{re.escape(command)}$"):
+        fitted(Denoiser(config), None)
+
+
+def test_a_signal_ends_counting(tmp_path, capsys):
+    config = make_config(TinyConfig, tiny_settings(tmp_path, tmp_path, fit="0.000001GB"))
+    asked = iter([False, True])
+    with pytest.raises(SystemExit) as ended:
+        fitted(Denoiser(config), None, lambda: next(asked))
+    assert ended.value.code == STOPPED_EARLY
+    assert capsys.readouterr().err.endswith("fit: stopped while it counted; the same command counts again\n")
+
+
+def test_every_change_that_writes_checkpointing_says_what_that_costs():
+    run = SimpleNamespace(
+        config=SimpleNamespace(offload=[], activation_checkpointing=0, swap_blocks=0),
+        processes=1, levels=(0, 1, 2, 3), swappable=2,
+    )  # fmt: skip
+    for change in (_sent_activations, _swapped):
+        assert "activation_checkpointing" in change(run)[-1]
+        (cost,) = (one.cost for one in AT_START if one.options is change)
+        assert cost.startswith("blocks compute twice")
+
+
 def test_graphs_exclude_what_moves_memory(tmp_path):
     plan = Plan(Denoiser, make_config(TinyConfig, tiny_settings(tmp_path, tmp_path, compile="graphs")), "cuda")
     assert plan.allows({"ema_device": "cpu"})
@@ -110,7 +145,13 @@ def test_memory_is_written_as_cards_are_sold(tmp_path, written, gib):
     assert make_config(TinyConfig, tiny_settings(tmp_path, tmp_path, fit=written)).fit == gib
 
 
-@pytest.mark.parametrize("written", ["12MB", "0GB", "-1", "all", "1e12", "nan", [12], True])
+@pytest.mark.parametrize("written", ["12MB", "-1GB", "all", "1e12", "nan", "12,5GB", "１２GB", ""])
+def test_other_sizes_in_words_are_refused_with_what_to_write(tmp_path, written):
+    with pytest.raises(ConfigError, match=r"fit: found .* in GB, such as 12GB, 11\.5GB or 0\.5GB"):
+        make_config(TinyConfig, tiny_settings(tmp_path, tmp_path, fit=written))
+
+
+@pytest.mark.parametrize("written", ["0GB", -1, 1e12, [12], {"gib": 12}, True])
 def test_other_sizes_are_refused(tmp_path, written):
     with pytest.raises(ConfigError, match="fit"):
         make_config(TinyConfig, tiny_settings(tmp_path, tmp_path, fit=written))
