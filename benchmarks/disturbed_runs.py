@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 15.0
 MARGIN_SECONDS = 60.0
 """What starting and ending may take besides, on a busy machine."""
 KILLS_PER_EARLY_ONE = 8
-"""One kill in so many hits a run that has not begun to train."""
+"""One kill in this number hits a run that has not begun to train."""
 FIRST_UPDATES = 20
 TOLD_OF_FULL_DISK = ("full disk", "File too large")
 """A run says one of these: the second, of this limit, where it begins with files of S3."""

@@ -55,7 +55,7 @@ RATIOS = [1 / 1, 1 / 2, 2 / 3, 3 / 4, 9 / 16, 5 / 6]
 
 
 class PaperStorage:
-    """`paper://NUMBER`: a folder of so many tars."""
+    """`paper://NUMBER`: a folder of NUMBER tars."""
 
     written: dict[str, bytes] = {}
 
@@ -112,7 +112,7 @@ SUMMARY = Summary(ROWS_PER_SHARD, 0, (), (), ("jpg", "txt"), "0" * 32)
 
 
 def open_paper(num_shards: int) -> tuple[Catalog, float]:
-    """The catalog of so many shards whose manifest is there, and the seconds that took."""
+    """The catalog of `num_shards` shards whose manifest is there, and the seconds that took."""
     url = f"paper://{num_shards}"
     shards = [Shard(*one) for one in PaperStorage().tars(url)]
     write_manifests(shards, {shard.url: SUMMARY for shard in shards})

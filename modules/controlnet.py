@@ -31,7 +31,7 @@ class ControlNet(nn.Module):
         bottleneck_mode: the backbone. `effnet`, that of the encoder, is for pictures; `simple`, two convolutions, for
             maps of few positions; `large`, wide and deep without changing the size, for the encoder's latents.
         stages: of the `effnet` backbone, as in `EfficientNetEncoder`.
-        patch_size: that of Stage C. One of its positions gets the features of so many per side.
+        patch_size: that of Stage C. One of its positions gets the features of `patch_size` per side.
         official_stem: leave the first convolution of an `effnet` for other than 3 channels without its padding, as the
             published files want it.
     """

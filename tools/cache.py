@@ -7,7 +7,7 @@ The tars in OUT mirror those of `webdataset_path`, with latents and conditions i
 `webdataset_path=OUT` and the same config. `--features latents` and `--features texts` make folders of one kind each,
 which can be recreated, extended or deleted alone: train with `caches=[LATENTS,TEXTS]`.
 
-Each picture is cropped once, or `--variants` times; of a video, so many clips are stored, each with frames of its own.
+Each picture is cropped once, or `--variants` times; of a video, as many clips are stored, each with frames of its own.
 A tar appears when it is complete, so the same command goes on where it was stopped. When the data set changed, it
 encodes the pictures and captions that are new, and copies the features of those whose bytes are known, from whichever
 tar: for that it reads and hashes both, also when it first makes the cache. A picture keeps the crops that were drawn

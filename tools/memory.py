@@ -60,7 +60,7 @@ def show(plan: Plan, buckets: bool) -> None:
 
 
 def suggest(plan: Plan, memory: float) -> None:
-    """Print the keys that cost least and fit a GPU of so many bytes, and what they cost."""
+    """Print the keys that cost least and fit a GPU of `memory` bytes, and what they cost."""
     with counting() as counts:
         plan.before_count = counts.update
         fits, choice, needs = plan.cheapest(memory)

@@ -13,7 +13,7 @@ Of a run of clips whose `bucket_config` has micro-batch sizes for each bucket, t
 python3 tools/search_batch_size.py SCRIPT CONFIG TUNED --base 144p:51 [--resolution 240p]
 
 In place of a size, the config may have [guess, range]. The largest size that fits in memory is searched or, with
-`--base` or `--base-step-time`, the one that takes about as long as the base bucket's largest, or so many seconds.
+`--base` or `--base-step-time`, the one that takes about as long as the base bucket's largest, or as many seconds.
 """
 
 import warpcore.openmp

@@ -37,7 +37,7 @@ class VideoVaeConfig(ClipKeys, AutoencoderConfig):
     z_dim: Channels = 16
     """Channels of the latents."""
     patch_size: Annotated[PositiveInt, Field(le=16)] = 1
-    """Squares of so many pixels a side become channels first: a quick way to halve the sides."""
+    """Squares with sides of `patch_size` pixels become channels first: a quick way to halve the sides."""
 
     @model_validator(mode="after")
     def _frames_fill_latents(self) -> Self:

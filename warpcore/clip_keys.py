@@ -38,7 +38,7 @@ class ClipKeys(Settings):
     batch_size: BatchSize | None = None
     """Samples per update, over all processes and accumulation steps, with `num_frames`."""
     frame_stride: FrameCount = 1
-    """Every so many frames of a video are taken."""
+    """One in this number of frames of a video is taken."""
     frame_rate: PositiveFloat | None = None
     """Frames per second of the clips, in place of `frame_stride`; slower videos keep their own."""
 

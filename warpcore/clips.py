@@ -31,7 +31,7 @@ def check_clip(clip: np.ndarray) -> None:
 
 
 def step_within(pixels: int) -> int:
-    """Every how many pixels of a row, and rows, leave about MAX_PIXELS of so many: 1 leaves all of them."""
+    """The step between pixels of a row, and between rows, that leaves about MAX_PIXELS of `pixels`; 1 leaves all."""
     return max(1, math.ceil(math.sqrt(pixels / MAX_PIXELS)))
 
 

@@ -7,7 +7,7 @@ An epoch draws each row as often as the `weight` of its source says, so it has
 updates (with `bucket_config`, by the samples that an update has on average), and `2e` twice that, rounded down, but at
 least 1. Rows that wait for their bucket to have a full micro-batch count where they are drawn: at the end of an epoch
 some wait, and the first of the next one take their place.
-Where `export_every` is so many times `save_every` in epochs, it is as many times that in updates, too.
+Where `export_every` is a multiple of `save_every` in epochs, it is the same multiple in updates.
 """
 
 import math

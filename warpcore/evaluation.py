@@ -150,7 +150,7 @@ def moving_sheet(rows: list[Sampled]) -> np.ndarray | None:
 
 
 def _moving_step(rows: list[Sampled]) -> int:
-    """Of the pictures in a moving sheet every so many pixels of a row, and rows, are shown."""
+    """The step between the pixels, and the rows, of pictures that a moving sheet shows."""
     pictures = [one for row in rows for one in row.pictures.values()]
     longest = max((len(one) for one in pictures if one.ndim == 4), default=1)
     return step_within(longest * sum(math.prod(one.shape[-3:-1]) for one in pictures)) if longest > 1 else 1

@@ -1,6 +1,6 @@
 """Changes of a config that take less of a GPU's memory, and those that are enough and cost least."""
 
-from bisect import bisect_left
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple, Protocol
@@ -157,34 +157,43 @@ class Fitting:
     def _cheapest(self, most: Choice, needs: Callable[[Keys], float | None], usable: float) -> tuple[bool, Choice]:
         """That of changes that all go together."""
 
-        def fits(choice: Sequence[int]) -> bool | None:
-            needed = needs(self.keys(choice))
-            return None if needed is None else needed <= usable
+        def needed(choice: Sequence[int]) -> float | None:
+            return needs(self.keys(choice))
 
         choice = [0] * len(most)
         rows = [row for row, taken in enumerate(most) if taken]
-        enough = fits(choice)
+        least = needed(choice)
         for row in rows:  # take more, from the cheapest on
-            if enough:
+            if least is not None and least <= usable:
                 break
             choice[row] = most[row]
-            if (enough := fits(choice)) is None:
+            if (least := needed(choice)) is None:
                 choice[row] = 0
-        if not enough:
+        if least is None or least > usable:
             return False, tuple(choice)
         for row in reversed(range(len(most))):  # and give back what isn't needed, from the dearest on
             if choice[row]:
-                choice[row] = self._least(choice, row, fits)
+                choice[row] = self._least(choice, row, needed, usable)
         return True, tuple(choice)
 
-    def _least(self, choice: Sequence[int], row: int, fits: Callable[[Choice], bool | None]) -> int:
+    def _least(self, choice: Sequence[int], row: int, needed: Callable[[Choice], float | None], usable: float) -> int:
         """The first option of a change that fits beside the others of a choice, of which its own fits; 0, none, if
         that does, which may take less than the first option, as this may write a key of an earlier change."""
 
-        def is_enough(taken: int) -> bool:
-            return bool(fits((*choice[:row], taken, *choice[row + 1 :])))
+        def with_option(taken: int) -> float:
+            found = needed((*choice[:row], taken, *choice[row + 1 :]))
+            return math.inf if found is None else found
 
-        return 0 if is_enough(0) else 1 + bisect_left(range(1, choice[row]), True, key=is_enough)
+        too_much, enough = (0, with_option(0)), (choice[row], with_option(choice[row]))
+        if too_much[1] <= usable:
+            return 0
+        tries = 0
+        while enough[0] - too_much[0] > 1:  # options of one change mostly lie on a line: count few of them
+            tries += 1
+            option = _on_line(too_much, enough, usable) if tries % 3 else (too_much[0] + enough[0]) // 2
+            found = option, with_option(option)
+            too_much, enough = (too_much, found) if found[1] <= usable else (found, enough)
+        return enough[0]
 
     def largest(self) -> list[Choice]:
         """The most of all changes that go together: several choices, where some exclude others."""
@@ -206,6 +215,13 @@ def _independent(rows: frozenset[int], excluded: Sequence[tuple[int, int]]) -> l
         return [rows]
     found = [*dict.fromkeys(one for row in pair for one in _independent(rows - {row}, excluded))]
     return [one for one in found if not any(one < other for other in found)]
+
+
+def _on_line(too_much: tuple[int, float], enough: tuple[int, float], usable: float) -> int:
+    """The first option that fits, between one that doesn't and one that does, if what options need lies on a line."""
+    (first, above), (last, below) = too_much, enough
+    share = (above - usable) / (above - below) if math.isfinite(above) else 0.5
+    return min(max(first + math.ceil(share * (last - first)), first + 1), last - 1)
 
 
 def on_command_line(keys: Keys) -> str:

@@ -49,7 +49,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if type(result) is Tensor else tree_leaves(result):
             for part in plain_parts(tensor) if isinstance(tensor, Tensor) else ():
                 self._count(part)
         return result

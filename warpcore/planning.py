@@ -244,7 +244,7 @@ class Plan:
         return Fitting(self, self.allows, self.changes)
 
     def cheapest(self, memory: float) -> tuple[bool, Choice, Needs]:
-        """Whether anything fits a GPU of so many bytes; what costs least and does, or else needs least; its needs."""
+        """Whether anything fits a GPU of `memory` bytes; what costs least and does, or else needs least; its needs."""
         usable = USABLE * memory
 
         def total(keys: Keys) -> float | None:

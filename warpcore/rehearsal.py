@@ -234,9 +234,11 @@ class OnShapes:
             if run.fused is not None:
                 there += self._stepping_in_the_backward_pass(undo)
             memory = undo.enter_context(PeakMemory(there, device="meta"))
-            kept = undo.enter_context(PeakMemory(device="cpu"))
+            kept = PeakMemory(device="cpu")
+            if "activations" in self.config.offload:
+                undo.enter_context(kept)
             batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
-            for _ in range(3 if run.block_swaps else 1):  # those learn in two updates which block follows which
+            for _ in range(1 + max((swap.updates_to_learn for swap in run.block_swaps.values()), default=0)):
                 for parameter in trained:  # the micro-batches after an update's first begin with gradients there
                     begun = accumulation > 1 and not self.sharded
                     parameter.grad = torch.empty_like(parameter) if begun else None
@@ -248,8 +250,7 @@ class OnShapes:
             run.fused.finish()
         for parameter in trained:
             parameter.grad = None
-        sent_away = kept.peak if "activations" in self.config.offload else 0
-        return max(0, memory.peak - gradients - (self._staying() - staying)), sent_away
+        return max(0, memory.peak - gradients - (self._staying() - staying)), kept.peak
 
     def _stepping_in_the_backward_pass(self, undo: ExitStack) -> list[Tensor]:
         """The optimizers' state, all of which is there before, so that the pass makes no more of it."""

@@ -13,7 +13,7 @@ from warpcore.text import brief, decode_text
 MAX_JSON_BYTES = 2**25
 """32 MiB, of which values take up to 20 times as much memory."""
 MAX_BRACKETS = 2**21
-"""Lists and mappings take the most memory and time: a second for so many."""
+"""Lists and mappings take the most memory and time: about a second for this number."""
 MAX_LEVELS = 100
 """Of lists and mappings inside of each other: whatever is done with a value that was read goes that deep."""
 

@@ -32,7 +32,7 @@ from warpcore.errors import UserError
 from warpcore.files import naming
 
 CHUNK_ROWS, CHUNK_BYTES = 512, 2**28
-"""At most so many rows, or results of about this size, wait in memory until they are written."""
+"""At most this many rows, or results of about this size, wait in memory until they are written."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from warpcore.safe_json import parse_json
 T = TypeVar("T")
 HASH_BYTES = 16
 ROWS_TOGETHER, BYTES_TOGETHER = 32, 2**26
-"""Rows whose members are in memory together while they are hashed: so many, or of so many bytes."""
+"""Rows whose members are in memory together while they are hashed: their number and bytes, at most."""
 _OLD = ".old"
 
 

@@ -36,7 +36,7 @@ class ReconstructConfig(RunSettings, ComputeSettings):
     num_frames: FrameCount = 17
     """Frames of a video that are rebuilt, from its first one on; of a shorter video all."""
     frame_stride: FrameCount = 1
-    """Every so many frames of a video are taken."""
+    """One in this number of frames of a video is taken."""
     most_pictures: PositiveInt = 64
     """At most this many of them, in the order of their names."""
     output_path: Path | None = None

@@ -89,7 +89,7 @@ class NovaClips(FrozenNetwork):
             raise UserError(f"{self.key}: {error}") from None
 
     def frames_of(self, latent_frames: int) -> int:
-        """T, of so many latent frames."""
+        """The frames T that a number of latent frames stands for."""
         return 1 + (latent_frames - 1) * self.model.time_compression
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ ONE_LENGTH = {"num_frames": 4, "batch_size": 8, "micro_batch_size": 2, "image_si
 
 
 def without_frames(content: bytes, kept: int = 0) -> bytes:
-    """The same MP4 with zeros for its frames, but for so many bytes at their beginning."""
+    """The same MP4 with zeros for its frames, but for the first `kept` bytes."""
     begin = content.index(b"mdat") + 4
     end = begin - 8 + int.from_bytes(content[begin - 8 : begin - 4], "big")
     return content[: begin + kept] + bytes(end - begin - kept) + content[end:]
@@ -135,7 +135,7 @@ def larger_than_said() -> bytes:
 
 
 def the_same_frame(times: int) -> bytes:
-    """An MP4 whose tables place so many frames upon the same bytes."""
+    """An MP4 whose tables place `times` frames upon the same bytes."""
     content = with_frames(video(4, SMALL, options=PLAIN), times, [])
     for box, table in {
         b"stsz": [frame_bytes(video(4, SMALL, options=PLAIN))[0], times],

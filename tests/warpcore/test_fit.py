@@ -35,7 +35,7 @@ SCRIPTS = [
 
 
 def card(needed: float) -> str:
-    """The smallest GPU that has room for so many bytes."""
+    """The smallest GPU that has room for `needed` bytes."""
     return f"{1.0001 * needed / USABLE / GIB:.12f}GB"
 
 
@@ -56,7 +56,7 @@ def test_a_run_of_two_processes_chooses_what_is_enough_and_learns_the_same(tmp_p
 
 
 @pytest.mark.parametrize("name", represented_by("train_pixart_lora", of=SCRIPTS))
-def test_scripts_of_every_family_learn_the_same_on_the_smallest_gpu(settings, name):  # noqa: F811
+def test_scripts_learn_the_same_on_the_smallest_gpu(settings, name):  # noqa: F811
     kind = use_case(name)
     plain, small = (settings(name, run, updates=2) for run in ("plain", "small"))
     _, _, least = Plan(kind, make_config(kind.Config, plain), "cpu", changes=AT_START).cheapest(0)

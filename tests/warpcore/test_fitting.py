@@ -83,6 +83,24 @@ def test_a_change_is_given_back_though_its_first_option_takes_more_memory_than_n
         assert fitting.keys(choice) == expected
 
 
+@pytest.mark.parametrize("shape", [1.0, 0.5, 2.0, 8.0], ids=["line", "root", "square", "cliff"])
+def test_of_many_options_few_are_counted(shape):
+    """Counting what one needs takes seconds, and a network may have a hundred blocks to swap."""
+    changes = (Change(lambda run: [{"blocks": count + 1} for count in range(100)], "travel"),)
+    fitting = Fitting(SimpleNamespace(config=SimpleNamespace(blocks=0)), lambda keys: True, changes)
+    for first in range(101):
+        counted = set()
+
+        def needed(keys: dict, counted: set[int] = counted) -> float:
+            counted.add(keys.get("blocks", 0))
+            return 1 - (keys.get("blocks", 0) / 100) ** shape
+
+        fits, (found,) = fitting.cheapest(needed, 1 - (first / 100) ** shape)
+        assert fits
+        assert found == first
+        assert len(counted) <= (6 if shape == 1 else 16)
+
+
 def test_what_is_printed_can_be_pasted_behind_a_config(tmp_path):
     keys = {"offload": ["encoders", "activations"], "activation_checkpointing": 3, "use_fsdp": True}
     keys |= {"clip_grad_norm": None, "weights_dtype": "bfloat16"}

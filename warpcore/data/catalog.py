@@ -33,7 +33,7 @@ from warpcore.safe_json import parse_json
 
 MANIFEST_VERSION = 3
 MAX_LISTED_SHARDS = 10_000
-"""A fingerprint names so many shards at most, so that checkpoints stay small."""
+"""The most shards that a fingerprint names, so that checkpoints stay small."""
 MANIFEST_WORTHWHILE_SHARDS = 8
 """Opening more indexes than this at start-up leaves a manifest behind for the next start."""
 _OF_SHARD = ("size_bytes", "etag", "content", "rows")

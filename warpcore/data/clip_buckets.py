@@ -89,7 +89,7 @@ class ClipBuckets:
 
     Args:
         rungs: in any order.
-        stride: every so many frames of a video are taken, or
+        stride: one in `stride` frames of a video is taken, or
         frame_rate: as many as make this number of frames per second (see `warpcore.data.frames`).
         by_row: chance decides once for each row, see `drawn_by_row`.
     """
@@ -319,7 +319,7 @@ def rungs_of(
     """The rungs of a `bucket_config`: resolution -> frames -> (keep or (keep, take), micro-batch size).
 
     Args:
-        factor: sides are multiples of so many px, rounded down.
+        factor: px of which sides are multiples, rounded down.
         ratios: width / height, in place of those that belong to a resolution's name, each with its inverse.
 
     Raises:

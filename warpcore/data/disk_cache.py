@@ -113,7 +113,7 @@ class DiskCache:
             file.write(np.array(records, RECORD).tobytes())  # in one piece, as others append too
 
     def _make_room(self, size: int) -> bool:
-        """Whether so many bytes may be written, which are then counted."""
+        """Whether `size` bytes may be written, which are then counted."""
         with self._count() as count:
             if count[0] + size > self.limit_bytes:
                 files = list(self._files())

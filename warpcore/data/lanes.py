@@ -28,7 +28,7 @@ from warpcore.random import stable_hash
 CHUNK_ROWS = 256
 """How many rows become samples at a time: few enough to start quickly, enough to amortise pyarrow's calls."""
 PIECES_PER_LANE = 8
-"""At least so many, where there are several lanes: their loads differ by less than a piece."""
+"""The least number of pieces, where there are several lanes, whose loads differ by less than a piece."""
 PASSED, DRAWN = "passed", "drawn"
 NOT_KEPT = "left out this time, by the probabilities in bucket_config"
 MAX_EMPTY_EPOCHS = 1000
@@ -300,7 +300,7 @@ class Lane:
             return f"no row of the data set can be drawn: {found}"
         return (
             f"lane {self.number} of {self.recipe.num_lanes} has no row that can be drawn; the conditions leave too "
-            f"few rows for so many lanes: set lanes to 1 ({found})"
+            f"few rows for {self.recipe.num_lanes} lanes: set lanes to 1 ({found})"
         )
 
     def _restore(self, saved: list[list[int]]) -> list[tuple[Draw, Sample]]:

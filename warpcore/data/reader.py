@@ -131,7 +131,7 @@ class Reader:
     extra: Mapping[str, Field] = field(default_factory=dict)
     """Further members, by the name that they get in `Batch.extra`."""
     frame_stride: int = 1
-    """Clips take every so many frames of a video, or"""
+    """Clips take one in `frame_stride` frames of a video, or"""
     frame_rate: float | None = None
     """as many as make this number of frames per second (see `warpcore.data.frames`)."""
     computed: Mapping[str, Callable[[Batch], Any]] = field(default_factory=dict)

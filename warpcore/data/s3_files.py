@@ -49,7 +49,7 @@ def send(path: Path, url: str) -> None:
 
 
 def fetch(url: str, path: Path, size_bytes: int) -> str:
-    """Make an object of so many bytes a file, which appears when it is whole; returns its SHA-256.
+    """Copy an object of `size_bytes` to a file, which appears when it is whole; returns its SHA-256.
 
     Raises:
         ChangedShardError, OSError, StorageError: it can't be read, or written here.
