@@ -190,7 +190,7 @@ class Fitting:
         tries = 0
         while enough[0] - too_much[0] > 1:  # options of one change mostly lie on a line: count few of them
             tries += 1
-            option = _on_line(too_much, enough, usable) if tries % 3 else (too_much[0] + enough[0]) // 2
+            option = _on_line(too_much, enough, usable) if tries % 4 else (too_much[0] + enough[0]) // 2
             found = option, with_option(option)
             too_much, enough = (too_much, found) if found[1] <= usable else (found, enough)
         return enough[0]

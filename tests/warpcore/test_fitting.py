@@ -98,7 +98,7 @@ def test_of_many_options_few_are_counted(shape):
         fits, (found,) = fitting.cheapest(needed, 1 - (first / 100) ** shape)
         assert fits
         assert found == first
-        assert len(counted) <= (6 if shape == 1 else 16)
+        assert len(counted) <= (5 if shape == 1 else 19)
 
 
 def test_what_is_printed_can_be_pasted_behind_a_config(tmp_path):
