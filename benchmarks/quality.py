@@ -4,8 +4,8 @@
 
 Needs what `make quickstart quickstart_sd` makes: the demo sets, the cache, and the runs that LoRAs start from. Each
 row is the mean over the seeds; in brackets is how far it is from the row `off`. KEY=VALUE go to every training,
-such as `updates=800` for less than the quickstarts' time (with another --folder). What was trained and scored is not
-done again, so a stopped comparison goes on with the same command.
+such as `updates=800 validation_levels=8` for less than the quickstarts' time (with another --folder). What was
+trained and scored is not done again, so a stopped comparison goes on with the same command.
 """
 
 import warpcore.openmp
@@ -36,6 +36,8 @@ SENTENCES = 200
 ROUNDS = 8
 """How often a LoRA draws each sentence about its subject."""
 SCORES = "scores.json"
+LOSS = "validation loss x 1000"
+"""That of the weights themselves, after the last update: chance moves it less than it moves scores of drawings."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def run_command(*arguments: str | Path) -> None:
 
 
 def scores_of(case: Case, name: str, seed: int, folder: Path, changes: Sequence[str]) -> dict[str, float]:
-    """Of one run in percent, by what is asked for: trained and drawn with where that was not done."""
+    """Of one run in percent, by what is asked for, and its LOSS: trained and drawn with where that was not done."""
     technique = case.techniques.get(name, Technique())
     run = folder / f"{case.config}_{name.replace(', ', '_').replace(' ', '_')}_{seed}"
     if (run / SCORES).exists():
@@ -103,6 +105,9 @@ def scores_of(case: Case, name: str, seed: int, folder: Path, changes: Sequence[
         if not drawn.exists():
             run_command(ROOT / "tools" / "average.py", run, drawn, f"sigma_rel={technique.averaged}")
     found = {key: round(100 * value, 2) for key, value in score(drawn).items()}
+    last = parse_json(read_bytes(run / "metrics.jsonl").splitlines()[-1])
+    if "validation_loss" in last:
+        found[LOSS] = round(1000 * last["validation_loss"], 2)
     write_whole(run / SCORES, json.dumps(found))
     return found
 

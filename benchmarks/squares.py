@@ -74,6 +74,7 @@ def spdl(paths: list[str], num_workers: int) -> Iterator[Iterator[np.ndarray]]:
     def decode(content: bytes) -> Any:
         return io.decode_packets(io.demux_image(content), filter_desc=steps)
 
+    decode(next(pictures()))  # fails here where FFmpeg's libraries are missing; in the pipeline's threads that hangs
     pipeline = (
         PipelineBuilder()
         .add_source(pictures())

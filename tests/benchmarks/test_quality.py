@@ -1,5 +1,6 @@
 """Techniques are compared with the same training without them, and what is known is not trained again."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -33,6 +34,10 @@ def test_means_of_seeds_stand_beside_those_without(tmp_path, monkeypatch, capsys
         settings = dict(word.split("=", 1) for word in commands[-1] if "=" in word)
         folder = Path(settings["checkpoint_path"], settings["experiment_id"]) if "seed" in settings else words[2]
         folder.mkdir(parents=True)
+        if "seed" in settings:
+            loss = 0.5 + 0.001 * int(settings["seed"]) + 0.01 * ("came" in folder.name)
+            lines = [{"update": 6, "validation_loss": 9.0}, {"update": 7, "validation_loss": loss}]
+            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
     def score(folder):
         seed = int(folder.name.removesuffix("_averaged")[-1])
@@ -44,7 +49,13 @@ def test_means_of_seeds_stand_beside_those_without(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["quality.py", *words])
     quality.main()
     rows = capsys.readouterr().out.splitlines()
-    assert rows[2:] == ["| off | 91.0 |", "| came | 88.0 (-3.0) |", "| post-hoc EMA | 96.0 (+5.0) |"]
+    assert rows == [
+        "| c, 3 seeds | colour | validation loss x 1000 |",
+        "|---|---|---|",
+        "| off | 91.0 | 501.0 |",
+        "| came | 88.0 (-3.0) | 511.0 (+10.0) |",
+        "| post-hoc EMA | 96.0 (+5.0) | 501.0 (+0.0) |",
+    ]
     trained = [command for command in commands if command[0].endswith("train_c.py")]
     assert [command[-1] for command in trained] == ["seed=0", "seed=1", "seed=2"] * 3
     assert all("updates=7" in command for command in trained)
