@@ -89,12 +89,6 @@ class BlockSwap:
             waiting.put_home()
             block.compute = self._bringing(number, block.compute)
 
-    @property
-    def updates_to_learn(self) -> int:
-        """After these, copies ahead take the memory that they take from then on: only the first blocks of a pass, when
-        little else is there, may have to be learned in one update more."""
-        return 1 if len(self._blocks) >= CONTEXT else 2
-
     def forget(self) -> None:
         """Give up what was copied ahead, which is on the device between two updates."""
         for copies in self._ahead.values():

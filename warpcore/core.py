@@ -63,11 +63,7 @@ class WarpCore(UseCase):
             raise SystemExit(cls(config).run() if status is None else status)
 
     def run(self) -> int:
-        """Train until the last update or a signal; returns the exit status.
-
-        Raises:
-            SystemExit: with the exit status, where a signal came while `fit` counted.
-        """
+        """Train until the last update or a signal; returns the exit status, or raises SystemExit with it."""
         with stop_signals(self._request_stop), self._closing():
             self.setup()
             self._complete()

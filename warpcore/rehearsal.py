@@ -238,7 +238,7 @@ class OnShapes:
             if "activations" in self.config.offload:
                 undo.enter_context(kept)
             batch = batch._map(lambda tensor: torch.empty_like(tensor, device=META))
-            for _ in range(1 + max((swap.updates_to_learn for swap in run.block_swaps.values()), default=0)):
+            for _ in range(3 if run.block_swaps else 1):  # those learn in two updates which block follows which
                 for parameter in trained:  # the micro-batches after an update's first begin with gradients there
                     begun = accumulation > 1 and not self.sharded
                     parameter.grad = torch.empty_like(parameter) if begun else None
