@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.tiers import represented_by
 from tests.train.test_every_script import files, settings, train, use_case  # noqa: F401
 from tests.warpcore.runs import (
     finish,
@@ -55,7 +54,8 @@ def test_a_run_of_two_processes_chooses_what_is_enough_and_learns_the_same(tmp_p
     assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("name", represented_by("train_pixart_lora", of=SCRIPTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_learn_the_same_on_the_smallest_gpu(settings, name):  # noqa: F811
     kind = use_case(name)
     plain, small = (settings(name, run, updates=2) for run in ("plain", "small"))
