@@ -61,7 +61,7 @@ class Case:
 
 
 CAME = ("optimizer=came", "lr=5.0e-4", "warmup_updates=100")
-"""Its steps are longer than AdamW's at the same rate; with the minis' own rates it learns nothing."""
+"""Its steps are longer than AdamW's at the same rate; with the minis' own rates it learns next to nothing."""
 FULL = {
     "came": Technique(CAME),
     "bfloat16 weights": Technique(["weights_dtype=bfloat16"]),
