@@ -71,8 +71,10 @@ FULL = {
 }
 LORA = {
     "LoKr": Technique(["adapter=lokr"]),
-    "LoKr, twice the rate": Technique(["adapter=lokr", "lr=6.0e-3"]),
+    "LoKr, four times the rate": Technique(["adapter=lokr", "lr=1.2e-2"]),
+    "LoKr, whole matrices": Technique(["adapter=lokr", "factor=4", "full_matrix=true"]),
     "LoHa": Technique(["adapter=loha"]),
+    "LoHa, a third of the rate": Technique(["adapter=loha", "lr=1.0e-3"]),
     "T-LoRA": Technique(["min_rank=4"]),
     "int8 base": Technique(["frozen_weights=int8"]),
     "int8 base, rotated": Technique(["frozen_weights=int8_rotated"]),

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as vision
 
 from tests.golden import load_case
+from warpcore.data import images
 from warpcore.data.buckets import Buckets, resized_size
 from warpcore.data.images import CROPS, BadPicture, decode, decode_alike, place
 from warpcore.errors import UserError
@@ -170,6 +171,30 @@ def test_scaled_decoding_does_not_shift_a_picture_of_odd_size():
     pixels, geometry = decode(encoded(picture, "JPEG", quality=100, subsampling=0), (64, 64))
     # 521 px are 66 blocks, the last one 1 px wide: stretched over the bucket as if it were whole, it shifts by 0.9 px.
     assert np.abs(pixels - in_floats(picture, (64, 64), geometry))[:, 2:-2].max() < 2.5
+
+
+@settings(max_examples=60)
+@given(
+    sides=st.tuples(st.integers(8, 300), st.integers(8, 300)),
+    target=st.integers(8, 64),
+    mode=st.sampled_from(["RGB", "L"]),
+    options=st.fixed_dictionaries(
+        {"quality": st.integers(1, 100), "progressive": st.booleans(), "subsampling": st.sampled_from([0, 1, 2])}
+    ),
+    kept=st.sampled_from([1.0, 1.0, 0.9, 0.5]),
+)
+def test_both_jpeg_decoders_give_the_same_pixels(sides, target, mode, options, kept):
+    data = encoded(textured(*sides).convert(mode), "JPEG", **options)
+    data = data[: round(kept * (len(data) - 2))] + data[-2:]  # with its end marker, which is looked for before
+    results = []
+    for decoder in (images.simplejpeg, None):
+        with pytest.MonkeyPatch.context() as patch, suppress(BadPicture):
+            patch.setattr(images, "simplejpeg", decoder)
+            results.append(decode(data, (target, target)).pixels)
+    assert images.simplejpeg is not None
+    assert len(results) != 1
+    if results:
+        np.testing.assert_array_equal(*results)
 
 
 # Kinds of pictures
