@@ -149,7 +149,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(micro_batches):
         pytest.raises(DataWorkerError, match=r"killed by SIGKILL; the usual reason is too little memory"),
     ):
         list(loader)
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 120
 
 
 def hang(url, ranges, version):
