@@ -24,9 +24,7 @@ def of_case(case: Case) -> list[list[str]]:
 def test_each_row_fits_its_cards_with_settings_that_the_script_takes(case):
     case.load()
     found = of_case(case)
-    if not found:
-        assert f"{case.family} {case.method}" in PAGE.partition("Not counted yet:")[2].partition("\n\n")[0]
-        return
+    assert found
     cards = [int(card) for row in found for card in row[0].split(", ")]
     assert cards == [card for card in CARDS if card >= cards[0]]  # what fits a card fits a larger one
     for smallest, settings, gib in ((row[0].split(",")[0], row[3], row[4]) for row in found):
