@@ -20,7 +20,7 @@ from tests.warpcore.runs import read_metrics
 
 @pytest.mark.slow
 @pytest.mark.integration
-@pytest.mark.parametrize("name", sorted(SETTINGS))
+@pytest.mark.parametrize("name", sorted(name for name in SETTINGS if " " not in name))  # each script in one way
 def test_a_run_that_is_killed_then_stopped_goes_on_on_two_processes_then_four_then_one(settings, name, tmp_path):  # noqa: F811
     alone = settings_for_two(settings, name, tmp_path) | {"updates": 8, "save_every": 2}
     alone["batch_size"] = 4 * alone["micro_batch_size"]
