@@ -71,6 +71,7 @@ FULL = {
 }
 LORA = {
     "LoKr": Technique(["adapter=lokr"]),
+    "LoKr, twice the rate": Technique(["adapter=lokr", "lr=6.0e-3"]),
     "LoKr, four times the rate": Technique(["adapter=lokr", "lr=1.2e-2"]),
     "LoKr, whole matrices": Technique(["adapter=lokr", "factor=4", "full_matrix=true"]),
     "LoHa": Technique(["adapter=loha"]),
