@@ -76,6 +76,7 @@ LORA = {
     "LoKr, whole matrices": Technique(["adapter=lokr", "factor=4", "full_matrix=true"]),
     "LoHa": Technique(["adapter=loha"]),
     "LoHa, a third of the rate": Technique(["adapter=loha", "lr=1.0e-3"]),
+    "LoHa, twice the rate": Technique(["adapter=loha", "lr=6.0e-3"]),
     "T-LoRA": Technique(["min_rank=4"]),
     "int8 base": Technique(["frozen_weights=int8"]),
     "int8 base, rotated": Technique(["frozen_weights=int8_rotated"]),
